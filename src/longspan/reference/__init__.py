@@ -1,0 +1,8 @@
+"""Dense, slow, obviously right definitions of every operation in `longspan.ops`, under the same names.
+
+Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
+"""
+
+from longspan.reference.softmax import full_attention, relative_attention, window_attention
+
+__all__ = ["full_attention", "relative_attention", "window_attention"]

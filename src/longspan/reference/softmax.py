@@ -1,0 +1,180 @@
+"""Dense definitions of the softmax family: full, window, block-window and Transformer-XL's relative attention.
+
+Every function builds the whole (query, key) matrix, so it is slow and short. It is the oracle of the tests, and each
+one has a fast twin of the same name and signature in `longspan.ops`.
+
+Shapes: q (batch, heads, length, head_dim); k, v (batch, kv_heads, memory + length, head_dim) with kv_heads dividing
+heads. The first `memory` key columns are older keys; query i stands at key column memory + i.
+"""
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Which keys a query may see before a mechanism narrows it: (batch, length, memory + length), True = visible.
+
+    Args:
+        q: queries, only their shape is used.
+        k: keys, only their shape is used.
+        causal: a query sees no key column after its own.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries see nothing, and later keys
+            are seen by nobody.
+        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
+            document starts, and two tokens see each other only within one document.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+    """
+    batch, length, columns = q.shape[0], q.shape[2], k.shape[2]
+    memory = columns - length
+    query = torch.arange(memory, columns, device=q.device)[None, :, None]
+    key = torch.arange(columns, device=q.device)[None, None, :]
+    visible = torch.ones(batch, length, columns, dtype=torch.bool, device=q.device)
+    if causal:
+        visible &= key <= query
+    if lengths is not None:
+        end = (memory + lengths)[:, None, None]
+        visible &= (query < end) & (key < end)
+    if start is not None and causal:
+        visible &= key >= start[:, :, None]
+    elif start is not None:
+        visible &= start[:, :, None] == start[:, None, :]
+    if memory_lengths is not None:
+        visible &= key >= (memory - memory_lengths)[:, None, None]
+    return visible
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax over the visible keys; a query that sees none has weight zero everywhere."""
+    nothing = ~visible.any(-1, keepdim=True)
+    weights = scores.masked_fill(~(visible | nothing), float("-inf")).softmax(-1)
+    return weights.masked_fill(~visible, 0.0)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """softmax(scale * q k^T + bias) v over the visible keys, kv heads repeated for grouped queries."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    return masked_softmax(scores, visible[:, None]) @ v
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1)."""
+    visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    return attend(q, k, v, visible, scale)
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    blocks: bool = False,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention to the nearest keys.
+
+    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which is a
+    block border (older keys have negative j): j <= i and i // window - j // window <= 1; not causal:
+    |i // window - j // window| <= 1.
+    """
+    visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    memory = k.shape[2] - q.shape[2]
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(-memory, q.shape[2], device=q.device)[None, :]
+    if blocks:
+        distance = i.div(window, rounding_mode="floor") - j.div(window, rounding_mode="floor")
+        near = distance.abs() <= 1
+    else:
+        near = (i - j).abs() < window
+    return attend(q, k, v, visible & near, scale)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    window: int | None = None,
+    segment: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+    border: int | Tensor | None = None,
+    stale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, its four terms written out.
+
+    score(i, j) = scale * (q_i . k_j + q_i . r_{i-j} + content_bias . k_j + position_bias . r_{i-j})
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        v: like k.
+        r: (heads, distances, head_dim), r[:, t] for distance t; distances not below the farthest visible key + 1.
+        content_bias: (heads, head_dim), the paper's u.
+        position_bias: (heads, head_dim), the paper's v.
+        window: without `segment`: 0 <= i - j < window. With it: j >= (i // segment) * segment - window. None: no limit.
+        segment: see `window`; i and j count from query column 0, which is a segment border; older keys have negative j.
+        scale: default head_dim ** -0.5.
+        lengths: see `visible_keys`.
+        start: see `visible_keys`.
+        memory_lengths: see `visible_keys`.
+        border: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key columns.
+        stale: (k, v) of the same values as k and v. Pairs whose key lies before the border of their query send their
+            gradients here and not to k and v: memory across a segment border is read, not trained through.
+    """
+    visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    memory, scale = k.shape[2] - q.shape[2], q.shape[-1] ** -0.5 if scale is None else scale
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(-memory, q.shape[2], device=q.device)[None, :]
+    if window is not None:
+        visible = visible & ((i - j < window) if segment is None else (j >= i // segment * segment - window))
+    distance = (i - j).clamp(0, r.shape[1] - 1)
+    relative = r[:, distance]  # (heads, length, memory + length, head_dim)
+    term_b = torch.einsum("bhid,hijd->bhij", q, relative)
+    term_d = torch.einsum("hd,hijd->hij", position_bias, relative)
+
+    def content(keys: Tensor) -> Tensor:
+        return torch.einsum("bhid,bhjd->bhij", q, keys) + torch.einsum("hd,bhjd->bhj", content_bias, keys)[:, :, None]
+
+    if stale is None or border is None:
+        scores = scale * (content(k) + term_b + term_d)
+        return masked_softmax(scores, visible[:, None]) @ v
+    first = i // border * border + memory if isinstance(border, int) else border[:, :, None]
+    own = (j + memory >= first).expand(visible.shape)[:, None]
+    stale_k, stale_v = (t.repeat_interleave(group, 1) for t in stale)
+    scores = scale * (torch.where(own, content(k), content(stale_k)) + term_b + term_d)
+    weights = masked_softmax(scores, visible[:, None])
+    return weights.masked_fill(~own, 0.0) @ v + weights.masked_fill(own, 0.0) @ stale_v
