@@ -58,7 +58,9 @@ def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
     return weights.masked_fill(~visible, 0.0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """softmax(scale * q k^T + bias) v over the visible keys, kv heads repeated for grouped queries."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)

@@ -1,0 +1,100 @@
+"""Files that survive a kill at any instant: written under a temporary name, flushed to disk, then renamed."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from longspan.errors import CheckpointError
+
+HEADER = "longspan"
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Call `write(temporary_path)`, flush it to disk and rename it to `path`; on failure `path` is untouched.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; names the file and says that the earlier one still stands.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        kept = "; the file that was there still stands" if path.exists() else ""
+        raise CheckpointError(f"{path}: could not be saved: {error}{kept}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; some file systems cannot, and then it is the best that can be had."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Write plain data as indented JSON, atomically."""
+    text = json.dumps(data, indent=2) + "\n"
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | Path) -> Any:
+    """Plain data of a JSON file.
+
+    Raises:
+        CheckpointError: missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    """Write tensors as safetensors with a JSON header (kept in the file's metadata), atomically."""
+    # safetensors refuses tensors that share memory or have gaps
+    plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {HEADER: json.dumps(dict(header))}
+    return write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON header of a file that `write_tensors` wrote.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by longspan.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        header = json.loads(metadata[HEADER])
+    except KeyError:
+        raise CheckpointError(f"{path}: a safetensors file, but not one that longspan wrote") from None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    return tensors, header
