@@ -1,0 +1,340 @@
+"""The contract of every mechanism: `y, state = mixer(x, state)`, built from projections and a core."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan import state as states
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.rows import Rows
+from longspan.ops.rotary import rotary_table, rotate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a mechanism promises, and so which laws it is held to.
+
+    Attributes:
+        causal: the causal form exists.
+        bidirectional: the form that sees both sides exists.
+        streams: states go in and out and the laws of stream and bounded memory hold (never where built bidirectional).
+        bounded: the bytes of a state do not depend on the length.
+        selects: a discrete choice (bucket, cluster, top-k) depends on data.
+        segment: positions per segment; None = the mechanism knows no segments.
+        horizon: segments reached by gradients, the loss's own counted as the first; None = the graph is never cut.
+    """
+
+    causal: bool = True
+    bidirectional: bool = True
+    streams: bool = True
+    bounded: bool = False
+    selects: bool = False
+    segment: int | None = None
+    horizon: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes a core is built for: `num_kv_heads` divides `num_heads`; `rope` is the base of RoPE or None."""
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool = True
+    rope: float | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class Hidden(NamedTuple):
+    """Hidden states for the cores that carry them: x (B, N, dim), and the layer's `keys_values(x, kv_heads=None)`."""
+
+    x: Tensor
+    project: Callable[..., tuple[Tensor, Tensor]]
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that want an optimiser setting of their own; None = the setting of the run."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    lr: float | None = None
+    weight_decay: float | None = None
+
+
+class Core(nn.Module):
+    """A mechanism itself: q, k, v before positions in, the attended values and the next state out.
+
+    A subclass sets `Config` (a frozen keyword-only dataclass whose every field has a default) and `examples`, and
+    writes `traits`, `forward`, `init_state`, `state_nbytes`, `flops` and `pairs`.
+    """
+
+    Config: ClassVar[type]
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Small field sets that show every form of the mechanism: what the law matrix and the pictures run."""
+    needs_hidden: ClassVar[bool] = False
+    """The core carries hidden states and projects them again; a converted pretrained model cannot hold it."""
+    linear_in_values: ClassVar[bool] = True
+    """The output is an attention map times the values, so that `attention_map` exists."""
+
+    def __init__(self, shape: Shape, config: Any) -> None:
+        super().__init__()
+        self.shape, self.config = shape, config
+
+    @property
+    def traits(self) -> Traits:
+        """What this instance promises."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Attend.
+
+        Args:
+            q: (B, heads, N, head_dim), contiguous rows as `rows` gathered them.
+            k: (B, kv_heads, N, head_dim).
+            v: like k.
+            state: what the last call returned; None = empty past.
+            rows: lengths, documents and positions of this call.
+            hidden: given where `needs_hidden`.
+            penalties: a list to which auxiliary losses are appended.
+
+        Returns:
+            (B, heads, N, head_dim), arbitrary behind a row's real tokens, and the next state.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:
+        """The state of an empty past."""
+        raise NotImplementedError
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Exact bytes of the state after `length` live tokens."""
+        raise NotImplementedError
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """FLOPs of the core for `batch_size` rows of `length` tokens from an empty past."""
+        raise NotImplementedError
+
+    def pairs(self, length: int) -> int:
+        """Attended (query, key) pairs of the definition, summed over query heads."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Called after each optimiser step: clamps, redraws, statistics. Nothing by default."""
+
+    @property
+    def draw(self) -> int:
+        """How often random projections were redrawn; a state of another draw is void."""
+        return 0
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Parameters with optimiser settings of their own."""
+        return []
+
+    def rotate(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """q and k turned by RoPE to their positions, or as they are where the model has no RoPE."""
+        base, dtype = self.shape.rope, q.dtype
+        if base is None or not rows.length:
+            return q, k
+        key = ("rotary", base, q.shape[-1], dtype)
+        table = rows.cached(key, lambda: rotary_table(rows.positions, q.shape[-1], base=base, dtype=dtype))
+        return rotate(q, *table), rotate(k, *table)
+
+
+class Mixer(nn.Module):
+    """One mechanism as a layer: a function of a sequence and a state.
+
+    Made by `longspan.mixers.build`. Calling it:
+
+    Args of a call:
+        x: (batch, length, dim).
+        state: what the last call returned, or `init_state`; None = empty past (no keys, not zero keys).
+        mask: (batch, length) bool, True = real token. Padding changes nothing and gets y = 0.
+        reset: (batch, length) bool, True = a new document starts here; on padding it acts on the next real token.
+        penalties: a list to which auxiliary losses are appended.
+
+    Returns of a call:
+        y (batch, length, dim) and the next state (None where the mixer does not stream).
+
+    Raises of a call:
+        ConfigError: shapes or types that do not fit.
+        UnsupportedError: a state given to a mixer that does not stream.
+    """
+
+    def __init__(self, name: str, core: Core, projections: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.name, self.core, self.projections = name, core, projections
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes this mixer was built for."""
+        return self.core.shape
+
+    @property
+    def causal(self) -> bool:
+        """Built causal (True) or bidirectional."""
+        return self.core.shape.causal
+
+    @property
+    def traits(self) -> Traits:
+        """What this instance promises."""
+        return self.core.traits
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """See the class."""
+        if x.ndim != 3 or x.shape[-1] != self.shape.dim:
+            raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
+        rows = Rows(self._offset(x, state), x.shape[1], mask, reset)
+        y, state = self.mix(rows.gather(x), state, rows, penalties)
+        return rows.scatter(y), state
+
+    def _offset(self, x: Tensor, state: Any) -> Tensor:
+        if state is not None and not self.traits.streams:
+            raise UnsupportedError(f"{self.name}: {self._why_no_stream()}; call it with state=None")
+        offset = states.live(state, x.shape[0], x.device)
+        if offset.shape[0] != x.shape[0]:
+            raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, the state {offset.shape[0]}")
+        return offset
+
+    def _why_no_stream(self) -> str:
+        return "does not stream" if self.causal else "a bidirectional mixer sees the future and does not stream"
+
+    def mix(self, x: Tensor, state: Any, rows: Rows, penalties: list[Tensor] | None = None) -> tuple[Tensor, Any]:
+        """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
+
+        Args:
+            x: (B, N, dim), as `rows.gather` gives it.
+            state: as in a call.
+            rows: the layout of the call; its offsets are the state's.
+            penalties: as in a call.
+
+        Returns:
+            (B, N, dim), arbitrary behind a row's real tokens, and the next state.
+        """
+        q, k, v = self.projections(x)
+        hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        y: Tensor = self.dropout(self.projections.output(out))
+        return y, state if self.traits.streams else None
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state of an empty past; device and dtype default to those of the parameters.
+
+        Raises:
+            UnsupportedError: the mixer does not stream.
+        """
+        if not self.traits.streams:
+            raise UnsupportedError(f"{self.name}: {self._why_no_stream()}, so it has no state")
+        like = next(self.parameters())
+        return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """Exact bytes of the state, counts included.
+
+        Args:
+            batch_size: rows.
+            length: the largest number of live tokens (real, since the last reset) of any row.
+            dtype: of the activations.
+        """
+        return self.core.state_nbytes(batch_size, length, dtype) if self.traits.streams else 0
+
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, projections included."""
+        projections: int = self.projections.flops(length)
+        return batch_size * projections + self.core.flops(length, batch_size)
+
+    def pairs(self, length: int) -> int:
+        """Attended (query, key) pairs of the definition for one row from an empty past, summed over query heads."""
+        return self.core.pairs(length)
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Called after each optimiser step (1, 2, ...): clamps, redraws, statistics; `generator` draws, none else."""
+        self.core.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """How often random projections were redrawn; a state of another draw is void."""
+        return self.core.draw
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor) -> Tensor:
+        """The weights (batch, heads, length, length) by which values reach outputs; rows sum to 1 or 0.
+
+        Found by sending unit vectors through the mechanism as values, so it is what the fast operation really does.
+
+        Raises:
+            UnsupportedError: the mechanism is not linear in its values.
+        """
+        if not self.core.linear_in_values:
+            raise UnsupportedError(f"{self.name}: its output is not a map times the values")
+        rows = Rows(self._offset(x, None), x.shape[1])
+        q, k, v = self.projections(x)
+        hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        length, width = x.shape[1], v.shape[-1]
+        maps = []
+        for first in range(0, length, width):
+            unit = torch.zeros_like(v)
+            index = torch.arange(min(width, length - first), device=x.device)
+            unit[:, :, first + index, index] = 1
+            maps.append(self.core(q, k, unit, None, rows, hidden=hidden)[0][..., : len(index)])
+        return torch.cat(maps, -1)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"{self.name}, {self.core.config}, {self.shape}"
+
+
+def sum_nbytes(batch_size: int, dtype: torch.dtype, floats: int, counts: int = 1) -> int:
+    """Bytes of a state of `floats` numbers of `dtype` and `counts` int64 counts a row."""
+    return batch_size * (floats * dtype.itemsize + counts * 8)
+
+
+def merge_traits(parts: Sequence[Traits]) -> Traits:
+    """The traits of several mechanisms side by side: what all of them promise, the farthest reach of gradients."""
+    segments = [part.segment for part in parts if part.segment is not None]
+    segment = math.lcm(*segments) if segments else None
+    reach: int | None = 0
+    for part in parts:
+        if part.horizon is None or part.segment is None or segment is None:
+            reach = None
+            break
+        assert reach is not None
+        reach = max(reach, -(-part.horizon * part.segment // segment))
+    return Traits(
+        causal=all(part.causal for part in parts),
+        bidirectional=all(part.bidirectional for part in parts),
+        streams=all(part.streams for part in parts),
+        bounded=all(part.bounded for part in parts),
+        selects=any(part.selects for part in parts),
+        segment=segment,
+        horizon=reach,
+    )

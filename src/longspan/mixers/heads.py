@@ -1,0 +1,173 @@
+"""Several mechanisms side by side, each on its own heads of one layer.
+
+q, k and v are projected once and split over the cores by heads; their outputs are joined and projected back. So half
+of a layer may look near and half far, as in Routing Transformer (Roy et al. 2021, section 4) and BigBird-like mixes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import ConfigError
+from longspan.mixers import registry
+from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, merge_traits
+from longspan.mixers.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Fields of `heads`.
+
+    Attributes:
+        parts: tables, each with the `name` of a mechanism, its `num_heads` and its own fields. The heads must add up to
+            the layer's, and no part may cut through a group of query heads that share a kv head, unless it lies within
+            one. Empty = half window, half full.
+    """
+
+    parts: tuple[dict[str, Any], ...] = ()
+
+
+class HeadsState(NamedTuple):
+    """The states of all parts.
+
+    Attributes:
+        parts: one state a part.
+        live: (batch,) live tokens.
+    """
+
+    parts: tuple[Any, ...]
+    live: Tensor
+
+
+class HeadsCore(Core):
+    """See the module."""
+
+    Config = HeadsConfig
+    config: HeadsConfig
+    examples = (
+        {"parts": [{"name": "window", "num_heads": 2, "window": 4}, {"name": "full", "num_heads": 2}]},
+        {
+            "parts": [
+                {"name": "window", "num_heads": 2, "window": 3, "blocks": True},
+                {"name": "transformer_xl", "num_heads": 2, "segment": 4, "mem_len": 5},
+            ]
+        },
+    )
+
+    def __init__(self, shape: Shape, config: HeadsConfig) -> None:
+        super().__init__(shape, config)
+        half = shape.num_heads // 2
+        tables = config.parts or (
+            {"name": "window", "num_heads": shape.num_heads - half},
+            {"name": "full", "num_heads": half},
+        )
+        self.queries: list[slice] = []
+        self.keys: list[slice] = []
+        cores: list[Core] = []
+        first = 0
+        for i, table in enumerate(tables):
+            where = f"heads.parts[{i}]"
+            fields = {key: value for key, value in table.items() if key not in ("name", "num_heads")}
+            count = table.get("num_heads")
+            if not isinstance(count, int) or count < 1 or "name" not in table:
+                raise ConfigError(f"{where}: needs a name and a num_heads of at least 1, got {table!r}")
+            keys = self._kv_heads(first, first + count, where)
+            part = Shape(
+                dim=shape.dim,
+                num_heads=count,
+                num_kv_heads=keys.stop - keys.start,
+                head_dim=shape.head_dim,
+                causal=shape.causal,
+                rope=shape.rope,
+            )
+            cores.append(registry.build_core(table["name"], part, fields, where))
+            self.queries.append(slice(first, first + count))
+            self.keys.append(keys)
+            first += count
+        if first != shape.num_heads:
+            raise ConfigError(f"heads: the parts have {first} heads together, the layer has {shape.num_heads}")
+        self.parts = nn.ModuleList(cores)
+
+    def _kv_heads(self, first: int, last: int, where: str) -> slice:
+        group = self.shape.group
+        if first % group == 0 and last % group == 0:
+            return slice(first // group, last // group)
+        if first // group == (last - 1) // group:
+            return slice(first // group, first // group + 1)
+        raise ConfigError(f"{where}: heads {first} to {last} cut through groups of {group} that share a kv head")
+
+    @property
+    def cores(self) -> list[Core]:
+        """The mechanisms, in the order of their heads."""
+        return [core for core in self.parts if isinstance(core, Core)]
+
+    @property
+    def needs_hidden(self) -> bool:  # type: ignore[override]
+        """Whether any part carries hidden states."""
+        return any(core.needs_hidden for core in self.cores)
+
+    @property
+    def linear_in_values(self) -> bool:  # type: ignore[override]
+        """Whether all parts are."""
+        return all(core.linear_in_values for core in self.cores)
+
+    @property
+    def traits(self) -> Traits:
+        """What all parts promise."""
+        return merge_traits([core.traits for core in self.cores])
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: HeadsState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, HeadsState]:
+        """See `Core.forward`."""
+        outs, nexts = [], []
+        for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
+            part = None
+            if hidden is not None and core.needs_hidden:
+                part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
+            before = None if state is None else state.parts[i]
+            out, after = core(q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, penalties=penalties)
+            outs.append(out)
+            nexts.append(after)
+        return torch.cat(outs, 1), HeadsState(tuple(nexts), rows.live)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> HeadsState:
+        """The empty states of all parts."""
+        parts = tuple(core.init_state(batch_size, device, dtype) for core in self.cores)
+        return HeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """The sum over the parts, and one count a row."""
+        return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.cores)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """The sum over the parts."""
+        return sum(core.flops(length, batch_size) for core in self.cores)
+
+    def pairs(self, length: int) -> int:
+        """The sum over the parts."""
+        return sum(core.pairs(length) for core in self.cores)
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Of every part."""
+        for core in self.cores:
+            core.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """The sum of the parts' draws: it changes whenever one of them does."""
+        return sum(core.draw for core in self.cores)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Those of all parts."""
+        return [group for core in self.cores for group in core.parameter_groups()]

@@ -1,0 +1,57 @@
+"""From hidden states to q, k, v and back."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Projections(nn.Module):
+    """The four linear maps of an attention layer.
+
+    A converted pretrained model brings its own (names, biases and norms kept); whatever has these methods will do.
+
+    Args:
+        dim: width of the hidden states.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head.
+        bias: add biases.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim)."""
+        k, v = self.keys_values(x)
+        return self._heads(self.q_proj(x), self.num_heads), k, v
+
+    def keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, M, dim) to k and v (B, kv_heads, M, head_dim), of all kv heads or of a slice of them."""
+        if kv_heads is None:
+            return self._heads(self.k_proj(x), self.num_kv_heads), self._heads(self.v_proj(x), self.num_kv_heads)
+        first, last, _ = kv_heads.indices(self.num_kv_heads)
+        part = slice(first * self.head_dim, last * self.head_dim)
+        k, v = (
+            F.linear(x, proj.weight[part], None if proj.bias is None else proj.bias[part])
+            for proj in (self.k_proj, self.v_proj)
+        )
+        return self._heads(k, last - first), self._heads(v, last - first)
+
+    def output(self, out: Tensor) -> Tensor:
+        """(B, heads, N, head_dim) to (B, N, dim)."""
+        y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return y
+
+    def flops(self, length: int) -> int:
+        """FLOPs of the four products for one row of `length` tokens."""
+        return sum(
+            2 * length * p.in_features * p.out_features for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        )
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)

@@ -1,0 +1,159 @@
+"""Arguments shared by the attention ops: shape checks, and which keys of each batch row are real."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ConfigError
+from longspan.ops.tiles import Visibility
+
+
+class Call(NamedTuple):
+    """One call, its older keys trimmed to those that some query can see.
+
+    `dropped` key columns were cut off in front; column numbers given by the caller are larger by this. `visibility`
+    None: nothing is hidden beyond the pattern. `dead` (batch, length): queries that see no key, None if there is none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    memory: int
+    dropped: int
+    visibility: Visibility | None
+    dead: Tensor | None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.q.numel() == 0 or self.v.shape[-1] == 0
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Zeros where a query sees no key; their gradients become zero with them."""
+        if self.dead is None:
+            return out
+        hidden = self.dead[:, None, :, None]
+        return out.masked_fill(hidden, 0.0) if out.requires_grad else out.masked_fill_(hidden, 0.0)
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise `ConfigError` unless q, k, v fit together."""
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and q.shape[0] == k.shape[0] == v.shape[0]
+        and k.shape[1:3] == v.shape[1:3]
+        and q.shape[3] == k.shape[3]
+        and k.shape[2] >= q.shape[2]
+        and k.shape[1] > 0
+        and q.shape[1] % k.shape[1] == 0
+    )
+    if not fits:
+        raise ConfigError(
+            "q must be (batch, heads, length, head_dim) and k, v (batch, kv_heads, memory + length, head_dim) with "
+            f"kv_heads dividing heads; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise `ConfigError` unless value is at least 1."""
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def read_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    keep: int | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
+    memory_lengths: Tensor | None,
+) -> Call:
+    """Check the arguments, drop older keys out of reach and find which keys are hidden row by row.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        v: like k.
+        causal: whether queries see no later key.
+        keep: how many older keys any query can reach; None = all.
+        lengths: (batch,) real tokens of each row, or None.
+        start: (batch, length) first visible key column, or None.
+        memory_lengths: (batch,) real older keys, newest last, or None.
+    """
+    check_shapes(q, k, v)
+    length, memory = q.shape[2], k.shape[2] - q.shape[2]
+    dropped = 0 if keep is None else max(0, memory - keep)
+    if dropped:
+        k, v, memory = k[:, :, dropped:], v[:, :, dropped:], memory - dropped
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if q.numel() == 0 or (lengths is None and start is None and memory_lengths is None):
+        return Call(q, k, v, memory, dropped, None, None)
+    if memory_lengths is not None and (memory == 0 or bool((memory_lengths >= memory).all())):
+        memory_lengths = None
+    if lengths is not None and bool((lengths >= length).all()):
+        lengths = None
+    if causal:
+        visibility, dead = _causal_rows(q, memory, dropped, lengths, start, memory_lengths)
+    else:
+        visibility, dead = _free_rows(q, memory, dropped, lengths, start, memory_lengths)
+    return Call(q, k, v, memory, dropped, visibility, dead)
+
+
+def _causal_rows(
+    q: Tensor,
+    memory: int,
+    dropped: int,
+    lengths: Tensor | None,
+    start: Tensor | None,
+    memory_lengths: Tensor | None,
+) -> tuple[Visibility | None, Tensor | None]:
+    """Causal: a real query sees no later key, so only the first visible column matters."""
+    batch, length = q.shape[0], q.shape[2]
+    own = torch.arange(memory, memory + length, device=q.device)
+    first = dead = None
+    if memory_lengths is not None:
+        first = (memory - memory_lengths).clamp_(min=0)[:, None].expand(batch, length)
+    if start is not None:
+        begin = start - dropped
+        first = begin if first is None else torch.maximum(first, begin)
+        dead = first > own
+    if lengths is not None:
+        late = own >= (memory + lengths)[:, None]
+        dead = late if dead is None else dead | late
+    if dead is not None and not bool(dead.any()):
+        dead = None
+    top = 0 if first is None else int(first.max())
+    if first is None or top <= 0:
+        return None, dead
+    key = torch.arange(memory + length, device=q.device)[None, None, :, None].expand(batch, 1, -1, 1)
+    return Visibility(first[:, None, :, None], key, False, top), dead
+
+
+def _free_rows(
+    q: Tensor,
+    memory: int,
+    dropped: int,
+    lengths: Tensor | None,
+    start: Tensor | None,
+    memory_lengths: Tensor | None,
+) -> tuple[Visibility | None, Tensor | None]:
+    """Not causal: a query sees the keys of its own document; keys that are not real belong to document -1."""
+    batch, length = q.shape[0], q.shape[2]
+    if start is None and lengths is None and memory_lengths is None:
+        return None, None
+    if start is not None and memory + dropped > 0:
+        raise ConfigError("start without causal order takes no older keys: they have no document")
+    query = torch.zeros(batch, length, dtype=torch.long, device=q.device) if start is None else start.long()
+    key = torch.cat([query.new_zeros(batch, memory), query], 1)
+    column = torch.arange(memory + length, device=q.device)
+    dead = None
+    if lengths is not None:
+        key = key.masked_fill(column >= (memory + lengths)[:, None], -1)
+        dead = column[memory:] >= (memory + lengths)[:, None]
+    if memory_lengths is not None:
+        key = key.masked_fill(column < (memory - memory_lengths)[:, None], -1)
+    return Visibility(query[:, None, :, None], key[:, None, :, None], True, memory + length), dead

@@ -1,0 +1,164 @@
+"""Softmax attention over a plan of tiles, forward and backward, in memory that does not depend on the window."""
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from longspan.ops import flash
+from longspan.ops.tiles import (
+    Part,
+    Plan,
+    Run,
+    Visibility,
+    band,
+    make_blocks,
+    make_parts,
+    take,
+    tile_mask,
+)
+
+FORWARD_ENTRIES = 1 << 22  # scores of one kernel call, where their mask is built row by row
+BACKWARD_ENTRIES = 1 << 19  # scores of one backward tile over all its heads: they stay in cache
+
+
+class Plans(NamedTuple):
+    """Tiles of the forward and of the backward pass, whose best sizes differ, and what hides keys row by row."""
+
+    forward: Plan
+    backward: Plan
+    scale: float
+    visibility: Visibility | None
+
+
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
+    """Attention over the tiles of a plan, differentiable; out (batch, heads, length, head_dim) in q's dtype."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return cast(Tensor, _Tiled.apply(q, k, v, plans))
+    return _forward(q, k, v, plans)
+
+
+def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, dtype: torch.dtype) -> Tensor:
+    """(batch, heads, length, dim) laid out as (batch, length, heads, dim): what projections read and write."""
+    make = torch.zeros if zero else torch.empty
+    return make(q.shape[0], length, heads, dim, dtype=dtype, device=q.device).transpose(1, 2)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
+    plan, visibility = plans.forward, plans.visibility
+    dtype = flash.working_dtype(q, k, v)
+    target = q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
+    with flash.full_precision(q.device):
+        for run in plan.runs:
+            pattern = band(plan, run, dtype=dtype, device=q.device)
+            most = max(1, FORWARD_ENTRIES // (run.queries * run.keys))
+            for block in make_blocks(run, q.shape[0], most):
+                seen = None if visibility is None else visibility.seen(run, block)
+                part, _ = flash.attend(
+                    take(q, block, run.start, run.queries, run.step),
+                    take(k, block, run.low, run.keys, run.step),
+                    take(v, block, run.low, run.keys, run.step),
+                    scale=plans.scale,
+                    mask=tile_mask(pattern, seen, dtype),
+                )
+                take(out, block, run.start, run.queries, run.step).copy_(part)
+    return out
+
+
+class _Tiled(torch.autograd.Function):
+    """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
+        out = _forward(q, k, v, plans)
+        ctx.save_for_backward(q, k, v, out)
+        ctx.plans = plans
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = ctx.saved_tensors
+        with flash.full_precision(q.device):
+            dq, dk, dv = _backward(grad, q, k, v, out, ctx.plans)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, plans: Plans
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = flash.working_dtype(q, k, v)
+    q, k, v, out, grad = (t.to(dtype) for t in (q, k, v, out, grad))
+    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=dtype)
+    dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=dtype)
+    dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=dtype)
+    plan = plans.backward
+    group = q.shape[1] // k.shape[1]
+    size = group * max((run.queries * run.keys for run in plan.runs), default=1)
+    masks = [band(plan, run, dtype=dtype, device=q.device) for run in plan.runs]
+    for part in make_parts(q.shape[0], k.shape[1], size, BACKWARD_ENTRIES):
+        heads = slice(part.heads.start * group, part.heads.stop * group)
+        views = [t[part.rows, h] for t, h in zip((q, k, v, out, grad), _spans(heads, part.heads), strict=True)]
+        slots = [t[part.rows, h] for t, h in zip((dq, dk, dv), (heads, part.heads, part.heads), strict=True)]
+        _part_backward(part, [t.flatten(0, 1) for t in views], slots, plans, masks)
+    return dq, dk, dv
+
+
+def _spans(heads: slice, kv_heads: slice) -> tuple[slice, slice, slice, slice, slice]:
+    return heads, kv_heads, kv_heads, heads, heads
+
+
+def scratch(tensor: Tensor) -> Tensor:
+    """A gradient slot (rows, heads, ...) as (rows * heads, ...): itself where that is a view, else a copy."""
+    return tensor[0] if tensor.shape[0] == 1 else tensor.flatten(0, 1)
+
+
+def _part_backward(
+    part: Part, views: list[Tensor], slots: list[Tensor], plans: Plans, masks: list[Tensor | None]
+) -> None:
+    """Backward of some batch rows and heads; views (rows * heads, positions, dim), slots (rows, heads, ...)."""
+    q, k, v, out, grad = views
+    dq, dk, dv = (scratch(t) for t in slots)
+    plan, visibility, scale = plans.backward, plans.visibility, plans.scale
+    items, group = k.shape[0], q.shape[0] // k.shape[0]
+    rows = part.rows.stop - part.rows.start
+    for run, pattern in zip(plan.runs, masks, strict=True):
+        height = group * run.queries
+        scores = q.new_empty(items, height, run.keys)
+        weights = torch.empty_like(scores)
+        for tile, block in enumerate(make_tiles(run, part)):
+            start, low = run.start + tile * run.step, run.low + tile * run.step
+            here, there = slice(start, start + run.queries), slice(low, low + run.keys)
+            qt = q[:, here].reshape(items, height, -1)
+            gt = grad[:, here].reshape(items, height, -1)
+            inner = (grad[:, here] * out[:, here]).sum(-1).view(items, height, 1)
+            seen = None if visibility is None else visibility.seen(run, block)
+            mask = tile_mask(pattern, seen, q.dtype)
+            if mask is None:
+                scores.baddbmm_(qt, k[:, there].mT, beta=0, alpha=scale)
+            else:
+                scores.view(rows, -1, run.queries, run.keys).copy_(mask)
+                scores.baddbmm_(qt, k[:, there].mT, alpha=scale)
+            torch.softmax(scores, -1, out=weights)
+            dv[:, there].baddbmm_(weights.mT, gt)
+            scores.copy_(inner.mul_(-scale)).baddbmm_(gt, v[:, there].mT, alpha=scale).mul_(weights)
+            dk[:, there].baddbmm_(scores.mT, qt)
+            dq[:, here] = torch.bmm(scores, k[:, there]).view(-1, run.queries, q.shape[-1])
+    for slot, total in zip(slots, (dq, dk, dv), strict=True):
+        if slot.shape[0] > 1:
+            slot.copy_(total.view(slot.shape))
+
+
+def make_tiles(run: Run, part: Part) -> list[Any]:
+    """The blocks of one part of the batch, tile by tile."""
+    from longspan.ops.tiles import Block
+
+    return [Block(part.rows.start, part.rows.stop - part.rows.start, tile, 1) for tile in range(run.count)]
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """head_dim ** -0.5 unless given."""
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale

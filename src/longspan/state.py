@@ -1,0 +1,168 @@
+"""Functions over states.
+
+A state is what a mechanism or a model carries from one call to the next: a typed NamedTuple of batch-first tensors,
+nested where a model has layers or a mixer has parts. Offsets and counts are tensors too, one entry a row, so that
+every function here treats them alike. A state is a value: mixers never write into the one they are given.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from longspan.errors import CheckpointError
+from longspan.files import read_tensors, write_tensors
+
+S = TypeVar("S")
+
+__all__ = ["State", "append", "clone", "detach", "live", "load", "nbytes", "owned", "save", "select", "tensors", "to"]
+
+
+class State(Protocol):
+    """What every state has: a NamedTuple of tensors and tuples with the field `live`."""
+
+    @property
+    def live(self) -> Tensor:
+        """(batch,) int64: real tokens of each row since its last reset; the position of its next token."""
+
+
+def _map(function: Callable[[str, Tensor], Tensor], state: S, name: str = "") -> S:
+    """The same structure with `function(name, tensor)` in place of every tensor; names are paths like `layers.0.k`."""
+    if isinstance(state, Tensor):
+        return cast(S, function(name, state))
+    if isinstance(state, tuple):
+        fields = getattr(state, "_fields", range(len(state)))
+        parts = [
+            _map(function, part, f"{name}.{key}" if name else str(key)) for key, part in zip(fields, state, strict=True)
+        ]
+        return cast(S, type(state)(*parts) if hasattr(state, "_fields") else tuple(parts))
+    assert state is None, f"a state holds tensors and tuples, not {type(state).__name__}"
+    return state
+
+
+def tensors(state: Any) -> dict[str, Tensor]:
+    """Every tensor of a state by its path, such as `layers.0.k`."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        found[name] = tensor
+        return tensor
+
+    _map(keep, state)
+    return found
+
+
+def detach(state: S) -> S:
+    """The same values with no graph behind them: the cut of truncated backpropagation through time."""
+    return _map(lambda _, tensor: tensor.detach(), state)
+
+
+def clone(state: S) -> S:
+    """An independent copy, in exact (contiguous) tensors."""
+    return _map(lambda _, tensor: tensor.contiguous().clone(), state)
+
+
+def nbytes(state: Any) -> int:
+    """Bytes of all tensors of a state, counts included."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(state).values())
+
+
+def select(state: S, index: Tensor) -> S:
+    """The rows `index` (int64 or bool) of the batch, in that order: reordering beams, dropping finished rows."""
+    return _map(lambda _, tensor: tensor[index], state)
+
+
+def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
+    """The state on another device or in another floating-point type; counts keep their integer type."""
+
+    def convert(_: str, tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    return _map(convert, state)
+
+
+def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
+    """(batch,) real tokens of each row since its last reset; zeros where `state` is None."""
+    if state is None:
+        return torch.zeros(batch_size, dtype=torch.int64, device=device)
+    return cast(Tensor, state.live)
+
+
+def save(path: str | Path, state: Any, header: Mapping[str, Any] | None = None) -> Path:
+    """Write a state as safetensors, atomically; `header` is plain data kept beside it.
+
+    Raises:
+        CheckpointError: the file could not be written; an earlier one of that name still stands.
+    """
+    return write_tensors(path, tensors(state), {"kind": "state", **(header or {})})
+
+
+def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
+    """Read a state that `save` wrote.
+
+    Args:
+        path: the file.
+        like: any state of the same model (`model.init_state(1)`), for the structure; batch and columns may differ.
+
+    Returns:
+        The state and the header.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another structure; says what differs.
+    """
+    stored, header = read_tensors(path)
+    if header.get("kind") != "state":
+        raise CheckpointError(f"{path}: holds a {header.get('kind', 'thing of unknown kind')}, not a state")
+    expected = tensors(like)
+    if stored.keys() != expected.keys():
+        missing, extra = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+        differs = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}"
+        raise CheckpointError(f"{path}: the state of another model: {differs}")
+    for name, tensor in expected.items():
+        found = stored[name]
+        if found.ndim != tensor.ndim or (tensor.ndim > 1 and found.shape[-1] != tensor.shape[-1]):
+            shapes = f"{tuple(found.shape)}, expected one like {tuple(tensor.shape)}"
+            raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
+    return _map(lambda name, tensor: stored[name].to(tensor.device), like), header
+
+
+_owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_owned", default=False)
+
+
+@contextlib.contextmanager
+def owned() -> Iterator[None]:
+    """Inside, the caller gives each state up for the next one, so that growing buffers may be filled in place.
+
+    For `StreamSession`; anyone who keeps, forks or shares states must not use it.
+    """
+    token = _owned.set(True)
+    try:
+        yield
+    finally:
+        _owned.reset(token)
+
+
+def append(old: Tensor, new: Tensor) -> Tensor:
+    """Columns of `old` (batch, heads, columns, dim) followed by those of `new`.
+
+    A concatenation; inside `owned()` and without gradients the result is a view of a buffer with room to spare, which
+    the next call fills in place: appending one token to 16,384 keys would else cost more than attending to them.
+    """
+    if not _owned.get() or (torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)):
+        return torch.cat([old, new], 2)
+    batch, heads, columns, dim = old.shape
+    total = columns + new.shape[2]
+    capacity = old.stride(1) // dim
+    room = old.untyped_storage().nbytes() // old.element_size() >= batch * heads * capacity * dim
+    if columns == 0 or old.stride() != (heads * capacity * dim, capacity * dim, dim, 1) or capacity < total or not room:
+        capacity = max(256, 2 * total)
+        buffer = old.new_empty(batch, heads, capacity, dim)
+        buffer[:, :, :columns] = old
+    else:
+        buffer = old.as_strided((batch, heads, capacity, dim), old.stride(), old.storage_offset())
+    buffer[:, :, columns:total] = new
+    return buffer[:, :, :total]

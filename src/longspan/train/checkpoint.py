@@ -1,0 +1,218 @@
+"""Training checkpoints: everything a run needs to go on as if it had never stopped.
+
+    checkpoints/step-00000100/
+        config.json, model.safetensors      the model, as `longspan.models.io` writes it
+        training.safetensors                optimiser moments and random generators, by name
+        state-0000.safetensors, ...         what each group of lanes carries
+        meta.json                           step, positions in the data, digests of the other files
+
+A folder is complete or invisible, and never a pickle. `meta.json` holds digests, so damage is found before it is used.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan import state as states
+from longspan.errors import CheckpointError
+from longspan.files import read_json, read_tensors, write_json, write_tensors
+from longspan.models.io import load_model, save_model
+from longspan.train import folders
+from longspan.train.distributed import Group
+
+META = "meta.json"
+TRAINING = "training.safetensors"
+
+
+@dataclass
+class Position:
+    """Where a run is, as plain data."""
+
+    step: int = 0
+    """optimiser steps done"""
+    tokens: int = 0
+    """predictions trained on"""
+    units: int = 0
+    """bytes (or what the task counts) they stood for"""
+    seconds: float = 0.0
+    """training time, evaluation and saving not counted"""
+    lanes: dict[str, Any] = field(default_factory=dict)
+    """of `Lanes.state_dict`"""
+    pending: dict[str, float] = field(default_factory=dict)
+    """sums since the last line of the log"""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read."""
+
+    path: Path
+    model: Any
+    position: Position
+    tensors: dict[str, Tensor]
+    """of `training.safetensors`"""
+    blocks: int
+    """groups of lanes whose state was saved, over all processes"""
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:08d}"
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first; whether they are sound shows when they are read."""
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name)), reverse=True)
+
+
+def save(
+    folder: Path,
+    position: Position,
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    carried: list[Any],
+    *,
+    group: Group,
+    keep: int,
+) -> Path:
+    """Write `folder/step-...` and remove all but the newest `keep`; every process calls it, the main one returns last.
+
+    Args:
+        folder: the run's `checkpoints`.
+        position: where the run is.
+        model: for `longspan.models.io.save_model`.
+        tensors: optimiser and generators, the same in every process or already gathered.
+        carried: states of this process's groups of lanes; None where nothing is carried.
+        group: the processes.
+        keep: how many checkpoints stay.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; says which checkpoint is the last good one.
+    """
+    path = step_folder(folder, position.step)
+
+    def fill(filled: Path) -> None:
+        save_model(model, filled)
+        write_tensors(filled / TRAINING, tensors, {"kind": "training"})
+
+    def own_states(filled: Path) -> None:
+        for index, state in enumerate(carried):
+            if state is not None:
+                block = group.rank * len(carried) + index
+                states.save(filled / f"state-{block:04d}.safetensors", state)
+
+    def seal(filled: Path) -> None:
+        files = {each.name: folders.digest(each) for each in sorted(filled.iterdir()) if each.is_file()}
+        blocks = len(carried) * group.world_size
+        write_json(filled / META, {"position": asdict(position), "blocks": blocks, "files": files})
+
+    try:
+        if group.world_size > 1:
+            _save_together(path, fill, own_states, seal, group)
+        else:
+            folders.write_folder(path, lambda filled: (fill(filled), own_states(filled), seal(filled)))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {last_good(folder)}") from None
+    if group.main:
+        for old in found(folder)[keep:]:
+            folders.remove(old)
+    return path
+
+
+def _save_together(path: Path, fill: Any, own_states: Any, seal: Any, group: Group) -> None:
+    """`write_folder` by several processes: each writes its lanes, the main one the rest."""
+    filled = folders.hidden_name(path)
+    if group.main:
+        folders.shutil.rmtree(filled, ignore_errors=True)
+        filled.mkdir(parents=True)
+    group.barrier()
+    own_states(filled)
+    group.barrier()
+    if group.main:
+        fill(filled)
+        seal(filled)
+        folders.publish(path)
+    group.barrier()
+
+
+def last_good(folder: Path) -> str:
+    """A phrase for error messages."""
+    known = found(folder)
+    return f"the last good checkpoint is {known[0]}" if known else "there is no earlier checkpoint"
+
+
+def check(path: Path) -> dict[str, Any]:
+    """The contents of `meta.json` of a sound checkpoint.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; names it.
+    """
+    meta = read_json(path / META)
+    if not isinstance(meta, dict) or not {"position", "files", "blocks"} <= meta.keys():
+        raise CheckpointError(f"{path / META}: not a checkpoint that longspan wrote")
+    for name, expected in meta["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if folders.digest(file) != expected:
+            raise CheckpointError(f"{file}: damaged: its contents are not what was written")
+    return meta
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking it.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    meta = check(path)
+    tensors, _ = read_tensors(path / TRAINING)
+    return Checkpoint(path, load_model(path), Position(**meta["position"]), tensors, meta["blocks"])
+
+
+def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group) -> list[Any]:
+    """What this process's groups of lanes carried.
+
+    Raises:
+        CheckpointError: the run was split into another number of groups.
+    """
+    if groups * group.world_size != checkpoint.blocks:
+        raise CheckpointError(
+            f"{checkpoint.path}: saved with {checkpoint.blocks} groups of lanes (processes x accumulation), "
+            f"not {groups * group.world_size}; resume with the same product"
+        )
+    result: list[Any] = []
+    for index in range(groups):
+        file = checkpoint.path / f"state-{group.rank * groups + index:04d}.safetensors"
+        result.append(states.load(file, like=model.init_state(1))[0] if file.exists() else None)
+    return result
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """An optimiser's state by parameter name: `optimizer.exp_avg.layers.0...`."""
+    return {
+        f"optimizer.{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give an optimiser what `optimizer_tensors` took from it."""
+    parameters = dict(model.named_parameters())
+    for path, value in tensors.items():
+        kind, _, rest = path.partition(".")
+        if kind != "optimizer":
+            continue
+        key, _, name = rest.partition(".")
+        parameter = parameters[name]
+        # the step count stays where the optimiser keeps it, on the CPU
+        moved = value if key == "step" else value.to(device=parameter.device)
+        optimizer.state[parameter][key] = moved

@@ -1,0 +1,75 @@
+"""How a run is trained: the `[train]` table of a recipe."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from longspan.errors import ConfigError
+
+DEFAULT_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything about training that is not the model or the data."""
+
+    steps: int | None = None
+    """optimiser steps; None: 1000, or no limit where `minutes` is given"""
+    minutes: float | None = None
+    """training time (evaluation and saving not counted); the schedule follows steps or time, whichever is further on"""
+    lanes: int = 8
+    """rows of the batch, over all processes together; each reads contiguous text"""
+    segment_length: int = 256
+    """tokens of each lane in one call of the model"""
+    bptt_segments: int = 1
+    """segments in one graph: gradients reach this far back through what the model carries (as far as the mixer lets)"""
+    carry: bool = True
+    """False: every call starts from an empty state; for mixers whose state grows with the document (`full`)"""
+    accumulation: int = 1
+    """groups the lanes are split into, run one after another: same result, less memory"""
+    lr: float = 1e-3
+    warmup: int = 100
+    """steps of linear warm-up; after it the learning rate falls along a cosine"""
+    min_lr_ratio: float = 0.1
+    """the last learning rate as a share of `lr`"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    """largest norm of the gradient; 0: no clipping"""
+    seed: int = 0
+    log_every: int = 10
+    """steps between two lines of the log; a line holds the mean over them"""
+    eval_every: int = 500
+    """steps between two evaluations on held-back documents; 0: at the end only"""
+    eval_bytes: int = 200_000
+    """held-back tokens of such an evaluation, drawn once, whole documents first to last; 0: all of them"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints; 0: at the end only"""
+    keep: int = 2
+    """checkpoints that stay; older ones are removed"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """float32 and float64: of weights and arithmetic; bfloat16: autocast over float32 weights"""
+    device: str = "auto"
+    """`"auto"` (CUDA where there is one), `"cpu"`, `"cuda"`, `"cuda:1"`"""
+    threads: int = 0
+    """CPU threads; 0: as torch chooses. The same number gives the same losses, bit for bit"""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("lanes", "segment_length", "bptt_segments", "accumulation", "log_every", "keep")
+        not_negative = ("lr", "warmup", "min_lr_ratio", "weight_decay", "clip", "eval_every", "eval_bytes", "threads")
+        for name in (*at_least_one, *not_negative, "checkpoint_every", "steps", "minutes"):
+            value, least = getattr(self, name), 1 if name in at_least_one else 0
+            if value is not None and not value >= least:
+                raise ConfigError(f"train.{name} = {value}: {least} at least")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas = {list(self.betas)}: two numbers from 0 to below 1")
+        if self.lanes % self.accumulation:
+            raise ConfigError(
+                f"train.accumulation = {self.accumulation} does not divide train.lanes = {self.lanes}; "
+                "lanes are split into groups of equal size"
+            )
+
+    @property
+    def step_limit(self) -> int | None:
+        """Optimiser steps after which the run ends, None where only time ends it."""
+        return DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps

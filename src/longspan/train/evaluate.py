@@ -1,0 +1,186 @@
+"""Evaluation on held-back documents, with what the model carries from segment to segment, or without it."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.errors import DataError
+from longspan.tasks import Document, Documents, Piece
+from longspan.tasks.base import Array
+from longspan.train.distributed import Group
+from longspan.train.lanes import Lanes
+from longspan.train.loss import token_nats
+from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Totals of each document; arrays are (documents,)."""
+
+    names: tuple[str, ...]
+    nats: Array
+    """fp64: summed loss"""
+    tokens: Array
+    """int64: predictions that count"""
+    units: Array
+    """int64: bytes (or whatever the task counts) they stand for"""
+    correct: Array
+    """int64: predictions whose most likely token is the target"""
+    unit: str = field(default="byte")
+
+    @property
+    def bits_per_unit(self) -> float:
+        """Bits per byte for text, over all documents together."""
+        return float(self.nats.sum() / max(float(self.units.sum()), 1.0) / math.log(2))
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token."""
+        return float(self.nats.sum() / max(float(self.tokens.sum()), 1.0))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of predictions that are right."""
+        return float(self.correct.sum() / max(float(self.tokens.sum()), 1.0))
+
+    def interval(self, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
+        """Bits per unit with the interval of a bootstrap over documents."""
+        return bootstrap(self.nats, self.units, samples=samples, level=level, seed=seed)
+
+    def minus(self, other: "Evaluation", *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
+        """This one's bits per unit minus the other's, paired by document.
+
+        Raises:
+            DataError: the two are not of the same documents.
+        """
+        if self.names != other.names or not np.array_equal(self.units, other.units):
+            raise DataError("two evaluations can be compared only where both are of the same documents")
+        return paired_bootstrap(self.nats, other.nats, self.units, samples=samples, level=level, seed=seed)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain data: `bits_per_<unit>`, `loss` (nats per token), `accuracy`, `tokens`."""
+        return {
+            f"bits_per_{self.unit}": self.bits_per_unit,
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "tokens": int(self.tokens.sum()),
+        }
+
+
+def evaluate_text(
+    model: Any,
+    documents: Documents,
+    *,
+    chunk: int = 512,
+    batch: int = 16,
+    memory: bool = True,
+    segment_length: int | None = None,
+    group: Group | None = None,
+    unit: str = "byte",
+) -> Evaluation:
+    """Loss of every document, read in chunks with the carried state, or in separate segments without it.
+
+    Several documents are read side by side, one after another in each row with a reset between; by the laws of the
+    mixers this gives what each document alone would give. Parameters and random generators are left as they are.
+
+    Args:
+        model: a language model, `logits, state = model(tokens, state, mask=, reset=)`.
+        documents: from `task.documents("validation")` or `task.read(path)`.
+        chunk: tokens of a row in one call; changes memory and speed, not the result.
+        batch: rows, over all processes together.
+        memory: False: every segment of `segment_length` tokens starts from an empty state, to see what memory gives.
+        segment_length: of reading without memory; default `chunk`.
+        group: processes that share the work; each gets the totals of all.
+        unit: what `Evaluation.unit` says.
+    """
+    group = group or Group(device=_device_of(model))
+    restart = None if memory else segment_length or chunk
+    rows = -(-min(batch, len(documents)) // group.world_size) * group.world_size
+    lanes = Lanes(
+        documents,
+        lanes=rows,
+        segment_length=chunk,
+        seed=None,
+        epochs=1,
+        longest_first=True,
+        cut_long=False,
+        restart=restart,
+        rank=group.rank,
+        world_size=group.world_size,
+    )
+    totals = np.zeros((4, len(documents)))
+    state: Any = None
+    with _evaluating(model):
+        for part in lanes:
+            here = part.to(group.device)
+            logits, state = model(here.tokens, state, mask=here.mask, reset=here.reset)
+            totals += _totals(logits, part, len(documents))
+    summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
+    nats, tokens, units, correct = summed
+    return Evaluation(
+        tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
+    )
+
+
+def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
+    """Documents in a shuffled order up to `places` tokens in all, the last one cut short; 0: all of them."""
+    if not places or places >= documents.lengths.sum():
+        return documents
+    items: list[Document] = []
+    names: list[str] = []
+    for index in np.random.default_rng(seed).permutation(len(documents)).tolist():
+        length = min(len(documents[index]), places)
+        items.append(_Head(documents[index], length))
+        names.append(documents.names[index])
+        places -= length
+        if not places:
+            break
+    return Documents(items, names)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first places of a document."""
+
+    document: Document
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def cut(self, first: int, last: int) -> Piece:
+        return self.document.cut(first, last)
+
+
+def _totals(logits: Tensor, part: Any, count: int) -> Array:
+    """(4, documents) nats, tokens, units and right predictions of a batch."""
+    targets = part.targets.to(logits.device)
+    nats = token_nats(logits, targets).double().cpu().numpy()
+    right = (logits.argmax(-1) == targets).cpu().numpy()
+    graded = part.graded.numpy()
+    document = part.document.numpy()[graded]
+    weights = (nats[graded], np.ones(len(document)), part.sizes.numpy()[graded], right[graded])
+    return np.stack([np.bincount(document, weights=weight, minlength=count) for weight in weights])
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; no inference mode, whose tensors could not be trained with if cached."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _device_of(model: Any) -> torch.device:
+    parameter = next(iter(model.parameters()), None)
+    return torch.device("cpu") if parameter is None else torch.device(parameter.device)

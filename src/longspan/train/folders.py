@@ -1,0 +1,84 @@
+"""Folders that are complete or invisible: filled under a hidden name, flushed to disk, then renamed."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from longspan.errors import CheckpointError
+
+HIDDEN = ".tmp"
+
+
+def hidden_name(path: Path) -> Path:
+    """The name under which a folder is filled; the same for every process of a run."""
+    return path.with_name(f".{path.name}{HIDDEN}")
+
+
+def publish(path: Path) -> None:
+    """Give the folder filled under `hidden_name(path)` its name; one that is there already is replaced.
+
+    Raises:
+        OSError: the file system refuses.
+    """
+    filled, old = hidden_name(path), path.with_name(f".{path.name}.old{HIDDEN}")
+    sync(filled)
+    if path.exists():
+        os.rename(path, old)
+    os.rename(filled, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> Path:
+    """Make the folder `path` with what `fill(folder)` writes into it; on failure an earlier one stands.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
+    filled = hidden_name(path)
+    try:
+        shutil.rmtree(filled, ignore_errors=True)
+        filled.mkdir(parents=True)
+        fill(filled)
+        publish(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be saved: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
+    return path
+
+
+def remove(path: Path) -> None:
+    """Delete a folder; it vanishes at once, so that a kill leaves none half deleted."""
+    doomed = hidden_name(path)
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a kill left half written."""
+    for path in folder.glob(f".*{HIDDEN}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """Digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make the names in a folder durable; some file systems cannot, and then it is the best that can be had."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

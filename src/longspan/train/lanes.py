@@ -1,0 +1,215 @@
+"""Lanes: each row of the batch reads contiguous text, segment after segment, and one document after another.
+
+Documents are dealt to lanes as these run out, in an order that a seed shuffles anew in each epoch. A document that is
+longer than a lane's fair share of the data (one big book, say) is cut into parts of that size first, else one lane
+alone would read it. No place is padded before the last epoch ends; every place is read exactly once per epoch.
+
+Where each lane stands is a few integers, and every process plans all lanes but fills only its own: two processes of two
+lanes read what one process of four lanes reads.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.errors import CheckpointError, ConfigError
+from longspan.tasks import Documents
+from longspan.tasks.base import Array
+
+NO_PIECE = -1
+
+
+class Batch(NamedTuple):
+    """One segment of every lane; all tensors are (lanes, length), int64 unless said."""
+
+    tokens: Tensor
+    targets: Tensor
+    graded: Tensor
+    """bool: the prediction counts"""
+    sizes: Tensor
+    """units (bytes) of each target; 0 where it does not count"""
+    document: Tensor
+    """index of the document a place belongs to; -1 at padding"""
+    reset: Tensor | None
+    """bool: a document starts here; None: nowhere in this batch"""
+    mask: Tensor | None
+    """bool: a real token; None: all of them are"""
+
+    def rows(self, first: int, last: int) -> "Batch":
+        """Lanes `first` to `last` (excluded)."""
+        return Batch(*(None if tensor is None else tensor[first:last] for tensor in self))  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+
+class Lanes(Iterator[Batch]):
+    """Batches over documents; see the module.
+
+    Args:
+        documents: what is read.
+        lanes: rows over all processes together.
+        segment_length: places of a lane in one batch.
+        seed: of the order of documents; None: in the given order, longest first where `longest_first`.
+        epochs: how often everything is read; None: for ever.
+        longest_first: for a given order; the rows then end at about the same time.
+        cut_long: whether documents longer than a lane's share are cut.
+        restart: a further reset at every multiple of this position of a document: reading without memory.
+        rank: which process this is.
+        world_size: how many there are; they share the lanes evenly.
+
+    Raises:
+        ConfigError: the processes cannot share the lanes evenly.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        *,
+        lanes: int,
+        segment_length: int,
+        seed: int | None = 0,
+        epochs: int | None = None,
+        longest_first: bool = False,
+        cut_long: bool = True,
+        restart: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if lanes % world_size:
+            raise ConfigError(f"train.lanes = {lanes} cannot be shared evenly by {world_size} processes")
+        self.documents = documents
+        self.lanes = lanes
+        self.segment_length = segment_length
+        self.seed = seed
+        self.epochs = epochs
+        self.longest_first = longest_first
+        self.restart = restart
+        share = lanes // world_size
+        self.own = range(rank * share, (rank + 1) * share)
+        self._pieces = _pieces(documents.lengths, lanes if cut_long else 1)
+        self._epoch = 0
+        self._dealt = 0
+        self._order = self._order_of(0)
+        self._places = [(NO_PIECE, 0)] * lanes
+
+    @property
+    def places_per_epoch(self) -> int:
+        """Places of all documents together."""
+        return int((self._pieces[:, 2] - self._pieces[:, 1]).sum())
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        plans = [self._advance(lane) for lane in range(self.lanes)]
+        if not any(plans):
+            raise StopIteration
+        shape = (len(self.own), self.segment_length)
+        tokens, targets, sizes = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        document = np.full(shape, -1, dtype=np.int64)
+        graded, reset = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+        for row, lane in enumerate(self.own):
+            column = 0
+            for piece, first, last in plans[lane]:
+                index, start, _ = (int(value) for value in self._pieces[piece])
+                span = slice(column, column + last - first)
+                part = self.documents[index].cut(first, last)
+                tokens[row, span], targets[row, span], graded[row, span] = part.tokens, part.targets, part.graded
+                sizes[row, span] = part.sizes * part.graded
+                document[row, span] = index
+                reset[row, span] = self._resets(first, last, start)
+                column = span.stop
+        mask = document >= 0
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.from_numpy(graded),
+            torch.from_numpy(sizes),
+            torch.from_numpy(document),
+            torch.from_numpy(reset) if reset.any() else None,
+            None if mask.all() else torch.from_numpy(mask),
+        )
+
+    def _resets(self, first: int, last: int, start: int) -> Array:
+        places = np.arange(first, last)
+        resets: Array = places == start
+        if self.restart is not None:
+            resets |= places % self.restart == 0
+        return resets
+
+    def _advance(self, lane: int) -> list[tuple[int, int, int]]:
+        """Move a lane one segment on; the stretches (piece, first, last) it reads on the way."""
+        piece, place = self._places[lane]
+        plan, room = [], self.segment_length
+        while room:
+            if piece == NO_PIECE:
+                piece = self._deal()
+                if piece == NO_PIECE:
+                    break
+                place = int(self._pieces[piece, 1])
+            end = int(self._pieces[piece, 2])
+            last = min(place + room, end)
+            if last > place:
+                plan.append((piece, place, last))
+            room -= last - place
+            piece, place = (NO_PIECE, 0) if last == end else (piece, last)
+        self._places[lane] = (piece, place)
+        return plan
+
+    def _deal(self) -> int:
+        """The next piece of the epoch, or of the next epoch; `NO_PIECE` after the last one."""
+        if self._dealt == len(self._order):
+            if self.epochs is not None and self._epoch + 1 >= self.epochs:
+                return NO_PIECE
+            self._epoch += 1
+            self._dealt = 0
+            self._order = self._order_of(self._epoch)
+        self._dealt += 1
+        return int(self._order[self._dealt - 1])
+
+    def _order_of(self, epoch: int) -> Array:
+        if self.seed is not None:
+            return np.random.default_rng([self.seed, epoch]).permutation(len(self._pieces))
+        if self.longest_first:
+            return np.argsort(self._pieces[:, 1] - self._pieces[:, 2], kind="stable")
+        return np.arange(len(self._pieces))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every lane stands, as plain data."""
+        return {
+            "epoch": self._epoch,
+            "dealt": self._dealt,
+            "places": [list(place) for place in self._places],
+            "pieces": len(self._pieces),
+            "fingerprint": self.documents.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: the data or the number of lanes is not what it was.
+        """
+        if state["fingerprint"] != self.documents.fingerprint or state["pieces"] != len(self._pieces):
+            raise CheckpointError("the training data is not what this run was trained on: put the earlier data back")
+        if len(state["places"]) != self.lanes:
+            raise CheckpointError(f"this run has {len(state['places'])} lanes, not {self.lanes}")
+        self._epoch, self._dealt = state["epoch"], state["dealt"]
+        self._order = self._order_of(self._epoch)
+        self._places = [(piece, place) for piece, place in state["places"]]
+
+
+def _pieces(lengths: Array, lanes: int) -> Array:
+    """(pieces, 3) rows of (document, first, last): documents, cut where longer than a lane's share of all places."""
+    share = max(-(-int(lengths.sum()) // lanes), 1)
+    pieces = []
+    for index, length in enumerate(lengths.tolist()):
+        parts = max(-(-length // share), 1)
+        borders = [length * part // parts for part in range(parts + 1)]
+        pieces += [(index, borders[part], borders[part + 1]) for part in range(parts)]
+    return np.array(pieces, dtype=np.int64).reshape(-1, 3)

@@ -1,0 +1,80 @@
+"""Law 7: the cost that is announced is the cost that is paid."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from longspan.errors import UnsupportedError
+
+from ..tools import Make, inputs
+
+aten = torch.ops.aten
+
+
+def sdpa(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """2 per multiply-add, the full query x key rectangle."""
+    (batch, heads, queries, width), keys = q, k[2]
+    return 2 * batch * heads * queries * keys * (width + v[-1])
+
+
+def added_product(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """(..., n, m) x (..., m, p): torch counts these as zero."""
+    total = 2 * a[-1]
+    for size in a[:-1]:
+        total *= size
+    return total * (b[-1] if len(b) > 1 else 1)
+
+
+def product(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return added_product(None, a, b)
+
+
+COUNTED = {
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa,
+    aten.baddbmm_: added_product,
+    aten.addmm_: added_product,
+    aten.addmv: added_product,
+    aten.addmv_: added_product,
+    aten.mv: product,
+    aten.dot: product,
+}
+
+
+def check_flops(make: Make) -> None:
+    """flops(length) within 2 % of what the forward does, for several lengths and batches, in every form."""
+    for kv_heads, causal in ((2, True), (4, True), (2, False)):
+        if not causal and not make().traits.bidirectional:
+            continue
+        mixer = make(kv_heads=kv_heads, causal=causal, dtype=torch.float32)
+        for length, batch in ((1, 1), (1, 3), (2, 1), (7, 3), (63, 1), (200, 3), (513, 1)):
+            with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+                mixer(inputs(1, batch, length, dtype=torch.float32))
+            counted, announced = counter.get_total_flops(), mixer.flops(length, batch_size=batch)
+            what = f"{batch} x {length} tokens, causal={causal}: says {announced}, does {counted}"
+            assert counted > 0, f"nothing counted: {what}"
+            assert abs(announced - counted) <= 0.02 * counted, what
+        assert isinstance(announced, int)
+        assert mixer.flops(64) == mixer.flops(64, batch_size=1)
+
+
+def check_pairs(make: Make) -> None:
+    """pairs(length) is the number of attended pairs over all heads: the entries of the attention map."""
+    for causal in (True, False):
+        if not causal and not make().traits.bidirectional:
+            continue
+        mixer = make(causal=causal)
+        for length in (1, 2, 5, 16, 33):
+            announced = mixer.pairs(length)
+            assert isinstance(announced, int)
+            try:
+                # Nearly equal scores, so that no weight is zero for another reason than not being attended.
+                with torch.no_grad():
+                    attended = int((mixer.attention_map(inputs(1, 1, length, scale=1e-3)) != 0).sum())
+            except UnsupportedError:
+                continue
+            what = f"{length} tokens, causal={causal}: says {announced} pairs, the map has {attended}"
+            assert attended <= announced, what
+            if not mixer.traits.selects:
+                assert attended == announced, what
+        assert mixer.pairs(64) >= mixer.pairs(63) >= mixer.pairs(1) >= 1

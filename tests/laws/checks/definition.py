@@ -1,0 +1,93 @@
+"""Law 4: a mixer on the fast ops and the same mixer on their dense definitions agree."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import longspan
+
+from ..tools import Make, close, copy_state, inputs, leaves, states_close
+
+
+@contextmanager
+def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
+    """Every op of `fast` that `slow` defines is replaced by its definition; the names called are collected."""
+    names = [n for n in slow.__all__ if callable(getattr(slow, n)) and hasattr(fast, n)]
+    kept, called = {n: getattr(fast, n) for n in names}, []
+
+    def spy(name: str) -> Any:
+        def call(*args: Any, **keywords: Any) -> Any:
+            called.append(name)
+            return getattr(slow, name)(*args, **keywords)
+
+        return call
+
+    for name in names:
+        setattr(fast, name, spy(name))
+    try:
+        yield called
+    finally:
+        for name, function in kept.items():
+            setattr(fast, name, function)
+
+
+def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
+    """Outputs, state and gradients of a weighted sum of the outputs."""
+    x = x.clone().requires_grad_()
+    y, end = mixer(x, state, **keywords)
+    named = {"x": x} | dict(mixer.named_parameters())
+    loss = (y * inputs(99, *y.shape[:2])).sum()
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return y, end, {n: torch.zeros(1) if g is None else g for n, g in zip(named, gradients, strict=True)}
+
+
+def compare(
+    mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any
+) -> None:
+    what = f"{tuple(x.shape)}, state {state is not None}, {sorted(keywords)}"
+    y, end, gradients = answer(mixer, x, state, keywords)
+    with defined_by(fast, slow) as called:
+        expected, last, exact = answer(mixer, x, state, keywords)
+    assert called, f"the mixer calls no op of longspan.ops that longspan.reference defines, {what}"
+    close(y, expected, 1e-9, f"outputs, {what}")
+    for name, gradient in gradients.items():
+        close(gradient, exact[name], 1e-9, f"gradient of {name}, {what}")
+    assert (end is None) == (last is None)
+    if end is not None:
+        states_close(end, last, 1e-9, f"state, {what}")
+
+
+def check_definition(
+    make: Make, fast: ModuleType | SimpleNamespace | None = None, slow: ModuleType | SimpleNamespace | None = None
+) -> None:
+    """Outputs, gradients and states, with and without grouped queries, masks, resets and a carried state."""
+    fast, slow = longspan.ops if fast is None else fast, longspan.reference if slow is None else slow
+    for kv_heads, causal in ((2, True), (4, True), (2, False)):
+        if not causal and not make().traits.bidirectional:
+            continue
+        mixer = make(kv_heads=kv_heads, causal=causal).train()
+        for length in (1, 2, 63, 200):
+            compare(mixer, inputs(length, 2, length), fast, slow)
+        generator = torch.Generator().manual_seed(3)
+        mask, reset = (torch.rand(3, 45, generator=generator) < p for p in (0.8, 0.1))
+        compare(mixer, inputs(4, 3, 45), fast, slow, mask=mask)
+        compare(mixer, inputs(5, 3, 45), fast, slow, mask=mask, reset=reset)
+        if mixer.traits.streams:
+            state = copy_state(mixer(inputs(6, 3, 45), mask=mask)[1])
+            compare(mixer, inputs(7, 3, 45), fast, slow, state=state)
+            compare(mixer, inputs(7, 3, 45), fast, slow, state=state, mask=mask.flip(0), reset=reset)
+            compare(mixer, inputs(8, 3, 1), fast, slow, state=state)
+    compare(make().train(), inputs(1, 1, 1000), fast, slow)
+
+
+def check_state_is_of_tensors(make: Make) -> None:
+    """States are typed NamedTuples of tensors, and the one returned has the structure of init_state."""
+    mixer = make()
+    state = mixer(inputs(1, 2, 5))[1]
+    assert type(state) is type(mixer.init_state(2)), f"{type(state).__name__}, init_state gives another type"
+    assert hasattr(state, "_fields"), "a state is a NamedTuple"
+    assert list(leaves(state)) == list(leaves(mixer.init_state(2)))

@@ -1,0 +1,148 @@
+"""Law 6: gradients reach as far as the traits say, exactly, however the stream was cut."""
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import longspan as ls
+from longspan.errors import UnsupportedError
+
+from ..tools import Make, close, feed, inputs
+
+
+def check_reach(make: Make) -> None:
+    """horizon=k: a loss in the last segment reaches exactly k segments. None: everything that is seen at all."""
+    mixer = make().train()
+    horizon, segment = mixer.traits.horizon, mixer.traits.segment
+    if horizon is None:
+        return reach_of_map(mixer)
+    assert segment, "a horizon counts segments, so traits.segment must say how long they are"
+    for extra in (0, 1):  # the last segment closed, or open
+        last, open_tokens = horizon + 2, 0 if not extra else max(1, segment // 2)
+        length = (last + 1) * segment if not extra else last * segment + open_tokens
+        x = inputs(1, 2, length).requires_grad_()
+        y = mixer(x)[0]
+        weights = inputs(2, 2, length)
+        (gradient,) = torch.autograd.grad((y * weights)[:, last * segment :].sum(), x)
+        for number in range(last + 1):
+            part = gradient[:, number * segment : (number + 1) * segment].abs().amax().item()
+            reached = number > last - horizon
+            what = f"segment {number} of {last + 1} ({length} tokens), horizon {horizon}"
+            assert (part > 0) == reached, f"gradient of {part:.3g} in {what}"
+    return None
+
+
+def reach_of_map(mixer: nn.Module) -> None:
+    """The gradient of every output reaches the tokens that the attention map shows, and no other."""
+    length = 24
+    x = inputs(1, 1, length).requires_grad_()
+    y, state = mixer(x)
+    weights = inputs(2, 1, length)
+    reached = torch.stack(
+        [torch.autograd.grad((y * weights)[:, i].sum(), x, retain_graph=True)[0][0].abs().amax(-1) for i in range(length)]
+    )
+    if mixer.traits.causal:
+        assert (reached.triu(1) == 0).all(), "gradients from the future"
+    assert (reached.diagonal() > 0).all(), "an output sends no gradient to its own token"
+    try:
+        with torch.no_grad():
+            attention = mixer.attention_map(x.detach())[0].abs().amax(0)
+    except UnsupportedError:
+        return
+    missing = ((attention > 1e-6) & (reached == 0)).nonzero().tolist()
+    assert not missing, f"no gradient where the map shows attention, (query, key) {missing[:5]}"
+
+
+def gradients(mixer: nn.Module, x: Tensor, cuts: Sequence[int], **keywords: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = feed(mixer, x, cuts, **keywords)[0]
+    named = {"x": x} | dict(mixer.named_parameters())
+    loss = (y * inputs(99, *y.shape[:2])).sum()
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, found, strict=True)}
+
+
+def check_gradients_of_cuts(make: Make) -> None:
+    """Gradients through carried states are those of one pass; with a horizon of k, within k segments.
+
+    A horizon of 1 cuts at every segment border, which are positions, so there any length will do.
+    """
+    mixer = make().train()
+    horizon, segment = mixer.traits.horizon, mixer.traits.segment
+    longest = 40 if horizon in (None, 1) else horizon * segment
+    generator = torch.Generator().manual_seed(4)
+
+    @given(length=st.integers(2, longest), parts=st.integers(2, 5), seed=st.integers(0, 99), packed=st.booleans())
+    def law(length: int, parts: int, seed: int, packed: bool) -> None:
+        generator.manual_seed(seed)
+        edges = [0, *sorted(torch.randint(0, length + 1, (parts - 1,), generator=generator).tolist()), length]
+        cuts = [b - a for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        keywords = {}
+        if packed:
+            keywords["mask"] = torch.rand(2, length, generator=generator) < 0.8
+            keywords["reset"] = torch.rand(2, length, generator=generator) < 0.1
+        x = inputs(seed, 2, length)
+        exact = gradients(mixer, x, [length], **keywords)
+        for name, gradient in gradients(mixer, x, cuts, **keywords).items():
+            close(gradient, exact[name], 1e-8, f"gradient of {name}, calls of {cuts} against one of {length}")
+
+    law()
+
+
+def check_gradients_of_open_segment(make: Make) -> None:
+    """One segment cut into several calls has the gradients of one call; also after older, detached segments."""
+    mixer = make().train()
+    segment = mixer.traits.segment or 8
+    with torch.no_grad():
+        state = mixer(inputs(1, 2, 2 * segment))[1]
+    x = inputs(2, 2, segment)
+    for past in (None, state):
+        exact = gradients(mixer, x, [segment], state=past)
+        for cuts in ([1] * segment, [segment // 2, segment - segment // 2], [segment - 1, 1]):
+            for name, gradient in gradients(mixer, x, cuts, state=past).items():
+                close(gradient, exact[name], 1e-8, f"gradient of {name}, a segment in calls of {cuts}")
+
+
+def check_numeric_gradients(make: Make) -> None:
+    """Backward is the derivative of forward: finite differences, with masks, resets and a carried state."""
+    mixer = make().train()
+    length = 7 if mixer.traits.horizon is None else min(7, mixer.traits.segment)
+    with torch.no_grad():
+        state = mixer(inputs(1, 2, 6))[1]
+    mask, reset = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.bool)
+    mask[0, 1:3] = mask[1, -1] = False
+    reset[0, length // 2] = True
+    if mixer.traits.horizon is not None:
+        with torch.no_grad():
+            state = mixer(inputs(1, 2, 2 * mixer.traits.segment))[1]
+
+    def forward(x: Tensor, past: object, packed: bool) -> Tensor:
+        return mixer(x, past, mask=mask, reset=reset)[0] if packed else mixer(x, past)[0]
+
+    for past, packed in ((None, False), (state, False), (state, True)):
+        x = inputs(2, 2, length).requires_grad_()
+        good = torch.autograd.gradcheck(
+            lambda x, past=past, packed=packed: forward(x, past, packed),
+            (x,),
+            fast_mode=True,
+            raise_exception=False,
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        assert good, f"backward is not the derivative of forward (state {past is not None}, packed {packed})"
+
+
+def check_detach(make: Make) -> None:
+    """The caller cuts: no gradient passes a detached state, and its values are kept."""
+    mixer = make().train()
+    x = inputs(1, 2, 20).requires_grad_()
+    y, state = mixer(x[:, :11])
+    cut = ls.state.detach(state)
+    later, end = mixer(x[:, 11:], cut)
+    (gradient,) = torch.autograd.grad(later.square().sum(), x)
+    assert (gradient[:, :11] == 0).all(), "gradients pass a detached state"
+    assert (gradient[:, 11:].abs().amax(-1) > 0).all(), "no gradient inside the call"
+    close(later, mixer(x[:, 11:], state)[0], 0.0, "outputs after a detached state")

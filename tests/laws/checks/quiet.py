@@ -1,0 +1,220 @@
+"""Law 8: finite, and quiet: nothing drawn, nothing kept, nothing mixed between rows."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import ConfigError, UnsupportedError
+
+from ..tools import BATCH, Make, close, feed, inputs, leaves, map_state, same, state_row, states_close, states_same
+from .stream import growing_leaves, position_leaves
+
+
+def check_rows_are_independent(make: Make) -> None:
+    """Other contents in the other rows change no bit of a row: outputs, state, and the calls after."""
+    mask = torch.ones(BATCH, 50, dtype=torch.bool)
+    mask[0, :4] = mask[1, 30:33] = mask[2, 45:] = False
+    reset = torch.zeros(BATCH, 50, dtype=torch.bool)
+    reset[1, 17] = reset[2, 31] = True
+    for dtype in (torch.float64, torch.float32):
+        mixer = make(dtype=dtype)
+        x = inputs(1, BATCH, 50, dtype=dtype)
+        for row in range(BATCH):
+            other = inputs(2, BATCH, 50, dtype=dtype, scale=30.0)
+            other[row] = x[row]
+            for keywords in ({}, {"mask": mask, "reset": reset}):
+                with torch.no_grad():
+                    y, state = feed(mixer, x, (34, 1, 15), **keywords)
+                    beside, end = feed(mixer, other, (34, 1, 15), **keywords)
+                what = f"row {row} beside other rows, {sorted(keywords)}, {dtype}"
+                same(beside[row], y[row], f"outputs of {what}")
+                states_same(state_row(end, row), state_row(state, row), f"state of {what}")
+
+
+def check_batch_size(make: Make) -> None:
+    """Rows in a larger batch, in another order, are what they are alone."""
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        mixer, x = make(dtype=dtype), inputs(1, 7, 40, dtype=dtype)
+        with torch.no_grad():
+            y, state = mixer(x)
+            for row in (0, 3, 6):
+                single, end = mixer(x[row : row + 1])
+                close(single, y[row : row + 1], tolerance, f"row {row} of 7 alone, {dtype}")
+                states_close(end, state_row(state, row), tolerance, f"state of row {row} of 7 alone, {dtype}")
+            pair, _ = mixer(x[[6, 0]])
+            close(pair, y[[6, 0]], tolerance, f"two rows of 7, {dtype}")
+
+
+def check_bf16_streams(make: Make) -> None:
+    """Thousands of bf16 tokens: finite, and near the same stream in fp64 (an accumulator in bf16 stands still)."""
+    rounded = make(dtype=torch.bfloat16)
+    exact = make()
+    with torch.no_grad():
+        for mine, theirs in zip(exact.parameters(), rounded.parameters(), strict=True):
+            mine.copy_(theirs)
+        x = inputs(1, 2, 2500, dtype=torch.bfloat16)
+        x = x + 0.5  # a mean other than zero, so that sums grow
+        cuts = [311] * 8 + [12]
+        y, state = feed(rounded, x, cuts)
+        expected, _ = feed(exact, x.double(), cuts)
+    assert y.dtype == torch.bfloat16, f"outputs of a bf16 mixer are {y.dtype}"
+    assert torch.isfinite(y).all(), "bf16 outputs are not finite"
+    for name, t in leaves(state).items():
+        assert torch.isfinite(t).all(), f"{name} is not finite after 2500 bf16 tokens"
+    if not rounded.traits.selects:
+        scale = expected.abs().max().item()
+        difference = (y.double() - expected)[:, -500:].abs().max().item()
+        assert difference <= 0.05 * scale, f"bf16 differs from fp64 by {difference:.3g} of {scale:.3g} late in a stream"
+
+
+def check_old_streams(make: Make) -> None:
+    """After 10^6 tokens and more (counts moved, where nothing grows) outputs and states stay finite."""
+    for dtype in (torch.float32, torch.bfloat16):
+        mixer = make(dtype=dtype, dim=32)
+        with torch.no_grad():
+            if growing_leaves(mixer):
+                return
+            names = position_leaves(make(dim=32))
+            state = mixer(inputs(1, 2, 50, dim=32, dtype=dtype))[1]
+            for distance in (1_008_000, 10_080_000, 1_008_000_000):
+                distance -= distance % (mixer.traits.segment or 1)
+                old = map_state(state, lambda name, t, d=distance: t + d if name in names else t)
+                y, end = feed(mixer, inputs(2, 2, 60, dim=32, dtype=dtype), (21, 39), state=old)
+                assert torch.isfinite(y).all(), f"outputs after {distance} tokens are not finite, {dtype}"
+                for name, t in leaves(end).items():
+                    assert torch.isfinite(t).all(), f"{name} after {distance} tokens is not finite, {dtype}"
+
+
+def check_large_inputs(make: Make) -> None:
+    """Inputs a thousand times larger than usual overflow nothing: no exponential without its maximum."""
+    for dtype in (torch.float32, torch.bfloat16):
+        mixer = make(dtype=dtype)
+        x = inputs(1, 2, 60, dtype=dtype, scale=1000.0)
+        x[:, 20:40] *= 1e-3
+        mask = torch.rand(2, 60, generator=torch.Generator().manual_seed(1)) < 0.7
+        with torch.no_grad():
+            for keywords in ({}, {"mask": mask}):
+                y, state = feed(mixer, x, (31, 29), **keywords)
+                assert torch.isfinite(y).all(), f"outputs of large inputs, {dtype}"
+                for name, t in leaves(state).items():
+                    assert torch.isfinite(t).all(), f"{name} after large inputs, {dtype}"
+
+
+def check_autocast(make: Make) -> None:
+    """Under autocast: finite, near fp32, states of one dtype throughout the stream, gradients finite."""
+    mixer, x = make(dtype=torch.float32), inputs(1, 2, 1200, dtype=torch.float32) + 0.5
+    with torch.no_grad():
+        expected, _ = feed(mixer, x, (400, 400, 400))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, state, kinds = [], None, []
+            for part in x.split(400, 1):
+                y, state = mixer(part, state)
+                outputs.append(y)
+                kinds.append({name: t.dtype for name, t in leaves(state).items()})
+    y = torch.cat(outputs, 1)
+    assert torch.isfinite(y).all(), "outputs under autocast are not finite"
+    assert kinds[0] == kinds[1] == kinds[2], f"dtypes of the state change in the stream: {kinds}"
+    if not mixer.traits.selects:
+        scale = expected.abs().max().item()
+        difference = (y.float() - expected)[:, -400:].abs().max().item()
+        assert difference <= 0.05 * scale, f"autocast differs by {difference:.3g} of {scale:.3g} late in a stream"
+    mixer.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x[:, :50].clone().requires_grad_())[0]
+    y.float().square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all(), f"gradient of {name} under autocast is not finite"
+
+
+def check_draws_nothing(make: Make) -> None:
+    """Evaluation leaves torch's generator alone (also where dropout is set) and repeats itself bit for bit."""
+    for dropout in (0.0, 0.3):
+        try:
+            mixer = make(dropout=dropout)
+        except (ConfigError, UnsupportedError):
+            assert dropout > 0, "dropout=0.0 is refused"
+            continue
+        x = inputs(1, 2, 40)
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            with torch.no_grad():
+                y, state = feed(mixer, x, (17, 1, 22))
+                mixer.init_state(2)
+            assert torch.equal(torch.get_rng_state(), before), f"evaluation draws random numbers, dropout={dropout}"
+            first = (y, state) if seed == 1 else first
+        same(y, first[0], f"outputs of the same stream, dropout={dropout}")
+        states_same(state, first[1], f"states of the same stream, dropout={dropout}")
+
+
+def attached(mixer: nn.Module) -> list[str]:
+    """Names of tensors with a graph that hang on a module or in a list or dict of it."""
+    found = []
+    for name, module in mixer.named_modules():
+        for key, value in vars(module).items():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            found += [f"{name}.{key}" for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
+    return found
+
+
+def kept_numbers(mixer: nn.Module, training: bool) -> dict[str, Tensor]:
+    """Parameters and buffers; statistics that wait for after_step may change in training and are named pending."""
+    named: dict[str, Any] = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
+    return {n: t.detach().clone() for n, t in named.items() if not (training and "pending" in n)}
+
+
+def check_forward_changes_nothing(make: Make) -> None:
+    """Forward and backward change no parameter and no buffer; auxiliary losses go into the list that was passed."""
+    for training in (False, True):
+        mixer = make().train(training)
+        before = kept_numbers(mixer, training)
+        mask = torch.ones(2, 30, dtype=torch.bool)
+        mask[0, :7] = False
+        for penalties in (None, []):
+            x = inputs(1, 2, 30).requires_grad_()
+            y, state = mixer(x, mask=mask, penalties=penalties)
+            y = y + mixer(x, state, penalties=penalties)[0]
+            assert not attached(mixer), f"forward leaves tensors on the module: {attached(mixer)}"
+            loss = y.square().sum() + sum(penalties or [])
+            for penalty in penalties or []:
+                assert penalty.dim() == 0, "an auxiliary loss is a scalar"
+                assert torch.isfinite(penalty)
+            loss.backward()
+        after = kept_numbers(mixer, training)
+        assert list(after) == list(before), "forward adds or removes a parameter or buffer"
+        for name, t in before.items():
+            same(after[name], t, f"{name} after forward, training={training}")
+
+
+def check_forms(make: Make) -> None:
+    """The contract itself: traits, the form that does not stream, and what is refused."""
+    mixer, x = make(), inputs(1, 2, 9)
+    traits = mixer.traits
+    assert traits.causal
+    assert traits.streams, "every mixer streams in its causal form"
+    assert isinstance(traits.bounded, bool)
+    assert isinstance(traits.selects, bool)
+    assert traits.segment is None or traits.segment >= 1
+    assert traits.horizon is None or (traits.horizon >= 1 and traits.segment), "a horizon counts segments"
+    y, state = mixer(x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    if not traits.bidirectional:
+        try:
+            make(causal=False)
+        except (ConfigError, UnsupportedError):
+            return
+        raise AssertionError("traits.bidirectional is False, but causal=False is accepted")
+    both = make(causal=False)
+    assert not both.traits.streams, "causal=False, but traits.streams is True"
+    y, nothing = both(x)
+    assert y.shape == x.shape
+    assert nothing is None, "causal=False returns a state"
+    try:
+        both(x, state)
+    except UnsupportedError:
+        return
+    raise AssertionError("causal=False accepts a state")

@@ -1,0 +1,155 @@
+"""Law 2: however a stream is cut into calls, outputs and final state are the same."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+import longspan as ls
+
+from ..tools import (
+    BATCH,
+    TOLERANCE,
+    Case,
+    Make,
+    calm,
+    cases,
+    close,
+    copy_state,
+    feed,
+    growing_leaves,
+    inputs,
+    leaves,
+    map_state,
+    states_close,
+    states_same,
+)
+
+
+def check_cuts(make: Make) -> None:
+    """Drawn cuts (empty calls too), masks and resets, from no state and from an empty one."""
+    mixer = make()
+
+    @given(case=cases())
+    def law(case: Case) -> None:
+        x = inputs(case.seed, BATCH, case.length)
+        with torch.no_grad():
+            whole, end = mixer(x, mask=case.mask, reset=case.reset)
+            cut, later = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset)
+            empty, last = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset, state=mixer.init_state(BATCH))
+        close(cut, whole, 1e-9, "outputs of the calls against one pass")
+        states_close(later, end, 1e-9, "final state of the calls against one pass")
+        close(empty, whole, 1e-9, "outputs from init_state against state=None")
+        states_close(last, end, 1e-9, "final state from init_state against state=None")
+
+    law()
+
+
+def check_token_by_token(make: Make) -> None:
+    """Token by token, in chunks and in one pass; fp64 and fp32; several windows and segments long."""
+    length = 70
+    x = calm(make, 2, length)
+    for dtype in (torch.float64, torch.float32):
+        mixer = make(dtype=dtype)
+        with torch.no_grad():
+            whole, end = mixer(x.to(dtype))
+            for size in (1, 3, 16):
+                cuts = [size] * (length // size) + [length % size]
+                y, state = feed(mixer, x.to(dtype), cuts)
+                close(y, whole, TOLERANCE[dtype], f"outputs in calls of {size}, {dtype}")
+                states_close(state, end, TOLERANCE[dtype], f"final state of calls of {size}, {dtype}")
+
+
+def check_saved_state(make: Make) -> None:
+    """A state saved to disk, loaded and given to a mixer built anew goes on as if nothing had happened."""
+    mixer, x = make(), inputs(5, BATCH, 40)
+    mask = torch.ones(BATCH, 40, dtype=torch.bool)
+    mask[1, 3:9] = mask[2, :20] = False
+    with torch.no_grad():
+        state = mixer(x[:, :23], mask=mask[:, :23])[1]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "state.safetensors"
+            ls.state.save(path, state, header={"note": "law 2"})
+            loaded, header = ls.state.load(path, like=mixer.init_state(BATCH))
+        assert header["note"] == "law 2"
+        assert type(loaded) is type(state)
+        states_same(loaded, state, "loaded state")
+        y, end = mixer(x[:, 23:], state, mask=mask[:, 23:])
+        mixer(inputs(6, BATCH, 5))  # something else in between
+        again, last = make()(x[:, 23:], loaded, mask=mask[:, 23:])
+    same_bits = "after loading, in a mixer built anew"
+    close(again, y, 0.0, f"outputs {same_bits}")
+    states_close(last, end, 0.0, f"final state {same_bits}")
+
+
+# RoPE far out ------------------------------------------------------------------------------------------------
+
+FAR = dict(dim=32, rope=3.0)  # slow decay: every frequency turns fast, so an angle in fp32 shows
+STEP = 201_600  # a position with many divisors, so that borders stay borders
+
+
+def position_leaves(mixer: nn.Module) -> list[str]:
+    """Names of the counts that say how many tokens a row has seen: found by feeding rows of 37 and 53."""
+    mask = torch.arange(53)[None] < torch.tensor([37, 53])[:, None]
+    state = mixer(inputs(1, 2, 53, dim=32), mask=mask)[1]
+    seen = torch.tensor([37, 53])
+    return [n for n, t in leaves(state).items() if t.dtype == torch.int64 and torch.equal(t.cpu(), seen)]
+
+
+def moved(state: Any, names: list[str], growing: list[str], distance: int) -> Any:
+    """The state as if `distance` tokens had gone before: counts moved, growing columns filled with zeros in front."""
+
+    def move(name: str, t: Tensor) -> Tensor:
+        if name in names:
+            return t + distance
+        if name in growing:
+            return torch.cat([t.new_zeros(*t.shape[:-2], distance, t.shape[-1]), torch.zeros_like(t)], -2)
+        return t
+
+    return map_state(state, move)
+
+
+def check_far_positions(make: Make) -> None:
+    """RoPE at position 10^6 is as precise as at the start: angles in fp64, whatever the dtype of the model."""
+    exact, single = make(**FAR), make(dtype=torch.float32, **FAR)
+    x = inputs(2, 1, 48, dim=32)
+    y = inputs(3, 1, 64, dim=32, scale=3.0)
+    with torch.no_grad():
+        names, growing = position_leaves(exact), growing_leaves(exact)
+        start = exact(x)[1]
+        small = single(x.float())[1]
+        distance = STEP if growing else 5 * STEP
+        distance -= distance % (exact.traits.segment or 1)
+        there = exact(y, moved(start, names, growing, distance))[0][:, -16:]
+        low = map_state(small, lambda name, t: leaves(start)[name].to(t.dtype))
+        rough = single(y.float(), moved(low, names, growing, distance))[0][:, -16:]
+        limit = 1e-3 * there.abs().max().item()
+        difference = (rough.double() - there).abs().max().item()
+        assert difference <= limit, f"position {distance}: fp32 differs from fp64 by {difference:.3g} > {limit:.3g}"
+        if growing:
+            return
+        # Where nothing but distances matters and the past is forgotten, far away is like near by.
+        near, further = (exact(y, moved(start, names, growing, STEP // 10 * i))[0][:, -16:] for i in (1, 2))
+        if (near - further).abs().max().item() <= 1e-2 * near.abs().max().item():
+            close(there, near, 1e-7, f"fp64 outputs at position {distance}, where only distances matter")
+
+
+def check_state_functions(make: Make) -> None:
+    """Clone, detach, select and tensors of longspan.state see this mixer's state as it is."""
+    mixer = make()
+    with torch.no_grad():
+        state = mixer(inputs(1, BATCH, 13))[1]
+    kept = copy_state(state)
+    for name, function in (("clone", ls.state.clone), ("detach", ls.state.detach)):
+        result = function(state)
+        assert type(result) is type(state), f"{name} returns a {type(result).__name__}"
+        states_same(result, state, name)
+    clone = ls.state.clone(state)
+    map_state(clone, lambda _, t: t.zero_())
+    states_same(state, kept, "state after its clone was overwritten")
+    assert set(ls.state.tensors(state)) == set(leaves(state))
+    rows = ls.state.select(state, torch.tensor([2, 0, 2]))
+    states_same(rows, map_state(state, lambda _, t: t[[2, 0, 2]]), "selected rows")
