@@ -1,7 +1,8 @@
 """longspan: long-context Transformers that are exact, causal, streaming and trainable."""
 
-from longspan import errors, mixers, ops, reference, state
+from longspan import errors, mixers, models, ops, reference, state
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError, UnsupportedError
+from longspan.models import Decoder, DecoderConfig, Encoder, EncoderConfig, load_model, save_model
 
 __version__ = "0.1.0"
 
@@ -9,12 +10,19 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "Decoder",
+    "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
     "LongspanError",
     "UnsupportedError",
     "__version__",
     "errors",
+    "load_model",
     "mixers",
+    "models",
     "ops",
     "reference",
+    "save_model",
     "state",
 ]

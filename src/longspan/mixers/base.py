@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 from longspan.ops.rotary import rotary_table, rotate
 
@@ -179,7 +180,7 @@ class Mixer(nn.Module):
         UnsupportedError: a state given to a mixer that does not stream.
     """
 
-    def __init__(self, name: str, core: Core, projections: nn.Module, dropout: float = 0.0) -> None:
+    def __init__(self, name: str, core: Core, projections: Projections, dropout: float = 0.0) -> None:
         super().__init__()
         self.name, self.core, self.projections = name, core, projections
         self.dropout = nn.Dropout(dropout)
@@ -269,8 +270,7 @@ class Mixer(nn.Module):
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, projections included."""
-        projections: int = self.projections.flops(length)
-        return batch_size * projections + self.core.flops(length, batch_size)
+        return batch_size * self.projections.flops(length) + self.core.flops(length, batch_size)
 
     def pairs(self, length: int) -> int:
         """Attended (query, key) pairs of the definition for one row from an empty past, summed over query heads."""

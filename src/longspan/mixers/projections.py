@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Projections(nn.Module):
     """The four linear maps of an attention layer.
 
-    A converted pretrained model brings its own (names, biases and norms kept); whatever has these methods will do.
+    A converted pretrained model brings a subclass of its own (names, biases and norms kept).
 
     Args:
         dim: width of the hidden states.
@@ -54,4 +54,4 @@ class Projections(nn.Module):
         )
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)

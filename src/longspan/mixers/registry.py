@@ -42,7 +42,7 @@ def examples(name: str) -> tuple[dict[str, Any], ...]:
 def build_core(name: str, shape: Shape, fields: dict[str, Any], where: str = "mixer") -> Core:
     """A core by name, its fields checked."""
     cls = core_class(name, where)
-    config = from_dict(cls.Config, fields, name if where == "mixer" else f"{where} ({name})")
+    config: Any = from_dict(cls.Config, fields, name if where == "mixer" else f"{where} ({name})")
     return cls(shape, config)
 
 

@@ -214,8 +214,8 @@ class TransformerXLCore(Core):
     ) -> TransformerXLState | TransformerXLKeysValues:
         if self.config.memory == "kv":
             old_k, old_v = (None, None) if state is None else (state.k, state.v)
-            kept = (rows.carry(old, new, self.capacity) for old, new in ((old_k, k), (old_v, v)))
-            return TransformerXLKeysValues(*kept, rows.live)
+            carried_k, carried_v = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
+            return TransformerXLKeysValues(carried_k, carried_v, rows.live)
         joined = rows.carry(None if state is None else state.hidden, x, self.capacity)
         if joined.requires_grad:
             # what lies before the open segment is memory: it is read, not trained through

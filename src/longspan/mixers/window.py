@@ -105,8 +105,8 @@ class WindowCore(Core):
             start=start,
             memory_lengths=rows.memory_lengths(memory),
         )
-        carried = (rows.carry(old, new, self.capacity) for old, new in ((old_k, k), (old_v, v)))
-        return out, WindowState(*carried, rows.live)
+        carried_k, carried_v = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
+        return out, WindowState(carried_k, carried_v, rows.live)
 
     def _first_key(self, rows: Rows, start: Tensor | None, memory: int) -> Tensor:
         first = (rows.segment_start(self.config.window, memory) - self.config.window).clamp(min=0)

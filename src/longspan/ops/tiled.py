@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.tiles import (
+    Block,
     Part,
     Plan,
     Run,
@@ -129,7 +130,8 @@ def _part_backward(
         height = group * run.queries
         scores = q.new_empty(items, height, run.keys)
         weights = torch.empty_like(scores)
-        for tile, block in enumerate(make_tiles(run, part)):
+        for tile in range(run.count):
+            block = Block(part.rows.start, rows, tile, 1)
             start, low = run.start + tile * run.step, run.low + tile * run.step
             here, there = slice(start, start + run.queries), slice(low, low + run.keys)
             qt = q[:, here].reshape(items, height, -1)
@@ -150,13 +152,6 @@ def _part_backward(
     for slot, total in zip(slots, (dq, dk, dv), strict=True):
         if slot.shape[0] > 1:
             slot.copy_(total.view(slot.shape))
-
-
-def make_tiles(run: Run, part: Part) -> list[Any]:
-    """The blocks of one part of the batch, tile by tile."""
-    from longspan.ops.tiles import Block
-
-    return [Block(part.rows.start, part.rows.stop - part.rows.start, tile, 1) for tile in range(run.count)]
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:

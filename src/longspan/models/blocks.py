@@ -1,0 +1,82 @@
+"""The block of every model: a mixer and a feed-forward, each with its norm and residual."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan import mixers
+from longspan.mixers import Mixer, Rows
+from longspan.models.config import StackConfig
+
+
+def make_norm(config: StackConfig) -> nn.Module:
+    """The configured norm over the last dimension."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.dim, eps=config.norm_eps)
+    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+
+
+class FeedForward(nn.Module):
+    """Position-wise feed-forward: swiglu (Shazeer 2020, section 2), gelu or relu."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        inner = config.inner_dim
+        self.activation = config.activation
+        self.gate_proj = nn.Linear(config.dim, inner, bias=config.bias) if config.activation == "swiglu" else None
+        self.up_proj = nn.Linear(config.dim, inner, bias=config.bias)
+        self.down_proj = nn.Linear(inner, config.dim, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) to (..., dim)."""
+        if self.gate_proj is not None:
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            inner = F.gelu(self.up_proj(x)) if self.activation == "gelu" else F.relu(self.up_proj(x))
+        y: Tensor = self.dropout(self.down_proj(inner))
+        return y
+
+    def flops(self, length: int) -> int:
+        """FLOPs of the products for `length` tokens."""
+        matrices = 2 if self.gate_proj is None else 3
+        return 2 * length * matrices * self.up_proj.in_features * self.up_proj.out_features
+
+
+class Block(nn.Module):
+    """Mixer and feed-forward with residuals, pre-norm or post-norm."""
+
+    def __init__(self, config: StackConfig, index: int, causal: bool) -> None:
+        super().__init__()
+        table = dict(config.mixers[index % len(config.mixers)])
+        self.post = config.norm_position == "post"
+        self.mixer: Mixer = mixers.build(
+            table.pop("name"),
+            dim=config.dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            causal=causal,
+            bias=config.bias,
+            rope=config.rope_theta if config.positions == "rope" else None,
+            dropout=config.dropout,
+            **table,
+        )
+        self.mixer_norm = make_norm(config)
+        self.ffn = FeedForward(config)
+        self.ffn_norm = make_norm(config)
+
+    def forward(
+        self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
+        penalties: list[Tensor] = []
+        kept = penalties if collect_penalties else None
+        if self.post:
+            y, state = self.mixer.mix(h, state, rows, kept)
+            h = self.mixer_norm(h + y)
+            return self.ffn_norm(h + self.ffn(h)), state, penalties
+        y, state = self.mixer.mix(self.mixer_norm(h), state, rows, kept)
+        h = h + y
+        return h + self.ffn(self.ffn_norm(h)), state, penalties

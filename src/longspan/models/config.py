@@ -1,0 +1,91 @@
+"""Configurations of the library's own models."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longspan.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """What Decoder and Encoder share.
+
+    Attributes:
+        vocab_size: number of token ids.
+        dim: width of the hidden states.
+        num_layers: blocks.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; None = num_heads.
+        head_dim: width of a head; None = dim // num_heads.
+        mixers: tables with the `name` of a mixer and its fields; the list repeats over the layers, so two entries
+            alternate.
+        ffn_dim: width of the feed-forward; None = 4 dim (gelu, relu) or 8/3 dim rounded up to 32 (swiglu).
+        activation: of the feed-forward.
+        norm: "rmsnorm" (Zhang & Sennrich 2019) or "layernorm".
+        norm_position: "pre" normalises what enters a sublayer, "post" the sum that leaves it (the 2017 Transformer and
+            Transformer-XL).
+        norm_eps: added to the variance.
+        positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`) or "none".
+        rope_theta: base of RoPE.
+        max_positions: size of the learned table.
+        bias: biases in all linear maps.
+        dropout: on embeddings and on the output of every sublayer.
+        tie_embeddings: the output layer uses the embedding's weights.
+        scale_embeddings: multiply embeddings by sqrt(dim), as the 2017 Transformer and Transformer-XL do.
+        checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        init_std: standard deviation of the initial weights.
+    """
+
+    vocab_size: int = 256
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mixers: tuple[dict[str, Any], ...] = ({"name": "full"},)
+    ffn_dim: int | None = None
+    activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    positions: Literal["rope", "learned", "none"] = "rope"
+    rope_theta: float = 10000.0
+    max_positions: int = 0
+    bias: bool = False
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    scale_embeddings: bool = False
+    checkpoint: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{where}.{name} = {getattr(self, name)}: must be at least 1")
+        if not self.mixers:
+            raise ConfigError(f"{where}.mixers is empty; name at least one, for example full")
+        for i, mixer in enumerate(self.mixers):
+            if not isinstance(mixer, dict) or not isinstance(mixer.get("name"), str):
+                raise ConfigError(f"{where}.mixers[{i}] = {mixer!r}: expected a table with a name")
+        if self.positions == "learned" and self.max_positions < 1:
+            raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need a table size")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the feed-forward."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return -(-8 * self.dim // 96) * 32 if self.activation == "swiglu" else 4 * self.dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(StackConfig):
+    """A causal language model; see `StackConfig` for the fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(StackConfig):
+    """A model that sees both sides of every token; see `StackConfig` for the fields."""

@@ -1,0 +1,87 @@
+"""Models on disk: a folder with `config.json` and `model.safetensors`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.config import from_dict, to_dict
+from longspan.errors import CheckpointError, ConfigError
+from longspan.files import read_json, read_tensors, write_json, write_tensors
+from longspan.models.config import DecoderConfig, EncoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.encoder import Encoder
+from longspan.models.stack import Stack
+
+_KINDS: dict[str, tuple[type[Stack], type[Any]]] = {
+    "Decoder": (Decoder, DecoderConfig),
+    "Encoder": (Encoder, EncoderConfig),
+}
+
+
+def save_model(model: Stack, folder: str | Path) -> Path:
+    """Write a model's configuration and weights, each file atomically.
+
+    Raises:
+        CheckpointError: not writable; earlier files still stand.
+    """
+    folder = Path(folder)
+    kind = type(model).__name__
+    assert kind in _KINDS, f"{kind} is not a model of this library"
+    write_tensors(folder / "model.safetensors", model.state_dict(), {"kind": "model"})
+    write_json(folder / "config.json", {"kind": kind, "config": to_dict(model.config)})
+    return folder
+
+
+def load_model(folder: str | Path) -> Any:
+    """Read a model that `save_model` wrote, in evaluation mode.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    folder = Path(folder)
+    described = read_json(folder / "config.json")
+    try:
+        model_class, config_class = _KINDS[described["kind"]]
+        model = model_class(from_dict(config_class, described["config"], str(folder / "config.json")))
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
+    weights, _ = read_tensors(folder / "model.safetensors")
+    load_weights(model, weights, folder / "model.safetensors")
+    return model.eval()
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str | Path) -> None:
+    """Load weights, every one of them, in place.
+
+    Raises:
+        CheckpointError: names or shapes differ; says which first.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            problem = "missing" if name not in weights else "unexpected"
+            raise CheckpointError(f"{where}: {problem} weight {name!r}; the file belongs to another configuration")
+        if weights[name].shape != expected[name].shape:
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(weights[name].shape)}, the configuration says {tuple(expected[name].shape)}"
+            )
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(weights)
+
+
+def model_hash(model: Stack) -> str:
+    """A digest of configuration and weights: which model a saved state belongs to.
+
+    Fields that change how the model computes but not what (checkpointing, dropout) are left out.
+    """
+    described = {k: v for k, v in to_dict(model.config).items() if k not in ("checkpoint", "dropout")}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, described], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,227 @@
+"""What Decoder and Encoder share: embeddings, positions, blocks, cost, initialisation, parameter groups."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longspan import state as states
+from longspan.errors import ConfigError, DataError, UnsupportedError
+from longspan.mixers import Core, Rows, Traits
+from longspan.mixers.base import merge_traits
+from longspan.models.blocks import Block, make_norm
+from longspan.models.config import StackConfig
+
+
+class StackState(NamedTuple):
+    """The state of a model.
+
+    Attributes:
+        layers: one mixer state a layer.
+        live: (batch,) int64, live tokens of each row.
+    """
+
+    layers: tuple[Any, ...]
+    live: Tensor
+
+
+class Stack(nn.Module):
+    """Embeddings and blocks. The base of Decoder and Encoder.
+
+    Rows are gathered once, before the embedding, so that no layer works on padding between tokens.
+
+    Initialisation: weights of linear maps and embeddings are normal with standard deviation `init_std`, those that
+    write into the residual stream (o_proj, down_proj) smaller by sqrt(2 num_layers); biases 0, norms 1.
+    """
+
+    causal: bool = True
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positions == "learned"
+        self.position_embedding = nn.Embedding(config.max_positions, config.dim) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, index, self.causal) for index in range(config.num_layers))
+        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        std, residual = self.config.init_std, self.config.init_std / (2 * self.config.num_layers) ** 0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=residual if name.endswith(("o_proj", "down_proj")) else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return [cast(Block, block) for block in self.blocks]
+
+    @property
+    def traits(self) -> Traits:
+        """What all layers promise."""
+        return merge_traits([block.mixer.traits for block in self.layers])
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
+        """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
+        h: Tensor = self.embedding(tokens)
+        return self._place(h, rows)
+
+    def _place(self, h: Tensor, rows: Rows) -> Tensor:
+        if self.config.scale_embeddings:
+            h = h * self.config.dim**0.5
+        if self.position_embedding is not None:
+            largest, maximum = rows.largest_position, self.config.max_positions - 1
+            if largest > maximum:
+                raise UnsupportedError(
+                    f"position {largest} is past the learned positions, whose maximum is {maximum}; reset at documents "
+                    "or use positions = 'rope' or 'none'"
+                )
+            h = h + self.position_embedding(rows.positions.clamp(0, maximum))
+        return cast(Tensor, self.dropout(h))
+
+    def run(
+        self,
+        tokens: Tensor | None,
+        state: StackState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        penalties: list[Tensor] | None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, StackState | None, Rows]:
+        """All layers on gathered rows.
+
+        Returns:
+            Hidden states (B, N, dim) after the last norm, the next state, and the rows that scatter them back.
+        """
+        given = tokens if inputs_embeds is None else inputs_embeds
+        if given is None or (tokens is not None and inputs_embeds is not None):
+            raise ConfigError("give either tokens or inputs_embeds")
+        if tokens is not None and tokens.ndim != 2:
+            raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
+        if state is not None and not self.traits.streams:
+            raise UnsupportedError("a layer of this model does not stream, so it takes no state")
+        offset = states.live(state, given.shape[0], given.device)
+        if offset.shape[0] != given.shape[0]:
+            raise ConfigError(f"tokens have {given.shape[0]} rows, the state {offset.shape[0]}")
+        rows = Rows(offset, given.shape[1], mask, reset)
+        gathered = rows.gather(given)
+        if tokens is not None:
+            self._check_tokens(gathered)
+            h = self.embed(gathered, rows)
+        else:
+            h = self._place(gathered, rows)
+        following = []
+        for index, block in enumerate(self.layers):
+            before = None if state is None else state.layers[index]
+            h, after, losses = self._block(block, h, before, rows, penalties is not None)
+            following.append(after)
+            if penalties is not None:
+                penalties.extend(losses)
+        following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
+        return self.norm(h), following_state, rows
+
+    def _block(
+        self, block: Block, h: Tensor, state: Any, rows: Rows, collect: bool
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        if self.config.checkpoint and self.training and torch.is_grad_enabled():
+            result = checkpoint(block, h, state, rows, collect, use_reentrant=False)
+        else:
+            result = block(h, state, rows, collect)
+        return cast(tuple[Tensor, Any, list[Tensor]], result)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise DataError(f"tokens are {tokens.dtype}, expected whole numbers")
+        if tokens.device.type == "cpu" and tokens.numel():
+            low, high = (int(t) for t in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise DataError(
+                    f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}; "
+                    "was the text encoded with another tokenizer?"
+                )
+
+    # -- state and cost --------------------------------------------------------------------------------------------
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> StackState:
+        """The state of an empty past; device and dtype default to those of the parameters."""
+        layers = tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.layers)
+        where = device or self.embedding.weight.device
+        return StackState(layers, torch.zeros(batch_size, dtype=torch.int64, device=where))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """Exact bytes of the state after `length` live tokens, counts included."""
+        return 8 * batch_size + sum(block.mixer.state_nbytes(batch_size, length, dtype) for block in self.layers)
+
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past."""
+        return sum(
+            block.mixer.flops(length, batch_size=batch_size) + block.ffn.flops(batch_size * length)
+            for block in self.layers
+        )
+
+    def pairs(self, length: int) -> int:
+        """Attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
+        return sum(block.mixer.pairs(length) for block in self.layers)
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every layer."""
+        for block in self.layers:
+            block.mixer.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """Changes whenever a layer redraws its random projections, which voids carried states."""
+        return sum(block.mixer.draw for block in self.layers)
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for a torch optimiser.
+
+        Weights of linear maps decay; embeddings, norms, biases and other vectors do not; groups that a mechanism
+        declares (gates, compressors) follow with their own settings.
+
+        Args:
+            lr: learning rate of the run.
+            weight_decay: of the run.
+        """
+        special = [group for block in self.layers for group in block.mixer.core.parameter_groups()]
+        taken = {id(parameter) for group in special for parameter in group.parameters}
+        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} - taken
+        decay = [p for p in self.parameters() if id(p) in linear]
+        plain = [p for p in self.parameters() if id(p) not in linear and id(p) not in taken]
+        groups: list[dict[str, Any]] = [
+            {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
+            {"name": "plain", "params": plain, "lr": lr, "weight_decay": 0.0},
+        ]
+        for name in dict.fromkeys(group.name for group in special):
+            same = [group for group in special if group.name == name]
+            groups.append(
+                {
+                    "name": name,
+                    "params": [parameter for group in same for parameter in group.parameters],
+                    "lr": lr if same[0].lr is None else same[0].lr,
+                    "weight_decay": weight_decay if same[0].weight_decay is None else same[0].weight_decay,
+                }
+            )
+        return [group for group in groups if group["params"]]
+
+    def cores(self) -> list[Core]:
+        """The mechanisms of all layers."""
+        return [block.mixer.core for block in self.layers]

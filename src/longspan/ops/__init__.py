@@ -1,0 +1,10 @@
+"""Fast attention operations: pure functions on (batch, heads, length, head_dim), no parameters, no configuration.
+
+Each is the twin of the definition of the same name in `longspan.reference`. The `*_cost` functions give the score
+entries that a forward call really computes.
+"""
+
+from longspan.ops.full import full_attention, full_cost
+from longspan.ops.window import window_attention, window_cost
+
+__all__ = ["full_attention", "full_cost", "window_attention", "window_cost"]

@@ -1,0 +1,141 @@
+"""Full softmax attention (Vaswani et al. 2017, equation 1): causal or not, over older keys, padding and documents."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.ops import flash
+from longspan.ops.decode import decode, is_decode
+from longspan.ops.rows import Call, read_call
+from longspan.ops.tiled import Plans, default_scale, new_like_heads, tiled_attention
+from longspan.ops.tiles import make_plan
+
+FORWARD_TILE = 256
+BACKWARD_TILE = 64
+
+
+def full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention over every visible key (Vaswani et al. 2017, equation 1).
+
+    No matrix of all queries times all keys is ever built: row-by-row masks are built a tile of queries at a time.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
+        v: like k.
+        causal: a query sees no key column after its own, memory + i.
+        scale: factor of the scores; default head_dim ** -0.5.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
+            document starts (then without older keys). None = no limit.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
+    """
+    call = read_call(
+        q, k, v, causal=causal, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths
+    )
+    return attend_call(call, causal=causal, scale=default_scale(q, scale))
+
+
+def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
+    """`full_attention` of a call that is already read."""
+    if call.empty:
+        return call.q.new_zeros(*call.q.shape[:3], call.v.shape[-1])
+    if is_decode(call):
+        return decode(call, scale=scale)
+    q, k, v = call.q, call.k, call.v
+    if call.visibility is None and (call.memory == 0 or not causal):
+        return call.finish(_library(q, k, v, causal, scale))
+    if call.visibility is None and flash.fused(*_upcast(q, k, v)):
+        return call.finish(_extend(q, k, v, scale))
+    size = q.shape[2], call.memory
+    forward = make_plan(*size, tile=FORWARD_TILE, causal=causal)
+    backward = make_plan(*size, tile=BACKWARD_TILE, causal=causal)
+    return call.finish(tiled_attention(q, k, v, Plans(forward, backward, scale, call.visibility)))
+
+
+def full_cost(length: int, *, causal: bool = True) -> int:
+    """Score entries computed per head by `full_attention` without older keys: the whole rectangle.
+
+    Forward FLOPs are 4 * head_dim * heads * batch times this.
+
+    Args:
+        length: queries.
+        causal: makes no difference to the rectangle that is counted.
+    """
+    return length * length
+
+
+def _upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """To fp32 at least on a CPU, where products of half precision are slow and inexact."""
+    if tensors[0].device.type != "cpu":
+        return tensors
+    dtype = flash.working_dtype(*tensors)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    target = q.dtype
+    q, k, v = _upcast(q, k, v)
+    with flash.full_precision(q.device):
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.to(target)
+
+
+def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention with older keys: two kernel calls, merged by their sums."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return cast(Tensor, _Extend.apply(q, k, v, scale))
+    return _extend_forward(q, k, v, scale)[0].to(q.dtype)
+
+
+def _extend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    memory = k.shape[2] - q.shape[2]
+    q, k, v = _upcast(q, k, v)
+    old, old_lse = flash.attend(q, k[:, :, :memory], v[:, :, :memory], scale=scale)
+    new, new_lse = flash.attend(q, k[:, :, memory:], v[:, :, memory:], scale=scale, causal=True)
+    return flash.merge(old, old_lse, new, new_lse)
+
+
+class _Extend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out, lse = _extend_forward(q, k, v, scale)
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        saved = ctx.saved_tensors
+        lse = saved[4]
+        q, k, v, out, grad = _upcast(*saved[:4], grad)
+        memory = k.shape[2] - q.shape[2]
+        dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=False, dtype=k.dtype)
+        dv = torch.empty_like(dk)
+        dq = None
+        for keys, causal in ((slice(0, memory), False), (slice(memory, None), True)):
+            part, dk[:, :, keys], dv[:, :, keys] = flash.attend_backward(
+                grad, q, k[:, :, keys], v[:, :, keys], out, lse, scale=ctx.scale, causal=causal
+            )
+            dq = part if dq is None else dq.add_(part)
+        assert dq is not None
+        return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), None
