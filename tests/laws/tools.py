@@ -6,6 +6,7 @@ call, whatever the dtype.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +18,14 @@ import longspan as ls
 DIM, HEADS = 16, 4
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
-# make(causal=True, dtype=float64, dim=DIM, kv_heads=2, rope=10000.0, dropout=0.0) -> the mixer in eval mode
+# make(causal=None, dtype=float64, dim=DIM, kv_heads=2, rope=10000.0, dropout=0.0) -> the mixer in eval mode; causal
+# None: the causal form where it exists
 Make = Callable[..., nn.Module]
+
+
+def forms(make: Make) -> list[dict[str, bool]]:
+    """Keywords of `make` for every form that exists."""
+    return [{}, {"causal": False}] if make().traits.bidirectional else [{}]
 
 
 def inputs(
@@ -45,6 +52,8 @@ def leaves(state: Any, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a state by name, whatever the nesting; written here so that it is independent of the library."""
     if isinstance(state, Tensor):
         return {prefix: state}
+    if state is None and not prefix:
+        return {}  # a mixer that does not stream
     assert isinstance(state, tuple), f"a state is a NamedTuple of tensors, found {type(state).__name__} at {prefix!r}"
     names = getattr(state, "_fields", [str(i) for i in range(len(state))])
     found: dict[str, Tensor] = {}
@@ -70,7 +79,7 @@ def copy_state(state: Any) -> Any:
 
 
 def state_row(state: Any, row: int) -> Any:
-    return ls.state.select(state, torch.tensor([row]))
+    return None if state is None else ls.state.select(state, torch.tensor([row]))
 
 
 def state_bytes(state: Any) -> int:
@@ -117,7 +126,7 @@ def same(a: Tensor, b: Tensor, what: str) -> None:
 
 
 def states_close(a: Any, b: Any, tolerance: float, what: str, *, newest: bool = False) -> None:
-    """Every tensor of two states; counts exactly. `newest`: where a has more columns than b, its newest are compared."""
+    """Every tensor of two states, counts exactly. `newest`: of more columns in a than in b, the newest."""
     mine, other = leaves(a), leaves(b)
     assert list(mine) == list(other), f"{what}: fields {list(mine)}, expected {list(other)}"
     for name, t in mine.items():
@@ -211,7 +220,7 @@ def cases(
         length=length,
         mask=draw(masks(length)) if with_mask else None,
         reset=draw(resets(length)) if with_reset else None,
-        cuts=tuple(b - a for a, b in zip(edges[:-1], edges[1:], strict=True)),
+        cuts=tuple(b - a for a, b in pairwise(edges)),
     )
 
 
@@ -227,9 +236,12 @@ def feed(
     mask: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
-    """The stream in calls of these lengths; a call that needs no mask or reset is given none."""
+    """The stream in calls of these lengths (in one where the mixer does not stream).
+
+    A call that needs no mask or no reset is given none.
+    """
     outputs, at = [], 0
-    for size in cuts:
+    for size in cuts if mixer.traits.streams else [x.shape[1]]:
         now = slice(at, at + size)
         keywords = {}
         if mask is not None and not mask[:, now].all():
@@ -256,9 +268,7 @@ def documents(real: Tensor, fresh: Tensor) -> Iterator[list[int]]:
     yield places
 
 
-def alone(
-    mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None, *, streams: bool = True
-) -> tuple[Tensor, list[Any]]:
+def alone(mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
     """Law 5's oracle: each row's documents alone, without mask or reset; outputs, and each row's final state."""
     rows, states = [], []
     for row in range(x.shape[0]):
@@ -269,7 +279,7 @@ def alone(
                 out, past = mixer(x[row : row + 1, places], past)
                 y = y.index_copy(0, torch.tensor(places), out[0])
         rows.append(y)
-        states.append(mixer.init_state(1) if past is None and streams else past)
+        states.append(mixer.init_state(1) if past is None and mixer.traits.streams else past)
     return torch.stack(rows), states
 
 

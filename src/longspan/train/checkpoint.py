@@ -98,14 +98,12 @@ def save(
     path = step_folder(folder, position.step)
 
     def fill(filled: Path) -> None:
-        save_model(model, filled)
-        write_tensors(filled / TRAINING, tensors, {"kind": "training"})
-
-    def own_states(filled: Path) -> None:
         for index, state in enumerate(carried):
             if state is not None:
-                block = group.rank * len(carried) + index
-                states.save(filled / f"state-{block:04d}.safetensors", state)
+                states.save(filled / _state_name(group.rank * len(carried) + index), state)
+        if group.main:
+            save_model(model, filled)
+            write_tensors(filled / TRAINING, tensors, {"kind": "training"})
 
     def seal(filled: Path) -> None:
         files = {each.name: folders.digest(each) for each in sorted(filled.iterdir()) if each.is_file()}
@@ -113,32 +111,17 @@ def save(
         write_json(filled / META, {"position": asdict(position), "blocks": blocks, "files": files})
 
     try:
-        if group.world_size > 1:
-            _save_together(path, fill, own_states, seal, group)
-        else:
-            folders.write_folder(path, lambda filled: (fill(filled), own_states(filled), seal(filled)))
+        folders.write_folder(path, fill, seal, group)
     except CheckpointError as error:
-        raise CheckpointError(f"{error}; {last_good(folder)}") from None
+        raise CheckpointError(f"{error}; {last_good(folder)}; make room and resume") from None
     if group.main:
         for old in found(folder)[keep:]:
             folders.remove(old)
     return path
 
 
-def _save_together(path: Path, fill: Any, own_states: Any, seal: Any, group: Group) -> None:
-    """`write_folder` by several processes: each writes its lanes, the main one the rest."""
-    filled = folders.hidden_name(path)
-    if group.main:
-        folders.shutil.rmtree(filled, ignore_errors=True)
-        filled.mkdir(parents=True)
-    group.barrier()
-    own_states(filled)
-    group.barrier()
-    if group.main:
-        fill(filled)
-        seal(filled)
-        folders.publish(path)
-    group.barrier()
+def _state_name(block: int) -> str:
+    return f"state-{block:04d}.safetensors"
 
 
 def last_good(folder: Path) -> str:
@@ -189,8 +172,9 @@ def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group
         )
     result: list[Any] = []
     for index in range(groups):
-        file = checkpoint.path / f"state-{group.rank * groups + index:04d}.safetensors"
-        result.append(states.load(file, like=model.init_state(1))[0] if file.exists() else None)
+        file = checkpoint.path / _state_name(group.rank * groups + index)
+        # cloned into memory of torch's own alignment, on which the last bit of a matrix product may depend
+        result.append(states.clone(states.load(file, like=model.init_state(1))[0]) if file.exists() else None)
     return result
 
 
@@ -214,5 +198,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         key, _, name = rest.partition(".")
         parameter = parameters[name]
         # the step count stays where the optimiser keeps it, on the CPU
-        moved = value if key == "step" else value.to(device=parameter.device)
-        optimizer.state[parameter][key] = moved
+        optimizer.state[parameter][key] = value.clone() if key == "step" else value.clone().to(parameter.device)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longspan.errors import CheckpointError
+from longspan.train.distributed import Group
 
 HIDDEN = ".tmp"
 
@@ -31,22 +32,38 @@ def publish(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_folder(path: Path, fill: Callable[[Path], object]) -> Path:
-    """Make the folder `path` with what `fill(folder)` writes into it; on failure an earlier one stands.
+def write_folder(
+    path: Path, fill: Callable[[Path], object], seal: Callable[[Path], object] | None = None, group: Group | None = None
+) -> Path:
+    """Make the folder `path`; on failure an earlier one stands.
+
+    Args:
+        path: the folder.
+        fill: called by every process with the folder to write into.
+        seal: called by the main process when all have filled it.
+        group: the processes; None: this one alone.
 
     Raises:
         CheckpointError: the disk is full or not writable.
     """
-    filled = hidden_name(path)
+    group, filled = group or Group(), hidden_name(path)
     try:
-        shutil.rmtree(filled, ignore_errors=True)
-        filled.mkdir(parents=True)
+        if group.main:
+            shutil.rmtree(filled, ignore_errors=True)
+            filled.mkdir(parents=True)
+        group.barrier()
         fill(filled)
-        publish(path)
+        group.barrier()
+        if group.main:
+            if seal is not None:
+                seal(filled)
+            publish(path)
+        group.barrier()
     except OSError as error:
         raise CheckpointError(f"{path}: could not be saved: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(filled, ignore_errors=True)
+        if group.main:
+            shutil.rmtree(filled, ignore_errors=True)
     return path
 
 

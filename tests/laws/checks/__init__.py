@@ -8,10 +8,10 @@ from collections.abc import Callable
 from torch import nn
 
 from ..tools import Make
-from . import causality, cost, definition, gradients, memory, packing, quiet, stream
+from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
 
 CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
-    "0-contract": (quiet.check_forms,),
+    "0-contract": (contract.check_traits, contract.check_state_is_of_tensors, contract.check_forms),
     "1-causality": (
         causality.check_causality,
         causality.check_causality_of_long_calls,
@@ -30,7 +30,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         memory.check_growing_columns,
         memory.check_given_state_is_kept,
     ),
-    "4-definition": (definition.check_definition, definition.check_state_is_of_tensors),
+    "4-definition": (definition.check_definition,),
     "5-packing": (
         packing.check_padding,
         packing.check_documents,
@@ -62,10 +62,29 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
 }
 
 
+STREAM_ONLY = {
+    contract.check_state_is_of_tensors,
+    *CHECKS["2-stream"],
+    *CHECKS["3-memory"],
+    packing.check_carried_state,
+    packing.check_ragged_calls,
+    packing.check_blank_rows,
+    gradients.check_gradients_of_cuts,
+    gradients.check_gradients_of_open_segment,
+    gradients.check_detach,
+    quiet.check_old_streams,
+}
+
+
 def runs(check: Callable[[Make], None], mixer: nn.Module) -> bool:
     """Whether the traits of a mixer ask for this check."""
+    traits = mixer.traits
+    if check in CHECKS["1-causality"] and not traits.causal:
+        return False
+    if check in STREAM_ONLY and not traits.streams:
+        return False
     needs = {
-        packing.check_both_sides: mixer.traits.bidirectional,
-        memory.check_growing_columns: not mixer.traits.bounded,
+        packing.check_both_sides: traits.bidirectional,
+        memory.check_growing_columns: not traits.bounded,
     }
     return bool(needs.get(check, True))

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longspan.errors import UnsupportedError
 
-from ..tools import Make, inputs
+from ..tools import Make, forms, inputs
 
 aten = torch.ops.aten
 
@@ -43,15 +43,13 @@ COUNTED = {
 
 def check_flops(make: Make) -> None:
     """flops(length) within 2 % of what the forward does, for several lengths and batches, in every form."""
-    for kv_heads, causal in ((2, True), (4, True), (2, False)):
-        if not causal and not make().traits.bidirectional:
-            continue
-        mixer = make(kv_heads=kv_heads, causal=causal, dtype=torch.float32)
+    for keywords in [{"kv_heads": 4}, *forms(make)]:
+        mixer = make(dtype=torch.float32, **keywords)
         for length, batch in ((1, 1), (1, 3), (2, 1), (7, 3), (63, 1), (200, 3), (513, 1)):
             with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
                 mixer(inputs(1, batch, length, dtype=torch.float32))
             counted, announced = counter.get_total_flops(), mixer.flops(length, batch_size=batch)
-            what = f"{batch} x {length} tokens, causal={causal}: says {announced}, does {counted}"
+            what = f"{batch} x {length} tokens, {keywords}: says {announced}, does {counted}"
             assert counted > 0, f"nothing counted: {what}"
             assert abs(announced - counted) <= 0.02 * counted, what
         assert isinstance(announced, int)
@@ -60,10 +58,8 @@ def check_flops(make: Make) -> None:
 
 def check_pairs(make: Make) -> None:
     """pairs(length) is the number of attended pairs over all heads: the entries of the attention map."""
-    for causal in (True, False):
-        if not causal and not make().traits.bidirectional:
-            continue
-        mixer = make(causal=causal)
+    for keywords in forms(make):
+        mixer = make(**keywords)
         for length in (1, 2, 5, 16, 33):
             announced = mixer.pairs(length)
             assert isinstance(announced, int)
@@ -73,7 +69,7 @@ def check_pairs(make: Make) -> None:
                     attended = int((mixer.attention_map(inputs(1, 1, length, scale=1e-3)) != 0).sum())
             except UnsupportedError:
                 continue
-            what = f"{length} tokens, causal={causal}: says {announced} pairs, the map has {attended}"
+            what = f"{length} tokens, {keywords}: says {announced} pairs, the map has {attended}"
             assert attended <= announced, what
             if not mixer.traits.selects:
                 assert attended == announced, what

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import longspan
 
-from ..tools import Make, close, copy_state, inputs, leaves, states_close
+from ..tools import Make, close, copy_state, forms, inputs, states_close
 
 
 @contextmanager
@@ -45,9 +45,7 @@ def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) ->
     return y, end, {n: torch.zeros(1) if g is None else g for n, g in zip(named, gradients, strict=True)}
 
 
-def compare(
-    mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any
-) -> None:
+def compare(mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any) -> None:
     what = f"{tuple(x.shape)}, state {state is not None}, {sorted(keywords)}"
     y, end, gradients = answer(mixer, x, state, keywords)
     with defined_by(fast, slow) as called:
@@ -66,10 +64,8 @@ def check_definition(
 ) -> None:
     """Outputs, gradients and states, with and without grouped queries, masks, resets and a carried state."""
     fast, slow = longspan.ops if fast is None else fast, longspan.reference if slow is None else slow
-    for kv_heads, causal in ((2, True), (4, True), (2, False)):
-        if not causal and not make().traits.bidirectional:
-            continue
-        mixer = make(kv_heads=kv_heads, causal=causal).train()
+    for keywords in [{"kv_heads": 4}, *forms(make)]:
+        mixer = make(**keywords).train()
         for length in (1, 2, 63, 200):
             compare(mixer, inputs(length, 2, length), fast, slow)
         generator = torch.Generator().manual_seed(3)
@@ -82,12 +78,3 @@ def check_definition(
             compare(mixer, inputs(7, 3, 45), fast, slow, state=state, mask=mask.flip(0), reset=reset)
             compare(mixer, inputs(8, 3, 1), fast, slow, state=state)
     compare(make().train(), inputs(1, 1, 1000), fast, slow)
-
-
-def check_state_is_of_tensors(make: Make) -> None:
-    """States are typed NamedTuples of tensors, and the one returned has the structure of init_state."""
-    mixer = make()
-    state = mixer(inputs(1, 2, 5))[1]
-    assert type(state) is type(mixer.init_state(2)), f"{type(state).__name__}, init_state gives another type"
-    assert hasattr(state, "_fields"), "a state is a NamedTuple"
-    assert list(leaves(state)) == list(leaves(mixer.init_state(2)))

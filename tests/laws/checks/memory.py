@@ -63,7 +63,7 @@ def check_capacity(make: Make) -> None:
     with torch.no_grad():
         state = mixer.init_state(2)
         empty = {name: t.shape for name, t in leaves(state).items()}
-        y, state = mixer(inputs(1, 2, 600, dtype=torch.float32), state)
+        state = mixer(inputs(1, 2, 600, dtype=torch.float32), state)[1]
         state = mixer(inputs(2, 2, 7, dtype=torch.float32), state)[1]
     for name, t in leaves(state).items():
         if name in growing:

@@ -10,23 +10,19 @@ from torch import Tensor, nn
 from ..tools import BATCH, Case, Make, alone, cases, close, feed, inputs, same, state_row, states_close, states_same
 
 
-def hold_against_alone(
-    mixer: nn.Module, x: Tensor, case: Case, state: Any = None, *, streams: bool = True
-) -> None:
+def hold_against_alone(mixer: nn.Module, x: Tensor, case: Case, state: Any = None) -> None:
     """Outputs and final states of the calls against each document alone; zeros at padding, garbage in it."""
     garbage = inputs(case.seed + 1, BATCH, case.length, dtype=x.dtype, scale=100.0)
     dirty = torch.where(case.real[..., None], x, garbage)
     with torch.no_grad():
         y, end = feed(mixer, dirty, case.cuts, state=state, mask=case.mask, reset=case.reset)
-        expected, ends = alone(mixer, x, case.real, case.fresh, state, streams=streams)
+        expected, ends = alone(mixer, x, case.real, case.fresh, state)
     assert not torch.isnan(y).any(), "NaN in the outputs"
     same(y[~case.real], torch.zeros_like(y[~case.real]), "outputs at padding")
     for row in range(BATCH):
         close(y[row], expected[row], 1e-9, f"outputs of row {row} against its documents alone")
-        if streams:
+        if mixer.traits.streams:
             states_close(state_row(end, row), ends[row], 1e-9, f"final state of row {row}", newest=True)
-    if not streams:
-        assert end is None, "a mixer that does not stream returns a state"
 
 
 def check_padding(make: Make) -> None:
@@ -156,7 +152,7 @@ def check_both_sides(make: Make) -> None:
 
     @given(case=cases(cut=False))
     def law(case: Case) -> None:
-        hold_against_alone(mixer, inputs(case.seed, BATCH, case.length), case, streams=False)
+        hold_against_alone(mixer, inputs(case.seed, BATCH, case.length), case)
 
     law()
     x, nothing = inputs(1, BATCH, 9), torch.zeros(BATCH, 9, dtype=torch.bool)

@@ -87,7 +87,7 @@ def check_saved_state(make: Make) -> None:
 
 # RoPE far out ------------------------------------------------------------------------------------------------
 
-FAR = dict(dim=32, rope=3.0)  # slow decay: every frequency turns fast, so an angle in fp32 shows
+FAR = {"dim": 32, "rope": 3.0}  # slow decay: every frequency turns fast, so an angle in fp32 shows
 STEP = 201_600  # a position with many divisors, so that borders stay borders
 
 

@@ -1,0 +1,56 @@
+"""The contract behind the laws: traits, forms and what is refused."""
+
+import torch
+
+from longspan.errors import ConfigError, UnsupportedError
+
+from ..tools import Make, inputs, leaves
+
+
+def check_traits(make: Make) -> None:
+    """Traits are consistent with each other and with what forward returns."""
+    mixer = make()
+    traits = mixer.traits
+    for name in ("causal", "bidirectional", "streams", "bounded", "selects"):
+        assert isinstance(getattr(traits, name), bool), f"traits.{name} is {getattr(traits, name)!r}"
+    assert traits.causal or traits.bidirectional
+    assert traits.causal or not traits.streams, "what streams is causal"
+    assert traits.segment is None or traits.segment >= 1
+    assert traits.horizon is None or (traits.horizon >= 1 and traits.segment), "a horizon counts segments"
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = inputs(1, 2, 9, dtype=dtype)
+        y, state = make(dtype=dtype)(x)
+        assert y.shape == x.shape
+        assert y.dtype == dtype, f"outputs of {dtype} inputs are {y.dtype}"
+        assert (state is not None) == traits.streams, f"streams={traits.streams}, state {type(state).__name__}"
+
+
+def check_state_is_of_tensors(make: Make) -> None:
+    """States are typed NamedTuples of tensors; the one returned has the structure of init_state."""
+    mixer = make()
+    state, empty = mixer(inputs(1, 2, 5))[1], mixer.init_state(2)
+    assert hasattr(state, "_fields"), "a state is a NamedTuple"
+    assert type(state) is type(empty), f"forward returns {type(state).__name__}, init_state {type(empty).__name__}"
+    assert list(leaves(state)) == list(leaves(empty))
+
+
+def check_forms(make: Make) -> None:
+    """Bidirectional: no state, and none accepted; or refused, where the traits say that the form does not exist."""
+    traits, x = make().traits, inputs(1, 2, 9)
+    if not traits.bidirectional:
+        try:
+            make(causal=False)
+        except (ConfigError, UnsupportedError):
+            return
+        raise AssertionError("traits.bidirectional is False, but causal=False is accepted")
+    both = make(causal=False)
+    assert not both.traits.streams, "causal=False, but traits.streams is True"
+    y, nothing = both(x)
+    assert y.shape == x.shape
+    assert nothing is None, "causal=False returns a state"
+    state = make()(x)[1] if traits.streams else (x,)
+    try:
+        both(x, state)
+    except UnsupportedError:
+        return
+    raise AssertionError("causal=False accepts a state")
