@@ -3,8 +3,8 @@
 from longspan import errors, mixers, models, ops, reference, state
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError, UnsupportedError
 from longspan.models import Decoder, DecoderConfig, Encoder, EncoderConfig, load_model, save_model
-
-__version__ = "0.1.0"
+from longspan.stream import StreamSession
+from longspan.version import __version__
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +15,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "LongspanError",
+    "StreamSession",
     "UnsupportedError",
     "__version__",
     "errors",

@@ -1,0 +1,232 @@
+"""One endless sequence through a model: feed, generate, save, load, fork, in constant memory where the mixers allow."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan.state as states
+from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.models import Decoder, StackState, model_hash
+from longspan.version import __version__
+
+
+class SessionState(NamedTuple):
+    """What a session keeps between two tokens.
+
+    Attributes:
+        model: the model's state.
+        logits: (1, vocab_size), the prediction of the next token; zeros before the first.
+    """
+
+    model: StackState
+    logits: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """(1,) tokens since the last reset."""
+        return self.model.live
+
+
+class StreamSession:
+    """One sequence, as long as it likes, through a causal model.
+
+    Args:
+        model: a Decoder whose mixers stream; it is put into evaluation mode.
+        chunk: tokens computed at once. Chunks end where the position is a multiple of it, so how the text is cut into
+            `feed` calls hardly matters; default: the model's segment, at least 256 tokens.
+
+    Raises:
+        UnsupportedError: a layer of the model does not stream.
+    """
+
+    def __init__(self, model: Decoder, *, chunk: int | None = None) -> None:
+        if not model.traits.streams:
+            raise UnsupportedError("a layer of this model does not stream; StreamSession needs every layer to")
+        if chunk is not None and chunk < 1:
+            raise ConfigError(f"chunk = {chunk}: must be at least 1")
+        self.model = model.eval()
+        segment = model.traits.segment or 256
+        self.chunk = chunk or segment * -(-256 // segment)
+        vocabulary = model.config.vocab_size
+        like = model.embedding.weight
+        self._state = SessionState(model.init_state(1), like.new_zeros(1, vocabulary))
+        self._position = 0
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Tokens fed and generated since the start or the last reset."""
+        return self._position
+
+    @property
+    def nbytes(self) -> int:
+        """Exact bytes of the model's state."""
+        return states.nbytes(self._state.model)
+
+    @property
+    def logits(self) -> Tensor:
+        """(vocab_size,) logits of the next token; zeros before the first token."""
+        return self._state.logits[0]
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor | Sequence[int], *, losses: bool = False) -> Tensor:
+        """Read tokens.
+
+        Args:
+            tokens: (n,) or (1, n) token ids, any n.
+            losses: return what each token cost instead of the last prediction.
+
+        Returns:
+            (vocab_size,) logits of the token after the last; or, with `losses`, (n,) nats of each token given all
+            before it (the first of a stream: given nothing, log(vocab_size)).
+
+        Raises:
+            DataError: a token outside the vocabulary. What came before its chunk has been read.
+        """
+        tokens = torch.as_tensor(tokens, dtype=torch.int64).to(self._state.logits.device)
+        if tokens.ndim == 2 and tokens.shape[0] == 1:
+            tokens = tokens[0]
+        if tokens.ndim != 1:
+            raise ConfigError(f"a session reads one sequence: tokens are {tuple(tokens.shape)}, expected (n,)")
+        found: list[Tensor] = []
+        first = 0
+        while first < len(tokens):
+            count = min(self.chunk - self._position % self.chunk, len(tokens) - first)
+            part = tokens[None, first : first + count]
+            with states.owned():
+                if losses:
+                    logits, following = self.model(part, self._state.model)
+                    before = torch.cat([self._state.logits[:, None], logits[:, :-1]], 1)
+                    found.append(F.cross_entropy(before[0].float(), part[0], reduction="none"))
+                    last = logits[:, -1].clone()
+                else:
+                    last, following = self.model.last(part, self._state.model)
+            self._state = SessionState(following, last)
+            self._position += count
+            first += count
+        if losses:
+            return torch.cat(found) if found else self._state.logits.new_zeros(0)
+        return self._state.logits[0]
+
+    def reset(self) -> None:
+        """Begin a new document: everything carried is emptied."""
+        self._state = SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits))
+        self._position = 0
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: Callable[[int], bool] | None = None,
+    ) -> Iterator[int]:
+        """Like `generate`, one token at a time as they come."""
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ConfigError(
+                f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
+                "expected temperature >= 0, top_k >= 1, 0 < top_p <= 1"
+            )
+        for _ in range(n):
+            token = sample(self.logits, temperature, top_k, top_p, generator)
+            self.feed([token])
+            yield token
+            if stop is not None and stop(token):
+                return
+
+    def generate(
+        self,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        stop: Callable[[int], bool] | None = None,
+    ) -> list[int]:
+        """Continue the sequence.
+
+        Args:
+            n: tokens at most.
+            temperature: divides the logits; 0 = always the likeliest token.
+            top_k: draw among the k likeliest only.
+            top_p: draw among the likeliest that together reach this probability (Holtzman et al. 2020, section 3.1).
+            generator: source of randomness; None = torch's own.
+            stop: called with each token; True ends after it.
+
+        Returns:
+            The new tokens; they have been fed too.
+        """
+        return list(self.stream(n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, stop=stop))
+
+    # -- keeping ---------------------------------------------------------------------------------------------------
+
+    def fork(self) -> "StreamSession":
+        """An independent session at the same place."""
+        twin = StreamSession(self.model, chunk=self.chunk)
+        twin._state, twin._position = states.clone(self._state), self._position
+        return twin
+
+    def save(self, path: str | Path) -> Path:
+        """Write the session's state to a file, atomically.
+
+        Raises:
+            CheckpointError: not writable; an earlier file still stands.
+        """
+        header = {
+            "version": __version__,
+            "model": model_hash(self.model),
+            "draw": self.model.draw,
+            "position": self._position,
+            "chunk": self.chunk,
+        }
+        return states.save(path, self._state, header)
+
+    @classmethod
+    def load(cls, model: Decoder, path: str | Path) -> "StreamSession":
+        """Go on from a saved state as if nothing had happened.
+
+        Raises:
+            CheckpointError: missing, damaged, or the state of another model; says what differs.
+        """
+        session = cls(model)
+        state, header = states.load(path, like=session._state)
+        for key, ours, what in (
+            ("model", model_hash(model), "weights or configuration"),
+            ("draw", model.draw, "draw number of the random projections"),
+        ):
+            if header.get(key) != ours:
+                raise CheckpointError(
+                    f"{path}: the state of another model: {what}: {header.get(key)} there, {ours} here"
+                )
+        session._state, session._position, session.chunk = state, int(header["position"]), int(header["chunk"])
+        return session
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draw one token from logits (vocab_size,); see `StreamSession.generate`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    values, tokens = (logits.float() / temperature).sort(descending=True)
+    weights = values.softmax(0)
+    if top_p is not None:
+        # the likeliest token always stays
+        weights = weights.masked_fill(weights.cumsum(0) - weights >= top_p, 0)
+    if top_k is not None:
+        weights[top_k:] = 0
+    return int(tokens[torch.multinomial(weights, 1, generator=generator)])
