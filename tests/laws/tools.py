@@ -86,18 +86,13 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in leaves(state).values())
 
 
-def growing_leaves(mixer: nn.Module) -> list[str]:
+def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
     """Names of the tensors that have no column in an empty state and hold one per live token later."""
     with torch.no_grad():
         empty = leaves(mixer.init_state(1))
         parameter = next(mixer.parameters())
-        later = leaves(mixer(inputs(3, 1, 3, dim=mixer_dim(mixer), dtype=parameter.dtype))[1])
+        later = leaves(mixer(inputs(3, 1, 3, dim=dim, dtype=parameter.dtype))[1])
     return [name for name, t in later.items() if t.shape != empty[name].shape]
-
-
-def mixer_dim(mixer: nn.Module) -> int:
-    """The width of the hidden states: a mixer has it, or we know the test's own."""
-    return int(getattr(mixer, "dim", DIM))
 
 
 # comparisons -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from longspan.errors import UnsupportedError
 
@@ -12,23 +13,26 @@ from ..tools import BATCH, DIM, Case, Make, cases, inputs, same
 def check_causality(make: Make) -> None:
     """Other contents from position j on: outputs before j keep their bits, with masks, resets and a carried state."""
     for dtype in (torch.float64, torch.float32):
-        mixer = make(dtype=dtype)
-        assert mixer.traits.causal, "built with causal=True, but traits.causal is False"
+        drawn_changes(make(dtype=dtype), dtype)
+
+
+def drawn_changes(mixer: nn.Module, dtype: torch.dtype) -> None:
+    assert mixer.traits.causal
+    with torch.no_grad():
+        past = mixer(inputs(1, BATCH, 11, dtype=dtype))[1] if mixer.traits.streams else None
+
+    @given(case=cases(cut=False), at=st.integers(0, 29), carried=st.booleans())
+    def law(case: Case, at: int, carried: bool) -> None:
+        x, at = inputs(case.seed, BATCH, case.length, dtype=dtype), at % case.length
+        other = x.clone()
+        other[:, at:] = inputs(case.seed + 1, BATCH, case.length - at, dtype=dtype, scale=30.0)
+        state = past if carried else None
         with torch.no_grad():
-            past = mixer(inputs(1, BATCH, 11, dtype=dtype))[1] if mixer.traits.streams else None
+            y = mixer(x, state, mask=case.mask, reset=case.reset)[0]
+            changed = mixer(other, state, mask=case.mask, reset=case.reset)[0]
+        same(changed[:, :at], y[:, :at], f"outputs before {at}, contents changed from there on, {dtype}")
 
-        @given(case=cases(cut=False), at=st.integers(0, 29), carried=st.booleans())
-        def law(case: Case, at: int, carried: bool, mixer=mixer, past=past, dtype=dtype) -> None:
-            x, at = inputs(case.seed, BATCH, case.length, dtype=dtype), at % case.length
-            other = x.clone()
-            other[:, at:] = inputs(case.seed + 1, BATCH, case.length - at, dtype=dtype, scale=30.0)
-            state = past if carried else None
-            with torch.no_grad():
-                y = mixer(x, state, mask=case.mask, reset=case.reset)[0]
-                changed = mixer(other, state, mask=case.mask, reset=case.reset)[0]
-            same(changed[:, :at], y[:, :at], f"outputs before {at}, contents changed from there on, {dtype}")
-
-        law()
+    law()
 
 
 def check_causality_of_long_calls(make: Make) -> None:

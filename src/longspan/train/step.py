@@ -1,0 +1,146 @@
+"""One optimiser step: segments of all lanes forward, one backward per graph, gradients of all processes, AdamW."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan import state as states
+from longspan.errors import LongspanError
+from longspan.train.checkpoint import load_optimizer, optimizer_tensors
+from longspan.train.config import TrainConfig
+from longspan.train.distributed import Group
+from longspan.train.lanes import Batch
+from longspan.train.loss import next_token_loss
+
+# offsets of the seed, so that initialisation, dropout and redraws draw from streams of their own
+_DROPOUT, _AFTER_STEP = 1, 2
+
+
+class DivergedError(LongspanError):
+    """A loss or a gradient that is no number any more."""
+
+
+class StepResult(NamedTuple):
+    """Totals of a step over all processes."""
+
+    nats: float
+    tokens: int
+    units: int
+    grad_norm: float
+
+
+class Stepper:
+    """A model in training: its optimiser, what its lanes carry, and its random generators.
+
+    Args:
+        model: a language model with `parameter_groups` and `after_step`.
+        config: of the run.
+        group: the processes.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig, group: Group) -> None:
+        self.model = model
+        self.config = config
+        self.group = group
+        groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
+        self.base_rates = [parameters["lr"] for parameters in groups]
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+        self.carry = config.carry and model.traits.streams
+        self.carried: list[Any] = [None] * config.accumulation
+        self.generator = torch.Generator().manual_seed(config.seed + _AFTER_STEP)
+        torch.manual_seed((config.seed + _DROPOUT) * 1_000_003 + group.rank)
+
+    def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
+        """Train on the next segments of this process's lanes.
+
+        Args:
+            batches: `bptt_segments` consecutive ones.
+            step: optimiser steps done before this one.
+            rate: what every group's learning rate is multiplied with.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite; parameters are as before the step.
+        """
+        own_tokens = sum(int(batch.graded.sum()) for batch in batches)
+        own_units = sum(int(batch.sizes.sum()) for batch in batches)
+        tokens, units = self.group.sum(own_tokens, own_units)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = batches[0].tokens.shape[0] // self.config.accumulation
+        nats = 0.0
+        for index in range(self.config.accumulation):
+            part = [batch.rows(index * rows, (index + 1) * rows).to(self.group.device) for batch in batches]
+            nats += self._backward(index, part, max(tokens, 1.0))
+        (nats,) = self.group.sum(nats)
+        if not math.isfinite(nats):
+            raise DivergedError(f"the loss of step {step + 1} is {nats}")
+        self.group.sum_gradients(self.model.parameters())
+        norm = self._clip()
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient of step {step + 1} has norm {norm}")
+        for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            parameters["lr"] = base * rate
+        self.optimizer.step()
+        draw = self.model.draw
+        self.model.after_step(step + 1, self.generator)
+        if self.model.draw != draw:
+            self.carried = [None] * self.config.accumulation
+        return StepResult(nats, int(tokens), int(units), norm)
+
+    def _backward(self, index: int, batches: Sequence[Batch], tokens: float) -> float:
+        """Add the gradient of one group of lanes; its summed nats."""
+        state, losses, penalties = self.carried[index], [], []
+        for batch in batches:
+            extra: list[Tensor] = []
+            with self._autocast():
+                logits, state = self.model(
+                    batch.tokens, state, mask=batch.mask, reset=batch.reset, penalties=extra
+                )
+                losses.append(next_token_loss(logits, batch.targets, batch.graded))
+            penalties += extra
+            if not self.carry:
+                state = None
+        nats = torch.stack(losses).sum()
+        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
+        calls = len(batches) * self.config.accumulation * self.group.world_size
+        loss = nats / tokens
+        if penalties:
+            loss = loss + torch.stack(penalties).sum() / calls
+        loss.backward()  # type: ignore[no-untyped-call]
+        # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
+        self.carried[index] = None if state is None else states.clone(states.detach(state))
+        return float(nats.detach())
+
+    def _clip(self) -> float:
+        limit = self.config.clip or math.inf
+        return float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.dtype == "bfloat16":
+            return torch.autocast(self.group.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Optimiser moments and random generators, those of all processes; every process calls it."""
+        found = optimizer_tensors(self.optimizer, self.model)
+        found["random.after_step"] = self.generator.get_state()
+        for rank, each in enumerate(self.group.gather(torch.get_rng_state())):
+            found[f"random.cpu.{rank}"] = each
+        if self.group.device.type == "cuda":
+            for rank, each in enumerate(self.group.gather(torch.cuda.get_rng_state(self.group.device))):
+                found[f"random.cuda.{rank}"] = each
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
+        load_optimizer(self.optimizer, self.model, tensors)
+        self.generator.set_state(tensors["random.after_step"])
+        if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
+            torch.set_rng_state(cpu)
+        cuda = tensors.get(f"random.cuda.{self.group.rank}")
+        if cuda is not None and self.group.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.group.device)

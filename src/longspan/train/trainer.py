@@ -1,0 +1,267 @@
+"""The training loop: steps, log, evaluations, checkpoints, and an orderly end whatever ends it."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from longspan.errors import CheckpointError, LongspanError
+from longspan.tasks import Task
+from longspan.train import checkpoint as checkpoints
+from longspan.train.checkpoint import Checkpoint, Position
+from longspan.train.config import TrainConfig
+from longspan.train.distributed import Group
+from longspan.train.evaluate import Evaluation, evaluate_text, first_places
+from longspan.train.lanes import Lanes
+from longspan.train.log import Log
+from longspan.train.progress import Silent, resident_bytes
+from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
+from longspan.train.step import DivergedError, Stepper, StepResult
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    """optimiser steps done"""
+    tokens: int
+    """predictions trained on"""
+    seconds: float
+    """training time"""
+    evaluation: dict[str, Any] | None
+    """figures on the held-back documents, of `Evaluation.summary`; None where interrupted"""
+    interrupted: bool = False
+    """stopped by Ctrl-C or SIGTERM; a checkpoint was saved"""
+
+
+class Trainer:
+    """Trains a model on a task in a run folder; `longspan.train.run` makes one from a recipe.
+
+    Args:
+        model: on its device, in its dtype.
+        task: prepared.
+        config: of the run.
+        folder: of the run.
+        group: the processes.
+        display: what is shown; only the main process's is used.
+    """
+
+    def __init__(
+        self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Silent
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.config = config
+        self.folder = folder
+        self.group = group
+        self.display = display if group.main else Silent()
+        self.position = Position()
+        self.stepper = Stepper(model, config, group)
+        self.lanes = Lanes(
+            task.documents("train"),
+            lanes=config.lanes,
+            segment_length=config.segment_length,
+            seed=config.seed,
+            rank=group.rank,
+            world_size=group.world_size,
+        )
+        self._saved_step: int | None = None
+        self._stop = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.folder / "checkpoints"
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint whose model this trainer was made with.
+
+        Raises:
+            CheckpointError: its data, lanes or groups are not this run's.
+        """
+        self.position = checkpoint.position
+        self.lanes.load_state_dict(checkpoint.position.lanes)
+        self.stepper.load_tensors(checkpoint.tensors)
+        self.stepper.carried = checkpoints.carried_states(
+            checkpoint, self.model, self.config.accumulation, self.group
+        )
+        self._saved_step = self.position.step
+
+    def fit(self) -> Result:
+        """Train to the end of the schedule, or until interrupted.
+
+        Raises:
+            DivergedError: the loss is no number any more; says at which step and what to go back to.
+            CheckpointError: a checkpoint could not be saved; the last good one stands.
+        """
+        log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None
+        self.display.start(self._title())
+        try:
+            with self._signals():
+                interrupted = self._loop(log)
+            evaluation = None
+            if not interrupted:
+                evaluation = self._evaluate(log, self.config.eval_bytes and 0)
+                self._save(log)
+        finally:
+            self.display.stop()
+            if log is not None:
+                log.close()
+        position = self.position
+        return Result(
+            self.folder,
+            position.step,
+            position.tokens,
+            position.seconds,
+            None if evaluation is None else evaluation.summary(),
+            interrupted,
+        )
+
+    def _loop(self, log: Log | None) -> bool:
+        """Steps until the end; True where interrupted."""
+        config, position = self.config, self.position
+        while not is_done(config, position.step, position.seconds):
+            if self.group.any(self._stop):
+                self._save(log)
+                return True
+            self._train_step(log)
+            done = is_done(config, position.step, position.seconds)
+            if not done and config.eval_every and position.step % config.eval_every == 0:
+                self._evaluate(log, config.eval_bytes)
+            if not done and config.checkpoint_every and position.step % config.checkpoint_every == 0:
+                self._save(log)
+        return False
+
+    def _train_step(self, log: Log | None) -> None:
+        position = self.position
+        started = time.perf_counter()
+        batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
+        rate = learning_rate_factor(self.config, position.step, position.seconds)
+        try:
+            result = self.stepper.step(batches, step=position.step, rate=rate)
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
+        position.step += 1
+        position.tokens += result.tokens
+        position.units += result.units
+        # the clock of the main process counts, else processes would end at different steps
+        (seconds,) = self.group.sum(time.perf_counter() - started if self.group.main else 0.0)
+        position.seconds += seconds
+        self._add(result, seconds)
+        if position.step % self.config.log_every == 0 or is_done(self.config, position.step, position.seconds):
+            self._log_step(log, result, rate)
+
+    def _add(self, result: StepResult, seconds: float) -> None:
+        pending = self.position.pending
+        for name, value in (("nats", result.nats), ("tokens", result.tokens), ("units", result.units)):
+            pending[name] = pending.get(name, 0) + value
+        pending["seconds"] = pending.get("seconds", 0.0) + seconds
+
+    def _log_step(self, log: Log | None, result: StepResult, rate: float) -> None:
+        position, pending = self.position, self.position.pending
+        line = {
+            "step": position.step,
+            "loss": pending["nats"] / max(pending["tokens"], 1),
+            f"bits_per_{self.task.unit}": bits(pending["nats"], pending["units"]),
+            "lr": self.config.lr * rate,
+            "grad_norm": result.grad_norm,
+            "tokens": position.tokens,
+            "epoch": round(position.tokens / max(self.lanes.places_per_epoch, 1), 4),
+            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
+            "seconds": position.seconds,
+            "memory": resident_bytes(),
+        }
+        position.pending = {}
+        if log is not None:
+            log.write(line)
+        self._show(line)
+
+    def _evaluate(self, log: Log | None, tokens: int) -> Evaluation:
+        evaluation = evaluate_text(
+            self.model,
+            first_places(self.task.documents("validation"), tokens, self.config.seed),
+            chunk=self.config.segment_length,
+            batch=self.config.lanes,
+            memory=self.stepper.carry,
+            group=self.group,
+            unit=self.task.unit,
+        )
+        line = {"step": self.position.step, "seconds": self.position.seconds, "validation": evaluation.summary()}
+        if log is not None:
+            log.write(line)
+        self._show(line)
+        return evaluation
+
+    def _save(self, log: Log | None) -> None:
+        position = self.position
+        if self._saved_step == position.step:
+            return
+        position.lanes = self.lanes.state_dict()
+        if log is not None:
+            log.sync()
+        checkpoints.save(
+            self.checkpoints,
+            position,
+            self.model,
+            self.stepper.tensors(),
+            self.stepper.carried,
+            group=self.group,
+            keep=self.config.keep,
+        )
+        self._saved_step = position.step
+
+    def _show(self, line: dict[str, Any]) -> None:
+        fraction = fraction_done(self.config, self.position.step, self.position.seconds)
+        eta = self.position.seconds * (1 - fraction) / fraction if fraction else None
+        self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit})
+
+    def _title(self) -> str:
+        config = self.config
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        ends = [f"{config.step_limit} steps"] if config.step_limit is not None else []
+        ends += [f"{config.minutes:g} minutes"] if config.minutes is not None else []
+        begin = f"from step {self.position.step} " if self.position.step else ""
+        return (
+            f"{self.folder}: {parameters:,} parameters, {config.lanes} lanes x {config.segment_length} tokens, "
+            f"{begin}to {' or '.join(ends)}, on {self.group.device}"
+        )
+
+    def _advice(self) -> str:
+        return (
+            f"{checkpoints.last_good(self.checkpoints)}; try a lower train.lr, a longer train.warmup, a smaller "
+            'train.clip or train.dtype = "float32"'
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier: dict[int, Any] = {}
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            self.display.message("stopping after this step; again to stop at once, without saving")
+            for each, handler in earlier.items():
+                signal.signal(each, handler)
+
+        for each in (signal.SIGINT, signal.SIGTERM):
+            earlier[each] = signal.signal(each, stop)
+        try:
+            yield
+        finally:
+            for each, handler in earlier.items():
+                signal.signal(each, handler)
+
+
+def bits(nats: float, units: float) -> float:
+    """Nats of a number of units as bits per unit."""
+    return nats / max(units, 1) / math.log(2)
