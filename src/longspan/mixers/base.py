@@ -12,7 +12,7 @@ from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
-from longspan.ops.rotary import rotary_table, rotate
+from longspan import ops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,8 +156,8 @@ class Core(nn.Module):
         if base is None or not rows.length:
             return q, k
         key = ("rotary", base, q.shape[-1], dtype)
-        table = rows.cached(key, lambda: rotary_table(rows.positions, q.shape[-1], base=base, dtype=dtype))
-        return rotate(q, *table), rotate(k, *table)
+        table = rows.cached(key, lambda: ops.rotary_table(rows.positions, q.shape[-1], base=base, dtype=dtype))
+        return ops.rotate(q, *table), ops.rotate(k, *table)
 
 
 class Mixer(nn.Module):

@@ -40,9 +40,13 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if self.tokenizer == "subword" and self.vocab_size < 257:
-            raise ConfigError(f"task.vocab_size = {self.vocab_size}: subwords need 257 at least, every byte and one more")
+            raise ConfigError(
+                f"task.vocab_size = {self.vocab_size}: subwords need 257 at least, every byte and one more"
+            )
         if self.validation_every < 2:
-            raise ConfigError(f"task.validation_every = {self.validation_every}: from 2 on something is left to train on")
+            raise ConfigError(
+                f"task.validation_every = {self.validation_every}: from 2 on something is left to train on"
+            )
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"task.validation_fraction = {self.validation_fraction}: a share between 0 and 1")
 
@@ -127,7 +131,9 @@ class TextTask:
         return self._tokenise(texts)
 
     def _tokenise(self, texts: Texts) -> Documents:
-        items: list[Document] = [TextDocument(self.tokenizer.encode(data, name), self.tokenizer) for name, data in texts]
+        items: list[Document] = [
+            TextDocument(self.tokenizer.encode(data, name), self.tokenizer) for name, data in texts
+        ]
         digest = hashlib.blake2b(digest_size=16)
         for _, data in texts:
             # of a mapped file the ends must do: it is not read as a whole

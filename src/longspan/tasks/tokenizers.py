@@ -156,7 +156,7 @@ def _chunks(text: str) -> list[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on, in order."""
+    """The byte-level alphabet: printable bytes stand for themselves, the others, in order, for characters from 256."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

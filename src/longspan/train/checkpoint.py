@@ -74,7 +74,7 @@ def found(folder: Path) -> list[Path]:
 def save(
     folder: Path,
     position: Position,
-    model: nn.Module,
+    model: Any,
     tensors: dict[str, Tensor],
     carried: list[Any],
     *,

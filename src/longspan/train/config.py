@@ -6,6 +6,11 @@ from typing import Literal
 from longspan.errors import ConfigError
 
 DEFAULT_STEPS = 1000
+_AT_LEAST_ONE = ("lanes", "segment_length", "bptt_segments", "accumulation", "log_every", "keep")
+_NOT_NEGATIVE = (
+    *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "eps", "weight_decay", "clip"),
+    *("eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "threads"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +46,10 @@ class TrainConfig:
     """steps between two lines of the log; a line holds the mean over them"""
     eval_every: int = 500
     """steps between two evaluations on held-back documents; 0: at the end only"""
-    eval_bytes: int = 200_000
-    """held-back tokens of such an evaluation, drawn once, whole documents first to last; 0: all of them"""
+    eval_tokens: int = 200_000
+    """held-back tokens (bytes, for bytes) of such an evaluation, of documents that the seed draws; 0: all"""
+    final_eval_tokens: int = 0
+    """the same for the evaluation at the end"""
     checkpoint_every: int = 500
     """steps between two checkpoints; 0: at the end only"""
     keep: int = 2
@@ -55,10 +62,9 @@ class TrainConfig:
     """CPU threads; 0: as torch chooses. The same number gives the same losses, bit for bit"""
 
     def __post_init__(self) -> None:
-        at_least_one = ("lanes", "segment_length", "bptt_segments", "accumulation", "log_every", "keep")
-        not_negative = ("lr", "warmup", "min_lr_ratio", "weight_decay", "clip", "eval_every", "eval_bytes", "threads")
-        for name in (*at_least_one, *not_negative, "checkpoint_every", "steps", "minutes"):
-            value, least = getattr(self, name), 1 if name in at_least_one else 0
+        least_of = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
+        for name, least in least_of.items():
+            value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ConfigError(f"train.{name} = {value}: {least} at least")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.errors import CheckpointError, ConfigError
+from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.tasks import Documents
 from longspan.tasks.base import Array
 
@@ -64,6 +64,7 @@ class Lanes(Iterator[Batch]):
 
     Raises:
         ConfigError: the processes cannot share the lanes evenly.
+        DataError: there is nothing to read.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class Lanes(Iterator[Batch]):
     ) -> None:
         if lanes % world_size:
             raise ConfigError(f"train.lanes = {lanes} cannot be shared evenly by {world_size} processes")
+        if not documents.lengths.sum():
+            raise DataError("the documents hold no tokens")
         self.documents = documents
         self.lanes = lanes
         self.segment_length = segment_length

@@ -47,7 +47,9 @@ class Log:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise LongspanError(f"{self.path}: cannot be written: {error.strerror or error}; make room and resume") from None
+            raise LongspanError(
+                f"{self.path}: cannot be written: {error.strerror or error}; make room and resume"
+            ) from None
 
     def sync(self) -> None:
         """Flush to disk, so that a log never ends before its checkpoint."""

@@ -79,7 +79,7 @@ class Live(Silent):
         columns = [TextColumn("{task.fields[" + name + "]}") for name in names]
         self._progress = Progress(BarColumn(bar_width=24), *columns, console=self._console)
         self._task: TaskID | None = None
-        self._fields = dict.fromkeys(names, "")
+        self._fields: dict[str, Any] = dict.fromkeys(names, "")
 
     def start(self, title: str) -> None:
         """Begin to draw."""
@@ -134,7 +134,7 @@ def make(progress: "str | Silent") -> Silent:
         return progress
     if progress == "auto":
         progress = "live" if sys.stderr.isatty() else "plain"
-    known = {"live": Live, "plain": Plain, "none": Silent}
+    known: dict[str, type[Silent]] = {"live": Live, "plain": Plain, "none": Silent}
     if progress not in known:
         raise ConfigError(f"progress = {progress!r} is not one of 'auto', 'live', 'plain', 'none'")
     return known[progress]()

@@ -1,29 +1,229 @@
 """Runs: a recipe and a folder in, a trained model out.
 
-    FOLDER/recipe.json      the recipe with every default filled in
-    FOLDER/log.jsonl        one line per logged step and per evaluation
-    FOLDER/tokenizer.json   what text was cut into
-    FOLDER/checkpoints/     see `longspan.train.checkpoint`
-    FOLDER/model/           the trained model, when the run is over
+FOLDER/recipe.json      the recipe with every default filled in
+FOLDER/log.jsonl        one line per logged step and per evaluation
+FOLDER/tokenizer.json   what text is cut into
+FOLDER/checkpoints/     see `longspan.train.checkpoint`
+FOLDER/model/           the trained model, once the run is over
 """
 
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from longspan import __version__, tasks
 from longspan.config import from_dict, nearest, to_dict
-from longspan.errors import CheckpointError, ConfigError, LongspanError
+from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
 from longspan.models import Decoder, DecoderConfig, load_model, save_model
 from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders
+from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group, process_group
 from longspan.train.progress import Silent, make
 from longspan.train.trainer import Result, Trainer
+
+TABLES = ("model", "task", "train")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+# what may change when a run goes on; the rest would make it another run
+FREE = (
+    *("steps", "minutes", "log_every", "eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "keep"),
+    *("threads", "device", "accumulation"),
+)
+
+
+def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with every default filled in; `model.vocab_size` only where it is given, as it follows the task.
+
+    Args:
+        recipe: tables `model`, `task`, `train`, and an optional text `about`.
+
+    Raises:
+        ConfigError: an unknown table or field (with the nearest name), or a value that does not fit.
+    """
+    for name in recipe:
+        if name not in (*TABLES, "about", "longspan"):
+            raise ConfigError(f"recipe: unknown table {name!r}{nearest(name, [*TABLES, 'about'])}")
+    for name in TABLES:
+        if not isinstance(recipe.get(name, {}), Mapping):
+            raise ConfigError(f"recipe.{name}: expected a table of fields, got {recipe[name]!r}")
+    model = to_dict(from_dict(DecoderConfig, recipe.get("model", {}), "model"))
+    if "vocab_size" not in recipe.get("model", {}):
+        del model["vocab_size"]
+    return {
+        "longspan": __version__,
+        "about": recipe.get("about", ""),
+        "model": model,
+        "task": tasks.resolve(recipe.get("task", {})),
+        "train": to_dict(from_dict(TrainConfig, recipe.get("train", {}), "train")),
+    }
+
+
+def run(
+    recipe: Mapping[str, Any] | None,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    progress: str | Silent = "auto",
+) -> Result:
+    """Train what a recipe says, in a folder; under torchrun every process calls it.
+
+    Args:
+        recipe: plain data of a recipe, see `resolve`. With `resume`, None or whatever part of it is given: it must
+            agree with the recipe the run began with, but for its length, intervals, threads and device.
+        folder: of the run; made where missing.
+        resume: go on from the newest sound checkpoint, bit for bit.
+        progress: `"auto"` (live on a terminal, else lines), `"live"`, `"plain"`, `"none"`, or a display of your own.
+
+    Raises:
+        ConfigError: a recipe that does not fit itself, its task, or the run that is resumed.
+        DataError: text that is missing or cannot be read.
+        CheckpointError: no run to resume, a run already there, nothing sound to go on from, or nowhere to save.
+        DivergedError: the loss is no number any more.
+    """
+    folder, display = Path(folder), make(progress)
+    resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
+    config = from_dict(TrainConfig, resolved["train"], "train")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(config.device) as group, _own_random_numbers(group):
+        if not group.main:
+            display = Silent()
+        return _run(resolved, config, folder, resume, group, display)
+
+
+def _run(
+    resolved: dict[str, Any], config: TrainConfig, folder: Path, resume: bool, group: Group, display: Silent
+) -> Result:
+    if group.any(not resume and bool(checkpoints.found(folder / "checkpoints"))):
+        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
+    if group.main:
+        _clear(folder, resume)
+    task = _prepared_task(resolved["task"], folder, group)
+    _fit_vocabulary(resolved["model"], task)
+    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    torch.manual_seed(config.seed)
+    model = Decoder(from_dict(DecoderConfig, resolved["model"], "model")) if checkpoint is None else checkpoint.model
+    model = model.to(group.device, DTYPES[config.dtype])
+    group.share_parameters(model)
+    trainer = Trainer(model, task, config, folder, group=group, display=display)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if config.carry and model.traits.streams and not model.traits.bounded:
+        display.message("this model's state grows with a document's length; train.carry = false cuts it at segments")
+    if group.main:
+        write_json(folder / "recipe.json", resolved)
+    result = trainer.fit()
+    if result.interrupted:
+        display.message(f"stopped at step {result.step}, saved in {folder}; resume it to go on")
+    elif group.main:
+        folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
+    group.barrier()
+    return result
+
+
+def load_run(folder: str | Path) -> tuple[Any, Task]:
+    """The model of a run, in evaluation mode, and its task, ready to encode text; data is read only when asked for.
+
+    The model is the trained one, or that of the newest sound checkpoint while the run is not over.
+
+    Raises:
+        CheckpointError: there is no run, or nothing sound in it.
+    """
+    folder = Path(folder)
+    task = tasks.build(_stored_recipe(folder)["task"])
+    task.prepare(folder, main=False)
+    if (folder / "model").is_dir():
+        model = load_model(folder / "model")
+    else:
+        checkpoint = _newest_sound(folder / "checkpoints", Silent())
+        if checkpoint is None:
+            raise CheckpointError(f"{folder}: this run has no checkpoint yet")
+        model = checkpoint.model
+    if model.config.vocab_size < task.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the model knows {model.config.vocab_size} token ids, the tokenizer has {task.vocab_size}"
+        )
+    return model, task
+
+
+def _stored_recipe(folder: Path) -> dict[str, Any]:
+    if not (folder / "recipe.json").exists():
+        raise CheckpointError(f"{folder}: no run here (recipe.json is missing); start one without resuming")
+    stored: dict[str, Any] = read_json(folder / "recipe.json")
+    return stored
+
+
+def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored recipe with what may change taken from `recipe`."""
+    stored = _stored_recipe(folder)
+    merged = {**stored, **recipe, **{name: {**stored[name], **recipe.get(name, {})} for name in TABLES}}
+    resolved = resolve(merged)
+    for name in TABLES:
+        for key, value in resolved[name].items():
+            began = stored[name].get(key)
+            if value != began and not (name == "train" and key in FREE):
+                raise ConfigError(
+                    f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
+                    "keep it, or start another run"
+                )
+    return resolved
+
+
+def _clear(folder: Path, resume: bool) -> None:
+    """Remove what a kill left half written, and what a failed start or an earlier end of this run left behind."""
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for each in (folder, folder / "checkpoints"):
+            folders.remove_leftovers(each)
+        if (folder / "model").is_dir():
+            folders.remove(folder / "model")
+        if not resume:
+            (folder / "tokenizer.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _prepared_task(table: dict[str, Any], folder: Path, group: Group) -> Task:
+    task = tasks.build(table)
+    if group.main:
+        task.prepare(folder)
+    group.barrier()
+    if not group.main:
+        task.prepare(folder, main=False)
+    return task
+
+
+def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
+    """Set `vocab_size` where the recipe leaves it out."""
+    known = model.setdefault("vocab_size", task.vocab_size)
+    if known < task.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
+        )
+
+
+def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
+    """The newest checkpoint that can be read; each damaged one before it is named. None where there is none at all."""
+    problem: CheckpointError | None = None
+    for path in checkpoints.found(folder):
+        try:
+            checkpoint = checkpoints.read(path)
+        except CheckpointError as error:
+            problem = error
+            continue
+        if problem is not None:
+            display.message(f"{problem}; going on from {path}")
+        return checkpoint
+    if problem is not None:
+        raise CheckpointError(f"{problem}; no earlier checkpoint is sound")
+    return None
+
+
+def _own_random_numbers(group: Group) -> Any:
+    """Leave the caller's random numbers as they were."""
+    return torch.random.fork_rng([group.device.index or 0] if group.device.type == "cuda" else [])

@@ -17,9 +17,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap(
-    nats: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> Interval:
+def bootstrap(nats: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
     """Bits per unit with an interval.
 
     Args:

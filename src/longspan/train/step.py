@@ -97,9 +97,7 @@ class Stepper:
         for batch in batches:
             extra: list[Tensor] = []
             with self._autocast():
-                logits, state = self.model(
-                    batch.tokens, state, mask=batch.mask, reset=batch.reset, penalties=extra
-                )
+                logits, state = self.model(batch.tokens, state, mask=batch.mask, reset=batch.reset, penalties=extra)
                 losses.append(next_token_loss(logits, batch.targets, batch.graded))
             penalties += extra
             if not self.carry:
@@ -110,7 +108,7 @@ class Stepper:
         loss = nats / tokens
         if penalties:
             loss = loss + torch.stack(penalties).sum() / calls
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
         self.carried[index] = None if state is None else states.clone(states.detach(state))
         return float(nats.detach())

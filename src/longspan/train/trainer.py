@@ -1,6 +1,7 @@
 """The training loop: steps, log, evaluations, checkpoints, and an orderly end whatever ends it."""
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -8,17 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from longspan.errors import CheckpointError, LongspanError
+import torch
+
 from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
-from longspan.train.evaluate import Evaluation, evaluate_text, first_places
+from longspan.train.evaluate import evaluate_text, first_places
 from longspan.train.lanes import Lanes
-from longspan.train.log import Log
+from longspan.train.log import Log, read_log
 from longspan.train.progress import Silent, resident_bytes
 from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
 from longspan.train.step import DivergedError, Stepper, StepResult
@@ -89,9 +91,7 @@ class Trainer:
         self.position = checkpoint.position
         self.lanes.load_state_dict(checkpoint.position.lanes)
         self.stepper.load_tensors(checkpoint.tensors)
-        self.stepper.carried = checkpoints.carried_states(
-            checkpoint, self.model, self.config.accumulation, self.group
-        )
+        self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
         self._saved_step = self.position.step
 
     def fit(self) -> Result:
@@ -106,10 +106,7 @@ class Trainer:
         try:
             with self._signals():
                 interrupted = self._loop(log)
-            evaluation = None
-            if not interrupted:
-                evaluation = self._evaluate(log, self.config.eval_bytes and 0)
-                self._save(log)
+            evaluation = None if interrupted else self._finish(log)
         finally:
             self.display.stop()
             if log is not None:
@@ -120,7 +117,7 @@ class Trainer:
             position.step,
             position.tokens,
             position.seconds,
-            None if evaluation is None else evaluation.summary(),
+            evaluation,
             interrupted,
         )
 
@@ -134,10 +131,20 @@ class Trainer:
             self._train_step(log)
             done = is_done(config, position.step, position.seconds)
             if not done and config.eval_every and position.step % config.eval_every == 0:
-                self._evaluate(log, config.eval_bytes)
+                self._evaluate(log, config.eval_tokens)
             if not done and config.checkpoint_every and position.step % config.checkpoint_every == 0:
                 self._save(log)
         return False
+
+    def _finish(self, log: Log | None) -> dict[str, Any]:
+        """The last evaluation and the last checkpoint; of a run that was over already, what it logged."""
+        if self._saved_step == self.position.step:
+            logged = [line["validation"] for line in read_log(self.folder / "log.jsonl") if "validation" in line]
+            if logged:
+                return cast(dict[str, Any], logged[-1])
+        figures = self._evaluate(log, self.config.final_eval_tokens)
+        self._save(log)
+        return figures
 
     def _train_step(self, log: Log | None) -> None:
         position = self.position
@@ -183,8 +190,8 @@ class Trainer:
             log.write(line)
         self._show(line)
 
-    def _evaluate(self, log: Log | None, tokens: int) -> Evaluation:
-        evaluation = evaluate_text(
+    def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any]:
+        figures = evaluate_text(
             self.model,
             first_places(self.task.documents("validation"), tokens, self.config.seed),
             chunk=self.config.segment_length,
@@ -192,17 +199,19 @@ class Trainer:
             memory=self.stepper.carry,
             group=self.group,
             unit=self.task.unit,
-        )
-        line = {"step": self.position.step, "seconds": self.position.seconds, "validation": evaluation.summary()}
+        ).summary()
+        line = {"step": self.position.step, "seconds": self.position.seconds, "validation": figures}
         if log is not None:
             log.write(line)
         self._show(line)
-        return evaluation
+        return figures
 
     def _save(self, log: Log | None) -> None:
         position = self.position
         if self._saved_step == position.step:
             return
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise DivergedError(f"the parameters after step {position.step} are not finite; {self._advice()}")
         position.lanes = self.lanes.state_dict()
         if log is not None:
             log.sync()
@@ -253,8 +262,8 @@ class Trainer:
             for each, handler in earlier.items():
                 signal.signal(each, handler)
 
-        for each in (signal.SIGINT, signal.SIGTERM):
-            earlier[each] = signal.signal(each, stop)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            earlier[number] = signal.signal(number, stop)
         try:
             yield
         finally:

@@ -1,0 +1,36 @@
+"""Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
+
+from longspan.train.config import TrainConfig
+from longspan.train.evaluate import Evaluation, evaluate_text, first_places
+from longspan.train.lanes import Batch, Lanes
+from longspan.train.log import read_log
+from longspan.train.loss import next_token_loss, token_nats
+from longspan.train.progress import Live, Plain, Silent
+from longspan.train.run import load_run, resolve, run
+from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
+from longspan.train.step import DivergedError
+from longspan.train.trainer import Result, Trainer
+
+__all__ = [
+    "Batch",
+    "DivergedError",
+    "Evaluation",
+    "Interval",
+    "Lanes",
+    "Live",
+    "Plain",
+    "Result",
+    "Silent",
+    "TrainConfig",
+    "Trainer",
+    "bootstrap",
+    "evaluate_text",
+    "first_places",
+    "load_run",
+    "next_token_loss",
+    "paired_bootstrap",
+    "read_log",
+    "resolve",
+    "run",
+    "token_nats",
+]

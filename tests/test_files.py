@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.files import read_json, read_tensors, write_atomically, write_json, write_tensors
+
+
+def test_tensors_round_trip_with_views_and_shared_memory(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    write_tensors(tmp_path / "t.safetensors", {"a": base, "b": base[:, 1:3], "c": base.T}, {"kind": "test", "n": 3})
+    tensors, header = read_tensors(tmp_path / "t.safetensors")
+    assert torch.equal(tensors["b"], base[:, 1:3])
+    assert torch.equal(tensors["c"], base.T)
+    assert header == {"kind": "test", "n": 3}
+
+
+def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", {"good": 1})
+
+    def fail(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ls.CheckpointError, match="No space left on device; the file that was there still stands"):
+        write_atomically(path, fail)
+    assert read_json(path) == {"good": 1}
+    assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
+
+
+def test_missing_damaged_and_foreign_files(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(ls.CheckpointError, match="no such file"):
+        read_tensors(path)
+    write_tensors(path, {"a": torch.ones(1000)}, {})
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ls.CheckpointError, match="damaged"):
+        read_tensors(path)
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a": torch.ones(3)}, path)
+    with pytest.raises(ls.CheckpointError, match="not one that longspan wrote"):
+        read_tensors(path)
+    with pytest.raises(ls.CheckpointError, match="no such file"):
+        read_json(tmp_path / "none.json")
