@@ -5,6 +5,17 @@ entries that a forward call really computes.
 """
 
 from longspan.ops.full import full_attention, full_cost
+from longspan.ops.relative import relative_attention, relative_cost
+from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.window import window_attention, window_cost
 
-__all__ = ["full_attention", "full_cost", "window_attention", "window_cost"]
+__all__ = [
+    "full_attention",
+    "full_cost",
+    "relative_attention",
+    "relative_cost",
+    "rotary_table",
+    "rotate",
+    "window_attention",
+    "window_cost",
+]

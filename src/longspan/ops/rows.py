@@ -9,6 +9,9 @@ from longspan.errors import ConfigError
 from longspan.ops.tiles import Visibility
 
 
+NOBODY = -(2**62)  # the document of keys that are not real
+
+
 class Call(NamedTuple):
     """One call, its older keys trimmed to those that some query can see.
 
@@ -141,7 +144,7 @@ def _free_rows(
     start: Tensor | None,
     memory_lengths: Tensor | None,
 ) -> tuple[Visibility | None, Tensor | None]:
-    """Not causal: a query sees the keys of its own document; keys that are not real belong to document -1."""
+    """Not causal: a query sees the keys of its own document; keys that are not real belong to none."""
     batch, length = q.shape[0], q.shape[2]
     if start is None and lengths is None and memory_lengths is None:
         return None, None
@@ -152,8 +155,8 @@ def _free_rows(
     column = torch.arange(memory + length, device=q.device)
     dead = None
     if lengths is not None:
-        key = key.masked_fill(column >= (memory + lengths)[:, None], -1)
+        key = key.masked_fill(column >= (memory + lengths)[:, None], NOBODY)
         dead = column[memory:] >= (memory + lengths)[:, None]
     if memory_lengths is not None:
-        key = key.masked_fill(column < (memory - memory_lengths)[:, None], -1)
+        key = key.masked_fill(column < (memory - memory_lengths)[:, None], NOBODY)
     return Visibility(query[:, None, :, None], key[:, None, :, None], True, memory + length), dead

@@ -7,7 +7,8 @@ FOLDER/checkpoints/     see `longspan.train.checkpoint`
 FOLDER/model/           the trained model, once the run is over
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ def run(
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(TrainConfig, resolved["train"], "train")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(config.device) as group, _own_random_numbers(group):
+    with process_group(config.device) as group, _caller_undisturbed(group, config.threads):
         if not group.main:
             display = Silent()
         return _run(resolved, config, folder, resume, group, display)
@@ -224,6 +223,14 @@ def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
     return None
 
 
-def _own_random_numbers(group: Group) -> Any:
-    """Leave the caller's random numbers as they were."""
-    return torch.random.fork_rng([group.device.index or 0] if group.device.type == "cuda" else [])
+@contextlib.contextmanager
+def _caller_undisturbed(group: Group, threads: int) -> Iterator[None]:
+    """Leave the caller's random numbers and threads as they were."""
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng([group.device.index or 0] if group.device.type == "cuda" else []):
+            yield
+    finally:
+        torch.set_num_threads(before)

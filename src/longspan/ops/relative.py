@@ -1,0 +1,149 @@
+"""Transformer-XL's relative attention (Dai et al. 2019, section 3.3), in tiles, trained through or across segments."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ConfigError
+from longspan.ops import flash
+from longspan.ops.decode import decode, is_decode
+from longspan.ops.relative_tiles import Relative, RelativeTiles, relative_forward
+from longspan.ops.rows import Call, check_positive, read_call
+from longspan.ops.tiled import default_scale
+from longspan.ops.tiles import Plan, make_plan
+
+FORWARD_TILE = 64
+BACKWARD_TILE = 64
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    window: int | None = None,
+    segment: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+    border: int | Tensor | None = None,
+    stale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, linear in the length where a window is given.
+
+    score(i, j) = scale * (q_i . k_j + q_i . r_{i-j} + content_bias . k_j + position_bias . r_{i-j})
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
+        v: like k.
+        r: (heads, distances, head_dim), r[:, t] for distance t; distances not below the farthest visible key + 1.
+        content_bias: (heads, head_dim), the paper's u.
+        position_bias: (heads, head_dim), the paper's v.
+        window: without `segment`: 0 <= i - j < window. With it: j >= (i // segment) * segment - window. None: no limit.
+        segment: see `window`; i and j count from query column 0, which is a segment border; older keys have negative j.
+        scale: default head_dim ** -0.5.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) first visible key column of each query; None = no limit.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        border: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key columns.
+        stale: (k, v) of the same values as k and v. Pairs whose key lies before the border of their query send their
+            gradients here and not to k and v: memory across a segment border is read, not trained through.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
+    """
+    _check(q, k, r, content_bias, position_bias, window, segment, border, stale)
+    segment = None if window is None else segment
+    keep = None if window is None else (window - 1 if segment is None else window)
+    call = read_call(q, k, v, causal=True, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    scale = default_scale(q, scale)
+    if call.empty:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+    older = () if stale is None or border is None else stale
+    if is_decode(call, r, content_bias, position_bias, *older):
+        return _decode(call, r, content_bias, position_bias, scale)
+    if isinstance(border, Tensor):
+        border = border - call.dropped
+    cut = border if older and isinstance(border, int) else None
+    size = q.shape[2], call.memory, window, segment
+    forward, backward = _plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size, cut=cut)
+    spec = Relative(forward, backward, scale, call.visibility, border if older else None)
+    distances = max(plan.distances(run) for plan in (forward, backward) for run in plan.runs)
+    tensors = (call.q, call.k, call.v, _farthest_first(r, distances), content_bias, position_bias)
+    older = tuple(t[:, :, call.dropped :] for t in older)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *older)):
+        return call.finish(cast(Tensor, RelativeTiles.apply(spec, *tensors, *older)))
+    return call.finish(relative_forward(*tensors, spec))
+
+
+def relative_cost(length: int, *, window: int | None = None, segment: int | None = None) -> tuple[int, int]:
+    """Entries computed per head by `relative_attention` without older keys: content scores, position scores.
+
+    Forward FLOPs are heads * batch * head_dim * (4 * content + 2 * position).
+
+    Args:
+        length: queries.
+        window: see `relative_attention`.
+        segment: see `relative_attention`.
+    """
+    plan = _plan(FORWARD_TILE, length, 0, window, None if window is None else segment)
+    position = sum(run.count * run.queries * plan.distances(run) for run in plan.runs)
+    return plan.pairs(), position
+
+
+def _plan(
+    tile: int, length: int, memory: int, window: int | None, segment: int | None, *, cut: int | None = None
+) -> Plan:
+    return make_plan(length, memory, tile=tile, window=window, segment=segment, cut=cut)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    window: int | None,
+    segment: int | None,
+    border: int | Tensor | None,
+    stale: tuple[Tensor, Tensor] | None,
+) -> None:
+    heads, dim = q.shape[1], q.shape[-1]
+    if r.ndim != 3 or r.shape[0] != heads or r.shape[2] != dim or r.shape[1] < 1:
+        raise ConfigError(f"r must be (heads, distances, head_dim) = ({heads}, >= 1, {dim}), got {tuple(r.shape)}")
+    if content_bias.shape != (heads, dim) or position_bias.shape != (heads, dim):
+        raise ConfigError(f"content_bias and position_bias must be (heads, head_dim) = ({heads}, {dim})")
+    if stale is not None and (stale[0].shape != k.shape or stale[1].shape[:3] != k.shape[:3]):
+        raise ConfigError("stale must be (k, v) of the shapes of k and v")
+    if window is not None:
+        check_positive("window", window + (segment is not None))
+    for name, value in (("segment", segment), ("border", border)):
+        if isinstance(value, int):
+            check_positive(name, value)
+
+
+def _farthest_first(r: Tensor, distances: int) -> Tensor:
+    """(heads, distances, head_dim) from distance distances - 1 to 0; beyond r's last distance it repeats."""
+    near = r[:, :distances]
+    if near.shape[1] < distances:
+        near = torch.cat([near, near[:, -1:].expand(-1, distances - near.shape[1], -1)], 1)
+    return near.flip(1)
+
+
+def _decode(call: Call, r: Tensor, content_bias: Tensor, position_bias: Tensor, scale: float) -> Tensor:
+    keys = call.k.shape[2]
+    with flash.full_precision(call.q.device):
+        dtype = call.q.dtype
+        position = (call.q + position_bias.to(dtype)[:, None]).mul_(scale)
+        near = r[:, :keys].to(dtype)
+        bias = torch.matmul(position, near.mT)
+        if near.shape[1] < keys:
+            bias = torch.cat([bias, bias[..., -1:].expand(*bias.shape[:3], keys - near.shape[1])], -1)
+        moved = call._replace(q=call.q + content_bias.to(dtype)[:, None])
+        return decode(moved, scale=scale, bias=bias.flip(-1))

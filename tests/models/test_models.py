@@ -1,0 +1,165 @@
+"""Decoder and Encoder: every option runs, streams and rows agree, cost is what is really done."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import longspan as ls
+
+XL: dict[str, Any] = {"name": "transformer_xl", "segment": 4, "mem_len": 4}
+WINDOW: dict[str, Any] = {"name": "window", "window": 4}
+OPTIONS: list[dict[str, Any]] = [
+    {"mixers": (XL, {"name": "full"})},
+    {"activation": "gelu", "norm": "layernorm", "bias": True},
+    {"activation": "relu", "norm_position": "post", "scale_embeddings": True, "mixers": (XL,)},
+    {"positions": "learned", "max_positions": 64, "tie_embeddings": False},
+    {"positions": "none", "num_kv_heads": 1, "head_dim": 6, "mixers": (WINDOW,)},
+]
+
+
+def decoder(**options: Any) -> ls.Decoder:
+    torch.manual_seed(0)
+    return ls.Decoder(ls.DecoderConfig(**{"vocab_size": 31, "dim": 24, "num_layers": 3, "num_heads": 4, **options}))
+
+
+def tokens(batch: int = 2, length: int = 19) -> Tensor:
+    return torch.randint(0, 31, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_streams_pads_packs_and_counts(options: dict[str, Any]) -> None:
+    model, text = decoder(**options).double().eval(), tokens()
+    logits, state = model(text)
+    assert logits.shape == (2, 19, 31)
+    assert ls.state.nbytes(state) == model.state_nbytes(2, 19, torch.float64)
+    # any cuts
+    parts, carried = [], model.init_state(2)
+    for a, b in ((0, 1), (1, 9), (9, 9), (9, 19)):
+        part, carried = model(text[:, a:b], carried)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-9, rtol=0)
+    # padding anywhere, with token ids there that mean nothing
+    mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(4)) < 0.5
+    mask[1] = False
+    mask[1, 5:24] = True
+    padded = torch.full((2, 40), -100)
+    count = int(mask[0].sum())
+    padded[0, mask[0]] = text[0, :1].expand(count) if count > 19 else text[0, :count]
+    padded[1, mask[1]] = text[1]
+    spread, _ = model(padded, mask=mask)
+    torch.testing.assert_close(spread[1, mask[1]], logits[1], atol=1e-9, rtol=0)
+    assert not spread[~mask].any()
+    # documents in one row
+    packed = torch.cat([text[0], text[1, :7]])[None]
+    reset = torch.zeros(1, 26, dtype=torch.bool)
+    reset[0, 19] = True
+    together = model(packed, reset=reset)[0][0]
+    torch.testing.assert_close(together[:19], logits[0], atol=1e-9, rtol=0)
+    torch.testing.assert_close(together[19:], logits[1, :7], atol=1e-9, rtol=0)
+    # the last token alone
+    last, _ = model.last(padded, mask=mask)
+    torch.testing.assert_close(last[1], logits[1, -1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_checkpointing_gives_the_same_gradients(options: dict[str, Any]) -> None:
+    gradients = []
+    for checkpoint in (False, True):
+        model = decoder(**options, checkpoint=checkpoint, dropout=0.1).double()
+        torch.manual_seed(1)
+        penalties: list[Tensor] = []
+        logits, state = model(tokens(), penalties=penalties)
+        (logits.square().mean() + model(tokens(), state)[0].square().mean()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        assert gradients[1][name] is not None
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_flops_are_those_of_the_forward(options: dict[str, Any]) -> None:
+    def sdpa(q: Any, k: Any, *_: Any, **__: Any) -> int:
+        batch, heads, length, dim = q
+        return int(4 * batch * heads * length * k[2] * dim)
+
+    model = decoder(**options).eval()
+    mapping: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+        model(tokens(3, 50))
+    assert counter.get_total_flops() == pytest.approx(model.flops(50, batch_size=3), rel=0.02)
+
+
+def test_a_position_past_the_learned_table_names_the_maximum() -> None:
+    model = decoder(positions="learned", max_positions=16)
+    with pytest.raises(ls.UnsupportedError, match="position 18 is past the learned positions, whose maximum is 15"):
+        model(tokens())
+    state = model(tokens(length=10))[1]
+    with pytest.raises(ls.UnsupportedError, match="position 16"):
+        model(tokens(length=7), state)
+    reset = torch.zeros(2, 7, dtype=torch.bool)
+    reset[:, 3] = True
+    model(tokens(length=7), state, reset=reset)
+
+
+def test_wrong_tokens_are_one_clear_line() -> None:
+    model = decoder()
+    with pytest.raises(ls.DataError, match="token id 31 is outside the model's vocabulary of 31"):
+        model(torch.tensor([[3, 31]]))
+    with pytest.raises(ls.DataError, match="token id -1"):
+        model(torch.tensor([[3, -1]]))
+    with pytest.raises(ls.DataError, match="expected whole numbers"):
+        model(torch.ones(1, 2))
+    with pytest.raises(ls.ConfigError, match="tokens have 1 rows, the state 2"):
+        model(torch.tensor([[3, 1]]), model.init_state(2))
+    with pytest.raises(ls.ConfigError, match="either tokens or inputs_embeds"):
+        model()
+
+
+def test_embeddings_in_place_of_tokens() -> None:
+    model = decoder()
+    embedded = model.embedding(tokens())
+    assert torch.equal(model(inputs_embeds=embedded)[0], model(tokens())[0])
+
+
+def test_initialisation_and_parameter_groups() -> None:
+    model = decoder(dim=64, num_heads=4, mixers=(XL,), init_std=0.05)
+    weights = dict(model.named_parameters())
+    assert weights["blocks.0.ffn.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.1)
+    assert weights["blocks.0.ffn.down_proj.weight"].std().item() == pytest.approx(0.05 / 6**0.5, rel=0.1)
+    assert weights["blocks.0.mixer.projections.o_proj.weight"].std().item() == pytest.approx(0.05 / 6**0.5, rel=0.1)
+    groups = {group["name"]: group for group in model.parameter_groups(lr=1e-3, weight_decay=0.1)}
+    assert groups["decay"]["weight_decay"] == 0.1
+    assert groups["plain"]["weight_decay"] == 0.0
+    grouped = [p for group in groups.values() for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(weights)
+    plain = {id(p) for p in groups["plain"]["params"]}
+    assert {name for name, p in weights.items() if id(p) in plain} == {
+        name for name in weights if "norm" in name or name.endswith("_bias") or name == "embedding.weight"
+    }
+    assert model.num_parameters() == sum(p.numel() for p in weights.values())
+
+
+def test_encoder_rows_are_independent_and_documents_apart() -> None:
+    torch.manual_seed(0)
+    mixers = (WINDOW, {"name": "window", "window": 3, "blocks": True}, {"name": "full"})
+    model = ls.Encoder(ls.EncoderConfig(vocab_size=31, dim=24, num_layers=3, num_heads=4, mixers=mixers)).double()
+    text = tokens()
+    alone = model(text[:1, :12])
+    mask = torch.zeros(2, 19, dtype=torch.bool)
+    mask[0, 4:16] = True
+    mask[1] = True
+    padded = text.clone()
+    padded[0, 4:16] = text[0, :12]
+    hidden = model(padded, mask=mask)
+    torch.testing.assert_close(hidden[0, 4:16], alone[0], atol=1e-9, rtol=0)
+    assert not hidden[0, :4].any()
+    packed = torch.cat([text[1, :7], text[0, :12]])[None]
+    reset = torch.zeros(1, 19, dtype=torch.bool)
+    reset[0, 7] = True
+    torch.testing.assert_close(model(packed, reset=reset)[0, 7:], alone[0], atol=1e-9, rtol=0)
+    with pytest.raises(ls.ConfigError, match="no bidirectional form"):
+        ls.Encoder(ls.EncoderConfig(mixers=(XL,)))
