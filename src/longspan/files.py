@@ -91,7 +91,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # copies: the file's own memory is not aligned, and matrix products round differently on such tensors
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[HEADER])
     except KeyError:
         raise CheckpointError(f"{path}: a safetensors file, but not one that longspan wrote") from None

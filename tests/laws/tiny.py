@@ -5,7 +5,7 @@ over segments, with a memory in fp32 and a horizon. Both are slow on purpose: ev
 """
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,14 @@ class Rowwise(nn.Module):
     def begin(self, x: Tensor) -> None:
         """Before the rows of a call."""
 
-    def document(self, x: Tensor, past: NamedTuple) -> tuple[Tensor, NamedTuple]:
+    def document(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
         """(length, dim) after this past of batch 1."""
         raise NotImplementedError
 
-    def join(self, rows: list[NamedTuple]) -> NamedTuple:
+    def join(self, rows: list[Any]) -> Any:
         return type(rows[0])(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
-    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: NamedTuple) -> tuple[Tensor, NamedTuple]:
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Any) -> tuple[Tensor, Any]:
         y = torch.zeros_like(x)
         for number, places in enumerate(documents(real, fresh)):
             if number:
@@ -65,12 +65,12 @@ class Rowwise(nn.Module):
     def forward(
         self,
         x: Tensor,
-        state: NamedTuple | None = None,
+        state: Any = None,
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, NamedTuple | None]:
+    ) -> tuple[Tensor, Any]:
         if state is not None and not self.traits.streams:
             raise UnsupportedError("no state without causality")
         batch, length, _ = x.shape

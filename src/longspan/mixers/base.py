@@ -95,6 +95,10 @@ class Core(nn.Module):
         """What this instance promises."""
         raise NotImplementedError
 
+    def head_traits(self) -> list[Traits]:
+        """What each query head promises, one entry a head: they differ only where mechanisms stand side by side."""
+        return [self.traits] * self.shape.num_heads
+
     def forward(
         self,
         q: Tensor,

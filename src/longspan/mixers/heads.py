@@ -115,8 +115,12 @@ class HeadsCore(Core):
 
     @property
     def traits(self) -> Traits:
-        """What all parts promise."""
+        """What all parts promise; the horizon is the farthest of any part, each part keeping its own."""
         return merge_traits([core.traits for core in self.cores])
+
+    def head_traits(self) -> list[Traits]:
+        """The traits of the part that each head belongs to."""
+        return [traits for core in self.cores for traits in core.head_traits()]
 
     def forward(
         self,

@@ -144,7 +144,7 @@ class TransformerXLCore(Core):
             q,
             own_k,
             own_v,
-            self._relative(min(self.reach, memory + rows.length), reuse=state is not None, like=q, rows=rows),
+            self._relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
             self.content_bias,
             self.position_bias,
             lengths=rows.lengths,

@@ -111,9 +111,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | Non
     return scores
 
 
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
     scores = _scores(q, k, scale, causal, mask)
     lse = scores.logsumexp(-1) if k.shape[2] else scores.new_full((batch, heads, queries), -math.inf)

@@ -45,9 +45,7 @@ def full_attention(
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
-    call = read_call(
-        q, k, v, causal=causal, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths
-    )
+    call = read_call(q, k, v, causal=causal, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths)
     return attend_call(call, causal=causal, scale=default_scale(q, scale))
 
 

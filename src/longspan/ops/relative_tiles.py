@@ -132,8 +132,12 @@ def relative_forward(q: Tensor, k: Tensor, v: Tensor, r: Tensor, u: Tensor, w: T
             for block in blocks:
                 tiles, queries = block.rows * block.tiles, run.queries
                 query = take(q, block, run.start, queries, run.step)
-                moved = (query.transpose(0, 1) + w[:, None, None]).reshape(heads, tiles * queries, -1)
-                torch.bmm(moved, r[:, :, -distances:], out=shift.by_distance(heads, tiles * queries))
+                moved = torch.add(query.transpose(0, 1), w[:, None, None], out=q.new_empty(0))
+                torch.bmm(
+                    moved.view(heads, tiles * queries, -1),
+                    r[:, :, -distances:],
+                    out=shift.by_distance(heads, tiles * queries),
+                )
                 bias = shift.by_key(heads, tiles)
                 seen = None if spec.visibility is None else spec.visibility.seen(run, block)
                 if seen is not None:
@@ -239,6 +243,8 @@ class _Tile:
         self.scores = like.new_empty(self.count * rows, run.queries, run.keys)
         self.weights = torch.empty_like(self.scores)
         self.grouped = self.scores.view(self.items, self.height, run.keys)
+        self.content = like.new_empty(self.count, rows, run.queries, like.shape[-1])
+        self.position = torch.empty_like(self.content)
         self.r = owner.r[heads, -self.distances :]
         self.r_scaled = owner.r_scaled[heads, :, -self.distances :]
         self.u = owner.u[heads, None, None]
@@ -254,8 +260,10 @@ class _Tile:
         start, low = run.start + tile * run.step, run.low + tile * run.step
         here, there = slice(start, start + run.queries), slice(low, low + run.keys)
         query = self.q[:, here].reshape(count, rows, run.queries, dim)
-        content = (query + self.u).view(self.items, self.height, dim)
-        position = (query + self.w).view(count, rows * run.queries, dim)
+        torch.add(query, self.u, out=self.content)
+        torch.add(query, self.w, out=self.position)
+        content = self.content.view(self.items, self.height, dim)
+        position = self.position.view(count, rows * run.queries, dim)
         grad = self.grad[:, here]
         inner = (grad * self.out[:, here]).sum(-1, keepdim=True).mul_(-scale)
         grad = grad.reshape(self.items, self.height, -1)
@@ -303,7 +311,15 @@ class _Tile:
             self._add(index, low, high, low, slope * mask, weights * mask, content, grad)
 
     def _add(
-        self, index: int, low: int, high: int, origin: int, slope: Tensor, weights: Tensor, content: Tensor, grad: Tensor
+        self,
+        index: int,
+        low: int,
+        high: int,
+        origin: int,
+        slope: Tensor,
+        weights: Tensor,
+        content: Tensor,
+        grad: Tensor,
     ) -> None:
         if high > low:
             columns, keys = slice(low, high), slice(low - origin, high - origin)

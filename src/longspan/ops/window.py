@@ -49,9 +49,7 @@ def window_attention(
     """
     check_positive("window", window)
     keep = window if blocks else window - 1
-    call = read_call(
-        q, k, v, causal=causal, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths
-    )
+    call = read_call(q, k, v, causal=causal, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
     scale = default_scale(q, scale)
     if call.empty or _unlimited(q.shape[2], call.memory, window, causal, blocks):
         return attend_call(call, causal=causal, scale=scale)

@@ -102,4 +102,4 @@ def _kjv() -> Array:
         key=len,
         default="",
     )
-    return np.frombuffer(text.encode(), dtype=np.uint8)
+    return np.frombuffer(text.strip().encode(), dtype=np.uint8)

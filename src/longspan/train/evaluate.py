@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.errors import DataError
+from longspan.errors import DataError, UnsupportedError
 from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array
 from longspan.train.distributed import Group
@@ -98,7 +98,12 @@ def evaluate_text(
         segment_length: of reading without memory; default `chunk`.
         group: processes that share the work; each gets the totals of all.
         unit: what `Evaluation.unit` says.
+
+    Raises:
+        UnsupportedError: evaluation with memory of a model that does not stream.
     """
+    if memory and not model.traits.streams:
+        raise UnsupportedError("this model does not stream; evaluate it with memory=False")
     group = group or Group(device=_device_of(model))
     restart = None if memory else segment_length or chunk
     rows = -(-min(batch, len(documents)) // group.world_size) * group.world_size

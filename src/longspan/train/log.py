@@ -1,11 +1,13 @@
 """The log of a run: JSON lines, one for each logged step and each evaluation."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from longspan.errors import LongspanError
+from longspan.errors import CheckpointError
 from longspan.files import write_atomically
 
 
@@ -41,20 +43,30 @@ class Log:
         """Append a line.
 
         Raises:
-            LongspanError: the disk is full or not writable.
+            CheckpointError: the disk is full or not writable.
         """
-        try:
+        with self._explained():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise LongspanError(
-                f"{self.path}: cannot be written: {error.strerror or error}; make room and resume"
-            ) from None
 
     def sync(self) -> None:
-        """Flush to disk, so that a log never ends before its checkpoint."""
-        os.fsync(self._file.fileno())
+        """Flush to disk, so that a log never ends before its checkpoint.
+
+        Raises:
+            CheckpointError: the disk is full or not writable.
+        """
+        with self._explained():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"{self.path}: cannot be written: {reason}; make room and resume") from None
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk did not take is lost, as `write` has said."""
+        with contextlib.suppress(OSError):
+            self._file.close()

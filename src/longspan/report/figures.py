@@ -1,0 +1,170 @@
+"""Figures, drawn on objects of their own: no pyplot, no global state, no display needed."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import Formatter
+
+from longspan.report.style import LIGHT, Theme
+
+__all__ = ["Figure", "Mark", "Series", "line_figure", "to_png"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line of a figure.
+
+    Attributes:
+        x: where the points are.
+        y: how high they are; NaN leaves a gap.
+        label: in the legend; empty: not there.
+        low: lower ends of intervals, as many as points; None: no intervals.
+        high: their upper ends.
+        kind: "line"; "marked" joins the points and shows them; "faint" is a thin line behind the others.
+        colour: number of the theme's colour; None: the series' own number.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str = ""
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    kind: Literal["line", "marked", "faint"] = "line"
+    colour: int | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the x axis (or, with `horizontal`, a height) that the figure points out."""
+
+    at: float
+    label: str = ""
+    horizontal: bool = field(default=False, kw_only=True)
+
+
+def line_figure(
+    series: Sequence[Series],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    marks: Sequence[Mark] = (),
+    xscale: Literal["linear", "log2"] = "linear",
+    ylim: tuple[float | None, float | None] = (None, None),
+    xticks: Sequence[float] | None = None,
+    theme: Theme = LIGHT,
+    size: tuple[float, float] = (6.6, 3.5),
+) -> Figure:
+    """Lines over one axis.
+
+    Args:
+        series: what is drawn, the first in front.
+        xlabel: what lies along the axis, with its unit.
+        ylabel: what is measured, with its unit; written above the axis, to be read without turning the head.
+        title: of the figure.
+        marks: places to point out.
+        xscale: "log2" is linear below the smallest positive value, so that 0 has its place.
+        ylim: of the y axis; None: as the data want it.
+        xticks: where ticks stand; None: as matplotlib puts them.
+        theme: colours.
+        size: inches.
+
+    Returns:
+        The figure, with a canvas; `to_png` makes a picture of it.
+    """
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _scale(axes, xscale, [x for each in series for x in each.x])
+        for number, each in enumerate(series):
+            colour = theme.colours[(number if each.colour is None else each.colour) % len(theme.colours)]
+            _draw(axes, each, colour, front=len(series) - number)
+        axes.set_ylim(*ylim)
+        axes.margins(x=0.02)
+        for mark in marks:
+            _mark(axes, mark, theme)
+        axes.set_xlabel(xlabel)
+        axes.set_title(ylabel, fontsize=9.5, fontweight="normal", color=theme.faint)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
+        if xticks is not None:
+            axes.set_xticks(list(xticks))
+        axes.xaxis.set_major_formatter(PlainNumbers())
+        axes.yaxis.set_major_formatter(PlainNumbers())
+        axes.grid(visible=False, axis="x")
+        if any(each.label for each in series):
+            axes.legend(loc="best").set_zorder(20)
+    return figure
+
+
+class PlainNumbers(Formatter):
+    """Tick labels without exponents, thousands apart, all with the decimals that the closest two need."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        """One label."""
+        return self.format_ticks([value])[0]
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        """All labels of an axis."""
+        decimals = next((d for d in range(7) if all(abs(round(v, d) - v) < 1e-9 * max(1, abs(v)) for v in values)), 6)
+        return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
+
+
+def _scale(axes: Axes, scale: str, values: Sequence[float]) -> None:
+    if scale == "log2":
+        smallest = min((x for x in values if x > 0), default=1.0)
+        axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=1.0)
+        axes.minorticks_off()
+
+
+def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
+    faint = series.kind == "faint"
+    axes.plot(
+        series.x,
+        series.y,
+        color=colour,
+        label=series.label or None,
+        linewidth=0.9 if faint else None,
+        alpha=0.55 if faint else None,
+        marker="o" if series.kind == "marked" else None,
+        zorder=2 + front,
+    )
+    if series.low is not None and series.high is not None:
+        axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+
+
+def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
+    look = {"color": theme.faint, "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 2}
+    if mark.horizontal:
+        axes.axhline(mark.at, **look)  # type: ignore[arg-type]
+        place, offset, transform, where = (1.0, mark.at), (-2, 3), axes.get_yaxis_transform(), "right"
+    else:
+        axes.axvline(mark.at, **look)  # type: ignore[arg-type]
+        place, offset, transform, where = (mark.at, 1.0), (5, -2), axes.get_xaxis_transform(), "left"
+    axes.annotate(
+        mark.label,
+        place,
+        xycoords=transform,
+        xytext=offset,
+        textcoords="offset points",
+        ha=where,
+        va="bottom" if mark.horizontal else "top",
+        fontsize=8.5,
+        color=theme.faint,
+        bbox={"boxstyle": "square,pad=0.15", "facecolor": theme.ground, "edgecolor": "none", "alpha": 0.85},
+        zorder=19,
+    )
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file that holds no date, so that equal figures are equal files."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

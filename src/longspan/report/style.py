@@ -1,0 +1,88 @@
+"""How figures look: two themes that follow the page, colours that colour-blind readers can tell apart."""
+
+from dataclasses import dataclass
+from typing import Any
+
+PIXELS_PER_INCH = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a figure.
+
+    Attributes:
+        name: "light" or "dark".
+        ground: behind everything; the same as the page's.
+        ink: titles and lines that matter.
+        faint: tick labels and axis labels.
+        grid: of the grid and the axis.
+        colours: of the series, in order.
+    """
+
+    name: str
+    ground: str
+    ink: str
+    faint: str
+    grid: str
+    colours: tuple[str, ...]
+
+    def settings(self) -> Any:
+        """The matplotlib settings of this theme (a dict by name), for `rc_context`."""
+        return {
+            "figure.facecolor": self.ground,
+            "figure.dpi": PIXELS_PER_INCH,
+            "savefig.facecolor": self.ground,
+            "axes.facecolor": self.ground,
+            "axes.edgecolor": self.grid,
+            "axes.labelcolor": self.faint,
+            "axes.titlecolor": self.ink,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlepad": 10,
+            "axes.labelsize": 9.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": self.grid,
+            "grid.linewidth": 0.8,
+            "xtick.color": self.grid,
+            "ytick.color": self.grid,
+            "xtick.labelcolor": self.faint,
+            "ytick.labelcolor": self.faint,
+            "xtick.labelsize": 9,
+            "ytick.labelsize": 9,
+            "ytick.major.size": 0,
+            "text.color": self.ink,
+            "legend.facecolor": self.ground,
+            "legend.edgecolor": self.ground,
+            "legend.framealpha": 0.85,
+            "legend.fancybox": False,
+            "legend.fontsize": 9,
+            "legend.labelcolor": self.ink,
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+            "font.family": "DejaVu Sans",
+        }
+
+
+# Okabe & Ito 2008, in the order in which neighbours differ most
+LIGHT = Theme(
+    name="light",
+    ground="#ffffff",
+    ink="#1d2430",
+    faint="#566072",
+    grid="#dfe3ea",
+    colours=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+)
+# the same hues, light enough for a dark ground
+DARK = Theme(
+    name="dark",
+    ground="#14181f",
+    ink="#e8ebf0",
+    faint="#a3adbd",
+    grid="#2c3442",
+    colours=("#56b4e9", "#f08a4b", "#2fc69a", "#e3a0c8", "#f0c04f", "#9fc9f2"),
+)

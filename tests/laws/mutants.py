@@ -1,0 +1,512 @@
+"""Small mixers that break one law each. The matrix is worth what it catches: see test_mutants.py."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan import reference
+
+from .tiny import Keys, Memory, Tiny, TinySegments
+from .tools import HEADS
+
+# law 1 -------------------------------------------------------------------------------------------------------
+
+
+class ChunkMaximum(Tiny):
+    """Performer's positive features, causal, stabilised by the maximum over the whole chunk: the usual code."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        features = torch.exp(k - k.amax()) + 1e-4
+        queries = torch.exp(q - q.amax(-1, keepdim=True))
+        causal = torch.ones(q.shape[2], k.shape[2]).tril(k.shape[2] - q.shape[2]).to(q.dtype)
+        weights = queries @ features.transpose(-1, -2) * causal
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+
+class TopOfTheCall(Tiny):
+    """Values are kept or dropped by a threshold that the whole call decides."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return y * (1 + 1e-3 * (x.abs().amax() > 3)), past
+
+
+class RoundedByLaterTokens(Tiny):
+    """The last bits depend on a later token: scaled there and back."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return y * x.abs().max() / x.abs().max(), past
+
+
+class SeesNext(Tiny):
+    """Outputs are causal, the map that is shown is not."""
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        return super().attention_map(x) + 1e-9
+
+
+# law 2 -------------------------------------------------------------------------------------------------------
+
+
+class CallBorders(TinySegments):
+    """Segments begin where calls begin."""
+
+    def opened(self, count: int, past: int) -> bool:
+        return (count - past) % self.segment == 0
+
+
+class ForgetsPosition(Tiny):
+    """Rotation counts from the start of the call."""
+
+    def positions(self, length: int, past: Keys) -> Tensor:
+        return torch.arange(length)
+
+
+class ZeroKeys(Tiny):
+    """An empty past of zero keys, which take their share of the softmax."""
+
+    def filled(self, past: Keys) -> Keys:
+        return past
+
+
+class HiddenState(Tiny):
+    """Part of the state lives on the module."""
+
+    offset = 0
+
+    def begin(self, x: Tensor) -> None:
+        self.offset += 1
+
+    def positions(self, length: int, past: Keys) -> Tensor:
+        return super().positions(length, past) * (1 + self.offset // 2 % 2)
+
+
+class SingleAngles(Tiny):
+    """Angles in fp32 in every model."""
+
+    def angles(self, positions: Tensor) -> Tensor:
+        frequencies = self.rope ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
+        return positions.float()[:, None] * frequencies
+
+
+class AnglesOfTheModel(Tiny):
+    """Angles in the dtype of the model: right in fp64, wrong in fp32."""
+
+    def angles(self, positions: Tensor) -> Tensor:
+        return (
+            super().angles(positions) if self.q.weight.dtype == torch.float64 else SingleAngles.angles(self, positions)
+        )
+
+
+# law 3 -------------------------------------------------------------------------------------------------------
+
+
+class ForgetsCounts(Tiny):
+    """state_nbytes without the 8 bytes of a row's count."""
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        return super().state_nbytes(batch_size, length, dtype) - 8 * batch_size
+
+
+class OneDtype(TinySegments):
+    """state_nbytes as if accumulators had the dtype of the input."""
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        return batch_size * (2 * self.q.in_features * dtype.itemsize + 8)
+
+
+class WritesInPlace(Tiny):
+    """The ring of the given state is turned in place."""
+
+    def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
+        kept = super().keep(k, v, count)
+        with torch.no_grad():
+            self.given.copy_(kept.k)
+        return kept
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        self.given = past.k
+        return super().document(x, past)
+
+
+class CountsInPlace(Tiny):
+    """The count of the given state goes on counting."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().document(x, past)
+        return y, new._replace(count=past.count.add_(len(x)))
+
+
+class KeepsTheCallAlive(Tiny):
+    """The state is a view of everything the call computed."""
+
+    def join(self, rows: list[Keys]) -> Keys:
+        whole = Keys(*super().join(rows))
+        long = torch.zeros(len(rows), self.kv_heads, 600 + self.window, self.head_dim, dtype=whole.k.dtype)
+        long[:, :, : self.window - 1] = whole.k
+        return whole._replace(k=long[:, :, : self.window - 1])
+
+
+class HoldsDeadColumns(Tiny):
+    """A growing state that never shrinks below what it was."""
+
+    def join(self, rows: list[Keys]) -> Keys:
+        most = 1 + max(int(row.count) for row in rows)
+        return Keys(*(torch.cat(parts) for parts in zip(*(self.widened(row, most) for row in rows), strict=True)))
+
+
+class PadsBehind(Tiny):
+    """Short rows of a growing state have their empty columns last."""
+
+    def widened(self, row: Keys, columns: int) -> Keys:
+        row = super().widened(row, columns)
+        surplus = columns - int(row.count)
+        return Keys(row.k.roll(-surplus, 2), row.v.roll(-surplus, 2), row.count)
+
+    def filled(self, past: Keys) -> Keys:
+        return Keys(past.k[:, :, : int(past.count)], past.v[:, :, : int(past.count)], past.count)
+
+
+# law 4 -------------------------------------------------------------------------------------------------------
+
+
+def one_too_far(q: Tensor, k: Tensor, v: Tensor, *, window: int, **keywords: Any) -> Tensor:
+    return reference.window_attention(q, k, v, window=window + 1, **keywords)
+
+
+def cold_keys(q: Tensor, k: Tensor, v: Tensor, **keywords: Any) -> Tensor:
+    """Right outputs, no gradient to the keys."""
+    return reference.window_attention(q, k.detach(), v, **keywords)
+
+
+class OneTooFar(Tiny):
+    ops = SimpleNamespace(window_attention=one_too_far)
+
+
+class ColdKeys(Tiny):
+    ops = SimpleNamespace(window_attention=cold_keys)
+
+
+class OwnOp(Tiny):
+    """Does not call the op through the module, so no definition can be put in its place."""
+
+    ops = SimpleNamespace(window_attention=reference.window_attention)
+
+
+# law 5 -------------------------------------------------------------------------------------------------------
+
+
+class PaddingCounts(Tiny):
+    """Padding takes positions."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        return y, new._replace(count=new.count + (~real).sum() * (real.any()))
+
+
+class PaddingNormalises(Tiny):
+    """Padding takes a share of a normaliser."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        return y / (1 + 1e-3 * (~real).cumsum(0)[:, None]), new
+
+
+class PaddingSpeaks(Tiny):
+    """Outputs at padding are not zero."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        return y + 1e-3 * (~real)[:, None], new
+
+
+class ResetLeaks(Tiny):
+    """A reset restarts positions and leaves the keys where they are."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        if not fresh.any():
+            return y, new
+        leak = self.document(x[real], past)[0] if real.any() else y[real]
+        return y + 1e-3 * torch.zeros_like(y).index_copy(0, real.nonzero()[:, 0], leak), new
+
+
+class LateReset(Tiny):
+    """A reset on padding at the end of a call is forgotten."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        last = int(real.nonzero().max()) + 1 if real.any() else 0
+        fresh = fresh.clone()
+        fresh[last:] = False
+        return super().row(x, real, fresh, past)
+
+
+class ResetOnRealTokensOnly(Tiny):
+    """A reset on padding is lost wherever it is."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        return super().row(x, real, fresh & real, past)
+
+
+class NothingIsNaN(Tiny):
+    """A row with nothing to see divides by zero."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        return (y if real.any() else y / 0), new
+
+
+class BlankRowAges(Tiny):
+    """A call of padding counts as one token."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        return y, new if real.any() else new._replace(count=new.count + 1)
+
+
+class BothSidesLeak(Tiny):
+    """Bidirectional, but resets are not heard."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        return super().row(x, real, fresh if self.causal else torch.zeros_like(fresh), past)
+
+
+class GradientOfPadding(Tiny):
+    """Values come out right, but an infinite branch that was masked away makes the gradient NaN."""
+
+    def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().row(x, real, fresh, past)
+        root = (x * real[:, None]).pow(2).sum(-1, keepdim=True).sqrt()
+        return y + 0 * torch.where(real[:, None], root, 0.0), new
+
+
+# law 6 -------------------------------------------------------------------------------------------------------
+
+
+class StopsAtCalls(Tiny):
+    """The keys of earlier calls are detached, though the horizon is unlimited."""
+
+    def filled(self, past: Keys) -> Keys:
+        return Keys(*(t.detach() for t in super().filled(past)))
+
+
+class Recomputed(torch.autograd.Function):
+    """tanh with a backward that is a little off, as a hand-written recomputation may be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh() ** 2) * 1.01
+
+
+class WrongBackward(Tiny):
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return Recomputed.apply(y), past
+
+
+class OneSegmentFurther(TinySegments):
+    """Memory is detached one segment too late."""
+
+    def cut(self, memory: Tensor, border: int, last: int) -> Tensor:
+        return super().cut(memory, border + 1, last)
+
+
+class NoCut(TinySegments):
+    """A horizon is announced and memory never detached."""
+
+    def cut(self, memory: Tensor, border: int, last: int) -> Tensor:
+        return memory
+
+
+class CutEverywhere(TinySegments):
+    """Memory is detached at every border, whatever the horizon."""
+
+    def cut(self, memory: Tensor, border: int, last: int) -> Tensor:
+        return memory.detach()
+
+
+class CutInsideSegment(TinySegments):
+    """The open segment that a state carries is detached too."""
+
+    def document(self, x: Tensor, past: Memory) -> tuple[Tensor, Memory]:
+        return super().document(x, past._replace(total=past.total.detach()))
+
+
+class KeepsGraph(Tiny):
+    """Gradients pass a detached state: the graph is kept on the module as well."""
+
+    last: Tensor | None = None
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        if self.last is not None and self.last.requires_grad:
+            y = y + 0.1 * (self.last - self.last.detach())
+        self.last = y.sum()
+        return y, past
+
+
+# law 7 -------------------------------------------------------------------------------------------------------
+
+
+class FivePercent(Tiny):
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        return round(1.05 * super().flops(length, batch_size=batch_size))
+
+
+class TriangleOnly(Tiny):
+    """Counts the pairs it needs and computes the rectangle."""
+
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        saved = 4 * batch_size * self.head_dim * (HEADS * length**2 - self.pairs(length))
+        return super().flops(length, batch_size=batch_size) - saved
+
+
+class OneHead(Tiny):
+    """pairs of one head."""
+
+    def pairs(self, length: int) -> int:
+        return super().pairs(length) // HEADS
+
+
+# law 8 -------------------------------------------------------------------------------------------------------
+
+
+class RowMaximumOfBatch(Tiny):
+    """Scaled there and back by the maximum over the batch: other rows move the last bits."""
+
+    def begin(self, x: Tensor) -> None:
+        self.maximum = x.abs().max().item() if x.numel() else 1.0
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return y * self.maximum / self.maximum, past
+
+
+class MeanOfBatch(Tiny):
+    def begin(self, x: Tensor) -> None:
+        self.batch = x.shape[0]
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return y * (1 + 1e-3 * self.batch), past
+
+
+class HalfAccumulator(TinySegments):
+    """The memory is summed in the dtype of the model."""
+
+    def accumulator(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
+        return 0.999 * memory + mean
+
+
+class SlowMemory(TinySegments):
+    """Right, and the measure for the one above: a memory that sums over a thousand segments."""
+
+    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
+        return 0.999 * memory + mean
+
+
+class AutocastAccumulator(SlowMemory):
+    """fp32 outside autocast, bf16 inside."""
+
+    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
+        memory = super().combine(memory, mean)
+        return memory.bfloat16().to(memory.dtype) if torch.is_autocast_enabled("cpu") else memory
+
+
+class GrowsWithAge(Tiny):
+    """A weight that grows with the position overflows in the end."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, new = super().document(x, past)
+        return y * torch.exp(past.count.to(x.dtype) * 1e-4), new
+
+
+class NoMaximum(Tiny):
+    """exp of the scores as they are."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        memory = k.shape[2] - q.shape[2]
+        distance = torch.arange(q.shape[2])[:, None] + memory - torch.arange(k.shape[2])
+        near = (distance >= 0 if self.causal else distance > -self.window) & (distance < self.window)
+        weights = torch.exp(q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)) * near
+        return weights @ v / weights.sum(-1, keepdim=True)
+
+
+class Draws(Tiny):
+    """Evaluation samples something and throws it away."""
+
+    def begin(self, x: Tensor) -> None:
+        torch.rand(1)
+
+
+class DropsInEvaluation(Tiny):
+    def __init__(self, *fields: Any, dropout: float = 0.0, **keywords: Any) -> None:
+        super().__init__(*fields, **keywords)
+        self.dropout = dropout
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return nn.functional.dropout(y, self.dropout, training=True) if self.dropout else y, past
+
+
+class WritesBuffer(Tiny):
+    """Statistics that are used at once, in training."""
+
+    def __init__(self, *fields: Any, **keywords: Any) -> None:
+        super().__init__(*fields, **keywords)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def begin(self, x: Tensor) -> None:
+        if self.training:
+            self.mean += x.detach().mean()
+
+
+class ClampsParameter(Tiny):
+    """A parameter is clamped in forward instead of after the step."""
+
+    def begin(self, x: Tensor) -> None:
+        self.o.weight.data.clamp_(-0.1, 0.1)
+
+
+class LossOnModule(Tiny):
+    """The auxiliary loss hangs on the module."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        self.auxiliary = y.square().mean()
+        return y, past
+
+
+# the contract ------------------------------------------------------------------------------------------------
+
+
+class AcceptsState(Tiny):
+    """Bidirectional, and a state that is passed is ignored."""
+
+    def forward(self, x: Tensor, state: Keys | None = None, **keywords: Any) -> tuple[Tensor, Keys | None]:
+        return super().forward(x, state if self.causal else None, **keywords)
+
+
+class SinglePrecision(Tiny):
+    """Outputs in fp32 whatever comes in."""
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return y.float().to(x.dtype), past

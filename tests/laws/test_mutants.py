@@ -1,0 +1,140 @@
+"""The checks themselves: small mixers that obey the laws pass all of them, and each mutant fails the check named."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import nn
+
+from . import mutants as m
+from .checks import CHECKS, causality, contract, cost, definition, gradients, memory, packing, quiet, runs, stream
+from .tiny import FAST, SLOW, Tiny, TinySegments, maker
+from .tools import Make
+
+check_definition = partial(definition.check_definition, fast=FAST, slow=SLOW)
+
+BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
+    (contract.check_forms, m.AcceptsState, {}),
+    # 1
+    (causality.check_causality, m.ChunkMaximum, {}),
+    (causality.check_causality_of_long_calls, m.ChunkMaximum, {}),
+    (causality.check_causality, m.TopOfTheCall, {}),
+    (causality.check_causality, m.RoundedByLaterTokens, {}),
+    (causality.check_map_is_causal, m.SeesNext, {}),
+    # 2
+    (stream.check_cuts, m.CallBorders, {}),
+    (stream.check_cuts, m.ForgetsPosition, {}),
+    (stream.check_cuts, m.ZeroKeys, {}),
+    (stream.check_token_by_token, m.CallBorders, {}),
+    (stream.check_token_by_token, m.ForgetsPosition, {"window": None}),
+    (stream.check_token_by_token, m.SinglePrecision, {}),
+    (stream.check_saved_state, m.HiddenState, {}),
+    (stream.check_far_positions, m.SingleAngles, {}),
+    (stream.check_far_positions, m.AnglesOfTheModel, {}),
+    (stream.check_far_positions, m.AnglesOfTheModel, {"window": None}),
+    # 3
+    (memory.check_bytes, m.ForgetsCounts, {}),
+    (memory.check_bytes, m.ForgetsCounts, {"window": None}),
+    (memory.check_bytes, m.OneDtype, {}),
+    (memory.check_bytes, m.HoldsDeadColumns, {"window": None}),
+    (memory.check_capacity, m.KeepsTheCallAlive, {}),
+    (memory.check_growing_columns, m.HoldsDeadColumns, {"window": None}),
+    (memory.check_growing_columns, m.PadsBehind, {"window": None}),
+    (memory.check_given_state_is_kept, m.WritesInPlace, {}),
+    (memory.check_given_state_is_kept, m.CountsInPlace, {}),
+    (memory.check_given_state_is_kept, m.HiddenState, {}),
+    # 4
+    (check_definition, m.OneTooFar, {}),
+    (check_definition, m.ColdKeys, {}),
+    (check_definition, m.OwnOp, {}),
+    # 5
+    (packing.check_padding, m.PaddingCounts, {}),
+    (packing.check_padding, m.PaddingNormalises, {}),
+    (packing.check_padding, m.PaddingSpeaks, {}),
+    (packing.check_documents, m.ResetLeaks, {}),
+    (packing.check_carried_state, m.ResetLeaks, {}),
+    (packing.check_documents, m.ResetOnRealTokensOnly, {}),
+    (packing.check_ragged_calls, m.LateReset, {}),
+    (packing.check_ragged_calls, m.CallBorders, {}),
+    (packing.check_long_rows, m.PaddingCounts, {}),
+    (packing.check_blank_rows, m.LateReset, {}),
+    (packing.check_blank_rows, m.NothingIsNaN, {}),
+    (packing.check_blank_rows, m.BlankRowAges, {}),
+    (packing.check_both_sides, m.BothSidesLeak, {}),
+    (packing.check_both_sides, m.NothingIsNaN, {}),
+    (packing.check_padding_gradients, m.GradientOfPadding, {}),
+    # 6
+    (gradients.check_gradients_of_cuts, m.StopsAtCalls, {}),
+    (gradients.check_gradients_of_cuts, m.CutEverywhere, {}),
+    (gradients.check_gradients_of_cuts, m.CutInsideSegment, {"horizon": 1}),
+    (gradients.check_gradients_of_open_segment, m.CutInsideSegment, {"horizon": 1}),
+    (gradients.check_reach, m.NoCut, {"horizon": 1}),
+    (gradients.check_reach, m.NoCut, {"horizon": 2}),
+    (gradients.check_reach, m.OneSegmentFurther, {"horizon": 2}),
+    (gradients.check_reach, m.CutEverywhere, {"horizon": 2}),
+    (gradients.check_reach, m.CutEverywhere, {"horizon": 3}),
+    (gradients.check_numeric_gradients, m.WrongBackward, {}),
+    (gradients.check_detach, m.KeepsGraph, {}),
+    # 7
+    (cost.check_flops, m.FivePercent, {}),
+    (cost.check_flops, m.TriangleOnly, {}),
+    (cost.check_pairs, m.OneHead, {}),
+    # 8
+    (quiet.check_rows_are_independent, m.RowMaximumOfBatch, {}),
+    (quiet.check_batch_size, m.MeanOfBatch, {}),
+    (quiet.check_bf16_streams, m.HalfAccumulator, {}),
+    (quiet.check_autocast, m.AutocastAccumulator, {}),
+    (quiet.check_old_streams, m.GrowsWithAge, {}),
+    (quiet.check_large_inputs, m.NoMaximum, {}),
+    (quiet.check_draws_nothing, m.Draws, {}),
+    (quiet.check_draws_nothing, m.DropsInEvaluation, {}),
+    (quiet.check_forward_changes_nothing, m.WritesBuffer, {}),
+    (quiet.check_forward_changes_nothing, m.ClampsParameter, {}),
+    (quiet.check_forward_changes_nothing, m.LossOnModule, {}),
+]
+
+LAWFUL: list[tuple[type[nn.Module], dict[str, Any]]] = [
+    (Tiny, {}),
+    (Tiny, {"window": None}),
+    (TinySegments, {}),
+    (TinySegments, {"horizon": 1}),
+    (TinySegments, {"horizon": 2}),
+]
+
+
+def name_of(check: Any) -> str:
+    return getattr(check, "func", check).__name__.removeprefix("check_")
+
+
+@pytest.mark.parametrize(
+    ("check", "mutant", "fields"), BROKEN, ids=[f"{name_of(c)}-{b.__name__}-{i}" for i, (c, b, _) in enumerate(BROKEN)]
+)
+def test_mutant_fails(check: Callable[[Make], None], mutant: type[nn.Module], fields: dict[str, Any]) -> None:
+    make = maker(mutant, **fields)
+    assert check is check_definition or runs(check, make()), "the traits of the mutant do not ask for this check"
+    with pytest.raises(AssertionError):
+        check(make)
+
+
+@pytest.mark.parametrize(("lawful", "fields"), LAWFUL)
+@pytest.mark.parametrize("check", [check for checks in CHECKS.values() for check in checks], ids=name_of)
+def test_lawful_passes(check: Callable[[Make], None], lawful: type[nn.Module], fields: dict[str, Any]) -> None:
+    make = maker(lawful, **fields)
+    if check is definition.check_definition:
+        if lawful is TinySegments:
+            return  # calls no op
+        check = check_definition
+    if runs(check, make()):
+        check(make)
+
+
+def test_slow_memory_is_lawful_where_its_mutants_are_not() -> None:
+    for check in (quiet.check_bf16_streams, quiet.check_autocast):
+        check(maker(m.SlowMemory))
+
+
+def test_every_check_has_a_mutant() -> None:
+    tested = {name_of(check) for check, _, _ in BROKEN}
+    tested |= {"traits", "state_is_of_tensors", "state_functions"}  # the contract's shape, and longspan.state itself
+    assert tested == {name_of(check) for checks in CHECKS.values() for check in checks}

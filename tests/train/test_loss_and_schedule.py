@@ -1,0 +1,107 @@
+"""Loss, learning rate, intervals: small things with right answers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.config import from_dict
+from longspan.errors import ConfigError, DataError
+from longspan.train import TrainConfig, bootstrap, next_token_loss, paired_bootstrap, token_nats
+from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
+
+
+def test_loss_is_the_sum_of_what_counts():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
+    expected = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    torch.testing.assert_close(token_nats(logits, targets), expected)
+    graded = torch.rand(2, 5) < 0.5
+    torch.testing.assert_close(next_token_loss(logits, targets, graded), expected[graded].sum())
+    torch.testing.assert_close(next_token_loss(logits, targets), expected.sum())
+    assert token_nats(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_what_does_not_count_has_no_part_in_the_gradient():
+    logits = torch.randn(1, 3, 4, requires_grad=True)
+    next_token_loss(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[True, False, True]])).backward()
+    assert logits.grad[0, 1].abs().max() == 0
+    assert logits.grad[0, 0].abs().max() > 0
+
+
+def test_warm_up_then_cosine():
+    config = TrainConfig(steps=110, warmup=10, min_lr_ratio=0.1)
+    rates = [learning_rate_factor(config, step, 0.0) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == 1
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_time_or_steps_whichever_is_further_on():
+    config = TrainConfig(steps=100, minutes=1, warmup=0)
+    assert learning_rate_factor(config, 50, 0.0) == pytest.approx(learning_rate_factor(config, 0, 30.0))
+    assert fraction_done(config, 10, 30.0) == 0.5
+    assert fraction_done(config, 80, 30.0) == 0.8
+    assert not is_done(config, 99, 59.0)
+    assert is_done(config, 100, 0.0)
+    assert is_done(config, 0, 60.0)
+
+
+def test_the_default_length():
+    assert TrainConfig().step_limit == 1000
+    assert TrainConfig(minutes=5).step_limit is None
+    assert TrainConfig(minutes=5, steps=7).step_limit == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lanes": 0}, r"train.lanes = 0: 1 at least"),
+        ({"lr": -1.0}, r"train.lr = -1.0: 0 at least"),
+        ({"lr": math.nan}, r"train.lr = nan"),
+        ({"steps": -1}, r"train.steps = -1: 0 at least"),
+        ({"betas": (0.9, 1.0)}, r"train.betas = \[0.9, 1.0\]: two numbers"),
+        ({"accumulation": 3}, r"accumulation = 3 does not divide train.lanes = 8"),
+    ],
+)
+def test_settings_that_make_no_sense(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**fields)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ConfigError, match="train: unknown field 'step'; did you mean 'steps'"):
+        from_dict(TrainConfig, {"step": 3}, "train")
+
+
+def test_bootstrap_agrees_with_a_plain_loop():
+    generator = np.random.default_rng(1)
+    units = generator.integers(100, 1000, 12)
+    nats = units * generator.uniform(0.5, 1.5, 12)
+    value, low, high = bootstrap(nats, units, samples=20_000)
+    assert value == pytest.approx(nats.sum() / units.sum() / math.log(2))
+    drawn = [generator.integers(0, 12, 12) for _ in range(20_000)]
+    plain = [nats[index].sum() / units[index].sum() / math.log(2) for index in drawn]
+    assert (low, high) == pytest.approx(np.quantile(plain, [0.025, 0.975]).tolist(), abs=0.01)
+    assert bootstrap(nats, units, samples=20_000) == (value, low, high)
+
+
+def test_pairing_removes_what_both_share():
+    generator = np.random.default_rng(2)
+    units = np.full(20, 1000)
+    hard = 1000 * generator.uniform(0.5, 1.5, 20)
+    value, low, high = paired_bootstrap(hard + 10, hard, units)
+    assert value == pytest.approx(0.01 / math.log(2))
+    assert high - low < 1e-9
+    with pytest.raises(DataError, match="cannot be paired"):
+        paired_bootstrap(hard, hard[1:], units)
+
+
+def test_one_document_has_no_interval():
+    value, low, high = bootstrap(np.array([math.log(2)]), np.array([1]))
+    assert value == pytest.approx(1)
+    assert math.isnan(low)
+    assert math.isnan(high)

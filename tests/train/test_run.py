@@ -1,0 +1,366 @@
+"""Runs from recipe to model: what lies in the folder, how they stop and go on, what they say when they cannot."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from longspan import train
+from longspan.config import read_toml
+from longspan.errors import CheckpointError, ConfigError, DataError
+from longspan.models import Decoder
+from longspan.train import DivergedError, Silent, load_run, read_log, run
+from longspan.train.step import Stepper
+
+
+class Recorder(Silent):
+    """Keeps what it is shown, and may do something at a step."""
+
+    def __init__(self, at=None, action=None):
+        self.steps, self.messages, self.at, self.action = [], [], at, action
+
+    def step(self, line):
+        self.steps.append(line)
+        if self.at is not None and line["step"] == self.at and "loss" in line:
+            self.action()
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop():
+    raise Stop
+
+
+@pytest.fixture
+def whole(recipe, tmp_path):
+    """A run that was never stopped."""
+    run(recipe, tmp_path / "whole", progress="none")
+    return tmp_path / "whole"
+
+
+def changed(recipe, **fields):
+    """The recipe with other settings, `model__dim=8`."""
+    other = copy.deepcopy(recipe)
+    for path, value in fields.items():
+        table, name = path.split("__")
+        other[table][name] = value
+    return other
+
+
+def test_a_run_leaves_everything_behind(recipe, tmp_path):
+    display = Recorder()
+    result = run(recipe, tmp_path, progress=display)
+    assert (result.step, result.tokens, result.interrupted) == (20, 20 * 4 * 16, False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("recipe.json", "log.jsonl", "tokenizer.json", "checkpoints", "model")
+    }
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]
+    lines = read_log(tmp_path / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert [line["step"] for line in lines if "validation" in line] == [8, 16, 20]
+    assert lines[-1]["validation"] == result.evaluation
+    assert display.steps[-1]["fraction"] == 1
+    assert "grows" not in " ".join(display.messages)
+    first, last = lines[0], lines[-2]
+    assert first["bits_per_byte"] == pytest.approx(8, abs=0.2)
+    assert last["bits_per_byte"] < first["bits_per_byte"] - 0.2
+    model, task = load_run(tmp_path)
+    assert not model.training
+    evaluation = train.evaluate_text(model, task.documents("validation"))
+    assert evaluation.bits_per_unit == pytest.approx(result.evaluation["bits_per_byte"], rel=1e-5)
+
+
+def test_the_stored_recipe_makes_the_same_run(recipe, tmp_path, losses):
+    run(recipe, tmp_path / "first", progress="none")
+    stored = json.loads((tmp_path / "first" / "recipe.json").read_text())
+    run(stored, tmp_path / "second", progress="none")
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+
+def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    run(changed(recipe, train__steps=2), tmp_path, progress="none")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("fields", "at"),
+    [
+        ({}, 13),
+        ({"model__dropout": 0.2, "train__log_every": 3}, 12),
+        ({"train__bptt_segments": 2, "train__accumulation": 2}, 5),
+        ({"model__mixers": [{"name": "full"}], "train__lanes": 3}, 9),
+        ({"task__tokenizer": "subword", "task__vocab_size": 300, "train__carry": False}, 7),
+        ({"train__dtype": "bfloat16"}, 17),
+    ],
+)
+def test_resumed_runs_are_the_same_bit_for_bit(recipe, tmp_path, losses, fields, at):
+    recipe = changed(recipe, **fields)
+    run(recipe, tmp_path / "whole", progress="none")
+    while not (tmp_path / "parts" / "recipe.json").exists() or not (tmp_path / "parts" / "model").exists():
+        resume = (tmp_path / "parts" / "recipe.json").exists()
+        try:
+            run(recipe, tmp_path / "parts", resume=resume, progress=Recorder(None if resume else at, stop))
+        except Stop:
+            assert not resume
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    one, other = (torch.nn.Module.state_dict(load_run(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ctrl_c_saves_and_resumes(recipe, tmp_path, losses, whole):
+    display = Recorder(7, lambda: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.getsignal(signal.SIGINT)
+    result = run(recipe, tmp_path / "parts", progress=display)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (result.interrupted, result.step, result.evaluation) == (True, 7, None)
+    assert display.messages[0] == "stopping after this step; again to stop at once, without saving"
+    assert display.messages[1].startswith("stopped at step 7, saved in ")
+    assert not (tmp_path / "parts" / "model").exists()
+    assert load_run(tmp_path / "parts")[0].config.dim == 16
+    assert not run(None, tmp_path / "parts", resume=True, progress="none").interrupted
+    assert losses(tmp_path / "parts") == losses(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(recipe, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, progress=Recorder(7, twice))
+    assert not (tmp_path / "checkpoints" / "step-00000007").exists()
+
+
+def test_a_run_that_is_over_stays_over_and_can_be_lengthened(recipe, whole):
+    before = read_log(whole / "log.jsonl")
+    result = run(recipe, whole, resume=True, progress="none")
+    assert (result.step, result.evaluation) == (20, before[-1]["validation"])
+    assert read_log(whole / "log.jsonl") == before
+    result = run({"train": {"steps": 24}}, whole, resume=True, progress="none")
+    assert result.step == 24
+    assert read_log(whole / "log.jsonl")[: len(before)] == before
+    assert json.loads((whole / "recipe.json").read_text())["train"]["steps"] == 24
+
+
+def test_a_time_limited_run_ends_in_time_and_goes_on(recipe, tmp_path):
+    recipe = changed(recipe, train__steps=None, train__minutes=0.01)
+    result = run(recipe, tmp_path, progress="none")
+    assert 0.6 <= result.seconds < 5
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
+    assert lines[-1]["lr"] < 0.2e-3 < lines[4]["lr"]
+    longer = run({"train": {"minutes": 0.015}}, tmp_path, resume=True, progress="none")
+    assert longer.step > result.step
+    assert longer.seconds >= 0.9
+
+
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(recipe, whole, losses):
+    expected = losses(whole)
+    newest = whole / "checkpoints" / "step-00000020"
+    data = bytearray((newest / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "model.safetensors").write_bytes(data)
+    display = Recorder()
+    run(None, whole, resume=True, progress=display)
+    (message,) = display.messages
+    assert "step-00000020/model.safetensors: damaged: its contents are not what was written; going on from" in message
+    assert message.endswith("step-00000015")
+    assert losses(whole) == expected
+    assert load_run(whole)
+
+
+@pytest.mark.parametrize("damage", ["meta.json", "training.safetensors", "state-0000.safetensors", "config.json"])
+def test_nothing_sound_to_go_on_from(whole, damage):
+    for path in (whole / "checkpoints").iterdir():
+        (path / damage).write_bytes(b"")
+    shutil.rmtree(whole / "model")
+    with pytest.raises(CheckpointError, match=rf"{damage}: damaged: .*; no earlier checkpoint is sound$"):
+        run(None, whole, resume=True, progress="none")
+    with pytest.raises(CheckpointError, match=damage):
+        load_run(whole)
+
+
+def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(recipe, tmp_path, whole, losses):
+    for resume in (True, False):
+        with pytest.raises(Stop):
+            run(recipe, tmp_path / "parts", progress=Recorder(2, stop))
+        with pytest.raises(CheckpointError, match="this run has no checkpoint yet"):
+            load_run(tmp_path / "parts")
+        run(recipe, tmp_path / "parts", resume=resume, progress="none")
+        assert losses(tmp_path / "parts") == losses(whole)
+        shutil.rmtree(tmp_path / "parts")
+
+
+def test_a_run_is_not_overwritten_and_not_invented(recipe, whole, tmp_path):
+    with pytest.raises(CheckpointError, match="whole: holds a run already; resume it, or choose another folder"):
+        run(recipe, whole, progress="none")
+    for call in (lambda: run(recipe, tmp_path / "typo", resume=True), lambda: load_run(tmp_path / "typo")):
+        with pytest.raises(CheckpointError, match=r"typo: no run here \(recipe.json is missing\)"):
+            call()
+
+
+def test_a_resumed_run_keeps_its_settings(recipe, whole):
+    for other, message in (
+        (changed(recipe, train__lr=0.5), r"train.lr = 0.5, but the run in .* began with 0.001; keep it"),
+        (changed(recipe, model__dim=8), r"model.dim = 8, but the run in .* began with 16"),
+        (changed(recipe, task__pattern="*"), r"task.pattern = '\*', but"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(other, whole, resume=True, progress="none")
+    run(changed(recipe, train__log_every=5, train__keep=1, train__accumulation=1), whole, resume=True, progress="none")
+    with pytest.raises(CheckpointError, match=r"saved with 1 groups of lanes .*, not 2; resume with the same product"):
+        run({"train": {"accumulation": 2}}, whole, resume=True, progress="none")
+
+
+def test_other_data_is_refused(recipe, tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text(name * 900)
+    recipe = changed(recipe, task__source=str(tmp_path / "text"), train__steps=2)
+    run(recipe, tmp_path / "run", progress="none")
+    (tmp_path / "text" / "b.txt").write_text("c" * 900)
+    with pytest.raises(CheckpointError, match="not what this run was trained on: put the earlier data back"):
+        run({"train": {"steps": 4}}, tmp_path / "run", resume=True, progress="none")
+
+
+def test_a_diverging_run_stops_and_says_what_to_try(recipe, tmp_path):
+    recipe = changed(recipe, train__lr=1e30, train__warmup=0, train__clip=0.0)
+    with pytest.raises(DivergedError, match=r"of step \d .*; there is no earlier checkpoint; try a lower train.lr"):
+        run(recipe, tmp_path, progress="none")
+
+
+def test_a_nan_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypatch, whole, losses):
+    calls = []
+
+    def broken(logits, targets, graded):
+        calls.append(1)
+        loss = train.next_token_loss(logits, targets, graded)
+        return loss * float("nan") if len(calls) == 8 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longspan.train.step.next_token_loss", broken)
+        with pytest.raises(DivergedError, match=r"the loss of step 8 is nan; the last good checkpoint is .*00000005;"):
+            run(recipe, tmp_path / "parts", progress="none")
+    run(recipe, tmp_path / "parts", resume=True, progress="none")
+    assert losses(tmp_path / "parts") == losses(whole)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(recipe, tmp_path, monkeypatch):
+    def spoil(self, step, generator=None):
+        if step == 10:
+            self.norm.weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr("longspan.models.Decoder.after_step", spoil)
+    with pytest.raises(DivergedError, match=r"the parameters after step 10 are not finite; the last good .*00000005;"):
+        run(recipe, tmp_path, progress="none")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Decoder, "draw", property(lambda self: self.__dict__.get("drawn", 0)))
+    monkeypatch.setattr(
+        "longspan.models.Decoder.after_step",
+        lambda self, step, generator: self.__dict__.update(drawn=step // 3),
+    )
+    forward = Stepper._backward
+
+    def watch(self, index, batches, tokens):
+        seen.append(self.carried[index] is None)
+        return forward(self, index, batches, tokens)
+
+    monkeypatch.setattr("longspan.Stepper._backward", watch)
+    run(changed(recipe, train__steps=8), tmp_path, progress="none")
+    assert seen == [True, False, False, True, False, False, True, False]
+
+
+def test_accumulation_changes_memory_not_results(recipe, tmp_path):
+    found = []
+    for parts in (1, 2, 4):
+        folder = tmp_path / str(parts)
+        run(changed(recipe, train__accumulation=parts, train__dtype="float64"), folder, progress="none")
+        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert found[0] == pytest.approx(found[1], rel=1e-10)
+    assert found[0] == pytest.approx(found[2], rel=1e-10)
+
+
+def test_two_short_segments_in_one_graph_are_one_long_one(recipe, tmp_path):
+    found = []
+    for segments, length in ((1, 32), (2, 16), (4, 8)):
+        folder = tmp_path / str(length)
+        settings = {"train__bptt_segments": segments, "train__segment_length": length, "train__dtype": "float64"}
+        run(changed(recipe, **settings), folder, progress="none")
+        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert found[0] == pytest.approx(found[2], rel=1e-9)
+
+
+def test_penalties_join_the_loss(recipe, tmp_path, monkeypatch):
+    forward = Decoder.forward
+
+    def with_penalty(self, *args, penalties=None, **kwargs):
+        if penalties is not None:
+            penalties.append(1e3 * self.embedding.weight.square().mean())
+        return forward(self, *args, penalties=penalties, **kwargs)
+
+    monkeypatch.setattr("longspan.models.Decoder.forward", with_penalty)
+    norms = []
+    for segments, length in ((1, 32), (2, 16)):
+        settings = {"train__bptt_segments": segments, "train__segment_length": length, "train__dtype": "float64"}
+        run(changed(recipe, **settings), tmp_path / str(length), progress="none")
+        norms.append([line["grad_norm"] for line in read_log(tmp_path / str(length) / "log.jsonl") if "loss" in line])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+    assert load_run(tmp_path / "32")[0].embedding.weight.square().mean() < 0.02**2
+
+
+def test_a_growing_state_is_announced(recipe, tmp_path):
+    display = Recorder()
+    run(changed(recipe, model__mixers=[{"name": "full"}], train__steps=1), tmp_path, progress=display)
+    assert display.messages == [
+        "this model's state grows with a document's length; train.carry = false cuts it at segments"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        (
+            {"model__vocab_size": 100},
+            ConfigError,
+            "model.vocab_size = 100, but the task has 256 token ids; leave it out",
+        ),
+        ({"task__source": "nowhere.txt"}, DataError, "nowhere.txt: no such file or folder"),
+        ({"train__device": "tpu"}, ConfigError, "train.device = 'tpu'"),
+        ({"model__layers": 3}, ConfigError, "model: unknown field 'layers'"),
+        ({"model__mixers": [{"name": "windw"}]}, ConfigError, "did you mean 'window'"),
+        ({"train__lanes": 0}, ConfigError, "train.lanes = 0: 1 at least"),
+    ],
+)
+def test_mistakes_in_a_recipe(recipe, tmp_path, fields, error, message):
+    with pytest.raises(error, match=message):
+        run(changed(recipe, **fields), tmp_path / "run", progress="none")
+    run(changed(recipe, train__steps=1), tmp_path / "run", progress="none")
+
+
+def test_unknown_tables(tmp_path):
+    with pytest.raises(ConfigError, match="recipe: unknown table 'tain'; did you mean 'train'"):
+        run({"tain": {}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"recipe.train: expected a table of fields, got 3"):
+        run({"train": 3}, tmp_path)
+    with pytest.raises(ConfigError, match="progress = 'loud' is not one of"):
+        run({}, tmp_path, progress="loud")
+
+
+def test_the_recipes_of_the_repository_are_sound(request):
+    for path in sorted((request.config.rootpath / "recipes").glob("*.toml")):
+        assert train.resolve(read_toml(path))["about"], path
