@@ -1,0 +1,147 @@
+"""Speed of the attention operations against dense causal attention of PyTorch, in one process, timed in turn.
+
+    python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--forward-only]
+
+Every operation is first held against its dense definition, outputs and gradients, at a small size; a wrong one gets no
+speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense. fp32, batch 1, 4 heads of 64;
+the rows named "training" are 8 rows of 512 tokens with 512 older keys against dense attention over the same keys.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timing import compare
+from torch import Tensor
+
+from longspan import ops, reference
+
+HEADS, DIM = 4, 64
+
+
+class Case(NamedTuple):
+    """One operation with its settings; `stale` and `relative` say which tensors it takes."""
+
+    name: str
+    op: str
+    settings: dict[str, Any]
+    relative: bool = False
+    stale: bool = False
+
+
+CASES = (
+    Case("window 512", "window_attention", {"window": 512}),
+    Case("window 512 blocks", "window_attention", {"window": 512, "blocks": True}),
+    Case("window 128", "window_attention", {"window": 128}),
+    Case("relative window 1024", "relative_attention", {"window": 1024}, True),
+    Case("relative 512 + 512", "relative_attention", {"window": 512, "segment": 512}, True),
+    Case("relative 512 + 512 stale", "relative_attention", {"window": 512, "segment": 512, "border": 512}, True, True),
+)
+
+
+def tensors(case: Case, length: int, *, batch: int = 1, memory: int = 0, heads: int = HEADS, dim: int = DIM) -> list[Tensor]:
+    """q, k, v and what the case needs beside them, as a model's projections hand them over."""
+    shape = (batch, length, heads, dim)
+    keyed = (batch, memory + length, heads, dim)
+    found = [torch.randn(s).transpose(1, 2) for s in (shape, keyed, keyed)]
+    if case.relative:
+        distances = case.settings["window"] + case.settings.get("segment", 0)
+        found += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
+    if case.stale:
+        found += [found[1].clone(), found[2].clone()]
+    return [t.requires_grad_() for t in found]
+
+
+def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
+    """The case's operation of `where` (ops or reference)."""
+    settings = dict(case.settings)
+    if case.stale:
+        *inputs, stale_k, stale_v = inputs
+        settings["stale"] = (stale_k, stale_v)
+    out: Tensor = getattr(where, case.op)(*inputs, **settings)
+    return out
+
+
+def is_right(case: Case) -> bool:
+    """Outputs and gradients equal the definition at a size where every kind of tile occurs."""
+    generator = torch.Generator().manual_seed(1)
+    small = {name: max(value // 8, 1) if type(value) is int else value for name, value in case.settings.items()}
+    case = case._replace(settings=small)
+    inputs = tensors(case, 333, batch=2, dim=16)
+    results = []
+    for where in (ops, reference):
+        out = call(case, where, inputs)
+        grad = torch.randn(out.shape, generator=generator.manual_seed(2))
+        results.append((out, *torch.autograd.grad(out, inputs, grad)))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*results, strict=True))
+
+
+def steps(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], train: bool) -> Callable[[], object]:
+    """A forward without gradients, or forward and backward."""
+    if not train:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(inputs)
+
+        return forward
+    grad = torch.randn_like(function(inputs))
+    return lambda: torch.autograd.grad(function(inputs), inputs, grad)
+
+
+def dense(inputs: list[Tensor]) -> Tensor:
+    """What everything is measured against."""
+    return F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+
+def extended(inputs: list[Tensor]) -> Tensor:
+    """Dense attention over older keys: what the training rows are measured against."""
+    return ops.full_attention(*inputs)
+
+
+def report(case: Case, label: str, base: Any, base_inputs: list[Tensor], inputs: list[Tensor], options: Any) -> None:
+    """One line of the table."""
+    cells = []
+    for train in (False,) if options.forward_only else (False, True):
+        result = compare(
+            steps(base, base_inputs, train), steps(lambda x: call(case, ops, x), inputs, train), pairs=options.pairs
+        )
+        cells.append(f"{result.ratio:8.2f} {result.base * 1e3:9.1f} {result.other * 1e3:9.1f}")
+    print(f"{label:>18} {case.name:<26}" + " |".join(cells), flush=True)
+
+
+def main() -> None:
+    """Parse, check, time, print."""
+    parser = argparse.ArgumentParser(description="Speed of longspan.ops against dense attention")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="")
+    parser.add_argument("--forward-only", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    print(f"torch {torch.__version__}, {options.threads} threads, median of {options.pairs} pairs timed in turn")
+    print(f"{'length':>18} {'operation':<26}{'forward: ratio, dense ms, op ms':<28} | forward + backward: the same")
+    cases = []
+    for case in CASES:
+        if options.only in case.name:
+            if is_right(case):
+                cases.append(case)
+            else:
+                print(f"{case.name}: differs from its definition; no speed is shown")
+    for length in options.lengths:
+        base_inputs = [torch.randn(1, HEADS, length, DIM).requires_grad_() for _ in range(3)]
+        for case in cases:
+            report(case, str(length), dense, base_inputs, tensors(case, length), options)
+    for case in cases:
+        for batch, heads, dim in ((8, 4, 64), (16, 8, 32)):
+            inputs = tensors(case, 512, batch=batch, memory=512, heads=heads, dim=dim)
+            label = f"training {batch}x{heads}x{dim}"
+            report(case, label, extended, inputs[:3], inputs, options)
+
+
+if __name__ == "__main__":
+    main()
