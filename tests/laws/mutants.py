@@ -78,13 +78,13 @@ class ZeroKeys(Tiny):
 class HiddenState(Tiny):
     """Part of the state lives on the module."""
 
-    offset = 0
+    calls = 0
 
     def begin(self, x: Tensor) -> None:
-        self.offset += 1
+        self.calls += 1
 
     def positions(self, length: int, past: Keys) -> Tensor:
-        return super().positions(length, past) * (1 + self.offset // 2 % 2)
+        return super().positions(length, past) * (1 + 0.01 * self.calls)
 
 
 class SingleAngles(Tiny):
@@ -102,6 +102,13 @@ class AnglesOfTheModel(Tiny):
         return (
             super().angles(positions) if self.q.weight.dtype == torch.float64 else SingleAngles.angles(self, positions)
         )
+
+
+class SinglePrecision(Tiny):
+    """Attends in fp32 whatever comes in."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 # law 3 -------------------------------------------------------------------------------------------------------
@@ -197,6 +204,14 @@ class OwnOp(Tiny):
     """Does not call the op through the module, so no definition can be put in its place."""
 
     ops = SimpleNamespace(window_attention=reference.window_attention)
+
+
+class ShortcutInEvaluation(Tiny):
+    """Another code path where no gradient is needed, and a wrong one."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = super().attend(q, k, v)
+        return out if torch.is_grad_enabled() else out * (1 + 1e-6)
 
 
 # law 5 -------------------------------------------------------------------------------------------------------
@@ -403,21 +418,20 @@ class MeanOfBatch(Tiny):
         return y * (1 + 1e-3 * self.batch), past
 
 
-class HalfAccumulator(TinySegments):
+class SlowMemory(TinySegments):
+    """Right, and the measure for the two below: a memory that sums over a thousand segments."""
+
+    segment = 1
+
+    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
+        return 0.999 * memory + mean
+
+
+class HalfAccumulator(SlowMemory):
     """The memory is summed in the dtype of the model."""
 
     def accumulator(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
-
-    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
-        return 0.999 * memory + mean
-
-
-class SlowMemory(TinySegments):
-    """Right, and the measure for the one above: a memory that sums over a thousand segments."""
-
-    def combine(self, memory: Tensor, mean: Tensor) -> Tensor:
-        return 0.999 * memory + mean
 
 
 class AutocastAccumulator(SlowMemory):
@@ -502,11 +516,3 @@ class AcceptsState(Tiny):
 
     def forward(self, x: Tensor, state: Keys | None = None, **keywords: Any) -> tuple[Tensor, Keys | None]:
         return super().forward(x, state if self.causal else None, **keywords)
-
-
-class SinglePrecision(Tiny):
-    """Outputs in fp32 whatever comes in."""
-
-    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
-        y, past = super().document(x, past)
-        return y.float().to(x.dtype), past

@@ -279,7 +279,7 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_p
         seen.append(self.carried[index] is None)
         return forward(self, index, batches, tokens)
 
-    monkeypatch.setattr("longspan.Stepper._backward", watch)
+    monkeypatch.setattr(Stepper, "_backward", watch)
     run(changed(recipe, train__steps=8), tmp_path, progress="none")
     assert seen == [True, False, False, True, False, False, True, False]
 

@@ -1,7 +1,10 @@
-"""Figures, drawn on objects of their own: no pyplot, no global state, no display needed."""
+"""Figures, drawn on objects of their own: no pyplot, no global state, no display needed.
+
+The only file of the package that imports matplotlib, so tables and pages without figures cost nothing.
+"""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter
 
-from longspan.report.style import LIGHT, Theme
+from longspan.report.page import Picture
+from longspan.report.style import DARK, LIGHT, Theme
 
-__all__ = ["Figure", "Mark", "Series", "line_figure", "to_png"]
+__all__ = ["Figure", "Mark", "Series", "line_figure", "picture", "to_png"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,3 +172,8 @@ def to_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str = "") -> Picture:
+    """A figure in both themes; `draw` takes one, for example `lambda theme: line_figure(..., theme=theme)`."""
+    return Picture(name=name, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), alt=alt, caption=caption)

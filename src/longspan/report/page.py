@@ -2,18 +2,17 @@
 
 import base64
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
-
-import jinja2
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from longspan.files import write_atomically, write_json
-from longspan.report.figures import Figure, to_png
-from longspan.report.style import DARK, LIGHT, Theme
 from longspan.report.tables import Table
 from longspan.version import __version__
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,6 @@ class Section:
     blocks: Sequence[Block]
 
 
-def picture(name: str, draw: Callable[[Theme], Figure], *, alt: str, caption: str = "") -> Picture:
-    """A figure in both themes; `draw` takes one, for example `lambda theme: line_figure(..., theme=theme)`."""
-    return Picture(name=name, light=to_png(draw(LIGHT)), dark=to_png(draw(DARK)), alt=alt, caption=caption)
-
-
 def page(title: str, sections: Sequence[Section], *, lead: str = "", footer: str = "") -> str:
     """The page as HTML, everything inside.
 
@@ -119,7 +113,9 @@ def write_report(
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _environment() -> "jinja2.Environment":
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -11,7 +11,12 @@ from ..tools import Make
 from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
 
 CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
-    "0-contract": (contract.check_traits, contract.check_state_is_of_tensors, contract.check_forms),
+    "0-contract": (
+        contract.check_traits,
+        contract.check_state_is_of_tensors,
+        contract.check_empty_past,
+        contract.check_forms,
+    ),
     "1-causality": (
         causality.check_causality,
         causality.check_causality_of_long_calls,

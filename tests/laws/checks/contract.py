@@ -4,7 +4,7 @@ import torch
 
 from longspan.errors import ConfigError, UnsupportedError
 
-from ..tools import Make, inputs, leaves
+from ..tools import Make, close, forms, inputs, leaves
 
 
 def check_traits(make: Make) -> None:
@@ -32,6 +32,25 @@ def check_state_is_of_tensors(make: Make) -> None:
     assert hasattr(state, "_fields"), "a state is a NamedTuple"
     assert type(state) is type(empty), f"forward returns {type(state).__name__}, init_state {type(empty).__name__}"
     assert list(leaves(state)) == list(leaves(empty))
+
+
+def check_empty_past(make: Make) -> None:
+    """An empty past is no keys, not zero keys: where weights sum to one, equal tokens give equal outputs everywhere."""
+    for keywords in forms(make):
+        mixer = make(**keywords)
+        x = inputs(1, 2, 1).expand(2, 24, -1)
+        with torch.no_grad():
+            try:
+                total = mixer.attention_map(x).sum(-1)
+            except UnsupportedError:
+                return
+            if (total - 1).abs().max() > 1e-9:
+                return  # not a mean of values
+            y = mixer(x)[0]
+            close(y, y[:, -1:].expand_as(y), 1e-9, f"outputs of equal tokens, {keywords}")
+            if mixer.traits.streams:
+                first = mixer(x[:, :3], mixer.init_state(2))[0]
+                close(first, y[:, -3:], 1e-9, "outputs of equal tokens, from init_state")
 
 
 def check_forms(make: Make) -> None:

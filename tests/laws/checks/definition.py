@@ -52,6 +52,9 @@ def compare(mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = N
         expected, last, exact = answer(mixer, x, state, keywords)
     assert called, f"the mixer calls no op of longspan.ops that longspan.reference defines, {what}"
     close(y, expected, 1e-9, f"outputs, {what}")
+    with torch.no_grad():
+        close(mixer.eval()(x, state, **keywords)[0], expected, 1e-9, f"outputs in evaluation, {what}")
+    mixer.train()
     for name, gradient in gradients.items():
         close(gradient, exact[name], 1e-9, f"gradient of {name}, {what}")
     assert (end is None) == (last is None)

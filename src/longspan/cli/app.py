@@ -1,0 +1,123 @@
+"""The verbs in one application, and the one place where errors become a line and an exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from longspan.cli.evaluate import evaluate
+from longspan.cli.generate import generate
+from longspan.cli.mixers import mixers
+from longspan.cli.quickstart import quickstart
+from longspan.cli.stream import stream
+from longspan.cli.train import train
+from longspan.errors import LongspanError
+from longspan.version import __version__
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+HELP = r"""Train long-context Transformers and read text of any length with them, in constant memory.
+
+A typical path, from a recipe to a model that goes on writing:
+
+  longspan train recipes/quickstart-lm.toml -o runs/first
+  longspan eval runs/first book.txt
+  longspan stream runs/first book.txt --save-state book.state
+  longspan generate runs/first --load-state book.state --tokens 200
+
+`train` makes a run: a folder with the model, its tokenizer, its log. Every other verb takes that folder.
+`eval` says how well it predicts a text, with what it remembers and without. `stream` reads one text as long as you
+like and can be stopped and resumed anywhere. `generate` goes on from a prompt or from a saved state.
+
+New here? `longspan quickstart` shows all of it in about seven minutes and draws a page.
+Each verb explains itself: longspan stream --help
+"""
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("stream")(stream)
+app.command("generate")(generate)
+app.command("mixers")(mixers)
+app.command("quickstart")(quickstart)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"longspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=HELP, invoke_without_command=True)
+def _everything(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (or set LONGSPAN_DEBUG=1).")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process.
+
+    Exit codes: 0 done, 1 a check failed, 2 an error that the message explains, 130 interrupted.
+
+    Args:
+        arguments: as typed behind `longspan`; None: those of this process.
+    """
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code of a command; errors are printed as one line on standard error."""
+    # wherever it is typed, as one adds it to a command that has just failed
+    debug = "--debug" in arguments or os.environ.get("LONGSPAN_DEBUG", "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code: Any = app(args=arguments, prog_name="longspan", standalone_mode=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of our output has left, as in `longspan stream ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"longspan: error: {message}", file=sys.stderr)
+        return USER_ERROR
+    return code if isinstance(code, int) else 0
+
+
+def explain(error: Exception) -> str | None:
+    """An error in one line, or None where it is a mistake of the library's own, whose traceback is wanted."""
+    if isinstance(error, LongspanError):
+        text = str(error)
+    elif isinstance(error, typer.Abort):
+        text = "stopped"
+    elif hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        # a usage error; its class is click's or typer's own copy of it, as the version will have it
+        context = getattr(error, "ctx", None)
+        text = f"{error.format_message()} See `{context.command_path if context else 'longspan'} --help`."
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        text = "out of memory; a smaller train.lanes, train.segment_length or model needs less"
+    else:
+        return None
+    return " ".join(text.split())

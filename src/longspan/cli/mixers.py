@@ -1,0 +1,116 @@
+"""`longspan mixers`."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.console import console, print_table
+
+if TYPE_CHECKING:
+    from longspan.mixers import Mixer
+
+# of the table: a layer of usual size
+_DIM, _HEADS = 512, 8
+_SHORT, _LONG = 1_000, 1_000_000
+
+
+def mixers(
+    name: Annotated[
+        str | None, typer.Argument(help="Explain this one: its equations, its fields.", show_default=False)
+    ] = None,
+) -> None:
+    """List the mechanisms a model can be made of: what each can do, what its state costs, its fields.
+
+    Name one to read its equations, where they come from, and what each field means. Fields go into a recipe's
+    model.mixers, or into `longspan train --set model.mixers.0.FIELD=VALUE`.
+
+    Examples:
+      longspan mixers
+      longspan mixers transformer_xl
+    """
+    from longspan import mixers as registry
+
+    if name is None:
+        _list(registry.names())
+    else:
+        _explain(name)
+
+
+def _build(name: str) -> "Mixer":
+    from longspan import mixers as registry
+
+    return registry.build(name, dim=_DIM, num_heads=_HEADS)
+
+
+def _list(names: list[str]) -> None:
+    from longspan.report import Table, si_bytes
+
+    rows = []
+    for name in names:
+        mixer = _build(name)
+        traits = mixer.traits
+        cost = [si_bytes(mixer.state_nbytes(1, length)) for length in (_SHORT, _LONG)] if traits.streams else ["-", "-"]
+        sides = " and ".join(
+            side for side, has in (("causal", traits.causal), ("both sides", traits.bidirectional)) if has
+        )
+        state = "none" if not traits.streams else "constant" if traits.bounded else "grows"
+        fields = ", ".join(f"{key}={value!r}" for key, value in _fields(mixer).items())
+        rows.append((name, sides, state, *cost, fields or "-"))
+    columns = ("name", "sees", "state", "after 1,000", "after 1,000,000", "fields and defaults")
+    out = console()
+    print_table(Table(columns=columns, rows=rows, right=(3, 4)), out)
+    out.print(
+        f"State: bytes of one layer of dim {_DIM}, {_HEADS} heads, float32, after so many tokens, fields at defaults."
+    )
+    out.print("More of one: longspan mixers NAME")
+
+
+def _fields(mixer: "Mixer") -> dict[str, Any]:
+    from longspan.config import to_dict
+
+    fields: dict[str, Any] = to_dict(mixer.core.config)
+    return fields
+
+
+def _explain(name: str) -> None:
+    import sys
+
+    from longspan.mixers.registry import core_class
+    from longspan.report import Table, si_bytes
+
+    core = core_class(name)
+    mixer = _build(name)
+    traits = mixer.traits
+    out = console()
+    out.print(f"{name}\n", style="bold", markup=False)
+    out.print((sys.modules[core.__module__].__doc__ or "").strip(), markup=False)
+    said = _attributes(core.Config.__doc__ or "")
+    rows = [(key, repr(value), said.get(key, "")) for key, value in _fields(mixer).items()]
+    if rows:
+        print_table(Table(columns=("field", "default", "meaning"), rows=rows), out)
+    else:
+        out.print("\nNo fields.")
+    if traits.streams:
+        cost = " and ".join(f"{si_bytes(mixer.state_nbytes(1, n))} after {n:,} tokens" for n in (_SHORT, _LONG))
+        out.print(f"State of a layer of dim {_DIM}, {_HEADS} heads, float32: {cost}.")
+    if traits.selects:
+        out.print("What a token sees is a discrete choice that depends on the data.")
+    if traits.horizon is not None:
+        out.print(f"Gradients reach {traits.horizon} segment(s) of {traits.segment} positions.")
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """The `Attributes:` of a docstring, by name."""
+    found: dict[str, str] = {}
+    key, indent = "", None
+    for line in docstring.partition("Attributes:")[2].splitlines():
+        if not line.strip():
+            continue
+        depth = len(line) - len(line.lstrip())
+        indent = depth if indent is None else indent
+        if depth == indent:
+            key, _, text = line.strip().partition(":")
+            found[key] = text.strip()
+        elif key:
+            found[key] += f" {line.strip()}"
+    return found

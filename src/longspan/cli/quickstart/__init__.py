@@ -1,0 +1,6 @@
+"""`longspan quickstart`."""
+
+
+def quickstart() -> int:
+    """Placeholder."""
+    return 0

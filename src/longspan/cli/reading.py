@@ -1,0 +1,126 @@
+"""Files of any length as tokens, block by block: nothing is ever read whole."""
+
+import codecs
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol
+
+from longspan.errors import DataError
+
+if TYPE_CHECKING:
+    from longspan.tasks.base import Array
+    from longspan.tasks.tokenizers import Tokenizer
+
+# characters in a piece that subwords are looked for in: as `Subword.encode` cuts, so that a stream gives its tokens
+PIECE = 1 << 16
+# a text without newlines is cut here, or it would have to be held whole
+LONGEST = 4 * PIECE
+
+
+@contextlib.contextmanager
+def open_bytes(path: str, skip: int = 0) -> Iterator[BinaryIO]:
+    """The bytes of a file, or of standard input for `-`, without the first `skip`.
+
+    Raises:
+        DataError: missing, a folder, unreadable, or shorter than `skip`.
+    """
+    if path == "-":
+        if skip and len(sys.stdin.buffer.read(skip)) < skip:
+            raise DataError(f"standard input ends before byte {skip:,}, where --skip says to begin")
+        yield sys.stdin.buffer
+        return
+    try:
+        size = Path(path).stat().st_size
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; give a file, or - for standard input") from None
+    with file:
+        if skip > size:
+            raise DataError(f"{path}: has {size:,} bytes, --skip says to begin at {skip:,}")
+        file.seek(skip)
+        yield file
+
+
+def read_some(file: BinaryIO, count: int) -> bytes:
+    """The next bytes: exactly `count` of a file, what is there of a pipe or a terminal, nothing at the end."""
+    if file is sys.stdin.buffer and hasattr(file, "read1"):
+        some: bytes = file.read1(count)
+        return some
+    return file.read(count)
+
+
+class Encoder(Protocol):
+    """Turns bytes into tokens as they come."""
+
+    def push(self, data: bytes) -> "Array":
+        """(tokens,) ids that are certain by now."""
+
+    def flush(self, *, end: bool = True) -> "Array":
+        """(tokens,) ids of all that was held back; unless it is the end, half a character may still be."""
+
+
+class ByteEncoder:
+    """Every byte is a token at once."""
+
+    def __init__(self, tokenizer: "Tokenizer", name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+
+    def push(self, data: bytes) -> "Array":
+        """The bytes."""
+        return self.tokenizer.encode(data, self.name)
+
+    def flush(self, *, end: bool = True) -> "Array":
+        """Nothing is ever held back."""
+        return self.tokenizer.encode(b"", self.name)
+
+
+class SubwordEncoder:
+    """Subwords of pieces that end in a newline after 65,536 characters, as encoding the whole text would give them."""
+
+    def __init__(self, tokenizer: "Tokenizer", name: str) -> None:
+        self.tokenizer, self.name = tokenizer, name
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._read = 0
+
+    def push(self, data: bytes) -> "Array":
+        """Ids of the pieces that are complete."""
+        self._decode(data, end=False)
+        pieces = []
+        while (border := self._border()) > 0:
+            pieces.append(self._text[:border])
+            self._text = self._text[border:]
+        return self._encode(pieces)
+
+    def flush(self, *, end: bool = True) -> "Array":
+        """Ids of the rest."""
+        self._decode(b"", end=end)
+        rest, self._text = self._text, ""
+        return self._encode([rest] if rest else [])
+
+    def _border(self) -> int:
+        border = self._text.find("\n", PIECE) + 1
+        return border if border or len(self._text) < LONGEST else LONGEST
+
+    def _decode(self, data: bytes, *, end: bool) -> None:
+        try:
+            self._text += self._decoder.decode(data, final=end)
+        except UnicodeDecodeError as error:
+            place = self._read + error.start
+            raise DataError(f"{self.name}: not UTF-8 near byte {place:,}, and this run reads subwords") from None
+        self._read += len(data)
+
+    def _encode(self, pieces: list[str]) -> "Array":
+        import numpy as np
+
+        ids = [self.tokenizer.encode(piece.encode(), self.name) for piece in pieces]
+        return np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
+
+
+def encoder(tokenizer: "Tokenizer", name: str) -> Encoder:
+    """The encoder for a tokenizer; `name` is what errors call the text."""
+    from longspan.tasks.tokenizers import Bytes
+
+    return ByteEncoder(tokenizer, name) if isinstance(tokenizer, Bytes) else SubwordEncoder(tokenizer, name)

@@ -1,0 +1,56 @@
+"""Runs as the verbs open them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from longspan.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from longspan.models import Decoder
+    from longspan.tasks import TextTask
+
+SET_HELP = "Change a field of the model that holds no weights, such as model.mixers.0.mem_len=1024. Repeatable."
+
+
+def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, TextTask]":
+    """The model and the task of a run.
+
+    Args:
+        folder: of the run.
+        assignments: `model.a.b=c`, see `reshape`.
+
+    Raises:
+        CheckpointError: no run, a damaged one, or one that is not of text.
+        ConfigError: a field that does not exist, or that the weights do not fit.
+    """
+    from longspan.tasks import TextTask
+    from longspan.train import load_run
+
+    model, task = load_run(folder)
+    if not isinstance(task, TextTask):
+        raise CheckpointError(f"{folder}: a run of the task {type(task).__name__}, not of text, which this verb reads")
+    return reshape(model, assignments), task
+
+
+def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":
+    """The same weights in a model of other settings: another length of memory, keys and values in place of hidden states.
+
+    Raises:
+        ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or weights that do not fit.
+    """
+    from longspan.config import from_dict, override, to_dict
+    from longspan.models import Decoder, DecoderConfig, load_weights
+
+    if not assignments:
+        return model
+    data: dict[str, Any] = {"model": to_dict(model.config)}
+    for assignment in assignments:
+        if not assignment.startswith("model."):
+            raise ConfigError(f"--set {assignment!r}: only the model can be changed here: model.a.b=c")
+        data = override(data, assignment)
+    other = Decoder(from_dict(DecoderConfig, data["model"], "model"))
+    try:
+        load_weights(other, model.state_dict(), f"--set {' '.join(assignments)}")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    return other.eval()

@@ -1,0 +1,190 @@
+"""`longspan stream`."""
+
+import contextlib
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.console import StatusLine, say
+from longspan.cli.runs import SET_HELP, open_run
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from longspan.cli.streaming import Block
+    from longspan.models import Decoder
+    from longspan.stream import StreamSession
+
+
+def stream(
+    run: Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)],
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.", show_default=False)],
+    save_state: Annotated[
+        Path | None,
+        typer.Option("--save-state", metavar="STATE", help="Save where the stream ends, or is stopped by Ctrl-C."),
+    ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option("--load-state", metavar="STATE", help="Go on from a saved state with FILE.")
+    ] = None,
+    save_at: Annotated[
+        int,
+        typer.Option("--save-at", min=0, metavar="BYTES", help="Save after so many bytes of FILE instead, and go on."),
+    ] = 0,
+    skip: Annotated[int, typer.Option("--skip", min=0, metavar="BYTES", help="Leave out the start of FILE.")] = 0,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, metavar="BYTES", help="Stop after so many; 0: at the end.")
+    ] = 0,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Write the figures of every block as JSON lines.")
+    ] = None,
+    losses: Annotated[
+        Path | None, typer.Option("--losses", metavar="FILE", help="Write the nats of every token as raw float32.")
+    ] = None,
+    block: Annotated[int, typer.Option("--block", min=1, metavar="BYTES", help="Bytes of a line of figures.")] = 1
+    << 16,
+    chunk: Annotated[
+        int, typer.Option("--chunk", min=0, help="Tokens the model computes at once; 0: as suits the model.")
+    ] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> int:
+    """Read one text of any length with a run's model, in constant memory, and say how well it is predicted.
+
+    The file is read in blocks and never held whole. Where it stops, a saved state goes on as if nothing had happened:
+    in another process, on another day, with the next part of the text. A run that reads bytes takes them as they come;
+    one that reads subwords waits for a line's end after 64 K characters, so that cutting changes no token.
+
+    Examples:
+      longspan stream runs/first book.txt
+      longspan stream runs/first part1.txt --save-state book.state
+      longspan stream runs/first part2.txt --load-state book.state
+      tail -f server.log | longspan stream runs/first -
+    """
+    if save_at and save_state is None:
+        raise ConfigError("--save-at says when to save; --save-state FILE says where")
+    if save_at and limit and save_at > limit:
+        raise ConfigError(f"--save-at {save_at} lies beyond --limit {limit}")
+    if chunk and load_state:
+        raise ConfigError("--chunk: a saved state goes on with the chunks it began with; leave it out")
+    from longspan.cli import streaming
+
+    model, task = open_run(run, set_ or [])
+    session = open_session(model, load_state, chunk)
+    if not model.traits.bounded:
+        say("this model's state grows with the text; memory will not stay constant")
+    records = streaming.Records(log, losses)
+    sources = {"skip": skip, "limit": limit, "block": block}
+    try:
+        return _read(session, task.tokenizer, file, sources, save_state, save_at, records, quiet)
+    finally:
+        records.close()
+
+
+def open_session(model: "Decoder", load_state: Path | None, chunk: int = 0) -> "StreamSession":
+    """A session at the start, or where a saved state stands.
+
+    Raises:
+        CheckpointError: the state is missing, damaged, or another model's.
+        UnsupportedError: the model does not stream.
+    """
+    from longspan.stream import StreamSession
+
+    if load_state is None:
+        return StreamSession(model, chunk=chunk or None)
+    # a fork, as its tensors lie where torch puts them: on the alignment in memory the last bit may depend
+    return StreamSession.load(model, load_state).fork()
+
+
+def _read(
+    session: "StreamSession",
+    tokenizer: Any,
+    file: str,
+    source: dict[str, int],
+    save_state: Path | None,
+    save_at: int,
+    records: Any,
+    quiet: bool,
+) -> int:
+    """Read, show, record and save; the exit code."""
+    from longspan.cli import reading, streaming
+
+    status, last = StatusLine(quiet=quiet), None
+    name = "standard input" if file == "-" else file
+    with reading.open_bytes(file, source["skip"]) as opened, _stoppable() as stop:
+        streaming.begin(session, tokenizer)
+        blocks = streaming.feed(
+            session,
+            opened,
+            tokenizer,
+            reading.encoder(tokenizer, name),
+            block=source["block"],
+            cuts=[save_at],
+            limit=source["limit"],
+        )
+        for last, nats in _until(blocks, stop):
+            records.write(last, nats)
+            status.show(last.line())
+            if save_at and last.at_cut and last.bytes == save_at:
+                session.save(save_state)
+    status.end()
+    if save_state is not None and not save_at:
+        session.save(save_state)
+    if not quiet:
+        _say_end(last, session, save_state, source["skip"])
+    return 130 if stop.asked else 0
+
+
+class _Stop:
+    """Whether Ctrl-C was typed; while a block is computed it only sets this, so that the state stays whole."""
+
+    asked = False
+    reading = True
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[_Stop]:
+    stop = _Stop()
+
+    def ask(*_: Any) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+
+    try:
+        earlier = signal.signal(signal.SIGINT, ask)
+    except ValueError:
+        # not the main thread: whoever called us has the signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def _until(blocks: Iterator[Any], stop: _Stop) -> Iterator[Any]:
+    for each in blocks:
+        yield each
+        if stop.asked:
+            return
+
+
+def _say_end(last: "Block | None", session: "StreamSession", save_state: Path | None, skipped: int) -> None:
+    from longspan.report import si_bytes
+
+    if last is None:
+        say("nothing to read")
+        return
+    speed = last.bytes / max(last.seconds, 1e-9)
+    print(
+        f"{last.bytes:,} bytes, {last.tokens:,} tokens: {last.mean_bits_per_byte:.4f} bits per byte, "
+        f"{speed:,.0f} bytes/s, state {si_bytes(session.nbytes)}"
+    )
+    if save_state is not None:
+        state = shlex.quote(str(save_state))
+        say(f"saved {state}; go on with --load-state {state} (in the same file: --skip {skipped + last.bytes})")
+    sys.stdout.flush()

@@ -1,0 +1,217 @@
+"""A text through a session, block by block: what it cost, how fast it went, how much memory was held."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from longspan.cli.reading import Encoder, read_some
+from longspan.errors import DataError
+
+if TYPE_CHECKING:
+    from longspan.stream import StreamSession
+    from longspan.tasks.base import Array
+    from longspan.tasks.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What is known after a block.
+
+    Attributes:
+        bytes: read by this process, this block included.
+        tokens: the same in tokens.
+        position: tokens of the whole stream, those before a saved state included.
+        bits_per_byte: of this block; NaN where it completed no token.
+        mean_bits_per_byte: of all that this process has read.
+        bytes_per_second: while this block was read.
+        seconds: since this process began to read.
+        resident: bytes of memory that the process holds; None where the system does not say.
+        peak: the most it has ever held.
+        state_bytes: of the model's state.
+        at_cut: the block ends at one of the asked-for places.
+    """
+
+    bytes: int
+    tokens: int
+    position: int
+    bits_per_byte: float
+    mean_bits_per_byte: float
+    bytes_per_second: float
+    seconds: float
+    resident: int | None
+    peak: int | None
+    state_bytes: int
+    at_cut: bool
+
+    def line(self) -> str:
+        """In words, of even width."""
+        from longspan.report import si_bytes
+
+        memory = "" if self.resident is None else f"  {si_bytes(self.resident):>10} held"
+        return (
+            f"{self.bytes:>13,} bytes  {self.bits_per_byte:6.4f} bits/byte (all {self.mean_bits_per_byte:6.4f})  "
+            f"{self.bytes_per_second:>9,.0f} bytes/s{memory}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As plain data for a log."""
+        record = asdict(self)
+        return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
+
+
+class Counter:
+    """Sums over the blocks of a stream."""
+
+    def __init__(self, session: "StreamSession", tokenizer: "Tokenizer") -> None:
+        self.session, self.tokenizer = session, tokenizer
+        self.bytes = self.tokens = 0
+        self.nats = 0.0
+        self.started = self.last = time.perf_counter()
+
+    def block(self, ids: "Array", losses: "Array", *, at_cut: bool) -> Block:
+        """Count a block that was fed."""
+        from longspan.train.progress import resident_bytes
+
+        count, nats = int(self.tokenizer.sizes[ids].sum()), float(losses.sum(dtype="float64"))
+        now = time.perf_counter()
+        took, self.last = now - self.last, now
+        self.bytes += count
+        self.tokens += len(ids)
+        self.nats += nats
+        return Block(
+            bytes=self.bytes,
+            tokens=self.tokens,
+            position=self.session.position,
+            bits_per_byte=nats / count / math.log(2) if count else math.nan,
+            mean_bits_per_byte=self.nats / self.bytes / math.log(2) if self.bytes else math.nan,
+            bytes_per_second=count / max(took, 1e-9),
+            seconds=now - self.started,
+            resident=resident_bytes(),
+            peak=peak_bytes(),
+            state_bytes=self.session.nbytes,
+            at_cut=at_cut,
+        )
+
+
+def begin(session: "StreamSession", tokenizer: "Tokenizer") -> None:
+    """Let a new session read the token that every document begins with, so that the first byte is predicted too."""
+    if session.position == 0:
+        session.feed([tokenizer.begin])
+
+
+def feed(
+    session: "StreamSession",
+    file: BinaryIO,
+    tokenizer: "Tokenizer",
+    encoder: Encoder,
+    *,
+    block: int,
+    cuts: Sequence[int] = (),
+    limit: int = 0,
+) -> "Iterator[tuple[Block, Array]]":
+    """Read a file to its end, or to a limit.
+
+    Args:
+        session: reads; `begin` it first.
+        file: what is read.
+        tokenizer: of the session's model.
+        encoder: fresh, of the tokenizer.
+        block: bytes read at once.
+        cuts: counts of bytes at which a block is to end, so that the caller may save there.
+        limit: stop after so many bytes; 0: at the end.
+
+    Yields:
+        After each block what is known, and (tokens,) float32 nats of its tokens.
+    """
+    counter = Counter(session, tokenizer)
+    places = sorted({cut for cut in (*cuts, limit) if cut > 0})
+    read = 0
+    while True:
+        ahead = next((place for place in places if place > read), None)
+        data = read_some(file, block if ahead is None else min(block, ahead - read))
+        read += len(data)
+        at_cut = read == ahead
+        ids = encoder.push(data) if data else encoder.flush()
+        if data and at_cut:
+            ids = _join(ids, encoder.flush(end=False))
+        if len(ids) or at_cut:
+            losses = session.feed(ids.astype("int64"), losses=True).numpy()
+            yield counter.block(ids, losses, at_cut=at_cut), losses
+        if not data or (limit and read >= limit):
+            return
+
+
+def _join(first: "Array", second: "Array") -> "Array":
+    import numpy as np
+
+    return np.concatenate([first, second]) if len(second) else first
+
+
+def read_all(
+    session: "StreamSession", file: BinaryIO, tokenizer: "Tokenizer", encoder: Encoder, *, block: int = 1 << 16
+) -> int:
+    """Read a file to its end without asking what it cost; the number of tokens."""
+    tokens = 0
+    while True:
+        data = read_some(file, block)
+        ids = encoder.push(data) if data else encoder.flush()
+        if len(ids):
+            session.feed(ids.astype("int64"))
+        tokens += len(ids)
+        if not data:
+            return tokens
+
+
+class Records:
+    """What a stream leaves behind: a log of JSON lines, and the loss of every token as raw float32; both optional.
+
+    Raises:
+        DataError: a file that cannot be written.
+    """
+
+    def __init__(self, log: Path | None, losses: Path | None) -> None:
+        self._files: dict[str, Any] = {}
+        for name, path in (("log", log), ("losses", losses)):
+            if path is not None:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._files[name] = open(path, "wb")  # noqa: SIM115 - closed by close
+                except OSError as error:
+                    raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+    def write(self, block: Block, losses: "Array") -> None:
+        """Append a block."""
+        self._append("log", (json.dumps(block.record()) + "\n").encode())
+        if "losses" in self._files:
+            self._append("losses", losses.astype("<f4").tobytes())
+
+    def _append(self, name: str, data: bytes) -> None:
+        file = self._files.get(name)
+        if file is None:
+            return
+        try:
+            file.write(data)
+            file.flush()
+        except OSError as error:
+            raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def peak_bytes() -> int | None:
+    """The most memory this process has held; None where the system does not say.
+
+    Not getrusage, whose figure a process inherits from the one that started it.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        return None

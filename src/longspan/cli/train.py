@@ -1,0 +1,73 @@
+"""`longspan train`."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longspan.cli.console import console, say
+from longspan.errors import ConfigError
+
+
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A TOML file with the tables model, task and train.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The run's folder.", show_default="runs/<name of the recipe>"
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> int:
+    """Train a model from a recipe.
+
+    The run's folder gets the model, its tokenizer, checkpoints and a log. Ctrl-C finishes the step, saves, and ends;
+    --resume goes on as if nothing had happened. Start one of several processes each with torchrun.
+
+    Examples:
+      longspan train recipes/quickstart-lm.toml
+      longspan train recipes/quickstart-lm.toml --set train.minutes=20 --set model.dim=256 -o runs/larger
+      longspan train --resume -o runs/larger
+    """
+    if recipe is None and not (resume and output):
+        raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
+    folder = output or Path("runs") / (recipe.stem if recipe else "")
+    result = _run(recipe, set_ or [], folder, resume)
+    name = shlex.quote(str(folder))
+    if int(os.environ.get("RANK", "0")) != 0:
+        return 0
+    if result.interrupted:
+        say(f"go on with: longspan train --resume -o {name}")
+        return 130
+    _print_result(result, name)
+    return 0
+
+
+def _run(recipe: Path | None, assignments: list[str], folder: Path, resume: bool) -> Any:
+    from longspan.config import override, read_toml
+    from longspan.train import run
+
+    data = {} if recipe is None else read_toml(recipe)
+    for assignment in assignments:
+        data = override(data, assignment)
+    return run(data, folder, resume=resume)
+
+
+def _print_result(result: Any, name: str) -> None:
+    figures = "  ".join(
+        f"{key.replace('_', ' ')} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
+        for key, value in (result.evaluation or {}).items()
+    )
+    out = console()
+    out.print(f"{name}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds / 60:.1f} min", markup=False)
+    if figures:
+        out.print(f"held back: {figures}", markup=False)
+    out.print(f"next: longspan eval {name} | longspan stream {name} FILE | longspan generate {name}", markup=False)

@@ -1,0 +1,60 @@
+"""Two gloo processes under torchrun give the losses of one, and each can go on from the other's checkpoint."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from longspan.errors import CheckpointError
+from longspan.train import read_log, run
+
+SCRIPT = """
+import json, os, sys
+from longspan.train import run
+folder, *recipes = sys.argv[1:]
+for name, recipe in enumerate(recipes):
+    result = run(json.loads(recipe), f"{folder}/{name}", progress="plain")
+    assert result.step == 12
+"""
+
+
+def torchrun(folder, *recipes):
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(folder), *(json.dumps(recipe) for recipe in recipes)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def figures(folder, name):
+    return [line[name] for line in read_log(folder / "log.jsonl") if name in line]
+
+
+def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
+    recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
+    double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
+    shown = torchrun(tmp_path, recipe, double)
+    assert shown.count(": 8,224 parameters") == 2, "one process of each run shows what it does"
+    for name, each, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
+        alone, together = tmp_path / f"alone{name}", tmp_path / name
+        run(each, alone, progress="none")
+        for figure in ("loss", "grad_norm"):
+            assert figures(together, figure) == pytest.approx(figures(alone, figure), rel=tolerance)
+        for one, other in zip(figures(together, "validation"), figures(alone, "validation"), strict=True):
+            assert one == pytest.approx(other, rel=tolerance)
+        assert figures(together, "tokens") == figures(alone, "tokens")
+
+    # the checkpoint of two processes is that of one process with two groups of lanes
+    shutil.rmtree(tmp_path / "1" / "checkpoints" / "step-00000012")
+    with pytest.raises(CheckpointError, match="saved with 2 groups of lanes"):
+        run(None, tmp_path / "1", resume=True, progress="none")
+    run({"train": {"accumulation": 2}}, tmp_path / "1", resume=True, progress="none")
+    assert figures(tmp_path / "1", "loss") == pytest.approx(figures(tmp_path / "alone1", "loss"), rel=1e-11)
