@@ -24,14 +24,16 @@ def torchrun(folder, *recipes):
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(folder), *(json.dumps(recipe) for recipe in recipes)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    command += [str(folder), *(json.dumps(recipe) for recipe in recipes)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        _, shown = process.communicate(timeout=200)
+    finally:
+        # torchrun ends its workers when it is asked to, not when it is killed
+        process.terminate()
+        process.wait()
+    assert process.returncode == 0, shown
+    return shown
 
 
 def figures(folder, name):
@@ -42,7 +44,7 @@ def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
     recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
     double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
     shown = torchrun(tmp_path, recipe, double)
-    assert shown.count(": 8,224 parameters") == 2, "one process of each run shows what it does"
+    assert shown.count(" parameters, ") == 2, "one process of each run shows what it does"
     for name, each, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
         alone, together = tmp_path / f"alone{name}", tmp_path / name
         run(each, alone, progress="none")

@@ -102,6 +102,7 @@ def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
         ({"model__mixers": [{"name": "full"}], "train__lanes": 3}, 9),
         ({"task__tokenizer": "subword", "task__vocab_size": 300, "train__carry": False}, 7),
         ({"train__dtype": "bfloat16"}, 17),
+        ({"model__mixers": [{"name": "transformer_xl", "segment": 12, "mem_len": 12}], "model__positions": "none"}, 11),
     ],
 )
 def test_resumed_runs_are_the_same_bit_for_bit(recipe, tmp_path, losses, fields, at):

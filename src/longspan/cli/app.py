@@ -1,8 +1,9 @@
 """The verbs in one application, and the one place where errors become a line and an exit code."""
 
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,7 +19,7 @@ from longspan.version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
 
-HELP = r"""Train long-context Transformers and read text of any length with them, in constant memory.
+HELP = """Train long-context Transformers and read text of any length with them, in constant memory.
 
 A typical path, from a recipe to a model that goes on writing:
 
@@ -41,12 +42,30 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("stream")(stream)
-app.command("generate")(generate)
-app.command("mixers")(mixers)
-app.command("quickstart")(quickstart)
+_VERBS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "eval": evaluate,
+    "stream": stream,
+    "generate": generate,
+    "mixers": mixers,
+    "quickstart": quickstart,
+}
+
+
+def unwrap(text: str) -> str:
+    """Help text without the line ends inside its paragraphs, so that it fits any terminal; indented lines stay."""
+    lines: list[str] = []
+    for line in inspect.cleandoc(text).splitlines():
+        joins = line and not line.startswith(" ") and lines and lines[-1] and not lines[-1].startswith(" ")
+        if joins:
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines).replace("[", r"\[")
+
+
+for name, verb in _VERBS.items():
+    app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 
 def _show_version(wanted: bool) -> None:
@@ -55,7 +74,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=HELP, invoke_without_command=True)
+@app.callback(help=unwrap(HELP), invoke_without_command=True)
 def _everything(
     context: typer.Context,
     version: Annotated[

@@ -10,11 +10,11 @@ from longspan.cli.runs import SET_HELP, open_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.train import Evaluation
+    from longspan.train import Evaluation, Interval
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
     files: Annotated[
         list[str] | None,
         typer.Argument(
@@ -72,10 +72,10 @@ def _segment(run: str) -> int:
     return value
 
 
-def difference(found: "dict[str, Evaluation]") -> tuple[float, float, float] | None:
+def difference(found: "dict[str, Evaluation]") -> "Interval | None":
     """Bits per byte with memory minus those without, and the interval; None where there is no memory."""
     first, second = found.get("with memory"), found["without memory"]
-    return None if first is None else tuple(first.minus(second))
+    return None if first is None else first.minus(second)
 
 
 def figures(found: "dict[str, Evaluation]") -> dict[str, Any]:
@@ -106,11 +106,9 @@ def show(found: "dict[str, Evaluation]", what: str, segment: int) -> None:
     if minus is not None:
         rows.append(("difference", interval(minus), ""))
     out = console()
-    out.print(
-        f"{what}: {len(one.names):,} document{'s' if len(one.names) > 1 else ''}, {int(one.units.sum()):,} {one.unit}s, "
-        f"{int(one.tokens.sum()):,} tokens; without memory in segments of {segment}",
-        markup=False,
-    )
+    documents = f"{len(one.names):,} document{'s' if len(one.names) > 1 else ''}"
+    read = f"{int(one.units.sum()):,} {one.unit}s, {int(one.tokens.sum()):,} tokens"
+    out.print(f"{what}: {documents}, {read}; without memory in segments of {segment}", markup=False)
     print_table(Table(columns=("", f"bits per {one.unit}", "right guesses"), rows=rows, right=(1, 2)), out)
     if len(one.names) == 1:
         out.print("One document: no interval, as it is whole documents that are drawn anew.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run: Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.", show_default=False)
     ] = None,

@@ -16,7 +16,8 @@ _SHORT, _LONG = 1_000, 1_000_000
 
 def mixers(
     name: Annotated[
-        str | None, typer.Argument(help="Explain this one: its equations, its fields.", show_default=False)
+        str | None,
+        typer.Argument(metavar="NAME", help="Explain this one: its equations, its fields.", show_default=False),
     ] = None,
 ) -> None:
     """List the mechanisms a model can be made of: what each can do, what its state costs, its fields.

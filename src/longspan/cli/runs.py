@@ -33,7 +33,7 @@ def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, Te
 
 
 def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":
-    """The same weights in a model of other settings: another length of memory, keys and values in place of hidden states.
+    """The same weights in a model of other settings, such as another length of memory.
 
     Raises:
         ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or weights that do not fit.

@@ -1,12 +1,9 @@
 """`longspan stream`."""
 
-import contextlib
 import shlex
-import signal
-import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,14 +12,15 @@ from longspan.cli.runs import SET_HELP, open_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.cli.streaming import Block
+    from longspan.cli.streaming import Block, Records
     from longspan.models import Decoder
     from longspan.stream import StreamSession
+    from longspan.tasks.tokenizers import Tokenizer
 
 
 def stream(
-    run: Annotated[str, typer.Argument(help="The folder of a run.", show_default=False)],
-    file: Annotated[str, typer.Argument(help="A file, or - for standard input.", show_default=False)],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file, or - for standard input.", show_default=False)],
     save_state: Annotated[
         Path | None,
         typer.Option("--save-state", metavar="STATE", help="Save where the stream ends, or is stopped by Ctrl-C."),
@@ -76,12 +74,25 @@ def stream(
     session = open_session(model, load_state, chunk)
     if not model.traits.bounded:
         say("this model's state grows with the text; memory will not stay constant")
+    plan = Plan(file=file, skip=skip, limit=limit, block=block, save_state=save_state, save_at=save_at, quiet=quiet)
     records = streaming.Records(log, losses)
-    sources = {"skip": skip, "limit": limit, "block": block}
     try:
-        return _read(session, task.tokenizer, file, sources, save_state, save_at, records, quiet)
+        return _read(session, task.tokenizer, plan, records)
     finally:
         records.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is read and what is kept; fields as the options of the verb."""
+
+    file: str
+    skip: int
+    limit: int
+    block: int
+    save_state: Path | None
+    save_at: int
+    quiet: bool
 
 
 def open_session(model: "Decoder", load_state: Path | None, chunk: int = 0) -> "StreamSession":
@@ -99,92 +110,53 @@ def open_session(model: "Decoder", load_state: Path | None, chunk: int = 0) -> "
     return StreamSession.load(model, load_state).fork()
 
 
-def _read(
-    session: "StreamSession",
-    tokenizer: Any,
-    file: str,
-    source: dict[str, int],
-    save_state: Path | None,
-    save_at: int,
-    records: Any,
-    quiet: bool,
-) -> int:
+def _read(session: "StreamSession", tokenizer: "Tokenizer", plan: Plan, records: "Records") -> int:
     """Read, show, record and save; the exit code."""
     from longspan.cli import reading, streaming
 
-    status, last = StatusLine(quiet=quiet), None
-    name = "standard input" if file == "-" else file
-    with reading.open_bytes(file, source["skip"]) as opened, _stoppable() as stop:
+    status, last = StatusLine(quiet=plan.quiet), None
+    name = "standard input" if plan.file == "-" else plan.file
+    stop = streaming.Stop()
+    with reading.open_bytes(plan.file, plan.skip) as opened, stop.listening():
         streaming.begin(session, tokenizer)
         blocks = streaming.feed(
             session,
             opened,
             tokenizer,
             reading.encoder(tokenizer, name),
-            block=source["block"],
-            cuts=[save_at],
-            limit=source["limit"],
+            block=plan.block,
+            cuts=[plan.save_at],
+            limit=plan.limit,
+            stop=stop,
         )
-        for last, nats in _until(blocks, stop):
+        for last, nats in blocks:
             records.write(last, nats)
             status.show(last.line())
-            if save_at and last.at_cut and last.bytes == save_at:
-                session.save(save_state)
+            if plan.save_state is not None and plan.save_at == last.bytes:
+                session.save(plan.save_state)
     status.end()
-    if save_state is not None and not save_at:
-        session.save(save_state)
-    if not quiet:
-        _say_end(last, session, save_state, source["skip"])
+    if plan.save_state is not None and not plan.save_at:
+        session.save(plan.save_state)
+    _say_end(last, session, plan)
     return 130 if stop.asked else 0
 
 
-class _Stop:
-    """Whether Ctrl-C was typed; while a block is computed it only sets this, so that the state stays whole."""
-
-    asked = False
-    reading = True
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[_Stop]:
-    stop = _Stop()
-
-    def ask(*_: Any) -> None:
-        if stop.asked:
-            raise KeyboardInterrupt
-        stop.asked = True
-
-    try:
-        earlier = signal.signal(signal.SIGINT, ask)
-    except ValueError:
-        # not the main thread: whoever called us has the signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, earlier)
-
-
-def _until(blocks: Iterator[Any], stop: _Stop) -> Iterator[Any]:
-    for each in blocks:
-        yield each
-        if stop.asked:
-            return
-
-
-def _say_end(last: "Block | None", session: "StreamSession", save_state: Path | None, skipped: int) -> None:
+def _say_end(last: "Block | None", session: "StreamSession", plan: Plan) -> None:
     from longspan.report import si_bytes
 
+    if plan.save_at and (last is None or last.bytes < plan.save_at):
+        say(f"the text ended before --save-at {plan.save_at}; nothing was saved")
+    if plan.quiet:
+        return
     if last is None:
         say("nothing to read")
         return
     speed = last.bytes / max(last.seconds, 1e-9)
     print(
         f"{last.bytes:,} bytes, {last.tokens:,} tokens: {last.mean_bits_per_byte:.4f} bits per byte, "
-        f"{speed:,.0f} bytes/s, state {si_bytes(session.nbytes)}"
+        f"{speed:,.0f} bytes/s, state {si_bytes(session.nbytes)}",
+        flush=True,
     )
-    if save_state is not None:
-        state = shlex.quote(str(save_state))
-        say(f"saved {state}; go on with --load-state {state} (in the same file: --skip {skipped + last.bytes})")
-    sys.stdout.flush()
+    if plan.save_state is not None and not plan.save_at:
+        state = shlex.quote(str(plan.save_state))
+        say(f"saved {state}; go on with --load-state {state} (in the same file: --skip {plan.skip + last.bytes})")

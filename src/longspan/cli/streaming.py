@@ -1,12 +1,20 @@
-"""A text through a session, block by block: what it cost, how fast it went, how much memory was held."""
+"""A text through a session, block by block: what it cost, how fast it went, how much memory was held.
 
+Imported by the verbs when they run, as it needs torch.
+"""
+
+import contextlib
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
 
 from longspan.cli.reading import Encoder, read_some
 from longspan.errors import DataError
@@ -32,7 +40,6 @@ class Block:
         resident: bytes of memory that the process holds; None where the system does not say.
         peak: the most it has ever held.
         state_bytes: of the model's state.
-        at_cut: the block ends at one of the asked-for places.
     """
 
     bytes: int
@@ -45,7 +52,6 @@ class Block:
     resident: int | None
     peak: int | None
     state_bytes: int
-    at_cut: bool
 
     def line(self) -> str:
         """In words, of even width."""
@@ -72,7 +78,7 @@ class Counter:
         self.nats = 0.0
         self.started = self.last = time.perf_counter()
 
-    def block(self, ids: "Array", losses: "Array", *, at_cut: bool) -> Block:
+    def block(self, ids: "Array", losses: "Array") -> Block:
         """Count a block that was fed."""
         from longspan.train.progress import resident_bytes
 
@@ -93,8 +99,32 @@ class Counter:
             resident=resident_bytes(),
             peak=peak_bytes(),
             state_bytes=self.session.nbytes,
-            at_cut=at_cut,
         )
+
+
+class Stop:
+    """Ctrl-C: while a block is computed it is only noted, so that the state stays whole; the second one ends it all."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.computing = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to SIGINT, where this is the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        earlier = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, earlier)
+
+    def _ask(self, *_: object) -> None:
+        again, self.asked = self.asked, True
+        if again or not self.computing:
+            raise KeyboardInterrupt
 
 
 def begin(session: "StreamSession", tokenizer: "Tokenizer") -> None:
@@ -112,6 +142,7 @@ def feed(
     block: int,
     cuts: Sequence[int] = (),
     limit: int = 0,
+    stop: Stop | None = None,
 ) -> "Iterator[tuple[Block, Array]]":
     """Read a file to its end, or to a limit.
 
@@ -123,26 +154,32 @@ def feed(
         block: bytes read at once.
         cuts: counts of bytes at which a block is to end, so that the caller may save there.
         limit: stop after so many bytes; 0: at the end.
+        stop: listens to Ctrl-C, which ends the reading as the end of the file does.
 
     Yields:
         After each block what is known, and (tokens,) float32 nats of its tokens.
     """
+    stop = stop or Stop()
     counter = Counter(session, tokenizer)
     places = sorted({cut for cut in (*cuts, limit) if cut > 0})
-    read = 0
-    while True:
+    read, done = 0, False
+    while not done and not stop.asked:
         ahead = next((place for place in places if place > read), None)
-        data = read_some(file, block if ahead is None else min(block, ahead - read))
+        try:
+            data = read_some(file, block if ahead is None else min(block, ahead - read))
+        except KeyboardInterrupt:
+            # nothing was being computed: what has been read so far is whole
+            data = b""
         read += len(data)
-        at_cut = read == ahead
+        done = not data or read == limit
         ids = encoder.push(data) if data else encoder.flush()
-        if data and at_cut:
+        if data and read == ahead:
             ids = _join(ids, encoder.flush(end=False))
-        if len(ids) or at_cut:
-            losses = session.feed(ids.astype("int64"), losses=True).numpy()
-            yield counter.block(ids, losses, at_cut=at_cut), losses
-        if not data or (limit and read >= limit):
-            return
+        if len(ids):
+            stop.computing = True
+            losses = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
+            stop.computing = False
+            yield counter.block(ids, losses), losses
 
 
 def _join(first: "Array", second: "Array") -> "Array":
@@ -160,7 +197,7 @@ def read_all(
         data = read_some(file, block)
         ids = encoder.push(data) if data else encoder.flush()
         if len(ids):
-            session.feed(ids.astype("int64"))
+            session.feed(torch.from_numpy(ids.astype("int64")))
         tokens += len(ids)
         if not data:
             return tokens

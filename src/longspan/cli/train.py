@@ -13,7 +13,8 @@ from longspan.errors import ConfigError
 
 def train(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A TOML file with the tables model, task and train.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="A TOML file with the tables model, task and train.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None,

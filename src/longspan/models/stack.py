@@ -115,7 +115,7 @@ class Stack(nn.Module):
         rows = Rows(offset, given.shape[1], mask, reset)
         gathered = rows.gather(given)
         if tokens is not None:
-            self._check_tokens(gathered)
+            self.check_tokens(gathered)
             h = self.embed(gathered, rows)
         else:
             h = self._place(gathered, rows)
@@ -138,7 +138,8 @@ class Stack(nn.Module):
             result = block(h, state, rows, collect)
         return cast(tuple[Tensor, Any, list[Tensor]], result)
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse what is no token id of this model, with a `DataError`."""
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise DataError(f"tokens are {tokens.dtype}, expected whole numbers")
         if tokens.device.type == "cpu" and tokens.numel():

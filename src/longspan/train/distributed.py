@@ -4,11 +4,10 @@ Gradients are summed, not averaged: every process divides its loss by the number
 sum is the gradient of the run that one process would have made of the same lanes.
 """
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,9 +82,11 @@ class Group:
                 parameter.grad = part.view_as(parameter)
 
 
-@contextlib.contextmanager
-def process_group(device: str = "auto") -> Iterator[Group]:
+def join_group(device: str = "auto") -> Group:
     """The group of this process: torchrun's where its environment is there, alone otherwise.
+
+    The connection is made once and stays until the process ends: made anew for a second run, it may wait for ever for
+    the store of the first. A program that has a connection of its own keeps it.
 
     Args:
         device: as in `TrainConfig.device`.
@@ -93,21 +94,20 @@ def process_group(device: str = "auto") -> Iterator[Group]:
     Raises:
         ConfigError: torch does not know the device or cannot reach it.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ:
-        yield Group(device=_device(device, 0))
-        return
+    if "RANK" not in os.environ and not dist.is_initialized():
+        return Group(device=_device(device, 0))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    # a program that has its own group keeps it
-    mine = not dist.is_initialized()
-    if mine:
-        options: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **options)
-    try:
-        yield Group(dist.get_rank(), world_size, chosen)
-    finally:
-        if mine:
-            dist.destroy_process_group()
+    if not dist.is_initialized():
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave_group)
+    return Group(dist.get_rank(), dist.get_world_size(), chosen)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(name: str, local_rank: int) -> torch.device:

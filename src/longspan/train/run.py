@@ -24,7 +24,7 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train import folders
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
-from longspan.train.distributed import Group, process_group
+from longspan.train.distributed import Group, join_group
 from longspan.train.progress import Silent, make
 from longspan.train.trainer import Result, Trainer
 
@@ -89,7 +89,8 @@ def run(
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(TrainConfig, resolved["train"], "train")
-    with process_group(config.device) as group, _caller_undisturbed(group, config.threads):
+    group = join_group(config.device)
+    with _caller_undisturbed(group, config.threads):
         if not group.main:
             display = Silent()
         return _run(resolved, config, folder, resume, group, display)

@@ -1,0 +1,171 @@
+"""What RecurrentMemory needs of a backbone, and the adapters: our Encoder and Decoder, and Hugging Face models.
+
+A Hugging Face model is recognised by what it can do (duck typing): `get_input_embeddings()` and a call that takes
+`inputs_embeds`, `attention_mask` and `output_hidden_states`. Nothing of transformers is imported.
+"""
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import ConfigError
+from longspan.models.decoder import Decoder
+from longspan.models.encoder import Encoder
+
+
+class Ran(NamedTuple):
+    """One run of a backbone over a segment.
+
+    Attributes:
+        hidden: (batch, length, dim) last hidden states, after the last norm; zeros at padding.
+        state: the backbone's state where it carries one, else None.
+    """
+
+    hidden: Tensor
+    state: Any
+
+
+class Backbone:
+    """The interface: a model of short sequences of embeddings.
+
+    Attributes:
+        module: the model itself.
+        causal: decoder form (write tokens behind the segment) or encoder form (memory in front, read and written).
+        dim: width of embeddings and hidden states.
+        streams: the model carries a state, so an open segment need not be read again.
+    """
+
+    module: nn.Module
+    causal: bool
+    dim: int
+    streams = False
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (batch, length) to embeddings (batch, length, dim)."""
+        raise NotImplementedError
+
+    def embedding_std(self) -> float:
+        """Standard deviation of the token embeddings: what the initial memory is drawn with."""
+        raise NotImplementedError
+
+    def run(
+        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+    ) -> Ran:
+        """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
+        raise NotImplementedError
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Hidden states to what the model returns: logits, or the hidden states themselves."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int) -> Any:
+        """The backbone's empty state, where it carries one."""
+        return None
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Bytes of the backbone's state after `length` positions of an open segment."""
+        return 0
+
+
+class OwnBackbone(Backbone):
+    """A Decoder or Encoder of this library."""
+
+    def __init__(self, module: Decoder | Encoder) -> None:
+        self.module = self.stack = module
+        self.causal, self.dim = module.causal, module.config.dim
+        self.streams = isinstance(module, Decoder) and module.traits.streams
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See `Backbone`; refuses ids outside the vocabulary."""
+        self.stack.check_tokens(tokens)
+        found: Tensor = self.stack.embedding(tokens)
+        return found
+
+    def embedding_std(self) -> float:
+        """See `Backbone`."""
+        return float(self.stack.embedding.weight.detach().float().std())
+
+    def run(
+        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+    ) -> Ran:
+        """See `Backbone`."""
+        hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs)
+        return Ran(rows.scatter(hidden), following)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """See `Backbone`."""
+        return self.stack.logits(hidden) if isinstance(self.stack, Decoder) else hidden
+
+    def init_state(self, batch_size: int) -> Any:
+        """See `Backbone`."""
+        return self.stack.init_state(batch_size) if self.streams else None
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """See `Backbone`."""
+        return self.stack.state_nbytes(batch_size, length, dtype) if self.streams else 0
+
+
+class HuggingFaceBackbone(Backbone):
+    """A Hugging Face encoder or causal language model, by duck typing.
+
+    Padding goes by `attention_mask`, positions by `position_ids` counted over real tokens where the model takes them.
+    An open segment is read again from its token ids, so results do not depend on the model's own cache.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        config = getattr(module, "config", None)
+        bidirectional = getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size")
+        self.causal = head is not None and not bidirectional
+        self.head = head if self.causal else None
+        self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+        self.dim = int(self.embedding.weight.shape[1])  # type: ignore[union-attr,arg-type,index]
+        taken = inspect.signature(module.forward).parameters
+        self.extras = {name for name in ("position_ids", "use_cache") if name in taken}
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See `Backbone`."""
+        found: Tensor = self.embedding(tokens)
+        return found
+
+    def embedding_std(self) -> float:
+        """See `Backbone`."""
+        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
+        return float(weight.detach().float().std())
+
+    def run(
+        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+    ) -> Ran:
+        """See `Backbone`; `state`, `reset` and `penalties` mean nothing here."""
+        seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
+        extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
+        if "position_ids" in self.extras:
+            extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+        out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
+        hidden: Tensor = out.hidden_states[-1]
+        return Ran(hidden.masked_fill(~seen[..., None], 0), None)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """See `Backbone`."""
+        found: Tensor = hidden if self.head is None else self.head(hidden)
+        return found
+
+
+def wrap_backbone(module: nn.Module) -> Backbone:
+    """The adapter of a model.
+
+    Raises:
+        ConfigError: it is neither ours nor takes `inputs_embeds`.
+    """
+    if isinstance(module, (Decoder, Encoder)):
+        return OwnBackbone(module)
+    takes = "inputs_embeds" in inspect.signature(module.forward).parameters
+    if takes and hasattr(module, "get_input_embeddings"):
+        return HuggingFaceBackbone(module)
+    raise ConfigError(
+        f"{type(module).__name__} is no backbone for recurrent memory: it must be a longspan Decoder or Encoder, or a "
+        "Hugging Face model that takes inputs_embeds"
+    )
