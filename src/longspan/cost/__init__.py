@@ -1,0 +1,5 @@
+"""What a configuration costs before it is run: FLOPs, memory, state."""
+
+from longspan.cost.transformer import OPT, TransformerSize, forward_flops, recurrent_ratio
+
+__all__ = ["OPT", "TransformerSize", "forward_flops", "recurrent_ratio"]
