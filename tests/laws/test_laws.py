@@ -12,7 +12,7 @@ from torch import nn
 import longspan as ls
 
 from .checks import CHECKS, runs
-from .tools import DIM, HEADS, Make, perturb
+from .tools import DIM, HEADS, Make, perturb, trains
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def test_law(make: Make, check: Callable[[Make], None]) -> None:
 @pytest.mark.parametrize("name", ls.mixers.names())
 def test_every_mixer_has_examples(name: str) -> None:
     assert ls.mixers.examples(name), "no examples, so no law is tested"
+    assert any(trains(Registered(name, fields)()) for fields in ls.mixers.examples(name)), "no example trains"
     for fields in ls.mixers.examples(name):
         mixer = Registered(name, fields)()
         assert any(parameter.numel() for parameter in mixer.parameters())

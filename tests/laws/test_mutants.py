@@ -1,7 +1,6 @@
 """The checks themselves: small mixers that obey the laws pass all of them, and each mutant fails the check named."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -9,19 +8,22 @@ from hypothesis import Phase, settings
 from torch import nn
 
 from . import mutants as m
+from . import quiet_mutants as q
 from .checks import CHECKS, causality, contract, cost, definition, gradients, memory, packing, quiet, runs, stream
 from .tiny import FAST, SLOW, Tiny, TinySegments, maker
 from .tools import Make
 
-check_definition = partial(definition.check_definition, fast=FAST, slow=SLOW)
+
+def check_definition(make: Make) -> None:
+    definition.check_definition(make, getattr(make(), "module", FAST), SLOW)
 
 
-def name_of(check: Any) -> str:
-    return getattr(check, "func", check).__name__.removeprefix("check_")
+def name_of(check: Callable[[Make], None]) -> str:
+    return check.__name__.removeprefix("check_")
 
 
 BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
-    (contract.check_forms, m.AcceptsState, {}),
+    (contract.check_forms, q.AcceptsState, {}),
     # 1
     (causality.check_causality, m.ChunkMaximum, {}),
     (causality.check_causality_of_long_calls, m.ChunkMaximum, {}),
@@ -88,24 +90,24 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (cost.check_flops, m.TriangleOnly, {}),
     (cost.check_pairs, m.OneHead, {}),
     # 8
-    (quiet.check_rows_are_independent, m.RowMaximumOfBatch, {}),
-    (quiet.check_batch_size, m.MeanOfBatch, {}),
-    (quiet.check_bf16_streams, m.HalfAccumulator, {}),
-    (quiet.check_autocast, m.AutocastAccumulator, {}),
-    (quiet.check_old_streams, m.GrowsWithAge, {}),
-    (quiet.check_large_inputs, m.NoMaximum, {}),
-    (quiet.check_draws_nothing, m.Draws, {}),
-    (quiet.check_draws_nothing, m.DropsInEvaluation, {}),
-    (quiet.check_forward_changes_nothing, m.WritesBuffer, {}),
-    (quiet.check_forward_changes_nothing, m.ClampsParameter, {}),
-    (quiet.check_forward_changes_nothing, m.LossOnModule, {}),
+    (quiet.check_rows_are_independent, q.RowMaximumOfBatch, {}),
+    (quiet.check_batch_size, q.MeanOfBatch, {}),
+    (quiet.check_bf16_streams, q.HalfAccumulator, {}),
+    (quiet.check_autocast, q.AutocastAccumulator, {}),
+    (quiet.check_old_streams, q.GrowsWithAge, {}),
+    (quiet.check_large_inputs, q.NoMaximum, {}),
+    (quiet.check_draws_nothing, q.Draws, {}),
+    (quiet.check_draws_nothing, q.DropsInEvaluation, {}),
+    (quiet.check_forward_changes_nothing, q.WritesBuffer, {}),
+    (quiet.check_forward_changes_nothing, q.ClampsParameter, {}),
+    (quiet.check_forward_changes_nothing, q.LossOnModule, {}),
 ]
 
 # What the mutants are derived from, with the check that each mutant fails.
 LAWFUL = {
     f"{name_of(check)}-{base.__name__}-{fields}": (check, base, fields)
     for check, mutant, fields in BROKEN
-    for base in [next(base for base in (m.SlowMemory, TinySegments, Tiny) if issubclass(mutant, base))]
+    for base in [next(base for base in (q.SlowMemory, TinySegments, Tiny) if issubclass(mutant, base))]
 }
 
 
@@ -126,6 +128,14 @@ def test_mutant_fails(check: Callable[[Make], None], mutant: type[nn.Module], fi
     assert check is check_definition or runs(check, make()), "the traits of the mutant do not ask for this check"
     with pytest.raises(AssertionError):
         check(make)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "reason"), [(m.OneTooFar, "outputs"), (m.ColdKeys, "gradient of k"), (m.OwnOp, "calls no op")]
+)
+def test_mutant_of_law_4_fails_for_its_reason(mutant: type[nn.Module], reason: str) -> None:
+    with pytest.raises(AssertionError, match=reason):
+        check_definition(maker(mutant))
 
 
 @pytest.mark.parametrize(("check", "lawful", "fields"), LAWFUL.values(), ids=LAWFUL)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import longspan as ls
+from longspan.errors import UnsupportedError
 
 DIM, HEADS = 16, 4
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -43,6 +44,15 @@ def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
         for parameter in mixer.parameters():
             parameter.add_(noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return mixer
+
+
+def trains(mixer: nn.Module) -> bool:
+    """Some forms are for inference only, and say so when a gradient is asked for."""
+    try:
+        mixer(inputs(0, 1, 2, dtype=next(mixer.parameters()).dtype))
+    except UnsupportedError:
+        return False
+    return True
 
 
 # states ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_the_default_length():
         ({"lr": math.nan}, r"train.lr = nan"),
         ({"steps": -1}, r"train.steps = -1: 0 at least"),
         ({"betas": (0.9, 1.0)}, r"train.betas = \[0.9, 1.0\]: two numbers"),
-        ({"accumulation": 3}, r"accumulation = 3 does not divide train.lanes = 8"),
+        ({"seed": -1}, r"train.seed = -1: 0 at least"),
     ],
 )
 def test_settings_that_make_no_sense(fields, message):

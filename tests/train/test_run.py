@@ -64,6 +64,7 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path):
         *("recipe.json", "log.jsonl", "tokenizer.json", "checkpoints", "model")
     }
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".jsonl", ".safetensors"}
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "validation" in line] == [8, 16, 20]
@@ -218,6 +219,9 @@ def test_a_resumed_run_keeps_its_settings(recipe, whole):
     ):
         with pytest.raises(ConfigError, match=message):
             run(other, whole, resume=True, progress="none")
+    stored = json.loads((whole / "recipe.json").read_text())
+    del stored["train"]["eps"]
+    (whole / "recipe.json").write_text(json.dumps(stored))
     run(changed(recipe, train__log_every=5, train__keep=1, train__accumulation=1), whole, resume=True, progress="none")
     with pytest.raises(CheckpointError, match=r"saved with 1 groups of lanes .*, not 2; resume with the same product"):
         run({"train": {"accumulation": 2}}, whole, resume=True, progress="none")
@@ -232,6 +236,7 @@ def test_other_data_is_refused(recipe, tmp_path):
     (tmp_path / "text" / "b.txt").write_text("c" * 900)
     with pytest.raises(CheckpointError, match="not what this run was trained on: put the earlier data back"):
         run({"train": {"steps": 4}}, tmp_path / "run", resume=True, progress="none")
+    assert (tmp_path / "run" / "model").exists()
 
 
 def test_a_diverging_run_stops_and_says_what_to_try(recipe, tmp_path):
@@ -345,6 +350,7 @@ def test_a_growing_state_is_announced(recipe, tmp_path):
         ({"model__layers": 3}, ConfigError, "model: unknown field 'layers'"),
         ({"model__mixers": [{"name": "windw"}]}, ConfigError, "did you mean 'window'"),
         ({"train__lanes": 0}, ConfigError, "train.lanes = 0: 1 at least"),
+        ({"train__accumulation": 3}, ConfigError, "lanes = 4 cannot be split evenly by 1 processes and .*ulation = 3"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe, tmp_path, fields, error, message):

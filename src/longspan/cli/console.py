@@ -47,6 +47,11 @@ def interval(values: Sequence[float], digits: int = 4) -> str:
     return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
 
 
+def harmless(text: str) -> str:
+    """Text without what a terminal would obey or a page may not hold, as a model may write anything."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
 class StatusLine:
     """A line that is drawn anew on a terminal, and printed now and then elsewhere.
 
@@ -59,12 +64,13 @@ class StatusLine:
         self.quiet, self.every = quiet, every
         self.live = sys.stdout.isatty()
         self._printed = -math.inf
-        self._pending = ""
+        self._pending = self._shown = ""
 
     def show(self, text: str) -> None:
         """The newest state of things."""
-        if self.quiet:
+        if self.quiet or text == self._shown:
             return
+        self._shown = text
         if self.live:
             # erased to the end, as the last text may have been longer
             sys.stdout.write(f"\r{text}\x1b[K")
@@ -77,10 +83,8 @@ class StatusLine:
 
     def end(self) -> None:
         """Leave the last text standing."""
-        if self.quiet:
-            return
-        if self.live:
+        if self.live and self._shown:
             print(flush=True)
         elif self._pending:
             print(self._pending, flush=True)
-            self._pending = ""
+        self._pending = self._shown = ""

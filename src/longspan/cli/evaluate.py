@@ -1,6 +1,7 @@
 """`longspan eval`."""
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from longspan.cli.runs import SET_HELP, open_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
+    from longspan.tasks import Document, Documents, Piece
     from longspan.train import Evaluation, Interval
 
 
@@ -25,6 +27,9 @@ def evaluate(
     ] = None,
     tokens: Annotated[
         int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
+    ] = 0,
+    head: Annotated[
+        int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
     ] = 0,
     segment: Annotated[
         int,
@@ -43,12 +48,12 @@ def evaluate(
     Examples:
       longspan eval runs/first
       longspan eval runs/first book.txt letters/ --tokens 500000
-      longspan eval runs/first --set model.mixers.0.mem_len=512
+      longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
     """
     from longspan.train import evaluate_text, first_places
 
     model, task = open_run(run, set_ or [])
-    documents = first_places(task.read(files) if files else task.documents("validation"), tokens)
+    documents = first_places(heads(task.read(files) if files else task.documents("validation"), head), tokens)
     length = segment or _segment(run)
     options: dict[str, Any] = {"unit": task.unit, "chunk": length}
     streams = model.traits.streams
@@ -58,6 +63,31 @@ def evaluate(
         print(json.dumps(figures(found), indent=2))
     else:
         show(found, ", ".join(files) if files else f"held-back documents of {run}", length)
+
+
+def heads(documents: "Documents", length: int) -> "Documents":
+    """The first `length` tokens of each document; 0: all."""
+    from longspan.tasks import Documents
+
+    if not length:
+        return documents
+    items = [Head(item, min(length, len(item))) for item in documents.items]
+    return Documents(items, documents.names, f"{documents.fingerprint}:{length}")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The start of a document, as a document."""
+
+    document: "Document"
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def cut(self, first: int, last: int) -> "Piece":
+        """Places `first` to `last` (excluded)."""
+        return self.document.cut(first, last)
 
 
 def _segment(run: str) -> int:

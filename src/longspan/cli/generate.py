@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longspan.cli.console import say
+from longspan.cli.console import harmless, say
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.cli.stream import open_session
 from longspan.errors import ConfigError
@@ -111,9 +111,7 @@ class Writer:
         if self._decoder is None:
             sys.stdout.buffer.write(data)
         else:
-            text = self._decoder.decode(data)
-            # a model may write what a terminal would obey
-            sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+            sys.stdout.write(harmless(self._decoder.decode(data)))
         sys.stdout.flush()
 
     def end(self) -> None:

@@ -6,7 +6,7 @@
         state-0000.safetensors, ...         what each group of lanes carries
         meta.json                           step, positions in the data, digests of the other files
 
-A folder is complete or invisible, and never a pickle. `meta.json` holds digests, so damage is found before it is used.
+A folder is complete or invisible, and never a pickle; several processes write it together, on a disk they share. `meta.json` holds digests, so damage is found before it is used.
 """
 
 import re
@@ -156,7 +156,11 @@ def read(path: Path) -> Checkpoint:
     """
     meta = check(path)
     tensors, _ = read_tensors(path / TRAINING)
-    return Checkpoint(path, load_model(path), Position(**meta["position"]), tensors, meta["blocks"])
+    try:
+        position = Position(**meta["position"])
+    except TypeError as error:
+        raise CheckpointError(f"{path / META}: written by another version of longspan: {error}") from None
+    return Checkpoint(path, load_model(path), position, tensors, meta["blocks"])
 
 
 def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group) -> list[Any]:
@@ -197,5 +201,4 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
             continue
         key, _, name = rest.partition(".")
         parameter = parameters[name]
-        # the step count stays where the optimiser keeps it, on the CPU
-        optimizer.state[parameter][key] = value.clone() if key == "step" else value.clone().to(parameter.device)
+        optimizer.state[parameter][key] = value.clone().to(parameter.device)

@@ -9,7 +9,7 @@ DEFAULT_STEPS = 1000
 _AT_LEAST_ONE = ("lanes", "segment_length", "bptt_segments", "accumulation", "log_every", "keep")
 _NOT_NEGATIVE = (
     *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "eps", "weight_decay", "clip"),
-    *("eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "threads"),
+    *("eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "threads", "seed"),
 )
 
 
@@ -69,11 +69,6 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} = {value}: {least} at least")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas = {list(self.betas)}: two numbers from 0 to below 1")
-        if self.lanes % self.accumulation:
-            raise ConfigError(
-                f"train.accumulation = {self.accumulation} does not divide train.lanes = {self.lanes}; "
-                "lanes are split into groups of equal size"
-            )
 
     @property
     def step_limit(self) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from longspan import __version__, tasks
+from longspan import tasks
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
@@ -27,6 +27,7 @@ from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group, join_group
 from longspan.train.progress import Silent, make
 from longspan.train.trainer import Result, Trainer
+from longspan.version import __version__
 
 TABLES = ("model", "task", "train")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
@@ -117,6 +118,9 @@ def _run(
         display.message("this model's state grows with a document's length; train.carry = false cuts it at segments")
     if group.main:
         write_json(folder / "recipe.json", resolved)
+        if (folder / "model").is_dir():
+            # of an earlier end of this run; until the next end the newest checkpoint is the model
+            folders.remove(folder / "model")
     result = trainer.fit()
     if result.interrupted:
         display.message(f"stopped at step {result.step}, saved in {folder}; resume it to go on")
@@ -165,7 +169,8 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     resolved = resolve(merged)
     for name in TABLES:
         for key, value in resolved[name].items():
-            began = stored[name].get(key)
+            # what an older version did not know began as its default
+            began = stored[name].get(key, value)
             if value != began and not (name == "train" and key in FREE):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
@@ -175,13 +180,11 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clear(folder: Path, resume: bool) -> None:
-    """Remove what a kill left half written, and what a failed start or an earlier end of this run left behind."""
+    """Remove what a kill left half written, and what a failed start left behind."""
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for each in (folder, folder / "checkpoints"):
             folders.remove_leftovers(each)
-        if (folder / "model").is_dir():
-            folders.remove(folder / "model")
         if not resume:
             (folder / "tokenizer.json").unlink(missing_ok=True)
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan import state as states
-from longspan.errors import LongspanError
+from longspan.errors import ConfigError, LongspanError
 from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
@@ -40,15 +40,23 @@ class Stepper:
         model: a language model with `parameter_groups` and `after_step`.
         config: of the run.
         group: the processes.
+
+    Raises:
+        ConfigError: a process's lanes cannot be split evenly into groups.
     """
 
     def __init__(self, model: Any, config: TrainConfig, group: Group) -> None:
+        if config.lanes % (config.accumulation * group.world_size):
+            raise ConfigError(
+                f"train.lanes = {config.lanes} cannot be split evenly by {group.world_size} processes and "
+                f"train.accumulation = {config.accumulation}"
+            )
         self.model = model
         self.config = config
         self.group = group
         groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
         self.base_rates = [parameters["lr"] for parameters in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
         self.carry = config.carry and model.traits.streams
         self.carried: list[Any] = [None] * config.accumulation
         self.generator = torch.Generator().manual_seed(config.seed + _AFTER_STEP)

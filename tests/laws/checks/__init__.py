@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..tools import Make
+from ..tools import Make, trains
 from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
 
 CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
@@ -81,12 +81,17 @@ STREAM_ONLY = {
 }
 
 
+GRADIENTS = {packing.check_padding_gradients, *CHECKS["6-gradients"]}
+
+
 def runs(check: Callable[[Make], None], mixer: nn.Module) -> bool:
     """Whether the traits of a mixer ask for this check."""
     traits = mixer.traits
     if check in CHECKS["1-causality"] and not traits.causal:
         return False
     if check in STREAM_ONLY and not traits.streams:
+        return False
+    if check in GRADIENTS and not trains(mixer):
         return False
     needs = {
         packing.check_both_sides: traits.bidirectional,

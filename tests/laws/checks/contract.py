@@ -19,7 +19,8 @@ def check_traits(make: Make) -> None:
     assert traits.horizon is None or (traits.horizon >= 1 and traits.segment), "a horizon counts segments"
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = inputs(1, 2, 9, dtype=dtype)
-        y, state = make(dtype=dtype)(x)
+        with torch.no_grad():
+            y, state = make(dtype=dtype)(x)
         assert y.shape == x.shape
         assert y.dtype == dtype, f"outputs of {dtype} inputs are {y.dtype}"
         assert (state is not None) == traits.streams, f"streams={traits.streams}, state {type(state).__name__}"
@@ -28,7 +29,8 @@ def check_traits(make: Make) -> None:
 def check_state_is_of_tensors(make: Make) -> None:
     """States are typed NamedTuples of tensors; the one returned has the structure of init_state."""
     mixer = make()
-    state, empty = mixer(inputs(1, 2, 5))[1], mixer.init_state(2)
+    with torch.no_grad():
+        state, empty = mixer(inputs(1, 2, 5))[1], mixer.init_state(2)
     assert hasattr(state, "_fields"), "a state is a NamedTuple"
     assert type(state) is type(empty), f"forward returns {type(state).__name__}, init_state {type(empty).__name__}"
     assert list(leaves(state)) == list(leaves(empty))

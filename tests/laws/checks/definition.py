@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import longspan
 
-from ..tools import Make, close, copy_state, forms, inputs, states_close
+from ..tools import Make, close, copy_state, forms, inputs, states_close, trains
 
 
 @contextmanager
@@ -36,7 +36,10 @@ def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
 
 
 def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
-    """Outputs, state and gradients of a weighted sum of the outputs."""
+    """Outputs, state and gradients of a weighted sum of the outputs (none where the form is for inference)."""
+    if not trains(mixer):
+        with torch.no_grad():
+            return *mixer(x, state, **keywords), {}
     x = x.clone().requires_grad_()
     y, end = mixer(x, state, **keywords)
     named = {"x": x} | dict(mixer.named_parameters())
@@ -76,7 +79,8 @@ def check_definition(
         compare(mixer, inputs(4, 3, 45), fast, slow, mask=mask)
         compare(mixer, inputs(5, 3, 45), fast, slow, mask=mask, reset=reset)
         if mixer.traits.streams:
-            state = copy_state(mixer(inputs(6, 3, 45), mask=mask)[1])
+            with torch.no_grad():
+                state = copy_state(mixer(inputs(6, 3, 45), mask=mask)[1])
             compare(mixer, inputs(7, 3, 45), fast, slow, state=state)
             compare(mixer, inputs(7, 3, 45), fast, slow, state=state, mask=mask.flip(0), reset=reset)
             compare(mixer, inputs(8, 3, 1), fast, slow, state=state)

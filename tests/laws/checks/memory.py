@@ -19,6 +19,7 @@ from ..tools import (
     same,
     state_bytes,
     states_same,
+    trains,
 )
 
 
@@ -131,7 +132,8 @@ def check_given_state_is_kept(make: Make) -> None:
             again, last = mixer(x[:, 21:30], dirty)
             same(again, first, "outputs of the same call on the same state")
             states_same(last, end, "state returned by the same call on the same state")
-    mixer.train()
+    if not trains(mixer.train()):
+        return
     kept = copy_state(state)
     y, end = mixer(x[:, 21:45].requires_grad_(), state)
     y.square().sum().backward()

@@ -1,6 +1,5 @@
-"""`longspan quickstart`."""
+"""`longspan quickstart`: train, stop, resume, stream, measure, check, draw; each step is one thin file."""
 
+from longspan.cli.quickstart.verb import quickstart
 
-def quickstart() -> int:
-    """Placeholder."""
-    return 0
+__all__ = ["quickstart"]
