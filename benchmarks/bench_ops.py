@@ -1,6 +1,6 @@
 """Speed of the attention operations against dense causal attention of PyTorch, in one process, timed in turn.
 
-    python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--forward-only]
+    python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--cpu-time]
 
 Every operation is first held against its dense definition, outputs and gradients, at a small size; a wrong one gets no
 speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense. fp32, batch 1, 4 heads of 64;
@@ -8,15 +8,16 @@ the rows named "training" are 8 rows of 512 tokens with 512 older keys against d
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import compare
 from torch import Tensor
 
 from longspan import ops, reference
+from timing import compare
 
 HEADS, DIM = 4, 64
 
@@ -41,7 +42,9 @@ CASES = (
 )
 
 
-def tensors(case: Case, length: int, *, batch: int = 1, memory: int = 0, heads: int = HEADS, dim: int = DIM) -> list[Tensor]:
+def tensors(
+    case: Case, length: int, *, batch: int = 1, memory: int = 0, heads: int = HEADS, dim: int = DIM
+) -> list[Tensor]:
     """q, k, v and what the case needs beside them, as a model's projections hand them over."""
     shape = (batch, length, heads, dim)
     keyed = (batch, memory + length, heads, dim)
@@ -106,7 +109,10 @@ def report(case: Case, label: str, base: Any, base_inputs: list[Tensor], inputs:
     cells = []
     for train in (False,) if options.forward_only else (False, True):
         result = compare(
-            steps(base, base_inputs, train), steps(lambda x: call(case, ops, x), inputs, train), pairs=options.pairs
+            steps(base, base_inputs, train),
+            steps(lambda x: call(case, ops, x), inputs, train),
+            pairs=options.pairs,
+            clock=time.process_time if options.cpu_time else time.perf_counter,
         )
         cells.append(f"{result.ratio:8.2f} {result.base * 1e3:9.1f} {result.other * 1e3:9.1f}")
     print(f"{label:>18} {case.name:<26}" + " |".join(cells), flush=True)
@@ -120,10 +126,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="")
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1 where the machine is busy")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    print(f"torch {torch.__version__}, {options.threads} threads, median of {options.pairs} pairs timed in turn")
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, median of {options.pairs} pairs timed in turn, "
+        f"{'CPU' if options.cpu_time else 'wall'} time"
+    )
     print(f"{'length':>18} {'operation':<26}{'forward: ratio, dense ms, op ms':<28} | forward + backward: the same")
     cases = []
     for case in CASES:

@@ -14,15 +14,20 @@ class Comparison(NamedTuple):
     ratio: float
 
 
-def once(function: Callable[[], Any]) -> float:
+Clock = Callable[[], float]
+
+
+def once(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
     """Seconds of one call."""
-    begin = time.perf_counter()
+    begin = clock()
     function()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
-def compare(base: Callable[[], Any], other: Callable[[], Any], *, pairs: int = 5) -> Comparison:
-    """Time `base` and `other` in turn, A B A B, after one unmeasured call of each.
+def compare(
+    base: Callable[[], Any], other: Callable[[], Any], *, pairs: int = 5, clock: Clock = time.perf_counter
+) -> Comparison:
+    """Time `base` and `other` in turn, A B A B, after a call of each that does not count.
 
     A call much shorter than its partner is repeated, so that both are measured over a like time.
 
@@ -30,14 +35,15 @@ def compare(base: Callable[[], Any], other: Callable[[], Any], *, pairs: int = 5
         base: what `ratio` counts as 1.
         other: what is compared; ratio = base / other, above 1 is faster than base.
         pairs: how many A B are timed.
+        clock: wall time, or `time.process_time` where other processes use the machine (then with one thread).
     """
-    once(base), once(other)
-    first, second = once(base), once(other)
+    once(other)
+    first, second = once(base, clock), once(other, clock)
     repeats = max(1, min(8, round(first / second)))
     times = []
     for _ in range(pairs):
-        left = once(base)
-        right = sum(once(other) for _ in range(repeats))
+        left = once(base, clock)
+        right = sum(once(other, clock) for _ in range(repeats))
         times.append((left, right / repeats))
     return Comparison(
         statistics.median(left for left, _ in times),

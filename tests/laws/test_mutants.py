@@ -131,7 +131,7 @@ def test_mutant_fails(check: Callable[[Make], None], mutant: type[nn.Module], fi
 
 
 @pytest.mark.parametrize(
-    ("mutant", "reason"), [(m.OneTooFar, "outputs"), (m.ColdKeys, "gradient of k"), (m.OwnOp, "calls no op")]
+    ("mutant", "reason"), [(m.OneTooFar, "outputs"), (m.ColdKeys, "gradient of"), (m.OwnOp, "calls no op")]
 )
 def test_mutant_of_law_4_fails_for_its_reason(mutant: type[nn.Module], reason: str) -> None:
     with pytest.raises(AssertionError, match=reason):

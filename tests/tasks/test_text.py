@@ -100,7 +100,7 @@ def test_the_fingerprint_tells_texts_apart(folder, monkeypatch):
 
 
 def test_registry(folder):
-    assert tasks.names() == ["text"]
+    assert "text" in tasks.names()
     task = tasks.build({"name": "text", "source": str(folder)})
     assert isinstance(task, TextTask)
     assert task.unit == "byte"

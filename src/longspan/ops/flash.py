@@ -1,4 +1,4 @@
-"""One softmax attention over a rectangle of queries and keys, with its logarithm of the sum: the kernel under every tile.
+"""Softmax attention over a rectangle of queries and keys, with its log-sum-exp: the kernel under every tile.
 
 PyTorch has a fused CPU kernel that returns the log-sum-exp and reads keys through any strides, so overlapping windows
 need no copy. It has no public name. This file is the only one that knows it; where it is missing, or the tensors are
@@ -58,7 +58,7 @@ def attend(
         mask: added to the scores, broadcastable to (batch, heads, queries, keys), -inf where a key is hidden.
 
     Returns:
-        out (batch, heads, queries, head_dim) and lse (batch, heads, queries); a query that sees nothing gives 0 in both.
+        out (batch, heads, queries, head_dim), lse (batch, heads, queries); a query that sees nothing gives 0 in both.
     """
     if fused(q, k, v):
         out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)

@@ -1,6 +1,7 @@
 """Full softmax attention (Vaswani et al. 2017, equation 1): causal or not, over older keys, padding and documents."""
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention with older keys: two kernel calls, merged by their sums."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return cast(Tensor, _Extend.apply(q, k, v, scale))
+        return _apply(q, k, v, scale)
     return _extend_forward(q, k, v, scale)[0].to(q.dtype)
 
 
@@ -121,7 +122,7 @@ class _Extend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         saved = ctx.saved_tensors
         lse = saved[4]
@@ -137,3 +138,6 @@ class _Extend(torch.autograd.Function):
             dq = part if dq is None else dq.add_(part)
         assert dq is not None
         return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), None
+
+
+_apply: Callable[..., Tensor] = _Extend.apply

@@ -1,14 +1,12 @@
 """Transformer-XL's relative attention (Dai et al. 2019, section 3.3), in tiles, trained through or across segments."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
-from longspan.ops.relative_tiles import Relative, RelativeTiles, relative_forward
+from longspan.ops.relative_tiles import Relative, relative_forward, relative_tiles
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import default_scale
 from longspan.ops.tiles import Plan, make_plan
@@ -65,7 +63,7 @@ def relative_attention(
     scale = default_scale(q, scale)
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    older = () if stale is None or border is None else stale
+    older: tuple[Tensor, ...] = () if stale is None or border is None else stale
     if is_decode(call, r, content_bias, position_bias, *older):
         return _decode(call, r, content_bias, position_bias, scale)
     if isinstance(border, Tensor):
@@ -78,7 +76,7 @@ def relative_attention(
     tensors = (call.q, call.k, call.v, _farthest_first(r, distances), content_bias, position_bias)
     older = tuple(t[:, :, call.dropped :] for t in older)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *older)):
-        return call.finish(cast(Tensor, RelativeTiles.apply(spec, *tensors, *older)))
+        return call.finish(relative_tiles(spec, *tensors, *older))
     return call.finish(relative_forward(*tensors, spec))
 
 
@@ -93,7 +91,7 @@ def relative_cost(length: int, *, window: int | None = None, segment: int | None
         segment: see `relative_attention`.
     """
     plan = _plan(FORWARD_TILE, length, 0, window, None if window is None else segment)
-    position = sum(run.count * run.queries * plan.distances(run) for run in plan.runs)
+    position = sum(run.tiles * run.queries * plan.distances(run) for run in plan.runs)
     return plan.pairs(), position
 
 

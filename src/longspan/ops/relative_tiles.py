@@ -8,13 +8,14 @@ one number longer, which moves them back.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.ops import flash
-from longspan.ops.tiled import new_like_heads, scratch
+from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
 FORWARD_ENTRIES = 1 << 20  # position scores of one kernel call
@@ -166,7 +167,7 @@ class RelativeTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, r, u, w and of stale k and v."""
         saved: tuple[Tensor, ...] = ctx.saved_tensors
@@ -175,6 +176,9 @@ class RelativeTiles(torch.autograd.Function):
             found = work.run()
         dtypes = [t.dtype for t in saved[:6]] + ctx.stale_dtypes
         return (None, *(g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)))
+
+
+relative_tiles: Callable[..., Tensor] = RelativeTiles.apply
 
 
 class _Backward:
@@ -251,7 +255,7 @@ class _Tile:
         self.w = owner.w[heads, None, None]
 
     def run_all(self, part: Part) -> None:
-        for tile in range(self.run.count):
+        for tile in range(self.run.tiles):
             self._tile(part, tile)
 
     def _tile(self, part: Part, tile: int) -> None:

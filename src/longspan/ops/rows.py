@@ -8,7 +8,6 @@ from torch import Tensor
 from longspan.errors import ConfigError
 from longspan.ops.tiles import Visibility
 
-
 NOBODY = -(2**62)  # the document of keys that are not real
 
 

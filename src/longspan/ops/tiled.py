@@ -1,7 +1,8 @@
 """Softmax attention over a plan of tiles, forward and backward, in memory that does not depend on the window."""
 
 import math
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from longspan.ops.tiles import (
     Block,
     Part,
     Plan,
-    Run,
     Visibility,
     band,
     make_blocks,
@@ -36,7 +36,7 @@ class Plans(NamedTuple):
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
     """Attention over the tiles of a plan, differentiable; out (batch, heads, length, head_dim) in q's dtype."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return cast(Tensor, _Tiled.apply(q, k, v, plans))
+        return _apply(q, k, v, plans)
     return _forward(q, k, v, plans)
 
 
@@ -80,12 +80,15 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out = ctx.saved_tensors
         with flash.full_precision(q.device):
             dq, dk, dv = _backward(grad, q, k, v, out, ctx.plans)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+_apply: Callable[..., Tensor] = _Tiled.apply
 
 
 def _backward(
@@ -130,7 +133,7 @@ def _part_backward(
         height = group * run.queries
         scores = q.new_empty(items, height, run.keys)
         weights = torch.empty_like(scores)
-        for tile in range(run.count):
+        for tile in range(run.tiles):
             block = Block(part.rows.start, rows, tile, 1)
             start, low = run.start + tile * run.step, run.low + tile * run.step
             here, there = slice(start, start + run.queries), slice(low, low + run.keys)

@@ -18,14 +18,14 @@ HIDDEN = -1e30  # for keys hidden row by row: finite, so that a row that sees no
 
 
 class Run(NamedTuple):
-    """`count` tiles of one shape; tile t has queries start + t * step and key columns low + t * step onwards."""
+    """`tiles` tiles of one shape; tile t has queries start + t * step and key columns low + t * step onwards."""
 
     queries: int
     keys: int
     start: int
     low: int
     step: int
-    count: int
+    tiles: int
 
 
 class Plan(NamedTuple):
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     def pairs(self) -> int:
         """Score entries computed per head: the sum over tiles of queries x keys."""
-        return sum(run.count * run.queries * run.keys for run in self.runs)
+        return sum(run.tiles * run.queries * run.keys for run in self.runs)
 
     def distances(self, run: Run) -> int:
         """How many distances, counted from 0, the pairs of a causal tile can have."""
@@ -129,14 +129,14 @@ class Block(NamedTuple):
 
 def make_blocks(run: Run, batch: int, most: int) -> Iterator[Block]:
     """Blocks of at most `most` tiles that cover a run for every batch row."""
-    if batch >= run.count:
-        for tile in range(run.count):
+    if batch >= run.tiles:
+        for tile in range(run.tiles):
             for row in range(0, batch, most):
                 yield Block(row, min(most, batch - row), tile, 1)
     else:
         for row in range(batch):
-            for tile in range(0, run.count, most):
-                yield Block(row, 1, tile, min(most, run.count - tile))
+            for tile in range(0, run.tiles, most):
+                yield Block(row, 1, tile, min(most, run.tiles - tile))
 
 
 def take(x: Tensor, block: Block, start: int, width: int, step: int) -> Tensor:

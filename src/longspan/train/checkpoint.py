@@ -6,7 +6,8 @@
         state-0000.safetensors, ...         what each group of lanes carries
         meta.json                           step, positions in the data, digests of the other files
 
-A folder is complete or invisible, and never a pickle; several processes write it together, on a disk they share. `meta.json` holds digests, so damage is found before it is used.
+A folder is complete or invisible, and never a pickle; several processes write it together, on a disk they share.
+`meta.json` holds digests, so damage is found before it is used.
 """
 
 import re

@@ -78,7 +78,10 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a kill left half written."""
     for path in folder.glob(f".*{HIDDEN}"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def digest(path: Path) -> str:

@@ -93,6 +93,8 @@ class Stepper:
         for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             parameters["lr"] = base * rate
         self.optimizer.step()
+        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
+        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
         draw = self.model.draw
         self.model.after_step(step + 1, self.generator)
         if self.model.draw != draw:

@@ -45,7 +45,7 @@ def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) ->
     named = {"x": x} | dict(mixer.named_parameters())
     loss = (y * inputs(99, *y.shape[:2])).sum()
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return y, end, {n: torch.zeros(1) if g is None else g for n, g in zip(named, gradients, strict=True)}
+    return y, end, {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, gradients, strict=True)}
 
 
 def compare(mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any) -> None:

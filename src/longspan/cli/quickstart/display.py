@@ -1,0 +1,108 @@
+"""The live table of the training: a row every few seconds, the same on a terminal and in a file."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from longspan.cli.console import console
+from longspan.train import Silent
+
+_COLUMNS = (("step", 7), ("bits/byte", 10), ("held back", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
+
+
+class TrainingTable(Silent):
+    """A display for `longspan.train.run`.
+
+    Args:
+        every: seconds of a row; the last row of a terminal is always the newest state of things.
+    """
+
+    def __init__(self, every: float = 10.0) -> None:
+        self.every = every
+        self._rows: list[list[str]] = []
+        self._last: list[str] = []
+        self._fraction = 0.0
+        self._pinned = time.monotonic()
+        self._live: Live | None = None
+
+    def start(self, title: str) -> None:
+        """Print the title and the headings."""
+        print(title.partition(": ")[2] or title, flush=True)
+        if sys.stdout.isatty():
+            self._live = Live(self._draw(), console=console(), refresh_per_second=4)
+            self._live.start()
+        else:
+            print(_aligned([name for name, _ in _COLUMNS]), flush=True)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Take up a line of the log."""
+        held = line.get("validation", {}).get("bits_per_byte")
+        if held is not None:
+            self._held_back(f"{held:.4f}")
+        else:
+            self._last = cells(line)
+            self._fraction = line["fraction"]
+            if time.monotonic() - self._pinned >= self.every:
+                self._pin()
+        if self._live is not None:
+            self._live.update(self._draw())
+
+    def _held_back(self, text: str) -> None:
+        if self._last:
+            self._last[2] = text
+            self._pin()
+
+    def _pin(self) -> None:
+        self._rows.append(self._last)
+        self._pinned = time.monotonic()
+        if self._live is None:
+            print(_aligned(self._last), flush=True)
+        self._last = []
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def stop(self) -> None:
+        """Leave the table standing."""
+        if self._last:
+            self._pin()
+        if self._live is not None:
+            self._live.update(self._draw())
+            self._live.stop()
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name, width in _COLUMNS:
+            table.add_column(name, justify="right", min_width=width)
+        for row in self._rows[-20:]:
+            table.add_row(*row)
+        if self._last:
+            table.add_row(*(Text(cell, style="bold") for cell in self._last))
+        return Group(table, ProgressBar(total=1.0, completed=self._fraction, width=60))
+
+
+def cells(line: dict[str, Any]) -> list[str]:
+    """A line of the log as the cells of a row."""
+    memory, eta = line.get("memory"), line.get("eta")
+    return [
+        f"{line['step']:,}",
+        f"{line['bits_per_byte']:.4f}",
+        "",
+        f"{line['tokens_per_second']:,.0f}",
+        "" if memory is None else f"{memory / 2**20:,.0f} MiB",
+        "" if eta is None else f"{int(eta) // 60}:{int(eta) % 60:02d}",
+    ]
+
+
+def _aligned(row: list[str]) -> str:
+    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, _COLUMNS, strict=True)).rstrip()

@@ -1,0 +1,164 @@
+"""Every error is one line that says what, where and what to do, with exit code 2."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+
+from longspan.cli.app import run
+from longspan.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "'trian'"),
+        (["stream"], "longspan stream --help"),
+        (["stream", "a", "b", "--limti", "3"], "--limit"),
+        (["generate", "r", "--prompt", "x", "--tokens", "none"], "--tokens"),
+        (["train"], "longspan train RECIPE"),
+        (["train", "nowhere.toml"], "nowhere.toml: no such file"),
+        (["stream", "nowhere", "file"], "nowhere: no run here"),
+        (["eval", "nowhere"], "nowhere: no run here"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere: no run here"),
+        (["generate", "nowhere"], "--prompt-file"),
+        (["generate", "nowhere", "--prompt", "x", "--prompt-file", "y"], "not both"),
+        (["generate", "nowhere", "--prompt", "x", "--top-p", "0"], "--temperature 0"),
+        (["stream", "nowhere", "file", "--save-at", "5"], "--save-state FILE"),
+        (["mixers", "transformer-xl"], "did you mean 'transformer_xl'"),
+    ],
+)
+def test_wrong_arguments(longspan, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in longspan(*arguments).error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("model.mixers.0.name=widow", "unknown mixer 'widow'; did you mean 'window'?"),
+        ("model.mixers.0.mem_le=3", "did you mean 'mem_len'?"),
+        ("train.stpes=3", "train: unknown field 'stpes'; did you mean 'steps'?"),
+        ("trian.steps=3", "unknown table 'trian'; did you mean 'train'?"),
+        ("train.steps=many", "train.steps"),
+        ("train.steps", "expected a.b=c"),
+        ("task.source=nowhere", "nowhere: no such file"),
+        ("train.lr=1e30", "loss"),
+    ],
+)
+def test_wrong_recipes(longspan, folder, tmp_path, assignment, expected):
+    found = longspan("train", folder / "bytes.toml", "--set", assignment, "-o", tmp_path / "run")
+    # a run that diverges has shown its progress first
+    last = found._replace(err=found.err.splitlines()[-1])
+    assert expected in last.error
+
+
+def test_a_recipe_that_is_no_toml(longspan, tmp_path):
+    (tmp_path / "r.toml").write_text("[model\n")
+    assert "cannot be read as TOML" in longspan("train", tmp_path / "r.toml").error
+
+
+def test_a_run_is_not_overwritten(longspan, folder, byte_run):
+    assert "holds a run already" in longspan("train", folder / "bytes.toml", "-o", byte_run).error
+
+
+def test_a_missing_text(longspan, byte_run, tmp_path):
+    assert "nothing.txt: No such file" in longspan("stream", byte_run, tmp_path / "nothing.txt").error
+    assert "nothing.txt: no such file" in longspan("eval", byte_run, tmp_path / "nothing.txt").error
+    assert str(tmp_path) in longspan("stream", byte_run, tmp_path).error
+
+
+def test_a_text_that_is_too_short(longspan, byte_run, folder):
+    assert "has 9,000 bytes" in longspan("stream", byte_run, folder / "long.txt", "--skip", 9001).error
+    assert "standard input ends" in longspan("stream", byte_run, "-", "--skip", 9, stdin=b"short").error
+
+
+def test_a_damaged_model(longspan, copied_run, folder):
+    weights = copied_run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert f"{weights}: damaged" in longspan("stream", copied_run, folder / "long.txt").error
+
+
+def test_a_damaged_state(longspan, byte_run, folder, tmp_path):
+    state = tmp_path / "state"
+    assert longspan("stream", byte_run, folder / "long.txt", "--limit", 100, "--save-state", state).code == 0
+    state.write_bytes(state.read_bytes()[:-7])
+    assert "damaged" in longspan("stream", byte_run, folder / "long.txt", "--load-state", state).error
+
+
+def test_the_state_of_another_model(longspan, byte_run, subword_run, folder, tmp_path):
+    state = tmp_path / "state"
+    assert longspan("stream", subword_run, folder / "long.txt", "--save-state", state).code == 0
+    assert "the state of another model" in longspan("generate", byte_run, "--load-state", state).error
+
+
+def test_a_tokenizer_the_model_does_not_know(longspan, copied_run, subword_run, folder):
+    shutil.copy(subword_run / "tokenizer.json", copied_run)
+    assert "not the tokenizer" in longspan("stream", copied_run, folder / "long.txt").error
+    recipe = json.loads((copied_run / "recipe.json").read_text())
+    recipe["task"]["tokenizer"] = "subword"
+    (copied_run / "recipe.json").write_text(json.dumps(recipe))
+    assert "the model knows 256 token ids, the tokenizer has" in longspan("eval", copied_run).error
+
+
+def test_text_that_subwords_cannot_read(longspan, subword_run, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    assert "not UTF-8" in longspan("stream", subword_run, tmp_path / "latin.txt").error
+
+
+def test_a_full_disk_keeps_the_last_good_state(longspan, byte_run, folder, tmp_path, monkeypatch):
+    state = tmp_path / "state"
+    arguments = ["stream", byte_run, folder / "long.txt", "--limit", 200, "--save-state", state, "--quiet"]
+    assert longspan(*arguments).code == 0
+    before = state.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    error = longspan(*arguments).error
+    assert "No space left on device" in error
+    assert "still stands" in error
+    assert state.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_full_disk_while_training(longspan, folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
+    assert "No space left on device" in found._replace(err=found.err.splitlines()[-1]).error
+
+
+def test_a_log_that_cannot_be_written(longspan, byte_run, folder, tmp_path):
+    (tmp_path / "log").mkdir()
+    assert "cannot be written" in longspan("stream", byte_run, folder / "long.txt", "--log", tmp_path / "log").error
+
+
+def test_settings_that_do_not_fit_the_weights(longspan, byte_run, folder):
+    text = folder / "long.txt"
+    assert "only the model" in longspan("stream", byte_run, text, "--set", "train.steps=3").error
+    assert "the configuration says" in longspan("stream", byte_run, text, "--set", "model.dim=32").error
+    assert "did you mean 'mem_len'" in longspan("eval", byte_run, "--set", "model.mixers.0.memlen=3").error
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    for arguments in (["mixers", "x", "--debug"], ["--debug", "mixers", "x"]):
+        with pytest.raises(ConfigError):
+            run(arguments)
+    monkeypatch.setenv("LONGSPAN_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        run(["mixers", "x"])
+
+
+def test_ctrl_c_is_130(longspan, byte_run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longspan.train.load_run", interrupted)
+    assert longspan("stream", byte_run, "-").code == 130

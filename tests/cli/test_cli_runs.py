@@ -1,0 +1,207 @@
+"""The verbs on a small run: what they print, that streams can be cut anywhere, that seeds repeat."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.cli.reading import LONGEST, PIECE, SubwordEncoder
+from longspan.train import load_run
+
+
+def stream(longspan, run, *arguments, tmp_path, stdin=b""):
+    """Losses of a stream, and its outcome."""
+    file = tmp_path / "losses"
+    found = longspan("stream", run, *arguments, "--losses", file, stdin=stdin)
+    assert found.code == 0, found
+    return np.fromfile(file, dtype="<f4"), found
+
+
+def test_train_says_what_to_do_next(longspan, folder, tmp_path):
+    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=2", "-o", tmp_path / "run")
+    assert found.code == 0
+    assert "2 steps, 128 tokens" in found.out
+    assert f"longspan eval {tmp_path / 'run'}" in found.out
+    resumed = longspan("train", "--resume", "--set", "train.steps=4", "-o", tmp_path / "run")
+    assert resumed.code == 0
+    assert "4 steps, 256 tokens" in resumed.out
+
+
+def test_eval_prints_both_and_the_difference(longspan, byte_run):
+    found = longspan("eval", byte_run)
+    assert found.code == 0
+    for words in ("with memory", "without memory", "difference", "[", "2 documents, 3,000 bytes"):
+        assert words in found.out
+
+
+def test_eval_as_json_agrees_with_a_stream(longspan, byte_run, folder, tmp_path):
+    figures = json.loads(longspan("eval", byte_run, folder / "long.txt", "--json").out)
+    losses, _ = stream(longspan, byte_run, folder / "long.txt", tmp_path=tmp_path)
+    bits = losses.astype(np.float64).mean() / np.log(2)
+    assert figures["with_memory"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert figures["with_memory"]["interval"]["low"] is None
+    assert figures["without_memory"]["bits_per_byte"] != figures["with_memory"]["bits_per_byte"]
+
+
+def test_eval_of_the_starts_of_documents(longspan, byte_run):
+    figures = json.loads(longspan("eval", byte_run, "--head", 100, "--json").out)
+    assert figures["documents"] == 2
+    assert figures["with_memory"]["tokens"] == 200
+    assert json.loads(longspan("eval", byte_run, "--tokens", 70, "--json").out)["with_memory"]["tokens"] == 70
+
+
+def test_eval_with_another_memory(longspan, byte_run):
+    def bits(*arguments):
+        return json.loads(longspan("eval", byte_run, "--json", *arguments).out)["with_memory"]["bits_per_byte"]
+
+    usual = bits()
+    assert bits("--set", "model.mixers.0.memory=kv") == pytest.approx(usual, rel=1e-6)
+    none = json.loads(longspan("eval", byte_run, "--json").out)["without_memory"]["bits_per_byte"]
+    assert bits("--set", "model.mixers.0.mem_len=0") == pytest.approx(none, rel=1e-6)
+
+
+def test_a_file_and_standard_input_are_the_same(longspan, byte_run, folder, tmp_path):
+    text = (folder / "long.txt").read_bytes()
+    from_file, found = stream(longspan, byte_run, folder / "long.txt", tmp_path=tmp_path)
+    from_input, _ = stream(longspan, byte_run, "-", tmp_path=tmp_path, stdin=text)
+    assert len(from_file) == 9000
+    np.testing.assert_array_equal(from_file, from_input)
+    assert "9,000 bytes, 9,000 tokens" in found.out
+
+
+@pytest.mark.parametrize("settings", [[], ["--set", "model.mixers.0.memory=kv"]])
+def test_a_saved_state_goes_on_bit_for_bit(longspan, byte_run, folder, tmp_path, settings):
+    text, state = folder / "long.txt", tmp_path / "state"
+    whole, _ = stream(longspan, byte_run, text, *settings, "--save-at", 4001, "--save-state", state, tmp_path=tmp_path)
+    rest, _ = stream(longspan, byte_run, text, *settings, "--load-state", state, "--skip", 4001, tmp_path=tmp_path)
+    np.testing.assert_array_equal(whole[4001:].view(np.uint32), rest.view(np.uint32))
+
+
+def test_saving_at_the_end_says_how_to_go_on(longspan, byte_run, folder, tmp_path):
+    text, state = folder / "long.txt", tmp_path / "state"
+    whole, _ = stream(longspan, byte_run, text, tmp_path=tmp_path)
+    first, found = stream(longspan, byte_run, text, "--limit", 4001, "--save-state", state, tmp_path=tmp_path)
+    assert f"--load-state {state}" in found.err
+    assert "--skip 4001" in found.err
+    second, _ = stream(longspan, byte_run, text, "--load-state", state, "--skip", 4001, tmp_path=tmp_path)
+    np.testing.assert_allclose(np.concatenate([first, second]), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_byte_is_predicted_too(longspan, byte_run, tmp_path):
+    losses, _ = stream(longspan, byte_run, "-", tmp_path=tmp_path, stdin=b"t")
+    model, task = load_run(byte_run)
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[task.tokenizer.begin]]))
+    expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor([ord("t")]))
+    assert losses.tolist() == pytest.approx([float(expected)])
+
+
+def test_an_empty_text(longspan, byte_run):
+    found = longspan("stream", byte_run, "-", stdin=b"")
+    assert found.code == 0
+    assert "nothing to read" in found.err
+
+
+def test_the_log_holds_every_block(longspan, byte_run, folder, tmp_path):
+    log = tmp_path / "sub" / "log.jsonl"
+    losses, _ = stream(
+        longspan, byte_run, folder / "long.txt", "--log", log, "--block", 2000, "--skip", 1000, tmp_path=tmp_path
+    )
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["bytes"] for line in lines] == [2000, 4000, 6000, 8000]
+    assert [line["position"] for line in lines] == [2001, 4001, 6001, 8001]
+    bits = losses[2000:4000].astype(np.float64).mean() / np.log(2)
+    assert lines[1]["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert len({line["state_bytes"] for line in lines}) == 1
+    assert all(line["peak"] >= line["resident"] > 1 << 20 for line in lines if line["resident"])
+
+
+def test_subwords_are_counted_in_bytes(longspan, subword_run, folder, tmp_path):
+    losses, found = stream(longspan, subword_run, folder / "long.txt", "--block", 700, tmp_path=tmp_path)
+    assert len(losses) < 9000
+    assert f"9,000 bytes, {len(losses):,} tokens" in found.out
+    figures = json.loads(longspan("eval", subword_run, folder / "long.txt", "--json").out)
+    bits = losses.astype(np.float64).sum() / 9000 / np.log(2)
+    assert figures["with_memory"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run):
+    tokenizer = load_run(subword_run)[1].tokenizer
+    text = ("peace with all nätions\n" * 9000 + "and a tail that ends in no newline").encode()
+    encoder, found = SubwordEncoder(tokenizer, "text"), []
+    for first in range(0, len(text), 4999):
+        found += encoder.push(text[first : first + 4999]).tolist()
+        assert len(encoder._text) < 2 * PIECE
+    found += encoder.flush().tolist()
+    assert found == tokenizer.encode(text).tolist()
+
+
+def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run):
+    tokenizer = load_run(subword_run)[1].tokenizer
+    encoder, found = SubwordEncoder(tokenizer, "text"), []
+    text = b"peace " * 60_000
+    for first in range(0, len(text), 50_000):
+        found += encoder.push(text[first : first + 50_000]).tolist()
+        assert len(encoder._text) < LONGEST + 50_000
+    found += encoder.flush().tolist()
+    assert tokenizer.decode(found) == text
+
+
+def test_generate_repeats_with_its_seed(longspan, byte_run):
+    first = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40)
+    assert first.code == 0
+    assert 1 <= len(first.out) <= 40
+    assert longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40).out == first.out
+    other = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40, "--seed", 1)
+    assert other.out != first.out
+    echoed = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40, "--echo")
+    assert echoed.out == "the people " + first.out
+
+
+def test_generate_from_a_file_a_text_and_a_state(longspan, byte_run, tmp_path):
+    text, state = "the people of this union ", tmp_path / "state"
+    (tmp_path / "prompt").write_text(text)
+    options = ["--tokens", 30, "--temperature", 0]
+    expected = longspan("generate", byte_run, "--prompt", text, *options).out
+    assert longspan("generate", byte_run, "--prompt-file", tmp_path / "prompt", *options).out == expected
+    assert longspan("generate", byte_run, "--prompt-file", "-", *options, stdin=text.encode()).out == expected
+    longspan("stream", byte_run, tmp_path / "prompt", "--save-state", state)
+    assert longspan("generate", byte_run, "--load-state", state, *options).out == expected
+    half = longspan("generate", byte_run, "--prompt", text, "-n", 15, "--temperature", 0, "--save-state", state)
+    rest = longspan("generate", byte_run, "--load-state", state, "-n", 15, "--temperature", 0)
+    assert half.out + rest.out == expected
+
+
+def test_generate_with_subwords(longspan, subword_run):
+    found = longspan("generate", subword_run, "--prompt", "the people ", "--tokens", 10, "--top-k", 5, "--top-p", 1)
+    assert found.code == 0
+    assert found.out
+
+
+def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
+    state = tmp_path / "state"
+    command = [sys.executable, "-m", "longspan.cli", "stream", str(byte_run), "-", f"--save-state={state}"]
+    log = tmp_path / "log"
+    with subprocess.Popen(
+        [*command, f"--log={log}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        process.stdin.write(b"the people of this union")
+        process.stdin.flush()
+        until = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"--skip 24" in error
+    assert state.is_file()

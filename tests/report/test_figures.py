@@ -1,0 +1,57 @@
+"""Figures: pictures without a display, the same bytes for the same numbers, tick labels to be read."""
+
+import struct
+
+import matplotlib
+import pytest
+
+from longspan.report import DARK, LIGHT
+from longspan.report.figures import Mark, PlainNumbers, Series, line_figure, picture, to_png
+
+
+def draw(theme=LIGHT, **more):
+    series = [
+        Series(x=[0, 1, 2, 4], y=[4.0, 3.0, 2.5, 2.4], low=[3.5, 2.8, 2.4, 2.3], high=[4.5, 3.2, 2.6, 2.5], label="a"),
+        Series(x=[0, 4], y=[4.0, float("nan")], kind="faint", label="b"),
+        Series(x=[1, 4], y=[3.0, 3.0], kind="marked"),
+    ]
+    marks = [Mark(2, "here"), Mark(3.0, "as high", horizontal=True)]
+    return line_figure(series, xlabel="place (MB)", ylabel="bits per byte", theme=theme, marks=marks, **more)
+
+
+def test_a_figure_is_a_png_and_the_same_one_each_time():
+    first, second = to_png(draw()), to_png(draw())
+    assert first == second
+    assert first.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", first[16:24])
+    assert width > 900
+    assert height > 400
+
+
+def test_themes_differ_and_leave_the_settings_of_matplotlib_alone():
+    before = dict(matplotlib.rcParams)
+    pair = picture("name", lambda theme: draw(theme), alt="lines", caption="said")
+    assert pair.light != pair.dark
+    assert pair.light == to_png(draw(LIGHT))
+    assert pair.dark == to_png(draw(DARK))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_logarithmic_axis_has_a_place_for_zero():
+    axes = draw(xscale="log2", xticks=[0, 1, 2, 4], title="Lines", ylim=(0, None)).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "4"]
+    places = [axes.transData.transform((x, 1))[0] for x in (0, 1, 2, 4)]
+    assert places == sorted(places)
+    assert places[3] - places[2] == pytest.approx(places[2] - places[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([0, 25_000, 50_000], ["0", "25,000", "50,000"]),
+        ([2.3, 2.35, 2.4], ["2.30", "2.35", "2.40"]),
+        ([-0.5, 0.0, 0.5], ["−0.5", "0.0", "0.5"]),
+    ],
+)
+def test_tick_labels(values, labels):
+    assert PlainNumbers().format_ticks(values) == labels
