@@ -93,6 +93,7 @@ class TransformerXLCore(Core):
         {"segment": 4, "mem_len": 4},
         {"segment": 3, "mem_len": 5, "clamp_len": 4},
         {"segment": 4, "mem_len": 6, "same_length": True},
+        {"segment": 4, "mem_len": 6, "memory": "kv"},
     )
     needs_hidden = True
 

@@ -19,7 +19,7 @@ from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
 FORWARD_ENTRIES = 1 << 20  # position scores of one kernel call
-BACKWARD_ENTRIES = 1 << 19  # scores of one backward tile over its heads: they stay in cache
+BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over its heads: they stay in cache
 
 
 class Relative(NamedTuple):

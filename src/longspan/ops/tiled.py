@@ -21,7 +21,7 @@ from longspan.ops.tiles import (
 )
 
 FORWARD_ENTRIES = 1 << 22  # scores of one kernel call, where their mask is built row by row
-BACKWARD_ENTRIES = 1 << 19  # scores of one backward tile over all its heads: they stay in cache
+BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
 
 
 class Plans(NamedTuple):

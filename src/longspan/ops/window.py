@@ -9,7 +9,7 @@ from longspan.ops.tiled import Plans, default_scale, tiled_attention
 from longspan.ops.tiles import Plan, make_plan
 
 FORWARD_TILE = 64
-BACKWARD_TILE = 128
+BACKWARD_TILE = 64
 
 
 def window_attention(
