@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
-from longspan import ops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -116,13 +116,15 @@ class HuggingFaceBackbone(Backbone):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+        get_head: Any = getattr(module, "get_output_embeddings", None)
+        head = None if get_head is None else get_head()
         config = getattr(module, "config", None)
         bidirectional = getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size")
         self.causal = head is not None and not bidirectional
         self.head = head if self.causal else None
-        self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
-        self.dim = int(self.embedding.weight.shape[1])  # type: ignore[union-attr,arg-type,index]
+        get_embedding: Any = module.get_input_embeddings
+        self.embedding: Any = get_embedding()
+        self.dim = int(self.embedding.weight.shape[1])
         taken = inspect.signature(module.forward).parameters
         self.extras = {name for name in ("position_ids", "use_cache") if name in taken}
 
@@ -133,8 +135,7 @@ class HuggingFaceBackbone(Backbone):
 
     def embedding_std(self) -> float:
         """See `Backbone`."""
-        weight: Tensor = self.embedding.weight  # type: ignore[assignment]
-        return float(weight.detach().float().std())
+        return float(self.embedding.weight.detach().float().std())
 
     def run(
         self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
