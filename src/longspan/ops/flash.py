@@ -118,7 +118,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Te
     empty = lse == -math.inf
     lse = lse.masked_fill(empty, 0.0)
     weights = scores.sub_(lse[..., None]).exp_()
-    out = weights.view(batch, k.shape[1], -1, k.shape[2]) @ v
+    out = weights.view(batch, k.shape[1], heads // k.shape[1] * queries, k.shape[2]) @ v
     return out.view(batch, heads, queries, v.shape[-1]), lse
 
 

@@ -11,7 +11,7 @@ from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
 from longspan.ops.rows import Call, read_call
 from longspan.ops.tiled import Plans, default_scale, new_like_heads, tiled_attention
-from longspan.ops.tiles import make_plan
+from longspan.ops.tiles import make_plan, trim_plan
 
 FORWARD_TILE = 256
 BACKWARD_TILE = 64
@@ -64,6 +64,8 @@ def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
     size = q.shape[2], call.memory
     forward = make_plan(*size, tile=FORWARD_TILE, causal=causal)
     backward = make_plan(*size, tile=BACKWARD_TILE, causal=causal)
+    if call.visibility is not None and causal:
+        forward, backward = (trim_plan(plan, call.visibility) for plan in (forward, backward))
     return call.finish(tiled_attention(q, k, v, Plans(forward, backward, scale, call.visibility)))
 
 

@@ -133,7 +133,8 @@ def relative_forward(q: Tensor, k: Tensor, v: Tensor, r: Tensor, u: Tensor, w: T
             for block in blocks:
                 tiles, queries = block.rows * block.tiles, run.queries
                 query = take(q, block, run.start, queries, run.step)
-                moved = torch.add(query.transpose(0, 1), w[:, None, None], out=q.new_empty(0))
+                moved = q.new_empty(heads, tiles, queries, q.shape[3])
+                torch.add(query.transpose(0, 1), w[:, None, None], out=moved)
                 torch.bmm(
                     moved.view(heads, tiles * queries, -1),
                     r[:, :, -distances:],
@@ -299,33 +300,30 @@ class _Tile:
         """Add to the gradients of the keys and values: those before the border to the stale ones."""
         weights = self.weights.view(self.items, self.height, self.run.keys)
         high, border = low + self.run.keys, self.owner.spec.border
+
+        def add(index: int, begin: int, end: int, mask: Tensor | None = None) -> None:
+            if begin >= end:
+                return
+            columns, keys = slice(begin, end), slice(begin - low, end - low)
+            parts = [t[:, :, keys] if mask is None else t[:, :, keys] * mask for t in (slope, weights)]
+            self.keyed[index][:, columns].baddbmm_(parts[0].mT, content)
+            self.keyed[index + 1][:, columns].baddbmm_(parts[1].mT, grad)
+
         if not self.owner.stale or border is None:
-            self._add(0, low, high, low, slope, weights, content, grad)
+            add(0, low, high)
             return
         if isinstance(border, int):
             middle = min(max(self.owner.plan.memory + start // border * border, low), high)
-            self._add(2, low, middle, low, slope, weights, content, grad)
-            self._add(0, middle, high, low, slope, weights, content, grad)
+            add(2, low, middle)
+            add(0, middle, high)
             return
-        first = border[part.rows, start : start + self.run.queries]
-        own = torch.arange(low, high, device=first.device) >= first[:, :, None]
-        shape = (self.count, self.rows, self.run.queries, self.run.keys)
-        mine = own.expand(shape).reshape(weights.shape)
-        for index, mask in ((0, mine), (2, ~mine)):
-            self._add(index, low, high, low, slope * mask, weights * mask, content, grad)
-
-    def _add(
-        self,
-        index: int,
-        low: int,
-        high: int,
-        origin: int,
-        slope: Tensor,
-        weights: Tensor,
-        content: Tensor,
-        grad: Tensor,
-    ) -> None:
-        if high > low:
-            columns, keys = slice(low, high), slice(low - origin, high - origin)
-            self.keyed[index][:, columns].baddbmm_(slope[:, :, keys].mT, content)
-            self.keyed[index + 1][:, columns].baddbmm_(weights[:, :, keys].mT, grad)
+        first = border[part.rows, start : start + self.run.queries].clamp(low, high)
+        least, most = int(first.min()), int(first.max())
+        add(2, low, least)
+        add(0, most, high)
+        if least < most:
+            own = torch.arange(least, most, device=border.device) >= first[:, :, None]
+            shape = (self.count, self.rows, self.run.queries, most - least)
+            mine = own.expand(shape).reshape(self.items, self.height, most - least)
+            add(0, least, most, mine)
+            add(2, least, most, ~mine)

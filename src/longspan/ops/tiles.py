@@ -100,6 +100,23 @@ def make_plan(
     return Plan(tuple(_runs(tiles)), memory, nearest, farthest)
 
 
+def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
+    """A causal plan without the keys in front of every query's first visible one: documents packed in rows.
+
+    Which keys a tile reads then depends on where documents start, never on what they contain.
+    """
+    first = visibility.query[:, 0, :, 0].amin(0).tolist()
+    tiles = []
+    for run in plan.runs:
+        for tile in range(run.tiles):
+            start, low = run.start + tile * run.step, run.low + tile * run.step
+            high = low + run.keys
+            least = min(first[start : start + run.queries]) // ALIGN * ALIGN
+            low = min(max(low, least), high - 1)
+            tiles.append((run.queries, high - low, start, low))
+    return plan._replace(runs=tuple(_runs(tiles)))
+
+
 def _runs(tiles: list[tuple[int, int, int, int]]) -> Iterator[Run]:
     """Join tiles (queries, keys, start, low) of one shape and offset whose starts are equally spaced."""
     shapes: dict[tuple[int, int, int], list[tuple[int, int]]] = {}

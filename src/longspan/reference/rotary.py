@@ -17,7 +17,7 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (batch, heads, length, head_dim): each pair (x_i, x_{i + head_dim / 2}), a complex number, times cos + i sin."""
+    """x (batch, heads, length, head_dim): pairs (x_i, x_{i + head_dim / 2}) as complex numbers, times cos + i sin."""
     half = x.shape[-1] // 2
     turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
     return torch.cat([turned.real, turned.imag], -1)

@@ -1,0 +1,93 @@
+"""The fused CPU kernel and its replacement by plain products are one function."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan import ops, reference
+from longspan.ops import flash
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def mask_with_an_empty_row(queries: int, keys: int) -> Tensor:
+    mask = drawn(queries, keys, seed=5)
+    mask[:, 1::3] = -math.inf
+    mask[2] = -math.inf
+    return mask
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["open", "causal", "mask"])
+@pytest.mark.parametrize("keys", [5, 700])
+def test_plain_products_equal_the_fused_kernel(kv_heads: int, kind: str, keys: int) -> None:
+    q, k, v = drawn(2, 4, 5, 8), drawn(2, kv_heads, keys, 8, seed=1), drawn(2, kv_heads, keys, 8, seed=2)
+    assert flash.fused(q, k, v), "the fused kernel is gone from torch: every CPU op falls back"
+    mask = mask_with_an_empty_row(5, keys) if kind == "mask" else None
+    out, lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
+    plain, plain_lse = flash._plain(q, k, v, 0.3, kind == "causal", mask)
+    torch.testing.assert_close(out, plain, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lse, plain_lse, atol=1e-12, rtol=0)
+    if mask is None:
+        grad = drawn(*out.shape, seed=3)
+        fused = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
+        for a, b in zip(fused, flash._plain_backward(grad, q, k, v, out, lse, 0.3, kind == "causal"), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_overlapping_keys_need_no_copy() -> None:
+    """Windows that share memory are read in place, and give what copies of them give."""
+    base = drawn(1, 2, 40, 8)
+    windows = base.as_strided((5, 2, 12, 8), (7 * 8, 40 * 8, 8, 1))
+    q = drawn(5, 2, 3, 8, seed=1)
+    assert flash.fused(q, windows, windows)
+    shared = flash.attend(q, windows, windows, scale=1.0)[0]
+    assert torch.equal(shared, flash.attend(q, windows.clone(), windows.clone(), scale=1.0)[0])
+
+
+def test_merged_parts_equal_the_whole() -> None:
+    q, k, v = drawn(2, 4, 6, 8), drawn(2, 2, 30, 8, seed=1), drawn(2, 2, 30, 8, seed=2)
+    whole, lse = flash.attend(q, k, v, scale=0.5)
+    parts = [flash.attend(q, k[:, :, s], v[:, :, s], scale=0.5) for s in (slice(0, 11), slice(11, None))]
+    out, total = flash.merge(*parts[0], *parts[1])
+    torch.testing.assert_close(out, whole, atol=1e-12, rtol=0)
+    torch.testing.assert_close(total, lse, atol=1e-12, rtol=0)
+
+
+def test_what_the_kernel_cannot_take_is_kept_from_it() -> None:
+    q = drawn(1, 2, 3, 8)
+    assert not flash.fused(q[:, :, :0], q, q)  # it divides by the size
+    assert not flash.fused(q.mT.contiguous().mT, q, q)  # it ignores the last stride
+    assert not flash.fused(q.half(), q.half(), q.half())
+    assert not flash.fused(q, q, q[..., :4])
+    out, lse = flash.attend(q, q[:, :, :0], q[:, :, :0], scale=1.0)
+    assert not out.any()
+    assert not lse.any()
+
+
+@pytest.mark.parametrize("name", ["full_attention", "window_attention", "relative_attention"])
+def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another device, or a torch without the private name, would compute."""
+    shapes = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
+    keywords = {} if name == "full_attention" else {"window": 20}
+    if name == "relative_attention":
+        shapes += [(4, 100, 8), (4, 8), (4, 8)]
+    given = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    monkeypatch.setattr(flash, "_FORWARD", None)
+    assert not flash.fused(*given[:3])
+    fast, slow = getattr(ops, name)(*given, **keywords), getattr(reference, name)(*given, **keywords)
+    torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
+    grad = drawn(*slow.shape, seed=9)
+    for a, b in zip(torch.autograd.grad(fast, given, grad), torch.autograd.grad(slow, given, grad), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_values_of_another_width() -> None:
+    q, k, v = drawn(1, 2, 50, 8), drawn(1, 2, 60, 8, seed=1), drawn(1, 2, 60, 5, seed=2)
+    torch.testing.assert_close(
+        ops.window_attention(q, k, v, window=9), reference.window_attention(q, k, v, window=9), atol=1e-9, rtol=0
+    )
