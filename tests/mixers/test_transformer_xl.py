@@ -99,3 +99,19 @@ def test_the_kept_distances_follow_the_weights() -> None:
         assert not torch.equal(before, after)
         mixer.core.r_proj.weight.div_(2)
         assert torch.equal(mixer(x, state)[0], before)
+
+
+def test_the_kept_distances_follow_a_fused_optimiser() -> None:
+    """Fused optimisers leave `_version` as it is; a training forward therefore forgets what was kept."""
+    mixer = build(segment=4, mem_len=4)
+    optimiser = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
+    x = torch.randn(1, 8, 16, dtype=torch.float64)
+    with torch.no_grad():
+        state = mixer(x)[1]
+        mixer(x, state)
+    mixer(x)[0].square().sum().backward()
+    optimiser.step()
+    fresh = build(segment=4, mem_len=4)
+    fresh.load_state_dict(mixer.state_dict())
+    with torch.no_grad():
+        assert torch.equal(mixer(x, state)[0], fresh(x, state)[0])

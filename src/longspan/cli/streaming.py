@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from longspan.tasks.base import Array
     from longspan.tasks.tokenizers import Tokenizer
 
+# bytes fed at once, about: more would gain nothing and take memory
+READ = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
@@ -162,30 +165,51 @@ def feed(
     stop = stop or Stop()
     counter = Counter(session, tokenizer)
     places = sorted({cut for cut in (*cuts, limit) if cut > 0})
-    read, done = 0, False
-    while not done and not stop.asked:
-        ahead = next((place for place in places if place > read), None)
-        try:
-            data = read_some(file, block if ahead is None else min(block, ahead - read))
-        except KeyboardInterrupt:
-            # nothing was being computed: what has been read so far is whole
-            data = b""
+    read = begun = 0
+    done = False
+    found: list[tuple[Array, Array]] = []
+    while not done:
+        border = min([begun + block, *(place for place in places if place > read)])
+        wanted = min(border - read, _until_chunk(session))
+        data = _read(file, wanted, stop)
         read += len(data)
         done = not data or read == limit
-        ids = encoder.push(data) if data else encoder.flush()
-        if data and read == ahead:
-            ids = _join(ids, encoder.flush(end=False))
+        ids = encoder.push(data)
+        if done or read in places:
+            ids = _join([ids, encoder.flush(end=not data and not stop.asked)])
         if len(ids):
             stop.computing = True
-            losses = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
+            nats = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
             stop.computing = False
-            yield counter.block(ids, losses), losses
+            found.append((ids, nats))
+        # a short read is an input that pauses: what is known is shown
+        if found and (read == border or len(data) < wanted):
+            ids, nats = (_join(list(part)) for part in zip(*found, strict=True))
+            yield counter.block(ids, nats), nats
+            found, begun = [], read
 
 
-def _join(first: "Array", second: "Array") -> "Array":
+def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:
+    """The next bytes; none at the end, and after Ctrl-C."""
+    if stop.asked:
+        return b""
+    try:
+        return read_some(file, count)
+    except KeyboardInterrupt:
+        # nothing was being computed, so the state is whole
+        return b""
+
+
+def _until_chunk(session: "StreamSession") -> int:
+    """Tokens to the end of a chunk some way ahead: read so, no chunk is computed in two calls."""
+    ahead = session.chunk * max(READ // session.chunk, 1)
+    return ahead - session.position % session.chunk
+
+
+def _join(parts: "list[Array]") -> "Array":
     import numpy as np
 
-    return np.concatenate([first, second]) if len(second) else first
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def read_all(

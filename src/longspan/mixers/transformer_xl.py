@@ -198,6 +198,8 @@ class TransformerXLCore(Core):
         """(heads, distances, head_dim): the projected sinusoids, kept from call to call of a stream."""
         reuse = reuse and not torch.is_grad_enabled()
         weight = self.r_proj.weight
+        if torch.is_grad_enabled():
+            self._kept_r = None  # training may follow, and fused optimisers change weights without raising _version
         key = (weight.data_ptr(), weight._version, like.dtype, torch.is_autocast_enabled(like.device.type))
         if reuse and self._kept_r is not None and self._kept_r[0] == key:
             return self._kept_r[1][:, :distances]

@@ -202,8 +202,7 @@ class _Backward:
         q, k = self.inputs[:2]
         size = self.group * max((run.queries * run.keys for run in self.plan.runs), default=1)
         # queries of a group are rows of one product, which several batch rows would tear apart
-        most = BACKWARD_ENTRIES if self.group == 1 else min(BACKWARD_ENTRIES, size * k.shape[1] * 2 - 1)
-        for part in make_parts(q.shape[0], k.shape[1], size, most):
+        for part in make_parts(q.shape[0], k.shape[1], size, BACKWARD_ENTRIES, one_row=self.group > 1):
             self._part(part)
         return [self.dq, *self.keyed[:2], self.dr, self.du, self.dw, *self.keyed[2:]]
 

@@ -115,7 +115,7 @@ def _spans(heads: slice, kv_heads: slice) -> tuple[slice, slice, slice, slice, s
     return heads, kv_heads, kv_heads, heads, heads
 
 
-def scratch(tensor: Tensor) -> Tensor:
+def _scratch(tensor: Tensor) -> Tensor:
     """A gradient slot (rows, heads, ...) as (rows * heads, ...): itself where that is a view, else a copy."""
     return tensor[0] if tensor.shape[0] == 1 else tensor.flatten(0, 1)
 
@@ -125,7 +125,7 @@ def _part_backward(
 ) -> None:
     """Backward of some batch rows and heads; views (rows * heads, positions, dim), slots (rows, heads, ...)."""
     q, k, v, out, grad = views
-    dq, dk, dv = (scratch(t) for t in slots)
+    dq, dk, dv = (_scratch(t) for t in slots)
     plan, visibility, scale = plans.backward, plans.visibility, plans.scale
     items, group = k.shape[0], q.shape[0] // k.shape[0]
     rows = part.rows.stop - part.rows.start

@@ -216,9 +216,12 @@ class Part(NamedTuple):
     heads: slice
 
 
-def make_parts(batch: int, kv_heads: int, size: int, most: int) -> Iterator[Part]:
-    """Cover (batch, kv_heads) by parts of at most `most` entries, at `size` entries for each kv head."""
-    if size * kv_heads * 2 > most:
+def make_parts(batch: int, kv_heads: int, size: int, most: int, *, one_row: bool = False) -> Iterator[Part]:
+    """Cover (batch, kv_heads) by parts of at most `most` entries, at `size` entries for each kv head.
+
+    A part is several batch rows with all heads, or some heads of one row (with `one_row` always).
+    """
+    if one_row or size * kv_heads * 2 > most:
         heads = max(1, most // max(size, 1))
         heads = math.ceil(kv_heads / math.ceil(kv_heads / heads))
         for row in range(batch):

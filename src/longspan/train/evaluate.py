@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import state as states
 from longspan.errors import DataError, UnsupportedError
 from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array
 from longspan.train.distributed import Group
-from longspan.train.lanes import Lanes
+from longspan.train.lanes import Batch, Lanes
 from longspan.train.loss import token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
 
@@ -92,7 +93,8 @@ def evaluate_text(
     Args:
         model: a language model, `logits, state = model(tokens, state, mask=, reset=)`.
         documents: from `task.documents("validation")` or `task.read(path)`.
-        chunk: tokens of a row in one call; changes memory and speed, not the result.
+        chunk: tokens of a row in one call, more where documents are fewer than rows; changes memory and speed, not
+            the result.
         batch: rows, over all processes together.
         memory: False: every segment of `segment_length` tokens starts from an empty state, to see what memory gives.
         segment_length: of reading without memory; default `chunk`.
@@ -110,7 +112,7 @@ def evaluate_text(
     lanes = Lanes(
         documents,
         lanes=rows,
-        segment_length=chunk,
+        segment_length=chunk * max(batch // rows, 1),
         seed=None,
         epochs=1,
         longest_first=True,
@@ -120,17 +122,29 @@ def evaluate_text(
         world_size=group.world_size,
     )
     totals = np.zeros((4, len(documents)))
-    state: Any = None
     with _evaluating(model):
-        for part in lanes:
-            here = part.to(group.device)
-            logits, state = model(here.tokens, state, mask=here.mask, reset=here.reset)
+        for logits, part in _forward(model, lanes, group.device):
             totals += _totals(logits, part, len(documents))
     summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
     nats, tokens, units, correct = summed
     return Evaluation(
         tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
     )
+
+
+def _forward(model: Any, lanes: Lanes, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
+    """Logits of every batch of the rows that still have documents; a row that has none left is dropped."""
+    state: Any = None
+    alive = torch.arange(len(lanes.own))
+    for batch in lanes:
+        part = batch.at(alive)
+        if part.mask is not None and not bool((going := part.mask.any(1)).all()):
+            alive, part = alive[going], part.at(going)
+            state = None if state is None else states.select(state, going.to(device))
+        if len(alive):
+            here = part.to(device)
+            logits, state = model(here.tokens, state, mask=here.mask, reset=here.reset)
+            yield logits, part
 
 
 def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
@@ -163,7 +177,7 @@ class _Head:
         return self.document.cut(first, last)
 
 
-def _totals(logits: Tensor, part: Any, count: int) -> Array:
+def _totals(logits: Tensor, part: Batch, count: int) -> Array:
     """(4, documents) nats, tokens, units and right predictions of a batch."""
     targets = part.targets.to(logits.device)
     nats = token_nats(logits, targets).double().cpu().numpy()

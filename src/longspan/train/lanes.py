@@ -42,6 +42,11 @@ class Batch(NamedTuple):
         """Lanes `first` to `last` (excluded)."""
         return Batch(*(None if tensor is None else tensor[first:last] for tensor in self))  # type: ignore[arg-type]
 
+    def at(self, index: Tensor) -> "Batch":
+        """The lanes of an index (int64 or bool); without a mask if none of these is padded."""
+        part = Batch(*(None if tensor is None else tensor[index] for tensor in self))  # type: ignore[arg-type]
+        return part._replace(mask=None) if part.mask is not None and bool(part.mask.all()) else part
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]

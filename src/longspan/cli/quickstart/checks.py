@@ -68,22 +68,22 @@ def _state(plan: Plan, streamed: Streamed) -> Check:
 
 
 def growth(records: list[dict[str, Any]]) -> float | None:
-    """How much more memory a process held at most than after its first block, as a share; None where not known."""
-    first = records[0]
+    """How far a process's peak of memory rose after its first block, as a share; None where not known."""
+    first, last = records[0], records[-1]
+    if first["peak"] is not None:
+        return float(last["peak"] / first["peak"] - 1)
     if first["resident"] is None:
         return None
-    shares = [max(record["resident"] for record in records) / first["resident"]]
-    if first["peak"] is not None:
-        shares.append(records[-1]["peak"] / first["peak"])
-    return float(max(shares)) - 1
+    return float(max(record["resident"] for record in records) / first["resident"] - 1)
 
 
 def _resident(streamed: Streamed) -> Check:
     grown = [growth(each) for each in (streamed.first, streamed.second)]
     known = [each for each in grown if each is not None]
-    start = f"{si_bytes(streamed.first[0]['resident'])} after {streamed.first[0]['bytes']:,} bytes" if known else ""
+    begin = streamed.first[0]
+    start = f"{si_bytes(begin['peak'] or begin['resident'])} after {begin['bytes']:,} bytes" if known else ""
     return Check(
-        name="Peak resident memory stays what it was after the first 64 KB, in both processes",
+        name="Peak resident memory at the end is that after the first 64 KB, in both processes",
         value=f"{start}, +{max(known):.2%} at most" if known else "the system does not say",
         bar=f"+{MEMORY_GROWTH:.0%}",
         passed=not known or max(known) <= MEMORY_GROWTH,
