@@ -187,6 +187,8 @@ def feed(
             ids, nats = (_join(list(part)) for part in zip(*found, strict=True))
             yield counter.block(ids, nats), nats
             found, begun = [], read
+        elif read == border:
+            begun = read
 
 
 def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:

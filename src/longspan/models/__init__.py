@@ -4,6 +4,7 @@ from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.io import load_model, load_weights, model_hash, save_model
+from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.stack import Stack, StackState
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "RecurrentMemory",
+    "RecurrentState",
     "Stack",
     "StackConfig",
     "StackState",
