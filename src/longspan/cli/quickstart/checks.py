@@ -9,7 +9,7 @@ from longspan.cli.console import interval
 from longspan.cli.quickstart.plan import INFERENCE, Clock, Plan
 from longspan.cli.quickstart.steps import Streamed
 from longspan.cli.runs import open_run
-from longspan.report import Check, number, si_bytes
+from longspan.report import Check, si_bytes
 from longspan.train import Evaluation
 
 MEMORY_GROWTH = 0.03
@@ -107,7 +107,7 @@ def _clocks(streamed: Streamed, clock: Clock) -> list[Check]:
     return [
         Check(
             name="The last tenth of the text is read as fast as the second tenth",
-            value=f"{second:,.0f} and {last:,.0f} bytes/s: {number(100 * change, 1)} %",
+            value=f"{second:,.0f} and {last:,.0f} bytes/s: {100 * change:+.1f}%".replace("-", "−"),
             bar=f"within {SPEED_CHANGE:.0%}",
             passed=abs(change) <= SPEED_CHANGE,
             fatal=False,

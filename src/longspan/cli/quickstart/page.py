@@ -112,7 +112,7 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
             "bytes per second",
             [Series(x=place, y=speeds)],
             "Bytes per second along the text: level.",
-            "Speed does not depend on how much was read before. Dips are other programs on the same cores.",
+            "Speed does not depend on how much was read before; other programs on the same cores can show as dips.",
             ylim=(0, max(speeds) * 1.25),
         )
     )
