@@ -163,3 +163,8 @@ def test_encoder_rows_are_independent_and_documents_apart() -> None:
     torch.testing.assert_close(model(packed, reset=reset)[0, 7:], alone[0], atol=1e-9, rtol=0)
     with pytest.raises(ls.ConfigError, match="no bidirectional form"):
         ls.Encoder(ls.EncoderConfig(mixers=(XL,)))
+
+
+def test_a_wrong_mixer_is_named_with_its_place() -> None:
+    with pytest.raises(ls.ConfigError, match=r"model.mixers\[1\]: unknown mixer 'ful'; did you mean 'full'"):
+        decoder(mixers=({"name": "full"}, {"name": "ful"}))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import mixers
+from longspan.errors import ConfigError
 from longspan.mixers import Mixer, Rows
 from longspan.models.config import StackConfig
 
@@ -44,6 +45,21 @@ class FeedForward(nn.Module):
         return 2 * length * matrices * self.up_proj.in_features * self.up_proj.out_features
 
 
+def _build_mixer(config: StackConfig, table: dict[str, Any], causal: bool) -> Mixer:
+    return mixers.build(
+        table.pop("name"),
+        dim=config.dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        causal=causal,
+        bias=config.bias,
+        rope=config.rope_theta if config.positions == "rope" else None,
+        dropout=config.dropout,
+        **table,
+    )
+
+
 class Block(nn.Module):
     """Mixer and feed-forward with residuals, pre-norm or post-norm."""
 
@@ -51,18 +67,11 @@ class Block(nn.Module):
         super().__init__()
         table = dict(config.mixers[index % len(config.mixers)])
         self.post = config.norm_position == "post"
-        self.mixer: Mixer = mixers.build(
-            table.pop("name"),
-            dim=config.dim,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            causal=causal,
-            bias=config.bias,
-            rope=config.rope_theta if config.positions == "rope" else None,
-            dropout=config.dropout,
-            **table,
-        )
+        place = index % len(config.mixers)
+        try:
+            self.mixer: Mixer = _build_mixer(config, table, causal)
+        except ConfigError as error:
+            raise ConfigError(f"model.mixers[{place}]: {str(error).removeprefix('mixer: ')}") from None
         self.mixer_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.ffn_norm = make_norm(config)
