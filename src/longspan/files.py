@@ -29,7 +29,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         kept = "; the file that was there still stands" if path.exists() else ""
         raise CheckpointError(f"{path}: could not be saved: {error}{kept}") from None
@@ -38,8 +38,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; some file systems cannot, and then it is the best that can be had."""
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable; some file systems cannot, and then it is the best that can be had."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longspan.errors import CheckpointError
+from longspan.files import sync_folder
 from longspan.train.distributed import Group
 
 HIDDEN = ".tmp"
@@ -24,11 +25,11 @@ def publish(path: Path) -> None:
         OSError: the file system refuses.
     """
     filled, old = hidden_name(path), path.with_name(f".{path.name}.old{HIDDEN}")
-    sync(filled)
+    sync_folder(filled)
     if path.exists():
         os.rename(path, old)
     os.rename(filled, path)
-    sync(path.parent)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -88,17 +89,3 @@ def digest(path: Path) -> str:
     """Digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make the names in a folder durable; some file systems cannot, and then it is the best that can be had."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
