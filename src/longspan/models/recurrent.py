@@ -170,7 +170,7 @@ class RecurrentMemory(nn.Module):
         ids = rows.gather(tokens)
         layout = self._layout(rows, size)
         segments = self._segments(rows, layout, ids, state, flush)
-        carried = self._carried(state, rows.batch)
+        carried = self.init_state(rows.batch, tokens=False) if state is None else state
         active = [segment.fresh.any(1) | segment.closed for segment in segments]
         left = torch.stack(active).long().flip(0).cumsum(0).flip(0) if active else None
         shown = []
@@ -249,11 +249,6 @@ class RecurrentMemory(nn.Module):
             segments.append(Segment(ids_s, real_s, fresh_s, position_s[:, 0] == 1, closed, shown, resumed))
         return segments
 
-    def _carried(self, state: RecurrentState | None, batch: int) -> RecurrentState:
-        if state is not None:
-            return state
-        return self.init_state(batch, tokens=False)
-
     def _cut(self, carried: RecurrentState, left: Tensor) -> RecurrentState:
         """Detach the memory k, 2k, ... segments before each row's last; `left` counts them, this one included."""
         if self.bptt_segments is None or not carried.memory.requires_grad:
@@ -285,13 +280,13 @@ class RecurrentMemory(nn.Module):
             return self.memory.weight.new_zeros(*segment.ids.shape, self.adapter.dim), carried, None
         before = carried.backbone if index or bool(segment.resumed.any()) else None
 
-        def run(memory: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Any]:
+        def run(memory: Tensor) -> tuple[Tensor, Tensor, Any]:
             return self._run(segment, memory, carried.written, before, penalties if not self.replay else None)
 
         if self.replay and self.training and torch.is_grad_enabled():
-            hidden, new, following = checkpoint(run, carried.memory, carried.mass, use_reentrant=False)
+            hidden, new, following = checkpoint(run, carried.memory, use_reentrant=False)
         else:
-            hidden, new, following = run(carried.memory, carried.mass)
+            hidden, new, following = run(carried.memory)
         memory, mass, logits = self._write(carried, new, segment.closed)
         written = carried.written + segment.closed.long()
         return hidden, carried._replace(memory=memory, mass=mass, written=written, backbone=following), logits
