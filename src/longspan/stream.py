@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
-from longspan.models import Decoder, StackState, model_hash
+from longspan.models import Decoder, RecurrentMemory, RecurrentState, StackState, model_hash
 from longspan.version import __version__
 
 
@@ -22,7 +22,7 @@ class SessionState(NamedTuple):
         logits: (1, vocab_size), the prediction of the next token; zeros before the first.
     """
 
-    model: StackState
+    model: StackState | RecurrentState
     logits: Tensor
 
     @property
@@ -35,7 +35,7 @@ class StreamSession:
     """One sequence, as long as it likes, through a causal model.
 
     Args:
-        model: a Decoder whose mixers stream; it is put into evaluation mode.
+        model: a Decoder whose mixers stream, or a RecurrentMemory over one; it is put into evaluation mode.
         chunk: tokens computed at once. Chunks end where the position is a multiple of it, so how the text is cut into
             `feed` calls hardly matters; default: the model's segment, at least 256 tokens.
 
@@ -43,16 +43,18 @@ class StreamSession:
         UnsupportedError: a layer of the model does not stream.
     """
 
-    def __init__(self, model: Decoder, *, chunk: int | None = None) -> None:
+    def __init__(self, model: Decoder | RecurrentMemory, *, chunk: int | None = None) -> None:
         if not model.traits.streams:
             raise UnsupportedError("a layer of this model does not stream; StreamSession needs every layer to")
+        if not model.traits.causal:
+            raise UnsupportedError("StreamSession predicts the next token; this model sees both sides of every token")
         if chunk is not None and chunk < 1:
             raise ConfigError(f"chunk = {chunk}: must be at least 1")
-        self.model = model.eval()
+        self.model: Any = model.eval()
         segment = model.traits.segment or 256
         self.chunk = chunk or segment * -(-256 // segment)
-        vocabulary = model.config.vocab_size
-        like = model.embedding.weight
+        vocabulary = model.vocab_size
+        like = next(model.parameters())
         self._state = SessionState(model.init_state(1), like.new_zeros(1, vocabulary))
         self._position = 0
 

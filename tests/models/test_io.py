@@ -40,15 +40,15 @@ def test_damage_and_mismatch_say_what(tmp_path: Path) -> None:
         ls.load_model(tmp_path)
     ls.save_model(model(), tmp_path)
     described = read_json(tmp_path / "config.json")
-    described["config"]["num_layers"] = 3
+    described["num_layers"] = 3
     write_json(tmp_path / "config.json", described)
     with pytest.raises(ls.CheckpointError, match=r"missing weight 'blocks.2.*another configuration"):
         ls.load_model(tmp_path)
-    described["config"].update(num_layers=2, dim=32)
+    described.update(num_layers=2, dim=32)
     write_json(tmp_path / "config.json", described)
     with pytest.raises(ls.CheckpointError, match=r"the configuration says"):
         ls.load_model(tmp_path)
-    described["config"] = {"dmi": 3}
+    described["dmi"] = 3
     write_json(tmp_path / "config.json", described)
     with pytest.raises(ls.CheckpointError, match=r"unknown field 'dmi'; did you mean 'dim'"):
         ls.load_model(tmp_path)

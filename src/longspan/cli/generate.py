@@ -72,7 +72,7 @@ def generate(
     for token in session.stream(
         tokens,
         temperature=temperature,
-        top_k=min(top_k, model.config.vocab_size) or None,
+        top_k=min(top_k, model.vocab_size) or None,
         top_p=top_p if top_p < 1 else None,
         generator=generator,
         stop=lambda token: token == begin,

@@ -38,19 +38,20 @@ def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":
     Raises:
         ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or weights that do not fit.
     """
-    from longspan.config import from_dict, override, to_dict
-    from longspan.models import Decoder, DecoderConfig, load_weights
+    from longspan.config import override
+    from longspan.models import build_model, describe_model, load_weights
 
     if not assignments:
         return model
-    data: dict[str, Any] = {"model": to_dict(model.config)}
+    data: dict[str, Any] = {"model": describe_model(model)}
     for assignment in assignments:
         if not assignment.startswith("model."):
             raise ConfigError(f"--set {assignment!r}: only the model can be changed here: model.a.b=c")
         data = override(data, assignment)
-    other = Decoder(from_dict(DecoderConfig, data["model"], "model"))
+    other = build_model(data["model"])
     try:
         load_weights(other, model.state_dict(), f"--set {' '.join(assignments)}")
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    return other.eval()
+    reshaped: Decoder = other.eval()
+    return reshaped

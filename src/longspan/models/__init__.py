@@ -1,24 +1,34 @@
 """The library's own models: one stack for all mixers."""
 
+from longspan.models.classifier import RecurrentClassifier
 from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.io import load_model, load_weights, model_hash, save_model
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
+from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.stack import Stack, StackState
+from longspan.models.tables import build_model, describe_model, resolve_model
+from longspan.models.token_memory import Trace
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "RecurrentClassifier",
+    "RecurrentConfig",
     "RecurrentMemory",
     "RecurrentState",
     "Stack",
     "StackConfig",
     "StackState",
+    "Trace",
+    "build_model",
+    "describe_model",
     "load_model",
     "load_weights",
     "model_hash",
+    "resolve_model",
     "save_model",
 ]

@@ -4,15 +4,18 @@ A Hugging Face model is recognised by what it can do (duck typing): `get_input_e
 `inputs_embeds`, `attention_mask` and `output_hidden_states`. Nothing of transformers is imported.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
+from longspan.models.stack import Around, Stack
 
 
 class Ran(NamedTuple):
@@ -34,12 +37,16 @@ class Backbone:
         module: the model itself.
         causal: decoder form (write tokens behind the segment) or encoder form (memory in front, read and written).
         dim: width of embeddings and hidden states.
+        num_layers: of the model.
+        vocab_size: token ids are below it.
         streams: the model carries a state, so an open segment need not be read again.
     """
 
     module: nn.Module
     causal: bool
     dim: int
+    num_layers: int
+    vocab_size: int
     streams = False
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -51,7 +58,13 @@ class Backbone:
         raise NotImplementedError
 
     def run(
-        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+        self,
+        inputs: Tensor,
+        state: Any,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        penalties: list[Tensor] | None,
+        around: Around | None = None,
     ) -> Ran:
         """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
         raise NotImplementedError
@@ -68,6 +81,41 @@ class Backbone:
         """Bytes of the backbone's state after `length` positions of an open segment."""
         return 0
 
+    def flops(self, length: int, batch_size: int) -> int:
+        """FLOPs of `run` on `length` positions from an empty past."""
+        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the FLOPs of foreign models")
+
+    def output_flops(self, positions: int) -> int:
+        """FLOPs of `output`."""
+        return 0
+
+    def pairs(self, length: int) -> int:
+        """Attended pairs of `run` on `length` positions of one row."""
+        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the pairs of foreign models")
+
+    def after_step(self, step: int, generator: torch.Generator | None) -> None:
+        """What the model does between optimiser steps."""
+
+    @property
+    def draw(self) -> int:
+        """Changes whenever the model redraws its random projections."""
+        return 0
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for a torch optimiser: weights of linear maps decay, all else does not."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        linear = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Linear)}
+        groups: list[dict[str, Any]] = [
+            {
+                "name": "decay",
+                "params": [p for p in trained if id(p) in linear],
+                "lr": lr,
+                "weight_decay": weight_decay,
+            },
+            {"name": "plain", "params": [p for p in trained if id(p) not in linear], "lr": lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
 
 class OwnBackbone(Backbone):
     """A Decoder or Encoder of this library."""
@@ -75,6 +123,7 @@ class OwnBackbone(Backbone):
     def __init__(self, module: Decoder | Encoder) -> None:
         self.module = self.stack = module
         self.causal, self.dim = module.causal, module.config.dim
+        self.num_layers, self.vocab_size = module.config.num_layers, module.vocab_size
         self.streams = isinstance(module, Decoder) and module.traits.streams
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -88,10 +137,16 @@ class OwnBackbone(Backbone):
         return float(self.stack.embedding.weight.detach().float().std())
 
     def run(
-        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+        self,
+        inputs: Tensor,
+        state: Any,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        penalties: list[Tensor] | None,
+        around: Around | None = None,
     ) -> Ran:
         """See `Backbone`."""
-        hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs)
+        hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
         return Ran(rows.scatter(hidden), following)
 
     def output(self, hidden: Tensor) -> Tensor:
@@ -105,6 +160,35 @@ class OwnBackbone(Backbone):
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """See `Backbone`."""
         return self.stack.state_nbytes(batch_size, length, dtype) if self.streams else 0
+
+    def flops(self, length: int, batch_size: int) -> int:
+        """See `Backbone`."""
+        return Stack.flops(self.stack, length, batch_size=batch_size)
+
+    def output_flops(self, positions: int) -> int:
+        """See `Backbone`."""
+        return 2 * positions * self.dim * self.stack.config.vocab_size if self.causal else 0
+
+    def pairs(self, length: int) -> int:
+        """See `Backbone`."""
+        return self.stack.pairs(length)
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Backbone`."""
+        return self.stack.parameter_groups(lr=lr, weight_decay=weight_decay)
+
+    def after_step(self, step: int, generator: torch.Generator | None) -> None:
+        """See `Backbone`."""
+        self.stack.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """See `Backbone`."""
+        return self.stack.draw
+
+    def alike(self) -> bool:
+        """Whether all layers are of one make."""
+        return len(self.stack.config.mixers) == 1 or len({str(each) for each in self.stack.config.mixers}) == 1
 
 
 class HuggingFaceBackbone(Backbone):
@@ -124,8 +208,10 @@ class HuggingFaceBackbone(Backbone):
         self.head = head if self.causal else None
         get_embedding: Any = module.get_input_embeddings
         self.embedding: Any = get_embedding()
-        self.dim = int(self.embedding.weight.shape[1])
+        self.vocab_size, self.dim = (int(size) for size in self.embedding.weight.shape)
         taken = inspect.signature(module.forward).parameters
+        self.layers = _layers(module, int(getattr(config, "num_hidden_layers", 0)))
+        self.num_layers = len(self.layers)
         self.extras = {name for name in ("position_ids", "use_cache") if name in taken}
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -138,14 +224,21 @@ class HuggingFaceBackbone(Backbone):
         return float(self.embedding.weight.detach().float().std())
 
     def run(
-        self, inputs: Tensor, state: Any, mask: Tensor | None, reset: Tensor | None, penalties: list[Tensor] | None
+        self,
+        inputs: Tensor,
+        state: Any,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        penalties: list[Tensor] | None,
+        around: Around | None = None,
     ) -> Ran:
         """See `Backbone`; `state`, `reset` and `penalties` mean nothing here."""
         seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
         extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
         if "position_ids" in self.extras:
             extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-        out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
+        with _hooked(self.layers, around):
+            out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)
 
@@ -153,6 +246,41 @@ class HuggingFaceBackbone(Backbone):
         """See `Backbone`."""
         found: Tensor = hidden if self.head is None else self.head(hidden)
         return found
+
+
+def _layers(module: nn.Module, count: int) -> list[nn.Module]:
+    """The layers of a Hugging Face model: its list of as many modules as the configuration names."""
+    for found in module.modules():
+        if isinstance(found, nn.ModuleList) and count and len(found) == count:
+            return list(found)
+    return []
+
+
+@contextlib.contextmanager
+def _hooked(layers: list[nn.Module], around: Around | None) -> Iterator[None]:
+    """Let `around` act before and after each layer while a model runs."""
+    if around is None:
+        yield
+        return
+    if not layers:
+        raise UnsupportedError("RecurrentMemory.per_layer: the layers of this model cannot be found")
+    handles = []
+    for index, layer in enumerate(layers):
+
+        def before(_: Any, args: Any, kwargs: Any, index: int = index) -> Any:
+            if args:
+                return (around.before(index, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": around.before(index, kwargs["hidden_states"])}
+
+        def after(_: Any, __: Any, output: Any, index: int = index) -> None:
+            around.after(index, output[0] if isinstance(output, tuple) else output)
+
+        handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def wrap_backbone(module: nn.Module) -> Backbone:

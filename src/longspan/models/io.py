@@ -7,31 +7,22 @@ from typing import Any
 
 import torch
 
-from longspan.config import from_dict, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, read_tensors, write_json, write_tensors
-from longspan.models.config import DecoderConfig, EncoderConfig
-from longspan.models.decoder import Decoder
-from longspan.models.encoder import Encoder
-from longspan.models.stack import Stack
-
-_KINDS: dict[str, tuple[type[Stack], type[Any]]] = {
-    "Decoder": (Decoder, DecoderConfig),
-    "Encoder": (Encoder, EncoderConfig),
-}
+from longspan.models.tables import build_model, describe_model
 
 
-def save_model(model: Stack, folder: str | Path) -> Path:
+def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
     """Write a model's configuration and weights, each file atomically.
 
     Raises:
         CheckpointError: not writable; earlier files still stand.
+        UnsupportedError: a recurrent memory over a foreign backbone.
     """
     folder = Path(folder)
-    kind = type(model).__name__
-    assert kind in _KINDS, f"{kind} is not a model of this library"
+    described = describe_model(model)
     write_tensors(folder / "model.safetensors", model.state_dict(), {"kind": "model"})
-    write_json(folder / "config.json", {"kind": kind, "config": to_dict(model.config)})
+    write_json(folder / "config.json", described)
     return folder
 
 
@@ -44,9 +35,8 @@ def load_model(folder: str | Path) -> Any:
     folder = Path(folder)
     described = read_json(folder / "config.json")
     try:
-        model_class, config_class = _KINDS[described["kind"]]
-        model = model_class(from_dict(config_class, described["config"], str(folder / "config.json")))
-    except (KeyError, TypeError, ConfigError) as error:
+        model = build_model(described, str(folder / "config.json"))
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
     weights, _ = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder / "model.safetensors")
@@ -74,13 +64,13 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     model.load_state_dict(weights)
 
 
-def model_hash(model: Stack) -> str:
+def model_hash(model: torch.nn.Module) -> str:
     """A digest of configuration and weights: which model a saved state belongs to.
 
     Fields that change how the model computes but not what (checkpointing, dropout) are left out.
     """
-    described = {k: v for k, v in to_dict(model.config).items() if k not in ("checkpoint", "dropout")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, described], sort_keys=True).encode())
+    described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout")}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -1,6 +1,6 @@
 """What Decoder and Encoder share: embeddings, positions, blocks, cost, initialisation, parameter groups."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,16 @@ class StackState(NamedTuple):
 
     layers: tuple[Any, ...]
     live: Tensor
+
+
+class Around(Protocol):
+    """What a memory in every layer does around it."""
+
+    def before(self, index: int, h: Tensor) -> Tensor:
+        """The input of layer `index` (B, N, dim), token by token, to what takes its place."""
+
+    def after(self, index: int, h: Tensor) -> None:
+        """The output of layer `index` (B, columns, dim) in the order of the call, zeros at padding."""
 
 
 class Stack(nn.Module):
@@ -59,6 +69,11 @@ class Stack(nn.Module):
                 nn.init.normal_(module.weight, std=std)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.config.vocab_size
+
+    @property
     def layers(self) -> list[Block]:
         """The blocks, in order."""
         return [cast(Block, block) for block in self.blocks]
@@ -73,9 +88,10 @@ class Stack(nn.Module):
     def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
         """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
         h: Tensor = self.embedding(tokens)
-        return self._place(h, rows)
+        return self.place(h, rows)
 
-    def _place(self, h: Tensor, rows: Rows) -> Tensor:
+    def place(self, h: Tensor, rows: Rows) -> Tensor:
+        """Embeddings (B, N, dim) scaled, with learned positions where the model has them."""
         if self.config.scale_embeddings:
             h = h * self.config.dim**0.5
         if self.position_embedding is not None:
@@ -96,8 +112,9 @@ class Stack(nn.Module):
         reset: Tensor | None,
         penalties: list[Tensor] | None,
         inputs_embeds: Tensor | None = None,
+        around: "Around | None" = None,
     ) -> tuple[Tensor, StackState | None, Rows]:
-        """All layers on gathered rows.
+        """All layers on gathered rows; `around` acts before and after each.
 
         Returns:
             Hidden states (B, N, dim) after the last norm, the next state, and the rows that scatter them back.
@@ -118,11 +135,15 @@ class Stack(nn.Module):
             self.check_tokens(gathered)
             h = self.embed(gathered, rows)
         else:
-            h = self._place(gathered, rows)
+            h = self.place(gathered, rows)
         following = []
         for index, block in enumerate(self.layers):
             before = None if state is None else state.layers[index]
+            if around is not None:
+                h = around.before(index, h)
             h, after, losses = self._block(block, h, before, rows, penalties is not None)
+            if around is not None:
+                around.after(index, rows.scatter(h))
             following.append(after)
             if penalties is not None:
                 penalties.extend(losses)

@@ -4,12 +4,16 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from longspan.ops.associative import associative_read, associative_write, dpfp
 from longspan.ops.full import full_attention, full_cost
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [
+    "associative_read",
+    "associative_write",
+    "dpfp",
     "full_attention",
     "full_cost",
     "relative_attention",

@@ -3,7 +3,17 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.reference.associative import associative_read, associative_write, dpfp
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
 
-__all__ = ["full_attention", "relative_attention", "rotary_table", "rotate", "window_attention"]
+__all__ = [
+    "associative_read",
+    "associative_write",
+    "dpfp",
+    "full_attention",
+    "relative_attention",
+    "rotary_table",
+    "rotate",
+    "window_attention",
+]

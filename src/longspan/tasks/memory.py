@@ -9,6 +9,7 @@ sentences of real documents, drawn one by one with the sample's own seed, so a s
 segment by segment and never held whole. Training, validation and test noise come from disjoint documents.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ class MemoryConfig:
         segment_length: tokens of a segment; a sample is a whole number of segments.
         vocab_size: subwords learnt from the training documents and the facts.
         hard: share of noise sentences, in training, that mention a name, place, verb or direction of the facts.
+        decoys: share that are facts with one or two of their words replaced by words of the noise.
+        scrambled: share whose tokens are drawn from the whole vocabulary, so that words rare in the training documents
+            are learnt as noise before a test document is full of them.
         largest_sentence: longer sentences are cut there (tokens).
     """
 
@@ -46,13 +50,16 @@ class MemoryConfig:
     segment_length: int = 499
     vocab_size: int = 4096
     hard: float = 0.3
+    decoys: float = 0.05
+    scrambled: float = 0.1
     largest_sentence: int = 80
 
     def __post_init__(self) -> None:
         if self.segment_length < 48:
             raise ConfigError(f"memory.segment_length = {self.segment_length}: facts and question need 48 at least")
-        if not 0 <= self.hard < 1:
-            raise ConfigError(f"memory.hard = {self.hard}: a share, 0 or more and below 1")
+        shares = {name: getattr(self, name) for name in ("hard", "decoys", "scrambled")}
+        if min(shares.values()) < 0 or sum(shares.values()) >= 1:
+            raise ConfigError(f"memory: {shares}: shares of the noise, together below 1")
 
 
 class Question(NamedTuple):
@@ -85,26 +92,66 @@ class Noise:
         part: Array = self.flat[self.starts[index] : self.starts[index + 1]]
         return part
 
-    def draw(self, random: np.random.Generator, tokens: int, hard: float = 0.0) -> Iterator[Array]:
+    def draw(self, random: np.random.Generator, tokens: int, negatives: "Negatives | None" = None) -> Iterator[Array]:
         """Sentences, at least `tokens` tokens of them together."""
         drawn = 0
         while drawn < tokens:
-            chosen = random.integers(0, len(self), size=64)
-            if hard and len(self.telling):
-                swapped = random.random(64) < hard
-                chosen[swapped] = self.telling[random.integers(0, len(self.telling), size=int(swapped.sum()))]
-            for index in chosen:
-                drawn += int(self.lengths[index])
-                yield self.sentence(int(index))
+            for index in random.integers(0, len(self), size=64):
+                sentence = self.sentence(int(index))
+                if negatives is not None:
+                    sentence = negatives.replace(random, sentence, self)
+                drawn += len(sentence)
+                yield sentence
                 if drawn >= tokens:
                     return
 
 
+class Negatives:
+    """Sentences put in the place of some of the noise in training: those a memory is most likely to write by mistake.
+
+    Args:
+        config: the shares.
+        facts: tokens of every fact there is.
+        vocab_size: of the tokenizer.
+    """
+
+    def __init__(self, config: MemoryConfig, facts: list[Array], vocab_size: int) -> None:
+        self.facts, self.vocab_size = facts, vocab_size
+        self.bounds = np.cumsum([config.hard, config.decoys, config.scrambled])
+        # words of every fact ("to", "the", ".") say nothing
+        self.common = frozenset.intersection(*(frozenset(fact.tolist()) for fact in facts))
+
+    def replace(self, random: np.random.Generator, sentence: Array, noise: Noise) -> Array:
+        """The sentence, or what stands in its place."""
+        which = int(np.searchsorted(self.bounds, random.random(), side="right"))
+        if which == 0 and len(noise.telling):
+            return noise.sentence(int(noise.telling[random.integers(len(noise.telling))]))
+        if which == 1:
+            return self._decoy(random, noise.flat)
+        if which == 2:
+            return random.integers(0, self.vocab_size, size=len(sentence))
+        return sentence
+
+    def _decoy(self, random: np.random.Generator, words: Array) -> Array:
+        fact = self.facts[int(random.integers(len(self.facts)))].copy()
+        telling = [place for place, token in enumerate(fact) if int(token) not in self.common]
+        for place in random.choice(telling, size=min(int(random.integers(1, 3)), len(telling)), replace=False):
+            fact[place] = words[int(random.integers(len(words)))]
+        return fact
+
+
 class SegmentOfSample(NamedTuple):
-    """Tokens (segment_length,) int64, and whether part of a fact stands in them."""
+    """A segment.
+
+    Attributes:
+        tokens: (segment_length,) int64.
+        fact: part of a fact stands in it.
+        whole: all of a fact stands in it.
+    """
 
     tokens: Array
     fact: bool
+    whole: bool
 
 
 class MemorySample:
@@ -115,11 +162,11 @@ class MemorySample:
         noise: sentences.
         segments: how many.
         seed: of everything random about it.
-        hard: see `MemoryConfig`.
+        hardened: with hard negatives and decoys, see `MemoryConfig`.
     """
 
-    def __init__(self, task: "MemoryTask", noise: Noise, segments: int, seed: Sequence[int], hard: float) -> None:
-        self.task, self.noise, self.segments, self.hard = task, noise, segments, hard
+    def __init__(self, task: "MemoryTask", noise: Noise, segments: int, seed: Sequence[int], hardened: bool) -> None:
+        self.task, self.noise, self.segments, self.hardened = task, noise, segments, hardened
         self.seed = list(seed)
         random = np.random.default_rng([*self.seed, 0])
         self.what = ask(task.config.kind, random)
@@ -142,13 +189,14 @@ class MemorySample:
         filled = 0
         for part, fact in self._parts():
             buffer.append(part)
-            marks.append(np.full(len(part), fact))
+            marks.append(_mark(len(part), fact))
             filled += len(part)
             if filled >= size:
                 tokens, mark = np.concatenate(buffer), np.concatenate(marks)
                 whole = filled // size * size
                 for first in range(0, whole, size):
-                    yield SegmentOfSample(tokens[first : first + size], bool(mark[first : first + size].any()))
+                    inside = mark[first : first + size]
+                    yield SegmentOfSample(tokens[first : first + size], bool(inside.any()), _whole(inside))
                 buffer, marks, filled = [tokens[whole:]], [mark[whole:]], filled - whole
 
     def _parts(self) -> Iterator[tuple[Array, bool]]:
@@ -156,7 +204,7 @@ class MemorySample:
         random = np.random.default_rng([*self.seed, 1])
         waiting = list(zip(self.places, self.facts, strict=True))
         done = 0
-        for sentence in self.noise.draw(random, self.room, self.hard):
+        for sentence in self.noise.draw(random, self.room, self.task.negatives if self.hardened else None):
             while waiting and waiting[0][0] <= done:
                 yield waiting.pop(0)[1], True
             sentence = sentence[: self.room - done]
@@ -165,6 +213,20 @@ class MemorySample:
         for _, fact in waiting:
             yield fact, True
         yield self.question, False
+
+
+def _mark(length: int, fact: bool) -> Array:
+    """What stands at each place: 0 noise, 1 the first token of a fact, 2 its last, 3 between them."""
+    mark = np.full(length, 3 * fact)
+    if fact:
+        mark[0], mark[-1] = 1, 2
+    return mark
+
+
+def _whole(mark: Array) -> bool:
+    """Whether all of some fact lies inside."""
+    begins, ends = np.flatnonzero(mark == 1), np.flatnonzero(mark == 2)
+    return bool(len(begins) and len(ends) and begins[0] < ends[-1])
 
 
 class MemoryTask:
@@ -208,8 +270,12 @@ class MemoryTask:
 
     def sample(self, split: Literal["train", "validation", "test"], segments: int, seed: Sequence[int]) -> MemorySample:
         """The sample of a seed; the same for the same seed, split and number of segments."""
-        hard = self.config.hard if split == "train" else 0.0
-        return MemorySample(self, self.noise(split), segments, [*seed, segments], hard)
+        return MemorySample(self, self.noise(split), segments, [*seed, segments], split == "train")
+
+    @functools.cached_property
+    def negatives(self) -> Negatives:
+        """What hardens the noise of training."""
+        return Negatives(self.config, [self.encode(text) for text in every_fact(self.config.kind)], self.vocab_size)
 
 
 def ask(kind: Kind, random: np.random.Generator) -> Question:
@@ -235,10 +301,15 @@ def _ask_reasoning(random: np.random.Generator) -> Question:
     return Question(tuple(facts), f"What is {asked} of the {PLACES[middle]}?", answer)
 
 
+def every_fact(kind: Kind) -> list[str]:
+    """Every fact of a task, as it stands in a text."""
+    if kind != "reasoning":
+        return [f" {name} {action} to the {place}." for name in NAMES for action in ACTIONS for place in PLACES]
+    return [f" The {a} is {way} of the {b}." for a in PLACES for b in PLACES if a != b for way in DIRECTIONS]
+
+
 def every_sentence() -> list[str]:
     """Every fact and question there is, for a vocabulary that holds their words."""
-    moves = [f" {name} {action} to the {place}." for name in NAMES for action in ACTIONS for place in PLACES]
     asks = [f" Where is {name}?" for name in NAMES]
-    pairs = [(a, b) for a in PLACES for b in PLACES if a != b]
-    compass = [f" The {a} is {way} of the {b}." for a, b in pairs for way in DIRECTIONS]
-    return [*moves, *asks, *compass, *(f" What is {way} of the {a}?" for a in PLACES for way in DIRECTIONS)]
+    asks += [f" What is {way} of the {a}?" for a in PLACES for way in DIRECTIONS]
+    return [*every_fact("detect"), *asks, *every_fact("reasoning")]

@@ -18,7 +18,7 @@ from longspan import tasks
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
-from longspan.models import Decoder, DecoderConfig, load_model, save_model
+from longspan.models import build_model, load_model, resolve_model, save_model
 from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders
@@ -53,13 +53,10 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name in TABLES:
         if not isinstance(recipe.get(name, {}), Mapping):
             raise ConfigError(f"recipe.{name}: expected a table of fields, got {recipe[name]!r}")
-    model = to_dict(from_dict(DecoderConfig, recipe.get("model", {}), "model"))
-    if "vocab_size" not in recipe.get("model", {}):
-        del model["vocab_size"]
     return {
         "longspan": __version__,
         "about": recipe.get("about", ""),
-        "model": model,
+        "model": resolve_model(recipe.get("model", {})),
         "task": tasks.resolve(recipe.get("task", {})),
         "train": to_dict(from_dict(TrainConfig, recipe.get("train", {}), "train")),
     }
@@ -108,7 +105,7 @@ def _run(
     _fit_vocabulary(resolved["model"], task)
     checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
     torch.manual_seed(config.seed)
-    model = Decoder(from_dict(DecoderConfig, resolved["model"], "model")) if checkpoint is None else checkpoint.model
+    model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     model = model.to(group.device, DTYPES[config.dtype])
     group.share_parameters(model)
     trainer = Trainer(model, task, config, folder, group=group, display=display)
@@ -148,9 +145,9 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
         if checkpoint is None:
             raise CheckpointError(f"{folder}: this run has no checkpoint yet")
         model = checkpoint.model
-    if model.config.vocab_size < task.vocab_size:
+    if model.vocab_size < task.vocab_size:
         raise CheckpointError(
-            f"{folder}: the model knows {model.config.vocab_size} token ids, the tokenizer has {task.vocab_size}"
+            f"{folder}: the model knows {model.vocab_size} token ids, the tokenizer has {task.vocab_size}"
         )
     return model, task
 

@@ -1,0 +1,101 @@
+"""A text of any length to one of a few classes: recurrent memory, and a linear map on what it has to say at the end."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import ConfigError
+from longspan.mixers import Traits
+from longspan.models.recurrent import RecurrentMemory, RecurrentState
+from longspan.models.token_memory import Trace
+
+
+class RecurrentClassifier(nn.Module):
+    """Classifies by the memory tokens' output in the last segment, averaged over them (BERT's [CLS], kept in memory).
+
+    Args:
+        recurrent: any form of RecurrentMemory.
+        num_classes: how many.
+
+    Args of a call:
+        tokens, state, mask, reset, penalties, traces: as in `RecurrentMemory`.
+        flush: answer from the open segment as if the text ended here.
+
+    Returns of a call:
+        Logits (batch, num_classes) from each row's last segment that closed (or, with `flush`, is open) in this call,
+        zeros where there is none; and the next state.
+    """
+
+    def __init__(self, recurrent: RecurrentMemory, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ConfigError(f"RecurrentClassifier.num_classes = {num_classes}: 2 at least")
+        self.recurrent, self.num_classes = recurrent, num_classes
+        self.head = nn.Linear(recurrent.adapter.dim, num_classes)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: RecurrentState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+        flush: bool = False,
+        traces: list[Trace] | None = None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """See the class."""
+        found: list[Trace] = []
+        _, following, _ = self.recurrent.run(
+            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=found
+        )
+        if traces is not None:
+            traces += found
+        answer = self.head.weight.new_zeros(tokens.shape[0], self.num_classes)
+        for trace in found:
+            counts = trace.closed | trace.shown if flush else trace.closed
+            answer = torch.where(counts[:, None], self.head(trace.offered.mean(1)), answer)
+        return answer, following
+
+    # -- what the recurrent memory knows of itself --------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.recurrent.vocab_size
+
+    @property
+    def traits(self) -> Traits:
+        """Of the recurrent memory."""
+        return self.recurrent.traits
+
+    def init_state(self, batch_size: int, **options: Any) -> RecurrentState:
+        """See `RecurrentMemory`."""
+        return self.recurrent.init_state(batch_size, **options)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """See `RecurrentMemory`."""
+        return self.recurrent.state_nbytes(batch_size, length, dtype)
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """See `RecurrentMemory`."""
+        self.recurrent.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """See `RecurrentMemory`."""
+        return self.recurrent.draw
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """See `RecurrentMemory`; the head belongs to those that decay."""
+        groups = self.recurrent.parameter_groups(lr=lr, weight_decay=weight_decay)
+        head = [
+            {"name": "head", "params": [self.head.weight], "lr": lr, "weight_decay": weight_decay},
+            {"name": "head bias", "params": [self.head.bias], "lr": lr, "weight_decay": 0.0},
+        ]
+        return [*groups, *head]

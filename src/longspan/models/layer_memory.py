@@ -1,0 +1,247 @@
+"""One segment of the Associative Recurrent Memory Transformer: a memory in every layer, written by the delta rule.
+
+Rodkin et al. 2024, section 3. Memory tokens, the same learned ones for every segment, stand behind the segment. For a
+layer with the memory A (features, dim) and the normaliser z (features), phi = DPFP (`longspan.ops.dpfp`):
+
+    before the layer, for every token x:    x <- x + phi(W_q x) A / (phi(W_q x) . z + 1e-5)
+    after it, for its memory tokens m:      k = phi(W_k m), v = W_v m, beta = sigmoid(W_b m), written by
+                                            `longspan.ops.associative_write`
+
+An empty memory answers zero, so the first segment reads nothing. W_v starts at zero, as in the authors' code: a new
+memory changes nothing until it is trained.
+
+Layer l of segment s needs layer l - 1 of segment s and layer l of segment s - 1 and no more, so cells on one diagonal
+l + s can run together (diagonal batching, Sivtsov et al. 2025): `diagonals` runs each as one batch over layers.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from longspan import ops
+from longspan.errors import UnsupportedError
+from longspan.mixers import Rows
+from longspan.models.backbone import Backbone, OwnBackbone
+from longspan.models.memory_update import PaperUpdate
+from longspan.models.recurrent_config import RecurrentConfig
+from longspan.models.segmenting import Segment
+from longspan.models.token_memory import Carried, Stepped, Trace, assemble, where_rows
+
+
+class Associative(nn.Module):
+    """The memory's maps in one layer.
+
+    Args:
+        dim: width of the backbone.
+        memory_dim: of keys and queries before the feature map.
+        nu: of the feature map.
+    """
+
+    def __init__(self, dim: int, memory_dim: int, nu: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(dim, memory_dim, bias=False), nn.Linear(dim, memory_dim, bias=False)
+        self.value, self.strength = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 1)
+        self.nu = nu
+        for linear in (self.query, self.key, self.strength):
+            nn.init.normal_(linear.weight, std=dim**-0.5)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.strength.bias)
+
+    def read(self, x: Tensor, memory: Tensor, normaliser: Tensor) -> Tensor:
+        """x (..., n, dim) with what is remembered about it added."""
+        return x + ops.associative_read(ops.dpfp(self.query(x), self.nu), memory, normaliser).to(x.dtype)
+
+    def write(self, m: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory and normaliser after memory tokens m (..., n, dim)."""
+        phi, strength = ops.dpfp(self.key(m), self.nu), self.strength(m).sigmoid()[..., 0]
+        return ops.associative_write(phi, self.value(m), strength, memory, normaliser)
+
+
+class _Around:
+    """What happens around each layer of a run: reading before it, writing after it."""
+
+    def __init__(self, owner: "LayerMemory", carried: Carried, segment: Segment) -> None:
+        self.owner, self.closed = owner, segment.closed
+        self.memory, self.normaliser = carried.memory, carried.mass
+        self.written: list[tuple[Tensor, Tensor]] = []
+
+    def before(self, index: int, h: Tensor) -> Tensor:
+        """The input of a layer."""
+        return self.owner.layer(index).read(h, self.memory[:, index], self.normaliser[:, index])
+
+    def after(self, index: int, h: Tensor) -> None:
+        """The output of a layer (batch, columns, dim), memory tokens where `place` says."""
+        count = self.owner.config.num_memory_tokens
+        m = h[:, self.place : self.place + count]
+        memory, normaliser = self.memory[:, index], self.normaliser[:, index]
+        after = self.owner.layer(index).write(m, memory, normaliser)
+        kept = (where_rows(self.closed, after[0], memory), where_rows(self.closed, after[1], normaliser))
+        self.written.append(kept)
+
+    place = 0
+
+
+class LayerMemory(nn.Module):
+    """The memories of all layers.
+
+    Args:
+        config: of the RecurrentMemory.
+        backbone: of this library, or a Hugging Face model whose layers can be found.
+    """
+
+    def __init__(self, config: RecurrentConfig, backbone: Backbone) -> None:
+        super().__init__()
+        self.config, self.dim, self.layers = config, backbone.dim, backbone.num_layers
+        if config.replay:
+            raise UnsupportedError("RecurrentMemory: per_layer has no replay; its memories are as large as activations")
+        self.features = 2 * config.memory_dim * config.dpfp
+        self.tokens = nn.Embedding(config.num_memory_tokens, self.dim)
+        nn.init.normal_(self.tokens.weight, std=backbone.embedding_std())
+        self.maps = nn.ModuleList(Associative(self.dim, config.memory_dim, config.dpfp) for _ in range(self.layers))
+        self.update = PaperUpdate()
+
+    def layer(self, index: int) -> Associative:
+        """The maps of a layer."""
+        found = self.maps[index]
+        assert isinstance(found, Associative)
+        return found
+
+    def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
+        weight = self.tokens.weight
+        dtype = torch.promote_types(weight.dtype if like is None else like.dtype, torch.float32)
+        memory = torch.zeros(batch, self.layers, self.features, self.dim, dtype=dtype, device=weight.device)
+        return memory, memory[..., 0].clone()
+
+    def state_nbytes(self, batch_size: int, itemsize: int) -> int:
+        """Bytes of memories and normalisers: fp32 at least."""
+        return batch_size * self.layers * self.features * (self.dim + 1) * max(itemsize, 4)
+
+    def widths(self, causal: bool, written: int) -> tuple[int, int]:
+        """Columns in front of a segment, and behind it."""
+        return 0, self.config.num_memory_tokens
+
+    def flops(self, width: int, batch_size: int) -> int:
+        """Matrix products of reading at `width` columns and writing at the memory tokens."""
+        memory, count = self.config.memory_dim, self.config.num_memory_tokens
+        read = width * (self.dim * memory + self.features * (self.dim + 1))
+        write = count * (self.dim * (memory + self.dim + 1) + self.features * (2 * self.dim + 2))
+        return 2 * batch_size * self.layers * (read + write)
+
+    def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
+        """Read, run and write one segment."""
+        text = backbone.embed(segment.ids)
+        write = self.tokens.weight.to(text.dtype).expand(text.shape[0], -1, -1)
+        around = _Around(self, carried, segment)
+        around.place = text.shape[1]
+        if backbone.causal:
+            inputs, mask, reset = assemble(backbone, segment, [], text, write, carried.backbone)
+            before = carried.backbone
+        else:
+            used = (segment.closed | segment.shown)[:, None]
+            mask = torch.cat([segment.real & used, used.expand(-1, write.shape[1])], 1)
+            inputs, reset, before = torch.cat([text, write], 1), None, None
+        ran = backbone.run(inputs, before, mask, reset, penalties, around)
+        memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
+        following = None if not backbone.causal or bool(segment.closed.all()) else ran.state
+        size = text.shape[1]
+        trace = Trace(ran.hidden[:, size : size + write.shape[1]], None, segment.closed, segment.shown)
+        written = carried.written + segment.closed.long()
+        return Stepped(ran.hidden[:, :size], Carried(memory, normaliser, written, following), trace)
+
+    # -- diagonals -------------------------------------------------------------------------------------------------
+
+    def can_batch(self, backbone: Backbone, segments: list[Segment]) -> bool:
+        """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document."""
+        if not isinstance(backbone, OwnBackbone) or len(segments) < 2 or not backbone.alike():
+            return False
+        full = all(bool(segment.real.all() & segment.closed.all()) for segment in segments)
+        return full and not any(bool(segment.begins.any() | segment.resumed.any()) for segment in segments[1:])
+
+    def diagonals(
+        self, backbone: Backbone, segments: list[Segment], carried: Carried, left: Tensor, horizon: int | None
+    ) -> tuple[list[Tensor], Carried, list[Trace]]:
+        """All segments, layers of one diagonal as one batch; the result of `step` after `step`.
+
+        Args:
+            backbone: see `can_batch`.
+            segments: of the call.
+            carried: what the first one finds.
+            left: (segments, batch) segments to each row's end, this one included.
+            horizon: `bptt_segments`.
+        """
+        assert isinstance(backbone, OwnBackbone)
+        stack, blocks = backbone.stack, list(backbone.stack.blocks)
+        if bool(segments[0].begins.any()):
+            fresh = self.empty(left.shape[1], carried.memory)
+            memory, mass = where_rows(segments[0].begins, fresh[0], carried.memory), carried.mass
+            mass = where_rows(segments[0].begins, fresh[1], mass)
+            carried = carried._replace(memory=memory, mass=mass)
+        weights, maps = _stacked(blocks), _stacked([_Both(self.layer(index)) for index in range(self.layers)])
+        count, layers, size = len(segments), self.layers, segments[0].ids.shape[1]
+        batch = left.shape[1]
+        rows = Rows(torch.zeros(batch, dtype=torch.int64, device=left.device), size + self.config.num_memory_tokens)
+        template, maps_of = blocks[0], _Both(self.layer(0))
+
+        def cell(parts: Any, h: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            weight, own = parts
+            h = functional_call(maps_of, own, ("read", h, memory, normaliser))
+            h = functional_call(template, weight, (h, None, rows, False))[0]
+            return h, *functional_call(maps_of, own, ("write", h[:, size:], memory, normaliser))
+
+        memories, normalisers = list(carried.memory.unbind(1)), list(carried.mass.unbind(1))
+        inner: dict[int, Tensor] = {}
+        done: list[Tensor] = []
+        for diagonal in range(count + layers - 1):
+            active = range(max(0, diagonal - count + 1), min(layers, diagonal + 1))
+            if diagonal < count:
+                text = backbone.embed(segments[diagonal].ids)
+                write = self.tokens.weight.to(text.dtype).expand(batch, -1, -1)
+                inner[0] = stack.place(torch.cat([text, write], 1), rows)
+            for layer in active:
+                self._cut(memories, normalisers, layer, left[diagonal - layer], horizon)
+            pick = slice(active.start, active.stop)
+            parts = tuple({name: t[pick] for name, t in group.items()} for group in (weights, maps))
+            args = [torch.stack([each[layer] for layer in active]) for each in (inner, memories, normalisers)]
+            with warnings.catch_warnings():
+                # of kernels without a rule for the batch of layers, which run layer by layer
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                h, memory, normaliser = vmap(cell)(parts, *args)
+            for place, layer in enumerate(active):
+                inner[layer + 1], memories[layer], normalisers[layer] = h[place], memory[place], normaliser[place]
+            if active.stop == layers:
+                done.append(stack.norm(inner[layers]))
+        traces = [Trace(h[:, size:], None, s.closed, s.shown) for h, s in zip(done, segments, strict=True)]
+        written = carried.written.masked_fill(segments[0].begins, 0) + count
+        end = Carried(torch.stack(memories, 1), torch.stack(normalisers, 1), written, None)
+        return [h[:, :size] for h in done], end, traces
+
+    def _cut(
+        self, memories: list[Tensor], normalisers: list[Tensor], layer: int, left: Tensor, horizon: int | None
+    ) -> None:
+        if horizon is None or not memories[layer].requires_grad:
+            return
+        cut = (left > 0) & (left % horizon == 0)
+        memories[layer] = where_rows(cut, memories[layer].detach(), memories[layer])
+        normalisers[layer] = where_rows(cut, normalisers[layer].detach(), normalisers[layer])
+
+
+class _Both(nn.Module):
+    """`Associative.read` and `.write` as a call, for `functional_call`."""
+
+    def __init__(self, inner: Associative) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, what: str, x: Tensor, memory: Tensor, normaliser: Tensor) -> Any:
+        """See the class."""
+        return (self.inner.read if what == "read" else self.inner.write)(x, memory, normaliser)
+
+
+def _stacked(modules: list[nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of modules of one make, each name stacked over the modules, differentiable."""
+    named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
+    return {name: torch.stack([each[name] for each in named]) for name in named[0]}

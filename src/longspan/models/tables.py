@@ -1,0 +1,74 @@
+"""Models from plain data and back: what recipes and saved models say of them.
+
+A table has a `kind` ("decoder" or "encoder"; a recipe may leave it out: decoder), the fields of that model's
+configuration, and optionally a table `memory` of `RecurrentConfig` (then it is a RecurrentMemory over that model) and
+`classes` (then a RecurrentClassifier).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from longspan.config import from_dict, nearest, to_dict
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.models.classifier import RecurrentClassifier
+from longspan.models.config import DecoderConfig, EncoderConfig
+from longspan.models.decoder import Decoder
+from longspan.models.encoder import Encoder
+from longspan.models.recurrent import RecurrentMemory
+from longspan.models.recurrent_config import RecurrentConfig
+
+_KINDS: dict[str, tuple[Any, Any]] = {"decoder": (Decoder, DecoderConfig), "encoder": (Encoder, EncoderConfig)}
+
+
+def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
+    """A table with every default filled in; `vocab_size` only where it is given, as it follows the task.
+
+    Raises:
+        ConfigError: an unknown kind or field, with the nearest name, or a value that does not fit.
+    """
+    kind = table.get("kind", "decoder")
+    if kind not in _KINDS:
+        raise ConfigError(f"{where}.kind = {kind!r} is no kind of model{nearest(str(kind), _KINDS)}")
+    fields = {key: value for key, value in table.items() if key not in ("kind", "memory", "classes")}
+    resolved: dict[str, Any] = {"kind": kind, **to_dict(from_dict(_KINDS[kind][1], fields, where))}
+    if "vocab_size" not in fields:
+        del resolved["vocab_size"]
+    if "memory" in table:
+        resolved["memory"] = to_dict(from_dict(RecurrentConfig, table["memory"], f"{where}.memory"))
+    if "classes" in table:
+        if "memory" not in table:
+            raise ConfigError(f"{where}.classes: a classifier needs a table {where}.memory")
+        resolved["classes"] = int(table["classes"])
+    return resolved
+
+
+def build_model(table: Mapping[str, Any], where: str = "model") -> Any:
+    """The model of a table; raises as `resolve_model` does."""
+    resolved = resolve_model(table, where)
+    model_class, config_class = _KINDS[resolved.pop("kind")]
+    memory, classes = resolved.pop("memory", None), resolved.pop("classes", None)
+    model = model_class(from_dict(config_class, resolved, where))
+    if memory is not None:
+        model = RecurrentMemory(model, from_dict(RecurrentConfig, memory, f"{where}.memory"))
+    return model if classes is None else RecurrentClassifier(model, classes)
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """The table of a model.
+
+    Raises:
+        UnsupportedError: a recurrent memory over a foreign backbone.
+    """
+    if isinstance(model, RecurrentClassifier):
+        return {**describe_model(model.recurrent), "classes": model.num_classes}
+    if isinstance(model, RecurrentMemory):
+        if not isinstance(model.backbone, (Decoder, Encoder)):
+            raise UnsupportedError(
+                f"RecurrentMemory over {type(model.backbone).__name__}: save the backbone with its own save_pretrained "
+                "and the memory (model.cell) with its state_dict()"
+            )
+        return {**describe_model(model.backbone), "memory": to_dict(model.config)}
+    assert isinstance(model, (Decoder, Encoder)), f"{type(model).__name__} is not a model of this library"
+    return {"kind": "decoder" if isinstance(model, Decoder) else "encoder", **to_dict(model.config)}

@@ -1,0 +1,199 @@
+"""One segment of the Recurrent Memory Transformer: memory tokens in the input, read and written by the model itself."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longspan.models.backbone import Backbone
+from longspan.models.memory_update import GatedUpdate, PaperUpdate
+from longspan.models.recurrent_config import RecurrentConfig
+from longspan.models.segmenting import Segment
+
+
+class Trace(NamedTuple):
+    """What the memory tokens did in one segment.
+
+    Attributes:
+        offered: (batch, num_memory_tokens, dim), the backbone's output at the memory tokens: what the segment, seen
+            with all that is remembered, has to say. A classifier reads its answer here, as BERT's reads it at [CLS].
+        logits: (batch, num_memory_tokens) fp32 of the gate, above 0 where it writes; None where there is no gate.
+        closed: (batch,) bool, rows whose segment is complete, so that it writes.
+        shown: (batch,) bool, rows that ran this segment at all.
+    """
+
+    offered: Tensor
+    logits: Tensor | None
+    closed: Tensor
+    shown: Tensor
+
+
+class Carried(NamedTuple):
+    """What goes from segment to segment; the first four fields of `RecurrentState` that memories own.
+
+    Attributes:
+        memory: (batch, ...) what is remembered.
+        mass: (batch, ...) fp32, the evidence (token memory) or normaliser (layer memory) behind it.
+        written: (batch,) int64, segments closed since the last reset.
+        backbone: the backbone's state of the open segment, else None.
+    """
+
+    memory: Tensor
+    mass: Tensor
+    written: Tensor
+    backbone: Any
+
+
+class Stepped(NamedTuple):
+    """A segment done: hidden states (batch, size, dim), what is carried on, what the memory did."""
+
+    hidden: Tensor
+    carried: Carried
+    trace: Trace
+
+
+def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """`yes` in the rows (batch,) that are True, `no` in the others."""
+    return torch.where(rows.view(-1, *(1,) * (no.ndim - 1)), yes, no)
+
+
+def assemble(
+    backbone: Backbone, segment: Segment, front: list[tuple[Tensor, Tensor]], text: Tensor, back: Tensor, before: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs, mask and resets of a causal backbone's run: what is read, the segment, what writes.
+
+    Args:
+        backbone: asked whether it carries the open segment.
+        segment: at hand.
+        front: (embeddings (B, m, dim), readable (B, m)) in front of the text.
+        text: (B, size, dim) embeddings of the segment.
+        back: (B, m, dim) embeddings of the write tokens.
+        before: the backbone's state of the open segment.
+    """
+    carries = backbone.streams and before is not None
+    reads = ~segment.resumed if carries else torch.ones_like(segment.resumed)
+    used = (segment.closed | segment.shown) & reads
+    closed = segment.closed[:, None]
+    inputs = [*(each for each, _ in front), text, back]
+    parts = [*(readable & used[:, None] for _, readable in front)]
+    parts += [segment.fresh if carries else segment.real, closed.expand(-1, back.shape[1])]
+    # one padded place behind the rest, whose reset empties the state of rows that closed their segment
+    emptied = backbone.streams and not bool(segment.closed.all())
+    if emptied:
+        parts.append(torch.zeros_like(closed))
+        inputs.append(back[:, :1])
+    mask, reset = torch.cat(parts, 1), None
+    if backbone.streams and (before is not None or emptied):
+        reset = torch.zeros_like(mask)
+        reset[:, 0] = used
+        if emptied:
+            reset[:, -1] = segment.closed
+    return torch.cat(inputs, 1), mask, reset
+
+
+class TokenMemory(nn.Module):
+    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`.
+
+    Args:
+        config: of the RecurrentMemory.
+        dim: width of the backbone.
+        std: of the initial memory.
+    """
+
+    def __init__(self, config: RecurrentConfig, dim: int, std: float) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        self.tokens = nn.Embedding(config.num_memory_tokens, dim)
+        nn.init.normal_(self.tokens.weight, std=std)
+        gated = config.update == "gated" and not config.accumulate
+        self.update = GatedUpdate(dim, config.num_memory_tokens, noise=config.gate_noise) if gated else PaperUpdate()
+
+    @property
+    def columns(self) -> int:
+        """Memory vectors that are carried."""
+        many = self.config.max_summaries if self.config.accumulate else 1
+        return many * self.config.num_memory_tokens
+
+    def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Memory and mass of an empty past: the learned initial memory, or room for summaries."""
+        weight = self.tokens.weight
+        dtype = weight.dtype if like is None else like.dtype
+        mass = torch.zeros(batch, self.config.num_memory_tokens, device=weight.device)
+        if self.config.accumulate:
+            return weight.new_zeros(batch, self.columns, self.dim, dtype=dtype), mass
+        return weight.to(dtype).expand(batch, -1, -1), mass
+
+    def state_nbytes(self, batch_size: int, itemsize: int) -> int:
+        """Bytes of memory and mass."""
+        return batch_size * (self.columns * self.dim * itemsize + 4 * self.config.num_memory_tokens)
+
+    def widths(self, causal: bool, written: int) -> tuple[int, int]:
+        """Columns in front of a segment before which `written` were closed, and columns behind it."""
+        tokens = self.config.num_memory_tokens
+        read = min(written, self.config.max_summaries) * tokens if self.config.accumulate else tokens
+        if causal:
+            return read, tokens
+        return read + (tokens if self.config.accumulate else 0), 0
+
+    def flops(self, width: int, batch_size: int) -> int:
+        """Of the memory itself: it has no matrix products of its own."""
+        return 0
+
+    def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
+        """Read, run and write one segment."""
+
+        def run(memory: Tensor) -> tuple[Tensor, Tensor, Any, list[Tensor]]:
+            found: list[Tensor] = []
+            collected = None if penalties is None else found
+            hidden, new, following = self._run(backbone, segment, carried._replace(memory=memory), collected)
+            return hidden, new, following, found
+
+        if self.config.replay and self.training and torch.is_grad_enabled():
+            hidden, new, following, found = checkpoint(run, carried.memory, use_reentrant=False)
+        else:
+            hidden, new, following, found = run(carried.memory)
+        if penalties is not None:
+            penalties += found
+        memory, mass, logits = self._write(carried, new, segment.closed)
+        written = carried.written + segment.closed.long()
+        trace = Trace(new, logits, segment.closed, segment.shown)
+        return Stepped(hidden, Carried(memory, mass, written, following), trace)
+
+    def _write(self, carried: Carried, new: Tensor, closed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.config.accumulate:
+            kept = carried.memory[:, self.config.num_memory_tokens :]
+            memory, mass, logits = torch.cat([kept, new], 1), carried.mass, None
+        else:
+            memory, mass, logits = self.update(carried.memory, new, carried.mass)
+        if not bool(closed.all()):
+            memory, mass = where_rows(closed, memory, carried.memory), where_rows(closed, mass, carried.mass)
+        return memory, mass, logits
+
+    def _run(
+        self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Hidden states of the segment (B, size, dim), the new memory (B, memory tokens, dim), the backbone's state."""
+        memory, accumulate = carried.memory, self.config.accumulate
+        batch, columns = memory.shape[:2]
+        text = backbone.embed(segment.ids).to(memory.dtype)
+        readable = memory.new_ones(batch, columns, dtype=torch.bool)
+        if accumulate:
+            column = torch.arange(columns, device=memory.device)
+            readable = column >= columns - self.config.num_memory_tokens * carried.written[:, None]
+        write = self.tokens.weight.to(memory.dtype).expand(batch, -1, -1) if accumulate else memory
+        if backbone.causal:
+            inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
+            ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
+            end = columns + text.shape[1]
+            following = None if bool(segment.closed.all()) else ran.state
+            return ran.hidden[:, columns:end], ran.hidden[:, end : end + write.shape[1]], following
+        used = (segment.closed | segment.shown)[:, None]
+        front, front_mask = memory, readable
+        if accumulate:
+            front = torch.cat([memory, write], 1)
+            front_mask = torch.cat([readable, readable.new_ones(write.shape[:2])], 1)
+        mask = torch.cat([front_mask & used, segment.real & used], 1)
+        ran = backbone.run(torch.cat([front, text], 1), None, mask, None, penalties)
+        width = front.shape[1]
+        return ran.hidden[:, width:], ran.hidden[:, width - self.config.num_memory_tokens : width], None
