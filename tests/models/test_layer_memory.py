@@ -154,7 +154,9 @@ def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> No
     model = ls.models.RecurrentClassifier(recurrent, 4).eval()
     tokens, traces = text(2, 12), []
     answer, state = model(tokens, traces=traces)
-    torch.testing.assert_close(answer, model.head(traces[1].offered.mean(1)), atol=0, rtol=0)
+    hidden = recurrent(tokens)[0]
+    expected = model.head(torch.cat([traces[1].offered.mean(1), hidden[:, 9]], -1))
+    torch.testing.assert_close(answer, expected, atol=0, rtol=0)
     flushed, _ = model(tokens, flush=True)
     assert not torch.allclose(flushed, answer)
     later, _ = model(torch.cat([tokens, tokens], 1)[:, 12:20], state)

@@ -12,6 +12,7 @@ from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
+from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
@@ -32,7 +33,8 @@ A typical path, from a recipe to a model that goes on writing:
 `eval` says how well it predicts a text, with what it remembers and without. `stream` reads one text as long as you
 like and can be stopped and resumed anywhere. `generate` goes on from a prompt or from a saved state.
 
-New here? `longspan quickstart` shows all of it in about seven minutes and draws a page.
+New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
+`longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
 Each verb explains itself: longspan stream --help
 """
 
@@ -49,6 +51,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "mixers": mixers,
     "quickstart": quickstart,
+    "quickstart-lm": quickstart_lm,
 }
 
 

@@ -1,4 +1,4 @@
-"""A text of any length to one of a few classes: recurrent memory, and a linear map on what it has to say at the end."""
+"""A text of any length to one of a few classes: recurrent memory, and a linear map on what it says at the end."""
 
 from typing import Any
 
@@ -12,7 +12,11 @@ from longspan.models.token_memory import Trace
 
 
 class RecurrentClassifier(nn.Module):
-    """Classifies by the memory tokens' output in the last segment, averaged over them (BERT's [CLS], kept in memory).
+    """Classifies by the last segment: by what its memory tokens say, averaged over them, and its last token.
+
+    The paper reads BERT's [CLS]. Memory tokens see the whole segment as [CLS] does, and an answer that is read from
+    them teaches them in a single segment what they will have to write; the last token, where a question ends, finds
+    what belongs to it.
 
     Args:
         recurrent: any form of RecurrentMemory.
@@ -32,7 +36,7 @@ class RecurrentClassifier(nn.Module):
         if num_classes < 2:
             raise ConfigError(f"RecurrentClassifier.num_classes = {num_classes}: 2 at least")
         self.recurrent, self.num_classes = recurrent, num_classes
-        self.head = nn.Linear(recurrent.adapter.dim, num_classes)
+        self.head = nn.Linear(2 * recurrent.adapter.dim, num_classes)
 
     def forward(
         self,
@@ -55,7 +59,8 @@ class RecurrentClassifier(nn.Module):
         answer = self.head.weight.new_zeros(tokens.shape[0], self.num_classes)
         for trace in found:
             counts = trace.closed | trace.shown if flush else trace.closed
-            answer = torch.where(counts[:, None], self.head(trace.offered.mean(1)), answer)
+            said = torch.cat([trace.offered.mean(1), trace.last], -1)
+            answer = torch.where(counts[:, None], self.head(said), answer)
         return answer, following
 
     # -- what the recurrent memory knows of itself --------------------------------------------------------------------

@@ -28,7 +28,7 @@ from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.memory_update import PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
-from longspan.models.token_memory import Carried, Stepped, Trace, assemble, where_rows
+from longspan.models.token_memory import Carried, Stepped, Trace, assemble, last_real, where_rows
 
 
 class Associative(nn.Module):
@@ -148,9 +148,10 @@ class LayerMemory(nn.Module):
         memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
         following = None if not backbone.causal or bool(segment.closed.all()) else ran.state
         size = text.shape[1]
-        trace = Trace(ran.hidden[:, size : size + write.shape[1]], None, segment.closed, segment.shown)
+        hidden, offered = ran.hidden[:, :size], ran.hidden[:, size : size + write.shape[1]]
+        trace = Trace(offered, last_real(hidden, segment), None, segment.closed, segment.shown)
         written = carried.written + segment.closed.long()
-        return Stepped(ran.hidden[:, :size], Carried(memory, normaliser, written, following), trace)
+        return Stepped(hidden, Carried(memory, normaliser, written, following), trace)
 
     # -- diagonals -------------------------------------------------------------------------------------------------
 
@@ -214,7 +215,9 @@ class LayerMemory(nn.Module):
                 inner[layer + 1], memories[layer], normalisers[layer] = h[place], memory[place], normaliser[place]
             if active.stop == layers:
                 done.append(stack.norm(inner[layers]))
-        traces = [Trace(h[:, size:], None, s.closed, s.shown) for h, s in zip(done, segments, strict=True)]
+        traces = [
+            Trace(h[:, size:], h[:, size - 1], None, s.closed, s.shown) for h, s in zip(done, segments, strict=True)
+        ]
         written = carried.written.masked_fill(segments[0].begins, 0) + count
         end = Carried(torch.stack(memories, 1), torch.stack(normalisers, 1), written, None)
         return [h[:, :size] for h in done], end, traces

@@ -17,7 +17,8 @@ Positions: to the backbone, memory and segment are one sequence. Read tokens tak
 of the segment follow from m on, and write tokens come right behind the last of them.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -234,6 +235,15 @@ class RecurrentMemory(nn.Module):
             if trace.logits is not None:
                 opened = trace.logits.clamp(min=0).mean(1).masked_fill(~trace.closed, 0)
                 penalties.append(self.config.gate_penalty * opened.mean() / len(found))
+
+    @contextlib.contextmanager
+    def segments_of(self, size: int) -> Iterator[None]:
+        """Segments of another length for a while, as a curriculum wants them; such a call takes no earlier state."""
+        config, self.config = self.config, replace(self.config, segment_length=size)
+        try:
+            yield
+        finally:
+            self.config = config
 
     @property
     def _varies(self) -> bool:

@@ -17,13 +17,15 @@ class Trace(NamedTuple):
 
     Attributes:
         offered: (batch, num_memory_tokens, dim), the backbone's output at the memory tokens: what the segment, seen
-            with all that is remembered, has to say. A classifier reads its answer here, as BERT's reads it at [CLS].
+            with all that is remembered, has to say.
+        last: (batch, dim), hidden states at the last real token of the segment.
         logits: (batch, num_memory_tokens) fp32 of the gate, above 0 where it writes; None where there is no gate.
         closed: (batch,) bool, rows whose segment is complete, so that it writes.
         shown: (batch,) bool, rows that ran this segment at all.
     """
 
     offered: Tensor
+    last: Tensor
     logits: Tensor | None
     closed: Tensor
     shown: Tensor
@@ -56,6 +58,13 @@ class Stepped(NamedTuple):
 def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """`yes` in the rows (batch,) that are True, `no` in the others."""
     return torch.where(rows.view(-1, *(1,) * (no.ndim - 1)), yes, no)
+
+
+def last_real(hidden: Tensor, segment: Segment) -> Tensor:
+    """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
+    place = torch.arange(hidden.shape[1], device=hidden.device)
+    index = torch.where(segment.real, place, 0).amax(1)
+    return hidden[torch.arange(len(index), device=hidden.device), index]
 
 
 def assemble(
@@ -157,7 +166,7 @@ class TokenMemory(nn.Module):
             penalties += found
         memory, mass, logits = self._write(carried, new, segment.closed)
         written = carried.written + segment.closed.long()
-        trace = Trace(new, logits, segment.closed, segment.shown)
+        trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
         return Stepped(hidden, Carried(memory, mass, written, following), trace)
 
     def _write(self, carried: Carried, new: Tensor, closed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

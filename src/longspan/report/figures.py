@@ -60,6 +60,7 @@ def line_figure(
     title: str = "",
     marks: Sequence[Mark] = (),
     xscale: Literal["linear", "log2"] = "linear",
+    yscale: Literal["linear", "log"] = "linear",
     ylim: tuple[float | None, float | None] = (None, None),
     xticks: Sequence[float] | None = None,
     theme: Theme = LIGHT,
@@ -74,6 +75,7 @@ def line_figure(
         title: of the figure.
         marks: places to point out.
         xscale: "log2" is linear below the smallest positive value, so that 0 has its place.
+        yscale: of the y axis.
         ylim: of the y axis; None: as the data want it.
         xticks: where ticks stand; None: as matplotlib puts them.
         theme: colours.
@@ -90,6 +92,7 @@ def line_figure(
         for number, each in enumerate(series):
             colour = theme.colours[(number if each.colour is None else each.colour) % len(theme.colours)]
             _draw(axes, each, colour, front=len(series) - number)
+        axes.set_yscale(yscale)
         axes.set_ylim(*ylim)
         axes.margins(x=0.02)
         for mark in marks:

@@ -9,11 +9,26 @@ from typing import Any
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError
 from longspan.tasks.base import Document, Documents, Piece, Split, Task
+from longspan.tasks.memory import MemoryConfig, MemoryTask
 from longspan.tasks.text import TextConfig, TextTask
 
-__all__ = ["Document", "Documents", "Piece", "Split", "Task", "TextConfig", "TextTask", "build", "names", "resolve"]
+__all__ = [
+    "Document",
+    "Documents",
+    "MemoryConfig",
+    "MemoryTask",
+    "Piece",
+    "Split",
+    "Task",
+    "TextConfig",
+    "TextTask",
+    "build",
+    "names",
+    "resolve",
+]
 
 _TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
+    "memory": (MemoryConfig, MemoryTask),
     "text": (TextConfig, TextTask),
 }
 

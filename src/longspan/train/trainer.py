@@ -1,14 +1,9 @@
 """The training loop: steps, log, evaluations, checkpoints, and an orderly end whatever ends it."""
 
-import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -23,6 +18,7 @@ from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
 from longspan.train.progress import Silent, resident_bytes
 from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
+from longspan.train.signals import on_interrupt
 from longspan.train.step import DivergedError, Stepper, StepResult
 
 
@@ -104,7 +100,7 @@ class Trainer:
         log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None
         self.display.start(self._title())
         try:
-            with self._signals():
+            with on_interrupt(self._stop_soon):
                 interrupted = self._loop(log)
             evaluation = None if interrupted else self._finish(log)
         finally:
@@ -248,27 +244,9 @@ class Trainer:
             'train.clip or train.dtype = "float32"'
         )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        earlier: dict[int, Any] = {}
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop = True
-            self.display.message("stopping after this step; again to stop at once, without saving")
-            for each, handler in earlier.items():
-                signal.signal(each, handler)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            earlier[number] = signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for each, handler in earlier.items():
-                signal.signal(each, handler)
+    def _stop_soon(self) -> None:
+        self._stop = True
+        self.display.message("stopping after this step; again to stop at once, without saving")
 
 
 def bits(nats: float, units: float) -> float:

@@ -1,4 +1,4 @@
-"""`longspan quickstart`: train, stop, resume, stream, measure, check, draw; each step is one thin file."""
+"""`longspan quickstart`: a fact is told once, two million tokens go by, and it is asked for."""
 
 from longspan.cli.quickstart.verb import quickstart
 

@@ -3,233 +3,244 @@
 import os
 import platform
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longspan.cli.console import interval
-from longspan.cli.quickstart.plan import HEAD, INFERENCE, Clock, Plan
-from longspan.cli.quickstart.steps import Streamed, Written
-from longspan.cli.runs import open_run
+from longspan.cli.quickstart.measure import SURE, Asked
+from longspan.cli.tour import Clock
 from longspan.files import read_json
-from longspan.report import Check, Code, Picture, Quote, Section, Table, Text, check_table, si_bytes, write_report
+from longspan.models import Encoder
+from longspan.report import Check, Code, Picture, Quote, Section, Table, Text, check_table, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
-from longspan.train import Evaluation, read_log
+from longspan.tasks import MemoryTask
+from longspan.train import read_log
 from longspan.version import __version__
 
-TITLE = "longspan: one text of any length, in constant memory"
+TITLE = "longspan: a question answered over two million tokens"
 
 
 def write(
-    plan: Plan,
-    checks: list[Check],
-    memory: dict[int, Evaluation],
-    streamed: Streamed,
-    written: Written,
-    clock: Clock,
+    output: Path, run: Path, model: Any, task: MemoryTask, found: list[Asked], checks: list[Check], clock: Clock
 ) -> Path:
     """Draw the figures and write the page; its path."""
-    log = read_log(plan.run / "log.jsonl")
-    facts = _facts(plan, log, streamed, clock)
+    log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
+    facts = _facts(model, recipe, log, found, clock)
+    most = recipe["train"]["max_segments"]
     sections = [
         Section("Checks", [check_table(checks)]),
-        Section("The stream", _stream_blocks(plan, streamed)),
-        Section("What memory is worth", _memory_blocks(plan, memory)),
-        Section("Training", [_training_picture(log)]),
-        Section("It goes on writing", _writing_blocks(written)),
+        Section("Right answers", [_accuracy(found, most), _table(found), *_example(task, found)]),
+        Section("Constant memory, constant speed", _constant(found)),
+        Section("What a dense Transformer would do", _flops(model, task)),
+        Section("Training", [_training(log)]),
         Section("The numbers", [Table(columns=("", ""), rows=facts)]),
-        Section("Go on", [Code(_commands(plan)), Text(_reading_on())]),
+        Section(
+            "Go on", [Code(_commands(run, output)), Text("All numbers of this page are in report.json beside it.")]
+        ),
     ]
     data = {
         "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
         "facts": dict(facts),
-        "stream": {"records": streamed.records, "equal": streamed.equal, "compared": streamed.compared},
-        "memory": {str(length): _plain(found, memory[0]) for length, found in memory.items()},
+        "answers": [answer.record() for each in found for answer in each.answers.values()],
         "training": log,
-        "written": asdict(written),
         "seconds": {**clock.laps, "total": clock.total},
     }
+    last = found[-1]
     lead = (
-        f"A Transformer-XL of bytes, trained for a few minutes, read {plan.text_name} ({plan.size:,} bytes) as one "
-        "document. Halfway it was stopped; another process went on from the saved state. This page was made by "
-        "longspan quickstart and checks what it claims."
+        f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
+        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of text it has never seen, is "
+        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks what it "
+        "claims."
     )
-    return write_report(plan.folder, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
+    return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
 
 
-def _plain(found: Evaluation, without: Evaluation) -> dict[str, Any]:
-    return {**found.summary(), "interval": list(found.interval()), "minus_none": list(found.minus(without))}
+def _accuracy(found: list[Asked], most: int) -> Picture:
+    lengths = [each.segments for each in found]
+    series = []
+    for kind in found[0].answers:
+        intervals = [each.answers[kind].interval() for each in found]
+        low, high = [each.low for each in intervals], [each.high for each in intervals]
+        values = [each.value for each in intervals]
+        series.append(Series(x=lengths, y=values, low=low, high=high, label=kind, kind="marked"))
+    chance = Mark(1 / 6, "chance", horizontal=True)
+    return picture(
+        "accuracy",
+        lambda theme: line_figure(
+            series,
+            xlabel="segments of 499 tokens",
+            ylabel="share of right answers",
+            marks=[Mark(most, "trained up to here"), chance],
+            xscale="log2",
+            xticks=lengths,
+            ylim=(0, 1.03),
+            theme=theme,
+        ),
+        alt="Share of right answers against the number of segments.",
+        caption="Bands are 95 % intervals (Wilson); at the longest texts few questions are asked, so they are wide.",
+    )
 
 
-def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
-    records = streamed.records
-    place = [record["bytes"] / 1e6 for record in records]
-    where = f"position in {plan.text_name} (MB)"
-    mark = [Mark(plan.half / 1e6, "saved; a fresh process goes on")]
+def _table(found: list[Asked]) -> Table:
+    columns = ["segments", "tokens", *found[0].answers, "facts cut by a border", "false writes", "a sentence repeats"]
+    rows = []
+    for each in found:
+        answers = list(each.answers.values())
+        silent = sum(answer.silent for answer in answers)
+        rows.append(
+            (
+                f"{each.segments:,}",
+                f"{each.tokens:,}",
+                *(f"{sum(answer.right)} of {len(answer.right)}" for answer in answers),
+                f"{sum(sum(answer.straddles) for answer in answers)}",
+                f"{sum(answer.false_writes for answer in answers)} in {silent:,}",
+                f"{max(answer.repeats for answer in answers):.2f} times",
+            )
+        )
+    return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
 
-    def draw(name: str, label: str, series: Sequence[Series], alt: str, caption: str, **more: Any) -> Picture:
+
+def _example(task: MemoryTask, found: list[Asked]) -> list[Quote | Text]:
+    kind = next(iter(found[-1].answers))
+    sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
+    (segment,) = list(sample)
+    text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
+    *before, question = text.rpartition(sample.what.question)[:2]
+    return [
+        Text(
+            "A sample of one segment, and its question (underlined). Noise is sentences of held-back speeches and of "
+            "the King James Bible, drawn one by one; a fact may stand anywhere, also across a segment border, where no "
+            "segment shows all of it."
+        ),
+        Quote("".join(before), question),
+    ]
+
+
+def _constant(found: list[Asked]) -> list[Picture | Text]:
+    lengths = [each.segments for each in found]
+
+    def draw(name: str, label: str, value: Callable[[Asked], float], alt: str, caption: str) -> Picture:
+        values = [value(each) for each in found]
+        series = [Series(x=lengths, y=values, kind="marked")]
         return picture(
             name,
-            lambda theme: line_figure(series, xlabel=where, ylabel=label, marks=mark, theme=theme, **more),
+            lambda theme: line_figure(
+                series,
+                xlabel="segments of 499 tokens",
+                ylabel=label,
+                xscale="log2",
+                xticks=lengths,
+                ylim=(0, max(values) * 1.25),
+                theme=theme,
+            ),
             alt=alt,
             caption=caption,
         )
 
-    bits = [
-        Series(x=place, y=_running_mean(records), label="all bytes so far"),
-        Series(x=place, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0),
-    ]
-    blocks: list[Picture | Text] = [
-        draw(
-            "bits-per-byte",
-            "bits per byte",
-            bits,
-            f"Bits per byte along {plan.text_name}, without a jump where the process was replaced.",
-            "How well each block of the text is predicted, and all of it so far. The model has never seen this text. "
-            "Where the process was replaced nothing happens, which is the point.",
-        )
-    ]
-    if records[0]["resident"] is not None:
-        held = [record["resident"] / 2**20 for record in records]
+    blocks: list[Picture | Text] = []
+    if all(each.resident for each in found):
         blocks.append(
             draw(
                 "resident-memory",
                 "resident memory (MiB)",
-                [Series(x=place, y=held)],
-                "Resident memory along the text: flat.",
-                f"What the process holds in memory, Python and PyTorch included. The model's state is "
-                f"{si_bytes(records[-1]['state_bytes'])} of it, at any position.",
-                ylim=(0, max(held) * 1.25),
+                lambda each: (each.resident or 0) / 2**20,
+                "Resident memory against the number of segments: flat.",
+                "Most that the process held while reading, Python and PyTorch included; samples are made segment by "
+                "segment as they are read.",
             )
         )
-    speeds = [record["bytes_per_second"] for record in records]
     blocks.append(
         draw(
             "speed",
-            "bytes per second",
-            [Series(x=place, y=speeds)],
-            "Bytes per second along the text: level.",
-            "Speed does not depend on how much was read before; other programs on the same cores can show as dips.",
-            ylim=(0, max(speeds) * 1.25),
+            "tokens per second",
+            lambda each: each.tokens_per_second,
+            "Tokens per second against the number of segments: level.",
+            "All rows of a batch together, making the samples included.",
         )
     )
     return blocks
 
 
-def _running_mean(records: list[dict[str, Any]]) -> list[float]:
-    total, last, means = 0.0, 0, []
-    for record in records:
-        total += record["bits_per_byte"] * (record["bytes"] - last)
-        last = record["bytes"]
-        means.append(total / last)
-    return means
-
-
-def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | Table | Text]:
-    lengths = list(memory)
-    intervals = [found.interval() for found in memory.values()]
+def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
+    recurrent, size = model.recurrent, task.config.segment_length
+    config = recurrent.backbone.config
+    with torch.device("meta"):
+        dense = Encoder(replace(config, mixers=({"name": "full"},)))
+    counts = [4**power for power in range(7)]
+    mine = [recurrent.flops(count * size) / (count * size) for count in counts]
+    other = [dense.flops(count * size) / (count * size) for count in counts]
     series = [
-        Series(
-            x=lengths,
-            y=[each.value for each in intervals],
-            low=[each.low for each in intervals],
-            high=[each.high for each in intervals],
-            kind="marked",
-        )
+        Series(x=counts, y=[each / 1e6 for each in other], label="dense Transformer of the same size", kind="marked"),
+        Series(x=counts, y=[each / 1e6 for each in mine], label="recurrent memory", kind="marked"),
     ]
     drawn = picture(
-        "memory-length",
+        "flops",
         lambda theme: line_figure(
             series,
-            xlabel="memory (bytes before the segment)",
-            ylabel="bits per byte on held-back documents",
-            marks=[Mark(plan.mem_len, "trained with this")],
+            xlabel="segments of 499 tokens",
+            ylabel="million FLOPs per token, computed",
             xscale="log2",
-            xticks=lengths,
+            yscale="log",
+            xticks=counts,
             theme=theme,
         ),
-        alt="Bits per byte against the length of the memory: falling.",
-        caption="One set of weights, several lengths of memory. The band is a 95 % interval over documents: wide, as "
-        "documents differ; the table compares each with none on the same documents.",
+        alt="FLOPs per token against length: level for recurrent memory, rising for a dense Transformer.",
+        caption=f"At {counts[-1] * size:,} tokens a dense Transformer of this size needs "
+        f"{other[-1] / mine[-1]:,.0f} times the work. (For models of the paper's size see the claim rmt-flops.)",
     )
-    rows = [
-        (f"{length:,}", interval(found.interval()), interval(found.minus(memory[0])) if length else "")
-        for length, found in memory.items()
-    ]
-    table = Table(columns=("memory (bytes)", "bits per byte", "difference from none"), rows=rows, right=(0, 1, 2))
-    count = len(next(iter(memory.values())).names)
-    note = Text(f"Measured on the first {HEAD:,} bytes of each of the {count} held-back documents.")
-    return [drawn, table, note]
+    return [drawn]
 
 
-def _training_picture(log: list[dict[str, Any]]) -> Picture:
-    steps = [line for line in log if "bits_per_byte" in line]
-    held = [line for line in log if "validation" in line]
-    series = [
-        Series(
-            x=[line["seconds"] / 60 for line in steps], y=[line["bits_per_byte"] for line in steps], label="training"
-        ),
-        Series(
-            x=[line["seconds"] / 60 for line in held],
-            y=[line["validation"]["bits_per_byte"] for line in held],
-            label="held-back documents",
-            kind="marked",
-        ),
-    ]
+def _training(log: list[dict[str, Any]]) -> Picture:
+    minutes = [line["seconds"] / 60 for line in log]
+    stages = [Mark(line["seconds"] / 60) for line in log if line["new_stage"]]
+    series = [Series(x=minutes, y=[line["accuracy"] for line in log])]
     return picture(
         "training",
-        lambda theme: line_figure(series, xlabel="minutes of training", ylabel="bits per byte", theme=theme),
-        alt="Bits per byte over the minutes of training: falling.",
-        caption="The last point is of all held-back documents, the others of a part of them.",
+        lambda theme: line_figure(
+            series,
+            xlabel="minutes of training",
+            ylabel="share of right answers while training",
+            marks=stages,
+            ylim=(0, 1.03),
+            theme=theme,
+        ),
+        alt="Share of right answers over the minutes of training.",
+        caption="Dashed lines: the curriculum goes on, first to longer segments, then to more of them.",
     )
 
 
-def _writing_blocks(written: Written) -> list[Quote | Text]:
-    return [
-        Text(f"The start of a document that was held back ({written.name}), and how the model goes on (underlined):"),
-        Quote(written.prompt, written.text),
-        Text("After a few minutes of training these are words and turns of phrase, not thoughts."),
-    ]
-
-
-def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clock) -> list[tuple[str, str]]:
-    model, _ = open_run(str(plan.run), [INFERENCE])
-    recipe = read_json(plan.run / "recipe.json")
-    config, train = model.config, recipe["train"]
-    last = [line for line in log if "tokens" in line][-1]
-    held = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
-    records, mixer = streamed.records, config.mixers[0]
-    layers = f"{config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
-    segments = f"segments of {mixer['segment']}, memory of {plan.mem_len}"
+def _facts(
+    model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], found: list[Asked], clock: Clock
+) -> list[tuple[str, str]]:
+    config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
+    shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
     laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
+    far = [each for each in found if each.segments > SURE]
+    state = model.state_nbytes(1, 0)
     return [
-        ("model", f"transformer_xl, {layers}, {segments}; {model.num_parameters():,} parameters"),
-        ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} bytes seen"),
-        ("held-back documents", f"{held[-1]:.4f} bits per byte" if held else "not measured"),
-        (plan.text_name, f"{_running_mean(records)[-1]:.4f} bits per byte, {records[-1]['seconds']:.0f} s"),
-        ("state", f"{records[-1]['state_bytes']:,} bytes, exactly, at any position"),
-        ("seed", str(train["seed"])),
+        ("model", f"{shape}, {memory.num_memory_tokens} memory tokens; {model.num_parameters():,} parameters"),
+        ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
+        ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
+        ("state", f"{state:,} bytes for a text, at any length"),
+        ("asked beyond the bar", f"{sum(len(a.right) for each in far for a in each.answers.values())} questions"),
+        ("seed", str(recipe["train"]["seed"])),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
         ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
         ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
     ]
 
 
-def _commands(plan: Plan) -> str:
-    run, folder = shlex.quote(str(plan.run)), shlex.quote(str(plan.folder))
+def _commands(run: Path, output: Path) -> str:
+    name, folder = shlex.quote(str(run)), shlex.quote(str(output))
     return "\n".join(
         [
-            f"longspan eval {run} FILE                      # how well it predicts a text of yours",
-            f"longspan stream {run} FILE --save-state s     # any length; go on with --load-state s",
-            f"longspan generate {run} --prompt-file {folder}/prompt.txt",
-            f"longspan train --resume -o {run} --set train.minutes=30",
-            "longspan mixers                                # what else a model can be made of",
+            f"longspan eval {name} --segments 16,256 --count 128     # more questions",
+            f"longspan quickstart --reuse -o {folder}      # the same model again",
+            "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
+            "longspan quickstart-lm                         # a language model that streams a book",
         ]
     )
-
-
-def _reading_on() -> str:
-    return "All numbers of this page are in report.json beside it, the figures in figures/."

@@ -1,101 +1,80 @@
-"""The verb: the steps in order, the checks, and the page."""
+"""The verb: train, ask at every length, check, and draw the page."""
 
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from longspan.cli.console import console, print_table, say
-from longspan.errors import ConfigError
+from longspan.cli.tour import Clock, finish, say_step
+from longspan.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from longspan.report import Check
+    from longspan.tasks import MemoryTask
 
-RECIPE = "quickstart-lm.toml"
+RECIPE = "rmt.toml"
 
 
 def quickstart(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
     ] = Path("out/quickstart"),
-    text: Annotated[
-        str, typer.Option("--text", metavar="FILE", help="The long text that is streamed: kjv, or a file of your own.")
-    ] = "kjv",
     recipe: Annotated[
         Path | None,
-        typer.Option(
-            "--recipe", metavar="FILE", help="What is trained; a transformer_xl.", show_default=f"recipes/{RECIPE}"
-        ),
+        typer.Option("--recipe", metavar="FILE", help="What is trained.", show_default=f"recipes/{RECIPE}"),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
     ] = None,
+    longest: Annotated[int, typer.Option("--longest", min=1, help="Ask after at most so many segments.")] = 4096,
+    count: Annotated[
+        int,
+        typer.Option("--count", min=1, help="Questions of each kind at short lengths; fewer are asked at long ones."),
+    ] = 64,
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the model that is in DIR already.")] = False,
 ) -> int:
-    """See the library work, in about seven minutes: train, stream a book, stop halfway, resume, draw a page.
+    """Tell a model a fact once, let two million tokens go by, and ask for it; about ten minutes.
 
-    Trains a byte-level Transformer-XL on 200 years of State of the Union addresses for three minutes. Streams the
-    whole King James Bible, which it has never seen, through it in constant memory; halfway the state is saved and a
-    fresh process goes on. Compares what longer and shorter memories are worth on speeches that were held back, and
-    continues one of them. Checks its own claims, and ends with exit code 1 where one fails; clocks are reported only,
-    as other programs disturb them.
+    Trains a Recurrent Memory Transformer on at most five segments of 499 tokens: who went where, told somewhere in
+    State of the Union addresses. Then asks after 1, 4, 16 ... 4,096 segments of text it has never seen, 2,043,904
+    tokens, read one by one in constant memory. Checks its own claims, and ends with exit code 1 where one fails;
+    clocks are reported only, as other programs disturb them.
 
     Examples:
       longspan quickstart
-      longspan quickstart --text war-and-peace.txt --set train.minutes=10 -o out/longer
+      longspan quickstart --set task.kind=reasoning --set train.minutes=20 -o out/reasoning
+      longspan quickstart --reuse --longest 256
     """
-    from longspan.cli.quickstart import checks, page, steps
-    from longspan.cli.quickstart.plan import Clock, make_plan
+    from longspan.cli.quickstart import measure, page
+    from longspan.cli.training_table import RECALL, TrainingTable
     from longspan.config import override, read_toml
+    from longspan.train import find_recipe, load_run, run
 
-    data = read_toml(recipe or find_recipe())
+    data = read_toml(recipe or find_recipe(RECIPE))
     for assignment in set_ or []:
         data = override(data, assignment)
-    clock = Clock()
-    plan = make_plan(data, output, text, command_text=text)
-    _say_step(1, f"training {plan.describe_training()}" if not reuse else "keeping the model that is there")
-    steps.train(plan, reuse=reuse)
+    if data.get("task", {}).get("name") != "memory" or "classes" not in data.get("model", {}):
+        raise ConfigError("quickstart: wants a recipe of the memory task with model.classes; use `longspan train`")
+    clock, folder = Clock(), output / "run"
+    if reuse:
+        say_step(1, 3, "keeping the model that is there")
+        if not (folder / "model").is_dir():
+            raise CheckpointError(f"{folder}: no trained model to keep; leave --reuse out")
+    else:
+        say_step(1, 3, "training: a fact somewhere in a few segments of real text, then a question")
+        if folder.exists():
+            if not (folder / "recipe.json").exists() and any(folder.iterdir()):
+                raise CheckpointError(f"{folder}: holds something that is not a run; choose another --output")
+            shutil.rmtree(folder)
+        if run(data, folder, progress=TrainingTable(RECALL)).interrupted:
+            raise KeyboardInterrupt
     clock.lap("train")
-    _say_step(2, "what memory is worth, on speeches that were held back")
-    memory = steps.compare_memories(plan)
-    clock.lap("memory")
-    _say_step(3, f"streaming {plan.text_name}, {plan.size:,} bytes as one document, in two processes")
-    streamed = steps.stream(plan)
-    clock.lap("stream")
-    _say_step(4, "going on with a speech that was held back")
-    written = steps.write_on(plan)
-    clock.lap("write")
-    found = checks.check(plan, memory, streamed, clock)
-    path = page.write(plan, found, memory, streamed, written, clock)
-    return _finish(found, path)
-
-
-def find_recipe() -> Path:
-    """The recipe that comes with the library: beside the package where it is installed, else in its source tree.
-
-    Raises:
-        ConfigError: neither is there.
-    """
-    package = Path(__file__).parents[2]
-    for folder in (package / "recipes", package.parents[1] / "recipes", Path("recipes")):
-        if (folder / RECIPE).is_file():
-            return folder / RECIPE
-    raise ConfigError(f"recipes/{RECIPE} did not come with this installation; give --recipe FILE")
-
-
-def _say_step(number: int, text: str) -> None:
-    console().print(f"\n[bold]{number}/4[/bold]  ", end="")
-    console().print(text, markup=False)
-
-
-def _finish(found: "list[Check]", path: Path) -> int:
-    from longspan.report import check_table
-
-    print()
-    print_table(check_table(found))
-    failed = [check.name for check in found if check.fatal and not check.passed]
-    print(f"The page, with figures and all numbers: {path}", flush=True)
-    if failed:
-        say(f"longspan: {len(failed)} check{'s' if len(failed) > 1 else ''} failed: {'; '.join(failed)}")
-    return 1 if failed else 0
+    model, task = cast("tuple[Any, MemoryTask]", load_run(folder))
+    say_step(2, 3, "asking, after more and more text it has never seen (k of n right)")
+    found = measure.ask(model, task, measure.plan(longest, count))
+    clock.lap("ask")
+    say_step(3, 3, "checking and drawing")
+    checks = measure.check(found, clock)
+    path = page.write(output, folder, model, task, found, checks, clock)
+    return finish(checks, path)

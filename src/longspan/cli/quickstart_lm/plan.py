@@ -1,8 +1,7 @@
 """What a quickstart does: sizes that follow the recipe and the text, and where everything goes."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str, *, command_tex
     first = (recipe.get("model", {}).get("mixers") or [{}])[0]
     if first.get("name") != "transformer_xl" or recipe.get("task", {}).get("tokenizer", "bytes") != "bytes":
         raise ConfigError(
-            "quickstart: wants a recipe of bytes whose first mixer is transformer_xl; use `longspan train`"
+            "quickstart-lm: wants a recipe of bytes whose first mixer is transformer_xl; use `longspan train`"
         )
     path = _text_file(text, folder)
     size = path.stat().st_size
@@ -115,20 +114,3 @@ def _text_file(text: str, folder: Path) -> Path:
 
     ((_, data),) = read_source("kjv")
     return write_atomically(folder / "kjv.txt", lambda path: path.write_bytes(data.tobytes()))
-
-
-@dataclass
-class Clock:
-    """How long each step took, in seconds."""
-
-    started: float = field(default_factory=time.perf_counter)
-    laps: dict[str, float] = field(default_factory=dict)
-
-    def lap(self, name: str) -> None:
-        """The step `name` has ended."""
-        self.laps[name] = self.total - sum(self.laps.values())
-
-    @property
-    def total(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.started

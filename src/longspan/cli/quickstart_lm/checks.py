@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from longspan.cli.console import interval
-from longspan.cli.quickstart.plan import INFERENCE, Clock, Plan
-from longspan.cli.quickstart.steps import Streamed
+from longspan.cli.quickstart_lm.plan import INFERENCE, Plan
+from longspan.cli.quickstart_lm.steps import Streamed
 from longspan.cli.runs import open_run
+from longspan.cli.tour import Clock
 from longspan.report import Check, si_bytes
 from longspan.train import Evaluation
 

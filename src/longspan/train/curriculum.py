@@ -1,0 +1,181 @@
+"""The curriculum of the memory tasks: short segments first, then longer ones, then more of them.
+
+Bulatov et al. 2023 (section 3) train one segment to convergence, then two, and so on. Here writing is learnt first, on
+two segments so short that a fact is most of what they say; the segments grow to their full length, and only then does
+their number. A batch is drawn at the stage reached or, half the time, from anything before it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from longspan.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """The `[train]` table of a recipe of the memory task.
+
+    Attributes:
+        steps: optimiser steps; None = no limit where `minutes` is given, else 1000.
+        minutes: of training, saving not counted; the schedule follows steps or time, whichever is further on.
+        tokens: of a batch, about: its rows follow from their length.
+        short_segments: lengths of segments before the task's own.
+        first_segments: number of segments to begin with.
+        max_segments: the most that are ever trained on.
+        accuracy: of the last `window` batches at a stage that ends it.
+        short_accuracy: the same while segments are short.
+        window: batches.
+        patience: steps after which a stage ends in any case; 0 = never.
+        frontier: share of the batches at the stage reached; the others have fewer segments.
+        gate_open: weight of the loss that asks the gate for `gate_evidence` at least where a whole fact stands.
+        gate_evidence: see `gate_open`; a logit.
+        gate_penalty: largest weight of the loss that asks for -`gate_margin` where no fact stands.
+        gate_margin: see `gate_penalty`; a logit.
+        gate_ramp: share of `gate_penalty` that is added in a step while accuracy is above `short_accuracy`; below it
+            the weight falls again. From the first step on, the penalty would keep the memory from ever being written.
+        lr: largest learning rate.
+        warmup: steps of linear warm-up.
+        constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
+        min_lr_ratio: see `constant`.
+        betas, weight_decay: of AdamW.
+        clip: largest norm of the gradient; 0 = no clipping.
+        seed: of everything random.
+        log_every, checkpoint_every: in steps; 0 checkpoints at the end only.
+        keep: checkpoints that stay.
+        threads: CPU threads; 0 = as torch chooses.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    tokens: int = 32_000
+    short_segments: tuple[int, ...] = (64, 128, 256)
+    first_segments: int = 2
+    max_segments: int = 5
+    accuracy: float = 0.93
+    short_accuracy: float = 0.85
+    window: int = 10
+    patience: int = 0
+    frontier: float = 0.5
+    gate_open: float = 0.3
+    gate_evidence: float = 8.0
+    gate_penalty: float = 1.0
+    gate_margin: float = 3.0
+    gate_ramp: float = 0.02
+    lr: float = 1e-3
+    warmup: int = 50
+    constant: float = 0.6
+    min_lr_ratio: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep: int = 2
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "first_segments", "window", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}: 1 at least")
+        for name in ("patience", "lr", "warmup", "weight_decay", "clip", "seed", "checkpoint_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}: 0 at least")
+        if self.max_segments < self.first_segments:
+            raise ConfigError(
+                f"train.max_segments = {self.max_segments}: first_segments = {self.first_segments} at least"
+            )
+        for name in ("accuracy", "short_accuracy", "frontier", "constant"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}: from 0 to 1")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the run is over, 0 to 1."""
+        limit = 1000 if self.steps is None and self.minutes is None else self.steps
+        by_steps = 0.0 if limit is None else step / max(limit, 1)
+        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
+        return min(max(by_steps, by_time), 1.0)
+
+    def rate(self, step: int, seconds: float) -> float:
+        """What `lr` is multiplied with in step `step` (from 0)."""
+        done = self.progress(step, seconds)
+        falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
+        return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
+
+
+@dataclass
+class Curriculum:
+    """Where a run is in its curriculum; plain data, so that it can be saved.
+
+    Attributes:
+        config: of the run.
+        full: tokens of a segment in the end.
+        segments: the most segments of a sample by now.
+        length: tokens of a segment by now.
+        since: steps since this stage began.
+        at_stage: accuracy of the last batches of this stage.
+        recent: accuracy of the last batches of any size.
+        penalty: weight of the loss on gates that open where no fact stands.
+    """
+
+    config: CurriculumConfig
+    full: int
+    segments: int = 0
+    length: int = 0
+    since: int = 0
+    at_stage: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+    penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.segments = self.segments or self.config.first_segments
+        self.length = self.length or self._lengths[0]
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [*(length for length in sorted(self.config.short_segments) if length < self.full), self.full]
+
+    def draw(self, step: int) -> tuple[int, int]:
+        """Segments and rows of the batch of a step."""
+        random = np.random.default_rng([self.config.seed, step, 7])
+        at_frontier = random.random() < self.config.frontier
+        segments = self.segments if at_frontier else int(random.integers(1, self.segments + 1))
+        rows = self.config.tokens // (segments * self.length)
+        return segments, max(8, min(64, rows))
+
+    def add(self, segments: int, accuracy: float) -> bool:
+        """Count a batch; True where a new stage begins."""
+        config = self.config
+        self.since += 1
+        self.recent = [*self.recent, accuracy][-config.window :]
+        if self.segments >= 2 and math.fsum(self.recent) > config.short_accuracy * len(self.recent):
+            self.penalty = min(config.gate_penalty, self.penalty + config.gate_penalty * config.gate_ramp)
+        else:
+            self.penalty *= 0.95
+        if segments == self.segments:
+            self.at_stage = [*self.at_stage, accuracy][-config.window :]
+        wanted = config.accuracy if self.length == self.full else config.short_accuracy
+        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > wanted * config.window
+        if not good and not (config.patience and self.since >= config.patience):
+            return False
+        if self.length < self.full:
+            self.length = self._lengths[self._lengths.index(self.length) + 1]
+        elif self.segments < config.max_segments:
+            self.segments += 1
+        else:
+            return False
+        self.at_stage, self.since = [], 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {key: value for key, value in asdict(self).items() if key not in ("config", "full")}
+
+    def load_state_dict(self, data: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for key, value in data.items():
+            setattr(self, key, value)
