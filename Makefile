@@ -1,5 +1,5 @@
 # Three commands each work alone on a machine that has Python (3.11 or newer), pip, git and make:
-#   make quickstart   the main job on real text: train, stream a whole book in constant memory, look at the page
+#   make quickstart   the main job on real text: tell a fact, read two million tokens, ask for it, look at the page
 #   make test         all tests
 #   make check        format, lint, types, imports; no tests
 PYTHON ?= python3
@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: help quickstart test check format data bench clean
+.PHONY: help quickstart quickstart-lm test check format data bench clean
 
 help:
-	@echo "make quickstart   train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
+	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
+	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
 	@echo "make test         all tests"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
@@ -32,6 +33,9 @@ data: $(VENV)/.data
 quickstart: $(VENV)/.data
 	$(BIN)/longspan quickstart -o out/quickstart
 
+quickstart-lm: $(VENV)/.data
+	$(BIN)/longspan quickstart-lm -o out/quickstart-lm
+
 test: $(VENV)/.data
 	$(BIN)/python -m pytest
 
@@ -48,6 +52,7 @@ format: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_memory.py
 
 clean:
 	rm -rf $(VENV) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,10 +9,9 @@ from longspan.cli.quickstart_lm import checks
 from longspan.cli.quickstart_lm.plan import make_plan
 from longspan.cli.quickstart_lm.steps import Streamed
 from longspan.cli.tour import Clock
-from longspan.train import find_recipe
 from longspan.config import read_toml
 from longspan.tasks import resolve as resolve_task
-from longspan.train import Evaluation, resolve
+from longspan.train import Evaluation, find_recipe, resolve
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ class Outcome:
         note: what falls short, and why; empty: nothing to say.
         data: all numbers, as plain data.
         pictures: figures, drawn.
+        seconds: that it took, earlier calls in the same folder included; None: as long as this call.
     """
 
     verdict: Verdict
@@ -45,6 +46,7 @@ class Outcome:
     note: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     pictures: list[Picture] = field(default_factory=list)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

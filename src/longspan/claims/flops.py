@@ -49,7 +49,8 @@ RMT_FLOPS = Claim(
     name="rmt-flops",
     system="Recurrent Memory Transformer",
     source="Bulatov et al. 2023, figure 2 and section 4",
-    text="Over 4,096 segments recurrent memory needs up to 295 times fewer FLOPs than the same model on the whole text.",
+    text="Over 4,096 segments recurrent memory needs up to 295 times fewer FLOPs than the same model needs for the "
+    "whole text.",
     run=_run,
     minutes={"small": 0.1, "full": 0.1},
 )

@@ -1,6 +1,6 @@
 """Results on disk, and docs/claims.md made of them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
     """Write `folder/NAME.json` and the figures beside it; the path."""
     path = folder / f"{claim.name}.json"
     for drawn in outcome.pictures:
-        image = drawn.light
-        write_atomically(folder / f"{drawn.name}.png", lambda to, image=image: to.write_bytes(image))
+        write_atomically(folder / f"{drawn.name}.png", _writer(drawn.light))
     result = {
         "claim": claim.name,
         "system": claim.system,
@@ -33,13 +32,17 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
         "figures": [asdict(figure) for figure in outcome.figures],
         "size": outcome.size,
         "note": outcome.note,
-        "minutes": round(seconds / 60, 1),
+        "minutes": round((outcome.seconds or seconds) / 60, 1),
         "version": __version__,
         "pictures": [{"file": f"{drawn.name}.png", "alt": drawn.alt} for drawn in outcome.pictures],
         "data": outcome.data,
     }
     write_json(path, result)
     return path
+
+
+def _writer(image: bytes) -> Callable[[Path], object]:
+    return lambda to: to.write_bytes(image)
 
 
 def read_results(folder: Path, order: Iterable[str]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run, run, seeds_interval
+from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run, read_log, run, seeds_interval
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -21,33 +21,37 @@ GOAL = {"memorize": 0.95, "detect": 0.95, "reasoning": 0.90}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes of a re-enactment: training seeds, minutes of each training, and (segments, samples, of the first seed only)."""
+    """Sizes: training seeds, optimiser steps of each training, and (segments, samples, of the first seed only)."""
 
     seeds: int
-    minutes: dict[str, float]
+    steps: dict[str, int]
     asked: tuple[tuple[int, int, bool], ...]
 
 
 PLANS: dict[str, Plan] = {
     "small": Plan(
         seeds=1,
-        minutes={"memorize": 3, "detect": 3, "reasoning": 7},
+        steps={"memorize": 450, "detect": 450, "reasoning": 1800},
         asked=((1, 64, False), (16, 64, False), (64, 32, False), (256, 16, False)),
     ),
     "full": Plan(
         seeds=3,
-        minutes={"memorize": 3.5, "detect": 3.5, "reasoning": 8},
-        asked=((1, 128, False), (4, 128, False), (16, 128, False), (64, 128, False), (256, 128, False))
-        + ((1024, 64, True), (4096, 32, True)),
+        steps={"memorize": 450, "detect": 450, "reasoning": 2400},
+        asked=(
+            *((segments, 128, False) for segments in (1, 4, 16, 64, 256)),
+            (1024, 64, True),
+            (4096, 32, True),
+        ),
     ),
 }
 
 
-def train_once(folder: Path, kind: Kind, seed: int, minutes: float, *assignments: str) -> None:
+def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: str) -> None:
     """A run of the recipe, from the start or from where it stopped."""
     recipe = read_toml(find_recipe("rmt-reasoning.toml" if kind == "reasoning" else "rmt.toml"))
-    for assignment in (f"task.kind={kind}", f"train.seed={seed}", f"train.minutes={minutes}", *assignments):
+    for assignment in (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}", *assignments):
         recipe = override(recipe, assignment)
+    del recipe["train"]["minutes"]  # a number of steps gives the same model on any machine
     if (folder / "model").is_dir():
         return
     resume = any((folder / "checkpoints").glob("step-*"))
@@ -74,7 +78,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     # the long texts last, so that a run which is stopped has all of the short ones
     for kind in KINDS:
         for seed in range(plan.seeds):
-            train_once(folder / f"{kind}-{seed}", kind, seed, plan.minutes[kind])
+            train_once(folder / f"{kind}-{seed}", kind, seed, plan.steps[kind])
             say(f"{kind}, seed {seed}: trained")
     for segments, count, first_only in plan.asked:
         for kind in KINDS:
@@ -82,7 +86,9 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
                 record = ask_once(folder / f"{kind}-{seed}", kind, segments, count, seed)
                 found[kind].setdefault(segments, []).append(record)
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
-    return _outcome(found, plan)
+    runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
+    trained = sum(read_log(each / "log.jsonl")[-1]["seconds"] for each in runs)
+    return _outcome(found, plan, trained)
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
@@ -95,7 +101,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
     return answers.interval()
 
 
-def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan) -> Outcome:
+def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trained: float) -> Outcome:
     figures, reached = [], True
     for kind, lengths in found.items():
         for segments, records in lengths.items():
@@ -115,19 +121,20 @@ def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan) -> O
     cut, whole = sum(each["cut_facts"] for each in records), sum(each["k_of_whole_facts"] for each in records)
     total = sum(each["n"] for each in records)
     note = (
-        f"{false:,} of {silent:,} segments without a fact wrote something. {cut} of {total:,} samples have a fact that a "
-        f"segment border cuts in two; of the others {whole / max(total - cut, 1):.1%} were answered rightly. At the longest "
-        f"texts a noise sentence occurs {max(each['repeats'] for each in records):.1f} times on average."
+        f"{false:,} of {silent:,} segments without a fact wrote something. {cut} of {total:,} samples have a fact that "
+        f"a segment border cuts in two; of the others {whole / max(total - cut, 1):.1%} were answered rightly. At the "
+        f"longest texts a noise sentence occurs {max(each['repeats'] for each in records):.1f} times on average."
     )
     return Outcome(
         verdict="holds" if reached else "holds in part",
         figures=figures,
-        size=f"encoder of 2 layers of 64 (reasoning the same), 8 memory tokens, segments of 499, trained on at most 5 of "
-        f"them for {', '.join(f'{m:g}' for m in plan.minutes.values())} minutes, {plan.seeds} seed(s); intervals 95 %, "
+        size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 of "
+        f"them for {', '.join(f'{steps:,}' for steps in plan.steps.values())} steps, {plan.seeds} seed(s); intervals 95 %, "
         "bootstrap over seeds and samples (Wilson where all are right)",
         note=note,
         data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in found.items()},
         pictures=[_picture(found)],
+        seconds=trained + sum(each["seconds"] for each in records),
     )
 
 

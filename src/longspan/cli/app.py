@@ -13,6 +13,7 @@ from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
+from longspan.cli.reproduce import reproduce
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
@@ -50,6 +51,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "stream": stream,
     "generate": generate,
     "mixers": mixers,
+    "reproduce": reproduce,
     "quickstart": quickstart,
     "quickstart-lm": quickstart_lm,
 }

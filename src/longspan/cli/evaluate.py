@@ -38,9 +38,15 @@ def evaluate(
         ),
     ] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    segments: Annotated[
+        str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
+    ] = "1,4,16,64",
+    count: Annotated[int, typer.Option("--count", min=1, help="Of a run of a memory task: so many questions.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
+
+    Of a run of a memory task: how many questions it answers rightly after more and more text.
 
     Without memory every segment starts from nothing. The brackets are 95 % intervals, found by drawing the documents
     anew 10,000 times; the difference draws the same documents for both, so it is much sharper than either figure.
@@ -49,9 +55,17 @@ def evaluate(
       longspan eval runs/first
       longspan eval runs/first book.txt letters/ --tokens 500000
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
+      longspan eval out/quickstart/run --segments 16,256 --count 128
     """
-    from longspan.train import evaluate_text, first_places
+    from longspan.train import evaluate_text, first_places, load_run
 
+    if is_memory_run(run):
+        if files or set_ or tokens or head:
+            raise ConfigError(
+                f"{run}: a run of a memory task makes its own questions; give --segments and --count only"
+            )
+        _eval_memory(*load_run(run), segments, count, as_json)
+        return
     model, task = open_run(run, set_ or [])
     documents = first_places(heads(task.read(files) if files else task.documents("validation"), head), tokens)
     length = segment or _segment(run)
@@ -63,6 +77,45 @@ def evaluate(
         print(json.dumps(figures(found), indent=2))
     else:
         show(found, ", ".join(files) if files else f"held-back documents of {run}", length)
+
+
+def is_memory_run(run: str) -> bool:
+    """Whether a folder holds a classifier on a memory task."""
+    from pathlib import Path
+
+    from longspan.files import read_json
+
+    path = Path(run) / "recipe.json"
+    return path.is_file() and "classes" in read_json(path).get("model", {})
+
+
+def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool) -> None:
+    """Ask after each number of segments, and print the table."""
+    from longspan.report import Table
+    from longspan.train import evaluate_answers
+
+    if not all(part.isdigit() and int(part) for part in segments.split(",")):
+        raise ConfigError(f"--segments {segments!r}: expected whole numbers, for example 1,16,256")
+    records = []
+    for part in segments.split(","):
+        kind = task.config.kind
+        records.append(evaluate_answers(model, task, segments=int(part), count=count, kinds=(kind,))[kind].record())
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    rows = [
+        (
+            f"{each['segments']:,}",
+            f"{each['tokens']:,}",
+            f"{each['k']} of {each['n']}",
+            interval((each["accuracy"], each["low"], each["high"]), 3),
+            f"{each['false_writes']:,} in {each['silent']:,}",
+            f"{each['tokens_per_second']:,.0f}",
+        )
+        for each in records
+    ]
+    columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
+    print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
 
 
 def heads(documents: "Documents", length: int) -> "Documents":

@@ -71,4 +71,7 @@ def _print_result(result: Any, name: str) -> None:
     out.print(f"{name}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds / 60:.1f} min", markup=False)
     if figures:
         out.print(f"held back: {figures}", markup=False)
-    out.print(f"next: longspan eval {name} | longspan stream {name} FILE | longspan generate {name}", markup=False)
+    if result.evaluation is None:
+        out.print(f"next: longspan eval {name} --segments 1,16,256", markup=False)
+    else:
+        out.print(f"next: longspan eval {name} | longspan stream {name} FILE | longspan generate {name}", markup=False)

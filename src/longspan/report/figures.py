@@ -11,13 +11,14 @@ from typing import Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter
 
 from longspan.report.page import Picture
 from longspan.report.style import DARK, LIGHT, Theme
 
-__all__ = ["Figure", "Mark", "Series", "line_figure", "picture", "to_png"]
+__all__ = ["Figure", "Mark", "Series", "heat_figure", "line_figure", "picture", "to_png"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,48 @@ def line_figure(
         axes.grid(visible=False, axis="x")
         if any(each.label for each in series):
             axes.legend(loc="best").set_zorder(20)
+    return figure
+
+
+def heat_figure(
+    values: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    numbers: bool = True,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """A table of shares from 0 to 1 as colours.
+
+    Args:
+        values: rows of shares.
+        rows: their names.
+        columns: names of the columns.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
+        numbers: write each share into its field; without, columns are slanted words.
+        theme: colours.
+    """
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        colours = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colours[0]])
+        axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_xticks(range(len(columns)), list(columns))
+        if not numbers:
+            for label in axes.get_xticklabels():
+                label.set(rotation=60, ha="right", fontsize=7.5)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(visible=False)
+        for row, line in enumerate(values if numbers else ()):
+            for column, value in enumerate(line):
+                colour = theme.ground if value > 0.6 else theme.ink
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
     return figure
 
 

@@ -52,8 +52,8 @@ def write(
     lead = (
         f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
         f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of text it has never seen, is "
-        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks what it "
-        "claims."
+        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks "
+        "what it claims."
     )
     return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
 

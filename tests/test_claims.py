@@ -1,0 +1,50 @@
+"""Claims at a size of seconds: the same code, fewer steps."""
+
+from typing import Any
+
+import pytest
+
+from longspan.claims import grid, maps, rmt
+
+SMALL = (
+    *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
+    *("model.memory.segment_length=96", "train.tokens=800"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = rmt.train_once
+
+    def train(folder: Any, kind: Any, seed: int, steps: int, *more: str) -> None:
+        plain(folder, kind, seed, 3, *more, *SMALL)
+
+    for module in (rmt, grid, maps):
+        monkeypatch.setattr(module, "train_once", train)
+
+
+def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), asked=((1, 3, False), (2, 2, True)))
+    monkeypatch.setitem(rmt.PLANS, "small", plan)
+    said: list[str] = []
+    outcome = rmt.RMT.run(tmp_path, "small", said.append)
+    assert len(outcome.figures) == 6
+    assert "of 6 (" in outcome.figures[0].ours
+    assert "of 2 (" in outcome.figures[1].ours
+    assert [len(found) for found in outcome.data["detect"].values()] == [2, 1]
+    monkeypatch.setattr(rmt, "evaluate_answers", None)
+    assert rmt.RMT.run(tmp_path, "small", said.append).data == outcome.data, "nothing is measured twice"
+
+
+def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setitem(grid._PLANS, "small", (3, (1, 2), ((1, 3), (2, 3))))
+    outcome = grid.RMT_GRID.run(tmp_path, "small", print)
+    assert [len(found) for found in outcome.data.values()] == [2, 2]
+    assert outcome.pictures[0].light[:4] == b"\x89PNG"
+
+
+def test_rmt_maps(tmp_path: Any) -> None:
+    outcome = maps.RMT_MAPS.run(tmp_path, "small", print)
+    assert all(0 <= value <= 1.0001 for values in outcome.data.values() for value in values)
+    assert len(outcome.data["on_fact"]) > 3
+    assert outcome.pictures[0].light[:4] == b"\x89PNG"

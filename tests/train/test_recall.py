@@ -1,0 +1,168 @@
+"""Training on a memory task: the curriculum, bit-for-bit resumption, and answers that are counted right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.errors import CheckpointError, ConfigError
+from longspan.tasks import MemoryConfig, MemoryTask
+from longspan.train import (
+    Curriculum,
+    CurriculumConfig,
+    evaluate_answers,
+    load_run,
+    read_log,
+    run,
+    seeds_interval,
+    wilson,
+)
+from longspan.train.recall import draw_samples, gate_losses
+
+RECIPE: dict[str, Any] = {
+    "model": {
+        "kind": "encoder",
+        "dim": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "classes": 6,
+        "memory": {"num_memory_tokens": 2, "segment_length": 96, "gate_noise": 0.5},
+    },
+    "task": {"name": "memory", "vocab_size": 512, "segment_length": 96},
+    "train": {"steps": 6, "tokens": 800, "short_segments": [64], "log_every": 1, "checkpoint_every": 3, "patience": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("recall") / "run"
+    run(RECIPE, folder, progress="none")
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load_run(folder)[0].state_dict()
+    return state
+
+
+def test_stopped_and_resumed_it_is_the_run_that_never_stopped(finished: Path, tmp_path: Path) -> None:
+    shorter = {**RECIPE, "train": {**RECIPE["train"], "steps": 3}}
+    run(shorter, tmp_path, progress="none")
+    with pytest.raises(CheckpointError, match="resume it"):
+        run(RECIPE, tmp_path, progress="none")
+    # the schedule follows the number of steps, so a run that is made longer is compared from its own start
+    run({"train": {"steps": 6}}, tmp_path, resume=True, progress="none")
+    longer = [line["loss"] for line in read_log(finished / "log.jsonl")]
+    assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")][:3] == longer[:3]
+
+
+def test_killed_and_resumed_bit_for_bit(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longspan.train.recall import RecallTrainer
+
+    plain = RecallTrainer._step
+
+    def dies(self: RecallTrainer, log: Any) -> None:
+        if self.position.step == 4:
+            raise RuntimeError("killed")
+        plain(self, log)
+
+    monkeypatch.setattr(RecallTrainer, "_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(RECIPE, tmp_path, progress="none")
+    monkeypatch.undo()
+    run(None, tmp_path, resume=True, progress="none")
+    first, second = weights(finished), weights(tmp_path)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [[line["loss"] for line in read_log(folder / "log.jsonl")] for folder in (finished, tmp_path)]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 6
+
+
+def test_the_curriculum_lengthens_then_multiplies() -> None:
+    config = CurriculumConfig(short_segments=(64, 1000), window=2, max_segments=3, gate_ramp=0.5)
+    curriculum = Curriculum(config, 499)
+    assert (curriculum.length, curriculum.segments) == (64, 2)
+    for _ in range(2):
+        curriculum.add(2, 1.0)
+    assert (curriculum.length, curriculum.segments) == (499, 2), "1,000 is longer than the task's own"
+    assert curriculum.penalty == 1.0
+    curriculum.add(1, 0.1)
+    assert curriculum.penalty == pytest.approx(0.95), "what is not yet learnt must not be kept from being written"
+    for _ in range(2):
+        curriculum.add(2, 0.96)
+    assert curriculum.segments == 3
+    again = Curriculum(config, 499)
+    again.load_state_dict(curriculum.state_dict())
+    assert again.state_dict() == curriculum.state_dict()
+    rows = [curriculum.draw(step) for step in range(50)]
+    assert {segments for segments, _ in rows} == {1, 2, 3}
+    assert all(8 <= count <= 64 for _, count in rows)
+
+
+def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
+    task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
+    batch = draw_samples(task, 3, 16, 96, (0,))
+    config = CurriculumConfig()
+    from longspan.models import Trace
+
+    closed_rows = torch.ones(16, dtype=torch.bool)
+
+    def traces(value: torch.Tensor) -> list[Trace]:
+        return [Trace(value, value, value[:, index], closed_rows, closed_rows) for index in range(3)]
+
+    right = torch.where(batch.whole, 20.0, -20.0)[..., None].expand(-1, -1, 2)
+    closed, opened = gate_losses(traces(right), batch, config)
+    assert float(closed) < 1e-6
+    assert float(opened) < 1e-4
+    closed, opened = gate_losses(traces(-right), batch, config)
+    assert float(closed) > 10
+    assert float(opened) > 10
+
+
+def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Path) -> None:
+    model, task = load_run(finished)
+    assert isinstance(task, MemoryTask)
+    one = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
+    other = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
+    assert one["detect"].right == other["detect"].right
+    record = one["detect"].record()
+    assert record["n"] == 6
+    assert record["tokens"] == 480
+    assert record["silent"] + record["telling"] <= 6 * 4
+    assert record["repeats"] >= 1
+    assert len(record["answers"]) == 6
+
+
+def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: Path) -> None:
+    model, task = load_run(finished)
+    assert isinstance(task, MemoryTask)
+    answers = [task.sample("test", 2, [0, 1, index, 1], kind="detect").answer for index in range(4)]
+    calls: list[int] = []
+
+    class Knows(torch.nn.Module):
+        def forward(self, tokens: Any, state: Any, traces: Any) -> Any:
+            traces.append(type("T", (), {"logits": None})())
+            calls.append(1)
+            return torch.nn.functional.one_hot(torch.tensor(answers), 6), None
+
+    found = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
+    assert found.right == [True] * 4
+    assert len(calls) == 2
+
+
+def test_intervals() -> None:
+    assert wilson(64, 64).low == pytest.approx(0.943, abs=0.001)
+    assert wilson(0, 0).low == 0
+    mixed = seeds_interval([[True] * 60 + [False] * 4, [True] * 50 + [False] * 14])
+    assert mixed.value == pytest.approx(110 / 128)
+    assert mixed.low < mixed.value < mixed.high
+    assert mixed.high - mixed.low > wilson(110, 128).high - wilson(110, 128).low, "trainings differ"
+
+
+def test_a_recipe_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
+    other = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
+    with pytest.raises(ConfigError, match="give both the same"):
+        run(other, tmp_path, progress="none")
+    with pytest.raises(ConfigError, match=r"train.lanes|unknown field 'lanes'"):
+        run({**RECIPE, "train": {"lanes": 3}}, tmp_path / "a", progress="none")
