@@ -21,7 +21,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt -e '.[dev,hf]'
 	@touch $@
 
 $(VENV)/.data: $(VENV)/.installed

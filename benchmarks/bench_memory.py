@@ -56,7 +56,7 @@ def main() -> None:
             ratios.append(first / second)
             tokens = options.batch * options.segments * 499 / first
             print(
-                f"memory {first * 1e3:7.1f} ms  backbone {second * 1e3:7.1f} ms  {ratios[-1]:.3f}  {tokens:,.0f} tokens/s"
+                f"memory {first * 1e3:.1f} ms  backbone {second * 1e3:.1f} ms  {ratios[-1]:.3f}  {tokens:,.0f} tokens/s"
             )
     print(f"median of {len(ratios)}: {statistics.median(ratios):.3f} times the backbone's time (bar 1.05)")
 

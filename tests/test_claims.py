@@ -8,7 +8,7 @@ from longspan.claims import grid, maps, rmt
 
 SMALL = (
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
-    *("model.memory.segment_length=96", "train.tokens=800"),
+    *("model.memory.segment_length=96", "train.tokens=800", "train.log_every=1"),
 )
 
 

@@ -199,7 +199,8 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
         process.stdin.flush()
         until = time.monotonic() + 60
         while not (log.exists() and log.read_text()) and time.monotonic() < until:
-            time.sleep(0.05)
+            time.sleep(0.002)
+        assert log.read_text(), "nothing was read within a minute"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130

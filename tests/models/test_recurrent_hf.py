@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.models.test_recurrent import text
 from torch import Tensor
 
 import longspan as ls
-from tests.models.test_recurrent import text
 
 transformers = pytest.importorskip("transformers")
 

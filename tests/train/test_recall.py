@@ -135,7 +135,7 @@ def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Pa
 
 
 def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: Path) -> None:
-    model, task = load_run(finished)
+    _, task = load_run(finished)
     assert isinstance(task, MemoryTask)
     answers = [task.sample("test", 2, [0, 1, index, 1], kind="detect").answer for index in range(4)]
     calls: list[int] = []

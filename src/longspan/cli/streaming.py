@@ -106,11 +106,14 @@ class Counter:
 
 
 class Stop:
-    """Ctrl-C: while a block is computed it is only noted, so that the state stays whole; the second one ends it all."""
+    """Ctrl-C interrupts the waiting for input and is otherwise only noted, so that state and records stay whole.
+
+    The second one ends it all.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self.computing = False
+        self.waiting = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -126,7 +129,7 @@ class Stop:
 
     def _ask(self, *_: object) -> None:
         again, self.asked = self.asked, True
-        if again or not self.computing:
+        if again or self.waiting:
             raise KeyboardInterrupt
 
 
@@ -178,9 +181,7 @@ def feed(
         if done or read in places:
             ids = _join([ids, encoder.flush(end=not data and not stop.asked)])
         if len(ids):
-            stop.computing = True
             nats = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
-            stop.computing = False
             found.append((ids, nats))
         # a short read is an input that pauses: what is known is shown
         if found and (read == border or len(data) < wanted):
@@ -193,13 +194,15 @@ def feed(
 
 def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:
     """The next bytes; none at the end, and after Ctrl-C."""
-    if stop.asked:
-        return b""
     try:
-        return read_some(file, count)
+        # set before the question, so that a Ctrl-C between the two is not waited out
+        stop.waiting = True
+        return b"" if stop.asked else read_some(file, count)
     except KeyboardInterrupt:
         # nothing was being computed, so the state is whole
         return b""
+    finally:
+        stop.waiting = False
 
 
 def _until_chunk(session: "StreamSession") -> int:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import Formatter
+from matplotlib.ticker import Formatter, FuncFormatter
 
 from longspan.report.page import Picture
 from longspan.report.style import DARK, LIGHT, Theme
@@ -105,7 +105,9 @@ def line_figure(
         if xticks is not None:
             axes.set_xticks(list(xticks))
         axes.xaxis.set_major_formatter(PlainNumbers())
-        axes.yaxis.set_major_formatter(PlainNumbers())
+        # on a logarithmic axis every label for itself: 0.1 beside 1,000 needs no 1,000.0
+        one_by_one = FuncFormatter(lambda value, _: f"{value:,.10g}")
+        axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
         axes.grid(visible=False, axis="x")
         if any(each.label for each in series):
             axes.legend(loc="best").set_zorder(20)

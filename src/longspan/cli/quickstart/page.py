@@ -76,7 +76,7 @@ def _accuracy(found: list[Asked], most: int) -> Picture:
             marks=[Mark(most, "trained up to here"), chance],
             xscale="log2",
             xticks=lengths,
-            ylim=(0, 1.03),
+            ylim=(0, 1.16),
             theme=theme,
         ),
         alt="Share of right answers against the number of segments.",
