@@ -22,6 +22,7 @@ class Traits(NamedTuple):
     streams: bool
     bounded: bool
     selects: bool = False
+    sparse: bool = False
     segment: int | None = None
     horizon: int | None = None
 

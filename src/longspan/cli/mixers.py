@@ -96,6 +96,8 @@ def _explain(name: str) -> None:
         out.print(f"State of a layer of dim {_DIM}, {_HEADS} heads, float32: {cost}.")
     if traits.selects:
         out.print("What a token sees is a discrete choice that depends on the data.")
+    if traits.sparse:
+        out.print("The weight of a key that is seen may be exactly zero, as the data have it.")
     if traits.horizon is not None:
         out.print(f"Gradients reach {traits.horizon} segment(s) of {traits.segment} positions.")
 

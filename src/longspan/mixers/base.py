@@ -25,6 +25,7 @@ class Traits:
         streams: states go in and out and the laws of stream and bounded memory hold (never where built bidirectional).
         bounded: the bytes of a state do not depend on the length.
         selects: a discrete choice (bucket, cluster, top-k) depends on data.
+        sparse: the weight of a key that is seen may be exactly zero, as the data have it (sparse features, entmax).
         segment: positions per segment; None = the mechanism knows no segments.
         horizon: segments reached by gradients, the loss's own counted as the first; None = the graph is never cut.
     """
@@ -34,6 +35,7 @@ class Traits:
     streams: bool = True
     bounded: bool = False
     selects: bool = False
+    sparse: bool = False
     segment: int | None = None
     horizon: int | None = None
 
@@ -339,6 +341,7 @@ def merge_traits(parts: Sequence[Traits]) -> Traits:
         streams=all(part.streams for part in parts),
         bounded=all(part.bounded for part in parts),
         selects=any(part.selects for part in parts),
+        sparse=any(part.sparse for part in parts),
         segment=segment,
         horizon=reach,
     )

@@ -11,6 +11,8 @@ from longspan.mixers.projections import Projections
 _CORES = {
     "full": "longspan.mixers.full:FullCore",
     "window": "longspan.mixers.window:WindowCore",
+    "linear": "longspan.mixers.linear:LinearCore",
+    "performer": "longspan.mixers.performer:PerformerCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

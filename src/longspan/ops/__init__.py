@@ -5,17 +5,42 @@ entries that a forward call really computes.
 """
 
 from longspan.ops.associative import associative_read, associative_write, dpfp
+from longspan.ops.favor import (
+    KERNELS,
+    bounded_constant,
+    favor_attention,
+    favor_features,
+    num_features_of,
+    orthogonal_projection,
+)
+from longspan.ops.favor import (
+    SOFTMAX as SOFTMAX_KINDS,
+)
 from longspan.ops.full import full_attention, full_cost
+from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [
+    "EMPTY",
+    "KERNELS",
+    "SOFTMAX_KINDS",
+    "LinearSums",
     "associative_read",
     "associative_write",
+    "bounded_constant",
     "dpfp",
+    "empty_sums",
+    "favor_attention",
+    "favor_features",
     "full_attention",
     "full_cost",
+    "group_cost",
+    "linear_attention",
+    "linear_cost",
+    "num_features_of",
+    "orthogonal_projection",
     "relative_attention",
     "relative_cost",
     "rotary_table",

@@ -1,6 +1,6 @@
 """Linear attention: feature maps in place of the softmax, evaluated in chunks by matrix products.
 
-    o_i = phi_q_i S_i / (phi_q_i . z_i),   S_i = sum_j phi_k_j v_j^T,   z_i = sum_j phi_k_j   over the keys j that i sees
+    o_i = phi_q_i S_i / (phi_q_i . z_i),   S_i = sum_j phi_k_j v_j^T,   z_i = sum_j phi_k_j,   over the keys that i sees
 
 (Katharopoulos et al. 2020, section 3.2; the causal sums in chunks: Hua et al. 2022, section 3.2.) Features of keys may
 have a scale of their own, exp(log_scale_j): then row i takes the largest log-scale among the keys *it* sees for its
@@ -112,10 +112,13 @@ def feature_attention(
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]
+        if start is not None and lengths is not None and real is not None:
+            # columns behind a row's real tokens belong to the document of the last one
+            tail = start.gather(1, (lengths - 1).clamp(min=0)[:, None]).masked_fill((lengths == 0)[:, None], -1)
+            start = torch.where(real, start, tail)
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
-        # what a block needs of the layout: which columns are real, and where documents start, counted from its own start
         outs = []
         for first, parts in _blocks(q, k, values):
             last = first + parts[2].shape[2]
@@ -208,8 +211,10 @@ def _chunks(
     batch, heads, length, width = phi_q.shape
     kv_heads, count = phi_k.shape[1], length // size
     group = heads // kv_heads
-    rows = phi_q.view(batch, kv_heads, group, count, size, width).transpose(2, 3).reshape(
-        batch, kv_heads, count, group * size, width
+    rows = (
+        phi_q.view(batch, kv_heads, group, count, size, width)
+        .transpose(2, 3)
+        .reshape(batch, kv_heads, count, group * size, width)
     )
     keys = phi_k.reshape(batch, kv_heads, count, size, width)
     ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).reshape(batch, kv_heads, count, size, -1)
@@ -350,9 +355,7 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
     return out.view(batch, heads, length, -1)
 
 
-def _by_document(
-    q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor
-) -> Tensor:
+def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
     """Each document as a row of its own, and back."""
     batch, length = start.shape
     column = torch.arange(length, device=q.device)

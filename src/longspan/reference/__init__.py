@@ -4,6 +4,7 @@ Start here to understand a mechanism: each definition is the paper's equation on
 """
 
 from longspan.reference.associative import associative_read, associative_write, dpfp
+from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
 
@@ -11,7 +12,10 @@ __all__ = [
     "associative_read",
     "associative_write",
     "dpfp",
+    "favor_attention",
+    "favor_features",
     "full_attention",
+    "linear_attention",
     "relative_attention",
     "rotary_table",
     "rotate",

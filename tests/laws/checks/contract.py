@@ -11,7 +11,7 @@ def check_traits(make: Make) -> None:
     """Traits are consistent with each other and with what forward returns."""
     mixer = make()
     traits = mixer.traits
-    for name in ("causal", "bidirectional", "streams", "bounded", "selects"):
+    for name in ("causal", "bidirectional", "streams", "bounded", "selects", "sparse"):
         assert isinstance(getattr(traits, name), bool), f"traits.{name} is {getattr(traits, name)!r}"
     assert traits.causal or traits.bidirectional
     assert traits.causal or not traits.streams, "what streams is causal"

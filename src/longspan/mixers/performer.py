@@ -1,0 +1,213 @@
+"""Performer: softmax attention by positive orthogonal random features, FAVOR+ (Choromanski et al. 2021).
+
+    o_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j),   E phi(x) . phi(y) = exp(x . y)
+
+Kinds of features and their formulas are in `longspan.ops.favor`. One projection for all heads, for queries and for keys
+(with two of them nothing is estimated); orthogonal, drawn by a generator of its own, saved with the model, and drawn
+anew every `redraw` optimiser steps in `after_step`, which voids carried states: a state records the number of its draw.
+RoPE, where the model has it, acts before the feature map. Evaluation draws nothing.
+
+The estimate is good where |q|^2 / sqrt(head_dim) is small: at unit variance no practical number of features is near
+softmax attention, but the mechanism trains.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.base import Core, Hidden, Shape, Traits
+from longspan.mixers.linear import emptied_rows
+from longspan.mixers.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig:
+    """Fields of `performer`.
+
+    Attributes:
+        num_features: rows of the projection.
+        kind: "positive", "hyperbolic", "trigonometric" (for comparison only), "bounded" (FAVOR++) or a generalised
+            kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu", "identity".
+        regularised: rows of norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
+        redraw: optimiser steps between two draws of the projection; 0 = never.
+        seed: of the first draw.
+    """
+
+    num_features: int = 256
+    kind: str = "positive"
+    regularised: bool = False
+    redraw: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [*ops.SOFTMAX_KINDS, *ops.KERNELS]
+        if self.kind not in known:
+            raise ConfigError(f"performer.kind = {self.kind!r} is not one of {', '.join(known)}")
+        if self.num_features < 1 or self.redraw < 0:
+            raise ConfigError(
+                f"performer.num_features = {self.num_features}, redraw = {self.redraw}: at least 1, and not negative"
+            )
+
+
+class PerformerState(NamedTuple):
+    """Sums over the live tokens, fp32 at least, in units of exp(maximum).
+
+    Attributes:
+        values: (batch, kv_heads, features, head_dim).
+        keys: (batch, kv_heads, features).
+        maximum: (batch, kv_heads), largest log-scale of a key.
+        drawn: (batch,) int64, the draw of the projection that made them.
+        live: (batch,) live tokens.
+    """
+
+    values: Tensor
+    keys: Tensor
+    maximum: Tensor
+    drawn: Tensor
+    live: Tensor
+
+
+class PerformerCore(Core):
+    """See the module."""
+
+    Config = PerformerConfig
+    config: PerformerConfig
+    examples = (
+        {"num_features": 6},
+        {"num_features": 4, "kind": "hyperbolic", "regularised": True},
+        {"num_features": 6, "kind": "bounded"},
+        {"num_features": 6, "kind": "relu"},
+    )
+    projection: Tensor
+    draws: Tensor
+    bound: Tensor
+    pending_square: Tensor
+
+    def __init__(self, shape: Shape, config: PerformerConfig) -> None:
+        super().__init__(shape, config)
+        self.features = ops.num_features_of(config.num_features, config.kind)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.register_buffer("projection", self._drawn(generator))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        if config.kind == "bounded":
+            # of queries and keys of unit variance, until training has seen some
+            square = torch.tensor(2.0 * shape.head_dim**0.5)
+            self.register_buffer("bound", ops.bounded_constant(square, shape.head_dim))
+            self.register_buffer("pending_square", torch.zeros(2))
+
+    def _drawn(self, generator: torch.Generator | None) -> Tensor:
+        return ops.orthogonal_projection(
+            self.config.num_features, self.shape.head_dim, generator=generator, regularised=self.config.regularised
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded at any length."""
+        return Traits(streams=self.shape.causal, bounded=True)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: PerformerState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, PerformerState | None]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: the state is of another draw of the projection.
+        """
+        q, k = self.rotate(q, k, rows)
+        bounded = self.config.kind == "bounded"
+        if bounded and self.training and torch.is_grad_enabled():
+            self._measure(q, k, rows)
+        before = None
+        if state is not None:
+            if bool((state.drawn[state.live > 0] != self.draws).any()):
+                raise UnsupportedError(
+                    "performer: the state was made with another draw of the projection; start the stream anew"
+                )
+            before = ops.LinearSums(state.values, state.keys, state.maximum)
+        out, sums = ops.favor_attention(
+            q,
+            k,
+            v,
+            self.projection,
+            kind=self.config.kind,
+            bound=self.bound if bounded else None,
+            causal=self.shape.causal,
+            state=before,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        if sums is None:
+            return out, None
+        values, keys = emptied_rows(rows, sums.values), emptied_rows(rows, sums.keys)
+        maximum = emptied_rows(rows, sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
+        drawn = self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
+        return out, PerformerState(values, keys, maximum, drawn, rows.live)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.config.kind in ops.SOFTMAX_KINDS
+
+    @torch.no_grad()
+    def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
+        """Add the mean of |x + y|^2 of this call to what the next redraw calibrates the bound with."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # a recomputation in a backward pass: counted already
+        real = torch.arange(rows.length, device=q.device) < rows.real_tokens()[:, None]
+        x, y = (t.float().transpose(1, 2)[real].flatten(0, 1) * self.shape.head_dim**-0.25 for t in (q, k))
+        if len(x):
+            square = x.square().sum(-1).mean() + y.square().sum(-1).mean() + 2 * (x.mean(0) * y.mean(0)).sum()
+            self.pending_square += torch.stack([square, torch.ones_like(square)])
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Draw the projection anew every `redraw` steps, and with it FAVOR++'s bound."""
+        if not self.config.redraw or step % self.config.redraw:
+            return
+        self.projection.copy_(self._drawn(generator))
+        self.draws += 1
+        if self.config.kind == "bounded" and float(self.pending_square[1]) > 0:
+            square = self.pending_square[0] / self.pending_square[1]
+            self.bound.copy_(ops.bounded_constant(square, self.shape.head_dim))
+            self.pending_square.zero_()
+
+    @property
+    def draw(self) -> int:
+        """How often the projection was drawn anew."""
+        return int(self.draws)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:
+        """Nothing summed."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        sums = ops.empty_sums(batch_size, self.shape.num_kv_heads, self.features, self.shape.head_dim, device, dtype)
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        maximum = sums.maximum if self._scaled else torch.zeros_like(sums.maximum)
+        return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """S, z and the maximum of every key head and two counts a row, whatever the length."""
+        size, width = max(dtype.itemsize, 4), self.features * (self.shape.head_dim + 1) + 1
+        return batch_size * (self.shape.num_kv_heads * width * size + 16)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Features of queries and keys, and the products of `ops.linear_attention`."""
+        shape = self.shape
+        project = length * shape.head_dim * self.config.num_features * (1 + shape.group)
+        cost = ops.group_cost(
+            length, features=self.features, head_dim=shape.head_dim, group=shape.group, causal=shape.causal
+        )
+        return 2 * batch_size * shape.num_kv_heads * (project + cost)
+
+    def pairs(self, length: int) -> int:
+        """All pairs, as dense attention has them."""
+        return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
