@@ -183,7 +183,9 @@ class RecurrentMemory(nn.Module):
                 self._next(state, carried, ids, rows),
                 rows,
             )
-        hidden = layout.collect(torch.cat(shown, 1))
+        hidden = layout.collect(torch.cat(shown, 1) if len(shown) > 1 else shown[0])
+        if all(segment.whole for segment in segments):
+            return (hidden, None), self._next(state, carried, ids, rows), rows
         seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
         return (hidden, seen), self._next(state, carried, ids, rows), rows
 
@@ -217,7 +219,7 @@ class RecurrentMemory(nn.Module):
         for index, segment in enumerate(segments):
             assert left is not None
             carried = self._cut(self._begin(segment, carried), left[index])
-            if not bool((segment.closed | segment.shown).any()):
+            if not (segment.whole or bool((segment.closed | segment.shown).any())):
                 shown.append(self.memory.weight.new_zeros(*segment.ids.shape, self.adapter.dim))
                 continue
             if not index and not bool(segment.resumed.any()):

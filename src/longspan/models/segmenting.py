@@ -20,6 +20,7 @@ class Segment(NamedTuple):
         closed: (B,) bool, the segment is complete and writes.
         shown: (B,) bool, outputs are wanted.
         resumed: (B,) bool, the backbone's state already holds the start of this segment.
+        whole: every row is full, closed, and all of this call: what streams are made of, and needs no masks.
     """
 
     ids: Tensor
@@ -29,6 +30,7 @@ class Segment(NamedTuple):
     closed: Tensor
     shown: Tensor
     resumed: Tensor
+    whole: bool
 
 
 def lay_out(rows: Rows, size: int, alignment: str) -> Segments:
@@ -70,6 +72,7 @@ def cut_segments(
     any_real = torch.stack([part.any(1) for part in parts[1]], 1) if count else real
     over = torch.zeros_like(rows.live, dtype=torch.bool) if rows.emptied is None else rows.emptied
     over = over | ended
+    every = torch.stack([part.all(1).all() for part in parts[2]]).tolist() if count else []
     segments = []
     for index in range(count):
         ids_s, real_s, fresh_s, position_s = (part[index] for part in parts)
@@ -78,5 +81,6 @@ def cut_segments(
         closed = any_real[:, index] & (full | later | over)
         shown = any_real[:, index] & (closed | flush)
         resumed = (layout.open > 0) if index == 0 and stream else torch.zeros_like(closed)
-        segments.append(Segment(ids_s, real_s, fresh_s, position_s[:, 0] == 1, closed, shown, resumed))
+        begins = position_s[:, 0] == 1
+        segments.append(Segment(ids_s, real_s, fresh_s, begins, closed, shown, resumed, every[index]))
     return segments

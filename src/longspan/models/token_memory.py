@@ -62,6 +62,8 @@ def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
+    if segment.whole:
+        return hidden[:, -1]
     place = torch.arange(hidden.shape[1], device=hidden.device)
     index = torch.where(segment.real, place, 0).amax(1)
     return hidden[torch.arange(len(index), device=hidden.device), index]
@@ -69,7 +71,7 @@ def last_real(hidden: Tensor, segment: Segment) -> Tensor:
 
 def assemble(
     backbone: Backbone, segment: Segment, front: list[tuple[Tensor, Tensor]], text: Tensor, back: Tensor, before: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Inputs, mask and resets of a causal backbone's run: what is read, the segment, what writes.
 
     Args:
@@ -80,11 +82,13 @@ def assemble(
         back: (B, m, dim) embeddings of the write tokens.
         before: the backbone's state of the open segment.
     """
+    inputs = [*(each for each, _ in front), text, back]
+    if segment.whole and before is None and all(bool(readable.all()) for _, readable in front):
+        return torch.cat(inputs, 1), None, None
     carries = backbone.streams and before is not None
     reads = ~segment.resumed if carries else torch.ones_like(segment.resumed)
     used = (segment.closed | segment.shown) & reads
     closed = segment.closed[:, None]
-    inputs = [*(each for each, _ in front), text, back]
     parts = [*(readable & used[:, None] for _, readable in front)]
     parts += [segment.fresh if carries else segment.real, closed.expand(-1, back.shape[1])]
     # one padded place behind the rest, whose reset empties the state of rows that closed their segment
@@ -164,18 +168,19 @@ class TokenMemory(nn.Module):
             hidden, new, following, found = run(carried.memory)
         if penalties is not None:
             penalties += found
-        memory, mass, logits = self._write(carried, new, segment.closed)
+        memory, mass, logits = self._write(carried, new, segment)
         written = carried.written + segment.closed.long()
         trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
         return Stepped(hidden, Carried(memory, mass, written, following), trace)
 
-    def _write(self, carried: Carried, new: Tensor, closed: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _write(self, carried: Carried, new: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.config.accumulate:
             kept = carried.memory[:, self.config.num_memory_tokens :]
             memory, mass, logits = torch.cat([kept, new], 1), carried.mass, None
         else:
             memory, mass, logits = self.update(carried.memory, new, carried.mass)
-        if not bool(closed.all()):
+        closed = segment.closed
+        if not (segment.whole or bool(closed.all())):
             memory, mass = where_rows(closed, memory, carried.memory), where_rows(closed, mass, carried.mass)
         return memory, mass, logits
 
@@ -195,14 +200,14 @@ class TokenMemory(nn.Module):
             inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
             ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
             end = columns + text.shape[1]
-            following = None if bool(segment.closed.all()) else ran.state
+            following = None if segment.whole or bool(segment.closed.all()) else ran.state
             return ran.hidden[:, columns:end], ran.hidden[:, end : end + write.shape[1]], following
         used = (segment.closed | segment.shown)[:, None]
         front, front_mask = memory, readable
         if accumulate:
             front = torch.cat([memory, write], 1)
             front_mask = torch.cat([readable, readable.new_ones(write.shape[:2])], 1)
-        mask = torch.cat([front_mask & used, segment.real & used], 1)
+        mask = torch.cat([front_mask & used, segment.real & used], 1) if accumulate or not segment.whole else None
         ran = backbone.run(torch.cat([front, text], 1), None, mask, None, penalties)
         width = front.shape[1]
         return ran.hidden[:, width:], ran.hidden[:, width - self.config.num_memory_tokens : width], None

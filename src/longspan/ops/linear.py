@@ -119,15 +119,8 @@ def feature_attention(
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
-        outs = []
-        for first, parts in _blocks(q, k, values):
-            last = first + parts[2].shape[2]
-            live = None if real is None else real[:, first:last]
-            begin = None if start is None else start[:, first:last] - first
-            out, sums = _recomputed(_one_block, features, *parts, sums, live, begin)
-            outs.append(out)
-        joined = torch.cat(outs, 2) if outs else values.new_zeros(*q.shape[:3], v.shape[3])
-    return joined.to(v.dtype), sums
+        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)  # type: ignore[no-untyped-call]
+    return out.to(v.dtype), LinearSums(*after)
 
 
 def empty_sums(
@@ -136,6 +129,60 @@ def empty_sums(
     """The sums over no keys."""
     values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=dtype)
     return LinearSums(values, values[..., 0].clone(), torch.full((batch, kv_heads), EMPTY, device=device, dtype=dtype))
+
+
+class _Blocked(torch.autograd.Function):
+    """The causal call block by block; kept are inputs, output and the sums at block borders.
+
+    The backward pass runs each block again, from the last to the first, and writes its gradients where they belong.
+    Maxima are units, in which nothing that is computed depends on them: they are constants to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Features, real: Any, start: Any, q: Tensor, k: Tensor, v: Tensor, *sums: Any
+    ) -> Any:
+        out = v.new_empty(*q.shape[:3], v.shape[3])
+        carried, borders = LinearSums(*sums), []
+        for first in range(0, q.shape[2], BLOCK):
+            borders.append(carried)
+            parts = [t[:, :, first : first + BLOCK] for t in (q, k, v)]
+            out[:, :, first : first + BLOCK], carried = _at(first, features, real, start, parts, carried)
+        ctx.save_for_backward(q, k, v, *(t for border in borders for t in border))
+        ctx.features, ctx.real, ctx.start = features, real, start
+        ctx.mark_non_differentiable(carried.maximum)
+        # never the tensors given, which autograd would take for outputs computed in place
+        return out, *(t.clone() if any(t is given for given in sums) else t for t in carried)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor, *d_sums: Any) -> Any:
+        q, k, v, *flat = ctx.saved_tensors
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        d_values, d_keys = d_sums[:2]
+        for first in reversed(range(0, q.shape[2], BLOCK)):
+            index = first // BLOCK * 3
+            leaves = [t[:, :, first : first + BLOCK].detach().requires_grad_() for t in (q, k, v)]
+            values, keys, maximum = (t.detach() for t in flat[index : index + 3])
+            leaves += [values.requires_grad_(), keys.requires_grad_()]
+            with torch.enable_grad():
+                before = LinearSums(values, keys, maximum)
+                out, after = _at(first, ctx.features, ctx.real, ctx.start, leaves[:3], before)
+            found = torch.autograd.grad(
+                (out, after.values, after.keys), leaves, (d_out[:, :, first : first + BLOCK], d_values, d_keys)
+            )
+            for grad, part in zip(grads, found, strict=False):
+                grad[:, :, first : first + BLOCK] = part
+            d_values, d_keys = found[3:]
+        return None, None, None, *grads, d_values, d_keys, None
+
+
+def _at(
+    first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
+) -> tuple[Tensor, LinearSums]:
+    """The block of q, k, v that begins at a column of the call."""
+    live = None if real is None else real[:, first : first + BLOCK]
+    begin = None if start is None else start[:, first : first + BLOCK] - first
+    return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)
 
 
 def _blocks(*tensors: Tensor) -> Any:
@@ -234,11 +281,12 @@ def _chunks(
         unit = None
     else:
         logs = scale.reshape(batch, kv_heads, count, 1, size)
+        units = logs.detach()
         before, entering, after = _scaled_sums(keys, ones, logs[..., 0, :], sums, own, continues)
-        visible = torch.where(seen, logs, EMPTY)
-        most = torch.maximum(visible.amax(-1), entering[..., None])
+        visible, largest = torch.where(seen, logs, EMPTY), torch.where(seen, units, EMPTY).amax(-1)
+        most = torch.maximum(largest, entering[..., None])
         if start is not None:
-            most = torch.where(inherits, most, visible.amax(-1))
+            most = torch.where(inherits, most, largest)
         weights = torch.exp(visible - most[..., None])
         unit = torch.exp(entering[..., None] - most)
     inter = rows @ before
@@ -292,7 +340,7 @@ def _scaled_sums(
     """Sums before each chunk (B, K, n, m, e), their units (B, K, n), and those after the last."""
     if own is not None:
         logs = torch.where(own, logs, EMPTY)
-    largest = logs.amax(-1)
+    largest = logs.detach().amax(-1)
     kept = keys * torch.exp(logs - largest[..., None])[..., None]
     if own is not None:
         kept = kept * own[..., None]
@@ -339,7 +387,7 @@ def _add_block(
     if scale is None:
         added = phi.mT @ ones
         return (added if total is None else total + added), None
-    largest = scale.amax(-1)
+    largest = scale.detach().amax(-1)
     if most is not None:
         largest = torch.maximum(largest, most)
     added = (phi * torch.exp(scale - largest[..., None])[..., None]).mT @ ones

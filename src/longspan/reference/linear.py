@@ -79,7 +79,7 @@ def sums_after(
                 continue
             if not bool(before[row, i]) and int(seen[row, i].sum()) == 1:
                 values, keys, most = torch.zeros_like(values), torch.zeros_like(keys), torch.full_like(most, -1e30)
-            new = torch.maximum(most, scale[row, :, i])
+            new = torch.maximum(most, scale[row, :, i]).detach()
             old_unit, unit = (most - new).exp(), (scale[row, :, i] - new).exp()
             phi = phi_k[row, :, i] * unit[:, None]
             values = values * old_unit[:, None, None] + phi[:, :, None] * v[row, :, i, None]
