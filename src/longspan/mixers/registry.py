@@ -13,6 +13,7 @@ _CORES = {
     "window": "longspan.mixers.window:WindowCore",
     "linear": "longspan.mixers.linear:LinearCore",
     "performer": "longspan.mixers.performer:PerformerCore",
+    "infini": "longspan.mixers.infini:InfiniCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

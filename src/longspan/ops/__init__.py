@@ -17,6 +17,7 @@ from longspan.ops.favor import (
     SOFTMAX as SOFTMAX_KINDS,
 )
 from longspan.ops.full import full_attention, full_cost
+from longspan.ops.infini import InfiniMemory, empty_memory, infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
@@ -26,17 +27,22 @@ __all__ = [
     "EMPTY",
     "KERNELS",
     "SOFTMAX_KINDS",
+    "InfiniMemory",
     "LinearSums",
     "associative_read",
     "associative_write",
     "bounded_constant",
     "dpfp",
+    "empty_memory",
     "empty_sums",
     "favor_attention",
     "favor_features",
     "full_attention",
     "full_cost",
     "group_cost",
+    "infini_attention",
+    "infini_cost",
+    "infini_open",
     "linear_attention",
     "linear_cost",
     "num_features_of",
