@@ -252,11 +252,11 @@ def _together(
     written, outs = memory.written, []
     for first in range(0, count, group):
         part = slice(first, first + group)
-        v = values[:, :, part]
-        added = phi_k[:, :, part].mT @ torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        keys = phi_k[:, :, part]
+        added = torch.cat([keys.mT @ values[:, :, part], keys.sum(-2)[..., None]], -1)
         before = torch.cat([now[:, :, None], added[:, :, :-1]], 2).cumsum(2)
         now = before[:, :, -1] + added[:, :, -1]
-        index = written[:, None] + torch.arange(added.shape[2], device=v.device)
+        index = written[:, None] + torch.arange(added.shape[2], device=keys.device)
         outs.append(_gated(_read(phi_q[:, :, part], before), gate, inside[:, :, part], index > 0))
         written = written + added.shape[2]
     out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
@@ -336,9 +336,7 @@ def infini_cost(length: int, *, segment: int, head_dim: int, group: int, rule: A
     local = whole * full_cost(segment, causal=True) + (full_cost(rest, causal=True) if rest else 0)
     plain = tuple(rule) == tuple(Rule())
     write = segment * head_dim * head_dim
-    if plain and length > segment:
-        write += segment * head_dim  # the normaliser in the same product
-    elif not plain:
+    if not plain:
         write += segment * head_dim + (segment * head_dim * head_dim if rule[0] == "delta" else 0)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0
     return read + whole * write, local
