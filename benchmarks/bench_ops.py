@@ -8,6 +8,7 @@ the rows named "training" are 8 rows of 512 tokens with 512 older keys against d
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,7 +40,13 @@ CASES = (
     Case("relative window 1024", "relative_attention", {"window": 1024}, True),
     Case("relative 512 + 512", "relative_attention", {"window": 512, "segment": 512}, True),
     Case("relative 512 + 512 stale", "relative_attention", {"window": 512, "segment": 512, "border": 512}, True, True),
+    Case("linear, features given", "linear_attention", {}),
+    Case("performer 256", "favor_attention", {}),
+    Case("performer 256, both sides", "favor_attention", {"causal": False}),
+    Case("infini 512", "infini_attention", {"segment": 512}),
+    Case("infini 512 delta gamma", "infini_attention", {"segment": 512, "update": "delta", "normaliser": "gamma"}),
 )
+FEATURES = 256
 
 
 def tensors(
@@ -54,6 +61,10 @@ def tensors(
         found += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
     if case.stale:
         found += [found[1].clone(), found[2].clone()]
+    if case.op == "linear_attention":
+        found[:2] = [F.elu(t) + 1 for t in found[:2]]
+    if case.op == "infini_attention":
+        found.append(torch.zeros(heads))
     return [t.requires_grad_() for t in found]
 
 
@@ -63,8 +74,17 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     if case.stale:
         *inputs, stale_k, stale_v = inputs
         settings["stale"] = (stale_k, stale_v)
-    out: Tensor = getattr(where, case.op)(*inputs, **settings)
-    return out
+    if case.op == "favor_attention":
+        inputs = [*inputs, projection(inputs[0].shape[-1])]
+    out = getattr(where, case.op)(*inputs, **settings)
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
+
+
+@functools.cache
+def projection(dim: int) -> Tensor:
+    """The random features of the performer rows."""
+    return ops.orthogonal_projection(FEATURES, dim, generator=torch.Generator().manual_seed(0))
 
 
 def is_right(case: Case) -> bool:
@@ -95,8 +115,13 @@ def steps(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], trai
 
 
 def dense(inputs: list[Tensor]) -> Tensor:
-    """What everything is measured against."""
+    """What everything causal is measured against."""
     return F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+
+def dense_both(inputs: list[Tensor]) -> Tensor:
+    """What sees both sides is measured against this."""
+    return F.scaled_dot_product_attention(*inputs)
 
 
 def extended(inputs: list[Tensor]) -> Tensor:
@@ -145,8 +170,11 @@ def main() -> None:
     for length in options.lengths:
         base_inputs = [torch.randn(1, HEADS, length, DIM).requires_grad_() for _ in range(3)]
         for case in cases:
-            report(case, str(length), dense, base_inputs, tensors(case, length), options)
+            base = dense if case.settings.get("causal", True) else dense_both
+            report(case, str(length), base, base_inputs, tensors(case, length), options)
     for case in cases:
+        if case.op not in ("window_attention", "relative_attention"):
+            continue  # carries sums, not older keys
         for batch, heads, dim in ((8, 4, 64), (16, 8, 32)):
             inputs = tensors(case, 512, batch=batch, memory=512, heads=heads, dim=dim)
             label = f"training {batch}x{heads}x{dim}"

@@ -6,15 +6,18 @@ A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
 from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
+from longspan.claims.infini_memory import INFINI_MEMORY
 from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
+from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.claims.rmt import RMT
 from longspan.config import nearest
 from longspan.errors import ConfigError
 
 __all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
 
-_CLAIMS = {claim.name: claim for claim in (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS)}
+_ALL = (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS, PERFORMER_APPROXIMATION, INFINI_MEMORY)
+_CLAIMS = {claim.name: claim for claim in _ALL}
 
 
 def names() -> list[str]:

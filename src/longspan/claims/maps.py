@@ -64,7 +64,7 @@ def _find(tokens: Any, fact: Any) -> int:
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     run = folder / "detect-0"
     with torch.enable_grad():
-        train_once(run, "detect", 0, 450 if size == "small" else 600)
+        train_once(run, "detect", 0, 450)
     model, task = cast("tuple[Any, MemoryTask]", load_run(run))
     found = [one for seed in range(32 if size == "small" else 128) if (one := _one(model, task, seed)) is not None]
     uniform = len(found[0]["fact"]) / (task.config.segment_length + found[0]["count"])
