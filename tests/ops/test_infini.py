@@ -24,7 +24,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 def test_equals_its_definition(length: int, update: Any, normaliser: Any, packed: bool, bptt: int | None) -> None:
     segment, gate = 8, draw(0, 4)
     more: dict[str, Any] = {"update": update, "normaliser": normaliser, "bptt_segments": bptt}
-    state = ops.InfiniMemory(draw(1, 2, 2, 5, 5), draw(2, 2, 2, 5).abs() + 1, torch.tensor([3, 1]))
+    state = ops.SegmentMemory(draw(1, 2, 2, 5, 5), draw(2, 2, 2, 5).abs() + 1, torch.tensor([3, 1]))
     if packed:
         real, begins = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, -(-length // segment), dtype=torch.bool)
         real[1, length - 2 :] = False
@@ -134,7 +134,7 @@ def test_a_hundred_thousand_segments_of_bf16_input_stay_exact(update: Any) -> No
     probe = torch.randn(1, 1, 1, 8, generator=generator).bfloat16()
     normaliser: Any = "gamma" if update == "delta" else "paper"
     for dtype in (torch.bfloat16, FP64):
-        state = ops.empty_memory(1, 1, 8, None, dtype)
+        state = ops.empty_memory(1, 1, 8, 8, None, dtype)
         for start in range(0, segments, 1000):
             if update == "linear":
                 _, state = ops.infini_attention(k.to(dtype), k.to(dtype), v.to(dtype), gate, segment=1, state=state)

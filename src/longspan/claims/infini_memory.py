@@ -52,8 +52,8 @@ INFINI_MEMORY = Claim(
     name="infini-memory",
     system="Infini-attention",
     source="Munkhdalai et al. 2024, table 1 and section 3",
-    text="The compressive memory is 114 times smaller than that of a Memorizing Transformer, and the smallest of all systems "
-    "compared.",
+    text="The compressive memory is 114 times smaller than that of a Memorizing Transformer, and the smallest of all "
+    "systems compared.",
     run=_run,
     minutes={"small": 0.2, "full": 0.2},
 )

@@ -8,16 +8,15 @@ kv head.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from longspan import ops
 from longspan.errors import ConfigError
-from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.linear import emptied_rows
-from longspan.mixers.rows import Rows
+from longspan.mixers.base import ParameterGroup, Shape, Traits
+from longspan.mixers.segments import SegmentCore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,25 +46,7 @@ class InfiniConfig:
             )
 
 
-class InfiniState(NamedTuple):
-    """The memory, and the keys of the open segment.
-
-    Attributes:
-        values: M (batch, kv_heads, head_dim, head_dim), fp32 at least.
-        keys: z (batch, kv_heads, head_dim), fp32 at least.
-        k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
-    k: Tensor
-    v: Tensor
-    live: Tensor
-
-
-class InfiniCore(Core):
+class InfiniCore(SegmentCore):
     """See the module."""
 
     Config = InfiniConfig
@@ -82,7 +63,8 @@ class InfiniCore(Core):
         if not shape.causal:
             raise ConfigError("infini: the memory is of the past; there is no bidirectional form")
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
-        self.rule = {
+        self.segment, self.features = config.segment, shape.head_dim
+        self.rule: dict[str, Any] = {
             "segment": config.segment,
             "update": config.update,
             "normaliser": config.normaliser,
@@ -99,110 +81,13 @@ class InfiniCore(Core):
         """The gates: their own learning rate, no weight decay."""
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: InfiniState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, InfiniState]:
-        """See `Core.forward`."""
-        segment = self.config.segment
-        before = None
-        if state is not None:
-            before = ops.InfiniMemory(state.values, state.keys, rows.offset // segment)
-        opened = rows.offset % segment
-        inside = rows.origin is None and int(opened.max() if rows.batch else 0) + rows.length <= segment
-        if inside:
-            out, memory = self._inside(q, k, v, state, before, rows, opened)
-        elif rows.plain and rows.aligned(segment):
-            out, memory = self._segments(q, k, v, before, None, None)
-        else:
-            layout = rows.segments(segment)
-            old_k, old_v = (None, None) if state is None else (state.k, state.v)
-            position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * self._real(rows))[..., None])
-            begins = position[:, ::segment, 0] == 1
-            spread = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
-            out, memory = self._segments(*spread, before, layout.real, begins)
-            out = layout.collect(out)
-        values, keys = emptied_rows(rows, memory.values), emptied_rows(rows, memory.keys)
-        carried = [
-            rows.carry(old, new, segment - 1)
-            for old, new in ((None if state is None else state.k, k), (None if state is None else state.v, v))
-        ]
-        return out, InfiniState(values, keys, carried[0], carried[1], rows.live)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+        """See `SegmentCore`."""
+        return ops.infini_attention(q, k, v, self.gate, **layout, **self.rule)
 
-    def _real(self, rows: Rows) -> Tensor:
-        return torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-
-    def _segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        before: ops.InfiniMemory | None,
-        real: Tensor | None,
-        begins: Tensor | None,
-    ) -> tuple[Tensor, ops.InfiniMemory]:
-        local = None
-        if (base := self.shape.rope) is not None:
-            # only differences count, so positions inside the segment serve
-            place = torch.arange(q.shape[2], device=q.device)[None] % self.config.segment
-            table = ops.rotary_table(place, q.shape[-1], base=base, dtype=q.dtype)
-            local = ops.rotate(q, *table), ops.rotate(k, *table)
-        rule: dict[str, Any] = self.rule
-        return ops.infini_attention(q, k, v, self.gate, state=before, local=local, real=real, begins=begins, **rule)
-
-    def _inside(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: InfiniState | None,
-        before: ops.InfiniMemory | None,
-        rows: Rows,
-        opened: Tensor,
-    ) -> tuple[Tensor, ops.InfiniMemory]:
-        if state is not None:
-            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        older, local = k.shape[2] - q.shape[2], None
-        if (base := self.shape.rope) is not None and q.shape[2]:
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = ops.rotary_table(place, q.shape[-1], base=base, dtype=q.dtype)
-            local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
-        rule: dict[str, Any] = self.rule
-        return ops.infini_open(
-            q,
-            k,
-            v,
-            self.gate,
-            state=before,
-            local=local,
-            lengths=rows.lengths,
-            memory_lengths=opened if older else None,
-            closes=opened + rows.real_tokens() == self.config.segment,
-            **rule,
-        )
-
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> InfiniState:
-        """Nothing written, nothing open."""
-        shape = self.shape
-        memory = ops.empty_memory(batch_size, shape.num_kv_heads, shape.head_dim, device, dtype)
-        k = torch.zeros(
-            batch_size, shape.num_kv_heads, self.config.segment - 1, shape.head_dim, device=device, dtype=dtype
-        )
-        return InfiniState(memory.values, memory.keys, k, k.clone(), memory.written)
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """M and z of every kv head, the keys and values of a segment but one, a count; whatever the length."""
-        shape = self.shape
-        memory = shape.head_dim * (shape.head_dim + 1) * max(dtype.itemsize, 4)
-        local = 2 * (self.config.segment - 1) * shape.head_dim * dtype.itemsize
-        return batch_size * (shape.num_kv_heads * (memory + local) + 8)
+    def attend_open(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+        """See `SegmentCore`."""
+        return ops.infini_open(q, k, v, self.gate, **layout, **self.rule)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Local attention in every segment, memory read and written."""
@@ -212,7 +97,8 @@ class InfiniCore(Core):
             segment=config.segment,
             head_dim=shape.head_dim,
             group=shape.group,
-            rule=(config.update, config.normaliser, config.bptt_segments),
+            delta=config.update == "delta",
+            adds=config.update == "linear" and config.normaliser == "paper",
         )
         return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
 

@@ -14,6 +14,7 @@ _CORES = {
     "linear": "longspan.mixers.linear:LinearCore",
     "performer": "longspan.mixers.performer:PerformerCore",
     "infini": "longspan.mixers.infini:InfiniCore",
+    "associative": "longspan.mixers.associative:AssociativeCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

@@ -4,7 +4,15 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
-from longspan.ops.associative import associative_read, associative_write, dpfp
+from longspan.ops.associative import (
+    AssociativeMaps,
+    associative_attention,
+    associative_cost,
+    associative_open,
+    associative_read,
+    associative_write,
+    dpfp,
+)
 from longspan.ops.favor import (
     KERNELS,
     bounded_constant,
@@ -17,18 +25,23 @@ from longspan.ops.favor import (
     SOFTMAX as SOFTMAX_KINDS,
 )
 from longspan.ops.full import full_attention, full_cost
-from longspan.ops.infini import InfiniMemory, empty_memory, infini_attention, infini_cost, infini_open
+from longspan.ops.infini import infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
+from longspan.ops.segments import SegmentMemory, empty_memory
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [
     "EMPTY",
     "KERNELS",
     "SOFTMAX_KINDS",
-    "InfiniMemory",
+    "AssociativeMaps",
     "LinearSums",
+    "SegmentMemory",
+    "associative_attention",
+    "associative_cost",
+    "associative_open",
     "associative_read",
     "associative_write",
     "bounded_constant",

@@ -4,8 +4,12 @@ Shapes: memory (batch, ..., features, dim), normaliser (batch, ..., features), k
 features), values (batch, ..., n, dim).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 
 EPSILON = 1e-5
 
@@ -42,13 +46,19 @@ def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tenso
 
 
 def associative_write(
-    phi_k: Tensor, values: Tensor, strength: Tensor, memory: Tensor, normaliser: Tensor
+    phi_k: Tensor,
+    values: Tensor,
+    strength: Tensor,
+    memory: Tensor,
+    normaliser: Tensor,
+    *,
+    constant_gamma: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """All n pairs written at once by the delta rule.
 
         v' = phi_k A / (phi_k . z + 1e-5)      what is stored under the key
         A <- A + sum strength phi_k (v - v')
-        z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1), not differentiated
+        z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1)
 
     so that a key written again replaces its value and adds nothing to the normaliser.
 
@@ -57,6 +67,7 @@ def associative_write(
         values: (batch, ..., n, dim).
         strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normaliser apart.
         memory, normaliser: as in `associative_read`.
+        constant_gamma: gamma is not differentiated, as in ARMT.
 
     Returns:
         Both, new tensors.
@@ -64,5 +75,125 @@ def associative_write(
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
     change = strength[..., None] * (values - associative_read(phi_k, memory, normaliser))
     known = (phi_k @ normaliser[..., None])[..., 0]
-    gamma = (1 - known / phi_k.square().sum(-1).clamp(min=1e-30)).clamp(0, 1).detach()
+    gamma = (1 - known / phi_k.square().sum(-1).clamp(min=1e-30)).clamp(0, 1)
+    gamma = gamma.detach() if constant_gamma else gamma
     return memory + phi_k.mT @ change, normaliser + (gamma[..., None] * phi_k).sum(-2)
+
+
+class AssociativeMaps(NamedTuple):
+    """The weights of an associative memory in a layer.
+
+    Attributes:
+        tokens: (kv_heads, num_memory_tokens, head_dim), what the closed segment is asked.
+        query, key: (head_dim, memory_dim).
+        value: (head_dim, head_dim).
+        strength: (head_dim,).
+        nu: of the feature map.
+    """
+
+    tokens: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    strength: Tensor
+    nu: int = 3
+
+
+class AssociativeRule(NamedTuple):
+    """Memory queries attend to the closed segment; what they find is written by the delta rule, and added when read."""
+
+    maps: AssociativeMaps
+
+    @property
+    def features(self) -> int:
+        """Rows of the memory."""
+        return 2 * self.maps.key.shape[1] * self.maps.nu
+
+    def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
+        """The local attention, and what the memory answers to each query."""
+        batch, heads, size, dim = q.shape
+        kv_heads = memory.values.shape[1]
+        rows = q.to(memory.values.dtype).reshape(batch, kv_heads, heads // kv_heads * size, dim)
+        found = associative_read(dpfp(rows @ self.maps.query.to(rows.dtype), self.maps.nu), memory.values, memory.keys)
+        return inside + found.view(batch, heads, size, inside.shape[-1]).to(inside.dtype)
+
+    def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
+        """A full segment."""
+        dtype = memory.values.dtype
+        k, v = k.to(dtype), v.to(dtype)
+        tokens, _, key, value, strength = (t.to(dtype) for t in self.maps[:5])
+        weights = (tokens @ k.mT * k.shape[3] ** -0.5).softmax(-1)
+        heard_k, heard_v = weights @ k, weights @ v
+        beta = (heard_k @ strength).sigmoid()
+        phi = dpfp(heard_k @ key, self.maps.nu)
+        return associative_write(phi, heard_v @ value, beta, memory.values, memory.keys, constant_gamma=False)
+
+
+def associative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: AssociativeMaps,
+    *,
+    segment: int,
+    state: SegmentMemory | None = None,
+    local: tuple[Tensor, Tensor] | None = None,
+    real: Tensor | None = None,
+    begins: Tensor | None = None,
+    bptt_segments: int | None = None,
+) -> tuple[Tensor, SegmentMemory]:
+    """Causal attention inside segments, and an associative memory of those before; arguments as `infini_attention`.
+
+    Args:
+        maps: see `AssociativeMaps`.
+    """
+    layout = Layout(segment, real, begins, bptt_segments)
+    return attend_segments(q, k, v, AssociativeRule(maps), layout, state=state, local=local)
+
+
+def associative_open(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: AssociativeMaps,
+    *,
+    segment: int,
+    state: SegmentMemory | None = None,
+    local: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+    closes: Tensor | None = None,
+    bptt_segments: int | None = None,
+) -> tuple[Tensor, SegmentMemory]:
+    """The same within the open segment of every row; arguments as `infini_open`."""
+    return attend_open(
+        q,
+        k,
+        v,
+        AssociativeRule(maps),
+        Layout(segment, horizon=bptt_segments),
+        state=state,
+        local=local,
+        lengths=lengths,
+        memory_lengths=memory_lengths,
+        closes=closes,
+    )
+
+
+def associative_cost(
+    length: int, *, segment: int, head_dim: int, group: int, tokens: int, memory_dim: int, nu: int
+) -> tuple[int, int]:
+    """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
+
+    Args:
+        length: tokens, from an empty past.
+        segment: of a segment.
+        head_dim, memory_dim, nu: as in `AssociativeMaps`.
+        group: query heads of a kv head.
+        tokens: memory tokens.
+    """
+    features = 2 * memory_dim * nu
+    read = group * length * (head_dim * memory_dim + features * (head_dim + 1)) if length > segment else 0
+    write = tokens * (2 * segment * head_dim + head_dim * (memory_dim + head_dim + 1))
+    write += tokens * features * (2 * head_dim + 2)
+    return read + length // segment * write, inside_cost(length, segment)

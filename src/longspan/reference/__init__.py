@@ -3,13 +3,14 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
-from longspan.reference.associative import associative_read, associative_write, dpfp
+from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
 from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
 
 __all__ = [
+    "associative_attention",
     "associative_read",
     "associative_write",
     "dpfp",

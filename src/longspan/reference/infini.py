@@ -52,9 +52,9 @@ def infini_attention(
         rows.append(torch.cat(outs, 1) if outs else q.new_zeros(heads, 0, v.shape[-1]))
         memories.append((memory, keys, torch.tensor(written)))
     parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    from longspan.ops.infini import InfiniMemory
+    from longspan.ops.segments import SegmentMemory
 
-    return torch.stack(rows), InfiniMemory(*parts)
+    return torch.stack(rows), SegmentMemory(*parts)
 
 
 def infini_open(
@@ -93,9 +93,9 @@ def infini_open(
             written += 1
         memories.append((memory, keys, torch.tensor(written)))
     parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    from longspan.ops.infini import InfiniMemory
+    from longspan.ops.segments import SegmentMemory
 
-    return torch.stack(rows), InfiniMemory(*parts)
+    return torch.stack(rows), SegmentMemory(*parts)
 
 
 def _start(k: Tensor, v: Tensor, state: Any, row: int) -> tuple[Tensor, Tensor, int]:
@@ -124,5 +124,5 @@ def _write(phi: Tensor, v: Tensor, memory: Tensor, keys: Tensor, update: str, no
         v = v - torch.where(known[..., None] == 0, 0, stored / torch.where(known == 0, 1, known)[..., None])
     counted = phi
     if normaliser == "gamma":
-        counted = phi * (1 - known / (phi * phi).sum(-1)).clamp(0, 1).detach()[..., None]
+        counted = phi * (1 - known / (phi * phi).sum(-1)).clamp(0, 1)[..., None]
     return memory + torch.einsum("hnd,hne->hde", phi, v), keys + counted.sum(1)

@@ -1,0 +1,168 @@
+"""What cores with a memory of closed segments share: the open segment in the state, three ways to lay out a call.
+
+A call that stays within the open segment (decoding) reads the memory as it is; one that begins at a border goes over
+whole segments; any other is spread over whole segments first, with holes between documents.
+"""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.mixers.base import Core, Hidden
+from longspan.mixers.linear import emptied_rows
+from longspan.mixers.rows import Rows
+
+
+class SegmentState(NamedTuple):
+    """The memory, and the keys of the open segment.
+
+    Attributes:
+        values: (batch, kv_heads, features, head_dim), fp32 at least.
+        keys: (batch, kv_heads, features), fp32 at least.
+        k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
+        v: like k.
+        live: (batch,) live tokens.
+    """
+
+    values: Tensor
+    keys: Tensor
+    k: Tensor
+    v: Tensor
+    live: Tensor
+
+
+Local = tuple[Tensor, Tensor] | None
+
+
+class SegmentCore(Core):
+    """A core whose memory is read within a segment and written when it closes.
+
+    A subclass sets `segment` and `features`, and writes `attend` and `attend_open`.
+    """
+
+    segment: int
+    features: int
+
+    @abstractmethod
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ops.SegmentMemory | None,
+        local: Local,
+        real: Tensor | None,
+        begins: Tensor | None,
+    ) -> tuple[Tensor, ops.SegmentMemory]:
+        """Columns of which column 0 opens a segment; see `ops.infini_attention`."""
+
+    @abstractmethod
+    def attend_open(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ops.SegmentMemory | None,
+        local: Local,
+        lengths: Tensor | None,
+        memory_lengths: Tensor | None,
+        closes: Tensor,
+    ) -> tuple[Tensor, ops.SegmentMemory]:
+        """A call within the open segment; see `ops.infini_open`."""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: SegmentState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, SegmentState]:
+        """See `Core.forward`."""
+        segment, before = self.segment, None
+        if state is not None:
+            before = ops.SegmentMemory(state.values, state.keys, rows.offset // segment)
+        opened = rows.offset % segment
+        if rows.origin is None and int(opened.max() if rows.batch else 0) + rows.length <= segment:
+            out, memory = self._inside(q, k, v, state, before, rows, opened)
+        elif rows.plain and rows.aligned(segment):
+            local = self._turned(q, k)
+            out, memory = self.attend(q, k, v, state=before, local=local, real=None, begins=None)
+        else:
+            out, memory = self._spread(q, k, v, state, before, rows)
+        values, keys = emptied_rows(rows, memory.values), emptied_rows(rows, memory.keys)
+        old_k, old_v = (None, None) if state is None else (state.k, state.v)
+        carried_k, carried_v = rows.carry(old_k, k, segment - 1), rows.carry(old_v, v, segment - 1)
+        return out, SegmentState(values, keys, carried_k, carried_v, rows.live)
+
+    def _spread(
+        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
+    ) -> tuple[Tensor, ops.SegmentMemory]:
+        layout = rows.segments(self.segment)
+        inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
+        position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * inside)[..., None])
+        begins = position[:, :: self.segment, 0] == 1
+        q = layout.spread(q)
+        k = layout.spread(k, None if state is None else state.k)
+        v = layout.spread(v, None if state is None else state.v)
+        local = self._turned(q, k)
+        out, memory = self.attend(q, k, v, state=before, local=local, real=layout.real, begins=begins)
+        return layout.collect(out), memory
+
+    def _turned(self, q: Tensor, k: Tensor) -> Local:
+        """q and k with RoPE, column 0 opening a segment: only differences count, so positions inside it serve."""
+        if self.shape.rope is None:
+            return None
+        place = torch.arange(q.shape[2], device=q.device)[None] % self.segment
+        table = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
+        return ops.rotate(q, *table), ops.rotate(k, *table)
+
+    def _inside(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: SegmentState | None,
+        before: ops.SegmentMemory | None,
+        rows: Rows,
+        opened: Tensor,
+    ) -> tuple[Tensor, ops.SegmentMemory]:
+        if state is not None:
+            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
+        older, local = k.shape[2] - q.shape[2], None
+        if self.shape.rope is not None and q.shape[2]:
+            place = torch.arange(k.shape[2], device=q.device)[None]
+            cos, sin = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
+            local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
+        return self.attend_open(
+            q,
+            k,
+            v,
+            state=before,
+            local=local,
+            lengths=rows.lengths,
+            memory_lengths=opened if older else None,
+            closes=opened + rows.real_tokens() == self.segment,
+        )
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
+        """Nothing written, nothing open."""
+        kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
+        memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, dtype)
+        k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
+        return SegmentState(memory.values, memory.keys, k, k.clone(), memory.written)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""
+        shape = self.shape
+        memory = self.features * (shape.head_dim + 1) * max(dtype.itemsize, 4)
+        local = 2 * (self.segment - 1) * shape.head_dim * dtype.itemsize
+        return batch_size * (shape.num_kv_heads * (memory + local) + 8)
