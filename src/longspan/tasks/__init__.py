@@ -10,6 +10,15 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError
 from longspan.tasks.base import Document, Documents, Piece, Split, Task
 from longspan.tasks.memory import MemoryConfig, MemoryTask
+from longspan.tasks.synthetic import (
+    AssociateConfig,
+    AssociateTask,
+    CopyConfig,
+    CopyTask,
+    NeedleTask,
+    PasskeyConfig,
+    PasskeyTask,
+)
 from longspan.tasks.text import TextConfig, TextTask
 
 __all__ = [
@@ -28,7 +37,11 @@ __all__ = [
 ]
 
 _TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
+    "associate": (AssociateConfig, AssociateTask),
+    "copy": (CopyConfig, CopyTask),
     "memory": (MemoryConfig, MemoryTask),
+    "needle": (PasskeyConfig, NeedleTask),
+    "passkey": (PasskeyConfig, PasskeyTask),
     "text": (TextConfig, TextTask),
 }
 
