@@ -2,13 +2,14 @@
 
     passkey     a number is told once in filler, and asked for at the end (Mohtashami & Jaggi 2023, section 4.2)
     needle      the same in real text: a sentence between sentences of speeches
-    associate   pairs of a key and a value, some overwritten later; then keys are asked for (Arora et al. 2023, section 4)
+    associate   pairs of a key and a value, some overwritten later; then keys are asked for (Arora et al. 2023, 4)
     copy        0 w 0 w: the second w is to be said (Kitaev et al. 2020, section 5.1)
 
 Only what can be known is graded: digits of the number, values asked for, the second w.
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from longspan.tasks.tokenizers import Bytes, Tokenizer
 
 FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 HEAD = b"There is important information hidden in a lot of irrelevant text. Find it and memorize it. "
+_SENTENCE_END = re.compile(rb"[.!?]\s+")
 DEPTHS = tuple(range(0, 101, 5))
 
 
@@ -219,14 +221,19 @@ class PasskeyTask(SyntheticTask):
         room = config.length - len(HEAD) - len(told) - len(asked) - len(number)
         text = self.filler(random, room, split)[:room]
         depth = DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth
-        # the end of the sentence before that depth; -1 + 2 where there is none
-        place = len(text) if depth == 100 else text.rfind(b". ", 0, len(text) * depth // 100) + 2
-        place = 0 if place == 1 else place
+        place = len(text) if depth == 100 else _sentence_end(text, len(text) * depth // 100)
         whole = HEAD + text[:place] + told + text[place:] + asked + number
         tokens = np.concatenate([[self.tokenizer.begin], np.frombuffer(whole, dtype=np.uint8)]).astype(np.int64)
         graded = np.zeros(config.length, dtype=np.bool_)
         graded[-len(number) :] = True
         return Sample(tokens, graded)
+
+
+def _sentence_end(text: bytes, before: int) -> int:
+    """Where the last sentence that ends before a place ends, white space included; 0 where none does."""
+    window = text[max(before - 5000, 0) : before]
+    ends = [match.end() for match in _SENTENCE_END.finditer(window)]
+    return before - len(window) + ends[-1] if ends else 0
 
 
 class NeedleTask(PasskeyTask):
