@@ -48,3 +48,20 @@ def test_rmt_maps(tmp_path: Any) -> None:
     assert all(0 <= value <= 1.0001 for values in outcome.data.values() for value in values)
     assert len(outcome.data["on_fact"]) > 3
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
+
+
+def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from longspan.claims import find, infini_memory, performer_approximation, performer_speed
+
+    numbers = infini_memory.INFINI_MEMORY.run(tmp_path, "small", print)
+    assert numbers.verdict == "holds"
+    assert numbers.data["numbers"]["infini"] == 1_585_152
+    monkeypatch.setitem(performer_approximation._FEATURES, "small", (64, 1024))
+    monkeypatch.setitem(performer_approximation._DRAWS, "small", 1)
+    errors = performer_approximation.PERFORMER_APPROXIMATION.run(tmp_path, "small", print).data["errors"]
+    assert errors["positive, inputs of scale 0.25"][1] < errors["positive, inputs of scale 0.25"][0]
+    assert errors["positive, inputs of scale 1"][1] > 1, "no number of features helps at unit variance"
+    monkeypatch.setitem(performer_speed._LENGTHS, "small", (64, 128))
+    timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
+    assert set(timed.data["64"]) == {"dense", "performer", "performer, both sides", "linear", "no attention"}
+    assert find("performer-speed").system == "Performer"
