@@ -147,3 +147,14 @@ def test_a_hundred_thousand_segments_of_bf16_input_stay_exact(update: Any) -> No
     assert found[torch.bfloat16].isfinite().all()
     error = (found[torch.bfloat16] - found[FP64]).norm() / found[FP64].norm()
     assert float(error) < 0.01
+
+
+def test_memory_is_summed_in_fp32_under_autocast() -> None:
+    q, k, v = (draw(seed, 1, 2, 64, 8).float() for seed in (1, 2, 3))
+    gate = torch.full((2,), 1e9)
+    plain, end = ops.infini_attention(q, k, v, gate, segment=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, cast = ops.infini_attention(q, k, v, gate, segment=8)
+    assert cast.values.dtype == torch.float32
+    torch.testing.assert_close(cast.values, end.values, atol=1e-6, rtol=1e-6)
+    assert plain.isfinite().all()

@@ -28,7 +28,10 @@ class SegmentMemory(NamedTuple):
 
 
 class Rule(Protocol):
-    """A memory: how it is read and written. `inside` is the local attention of a segment."""
+    """A memory: how it is read and written. `inside` is the local attention of a segment.
+
+    Both are called outside autocast: a memory is summed in fp32 at least.
+    """
 
     @property
     def features(self) -> int:
@@ -88,10 +91,11 @@ def attend_segments(
             memory = emptied(memory, layout.begins[:, index])
         if left is not None:
             memory = cut(memory, layout.horizon, left[:, index])
-        outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
-        if (index + 1) * size <= length:
-            full = None if layout.real is None else layout.real[:, columns].all(1)
-            memory = written(memory, k[:, :, columns], v[:, :, columns], full, rule)
+        with torch.autocast(q.device.type, enabled=False):
+            outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
+            if (index + 1) * size <= length:
+                full = None if layout.real is None else layout.real[:, columns].all(1)
+                memory = written(memory, k[:, :, columns], v[:, :, columns], full, rule)
     out = torch.cat(outs, 2) if outs else inside
     return out.to(v.dtype), memory
 
@@ -116,7 +120,8 @@ def attend_open(
         out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, v.dtype)
     else:
         memory = cut(state, layout.horizon, torch.ones_like(state.written))
-        out = rule.read(q, memory, inside)
+        with torch.autocast(q.device.type, enabled=False):
+            out = rule.read(q, memory, inside)
     if closes is not None and bool(closes.any()):
         # the segment's keys are the last columns of the rows that close it
         older, size, segment = k.shape[2] - q.shape[2], q.shape[2], layout.segment
@@ -124,7 +129,8 @@ def attend_open(
         index = ends[:, None] - segment + torch.arange(segment, device=k.device)
         index = index.clamp(min=0)[:, None, :, None]
         keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
-        memory = written(memory, keys, values, closes, rule)
+        with torch.autocast(q.device.type, enabled=False):
+            memory = written(memory, keys, values, closes, rule)
     return out.to(v.dtype), memory
 
 
