@@ -66,11 +66,11 @@ def infini_attention(
         return attend_segments(q, k, v, rule, layout, state=state, local=local)
     memory = state or SegmentMemory(*rule.nothing(k, v))
     inside = attend_inside(q, k, v, layout, local)
-    out, memory = _together(
-        q[:, :, :whole], k[:, :, :whole], v[:, :, :whole], rule, memory, inside[:, :, :whole], segment
-    )
-    if whole < q.shape[2]:
-        out = torch.cat([out, rule.read(q[:, :, whole:], memory, inside[:, :, whole:])], 2)
+    parts = [t[:, :, :whole] for t in (q, k, v, inside)]
+    with torch.autocast(q.device.type, enabled=False):
+        out, memory = _together(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
+        if whole < q.shape[2]:
+            out = torch.cat([out, rule.read(q[:, :, whole:], memory, inside[:, :, whole:])], 2)
     return out.to(v.dtype), memory
 
 
