@@ -42,7 +42,8 @@ def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tenso
         (batch, ..., n, dim) in the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
-    return (phi_q @ memory) / ((phi_q @ normaliser[..., None]) + EPSILON)
+    with torch.autocast(phi_q.device.type, enabled=False):
+        return (phi_q @ memory) / ((phi_q @ normaliser[..., None]) + EPSILON)
 
 
 def associative_write(
@@ -74,10 +75,12 @@ def associative_write(
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
     change = strength[..., None] * (values - associative_read(phi_k, memory, normaliser))
-    known = (phi_k @ normaliser[..., None])[..., 0]
+    with torch.autocast(phi_k.device.type, enabled=False):
+        known = (phi_k @ normaliser[..., None])[..., 0]
+        added = phi_k.mT @ change
     gamma = (1 - known / phi_k.square().sum(-1).clamp(min=1e-30)).clamp(0, 1)
     gamma = gamma.detach() if constant_gamma else gamma
-    return memory + phi_k.mT @ change, normaliser + (gamma[..., None] * phi_k).sum(-2)
+    return memory + added, normaliser + (gamma[..., None] * phi_k).sum(-2)
 
 
 class AssociativeMaps(NamedTuple):
