@@ -89,6 +89,10 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert curriculum.penalty == 1.0
     curriculum.add(1, 0.1)
     assert curriculum.penalty == pytest.approx(0.95), "what is not yet learnt must not be kept from being written"
+    low = Curriculum(config, 499)
+    for _ in range(100):
+        low.add(2, 0.1)
+    assert low.penalty == pytest.approx(0.1), "a gate that is always open keeps accuracy low: something must close it"
     for _ in range(2):
         curriculum.add(2, 0.96)
     assert curriculum.segments == 3

@@ -88,7 +88,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
     runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
     trained = sum(line["seconds"] for each in runs for line in read_log(each / "log.jsonl")[-1:])
-    return _outcome(found, plan, trained)
+    floors = {read_json(each / "recipe.json")["train"].get("gate_floor", 0.0) for each in runs}
+    return _outcome(found, plan, trained, ", ".join(f"{floor:g}" for floor in sorted(floors)))
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
@@ -101,7 +102,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
     return answers.interval()
 
 
-def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trained: float) -> Outcome:
+def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trained: float, floor: str) -> Outcome:
     figures, reached = [], True
     for kind, lengths in found.items():
         for segments, records in lengths.items():
@@ -129,7 +130,7 @@ def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trai
         verdict="holds" if reached else "holds in part",
         figures=figures,
         size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 "
-        f"of them for {', '.join(f'{steps:,}' for steps in plan.steps.values())} steps, {plan.seeds} seeds; intervals "
+        f"of them for {', '.join(f'{steps:,}' for steps in plan.steps.values())} steps (train.gate_floor = {floor}), {plan.seeds} seeds; intervals "
         "95 %, bootstrap over seeds and samples (Wilson where all are right)",
         note=note,
         data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in found.items()},

@@ -36,7 +36,9 @@ class CurriculumConfig:
         gate_penalty: largest weight of the loss that asks for -`gate_margin` where no fact stands.
         gate_margin: see `gate_penalty`; a logit.
         gate_ramp: share of `gate_penalty` that is added in a step while accuracy is above `short_accuracy`; below it
-            the weight falls again. From the first step on, the penalty would keep the memory from ever being written.
+            the weight falls again. At full weight from the first step on, it would keep the memory from being written.
+        gate_floor: share of `gate_penalty` that always stays: without it a gate that is always open keeps accuracy too
+            low for the penalty to rise, and stays open.
         lr: largest learning rate.
         warmup: steps of linear warm-up.
         constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
@@ -65,6 +67,7 @@ class CurriculumConfig:
     gate_penalty: float = 1.0
     gate_margin: float = 3.0
     gate_ramp: float = 0.02
+    gate_floor: float = 0.1
     lr: float = 1e-3
     warmup: int = 50
     constant: float = 0.6
@@ -89,7 +92,7 @@ class CurriculumConfig:
             raise ConfigError(
                 f"train.max_segments = {self.max_segments}: first_segments = {self.first_segments} at least"
             )
-        for name in ("accuracy", "short_accuracy", "frontier", "constant"):
+        for name in ("accuracy", "short_accuracy", "frontier", "constant", "gate_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}: from 0 to 1")
 
@@ -155,7 +158,7 @@ class Curriculum:
         if self.segments >= 2 and math.fsum(self.recent) > config.short_accuracy * len(self.recent):
             self.penalty = min(config.gate_penalty, self.penalty + config.gate_penalty * config.gate_ramp)
         else:
-            self.penalty *= 0.95
+            self.penalty = max(0.95 * self.penalty, config.gate_floor * config.gate_penalty)
         if segments == self.segments:
             self.at_stage = [*self.at_stage, accuracy][-config.window :]
         wanted = config.accuracy if self.length == self.full else config.short_accuracy
