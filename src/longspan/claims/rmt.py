@@ -129,9 +129,9 @@ def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trai
     return Outcome(
         verdict="holds" if reached else "holds in part",
         figures=figures,
-        size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 "
-        f"of them for {', '.join(f'{steps:,}' for steps in plan.steps.values())} steps (train.gate_floor = {floor}), {plan.seeds} seeds; intervals "
-        "95 %, bootstrap over seeds and samples (Wilson where all are right)",
+        size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 of them for "
+        f"{', '.join(f'{steps:,}' for steps in plan.steps.values())} steps (gate_floor {floor}), {plan.seeds} seeds; "
+        "intervals 95 %, bootstrap over seeds and samples (Wilson where all are right)",
         note=note,
         data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in found.items()},
         pictures=[_picture(found)],
