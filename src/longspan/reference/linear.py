@@ -121,9 +121,20 @@ def favor_features(
 
 
 def favor_attention(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, kind: str = "positive", bound: Any = None, **more: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    kind: str = "positive",
+    bound: Any = None,
+    causal: bool = True,
+    state: Any = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
     """Attention by those features, q and k scaled by head_dim ** -0.25 where the kernel is softmax's."""
+    more: dict[str, Any] = {"causal": causal, "state": state, "lengths": lengths, "start": start}
     generalised = kind == "relu"
     scale = 1.0 if generalised else q.shape[-1] ** -0.25
     phi_q, _ = favor_features(q * scale, projection, kind=kind, bound=bound)
