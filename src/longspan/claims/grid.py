@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.rmt import ask_once, train_once
+from longspan.claims.rmt import ask_once, train_once, trained_seconds
 from longspan.report.figures import heat_figure, picture
 
 _PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
@@ -58,6 +58,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         else "",
         data={str(most): found for most, found in rows.items()},
         pictures=[drawn],
+        seconds=trained_seconds([folder / f"detect-up-to-{most}" for most in trained])
+        + sum(row["seconds"] for found in rows.values() for row in found),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.rmt import train_once
+from longspan.claims.rmt import train_once, trained_seconds
 from longspan.mixers import Rows
 from longspan.report.figures import heat_figure, picture
 from longspan.tasks import MemoryTask
@@ -88,6 +88,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         note="The memory token that attends most is shown; a share is of the attention of one head.",
         data={name: values.tolist() for name, values in shares.items()},
         pictures=[_picture(task, found[0])],
+        seconds=trained_seconds([run]),
     )
 
 

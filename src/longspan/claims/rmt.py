@@ -87,9 +87,14 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
                 found[kind].setdefault(segments, []).append(record)
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
     runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
-    trained = sum(line["seconds"] for each in runs for line in read_log(each / "log.jsonl")[-1:])
+    trained = trained_seconds(runs)
     floors = {read_json(each / "recipe.json")["train"].get("gate_floor", 0.0) for each in runs}
     return _outcome(found, plan, trained, ", ".join(f"{floor:g}" for floor in sorted(floors)))
+
+
+def trained_seconds(runs: list[Path]) -> float:
+    """How long runs were trained, all their parts together."""
+    return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
