@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.reference.infini import SegmentMemory
 from longspan.reference.softmax import full_attention
 
 
@@ -92,8 +93,6 @@ def associative_attention(
         rows.append(torch.cat(outs, 1) if outs else q.new_zeros(q.shape[1], 0, v.shape[3]))
         memories.append((memory, keys, torch.tensor(written)))
     parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    from longspan.ops.segments import SegmentMemory
-
     return torch.stack(rows), SegmentMemory(*parts)
 
 

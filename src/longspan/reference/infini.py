@@ -1,12 +1,20 @@
 """Definition of Infini-attention (Munkhdalai et al. 2024, section 2.1), row by row and segment by segment."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.reference.linear import elu_features
 from longspan.reference.softmax import full_attention
+
+
+class SegmentMemory(NamedTuple):
+    """What closed segments leave behind, as `longspan.ops.SegmentMemory`."""
+
+    values: Tensor
+    keys: Tensor
+    written: Tensor
 
 
 def infini_attention(
@@ -52,8 +60,6 @@ def infini_attention(
         rows.append(torch.cat(outs, 1) if outs else q.new_zeros(heads, 0, v.shape[-1]))
         memories.append((memory, keys, torch.tensor(written)))
     parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    from longspan.ops.segments import SegmentMemory
-
     return torch.stack(rows), SegmentMemory(*parts)
 
 
@@ -93,8 +99,6 @@ def infini_open(
             written += 1
         memories.append((memory, keys, torch.tensor(written)))
     parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    from longspan.ops.segments import SegmentMemory
-
     return torch.stack(rows), SegmentMemory(*parts)
 
 
