@@ -66,3 +66,21 @@ def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pyte
     timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
     assert set(timed.data["64"]) == {"dense", "performer", "performer, both sides", "linear", "no attention"}
     assert find("performer-speed").system == "Performer"
+
+
+def test_infini_passkey_counts_by_depth_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from longspan.claims import infini_passkey
+
+    small = ("model.dim=16", "model.num_heads=2", "task.length=600", "train.tokens=600")
+    variants = {name: (*set_, *small) for name, set_ in list(infini_passkey.VARIANTS.items())[:2]}
+    monkeypatch.setattr(infini_passkey, "VARIANTS", variants)
+    plan = infini_passkey.Plan(variants=2, steps=2, asked=((600, (0, 100), 2), (1_000, (50,), 1)))
+    monkeypatch.setitem(infini_passkey.PLANS, "small", plan)
+    outcome = infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print)
+    assert len(outcome.figures) == 5
+    assert [[each["n"] for each in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
+    assert outcome.pictures[0].light[:4] == b"\x89PNG"
+    monkeypatch.setattr(infini_passkey, "evaluate_depths", None)
+    assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, "nothing is measured twice"

@@ -7,6 +7,7 @@ from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
+from longspan.claims.infini_passkey import INFINI_PASSKEY
 from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
 from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
@@ -17,7 +18,7 @@ from longspan.errors import ConfigError
 
 __all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
 
-_ALL = (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS, PERFORMER_SPEED, PERFORMER_APPROXIMATION, INFINI_MEMORY)
+_ALL = (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS, PERFORMER_SPEED, PERFORMER_APPROXIMATION, INFINI_MEMORY, INFINI_PASSKEY)
 _CLAIMS = {claim.name: claim for claim in _ALL}
 
 

@@ -105,8 +105,7 @@ def cells(line: dict[str, Any]) -> list[str]:
 
 def recall_cells(line: dict[str, Any]) -> list[str]:
     """The same for a memory task."""
-    stage = [f"up to {line['segments']}", f"{line['segment_length']}"]
-    return [f"{line['step']:,}", f"{line['accuracy']:.0%}", *stage, *_running(line)]
+    return [f"{line['step']:,}", f"{line['accuracy']:.0%}", *line["stage"], *_running(line)]
 
 
 def _running(line: dict[str, Any]) -> list[str]:

@@ -72,6 +72,11 @@ class InfiniCore(SegmentCore):
         }
 
     @property
+    def adds(self) -> bool:
+        """The memory is a sum over the segments read."""
+        return self.config.update == "linear" and self.config.normaliser == "paper"
+
+    @property
     def traits(self) -> Traits:
         """Bounded; causal only."""
         config = self.config
@@ -98,7 +103,7 @@ class InfiniCore(SegmentCore):
             head_dim=shape.head_dim,
             group=shape.group,
             delta=config.update == "delta",
-            adds=config.update == "linear" and config.normaliser == "paper",
+            adds=self.adds,
         )
         return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
 

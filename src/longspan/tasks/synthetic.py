@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from longspan.tasks.tokenizers import Bytes, Tokenizer
 
 FILLER = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 HEAD = b"There is important information hidden in a lot of irrelevant text. Find it and memorize it. "
+ASKED = b"What is the pass key? The pass key is "
 _SENTENCE_END = re.compile(rb"[.!?]\s+")
 DEPTHS = tuple(range(0, 101, 5))
 
@@ -33,9 +34,11 @@ class PasskeyConfig:
     """Fields of `passkey` and `needle`.
 
     Attributes:
-        length: tokens (bytes) of a sample, answer included.
+        length: tokens (bytes) of a sample, answer included; below 512 the opening sentence is left out.
         digits: of the number.
         depth: where it is told, in percent of the text; None = 0, 5, ... 100 in turn.
+        mentions: so many times more it is told, anywhere behind the first; at most as many as there is room for.
+        graded: "answer", or "mentions": every place where the number stands again.
         samples: documents of training; a tenth of it held back.
         seed: of the samples.
     """
@@ -43,12 +46,16 @@ class PasskeyConfig:
     length: int = 4096
     digits: int = 5
     depth: int | None = None
+    mentions: int = 0
+    graded: Literal["answer", "mentions"] = "answer"
     samples: int = 10_000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 512 or not 1 <= self.digits <= 18:
-            raise ConfigError(f"passkey.length = {self.length}, digits = {self.digits}: 512 at least; 1 to 18 digits")
+        if self.length < 256 or not 1 <= self.digits <= 18:
+            raise ConfigError(f"passkey.length = {self.length}, digits = {self.digits}: 256 at least; 1 to 18 digits")
+        if self.mentions < 0:
+            raise ConfigError(f"passkey.mentions = {self.mentions}: 0 at least")
         if self.depth is not None and not 0 <= self.depth <= 100:
             raise ConfigError(f"passkey.depth = {self.depth}: percent, from 0 to 100")
 
@@ -212,21 +219,56 @@ class PasskeyTask(SyntheticTask):
         """At least `count` bytes around the number, whole sentences."""
         return FILLER * (count // len(FILLER) + 1)
 
-    def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
-        """Head, filler with the number at its depth, question and answer."""
+    def parts(self, random: np.random.Generator, split: Split) -> "Passkey":
+        """The pieces of a sample."""
         config = self.config
         number = "".join(str(digit) for digit in random.integers(0, 10, size=config.digits)).encode()
         told = b"The pass key is " + number + b". Remember it. " + number + b" is the pass key. "
-        asked = b"What is the pass key? The pass key is "
-        room = config.length - len(HEAD) - len(told) - len(asked) - len(number)
-        text = self.filler(random, room, split)[:room]
-        depth = DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth
-        place = len(text) if depth == 100 else _sentence_end(text, len(text) * depth // 100)
-        whole = HEAD + text[:place] + told + text[place:] + asked + number
+        head = HEAD if config.length >= 512 else b""
+        room = config.length - len(head) - len(told) - len(ASKED) - len(number)
+        again = b"The pass key is " + number + b". "
+        # a few sentences of filler stay
+        mentions = min(config.mentions, max(room - 60, 0) // len(again))
+        room -= mentions * len(again)
+        filler = self.filler(random, room, split)[:room]
+        return Passkey(head, filler, told, again, mentions, ASKED, number)
+
+    def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
+        """Head, filler with the number at its depth, question and answer."""
+        config, parts = self.config, self.parts(random, split)
+        place = parts.place(DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth)
+        texts, last = [parts.head, parts.filler[:place], parts.told], place
+        for drawn in np.sort(random.integers(place, len(parts.filler) + 1, size=parts.mentions)).tolist():
+            here = max(_sentence_end(parts.filler, drawn), last)
+            texts += [parts.filler[last:here], parts.again]
+            last = here
+        whole = b"".join([*texts, parts.filler[last:], parts.asked, parts.number])
         tokens = np.concatenate([[self.tokenizer.begin], np.frombuffer(whole, dtype=np.uint8)]).astype(np.int64)
         graded = np.zeros(config.length, dtype=np.bool_)
-        graded[-len(number) :] = True
+        graded[-len(parts.number) :] = True
+        if config.graded == "mentions":
+            first = whole.find(parts.number)
+            at = whole.find(parts.number, first + 1)
+            while at >= 0:
+                graded[at : at + len(parts.number)] = True
+                at = whole.find(parts.number, at + 1)
         return Sample(tokens, graded)
+
+
+class Passkey(NamedTuple):
+    """Pieces of a sample: head, filler that holds `told` and behind it `again` so many times, question, answer."""
+
+    head: bytes
+    filler: bytes
+    told: bytes
+    again: bytes
+    mentions: int
+    asked: bytes
+    number: bytes
+
+    def place(self, depth: int) -> int:
+        """How much of the filler stands before the number at a depth in percent."""
+        return len(self.filler) if depth == 100 else _sentence_end(self.filler, len(self.filler) * depth // 100)
 
 
 def _sentence_end(text: bytes, before: int) -> int:

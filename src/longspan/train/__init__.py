@@ -3,12 +3,14 @@
 from longspan.train.answers import Answers, evaluate_answers, seeds_interval, wilson
 from longspan.train.config import TrainConfig
 from longspan.train.curriculum import Curriculum, CurriculumConfig
+from longspan.train.depths import Depths, evaluate_depths
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
 from longspan.train.loss import next_token_loss, token_nats
 from longspan.train.progress import Live, Plain, Silent
 from longspan.train.recipes import find_recipe
+from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import load_run, resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
 from longspan.train.step import DivergedError
@@ -19,6 +21,7 @@ __all__ = [
     "Batch",
     "Curriculum",
     "CurriculumConfig",
+    "Depths",
     "DivergedError",
     "Evaluation",
     "Interval",
@@ -26,11 +29,13 @@ __all__ = [
     "Live",
     "Plain",
     "Result",
+    "RetrievalConfig",
     "Silent",
     "TrainConfig",
     "Trainer",
     "bootstrap",
     "evaluate_answers",
+    "evaluate_depths",
     "evaluate_text",
     "find_recipe",
     "first_places",

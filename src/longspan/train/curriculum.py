@@ -13,24 +13,18 @@ from typing import Any
 import numpy as np
 
 from longspan.errors import ConfigError
+from longspan.train.staged import StagedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
-    """The `[train]` table of a recipe of the memory task.
+class CurriculumConfig(StagedConfig):
+    """The `[train]` table of a recipe of the memory task; more of its fields in `StagedConfig`.
 
     Attributes:
-        steps: optimiser steps; None = no limit where `minutes` is given, else 1000.
-        minutes: of training, saving not counted; the schedule follows steps or time, whichever is further on.
-        tokens: of a batch, about: its rows follow from their length.
         short_segments: lengths of segments before the task's own.
         first_segments: number of segments to begin with.
         max_segments: the most that are ever trained on.
-        accuracy: of the last `window` batches at a stage that ends it.
-        short_accuracy: the same while segments are short.
-        window: batches.
-        patience: steps after which a stage ends in any case; 0 = never.
-        frontier: share of the batches at the stage reached; the others have fewer segments.
+        short_accuracy: like `accuracy` while segments are short.
         gate_open: weight of the loss that asks the gate for `gate_evidence` at least where a whole fact stands.
         gate_evidence: see `gate_open`; a logit.
         gate_penalty: largest weight of the loss that asks for -`gate_margin` where no fact stands.
@@ -39,75 +33,29 @@ class CurriculumConfig:
             the weight falls again. At full weight from the first step on, it would keep the memory from being written.
         gate_floor: share of `gate_penalty` that always stays: without it a gate that is always open keeps accuracy too
             low for the penalty to rise, and stays open.
-        lr: largest learning rate.
-        warmup: steps of linear warm-up.
-        constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
-        min_lr_ratio: see `constant`.
-        betas, weight_decay: of AdamW.
-        clip: largest norm of the gradient; 0 = no clipping.
-        seed: of everything random.
-        log_every, checkpoint_every: in steps; 0 checkpoints at the end only.
-        keep: checkpoints that stay.
-        threads: CPU threads; 0 = as torch chooses.
     """
 
-    steps: int | None = None
-    minutes: float | None = None
-    tokens: int = 32_000
     short_segments: tuple[int, ...] = (64, 128, 256)
     first_segments: int = 2
     max_segments: int = 5
-    accuracy: float = 0.93
     short_accuracy: float = 0.85
-    window: int = 10
-    patience: int = 0
-    frontier: float = 0.5
     gate_open: float = 0.3
     gate_evidence: float = 8.0
     gate_penalty: float = 1.0
     gate_margin: float = 3.0
     gate_ramp: float = 0.02
     gate_floor: float = 0.1
-    lr: float = 1e-3
-    warmup: int = 50
-    constant: float = 0.6
-    min_lr_ratio: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
-    log_every: int = 10
-    checkpoint_every: int = 200
-    keep: int = 2
-    threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "first_segments", "window", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: 1 at least")
-        for name in ("patience", "lr", "warmup", "weight_decay", "clip", "seed", "checkpoint_every", "threads"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: 0 at least")
-        if self.max_segments < self.first_segments:
+        super().__post_init__()
+        if self.first_segments < 1 or self.max_segments < self.first_segments:
             raise ConfigError(
-                f"train.max_segments = {self.max_segments}: first_segments = {self.first_segments} at least"
+                f"train.first_segments = {self.first_segments}, max_segments = {self.max_segments}: 1 at least, and "
+                "not fewer than the first"
             )
-        for name in ("accuracy", "short_accuracy", "frontier", "constant", "gate_floor"):
+        for name in ("short_accuracy", "gate_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}: from 0 to 1")
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is over, 0 to 1."""
-        limit = 1000 if self.steps is None and self.minutes is None else self.steps
-        by_steps = 0.0 if limit is None else step / max(limit, 1)
-        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
-        return min(max(by_steps, by_time), 1.0)
-
-    def rate(self, step: int, seconds: float) -> float:
-        """What `lr` is multiplied with in step `step` (from 0)."""
-        done = self.progress(step, seconds)
-        falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
-        return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
 
 
 @dataclass
@@ -173,6 +121,15 @@ class Curriculum:
             return False
         self.at_stage, self.since = [], 0
         return True
+
+    def columns(self) -> dict[str, Any]:
+        """What a line of the log says of the stage."""
+        return {"segments": self.segments, "segment_length": self.length, "gate_penalty": self.penalty}
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The stage as two short texts."""
+        return f"up to {self.segments}", f"{self.length}"
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -38,7 +38,8 @@ class Silent:
         """A run begins or goes on."""
 
     def step(self, line: dict[str, Any]) -> None:
-        """A line of the log was written; besides it `line` holds `fraction`, `eta` (seconds or None), `unit`."""
+        """A line of the log was written; besides it `line` holds `fraction`, `eta` (seconds or None), `unit`, and,
+        along a curriculum, `stage` (two short texts)."""
 
     def message(self, text: str) -> None:
         """Something to know, in one line."""
@@ -111,7 +112,7 @@ def describe(line: dict[str, Any]) -> dict[str, str]:
     right = line.get("accuracy")
     loss = "" if bits is None else f"{bits:.4f} bits/{unit}"
     if right is not None:
-        loss = f"{right:4.0%} right at up to {line['segments']} x {line['segment_length']}"
+        loss = f"{right:4.0%} right at {' x '.join(line['stage'])}"
     return {
         "step": f"step {line['step']}",
         "loss": loss,

@@ -20,6 +20,7 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
 from longspan.models import build_model, load_model, resolve_model, save_model
 from longspan.tasks import MemoryTask, Task
+from longspan.tasks.synthetic import PasskeyTask
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders
 from longspan.train.checkpoint import Checkpoint
@@ -28,12 +29,13 @@ from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, join_group
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
+from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
+from longspan.train.staged import StagedConfig, StagedTrainer
 from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
 TABLES = ("model", "task", "train")
-# tasks that are classified along a curriculum, by a trainer of their own
-_RECALL = ("memory",)
+_PASSKEYS = ("passkey", "needle")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
 FREE = (
@@ -67,9 +69,15 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
-    """Of a classifier on a memory task its curriculum, of a language model the usual table."""
-    recalls = recipe.get("task", {}).get("name") in _RECALL and "classes" in recipe.get("model", {})
-    return CurriculumConfig if recalls else TrainConfig
+    """Of a classifier on a memory task its curriculum, of pass keys theirs where it is named, else the usual table."""
+    name, given = recipe.get("task", {}).get("name"), recipe.get("train", {})
+    if name == "memory" and "classes" in recipe.get("model", {}):
+        return CurriculumConfig
+    if "curriculum" in given:
+        if name not in _PASSKEYS:
+            raise ConfigError(f"train.curriculum: for the tasks {' and '.join(_PASSKEYS)} only, not for {name!r}")
+        return RetrievalConfig
+    return TrainConfig
 
 
 def run(
@@ -97,10 +105,10 @@ def run(
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
-    group = join_group("cpu" if isinstance(config, CurriculumConfig) else config.device)
+    group = join_group("cpu" if isinstance(config, StagedConfig) else config.device)
     with _caller_undisturbed(group, config.threads):
-        if isinstance(config, CurriculumConfig):
-            return _run_recall(resolved, config, folder, resume, display)
+        if isinstance(config, StagedConfig):
+            return _run_staged(resolved, config, folder, resume, display)
         if not group.main:
             display = Silent()
         return _run(resolved, config, folder, resume, group, display)
@@ -139,25 +147,23 @@ def _run(
     return result
 
 
-def _run_recall(
-    resolved: dict[str, Any], config: CurriculumConfig, folder: Path, resume: bool, display: Silent
-) -> Result:
-    """The same for a classifier on a memory task, in one process."""
+def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, resume: bool, display: Silent) -> Result:
+    """The same along a curriculum, in one process."""
     if not resume and checkpoints.found(folder / "checkpoints"):
         raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
     _clear(folder, resume)
     task = _prepared_task(resolved["task"], folder, Group())
     _fit_vocabulary(resolved["model"], task)
-    memory = resolved["model"]["memory"]
-    if memory["segment_length"] != resolved["task"]["segment_length"]:
-        raise ConfigError(
-            f"model.memory.segment_length = {memory['segment_length']}, but task.segment_length = "
-            f"{resolved['task']['segment_length']}: a question must end a segment; give both the same"
-        )
+    _check_staged(resolved, config)
     checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
-    trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
+    trainer: StagedTrainer
+    if isinstance(config, RetrievalConfig):
+        trainer = RetrievalTrainer(model, cast(PasskeyTask, task), config, folder, display=display)
+    else:
+        assert isinstance(config, CurriculumConfig)
+        trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     write_json(folder / "recipe.json", resolved)
@@ -169,6 +175,20 @@ def _run_recall(
     else:
         folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
     return Result(folder, position.step, position.tokens, position.seconds, None, interrupted)
+
+
+def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
+    """What a recipe's tables must agree on."""
+    if isinstance(config, RetrievalConfig):
+        if resolved["model"]["kind"] != "decoder" or "memory" in resolved["model"]:
+            raise ConfigError("train.curriculum = 'retrieval' trains a decoder without a table model.memory")
+        return
+    memory = resolved["model"]["memory"]
+    if memory["segment_length"] != resolved["task"]["segment_length"]:
+        raise ConfigError(
+            f"model.memory.segment_length = {memory['segment_length']}, but task.segment_length = "
+            f"{resolved['task']['segment_length']}: a question must end a segment; give both the same"
+        )
 
 
 def load_run(folder: str | Path) -> tuple[Any, Task]:

@@ -1,0 +1,229 @@
+"""Training a causal model to find one thing again in a long text: the pass key, along a curriculum.
+
+First a short text that tells the number several times, every one of them graded: finding it again is learnt from many
+places at once (with a single question the loss stays where it begins). Then fewer, then longer texts up to the task's
+length, and last a memory that is heavier than the text: where a memory only adds up what it reads (`infini` with the
+linear update and the paper's normaliser), having read the same filler `repeats` times is the memory times
+`repeats`, exactly; so a text of a few segments teaches what a million tokens of filler do to a memory.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.errors import ConfigError
+from longspan.mixers.infini import InfiniCore
+from longspan.mixers.window import WindowCore
+from longspan.models import Decoder, StackState
+from longspan.tasks.synthetic import PasskeyTask
+from longspan.train.progress import Silent
+from longspan.train.staged import Outcome, StagedConfig, StagedTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(StagedConfig):
+    """The `[train]` table of a recipe of `passkey` or `needle` with `curriculum = "retrieval"`; see `StagedConfig`.
+
+    Attributes:
+        curriculum: names this table.
+        mentions: how often the number is told again at first; halved stage by stage.
+        first_length: of the first texts.
+        growth: from one length to the next.
+        repeats: how often, at most, a memory has read its filler before the text begins; 1 = never.
+        text: weight of the loss on a quarter of all other tokens.
+    """
+
+    curriculum: str = "retrieval"
+    tokens: int = 4096
+    window: int = 20
+    lr: float = 3e-3
+    warmup: int = 100
+    constant: float = 0.7
+    betas: tuple[float, float] = (0.9, 0.95)
+    mentions: int = 4
+    first_length: int = 268
+    growth: float = 1.5
+    repeats: float = 1.0
+    text: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("mentions", 0), ("first_length", 256), ("repeats", 1), ("text", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name} = {getattr(self, name)}: {least} at least")
+        if self.growth <= 1:
+            raise ConfigError(f"train.growth = {self.growth}: more than 1")
+        if self.curriculum != "retrieval":
+            raise ConfigError(f"train.curriculum = {self.curriculum!r}: there is only 'retrieval'")
+
+
+@dataclass
+class Retrieval:
+    """Where a run is in its curriculum; plain data, so that it can be saved.
+
+    Attributes:
+        config: of the run.
+        full: tokens of a text in the end.
+        mentions, length, repeats: of the stage reached.
+        since: steps since it began.
+        at_stage: accuracy of its last batches.
+    """
+
+    config: RetrievalConfig
+    full: int
+    mentions: int = -1
+    length: int = 0
+    repeats: float = 1.0
+    since: int = 0
+    at_stage: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.length = self.length or min(self.config.first_length, self.full)
+        self.mentions = self.config.mentions if self.mentions < 0 else self.mentions
+
+    def draw(self, step: int) -> tuple[int, int, float]:
+        """Mentions, length and repeats of the batch of a step."""
+        random = np.random.default_rng([self.config.seed, step, 7])
+        shorter = int(random.integers(min(self.config.first_length, self.length), self.length + 1))
+        length = self.length if random.random() < self.config.frontier else shorter
+        mentions = self.mentions if random.random() < 0.8 else 0
+        return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
+
+    def add(self, right: float) -> bool:
+        """Count a batch; True where a new stage begins."""
+        config = self.config
+        self.since += 1
+        self.at_stage = [*self.at_stage, right][-config.window :]
+        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > config.accuracy * config.window
+        if not good and not (config.patience and self.since >= config.patience):
+            return False
+        if self.mentions:
+            self.mentions //= 2
+        elif self.length < self.full:
+            self.length = min(int(self.length * config.growth), self.full)
+        elif self.repeats < config.repeats:
+            self.repeats = min(self.repeats * 3, config.repeats)
+        else:
+            return False
+        self.at_stage, self.since = [], 0
+        return True
+
+    def columns(self) -> dict[str, Any]:
+        """What a line of the log says of the stage."""
+        return {"mentions": self.mentions, "length": self.length, "repeats": self.repeats}
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """The stage as two short texts."""
+        return f"up to {self.length:,}", f"memory x {self.repeats:,.0f}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        names = ("mentions", "length", "repeats", "since", "at_stage")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, data: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for key, value in data.items():
+            setattr(self, key, value)
+
+
+def repeated(model: Decoder, state: StackState, times: float) -> StackState:
+    """The state of a model that has read the same text `times` times over, where its memories only add.
+
+    Windows and open segments stay as they are. (Of `linear` it would not be exact: positions reach its keys.)
+
+    Raises:
+        ConfigError: a layer that is neither a window nor an infini memory that only adds.
+    """
+    layers = []
+    for block, each in zip(model.layers, state.layers, strict=True):
+        core = block.mixer.core
+        if isinstance(core, InfiniCore) and core.adds:
+            each = each._replace(values=each.values * times, keys=each.keys * times)
+        elif not isinstance(core, WindowCore):
+            raise ConfigError(
+                f"train.repeats: the memory of {type(core).__name__} is not a sum over what it has read; "
+                "set train.repeats = 1, or use infini with update linear and normaliser paper"
+            )
+        layers.append(each)
+    return state._replace(layers=tuple(layers))
+
+
+class RetrievalTrainer(StagedTrainer):
+    """Trains a decoder on `passkey` or `needle`; `longspan.train.run` makes one from a recipe.
+
+    Args:
+        model: a causal model that streams.
+        task: prepared; its `length` is the longest text that is trained on.
+        config: of the run.
+        folder: of the run.
+        display: what is shown.
+    """
+
+    def __init__(
+        self, model: Decoder, task: PasskeyTask, config: RetrievalConfig, folder: Path, *, display: Silent
+    ) -> None:
+        self.config, self.retrieval = config, Retrieval(config, task.config.length)
+        super().__init__(model, task, config, folder, stages=self.retrieval, display=display)
+        if config.repeats > 1:
+            repeated(model, model.init_state(1), 2.0)
+
+    def read(self) -> Outcome:
+        """See the base."""
+        config, step = self.config, self.position.step
+        mentions, length, repeats = self.retrieval.draw(step)
+        rows = max(4, config.tokens // length)
+        tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step))
+        state = self._filled(rows, repeats, step) if repeats > 1 else None
+        logits, _ = self.model(tokens[:, :-1], state)
+        targets = tokens[:, 1:]
+        loss = F.cross_entropy(logits[graded], targets[graded])
+        total = loss
+        if config.text:
+            other = F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
+            total = loss + config.text * other
+        total.backward()
+        digits = self.task.config.digits
+        right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.retrieval.add(right))
+
+    def title(self) -> str:
+        """See the base."""
+        return f"{type(self.task).__name__}, texts of up to {self.task.config.length:,}"
+
+    def _filled(self, rows: int, repeats: float, step: int) -> StackState:
+        """What two segments of filler leave behind, read `repeats` times over."""
+        random = np.random.default_rng([self.config.seed, step, 11])
+        size = 2 * (self.model.traits.segment or 128)
+        text = self.task.filler(random, 2 * size, "train")
+        first = int(random.integers(0, size))
+        tokens = torch.from_numpy(np.frombuffer(text[first : first + size], dtype=np.uint8).astype(np.int64))
+        _, state = self.model(tokens.expand(rows, -1))
+        return repeated(self.model, state, repeats)
+
+
+def draw_texts(
+    task: PasskeyTask, rows: int, length: int, mentions: int, seed: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Training texts of a seed: tokens (rows, length + 1), and which targets are graded (rows, length)."""
+    # a copy, as a task may hold texts it has read
+    same = copy.copy(task)
+    same.config = dataclasses.replace(task.config, length=length, mentions=mentions, graded="mentions", depth=None)
+    drawn = []
+    for row in range(rows):
+        random = np.random.default_rng([*seed, row])
+        drawn.append(same.sample(random, int(random.integers(21)), "train"))
+    return (
+        torch.from_numpy(np.stack([each.tokens for each in drawn])),
+        torch.from_numpy(np.stack([each.graded for each in drawn])),
+    )
