@@ -42,14 +42,17 @@ class Traits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes a core is built for: `num_kv_heads` divides `num_heads`; `rope` is the base of RoPE or None."""
+    """The sizes a core is built for: `num_kv_heads` divides `num_heads`.
+
+    `rope` is the base of RoPE, or the angles of one position (head_dim // 2 of them), or None.
+    """
 
     dim: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     causal: bool = True
-    rope: float | None = None
+    rope: float | tuple[float, ...] | None = None
 
     @property
     def group(self) -> int:

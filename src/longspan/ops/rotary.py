@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rotary_table(
-    positions: Tensor, head_dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor, head_dim: int, *, base: "float | tuple[float, ...]" = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles position * base ** (-2 i / head_dim).
 
@@ -14,14 +14,19 @@ def rotary_table(
     Args:
         positions: (batch, length) integers.
         head_dim: even.
-        base: RoPE's theta.
+        base: RoPE's theta, or the head_dim // 2 angles of one position, as pretrained models with stretched positions
+            give them.
         dtype: of the result.
 
     Returns:
         Two tensors (batch, 1, length, head_dim // 2).
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions.to(torch.float64)[:, None, :, None] * base**-exponent
+    if isinstance(base, tuple):
+        assert len(base) == head_dim // 2
+        steps = torch.tensor(base, dtype=torch.float64, device=positions.device)
+    else:
+        steps = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+    angles = positions.to(torch.float64)[:, None, :, None] * steps
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -5,14 +5,15 @@ from torch import Tensor
 
 
 def rotary_table(
-    positions: Tensor, head_dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: Tensor, head_dim: int, *, base: "float | tuple[float, ...]" = 10000.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * base ** (-2 i / head_dim) (Su et al. 2021, equation 15), entry by entry.
 
-    positions (batch, length) to two tensors (batch, 1, length, head_dim // 2).
+    positions (batch, length) to two tensors (batch, 1, length, head_dim // 2). `base` may be the angles of position 1.
     """
     pairs = range(head_dim // 2)
-    angles = torch.stack([positions.double() / base ** (2 * i / head_dim) for i in pairs], -1)[:, None]
+    step = base if isinstance(base, tuple) else [base ** (-2 * i / head_dim) for i in pairs]
+    angles = torch.stack([positions.double() * step[i] for i in pairs], -1)[:, None]
     return torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)
 
 

@@ -1,0 +1,348 @@
+"""Pretrained models with another mechanism in the place of their attention: in place, reversible, weights kept.
+
+Each attention module keeps its own weights under their own names and gets a submodule `longspan`, the mechanism's core
+with its new parameters (gates, projections); only what happens between q, k, v and the output changes. So
+`save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan import state as states
+from longspan.config import to_dict
+from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.families import Family, Found, find
+from longspan.mixers import Rows
+from longspan.mixers.base import Core, merge_traits
+from longspan.mixers.registry import build_core, core_class
+
+CORE = "longspan"
+_STRONGLY_LOCAL = -4.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        name: of the mixer.
+        layers: that were converted.
+        fields: of the mixer, defaults filled in.
+        new_parameters: names of the parameters that were not there before.
+        bounded: the state of the whole model does not grow with the text.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    fields: dict[str, Any]
+    new_parameters: tuple[str, ...]
+    bounded: bool
+
+    def __str__(self) -> str:
+        fields = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
+        state = "constant state" if self.bounded else "a state that grows with the text"
+        return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
+
+
+@dataclass
+class Call:
+    """One call of a converted model, handed from layer to layer.
+
+    Attributes:
+        rows: where the real tokens are.
+        before: the state of each converted layer, by its index.
+        after: the same behind the call, filled by the layers.
+        penalties: auxiliary losses.
+    """
+
+    rows: Rows
+    before: dict[int, Any]
+    after: dict[int, Any] = field(default_factory=dict)
+    penalties: list[Tensor] = field(default_factory=list)
+
+
+class Converted:
+    """Stands before the class of a converted attention module; see `convert`."""
+
+    longspan: Core
+    longspan_family: Family
+    longspan_index: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
+        """What the module's own forward returns, without attention weights."""
+        if longspan_call is None:
+            raise UnsupportedError(
+                "a converted attention module was called outside its model; call the model, or longspan.hf.revert it"
+            )
+        rows, index = longspan_call.rows, self.longspan_index
+        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
+        # gates and projections may be of another precision than the model
+        out, following = self.longspan(
+            q, k, v, longspan_call.before.get(index), rows, penalties=longspan_call.penalties
+        )
+        if rows.length:
+            longspan_call.after[index] = following
+        y = self.longspan_family.output(self, out.to(hidden_states.dtype))
+        return rows.scatter(y), None
+
+
+def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fields: Any) -> Report:
+    """Put a mixer into the place of a pretrained model's attention.
+
+    Args:
+        model: of transformers, with or without a head: Llama, Mistral, Qwen2, Qwen3, SmolLM, GPT-2, BERT and those
+            built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
+        name: of the mixer. Those that carry hidden states (`transformer_xl`) cannot be used: they need projections of
+            their own training.
+        layers: which; negative ones count from the end; None = all.
+        fields: of the mixer. The gates of `infini` and `associative` begin at -4, so that a text of one segment gives
+            the original logits and a longer one nearly those of local attention.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UnsupportedError: the model's family, its positions, or the mixer do not allow it.
+        ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
+    """
+    found = find(model)
+    chosen = _layers(layers, len(found.attentions))
+    cls = core_class(name, "convert")
+    if cls.needs_hidden:
+        raise UnsupportedError(
+            f"{name} carries hidden states and projects them again with relative positions of its own, which the "
+            "weights of a pretrained model do not know; convert to a mixer that works on q, k and v"
+        )
+    if "gate_init" in {each.name for each in dataclasses.fields(cls.Config)}:
+        fields.setdefault("gate_init", _STRONGLY_LOCAL)
+    taken = [index for index in chosen if isinstance(found.attentions[index], Converted)]
+    if taken:
+        raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
+    cores = {}
+    for index in chosen:
+        attention = found.attentions[index]
+        like = next(attention.parameters())
+        core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
+        if core.traits.bidirectional is False and not found.family.causal:
+            raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
+        cores[index] = core.to(like.device)
+    for index, core in cores.items():
+        _swap(found.attentions[index], core, found.family, index)
+    _hook(found.family.base(model))
+    record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
+    model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
+    return _report(model, name, chosen, record["fields"])
+
+
+def revert(model: Any) -> None:
+    """Give a converted model its own attention back, bit for bit; what the mixers learnt is dropped.
+
+    Raises:
+        ConfigError: the model is not converted.
+    """
+    found = find(model)
+    converted = [each for each in found.attentions if isinstance(each, Converted)]
+    if not converted:
+        raise ConfigError("revert: this model is not converted")
+    for attention in converted:
+        delattr(attention, CORE)
+        del attention.longspan_family, attention.longspan_index
+        attention.__class__ = type(attention).__mro__[2]
+    for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
+        handle.remove()
+    del model.config.longspan
+
+
+def cores(model: Any) -> dict[int, Core]:
+    """The cores of a converted model, by layer; empty where it is not converted."""
+    found = find(_unwrapped(model))
+    return {
+        index: attention.longspan
+        for index, attention in enumerate(found.attentions)
+        if isinstance(attention, Converted)
+    }
+
+
+def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
+    chosen = tuple(range(count)) if layers is None else tuple(dict.fromkeys(layers))
+    bad = [index for index in chosen if not -count <= index < count]
+    if bad or not chosen:
+        raise ConfigError(f"convert: layers = {list(chosen)}: this model has {count} layers, 0 to {count - 1}")
+    return tuple(sorted(index % count for index in chosen))
+
+
+def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
+    own = type(attention)
+    attention.__class__ = type(f"Longspan{own.__name__}", (Converted, own), {"__module__": own.__module__})
+    attention.add_module(CORE, core)
+    attention.longspan_family, attention.longspan_index = family, index
+
+
+def _hook(base: Any) -> None:
+    if "longspan_hooks" not in base.__dict__:
+        base.__dict__["longspan_hooks"] = [
+            base.register_forward_pre_hook(_before, with_kwargs=True),
+            base.register_forward_hook(_after, with_kwargs=True),
+        ]
+
+
+def _given(kwargs: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
+    given: Tensor | None = kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    if given is None and args:
+        given = args[0]
+    if given is None:
+        raise ConfigError("give input_ids or inputs_embeds to a converted model by name")
+    return given
+
+
+def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Lay out the call, and hand it to the layers; a cache that holds keys becomes one that holds states."""
+    given, found = _given(kwargs, args), find(base)
+    converted = [isinstance(each, Converted) for each in found.attentions]
+    use_cache = kwargs.get("use_cache")
+    if use_cache is None:
+        # training reads segments without a past; a cache would keep their graphs alive
+        use_cache = getattr(base.config, "use_cache", False) and not base.training
+    cache = kwargs.get("past_key_values")
+    if found.family.causal and not isinstance(cache, StateCache) and (use_cache or cache is not None):
+        if cache is not None and cache.get_seq_length():
+            raise ConfigError("past_key_values come from the model before it was converted; start anew")
+        cache = kwargs["past_key_values"] = StateCache(converted) if _streams(found) else None
+    if found.family.causal:
+        kwargs["use_cache"] = cache is not None
+    before = {}
+    if cache is not None:
+        before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
+    first = next((each for each in before.values() if each is not None), None)
+    mask = _mask(kwargs.get("attention_mask"), given)
+    offset = states.live(first, given.shape[0], given.device)
+    kwargs["longspan_call"] = Call(Rows(offset, given.shape[1], mask), before)
+    if all(converted):
+        # nobody reads it, and for a long padded batch it would be a matrix of its length squared
+        kwargs["attention_mask"] = None
+        _place(kwargs, found.family, mask, offset, given)
+    return args, kwargs
+
+
+def _place(kwargs: dict[str, Any], family: Family, mask: Tensor | None, offset: Tensor, given: Tensor) -> None:
+    """Positions of real tokens, where the mask that would tell them is left out and the model has a use for them."""
+    if family.causal and kwargs.get("position_ids") is None and mask is not None:
+        kwargs["position_ids"] = (offset[:, None] + mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _streams(found: Found) -> bool:
+    return all(each.longspan.traits.streams for each in found.attentions if isinstance(each, Converted))
+
+
+def _mask(mask: Tensor | None, given: Tensor) -> Tensor | None:
+    """The columns of this call, of a mask that may cover earlier ones."""
+    if mask is None:
+        return None
+    if mask.ndim != 2:
+        raise UnsupportedError(
+            f"attention_mask of shape {tuple(mask.shape)}: a converted model takes (batch, length), 1 for real tokens"
+        )
+    real = mask[:, -given.shape[1] :].bool()
+    return None if bool(real.all()) else real
+
+
+def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Keep the states, where there is a cache."""
+    cache, call = kwargs.get("past_key_values"), kwargs["longspan_call"]
+    if isinstance(cache, StateCache):
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, StateLayer):
+                layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+    base.__dict__["longspan_penalties"] = call.penalties
+
+
+def penalties(model: Any) -> list[Tensor]:
+    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss."""
+    found = find(_unwrapped(model))
+    return list(found.family.base(_unwrapped(model)).__dict__.get("longspan_penalties", []))
+
+
+def after_step(model: Any, step: int, generator: torch.Generator | None = None) -> None:
+    """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
+    for core in cores(model).values():
+        core.after_step(step, generator)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model of transformers inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, Any]) -> Report:
+    found = find(model)
+    marker = f".{CORE}."
+    new = tuple(key for key, _ in model.named_parameters() if marker in key)
+    kept = [each for each in found.attentions if not isinstance(each, Converted)]
+    traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
+    return Report(name, layers, fields, new, traits.bounded and not kept)
+
+
+def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
+    """A converted model that `save_pretrained` wrote: the model, its conversion, its new parameters.
+
+    Args:
+        folder: that holds config.json and safetensors.
+        auto: class that loads the original; default `AutoModelForCausalLM`, or `AutoModel` for encoders.
+        options: of `from_pretrained`.
+
+    Raises:
+        CheckpointError: the folder holds no converted model, or lacks parameters of it.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder)
+    records = getattr(config, CORE, None)
+    if not records:
+        raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
+    del config.longspan
+    if auto is None:
+        encoder = config.model_type in ("bert", "roberta")
+        auto = AutoModel if encoder else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, config=config, **options)
+    for record in records:
+        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
+    stored: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        stored |= {key: value for key, value in load_file(path).items() if f".{CORE}." in key}
+    missing = [key for key in model.state_dict() if f".{CORE}." in key and key not in stored]
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is missing")
+    # as they were stored: gates are fp32 beside weights of any type
+    model.load_state_dict(stored, strict=False, assign=True)
+    return model.eval()
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser: gates and the like with settings of their own, the rest with the run's.
+
+    Args:
+        model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
+        lr, weight_decay: of the run.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    taken: set[int] = set()
+    for core in cores(model).values():
+        for group in core.parameter_groups():
+            own = {"lr": lr if group.lr is None else group.lr}
+            own["weight_decay"] = weight_decay if group.weight_decay is None else group.weight_decay
+            entry = groups.setdefault(group.name, {"name": group.name, "params": [], **own})
+            entry["params"].extend(parameter for parameter in group.parameters if parameter.requires_grad)
+            taken |= {id(parameter) for parameter in group.parameters}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    first = {"name": "model", "params": rest, "lr": lr, "weight_decay": weight_decay}
+    return [first, *(group for group in groups.values() if group["params"])]

@@ -1,0 +1,318 @@
+"""Pretrained models with other mechanisms: exact where they must be, streaming, saved, trained, undone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.hf.conftest import ids, make
+from torch import Tensor
+
+from longspan import hf, mixers
+from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.mixers.registry import core_class
+
+CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+# transformers keeps the angles of RoPE in fp32, whatever the weights are
+TOLERANCE = dict.fromkeys(CAUSAL, 2e-5) | {"gpt2": 1e-9, "bert": 1e-9}
+CONVERTS = [name for name in mixers.names() if not core_class(name).needs_hidden]
+
+
+def examples() -> list[Any]:
+    """Every form of every mixer that works on q, k, v; those whose heads do not fit four of them are left out."""
+    return [
+        pytest.param(name, fields, id=f"{name}-{place}")
+        for name in CONVERTS
+        for place, fields in enumerate(core_class(name).examples)
+        if not core_class(name).needs_hidden
+    ]
+
+
+def converted(kind: str, name: str, fields: dict[str, Any], **more: Any) -> Any:
+    model = make(kind, **more)
+    try:
+        hf.convert(model, name, **fields)
+    except UnsupportedError:
+        pytest.skip("this form does not convert")
+    return model.double()
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """Without a cache, one row at a time."""
+    rows = []
+    for row in prompt:
+        text = row[None]
+        for _ in range(count):
+            text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        rows.append(text[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "bert"])
+@torch.no_grad()
+def test_full_and_wide_windows_give_the_original_and_revert_is_bit_equal(kind: str) -> None:
+    model, text = make(kind), ids(2, 37)
+    mask = torch.ones_like(text)
+    mask[1, -9:] = 0
+    before = model(text, attention_mask=mask)[0]
+    real = mask.bool()
+    keys = list(model.state_dict())
+    for name, fields in (("full", {}), ("window", {"window": 64})):
+        report = hf.convert(model, name, **fields)
+        assert report.new_parameters == ()
+        after = model(text, attention_mask=mask)[0]
+        torch.testing.assert_close(after[real], before[real], rtol=TOLERANCE[kind], atol=TOLERANCE[kind])
+        hf.revert(model)
+        assert torch.equal(model(text, attention_mask=mask)[0], before)
+        assert list(model.state_dict()) == keys
+        assert not hasattr(model.config, "longspan")
+
+
+@torch.no_grad()
+def test_stretched_positions_convert_where_their_angles_are_fixed() -> None:
+    stretched = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model, text = make("llama", rope_parameters=stretched), ids(1, 60)
+    before = model(text).logits
+    plain = make("llama")(text).logits
+    assert float((before - plain).abs().max()) > 1e-3
+    hf.convert(model, "full")
+    # the original keeps its angles in fp32
+    torch.testing.assert_close(model(text).logits, before, rtol=1e-5, atol=1e-5)
+    dynamic = make("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0})
+    with pytest.raises(UnsupportedError, match="dynamic"):
+        hf.convert(dynamic, "full")
+
+
+@torch.no_grad()
+def test_infini_begins_strongly_local() -> None:
+    model, text = make("llama"), ids(1, 48)
+    before = model(text).logits
+    report = hf.convert(model, "infini", segment=16)
+    after = model(text).logits
+    assert report.fields["gate_init"] == -4.0
+    assert report.bounded
+    torch.testing.assert_close(after[:, :16], before[:, :16], rtol=2e-5, atol=2e-5)
+    assert float((after - before)[:, 16:].abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize(("name", "fields"), examples())
+@torch.no_grad()
+def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, Any]) -> None:
+    model = converted("llama", name, fields)
+    if not next(iter(hf.cores(model).values())).traits.streams:
+        pytest.skip("does not stream")
+    for length in (1, 4, 7, 9):
+        text = ids(2, length, seed=length)
+        expected = greedy(model, text, 9)
+        options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+        assert torch.equal(model.generate(text, attention_mask=torch.ones_like(text), **options), expected)
+        pads = 3
+        padded = torch.cat([torch.zeros(2, pads, dtype=torch.int64), text], 1)
+        mask = torch.cat([torch.zeros(2, pads, dtype=torch.int64), torch.ones_like(text)], 1)
+        # one row is padded, the other begins with real tokens of its own
+        padded[1, :pads] = ids(1, pads, seed=8)
+        mask[1] = 1
+        found = model.generate(padded, attention_mask=mask, **options)
+        assert torch.equal(found[0, pads:], expected[0])
+        assert torch.equal(found[1], greedy(model, padded[1:], 9)[0])
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+@torch.no_grad()
+def test_every_family_generates_padded_and_goes_on(kind: str) -> None:
+    model, text = make(kind), ids(2, 12)
+    hf.convert(model, "infini", segment=5, gate_init=0.0)
+    model = model.double()
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    found = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found[0, 4:], greedy(model, text[:1, 4:], 8)[0])
+    assert torch.equal(found[1], greedy(model, text[1:], 8)[0])
+    beams = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(text, **beams), model.generate(text, use_cache=False, **beams))
+    torch.manual_seed(0)
+    sampled = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=True)
+    torch.manual_seed(0)
+    again = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=True, use_cache=False)
+    assert torch.equal(sampled, again)
+    # a cache that comes back goes on where it was
+    first = model.generate(text[1:], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    assert torch.equal(second, found[1:])
+
+
+@torch.no_grad()
+def test_some_layers_keep_their_keys() -> None:
+    model, text = make("llama"), ids(2, 12)
+    before = model(text).logits
+    report = hf.convert(model, "full", layers=[-1])
+    assert report.layers == (1,)
+    assert not report.bounded
+    torch.testing.assert_close(model(text).logits, before, rtol=2e-5, atol=2e-5)
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    found = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    original = make("llama").generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, original)
+    hf.convert(model, "linear", layers=[0])
+    assert [core.__class__.__name__ for core in hf.cores(model).values()] == ["LinearCore", "FullCore"]
+    assert model.config.longspan[1]["layers"] == [0]
+
+
+@torch.no_grad()
+def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
+    model = make("llama")
+    hf.convert(model, "infini", segment=8, gate_init=0.0)
+    model, text = model.double(), ids(1, 200)
+    sizes, cache = [], None
+    for first in range(0, 200, 25):
+        out = model(text[:, first : first + 25], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        sizes.append(cache.nbytes)
+    assert len(set(sizes)) == 1
+    whole = model(text).logits
+    torch.testing.assert_close(out.logits, whole[:, -25:], rtol=1e-9, atol=1e-9)
+    changed = text.clone()
+    changed[:, 100:] = ids(1, 100, seed=5)
+    assert torch.equal(model(changed).logits[:, :100], whole[:, :100])
+    with pytest.raises(UnsupportedError, match="cropped"):
+        cache.layers[0].crop(3)
+
+
+@pytest.mark.parametrize(("name", "fields"), examples())
+def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
+    model, text = make("bert"), ids(2, 21)
+    traits = mixers.build(name, dim=16, num_heads=4, **fields).traits
+    if not traits.bidirectional:
+        with pytest.raises((UnsupportedError, ConfigError)):
+            hf.convert(model, name, **fields)
+        return
+    hf.convert(model, name, **fields)
+    model = model.double().eval()
+    mask = torch.ones_like(text)
+    mask[0, -5:] = 0
+    with torch.no_grad():
+        found = model(text, attention_mask=mask)[0]
+        torch.testing.assert_close(found[:1, :16], model(text[:1, :16])[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["infini", "associative", "performer"])
+def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    fields = {} if name == "performer" else {"segment": 6}
+    model, text = make("llama"), ids(1, 30)
+    hf.convert(model, name, layers=[1], **fields)
+    with torch.no_grad():
+        for core in hf.cores(model).values():
+            for parameter in core.parameters():
+                parameter.add_(0.3)
+    model = model.double()
+    model.save_pretrained(tmp_path)
+    again = hf.load(tmp_path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    # mapped weights may lie at other addresses, where products round otherwise
+    torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-12, atol=1e-12)
+    plain = make("llama")
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="no conversion"):
+        hf.load(tmp_path / "plain")
+
+
+def test_copies_are_independent() -> None:
+    model, text = make("llama"), ids(1, 20)
+    before = model(text).logits
+    hf.convert(model, "linear")
+    after = model(text).logits
+    twin = copy.deepcopy(model)
+    hf.revert(model)
+    assert torch.equal(model(text).logits, before)
+    assert torch.equal(twin(text).logits, after)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("infini", {"segment": 6}), ("performer", {}), ("window", {"window": 4})])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any]) -> None:
+    model, text = make("llama"), ids(2, 20)
+    hf.convert(model, name, **fields)
+    model = model.double().train()
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        out = model(text, labels=text)
+        assert out.past_key_values is None
+        out.loss.backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, grad in found[0].items():
+        torch.testing.assert_close(found[1][key], grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, text = make("llama").float(), ids(1, 30)
+    hf.convert(model, "infini", segment=6)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["longspan"])
+    tuned = peft.get_peft_model(model, settings)
+    groups = hf.parameter_groups(tuned, lr=1e-3, weight_decay=0.1)
+    assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [
+        ("model", 1e-3, 0.1),
+        ("gates", 0.01, 0.0),
+    ]
+    assert len(groups[1]["params"]) == 2
+    optimizer = torch.optim.AdamW(groups)
+    before = tuned(text).logits
+    tuned(text, labels=text).loss.backward()
+    optimizer.step()
+    after = tuned.eval()(text).logits
+    assert not torch.equal(before, after)
+    tuned.save_pretrained(tmp_path)
+    fresh = make("llama").float()
+    hf.convert(fresh, "infini", segment=6)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path).eval()
+    assert torch.equal(again(text).logits, after)
+    assert not torch.equal(
+        fresh.get_parameter("model.layers.0.self_attn.longspan.modules_to_save.default.gate"), torch.full((4,), -4.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("transformer_xl", {}, "hidden states"),
+        ("infinni", {}, "infini"),
+        ("infini", {"segmnt": 4}, "segment"),
+        ("full", {"layers": [7]}, "has 2 layers"),
+        ("full", {"layers": []}, "has 2 layers"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, UnsupportedError), match=message):
+        hf.convert(make("llama"), name, **options)
+
+
+def test_order_of_calls_is_checked() -> None:
+    model = make("llama")
+    with pytest.raises(ConfigError, match="not converted"):
+        hf.revert(model)
+    cache = model(ids(1, 5), use_cache=True).past_key_values
+    hf.convert(model, "full")
+    with pytest.raises(ConfigError, match="converted already"):
+        hf.convert(model, "full")
+    with pytest.raises(ConfigError, match="before it was converted"):
+        model(ids(1, 5), past_key_values=cache)
+    with pytest.raises(UnsupportedError, match="outside its model"):
+        model.model.layers[0].self_attn(torch.zeros(1, 3, 16, dtype=torch.float64))
+    with pytest.raises(UnsupportedError, match="does not convert"):
+        hf.convert(torch.nn.Linear(2, 2), "full")
