@@ -24,7 +24,7 @@ from longspan.errors import ConfigError
 from longspan.mixers.infini import InfiniCore
 from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
-from longspan.tasks.synthetic import PasskeyTask
+from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train.progress import Silent
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer
 
@@ -40,6 +40,7 @@ class RetrievalConfig(StagedConfig):
         growth: from one length to the next.
         repeats: how often, at most, a memory has read its filler before the text begins; 1 = never.
         text: weight of the loss on a quarter of all other tokens.
+        at_end: share of texts that tell the number right before the question, where it is not in the memory yet.
     """
 
     curriculum: str = "retrieval"
@@ -54,12 +55,15 @@ class RetrievalConfig(StagedConfig):
     growth: float = 1.5
     repeats: float = 1.0
     text: float = 0.1
+    at_end: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, least in (("mentions", 0), ("first_length", 256), ("repeats", 1), ("text", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name} = {getattr(self, name)}: {least} at least")
+        if not 0 <= self.at_end <= 1:
+            raise ConfigError(f"train.at_end = {self.at_end}: from 0 to 1")
         if self.growth <= 1:
             raise ConfigError(f"train.growth = {self.growth}: more than 1")
         if self.curriculum != "retrieval":
@@ -183,7 +187,7 @@ class RetrievalTrainer(StagedTrainer):
         config, step = self.config, self.position.step
         mentions, length, repeats = self.retrieval.draw(step)
         rows = max(4, config.tokens // length)
-        tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step))
+        tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
         state = self._filled(rows, repeats, step) if repeats > 1 else None
         logits, _ = self.model(tokens[:, :-1], state)
         targets = tokens[:, 1:]
@@ -213,7 +217,7 @@ class RetrievalTrainer(StagedTrainer):
 
 
 def draw_texts(
-    task: PasskeyTask, rows: int, length: int, mentions: int, seed: tuple[int, ...]
+    task: PasskeyTask, rows: int, length: int, mentions: int, seed: tuple[int, ...], *, at_end: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Training texts of a seed: tokens (rows, length + 1), and which targets are graded (rows, length)."""
     # a copy, as a task may hold texts it has read
@@ -222,7 +226,8 @@ def draw_texts(
     drawn = []
     for row in range(rows):
         random = np.random.default_rng([*seed, row])
-        drawn.append(same.sample(random, int(random.integers(21)), "train"))
+        place = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
+        drawn.append(same.sample(random, place, "train"))
     return (
         torch.from_numpy(np.stack([each.tokens for each in drawn])),
         torch.from_numpy(np.stack([each.graded for each in drawn])),
