@@ -40,6 +40,8 @@ CASES = (
     Case("relative window 1024", "relative_attention", {"window": 1024}, True),
     Case("relative 512 + 512", "relative_attention", {"window": 512, "segment": 512}, True),
     Case("relative 512 + 512 stale", "relative_attention", {"window": 512, "segment": 512, "border": 512}, True, True),
+    Case("sparse strided 128", "sparse_attention", {"pattern": "strided", "stride": 128}),
+    Case("sparse fixed 128, 8", "sparse_attention", {"pattern": "fixed", "stride": 128, "summary": 8}),
     Case("linear, features given", "linear_attention", {}),
     Case("performer 256", "favor_attention", {}),
     Case("performer 256, both sides", "favor_attention", {"causal": False}),

@@ -30,6 +30,7 @@ from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linea
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.segments import SegmentMemory, empty_memory
+from longspan.ops.sparse import sparse_attention, sparse_cost
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [
@@ -64,6 +65,8 @@ __all__ = [
     "relative_cost",
     "rotary_table",
     "rotate",
+    "sparse_attention",
+    "sparse_cost",
     "window_attention",
     "window_cost",
 ]

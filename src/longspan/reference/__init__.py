@@ -8,6 +8,7 @@ from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
+from longspan.reference.sparse import sparse_attention
 
 __all__ = [
     "associative_attention",
@@ -23,5 +24,6 @@ __all__ = [
     "relative_attention",
     "rotary_table",
     "rotate",
+    "sparse_attention",
     "window_attention",
 ]
