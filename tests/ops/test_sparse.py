@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_definitions import agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops
 from longspan.ops.sparse_strided import make_classes
-
-from test_definitions import agree, inputs, ragged
 
 PARTS = ("union", "local", "summary")
 FORMS = [(pattern, part) for pattern in ("strided", "fixed") for part in PARTS]
@@ -108,7 +107,7 @@ def test_classes_hold_every_pair_once(memory: int, stride: int, nearest: int) ->
     for length in range(1, 40):
         count = torch.zeros(length, memory + length, dtype=torch.int64)
         for run in make_classes(length, memory, stride, nearest):
-            for number in range(run.count):
+            for number in range(run.size):
                 for t in range(run.queries):
                     columns = run.low + number + stride * torch.arange(run.older + t + 1)
                     count[run.start + number + t * stride, columns] += 1

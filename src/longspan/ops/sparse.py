@@ -110,7 +110,7 @@ def sparse_cost(
         if part == "local" or (part == "union" and length <= 2 * stride):
             return local
         classes = make_classes(length, 0, stride, 0 if part == "summary" else 2)
-        return local + sum(run.count * run.queries * run.keys for run in classes)
+        return local + sum(run.size * run.queries * run.keys for run in classes)
     if part == "local":
         return full_cost(length) if length <= stride else _local_plan(length, 0, stride).pairs()
     if part == "union" and (length <= stride or summary == stride):

@@ -315,10 +315,10 @@ def _part_backward(part: Part, given: list[Tensor], slots: tuple[Tensor, Tensor,
             dq[:, :, here] = torch.bmm(scores, kt).view(batch, -1, tile.queries, dim)
         for target, each, late in zip((dk, dv), gradients, passed, strict=True):
             first = spec.memory + span.start
-            here = target[:, :, first : first + span.size]
-            here.copy_(each[:, :, span.front : span.front + span.size])
+            own = target[:, :, first : first + span.size]
+            own.copy_(each[:, :, span.front : span.front + span.size])
             if span.size == spec.span:
-                blocks, late = here.unflatten(2, (spec.blocks, -1)), late.unflatten(2, (spec.blocks, -1))
+                blocks, late = own.unflatten(2, (spec.blocks, -1)), late.unflatten(2, (spec.blocks, -1))
                 for heads, last in _summary_ends(spec, kv_heads):
                     blocks[:, heads, :, last - spec.summary : last] += late[:, heads]
     for target, each in zip((dk, dv), gradients, strict=True):

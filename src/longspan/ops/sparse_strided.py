@@ -4,8 +4,9 @@ Tokens `stride` apart form a class. A class is a view of the sequence with a lon
 classes of one size is one batch for the kernel, causal inside each class.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +21,13 @@ ENTRIES = 1 << 22  # scores of one kernel call where it takes a mask
 
 
 class Classes(NamedTuple):
-    """`count` neighbouring classes of `queries` queries and `keys` keys each.
+    """`size` neighbouring classes of `queries` queries and `keys` keys each.
 
     Query t of class c is query column start + c + t * stride, key t of it key column low + c + t * stride; query t sees
     the keys up to `older` + t.
     """
 
-    count: int
+    size: int
     start: int
     low: int
     queries: int
@@ -42,7 +43,7 @@ def make_classes(length: int, memory: int, stride: int, nearest: int) -> Iterato
     """Every class of a call that has something to see; a query sees keys at least `nearest` * stride before it."""
     borders = {0, stride - memory % stride, length % stride, min(stride, length)}
     edges = sorted(border for border in borders if border <= min(stride, length))
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         column = memory + first
         older, low = divmod(column, stride)
         queries = -(-(length - first) // stride)
@@ -75,24 +76,24 @@ class _Piece(NamedTuple):
     row: int
     start: int
     low: int
-    count: int
+    size: int
     queries: int
     keys: int
     stride: int
 
     def queries_of(self, x: Tensor) -> Tensor:
-        return _take(x, self.row, self.start, self.count, self.queries, self.stride)
+        return _take(x, self.row, self.start, self.size, self.queries, self.stride)
 
     def keys_of(self, x: Tensor) -> Tensor:
-        return _take(x, self.row, self.low, self.count, self.keys, self.stride)
+        return _take(x, self.row, self.low, self.size, self.keys, self.stride)
 
 
 def _pieces(spec: Strided, batch: int, *, masked: bool) -> Iterator[tuple[Classes, _Piece]]:
     for run in spec.classes:
-        most = max(1, ENTRIES // (run.queries * run.keys)) if masked else run.count
+        most = max(1, ENTRIES // (run.queries * run.keys)) if masked else run.size
         for row in range(batch):
-            for first in range(0, run.count, most):
-                size = min(most, run.count - first)
+            for first in range(0, run.size, most):
+                size = min(most, run.size - first)
                 place = run.start + first, run.low + first
                 yield run, _Piece(row, *place, size, run.queries, run.keys, spec.stride)
 
@@ -156,8 +157,7 @@ def strided_attention(call: Call, spec: Strided) -> Tensor:
     """The call's output, differentiable, in q's dtype."""
     q, k, v = call.q, call.k, call.v
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        found: Tensor = _Strided.apply(q, k, v, spec)
-        return found
+        return _apply(q, k, v, spec)
     return strided_forward(q, k, v, spec)[0].to(q.dtype)
 
 
@@ -179,6 +179,9 @@ class _Strided(torch.autograd.Function):
         with flash.full_precision(q.device):
             dq, dk, dv = _backward(grad, q, k, v, out, lse, share, ctx.spec)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+_apply: Callable[..., Tensor] = _Strided.apply
 
 
 def _backward(
