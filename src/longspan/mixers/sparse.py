@@ -34,8 +34,8 @@ class SparseConfig:
     Attributes:
         pattern: "fixed" (text) or "strided" (images, and what else has a period).
         stride: positions of a block, or between the keys that are seen from afar; about sqrt(length).
-        summary: columns of a block that later blocks see, fixed only; more than `stride` count as it. The paper takes 8 to 32 for
-            strides of 128 and 256.
+        summary: columns of a block that later blocks see, fixed only; more than `stride` count as it. The paper takes
+            8 to 32 for strides of 128 and 256.
         part: "union" of both factors in one softmax, or one of them, "local" or "summary".
         summary_offset: how many places before the block's end the summary columns of a kv head end, fixed only; the
             list repeats over the kv heads. Empty = at the end. (0, summary, 2 * summary, ...) gives heads distinct
@@ -114,9 +114,12 @@ class SparseCore(Core):
         self.grows = not self.fixed and config.part != "local"
         """Every key is kept."""
         self.capacity = 0 if self.grows else config.stride - (1 if self.fixed else 0)
-        self.fields: dict[str, Any] = dict(
-            pattern=config.pattern, stride=config.stride, summary=config.kept, part=config.part
-        )
+        self.fields: dict[str, Any] = {
+            "pattern": config.pattern,
+            "stride": config.stride,
+            "summary": config.kept,
+            "part": config.part,
+        }
         if self.fixed:
             self.fields["summary_offset"] = self.offsets
 
@@ -273,8 +276,8 @@ class SparseCore(Core):
                 return SparseState(*carried, summary_k, summary_v, rows.live)
         index = self._summary_columns(rows, summary_k.shape[2], 0 if old_k is None else old_k.shape[2])
         pairs = ((summary_k, old_k, k), (summary_v, old_v, v))
-        kept = (_columns(torch.cat([t for t in each if t is not None], 2), index) for each in pairs)
-        return SparseState(*carried, *kept, rows.live)
+        summary_k, summary_v = (_columns(torch.cat([t for t in each if t is not None], 2), index) for each in pairs)
+        return SparseState(*carried, summary_k, summary_v, rows.live)
 
     def _closed(self, old: Tensor | None, new: Tensor, offset: int) -> Tensor:
         """(batch, kv_heads, kept * blocks, head_dim): the summary columns of the blocks that a plain call closes."""

@@ -25,6 +25,7 @@ from longspan.ops.favor import (
     SOFTMAX as SOFTMAX_KINDS,
 )
 from longspan.ops.full import full_attention, full_cost
+from longspan.ops.groups import group_attention, group_attention_cost
 from longspan.ops.infini import infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.relative import relative_attention, relative_cost
@@ -53,6 +54,8 @@ __all__ = [
     "favor_features",
     "full_attention",
     "full_cost",
+    "group_attention",
+    "group_attention_cost",
     "group_cost",
     "infini_attention",
     "infini_cost",

@@ -141,7 +141,7 @@ def _plain_backward(
     lse: Tensor,
     scale: float,
     causal: bool,
-    mask: Tensor | None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
