@@ -194,15 +194,16 @@ def _fixed(call: Call, stride: int, summary: int, part: str, offsets: tuple[int,
     )
 
 
-def _without_older(call: Call, kept: int = 0) -> Call:
-    """The call without its older keys but the newest `kept`."""
-    first = call.memory - kept
-    if first <= 0:
+def _without_older(call: Call) -> Call:
+    """The call without its older keys."""
+    first = call.memory
+    if not first:
         return call
     visibility = call.visibility
     if visibility is not None:
-        visibility = visibility._replace(key=visibility.key[:, :, first:], top=max(0, visibility.top - first))
-    return call._replace(k=call.k[:, :, first:], v=call.v[:, :, first:], memory=kept, visibility=visibility)
+        query, key = visibility.query - first, visibility.key[:, :, first:] - first
+        visibility = visibility._replace(query=query, key=key, top=max(0, visibility.top - first))
+    return call._replace(k=call.k[:, :, first:], v=call.v[:, :, first:], memory=0, visibility=visibility)
 
 
 def _open(
