@@ -4,6 +4,7 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from longspan.ops.adaptive_span import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.ops.associative import (
     AssociativeMaps,
     associative_attention,
@@ -41,6 +42,8 @@ __all__ = [
     "AssociativeMaps",
     "LinearSums",
     "SegmentMemory",
+    "adaptive_span_attention",
+    "adaptive_span_cost",
     "associative_attention",
     "associative_cost",
     "associative_open",
@@ -68,6 +71,7 @@ __all__ = [
     "relative_cost",
     "rotary_table",
     "rotate",
+    "span_reach",
     "sparse_attention",
     "sparse_cost",
     "window_attention",

@@ -3,6 +3,7 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
 from longspan.reference.groups import group_attention
 from longspan.reference.infini import infini_attention, infini_open
@@ -12,6 +13,7 @@ from longspan.reference.softmax import full_attention, relative_attention, windo
 from longspan.reference.sparse import sparse_attention
 
 __all__ = [
+    "adaptive_span_attention",
     "associative_attention",
     "associative_read",
     "associative_write",
