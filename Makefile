@@ -53,6 +53,7 @@ format: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_span.py
 
 clean:
 	rm -rf $(VENV) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

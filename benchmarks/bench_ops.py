@@ -40,6 +40,9 @@ CASES = (
     Case("relative window 1024", "relative_attention", {"window": 1024}, True),
     Case("relative 512 + 512", "relative_attention", {"window": 512, "segment": 512}, True),
     Case("relative 512 + 512 stale", "relative_attention", {"window": 512, "segment": 512, "border": 512}, True, True),
+    Case("sparse strided 128", "sparse_attention", {"pattern": "strided", "stride": 128}),
+    Case("sparse fixed 128, 8", "sparse_attention", {"pattern": "fixed", "stride": 128, "summary": 8}),
+    Case("adaptive span 128 of 1024", "adaptive_span_attention", {"ramp": 32, "window": 1024}),
     Case("linear, features given", "linear_attention", {}),
     Case("performer 256", "favor_attention", {}),
     Case("performer 256, both sides", "favor_attention", {"causal": False}),
@@ -65,6 +68,9 @@ def tensors(
         found[:2] = [F.elu(t) + 1 for t in found[:2]]
     if case.op == "infini_attention":
         found.append(torch.zeros(heads))
+    if case.op == "adaptive_span_attention":
+        # as trained heads are: most near the ramp, one far; their mean is an eighth of the window
+        found.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
     return [t.requires_grad_() for t in found]
 
 

@@ -97,12 +97,19 @@ def state_bytes(state: Any) -> int:
 
 
 def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
-    """Names of the tensors that have no column in an empty state and hold one per live token later."""
+    """Names of the tensors that have no column in an empty state and get some as segments (or tokens) come."""
     with torch.no_grad():
         empty = leaves(mixer.init_state(1))
         parameter = next(mixer.parameters())
-        later = leaves(mixer(inputs(3, 1, 3, dim=dim, dtype=parameter.dtype))[1])
+        length = max(3, mixer.traits.segment or 0)
+        later = leaves(mixer(inputs(3, 1, length, dim=dim, dtype=parameter.dtype))[1])
     return [name for name, t in later.items() if t.shape != empty[name].shape]
+
+
+def columns_of(mixer: nn.Module, length: int) -> int:
+    """Columns that growing tensors hold after so many live tokens: one a token, unless the mixer evicts some."""
+    counted = getattr(mixer, "state_columns", None)
+    return length if counted is None else counted(length)
 
 
 # comparisons -------------------------------------------------------------------------------------------------

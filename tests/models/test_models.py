@@ -1,5 +1,6 @@
 """Decoder and Encoder: every option runs, streams and rows agree, cost is what is really done."""
 
+import math
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ import longspan as ls
 
 XL: dict[str, Any] = {"name": "transformer_xl", "segment": 4, "mem_len": 4}
 WINDOW: dict[str, Any] = {"name": "window", "window": 4}
+SPARSE: dict[str, Any] = {"name": "sparse", "stride": 4, "summary": 1}
 OPTIONS: list[dict[str, Any]] = [
     {"mixers": (XL, {"name": "full"})},
     {"activation": "gelu", "norm": "layernorm", "bias": True},
     {"activation": "relu", "norm_position": "post", "scale_embeddings": True, "mixers": (XL,)},
     {"positions": "learned", "max_positions": 64, "tie_embeddings": False},
+    {
+        "positions": "factorised",
+        "position_shape": (5, 4, 3),
+        "mixers": ({"name": "sparse", "stride": 4, "summary": 1},),
+    },
     {"positions": "none", "num_kv_heads": 1, "head_dim": 6, "mixers": (WINDOW,)},
 ]
 
@@ -168,3 +175,53 @@ def test_encoder_rows_are_independent_and_documents_apart() -> None:
 def test_a_wrong_mixer_is_named_with_its_place() -> None:
     with pytest.raises(ls.ConfigError, match=r"model.mixers\[1\]: unknown mixer 'ful'; did you mean 'full'"):
         decoder(mixers=({"name": "full"}, {"name": "ful"}))
+
+
+def test_sparse_initialisation() -> None:
+    """The output layer is zero, so the first loss is log(vocab_size); residual outputs shrink with the depth."""
+    model = decoder(init="sparse", tie_embeddings=False, num_layers=8, dim=128, positions="learned", max_positions=64)
+    loss = torch.nn.functional.cross_entropy(model(tokens())[0].flatten(0, 1), tokens().flatten())
+    assert loss.item() == pytest.approx(math.log(31), abs=1e-6)
+    block = model.layers[0]
+    for weight, expected in (
+        (model.embedding.weight, 0.125 / 128**0.5),
+        (block.mixer.projections.q_proj.weight, 0.125 / 128**0.5),
+        (block.mixer.projections.o_proj.weight, 0.125 / 128**0.5 / 4),
+        (block.ffn.down_proj.weight, 0.125 / block.ffn.down_proj.in_features**0.5 / 4),
+    ):
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+    with pytest.raises(ls.ConfigError, match="tie_embeddings"):
+        decoder(init="sparse")
+
+
+def test_factorised_positions_are_sums_of_coordinates() -> None:
+    model = decoder(positions="factorised", position_shape=(3, 5, 2))
+    tables = [table.weight for table in model.position_embedding.tables]
+    assert [len(table) for table in tables] == [3, 5, 2]
+    for p in range(30):
+        expected = tables[0][p // 10] + tables[1][p // 2 % 5] + tables[2][p % 2]
+        torch.testing.assert_close(model.position_embedding(torch.tensor(p)), expected)
+    with pytest.raises(ls.errors.UnsupportedError, match="past the learned positions"):
+        model(tokens(1, 31))
+    with pytest.raises(ls.ConfigError, match="position_shape"):
+        decoder(positions="factorised")
+
+
+def test_interleaved_and_by_head() -> None:
+    """Sparse Transformer's other two integrations are the model's list of mixers and `heads`."""
+    sparse = {"name": "sparse", "pattern": "strided", "stride": 5}
+    parts = [{**sparse, "num_heads": 2, "part": part} for part in ("local", "summary")]
+    for mixers in (
+        tuple({**sparse, "part": part} for part in ("local", "summary")),
+        ({"name": "heads", "parts": parts},),
+    ):
+        model = decoder(mixers=mixers, num_layers=2, positions="none").double().eval()
+        text = tokens(1, 24)
+        inputs = model.embedding(text).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=inputs)[0][0, -1].square().sum(), inputs)
+        assert (gradient[0].abs().amax(-1) > 0).all(), "two layers connect everything"
+        one_by_one, state = [], None
+        for i in range(24):
+            logits, state = model(text[:, i : i + 1], state)
+            one_by_one.append(logits)
+        torch.testing.assert_close(torch.cat(one_by_one, 1), model(text)[0], atol=1e-9, rtol=0)

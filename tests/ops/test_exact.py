@@ -13,6 +13,10 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("window_attention", {"window": 1}),
     ("window_attention", {"window": 37}),
     ("window_attention", {"window": 32, "blocks": True}),
+    ("sparse_attention", {"pattern": "fixed", "stride": 24, "summary": 3}),
+    ("sparse_attention", {"pattern": "fixed", "stride": 7, "summary": 2, "part": "summary", "summary_offset": (0, 5)}),
+    ("sparse_attention", {"pattern": "strided", "stride": 16}),
+    ("sparse_attention", {"pattern": "strided", "stride": 5, "part": "summary"}),
     ("relative_attention", {}),
     ("relative_attention", {"window": 37}),
     ("relative_attention", {"window": 20, "segment": 48}),
@@ -169,6 +173,8 @@ def test_one_token_equals_the_last_of_many(name: str, keywords: dict[str, Any], 
     """The short way of decoding and the tiles agree; the segment form counts from query 0, so only window forms do."""
     if "segment" in keywords or "blocks" in keywords:
         keywords = {"window": 33}
+    if keywords.get("pattern") == "fixed":
+        keywords = {"pattern": "strided", "stride": 33}
     q, k, v = drawn(1 + memory, 0)
     more = extras(name, 1 + memory)
     many = getattr(ops, name)(q, k, v, *more, **keywords)

@@ -25,7 +25,14 @@ def calls(draw: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         keywords = {"window": draw(WINDOWS), "blocks": draw(st.booleans())}
     if relative and draw(st.booleans()):
         keywords = {"window": draw(WINDOWS), "segment": draw(st.sampled_from([None, 1, 16, 50, 64, 200]))}
-    if not relative:
+    if name == "sparse_attention":
+        stride = draw(WINDOWS)
+        summary = draw(st.sampled_from([1, 2, 8, 40]))
+        keywords = {"pattern": draw(st.sampled_from(["strided", "fixed"])), "stride": stride, "summary": summary}
+        keywords["part"] = draw(st.sampled_from(["union", "local", "summary"]))
+        room = stride - min(summary, stride)
+        keywords["summary_offset"] = tuple(draw(st.integers(0, room)) for _ in range(kv_heads))
+    elif not relative:
         causal = keywords["causal"] = draw(st.booleans())
     found = {n: torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for n, s in shape.items()}
     if relative:
@@ -82,3 +89,9 @@ def test_window(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
 @given(call=calls("relative_attention"))
 def test_relative(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
     agree("relative_attention", call)
+
+
+@settings(max_examples=150)
+@given(call=calls("sparse_attention"))
+def test_sparse(call: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    agree("sparse_attention", call)

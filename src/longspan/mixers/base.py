@@ -139,6 +139,10 @@ class Core(nn.Module):
         """Exact bytes of the state after `length` live tokens."""
         raise NotImplementedError
 
+    def state_columns(self, length: int) -> int:
+        """Columns of a state's growing tensors after `length` live tokens: one a token, unless most are evicted."""
+        return length
+
     def flops(self, length: int, batch_size: int = 1) -> int:
         """FLOPs of the core for `batch_size` rows of `length` tokens from an empty past."""
         raise NotImplementedError
@@ -276,6 +280,10 @@ class Mixer(nn.Module):
             dtype: of the activations.
         """
         return self.core.state_nbytes(batch_size, length, dtype) if self.traits.streams else 0
+
+    def state_columns(self, length: int) -> int:
+        """Columns of a state's growing tensors after `length` live tokens; see `Core.state_columns`."""
+        return self.core.state_columns(length)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, projections included."""

@@ -15,6 +15,8 @@ _CORES = {
     "performer": "longspan.mixers.performer:PerformerCore",
     "infini": "longspan.mixers.infini:InfiniCore",
     "associative": "longspan.mixers.associative:AssociativeCore",
+    "sparse": "longspan.mixers.sparse:SparseCore",
+    "adaptive_span": "longspan.mixers.adaptive_span:AdaptiveSpanCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

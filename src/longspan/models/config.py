@@ -1,5 +1,6 @@
 """Configurations of the library's own models."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,15 +26,22 @@ class StackConfig:
         norm_position: "pre" normalises what enters a sublayer, "post" the sum that leaves it (the 2017 Transformer and
             Transformer-XL).
         norm_eps: added to the variance.
-        positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`) or "none".
+        positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`), "factorised"
+            (the sum of one learned vector for each coordinate in `position_shape`) or "none".
         rope_theta: base of RoPE.
         max_positions: size of the learned table.
+        position_shape: what positions count through, the last coordinate fastest (Child et al. 2019, section 5.3): (32,
+            32, 3) for rows, columns and channels of an image, (n / stride, stride) for text.
         bias: biases in all linear maps.
         dropout: on embeddings and on the output of every sublayer.
         tie_embeddings: the output layer uses the embedding's weights.
         scale_embeddings: multiply embeddings by sqrt(dim), as the 2017 Transformer and Transformer-XL do.
         checkpoint: recompute blocks in the backward pass instead of keeping their activations.
         init_std: standard deviation of the initial weights.
+        init: "normal" by `init_std`, or "sparse" (Child et al. 2019, section 6): standard deviation 0.125 / sqrt(d_in)
+            for linear maps, smaller by sqrt(2 num_layers) where they write into the residual stream; 0.125 / sqrt(dim)
+            for token embeddings, by sqrt(number of coordinates) less for positions; the output layer 0, so that the
+            first loss is log(vocab_size) exactly. A Decoder then needs `tie_embeddings = False`.
     """
 
     vocab_size: int = 256
@@ -48,15 +56,17 @@ class StackConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
-    positions: Literal["rope", "learned", "none"] = "rope"
+    positions: Literal["rope", "learned", "factorised", "none"] = "rope"
     rope_theta: float = 10000.0
     max_positions: int = 0
+    position_shape: tuple[int, ...] = ()
     bias: bool = False
     dropout: float = 0.0
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     checkpoint: bool = False
     init_std: float = 0.02
+    init: Literal["normal", "sparse"] = "normal"
 
     def __post_init__(self) -> None:
         where = type(self).__name__
@@ -70,8 +80,18 @@ class StackConfig:
                 raise ConfigError(f"{where}.mixers[{i}] = {mixer!r}: expected a table with a name")
         if self.positions == "learned" and self.max_positions < 1:
             raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need a table size")
+        if self.positions == "factorised" and (not self.position_shape or min(self.position_shape) < 1):
+            raise ConfigError(
+                f"{where}.position_shape = {self.position_shape}: factorised positions need sizes of at least 1, for "
+                "example [32, 32, 3]"
+            )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the learned or factorised tables have."""
+        return math.prod(self.position_shape) if self.positions == "factorised" else self.max_positions
 
     @property
     def inner_dim(self) -> int:
@@ -84,6 +104,14 @@ class StackConfig:
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(StackConfig):
     """A causal language model; see `StackConfig` for the fields."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init == "sparse" and self.tie_embeddings:
+            raise ConfigError(
+                "DecoderConfig.init = 'sparse' starts the output layer at zero, which tied embeddings cannot be; set "
+                "tie_embeddings = false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

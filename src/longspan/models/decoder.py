@@ -29,7 +29,9 @@ class Decoder(Stack):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        if self.output is not None:
+        if self.output is not None and config.init == "sparse":
+            nn.init.zeros_(self.output.weight)
+        elif self.output is not None:
             nn.init.normal_(self.output.weight, std=config.init_std)
 
     def forward(

@@ -12,6 +12,7 @@ from longspan.mixers import Core, Rows, Traits
 from longspan.mixers.base import merge_traits
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
+from longspan.models.positions import make_positions
 
 
 class StackState(NamedTuple):
@@ -42,7 +43,8 @@ class Stack(nn.Module):
     Rows are gathered once, before the embedding, so that no layer works on padding between tokens.
 
     Initialisation: weights of linear maps and embeddings are normal with standard deviation `init_std`, those that
-    write into the residual stream (o_proj, down_proj) smaller by sqrt(2 num_layers); biases 0, norms 1.
+    write into the residual stream (o_proj, down_proj) smaller by sqrt(2 num_layers); biases 0, norms 1. `init` has
+    another.
     """
 
     causal: bool = True
@@ -51,21 +53,24 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        learned = config.positions == "learned"
-        self.position_embedding = nn.Embedding(config.max_positions, config.dim) if learned else None
+        self.position_embedding = make_positions(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index, self.causal) for index in range(config.num_layers))
         self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
         self._initialise()
 
     def _initialise(self) -> None:
-        std, residual = self.config.init_std, self.config.init_std / (2 * self.config.num_layers) ** 0.5
+        config, deep = self.config, (2 * self.config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=residual if name.endswith(("o_proj", "down_proj")) else std)
+                std = 0.125 / module.in_features**0.5 if config.init == "sparse" else config.init_std
+                nn.init.normal_(module.weight, std=std / deep if name.endswith(("o_proj", "down_proj")) else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
+                of_positions = name.startswith("position_embedding")
+                count = max(1, len(config.position_shape)) if of_positions else 1
+                std = 0.125 / (config.dim * count) ** 0.5 if config.init == "sparse" else config.init_std
                 nn.init.normal_(module.weight, std=std)
 
     @property
@@ -95,7 +100,7 @@ class Stack(nn.Module):
         if self.config.scale_embeddings:
             h = h * self.config.dim**0.5
         if self.position_embedding is not None:
-            largest, maximum = rows.largest_position, self.config.max_positions - 1
+            largest, maximum = rows.largest_position, self.config.num_positions - 1
             if largest > maximum:
                 raise UnsupportedError(
                     f"position {largest} is past the learned positions, whose maximum is {maximum}; reset at documents "

@@ -4,6 +4,7 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from longspan.ops.adaptive_span import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.ops.associative import (
     AssociativeMaps,
     associative_attention,
@@ -25,11 +26,13 @@ from longspan.ops.favor import (
     SOFTMAX as SOFTMAX_KINDS,
 )
 from longspan.ops.full import full_attention, full_cost
+from longspan.ops.groups import group_attention, group_attention_cost
 from longspan.ops.infini import infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.segments import SegmentMemory, empty_memory
+from longspan.ops.sparse import sparse_attention, sparse_cost
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "AssociativeMaps",
     "LinearSums",
     "SegmentMemory",
+    "adaptive_span_attention",
+    "adaptive_span_cost",
     "associative_attention",
     "associative_cost",
     "associative_open",
@@ -52,6 +57,8 @@ __all__ = [
     "favor_features",
     "full_attention",
     "full_cost",
+    "group_attention",
+    "group_attention_cost",
     "group_cost",
     "infini_attention",
     "infini_cost",
@@ -64,6 +71,9 @@ __all__ = [
     "relative_cost",
     "rotary_table",
     "rotate",
+    "span_reach",
+    "sparse_attention",
+    "sparse_cost",
     "window_attention",
     "window_cost",
 ]

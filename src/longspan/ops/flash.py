@@ -67,7 +67,16 @@ def attend(
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, causal: bool = False
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for `attend`.
 
@@ -82,11 +91,12 @@ def attend_backward(
         lse: what `attend` returned, or the merged result.
         scale: see `attend`.
         causal: see `attend`.
+        mask: see `attend`.
     """
     if fused(q, k, v):
-        dq, dk, dv = _BACKWARD(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+        dq, dk, dv = _BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return dq, dk, dv
-    return _plain_backward(grad, q, k, v, out, lse, scale, causal)
+    return _plain_backward(grad, q, k, v, out, lse, scale, causal, mask)
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,12 +133,20 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Te
 
 
 def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, queries, dim = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
     rows = heads // kv_heads * queries
-    weights = _scores(q, k, scale, causal, None).sub_(lse[..., None]).exp_().view(batch, kv_heads, rows, keys)
+    weights = _scores(q, k, scale, causal, mask).sub_(lse[..., None]).exp_().view(batch, kv_heads, rows, keys)
     g = grad.reshape(batch, kv_heads, rows, -1)
     inner = (grad * out).sum(-1).view(batch, kv_heads, rows, 1)
     slope = (g @ v.transpose(-1, -2)).sub_(inner).mul_(weights).mul_(scale)

@@ -37,7 +37,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
     """Attention over the tiles of a plan, differentiable; out (batch, heads, length, head_dim) in q's dtype."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _apply(q, k, v, plans)
-    return _forward(q, k, v, plans)
+    return tiled_forward(q, k, v, plans)
 
 
 def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, dtype: torch.dtype) -> Tensor:
@@ -46,10 +46,22 @@ def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, 
     return make(q.shape[0], length, heads, dim, dtype=dtype, device=q.device).transpose(1, 2)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
+def tiled_forward(
+    q: Tensor, k: Tensor, v: Tensor, plans: Plans, *, lse: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The forward pass, without autograd.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        v: like k.
+        plans: the tiles.
+        lse: (batch, heads, length), filled with the log-sum-exps.
+        dtype: of the output; None = q's.
+    """
     plan, visibility = plans.forward, plans.visibility
+    target = q.dtype if dtype is None else dtype
     dtype = flash.working_dtype(q, k, v)
-    target = q.dtype
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
     with flash.full_precision(q.device):
@@ -58,7 +70,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
             most = max(1, FORWARD_ENTRIES // (run.queries * run.keys))
             for block in make_blocks(run, q.shape[0], most):
                 seen = None if visibility is None else visibility.seen(run, block)
-                part, _ = flash.attend(
+                part, sums = flash.attend(
                     take(q, block, run.start, run.queries, run.step),
                     take(k, block, run.low, run.keys, run.step),
                     take(v, block, run.low, run.keys, run.step),
@@ -66,6 +78,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
                     mask=tile_mask(pattern, seen, dtype),
                 )
                 take(out, block, run.start, run.queries, run.step).copy_(part)
+                if lse is not None:
+                    take(lse[..., None], block, run.start, run.queries, run.step).copy_(sums[..., None])
     return out
 
 
@@ -74,7 +88,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
-        out = _forward(q, k, v, plans)
+        out = tiled_forward(q, k, v, plans)
         ctx.save_for_backward(q, k, v, out)
         ctx.plans = plans
         return out
@@ -84,16 +98,27 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out = ctx.saved_tensors
         with flash.full_precision(q.device):
-            dq, dk, dv = _backward(grad, q, k, v, out, ctx.plans)
+            dq, dk, dv = tiled_backward(grad, q, k, v, out, ctx.plans)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
 
 _apply: Callable[..., Tensor] = _Tiled.apply
 
 
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, plans: Plans
+def tiled_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, plans: Plans, share: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, recomputing each tile's weights.
+
+    Args:
+        grad: gradient of out, (batch, heads, length, head_dim).
+        q: see `tiled_forward`.
+        k: see `tiled_forward`.
+        v: see `tiled_forward`.
+        out: what the forward returned, or the merged result of a larger softmax of which these keys are a part.
+        plans: the tiles.
+        share: (batch, heads, length), these keys' share of the larger softmax; None = they are all of it.
+    """
     dtype = flash.working_dtype(q, k, v)
     q, k, v, out, grad = (t.to(dtype) for t in (q, k, v, out, grad))
     dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=dtype)
@@ -107,7 +132,8 @@ def _backward(
         heads = slice(part.heads.start * group, part.heads.stop * group)
         views = [t[part.rows, h] for t, h in zip((q, k, v, out, grad), _spans(heads, part.heads), strict=True)]
         slots = [t[part.rows, h] for t, h in zip((dq, dk, dv), (heads, part.heads, part.heads), strict=True)]
-        _part_backward(part, [t.flatten(0, 1) for t in views], slots, plans, masks)
+        part_share = None if share is None else share[part.rows, heads].flatten(0, 1)
+        _part_backward(part, [t.flatten(0, 1) for t in views], slots, plans, masks, part_share)
     return dq, dk, dv
 
 
@@ -121,7 +147,12 @@ def _scratch(tensor: Tensor) -> Tensor:
 
 
 def _part_backward(
-    part: Part, views: list[Tensor], slots: list[Tensor], plans: Plans, masks: list[Tensor | None]
+    part: Part,
+    views: list[Tensor],
+    slots: list[Tensor],
+    plans: Plans,
+    masks: list[Tensor | None],
+    share: Tensor | None,
 ) -> None:
     """Backward of some batch rows and heads; views (rows * heads, positions, dim), slots (rows, heads, ...)."""
     q, k, v, out, grad = views
@@ -148,6 +179,8 @@ def _part_backward(
                 scores.view(rows, -1, run.queries, run.keys).copy_(mask)
                 scores.baddbmm_(qt, k[:, there].mT, alpha=scale)
             torch.softmax(scores, -1, out=weights)
+            if share is not None:
+                weights.mul_(share[:, here].reshape(items, height, 1))
             dv[:, there].baddbmm_(weights.mT, gt)
             scores.copy_(inner.mul_(-scale)).baddbmm_(gt, v[:, there].mT, alpha=scale).mul_(weights)
             dk[:, there].baddbmm_(scores.mT, qt)

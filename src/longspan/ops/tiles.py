@@ -29,12 +29,16 @@ class Run(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The tiles of a call. Query i and key column c, d = memory + i - c, may meet where nearest <= d <= farthest."""
+    """The tiles of a call. Query i and key column c, d = memory + i - c, may meet where nearest <= d <= farthest.
+
+    Without `itself` they may not where d = 0.
+    """
 
     runs: tuple[Run, ...]
     memory: int
     nearest: int | None
     farthest: int | None
+    itself: bool = True
 
     def offset(self, run: Run) -> int:
         """Distance from the first query of a tile to its first key."""
@@ -189,7 +193,7 @@ def band(plan: Plan, run: Run, *, dtype: torch.dtype, device: torch.device) -> T
     offset = plan.offset(run)
     early = plan.nearest is not None and offset - run.keys + 1 < plan.nearest
     late = plan.farthest is not None and offset + run.queries - 1 > plan.farthest
-    if not early and not late:
+    if not early and not late and plan.itself:
         return None
     query = torch.arange(offset, offset + run.queries, device=device)[:, None]
     distance = query - torch.arange(run.keys, device=device)
@@ -198,6 +202,8 @@ def band(plan: Plan, run: Run, *, dtype: torch.dtype, device: torch.device) -> T
         hidden |= distance < plan.nearest
     if plan.farthest is not None:
         hidden |= distance > plan.farthest
+    if not plan.itself:
+        hidden |= distance == 0
     return torch.zeros(run.queries, run.keys, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
 
 

@@ -3,13 +3,17 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
+from longspan.reference.groups import group_attention
 from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
+from longspan.reference.sparse import sparse_attention
 
 __all__ = [
+    "adaptive_span_attention",
     "associative_attention",
     "associative_read",
     "associative_write",
@@ -17,11 +21,13 @@ __all__ = [
     "favor_attention",
     "favor_features",
     "full_attention",
+    "group_attention",
     "infini_attention",
     "infini_open",
     "linear_attention",
     "relative_attention",
     "rotary_table",
     "rotate",
+    "sparse_attention",
     "window_attention",
 ]

@@ -61,13 +61,17 @@ def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """softmax(scale * q k^T + bias) v over the visible keys, kv heads repeated for grouped queries."""
+    """softmax(scale * q k^T + bias) v over the visible keys, kv heads repeated for grouped queries.
+
+    visible is (batch, length, columns), or (batch, heads, length, columns) where heads differ.
+    """
+    visible = visible if visible.ndim == 4 else visible[:, None]
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias
-    return masked_softmax(scores, visible[:, None]) @ v
+    return masked_softmax(scores, visible) @ v
 
 
 def full_attention(

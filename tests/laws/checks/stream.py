@@ -18,6 +18,7 @@ from ..tools import (
     calm,
     cases,
     close,
+    columns_of,
     copy_state,
     feed,
     growing_leaves,
@@ -105,14 +106,14 @@ def position_leaves(mixer: nn.Module) -> list[str]:
     return [n for n, t in leaves(state).items() if t.dtype == torch.int64 and torch.equal(t.cpu(), seen)]
 
 
-def moved(state: Any, names: list[str], growing: list[str], distance: int) -> Any:
-    """The state as if `distance` tokens had gone before: counts moved, growing columns filled with zeros in front."""
+def moved(state: Any, names: list[str], growing: list[str], distance: int, columns: int) -> Any:
+    """The state as if `distance` tokens had gone before: counts moved, so many columns of zeros in front of growing."""
 
     def move(name: str, t: Tensor) -> Tensor:
         if name in names:
             return t + distance
         if name in growing:
-            return torch.cat([t.new_zeros(*t.shape[:-2], distance, t.shape[-1]), torch.zeros_like(t)], -2)
+            return torch.cat([t.new_zeros(*t.shape[:-2], columns, t.shape[-1]), torch.zeros_like(t)], -2)
         return t
 
     return map_state(state, move)
@@ -129,9 +130,11 @@ def check_far_positions(make: Make) -> None:
         small = single(x.float())[1]
         distance = STEP if growing else 5 * STEP
         distance -= distance % (exact.traits.segment or 1)
-        there = exact(y, moved(start, names, growing, distance))[0][:, -16:]
+        live = x.shape[1]
+        columns = columns_of(exact, live + distance) - columns_of(exact, live)
+        there = exact(y, moved(start, names, growing, distance, columns))[0][:, -16:]
         low = map_state(small, lambda name, t: leaves(start)[name].to(t.dtype))
-        rough = single(y.float(), moved(low, names, growing, distance))[0][:, -16:]
+        rough = single(y.float(), moved(low, names, growing, distance, columns))[0][:, -16:]
         limit = 1e-3 * there.abs().max().item()
         difference = (rough.double() - there).abs().max().item()
         assert difference <= limit, f"position {distance}: fp32 differs from fp64 by {difference:.3g} > {limit:.3g}"
@@ -139,7 +142,7 @@ def check_far_positions(make: Make) -> None:
             return
         # Where only distances matter, far away is like near by; where positions matter, near by differs as much.
         shifts = [shift - shift % (exact.traits.segment or 1) for shift in (STEP // 100, STEP // 50, STEP // 25)]
-        near = [exact(y, moved(start, names, growing, shift))[0][:, -16:] for shift in shifts]
+        near = [exact(y, moved(start, names, growing, shift, 0))[0][:, -16:] for shift in shifts]
         spread = max((near[0] - other).abs().max().item() for other in near[1:])
         difference, limit = (there - near[0]).abs().max().item(), max(1e-7, 8 * spread)
         what = f"fp64 at position {distance} differs from position {shifts[0]} by {difference:.3g}"

@@ -1,0 +1,179 @@
+"""Adaptive Span: what is learned, what it costs, and states from before a span grew or shrank."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import longspan as ls
+
+DIM, HEADS = 32, 4
+
+
+def build(spans: list[float] | None = None, **fields: Any) -> ls.mixers.Mixer:
+    torch.manual_seed(0)
+    fields = {"max_span": 64, "ramp": 4, **fields}
+    mixer = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, **fields).double()
+    if spans is not None:
+        set_spans(mixer, spans)
+    return mixer
+
+
+def set_spans(mixer: ls.mixers.Mixer, spans: list[float]) -> None:
+    """In tokens."""
+    with torch.no_grad():
+        mixer.core.span.copy_(torch.tensor(spans) / mixer.core.config.max_span)
+
+
+def drawn(length: int, seed: int = 1) -> Tensor:
+    return torch.randn(2, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def window(size: int, mixer: ls.mixers.Mixer) -> ls.mixers.Mixer:
+    found = ls.mixers.build("window", dim=DIM, num_heads=HEADS, rope=10000.0, window=size).double()
+    found.projections.load_state_dict(mixer.projections.state_dict())
+    return found
+
+
+def test_full_spans_are_a_window() -> None:
+    mixer = build([64.0] * HEADS)
+    torch.testing.assert_close(mixer(drawn(150))[0], window(64, mixer)(drawn(150))[0], atol=1e-12, rtol=0)
+
+
+def test_penalty_is_the_mean_span() -> None:
+    mixer = build([0.0, 8.0, 16.0, 40.0], penalty=0.5)
+    penalties: list[Tensor] = []
+    mixer(drawn(9), penalties=penalties)
+    assert penalties[0].item() == pytest.approx(0.5 * 16.0)
+    (gradient,) = torch.autograd.grad(penalties[0], mixer.core.span)
+    assert gradient[1:].tolist() == pytest.approx([0.5 * 64 / HEADS] * 3)
+    dynamic, found = build(dynamic=True, penalty=1.0), []
+    mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
+    dynamic(drawn(9), mask=mask, penalties=found)
+    short = [p for row, n in ((0, 9), (1, 4)) for p in penalty_of(dynamic, drawn(9)[row : row + 1, :n])]
+    torch.testing.assert_close(found[0], (9 * short[0] + 4 * short[1]) / 13)
+
+
+def penalty_of(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+    mixer(x, penalties=found)
+    return found
+
+
+def test_after_step_clamps() -> None:
+    mixer = build()
+    with torch.no_grad():
+        mixer.core.span.copy_(torch.tensor([-0.3, 0.2, 1.7, 1.0]))
+    mixer.after_step(1)
+    assert mixer.core.span.tolist() == pytest.approx([0.0, 0.2, 1.0, 1.0])
+
+
+def test_spans_learn_as_far_as_they_are_needed() -> None:
+    """A head that must copy from 20 tokens back lengthens its span; with nothing to win the penalty closes it."""
+    torch.manual_seed(0)
+    mixer = build([8.0] * HEADS, penalty=1e-4, ramp=16)
+    optimiser = torch.optim.Adam(mixer.parameters(), lr=0.01)
+    for step in range(60):
+        x = torch.randn(4, 64, DIM, dtype=torch.float64)
+        penalties: list[Tensor] = []
+        y = mixer(x, penalties=penalties)[0]
+        loss = (y[:, 20:] - x[:, :-20]).square().mean() + sum(penalties)
+        optimiser.zero_grad()
+        loss.backward()
+        assert torch.isfinite(mixer.core.span.grad).all()
+        optimiser.step()
+        mixer.after_step(step)
+    assert max(mixer.core.spans) > 10
+    far = max(mixer.core.spans)
+    for step in range(60):
+        found = penalty_of(mixer, drawn(8))
+        optimiser.zero_grad()
+        (1e4 * found[0]).backward()
+        optimiser.step()
+        mixer.after_step(step)
+    assert max(mixer.core.spans) < far / 2
+
+
+def test_bytes_follow_the_longest_span() -> None:
+    sizes = []
+    for longest in (0.0, 10.0, 59.0, 64.0):
+        mixer = build([0.0, longest, 0.0, 0.0])
+        state = mixer(drawn(100))[1]
+        assert ls.state.nbytes(state) == mixer.state_nbytes(2, 100, torch.float64)
+        assert state.k.shape[2] == min(63, int(longest) + 4 - 1)
+        sizes.append(ls.state.nbytes(state))
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize(("before", "after"), [(6.0, 40.0), (40.0, 6.0), (0.0, 64.0)])
+def test_states_go_on_when_spans_change(before: float, after: float) -> None:
+    """Grown: older tokens are gone, not zeros that are attended to. Shrunk: the newest columns are kept."""
+    mixer, x = build([before, 0.0, 0.0, 0.0]), drawn(90)
+    with torch.no_grad():
+        state = mixer(x[:, :50])[1]
+        kept = state.k.shape[2]
+        set_spans(mixer, [after, 0.0, 0.0, 0.0])
+        parts = []
+        for first, last in ((50, 51), (51, 63), (63, 90)):
+            part, state = mixer(x[:, first:last], state)
+            parts.append(part)
+            assert ls.state.nbytes(state) == mixer.state_nbytes(2, last, torch.float64)
+        found = torch.cat(parts, 1)
+        # the same tokens at the same positions, of which only the last `kept` before the change are there
+        gone = 50 - min(kept, 50)
+        whole = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, max_span=64, ramp=4).double()
+        whole.load_state_dict(mixer.state_dict())
+        expected = whole(x[:, gone:])[0][:, 50 - gone :]
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+
+
+def test_short_spans_are_cheap_and_the_same() -> None:
+    """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and what untrimmed attention gives."""
+    models = []
+    for trimmed in (True, False):
+        torch.manual_seed(0)
+        config = ls.DecoderConfig(
+            dim=32, num_layers=4, num_heads=4, mixers=({"name": "adaptive_span", "max_span": 512, "ramp": 16},)
+        )
+        model = ls.Decoder(config).eval()
+        spans = torch.tensor([0.0, 0.03, 0.1, 0.37])
+        for block in model.layers:
+            with torch.no_grad():
+                block.mixer.core.span.copy_(spans)
+        if not trimmed:
+            for block in model.layers:
+                block.mixer.core.forward = untrimmed(block.mixer.core)
+        models.append(model)
+    text = torch.randint(256, (1, 1200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(models[0](text)[0], models[1](text)[0], atol=1e-5, rtol=1e-5)
+    full = ls.Decoder(models[0].config)
+    for block in full.layers:
+        nn.init.ones_(block.mixer.core.span)
+    assert models[0].layers[0].mixer.core.flops(4096) * 2 < full.layers[0].mixer.core.flops(4096)
+
+
+def untrimmed(core: Any) -> Any:
+    """The core with every head computed as far as max_span: the definition on all keys."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, state: Any, rows: Any, **_: Any) -> Any:
+        q, k = core.rotate(q, k, rows)
+        span = core.config.max_span * core.span
+        out = ls.reference.adaptive_span_attention(q, k, v, span, ramp=core.config.ramp, window=core.config.max_span)
+        return out, core.init_state(q.shape[0], q.device, q.dtype)
+
+    return forward
+
+
+def test_wrong_fields_are_one_clear_line() -> None:
+    for fields, word in (
+        ({"max_span": 0}, "max_span"),
+        ({"ramp": 0}, "ramp"),
+        ({"initial": 1.5}, "initial"),
+        ({"persistent": -1}, "persistent"),
+    ):
+        with pytest.raises(ls.ConfigError, match=word):
+            build(**fields)
+    with pytest.raises(ls.ConfigError, match="bidirectional"):
+        build(causal=False)
