@@ -15,6 +15,7 @@ _CORES = {
     "performer": "longspan.mixers.performer:PerformerCore",
     "infini": "longspan.mixers.infini:InfiniCore",
     "associative": "longspan.mixers.associative:AssociativeCore",
+    "entmax": "longspan.mixers.entmax:EntmaxCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

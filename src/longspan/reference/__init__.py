@@ -4,6 +4,7 @@ Start here to understand a mechanism: each definition is the paper's equation on
 """
 
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
+from longspan.reference.entmax import entmax, entmax_attention
 from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.rotary import rotary_table, rotate
@@ -14,6 +15,8 @@ __all__ = [
     "associative_read",
     "associative_write",
     "dpfp",
+    "entmax",
+    "entmax_attention",
     "favor_attention",
     "favor_features",
     "full_attention",
