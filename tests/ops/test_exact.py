@@ -13,6 +13,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("window_attention", {"window": 1}),
     ("window_attention", {"window": 37}),
     ("window_attention", {"window": 32, "blocks": True}),
+    ("entmax_attention", {}),
+    ("entmax_attention", {"window": 37}),
     ("relative_attention", {}),
     ("relative_attention", {"window": 37}),
     ("relative_attention", {"window": 20, "segment": 48}),
@@ -29,6 +31,8 @@ def drawn(
 
 def extras(name: str, distances: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(9)
+    if name == "entmax_attention":
+        return [torch.tensor([1.0, 1.3, 1.5, 2.0])]
     if name != "relative_attention":
         return []
     return [torch.randn(s, generator=generator) for s in ((4, distances, 16), (4, 16), (4, 16))]

@@ -108,7 +108,10 @@ class EntmaxCore(Core):
         causal, window, alpha = self.shape.causal, self.config.window, self.alpha
         old_k, old_v = (None, None) if state is None else (state.k, state.v)
         memory = 0 if state is None else state.k.shape[2]
-        all_k, all_v = (k, v) if old_k is None or old_v is None else (append(old_k, k), append(old_v, v))
+        all_k, all_v = k, v
+        if old_k is not None and old_v is not None:  # with a window nothing grows that could be appended to
+            join = append if window is None else lambda old, new: torch.cat([old, new], 2)
+            all_k, all_v = join(old_k, k), join(old_v, v)
         out = ops.entmax_attention(
             q,
             all_k,
@@ -133,9 +136,7 @@ class EntmaxCore(Core):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> EntmaxState:
         """Full capacity where there is a window, else no columns yet."""
         columns = 0 if self.config.window is None else self.config.window - 1
-        k = torch.zeros(
-            batch_size, self.shape.num_kv_heads, columns, self.shape.head_dim, device=device, dtype=dtype
-        )
+        k = torch.zeros(batch_size, self.shape.num_kv_heads, columns, self.shape.head_dim, device=device, dtype=dtype)
         return EntmaxState(k, k.clone(), torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:

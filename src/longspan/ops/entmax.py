@@ -1,5 +1,6 @@
 """alpha-entmax and attention with it: weights that may be exactly zero (Peters et al. 2019; Correia et al. 2019)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from longspan.ops.tiles import Plan, make_plan, trim_plan
 
 
 def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
-    """alpha-entmax along a dimension (Peters et al. 2019, equation 10): p = [(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1)).
+    """alpha-entmax along a dimension (Peters et al. 2019, equation 10).
 
-    tau makes the weights sum to one. alpha = 1 is the softmax, 2 the sparsemax. Differentiable in scores and alpha, at
-    alpha = 1 too.
+    p = [(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1)), where tau makes the weights sum to one. alpha = 1 is the softmax,
+    2 the sparsemax. Differentiable in scores and alpha, at alpha = 1 too.
 
     Args:
         scores: any shape; -inf hides an entry.
@@ -47,7 +48,7 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     _check_range(alpha)
     if scores.numel() == 0:
         return scores.clone()
-    out: Tensor = _Entmax.apply(scores.movedim(dim, -1), alpha.movedim(dim, -1))
+    out = _entmax(scores.movedim(dim, -1), alpha.movedim(dim, -1))
     return out.movedim(-1, dim)
 
 
@@ -72,6 +73,9 @@ class _Entmax(torch.autograd.Function):
         grad = grad - (w * grad).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
         slope = (rate * grad).sum_to_size(a.shape)
         return (w * grad).to(ctx.dtypes[0]), slope.to(ctx.dtypes[1])
+
+
+_entmax: Callable[..., Tensor] = _Entmax.apply
 
 
 def entmax_attention(

@@ -43,6 +43,8 @@ def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) 
         a: alpha - 1, a number or broadcastable to `rows`.
         steps: evaluations.
     """
+    unit: Any
+    most: Any
     if isinstance(a, Tensor):
         unit, most = torch.where(a > 0, a, 1.0), a.clamp(min=TINY)
         high = torch.where(a > 0, -torch.expm1(-a * math.log(keys)), math.log(keys)).expand_as(rows)
@@ -50,7 +52,7 @@ def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) 
         unit, most = a or 1.0, max(a, TINY)
         high = torch.full_like(rows, -math.expm1(-a * math.log(keys)) if a else math.log(keys))
     t = low = rows
-    bend: Any = most if isinstance(most, Tensor) else torch.full_like(rows, most)
+    bend = most + rows
     before = None
     for _ in range(steps):
         p, w = weigh(t)
@@ -151,8 +153,8 @@ def dense_weights(z: Tensor, a: Tensor) -> Tensor:
     soft = a <= 0
     unit = torch.where(soft, 1.0, a)
     top = z.amax(-1, keepdim=True)
-    top = torch.where(top > -math.inf, top, 0.0)
-    x = (z - top) * unit
+    blank = top == -math.inf
+    x = (z - top).masked_fill(blank, 0.0) * unit
 
     def weigh(t: Tensor) -> tuple[Tensor, Tensor]:
         y = x - t
@@ -162,8 +164,7 @@ def dense_weights(z: Tensor, a: Tensor) -> Tensor:
 
     steps = max(num_steps(value, z.dtype) for value in (0.0, float(a.max())))
     p = weigh(solve(weigh, torch.zeros_like(top + a), z.shape[-1], a, steps))[0]
-    total = p.sum(-1, keepdim=True)
-    return p / torch.where(total > 0, total, 1.0)
+    return (p / p.sum(-1, keepdim=True)).masked_fill(blank, 0.0)
 
 
 def dense_slopes(p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
         low = torch.where(seen, z, -math.inf).amax(dim, keepdim=True)
         low = torch.where(low > -math.inf, low, 0.0) + torch.zeros_like(a)
         high = low + math.log(scores.shape[dim]) + 1
-        for _ in range(100):
+        for _ in range(60):
             middle = (low + high) / 2
             above = weights(middle)[0].sum(dim, keepdim=True) >= 1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
