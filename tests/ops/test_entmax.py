@@ -284,6 +284,14 @@ def test_the_fixed_number_of_steps_is_enough(alpha: float, keys: int) -> None:
                 assert abs(float(out[0, 0, 0, 0]) - float(expected)) < near, f"{name}, {dtype}, row {row}"
 
 
+@pytest.mark.parametrize("alpha", [1.75, 1.95, 2.0])
+@pytest.mark.parametrize("scale", [0.02, 0.1, 0.3])
+def test_steps_do_not_grow_with_the_length(alpha: float, scale: float) -> None:
+    """Many nearly equal scores, as a new model has them: Newton's steps alone would need more and more."""
+    z = scale * draw(12, 2, 65536)
+    torch.testing.assert_close(ops.entmax(z, alpha), reference.entmax(z, alpha), atol=1e-9, rtol=0)
+
+
 def test_fewer_steps_would_not_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
     from longspan.ops import entmax_curve
