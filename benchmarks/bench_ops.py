@@ -46,6 +46,8 @@ CASES = (
     Case("linear, features given", "linear_attention", {}),
     Case("performer 256", "favor_attention", {}),
     Case("performer 256, both sides", "favor_attention", {"causal": False}),
+    Case("entmax", "entmax_attention", {}),
+    Case("entmax 1.5", "entmax_attention", {"alpha": 1.5}),
     Case("infini 512", "infini_attention", {"segment": 512}),
     Case("infini 512 delta gamma", "infini_attention", {"segment": 512, "update": "delta", "normaliser": "gamma"}),
 )
@@ -71,12 +73,16 @@ def tensors(
     if case.op == "adaptive_span_attention":
         # as trained heads are: most near the ramp, one far; their mean is an eighth of the window
         found.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
+    if case.op == "entmax_attention":  # an alpha a head, spread as training spreads them, or one for all
+        alpha = case.settings.get("alpha")
+        found.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
     return [t.requires_grad_() for t in found]
 
 
 def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     """The case's operation of `where` (ops or reference)."""
     settings = dict(case.settings)
+    settings.pop("alpha", None)
     if case.stale:
         *inputs, stale_k, stale_v = inputs
         settings["stale"] = (stale_k, stale_v)

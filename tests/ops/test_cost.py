@@ -67,6 +67,15 @@ def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
     assert close(measured, HEADS * DIM * (4 * content + 2 * position))
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shape", [{}, {"causal": False}, {"window": 100}, {"window": 512, "causal": False}])
+@pytest.mark.parametrize("train", [True, False])
+def test_entmax(length: int, shape: dict[str, Any], train: bool) -> None:
+    alpha = torch.tensor([1.0, 1.5], requires_grad=train)
+    measured = counted(lambda: ops.entmax_attention(*tensors(length, grad=train), alpha, **shape))
+    assert close(measured, 4 * DIM * HEADS * ops.entmax_cost(length, **shape))
+
+
 def test_costs_grow_with_the_length() -> None:
     for cost in (
         lambda n: ops.window_cost(n, window=64),
@@ -101,6 +110,8 @@ class Largest(TorchDispatchMode):
         ("window_attention", {"window": 64}),
         ("window_attention", {"window": 64, "causal": False}),
         ("window_attention", {"window": 64, "blocks": True}),
+        ("entmax_attention", {}),
+        ("entmax_attention", {"window": 64}),
         ("relative_attention", {"window": 64}),
         ("relative_attention", {"window": 64, "segment": 64}),
     ],
@@ -109,6 +120,8 @@ def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, tr
     length = 8192
     given = tensors(length, grad=train)
     more = relative(128, grad=train) if name == "relative_attention" else []
+    if name == "entmax_attention":
+        more = [torch.tensor([1.2, 1.5], requires_grad=train)]
     start = (torch.arange(length) // 1000 * 1000)[None]
     ragged = {"lengths": torch.tensor([length - 5]), "start": start} if rows else {}
     with Largest() as largest:

@@ -17,6 +17,8 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("sparse_attention", {"pattern": "fixed", "stride": 7, "summary": 2, "part": "summary", "summary_offset": (0, 5)}),
     ("sparse_attention", {"pattern": "strided", "stride": 16}),
     ("sparse_attention", {"pattern": "strided", "stride": 5, "part": "summary"}),
+    ("entmax_attention", {}),
+    ("entmax_attention", {"window": 37}),
     ("relative_attention", {}),
     ("relative_attention", {"window": 37}),
     ("relative_attention", {"window": 20, "segment": 48}),
@@ -33,6 +35,8 @@ def drawn(
 
 def extras(name: str, distances: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(9)
+    if name == "entmax_attention":
+        return [torch.tensor([1.0, 1.3, 1.5, 2.0])]
     if name != "relative_attention":
         return []
     return [torch.randn(s, generator=generator) for s in ((4, distances, 16), (4, 16), (4, 16))]

@@ -17,6 +17,7 @@ _CORES = {
     "associative": "longspan.mixers.associative:AssociativeCore",
     "sparse": "longspan.mixers.sparse:SparseCore",
     "adaptive_span": "longspan.mixers.adaptive_span:AdaptiveSpanCore",
+    "entmax": "longspan.mixers.entmax:EntmaxCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

@@ -14,6 +14,7 @@ from longspan.ops.associative import (
     associative_write,
     dpfp,
 )
+from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
     KERNELS,
     bounded_constant,
@@ -53,6 +54,9 @@ __all__ = [
     "dpfp",
     "empty_memory",
     "empty_sums",
+    "entmax",
+    "entmax_attention",
+    "entmax_cost",
     "favor_attention",
     "favor_features",
     "full_attention",
