@@ -13,7 +13,7 @@ SET_HELP = "Change a field of the model that holds no weights, such as model.mix
 
 
 def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, TextTask]":
-    """The model and the task of a run.
+    """The model and the task of a run that reads text.
 
     Args:
         folder: of the run.
