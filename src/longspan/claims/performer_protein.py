@@ -229,11 +229,18 @@ def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Ar
     order = [AMINO_ACIDS.index(letter) for letter in ORDER]
     panels = [Panel("BLOSUM62", _shown(blosum, order))]
     for name, found in by_heads.items():
-        panels.append(Panel(f"{name}, Spearman {heads[name].spearman:.2f}", _shown(found, order)))
+        title = f"{name}, Spearman {heads[name].spearman:.2f}".replace("-", "−")
+        panels.append(Panel(title, _shown(found, order)))
     marked = [(ORDER.index(pair[0]), ORDER.index(pair[1])) for pair in PAIRS]
     return picture(
         "performer-protein",
-        lambda theme: matrix_figure(panels, labels=ORDER, marked=marked, theme=theme),
+        lambda theme: matrix_figure(
+            panels,
+            labels=ORDER,
+            marked=marked,
+            below="darker: more alike, in the range of each panel; framed: (D, E) and (F, Y)",
+            theme=theme,
+        ),
         alt="Similarity of the amino acids: BLOSUM62, and as three models' attention has it; (D, E) and (F, Y) framed.",
     )
 

@@ -171,6 +171,7 @@ def matrix_figure(
     labels: Sequence[str],
     marked: Sequence[tuple[int, int]] = (),
     columns: int = 2,
+    below: str = "",
     theme: Theme = LIGHT,
 ) -> Figure:
     """Symmetric matrices beside each other, each in its own range of colours from its least to its largest value.
@@ -180,6 +181,7 @@ def matrix_figure(
         labels: names of rows and columns, short.
         marked: (row, column) fields that are framed, on both sides of the diagonal.
         columns: panels in a row.
+        below: said under all of them.
         theme: colours.
     """
     lines = -(-len(panels) // columns)
@@ -190,15 +192,18 @@ def matrix_figure(
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1)
             axes.imshow(panel.values, cmap=colours)
+            axes.set_facecolor(theme.grid)
             axes.set_title(panel.title, fontsize=9.5, fontweight="normal")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_ticks(range(len(labels)), list(labels))
                 axis.set_tick_params(length=0, labelsize=7)
             axes.grid(visible=False)
             for row, column in (field for pair in marked for field in (pair, pair[::-1])):
-                axes.add_patch(
-                    Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4)
-                )
+                corner = (column - 0.5, row - 0.5)
+                frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
+                axes.add_patch(frame)
+        if below:
+            figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
 
 

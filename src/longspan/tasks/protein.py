@@ -136,19 +136,29 @@ class ProteinTask:
         Raises:
             DataError: as `sequences`.
         """
-        found, config = self.sequences(split), self.config
         train = split == "train"
+        return self._masked(self.sequences(split), self.config.copies if train else 1, noise=train)
+
+    def _masked(self, found: Sequences, copies: int, *, noise: bool) -> Documents:
+        config = self.config
         items: list[Document] = []
         names: list[str] = []
-        for copy in range(config.copies if train else 1):
+        for copy in range(copies):
             for index, (name, ids) in enumerate(found):
-                seed = (config.seed, int(train), copy, index)
-                items.append(ProteinDocument(ids, config.share, seed, noise=train))
-                names.append(f"{name}:{copy}" if train else name)
+                items.append(ProteinDocument(ids, config.share, (config.seed, int(noise), copy, index), noise=noise))
+                names.append(f"{name}:{copy}" if noise else name)
         digest = hashlib.blake2b(f"{config.share}:{config.copies}:{config.seed}".encode(), digest_size=16)
         for _, ids in found:
             digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
         return Documents(items, names, digest.hexdigest())
+
+    def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
+        """Any other sequences, masked as held-back ones are; arguments as in `ProteinConfig`.
+
+        Raises:
+            DataError: the sequences are missing or cannot be read.
+        """
+        return self._masked(_encoded(source, pattern or self.config.pattern), 1, noise=False)
 
     def frequencies(self) -> Array:
         """(20,) fp64 shares of the amino acids in the training sequences, in the order of `AMINO_ACIDS`."""
@@ -172,12 +182,7 @@ def split_sequences(config: ProteinConfig) -> dict[Split, Sequences]:
     Raises:
         DataError: the sequences are missing, cannot be read, or leave nothing for one of the splits.
     """
-    kept: dict[bytes, tuple[str, Array]] = {}
-    for name, letters in read_source(config.source, pattern=config.pattern):
-        ids = _IDS[letters]
-        if is_amino_acid(ids).any():
-            kept.setdefault(ids.tobytes(), (name, ids))
-    sequences = list(kept.values())
+    sequences = _encoded(config.source, config.pattern)
     family = families([ids for _, ids in sequences], config.family)
     members = np.bincount(family, minlength=max(len(family), 1))
     # families in a random order, each held back unless it is more than the room that is left
@@ -199,6 +204,16 @@ def split_sequences(config: ProteinConfig) -> dict[Split, Sequences]:
                 "on; give more, or another task.family or task.validation_fraction"
             )
     return parts
+
+
+def _encoded(source: str | Sequence[str], pattern: str) -> Sequences:
+    """Sequences with an amino acid in them, each once."""
+    kept: dict[bytes, tuple[str, Array]] = {}
+    for name, letters in read_source(source, pattern=pattern):
+        ids = _IDS[letters]
+        if is_amino_acid(ids).any():
+            kept.setdefault(ids.tobytes(), (name, ids))
+    return list(kept.values())
 
 
 def families(sequences: Sequence[Array], stretch: int) -> Array:
