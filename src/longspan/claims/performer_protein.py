@@ -49,7 +49,7 @@ class Plan:
     steps: int
     scored: int
     mapped: int
-    longest: int = 400
+    longest: int = 250
     """residues of a sequence that is mapped, at most"""
     recipe: tuple[tuple[str, str, Any], ...] = ()
     """fields of the recipe that are set: (table, field, value)"""
@@ -128,7 +128,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     by_heads = {name: similarity_by_heads(between) for name, between in maps.items()}
     by_pairs = {name: similarity_by_pairs(between, even) for name, between in maps.items()}
     seconds = trained_seconds(list(folders.values()))
-    return _outcome(plan, scores, by_heads, by_pairs, len(short), seconds)
+    shape = read_json(folders["exact"] / "recipe.json")
+    return _outcome(plan, shape, scores, by_heads, by_pairs, len(short), seconds)
 
 
 def _said(found: Evaluation) -> str:
@@ -141,6 +142,7 @@ def _said(found: Evaluation) -> str:
 
 def _outcome(
     plan: Plan,
+    recipe: dict[str, Any],
     scores: dict[str, Evaluation],
     by_heads: dict[str, Array],
     by_pairs: dict[str, Array],
@@ -171,12 +173,13 @@ def _outcome(
         ]
         ranks = ", ".join(f"({pair[0]}, {pair[1]}) {rank_of_pair(by_heads[name], pair)}" for pair in PAIRS)
         figures.append(Figure(f"place among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
-    first = next(iter(scores.values()))
+    first, model, train = next(iter(scores.values())), recipe["model"], recipe["train"]
     return Outcome(
         verdict=verdict,
         figures=figures,
-        size=f"encoder of 4 layers of 64, 8 heads, 64 features, {plan.steps:,} steps of 4,096 residues of UniProt, one "
-        f"seed, same batches; {len(first.names):,} held-back sequences of other families, {int(first.tokens.sum()):,} "
+        size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['num_heads']} heads, 64 features, "
+        f"{plan.steps:,} steps of {train['lanes']} x {train['segment_length']} residues of UniProt, one seed, same "
+        f"batches; {len(first.names):,} held-back sequences of other families, {int(first.tokens.sum()):,} "
         f"hidden residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabelling the "
         "amino acids",
         note=note,
