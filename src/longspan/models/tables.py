@@ -1,8 +1,8 @@
 """Models from plain data and back: what recipes and saved models say of them.
 
-A table has a `kind` ("decoder" or "encoder"; a recipe may leave it out: decoder), the fields of that model's
-configuration, and optionally a table `memory` of `RecurrentConfig` (then it is a RecurrentMemory over that model) and
-`classes` (then a RecurrentClassifier).
+A table has a `kind` ("decoder", "encoder" or "masked_lm"; a recipe may leave it out: decoder), the fields of that
+model's configuration, and optionally a table `memory` of `RecurrentConfig` (then it is a RecurrentMemory over that
+model) and `classes` (then a RecurrentClassifier).
 """
 
 from collections.abc import Mapping
@@ -16,10 +16,15 @@ from longspan.models.classifier import RecurrentClassifier
 from longspan.models.config import DecoderConfig, EncoderConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
+from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory
 from longspan.models.recurrent_config import RecurrentConfig
 
-_KINDS: dict[str, tuple[Any, Any]] = {"decoder": (Decoder, DecoderConfig), "encoder": (Encoder, EncoderConfig)}
+_KINDS: dict[str, tuple[Any, Any]] = {
+    "decoder": (Decoder, DecoderConfig),
+    "encoder": (Encoder, EncoderConfig),
+    "masked_lm": (MaskedLM, EncoderConfig),
+}
 
 
 def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
@@ -36,6 +41,8 @@ def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, A
     if "vocab_size" not in fields:
         del resolved["vocab_size"]
     if "memory" in table:
+        if kind == "masked_lm":
+            raise ConfigError(f"{where}.memory: a masked language model carries none; kind is decoder or encoder")
         resolved["memory"] = to_dict(from_dict(RecurrentConfig, table["memory"], f"{where}.memory"))
     if "classes" in table:
         if "memory" not in table:
@@ -70,5 +77,6 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
                 "and the memory (model.cell) with its state_dict()"
             )
         return {**describe_model(model.backbone), "memory": to_dict(model.config)}
-    assert isinstance(model, (Decoder, Encoder)), f"{type(model).__name__} is not a model of this library"
-    return {"kind": "decoder" if isinstance(model, Decoder) else "encoder", **to_dict(model.config)}
+    kinds = [kind for kind, (model_class, _) in _KINDS.items() if isinstance(model, model_class)]
+    assert kinds, f"{type(model).__name__} is not a model of this library"
+    return {"kind": kinds[0], **to_dict(model.config)}

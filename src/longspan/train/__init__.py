@@ -12,7 +12,7 @@ from longspan.train.progress import Live, Plain, Silent
 from longspan.train.recipes import find_recipe
 from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import load_run, resolve, run
-from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
+from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.step import DivergedError
 from longspan.train.trainer import Result, Trainer
 
@@ -46,6 +46,7 @@ __all__ = [
     "resolve",
     "run",
     "seeds_interval",
+    "share_bootstrap",
     "token_nats",
     "wilson",
 ]

@@ -17,7 +17,8 @@ from longspan.tasks.base import Array
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.loss import token_nats
-from longspan.train.statistics import Interval, bootstrap, paired_bootstrap
+from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
+from longspan.train.windows import windows
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Evaluation:
         """Bits per unit with the interval of a bootstrap over documents."""
         return bootstrap(self.nats, self.units, samples=samples, level=level, seed=seed)
 
+    def accuracy_interval(self, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
+        """The share of predictions that are right with the interval of a bootstrap over documents."""
+        return share_bootstrap(self.correct, self.tokens, samples=samples, level=level, seed=seed)
+
     def minus(self, other: "Evaluation", *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
         """This one's bits per unit minus the other's, paired by document.
 
@@ -88,10 +93,11 @@ def evaluate_text(
     """Loss of every document, read in chunks with the carried state, or in separate segments without it.
 
     Several documents are read side by side, one after another in each row with a reset between; by the laws of the
-    mixers this gives what each document alone would give. Parameters and random generators are left as they are.
+    mixers this gives what each document alone would give. A model that does not stream reads each segment of each
+    document in a row of its own. Parameters and random generators are left as they are.
 
     Args:
-        model: a language model, `logits, state = model(tokens, state, mask=, reset=)`.
+        model: a language model, `logits, state = model(tokens, state, mask=, reset=)`; masked ones too.
         documents: from `task.documents("validation")` or `task.read(path)`.
         chunk: tokens of a row in one call, more where documents are fewer than rows; changes memory and speed, not
             the result.
@@ -108,8 +114,26 @@ def evaluate_text(
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
     group = group or Group(device=_device_of(model))
     restart = None if memory else segment_length or chunk
+    totals = np.zeros((4, len(documents)))
+    with _evaluating(model):
+        for logits, part in _forward(model, _batches(model, documents, chunk, batch, restart, group), group.device):
+            totals += _totals(logits, part, len(documents))
+    summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
+    nats, tokens, units, correct = summed
+    return Evaluation(
+        tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
+    )
+
+
+def _batches(
+    model: Any, documents: Documents, chunk: int, batch: int, restart: int | None, group: Group
+) -> Iterator[Batch]:
+    """What is read in one call after another; see `evaluate_text`."""
+    if not model.traits.streams:
+        width = restart or chunk
+        return windows(documents, width, batch * chunk, rank=group.rank, world_size=group.world_size)
     rows = -(-min(batch, len(documents)) // group.world_size) * group.world_size
-    lanes = Lanes(
+    return Lanes(
         documents,
         lanes=rows,
         segment_length=chunk * max(batch // rows, 1),
@@ -121,22 +145,19 @@ def evaluate_text(
         rank=group.rank,
         world_size=group.world_size,
     )
-    totals = np.zeros((4, len(documents)))
-    with _evaluating(model):
-        for logits, part in _forward(model, lanes, group.device):
-            totals += _totals(logits, part, len(documents))
-    summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
-    nats, tokens, units, correct = summed
-    return Evaluation(
-        tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
-    )
 
 
-def _forward(model: Any, lanes: Lanes, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
+def _forward(model: Any, batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
     """Logits of every batch of the rows that still have documents; a row that has none left is dropped."""
+    if not model.traits.streams:
+        for batch in batches:
+            here = batch.to(device)
+            yield model(here.tokens, None, mask=here.mask, reset=here.reset)[0], batch
+        return
     state: Any = None
-    alive = torch.arange(len(lanes.own))
-    for batch in lanes:
+    alive = None
+    for batch in batches:
+        alive = torch.arange(len(batch.tokens)) if alive is None else alive
         part = batch.at(alive)
         if part.mask is not None and not bool((going := part.mask.any(1)).all()):
             alive, part = alive[going], part.at(going)

@@ -43,15 +43,30 @@ def paired_bootstrap(
     nats, other, units = (np.asarray(array, dtype=np.float64) for array in (nats, other, units))
     if not nats.shape == other.shape == units.shape or not len(nats):
         raise DataError(f"evaluations of {len(nats)} and {len(other)} documents cannot be paired")
-    scale = 1 / math.log(2)
-    value = float((nats - other).sum() / units.sum() * scale)
-    if len(nats) == 1:
+    return share_bootstrap((nats - other) / math.log(2), units, samples=samples, level=level, seed=seed)
+
+
+def share_bootstrap(
+    amounts: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Amounts per unit over all documents together (right predictions per prediction, say), with an interval.
+
+    Args:
+        amounts: (documents,) total of each.
+        units: (documents,) what it is divided by.
+        samples: resamplings of the documents.
+        level: of the interval.
+        seed: of the resampling.
+    """
+    amounts, units = np.asarray(amounts, dtype=np.float64), np.asarray(units, dtype=np.float64)
+    value = float(amounts.sum() / units.sum())
+    if len(amounts) == 1:
         return Interval(value, math.nan, math.nan)
     generator = np.random.default_rng(seed)
-    drawn, uniform = [], np.full(len(nats), 1 / len(nats))
+    drawn, uniform = [], np.full(len(amounts), 1 / len(amounts))
     # in parts, so that many documents need no table of samples x documents
     for first in range(0, samples, 1000):
-        counts = generator.multinomial(len(nats), uniform, size=min(1000, samples - first))
-        drawn.append(counts @ (nats - other) / (counts @ units) * scale)
+        counts = generator.multinomial(len(amounts), uniform, size=min(1000, samples - first))
+        drawn.append(counts @ amounts / (counts @ units))
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))

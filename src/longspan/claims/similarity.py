@@ -1,0 +1,161 @@
+"""Which amino acids attention holds to be alike, and which ones evolution does.
+
+Both ways to read it from attention maps count only attention between residues, and take the maps as the fast operation
+really makes them (`Mixer.attention_map`).
+
+    by heads    the share of each head's attention that goes to an amino acid; two amino acids are as alike as these
+                shares are correlated over the heads of all layers (Vig et al. 2020, section 4.4, which the Performer's
+                appendix follows)
+    by pairs    log2 of the attention from one amino acid to another, all heads together, over what even attention would
+                give; the mean of both directions. A log-odds score, as BLOSUM's are
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.mixers import Rows
+from longspan.tasks.base import Array
+from longspan.tasks.protein import AMINO_ACIDS, FIRST, VOCABULARY
+
+# Henikoff & Henikoff 1992, as the NCBI publishes it (BLOSUM62, half bits); a public fact
+_BLOSUM62 = """
+   A  R  N  D  C  Q  E  G  H  I  L  K  M  F  P  S  T  W  Y  V
+A  4 -1 -2 -2  0 -1 -1  0 -2 -1 -1 -1 -1 -2 -1  1  0 -3 -2  0
+R -1  5  0 -2 -3  1  0 -2  0 -3 -2  2 -1 -3 -2 -1 -1 -3 -2 -3
+N -2  0  6  1 -3  0  0  0  1 -3 -3  0 -2 -3 -2  1  0 -4 -2 -3
+D -2 -2  1  6 -3  0  2 -1 -1 -3 -4 -1 -3 -3 -1  0 -1 -4 -3 -3
+C  0 -3 -3 -3  9 -3 -4 -3 -3 -1 -1 -3 -1 -2 -3 -1 -1 -2 -2 -1
+Q -1  1  0  0 -3  5  2 -2  0 -3 -2  1  0 -3 -1  0 -1 -2 -1 -2
+E -1  0  0  2 -4  2  5 -2  0 -3 -3  1 -2 -3 -1  0 -1 -3 -2 -2
+G  0 -2  0 -1 -3 -2 -2  6 -2 -4 -4 -2 -3 -3 -2  0 -2 -2 -3 -3
+H -2  0  1 -1 -3  0  0 -2  8 -3 -3 -1 -2 -1 -2 -1 -2 -2  2 -3
+I -1 -3 -3 -3 -1 -3 -3 -4 -3  4  2 -3  1  0 -3 -2 -1 -3 -1  3
+L -1 -2 -3 -4 -1 -2 -3 -4 -3  2  4 -2  2  0 -3 -2 -1 -2 -1  1
+K -1  2  0 -1 -3  1  1 -2 -1 -3 -2  5 -1 -3 -1  0 -1 -3 -2 -2
+M -1 -1 -2 -3 -1  0 -2 -3 -2  1  2 -1  5  0 -2 -1 -1 -1 -1  1
+F -2 -3 -3 -3 -2 -3 -3 -3 -1  0  0 -3  0  6 -4 -2 -2  1  3 -1
+P -1 -2 -2 -1 -3 -1 -1 -2 -2 -3 -3 -1 -2 -4  7 -1 -1 -4 -3 -2
+S  1 -1  1  0 -1  0  0  0 -1 -2 -2  0 -1 -2 -1  4  1 -3 -2 -2
+T  0 -1  0 -1 -1 -1 -1 -2 -2 -1 -1 -1 -1 -2 -1  1  5 -2 -2  0
+W -3 -3 -4 -4 -2 -2 -3 -2 -2 -3 -2 -3 -1  1 -4 -3 -2 11  2 -3
+Y -2 -2 -2 -3 -2 -1 -2 -3  2 -1 -1 -2 -1  3 -3 -2 -2  2  7 -1
+V  0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
+"""
+
+
+def blosum62() -> Array:
+    """(20, 20) scores in half bits, in the order of `AMINO_ACIDS`."""
+    columns, *rows = (line.split() for line in _BLOSUM62.strip().splitlines())
+    score = {(row[0], column): float(value) for row in rows for column, value in zip(columns, row[1:], strict=True)}
+    return np.array([[score[a, b] for b in AMINO_ACIDS] for a in AMINO_ACIDS])
+
+
+@torch.no_grad()
+def attention_between(model: Any, tokens: Tensor) -> Array:
+    """Attention of a sequence summed by amino acids.
+
+    Args:
+        model: a `MaskedLM` in evaluation mode.
+        tokens: (length,) int64 ids of `longspan.tasks.protein`, nothing hidden.
+
+    Returns:
+        (layers * heads, 20, 20) fp64: from the amino acid of the row to that of the column.
+    """
+    kinds = torch.nn.functional.one_hot(tokens, len(VOCABULARY))[:, FIRST : FIRST + len(AMINO_ACIDS)].float()
+    rows = Rows(torch.zeros(1, dtype=torch.int64), len(tokens))
+    h, found = model.embed(tokens[None], rows), []
+    for block in model.layers:
+        weights = block.mixer.attention_map(block.mixer_norm(h))[0]
+        found.append((kinds.T @ weights @ kinds).double().numpy())
+        h, _, _ = block(h, None, rows, False)
+    return np.concatenate(found)
+
+
+def even_attention(tokens: Tensor) -> Array:
+    """(20, 20) fp64: what `attention_between` would give for a head that attends evenly to all places."""
+    counts = np.bincount(tokens.numpy(), minlength=len(VOCABULARY))[FIRST : FIRST + len(AMINO_ACIDS)]
+    even: Array = np.outer(counts, counts) / len(tokens)
+    return even
+
+
+def similarity_by_heads(between: Array) -> Array:
+    """(20, 20) correlations over heads; see the module. `between` as of `attention_between`, summed over sequences."""
+    shares = between.sum(1) / between.sum((1, 2))[:, None]
+    found: Array = np.corrcoef(shares.T)
+    return found
+
+
+def similarity_by_pairs(between: Array, even: Array) -> Array:
+    """(20, 20) log-odds; see the module. Arguments summed over the same sequences."""
+    odds: Array = np.log2(between.sum(0) / (len(between) * even))
+    return (odds + odds.T) / 2
+
+
+class Agreement(NamedTuple):
+    """How two similarities of the 190 pairs of amino acids agree.
+
+    Attributes:
+        pearson: their correlation.
+        spearman: that of their ranks.
+        pearson_p: share of relabellings of the amino acids whose correlation is at least as high, this one counted.
+        spearman_p: the same of the ranks.
+    """
+
+    pearson: float
+    spearman: float
+    pearson_p: float
+    spearman_p: float
+
+
+def agreement(one: Array, other: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
+    """Correlations of two symmetric matrices off their diagonals, with a permutation test.
+
+    Pairs that share an amino acid are not independent, so it is the amino acids that are relabelled, rows and columns
+    together (Mantel 1967), not the pairs.
+
+    Args:
+        one: (20, 20), symmetric.
+        other: the same.
+        samples: relabellings.
+        seed: of them.
+    """
+    (pearson, pearson_p), (spearman, spearman_p) = (
+        _mantel(first, second, samples, seed) for first, second in ((one, other), (_ranked(one), _ranked(other)))
+    )
+    return Agreement(pearson, spearman, pearson_p, spearman_p)
+
+
+def _mantel(one: Array, other: Array, samples: int, seed: int) -> tuple[float, float]:
+    upper = np.triu_indices(len(one), 1)
+    fixed = _standard(other[upper])
+    value = float(_standard(one[upper]) @ fixed)
+    random, above = np.random.default_rng(seed), 0
+    for _ in range(samples):
+        order = random.permutation(len(one))
+        above += bool(_standard(one[order][:, order][upper]) @ fixed >= value - 1e-12)
+    return value, (1 + above) / (1 + samples)
+
+
+def _standard(values: Array) -> Array:
+    centred: Array = values - values.mean()
+    return centred / float(np.linalg.norm(centred))
+
+
+def _ranked(matrix: Array) -> Array:
+    """The matrix with its values off the diagonal replaced by their ranks, equal ones by their mean rank."""
+    upper = np.triu_indices(len(matrix), 1)
+    _, place, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
+    mean = np.cumsum(count) - (count - 1) / 2
+    ranked = np.zeros(matrix.shape)
+    ranked[upper] = mean[place]
+    return ranked + ranked.T
+
+
+def rank_of_pair(matrix: Array, pair: str) -> int:
+    """The place of a pair such as "DE" among the 190, the most alike first."""
+    upper = np.triu_indices(len(matrix), 1)
+    a, b = (AMINO_ACIDS.index(letter) for letter in pair)
+    return int((matrix[upper] > matrix[a, b]).sum()) + 1

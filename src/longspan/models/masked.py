@@ -1,0 +1,73 @@
+"""The masked language model: tokens are hidden, and said from both sides."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.errors import UnsupportedError
+from longspan.models.blocks import make_norm
+from longspan.models.config import EncoderConfig
+from longspan.models.stack import Stack, StackState
+
+
+class MaskedLM(Stack):
+    """An encoder with a head that says the token at each place (Devlin et al. 2019, section 3.1 and appendix A.1).
+
+    The head is a linear map, gelu, a norm, and the embedding's weights (or, with `tie_embeddings=False`, its own) with
+    a bias. Called as a `Decoder` is, so the trainer and evaluation take either; it sees both sides, so there is never a
+    state.
+
+    Args of a call:
+        tokens: (batch, length) token ids, some of them replaced; which, says the task.
+        state: None.
+        mask: (batch, length) bool, True = real token.
+        reset: (batch, length) bool, True = a new document starts here; documents do not see each other.
+        penalties: a list to which auxiliary losses are appended.
+        inputs_embeds: (batch, length, dim) in place of tokens.
+
+    Returns of a call:
+        Logits (batch, length, vocab_size), zeros at padding, and None.
+
+    Raises of a call:
+        UnsupportedError: a state is given.
+    """
+
+    causal = False
+    config: EncoderConfig
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.transform = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.transform_norm = make_norm(config)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output_bias = nn.Parameter(self.embedding.weight.new_zeros(config.vocab_size))
+        for linear in (self.transform, self.output):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=config.init_std)
+        if self.transform.bias is not None:
+            nn.init.zeros_(self.transform.bias)
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """See the class."""
+        if state is not None:
+            raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
+        h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
+        return rows.scatter(self.logits(h)), None
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        weight = self.embedding.weight if self.output is None else self.output.weight
+        return F.linear(self.transform_norm(F.gelu(self.transform(h))), weight, self.output_bias)
+
+    def flops(self, length: int, *, batch_size: int = 1) -> int:
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens, logits included."""
+        head = self.config.dim * (self.config.dim + self.config.vocab_size)
+        return super().flops(length, batch_size=batch_size) + 2 * batch_size * length * head
