@@ -1,16 +1,25 @@
-"""Hugging Face: pretrained models converted to any mechanism that works on q, k and v. Needs the extra `hf`."""
+"""Hugging Face: the library's models as models of transformers, pretrained models converted. Needs the extra `hf`.
+
+`import longspan.hf` registers `LongspanConfig` and its models: `AutoModelForCausalLM.from_pretrained` finds them.
+"""
 
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ImportError as error:
     from longspan.errors import UnsupportedError
 
     raise UnsupportedError("longspan.hf needs transformers; pip install 'longspan[hf]'") from error
 
 from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
+from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 
 __all__ = [
+    "LongspanConfig",
+    "LongspanForCausalLM",
+    "LongspanForMaskedLM",
+    "LongspanForSequenceClassification",
     "Report",
     "StateCache",
     "StateLayer",
@@ -22,3 +31,10 @@ __all__ = [
     "penalties",
     "revert",
 ]
+
+transformers.AutoConfig.register("longspan", LongspanConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(LongspanConfig, LongspanForCausalLM, exist_ok=True)
+transformers.AutoModelForMaskedLM.register(LongspanConfig, LongspanForMaskedLM, exist_ok=True)
+transformers.AutoModelForSequenceClassification.register(
+    LongspanConfig, LongspanForSequenceClassification, exist_ok=True
+)

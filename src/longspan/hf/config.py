@@ -1,0 +1,44 @@
+"""The configuration of the library's own models, as transformers wants it."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from longspan.models import resolve_model
+
+
+class LongspanConfig(PreTrainedConfig):
+    """A model of longspan for `save_pretrained`, `AutoModel...` and `generate`.
+
+    Args:
+        model: the table of the model as in recipes: `kind` ("decoder", "masked_lm" or "encoder"; where it is left
+            out the class that is built chooses), the fields of `DecoderConfig` or `EncoderConfig`, and optionally
+            `memory`. Unknown fields are refused with the nearest name.
+        vocab_size: token ids are below it; overrides `model["vocab_size"]`.
+        classifier_dropout: before the head of a sequence classifier.
+
+    Mixers stand in `model["mixers"]` and never in `layer_types`, which transformers checks against a closed list.
+    """
+
+    model_type = "longspan"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    model: dict[str, Any] | None = None
+    vocab_size: int = 256
+    classifier_dropout: float = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = dict(self.model or {})
+        if "vocab_size" in given and self.vocab_size == type(self).vocab_size:
+            self.vocab_size = given["vocab_size"]
+        self.model = resolve_model({**given, "vocab_size": self.vocab_size})
+        # what tools that only know transformers look for; weights are tied inside the model, where they are one tensor
+        self.hidden_size = self.model["dim"]
+        self.num_hidden_layers = self.model["num_layers"]
+        self.num_attention_heads = self.model["num_heads"]
+        self.tie_word_embeddings = False
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
