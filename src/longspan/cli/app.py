@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from longspan.cli.convert import convert
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
@@ -34,6 +35,9 @@ A typical path, from a recipe to a model that goes on writing:
 `eval` says how well it predicts a text, with what it remembers and without. `stream` reads one text as long as you
 like and can be stopped and resumed anywhere. `generate` goes on from a prompt or from a saved state.
 
+A pretrained model of Hugging Face takes the same path: `longspan convert` puts another mechanism into the place of its
+attention, and the folder it writes is as good as a run.
+
 New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
 `longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
 Each verb explains itself: longspan stream --help
@@ -50,6 +54,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "stream": stream,
     "generate": generate,
+    "convert": convert,
     "mixers": mixers,
     "reproduce": reproduce,
     "quickstart": quickstart,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, interval, print_table
-from longspan.cli.runs import SET_HELP, open_any_run
+from longspan.cli.runs import SET_HELP, is_converted, open_any_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def evaluate(
         return
     model, task = open_any_run(run, set_ or [])
     documents = first_places(heads(_read(task, files or [], run), head), tokens)
-    length = segment or _segment(run)
+    length = segment or (model.traits.segment or 1024 if is_converted(run) else _segment(run))
     options: dict[str, Any] = {"unit": task.unit, "chunk": length}
     streams = model.traits.streams
     found = {"with memory": evaluate_text(model, documents, **options)} if streams else {}

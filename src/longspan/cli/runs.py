@@ -35,8 +35,34 @@ def open_any_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Any, Ta
     """The same of a run of any task; raises as `open_run` does."""
     from longspan.train import load_run
 
+    if is_converted(folder):
+        if assignments:
+            raise ConfigError("--set: a converted model keeps its fields; convert it anew with others")
+        return _open_converted(folder)
     model, task = load_run(folder)
     return reshape(model, assignments), task
+
+
+def is_converted(folder: str) -> bool:
+    """Whether `longspan convert` wrote the folder."""
+    from pathlib import Path
+
+    from longspan.files import read_json
+
+    path = Path(folder) / "config.json"
+    return path.is_file() and not (Path(folder) / "recipe.json").exists() and bool(read_json(path).get("longspan"))
+
+
+def _open_converted(folder: str) -> "tuple[Any, Task]":
+    try:
+        from longspan.hf.decoder import load_converted
+    except ImportError:
+        raise ConfigError(f"{folder}: a converted model needs transformers; pip install 'longspan[hf]'") from None
+    from longspan.tasks import TextTask
+    from longspan.tasks.tokenizers import borrow
+
+    opened = load_converted(folder)
+    return opened.model, TextTask(tokenizer=borrow(opened.tokenizer))
 
 
 def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":

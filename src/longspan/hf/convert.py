@@ -224,18 +224,22 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     first = next((each for each in before.values() if each is not None), None)
     mask = _mask(kwargs.get("attention_mask"), given)
     offset = states.live(first, given.shape[0], given.device)
-    kwargs["longspan_call"] = Call(Rows(offset, given.shape[1], mask), before)
+    rows = Rows(offset, given.shape[1], mask, kwargs.pop("longspan_reset", None))
+    most = found.family.max_positions(base)
+    if most is not None and rows.batch and int(rows.live.max()) > most:
+        raise UnsupportedError(
+            f"position {int(rows.live.max()) - 1} is past the {most} learned positions of this "
+            f"{base.config.model_type}; cut the text there, or convert a model with RoPE"
+        )
+    kwargs["longspan_call"] = Call(rows, before)
     if all(converted):
         # nobody reads it, and for a long padded batch it would be a matrix of its length squared
         kwargs["attention_mask"] = None
-        _place(kwargs, found.family, mask, offset, given)
+        if found.family.causal and kwargs.get("position_ids") is None:
+            # without the mask transformers would count padding
+            positions = rows.positions.expand(rows.batch, -1)
+            kwargs["position_ids"] = rows.scatter(positions[..., None])[..., 0]
     return args, kwargs
-
-
-def _place(kwargs: dict[str, Any], family: Family, mask: Tensor | None, offset: Tensor, given: Tensor) -> None:
-    """Positions of real tokens, where the mask that would tell them is left out and the model has a use for them."""
-    if family.causal and kwargs.get("position_ids") is None and mask is not None:
-        kwargs["position_ids"] = (offset[:, None] + mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _streams(found: Found) -> bool:

@@ -37,6 +37,10 @@ class Family:
         """
         raise NotImplementedError
 
+    def max_positions(self, model: Any) -> int | None:
+        """Learned positions there are; None = positions are turned or left out, and there is no end."""
+        return None
+
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim), before positions."""
         raise NotImplementedError
@@ -124,6 +128,10 @@ class GPT2(Family):
         _check_scaling(attention.scaling, attention.head_dim, "gpt2")
         heads = attention.num_heads
         return Shape(dim=attention.embed_dim, num_heads=heads, num_kv_heads=heads, head_dim=attention.head_dim)
+
+    def max_positions(self, model: Any) -> int | None:
+        """See the base."""
+        return int(model.config.n_positions)
 
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""

@@ -68,6 +68,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     Raises:
         UnsupportedError: a recurrent memory over a foreign backbone.
     """
+    describe = getattr(model, "describe", None)
+    if callable(describe):
+        # a foreign model that says itself what it is made of
+        described: dict[str, Any] = describe()
+        return described
     if isinstance(model, RecurrentClassifier):
         return {**describe_model(model.recurrent), "classes": model.num_classes}
     if isinstance(model, RecurrentMemory):

@@ -74,13 +74,17 @@ class TextTask:
     """Next-token prediction on text; a `Task`.
 
     Nothing is read before it is asked for, so a trained model is evaluated on another file without its own data.
+
+    Args:
+        config: default `TextConfig()`.
+        tokenizer: of a pretrained model, in the place of the one that the configuration names.
     """
 
     unit = "byte"
 
-    def __init__(self, config: TextConfig | None = None) -> None:
+    def __init__(self, config: TextConfig | None = None, *, tokenizer: Tokenizer | None = None) -> None:
         self.config = config or TextConfig()
-        self._tokenizer: Tokenizer | None = Bytes() if self.config.tokenizer == "bytes" else None
+        self._tokenizer = Bytes() if tokenizer is None and self.config.tokenizer == "bytes" else tokenizer
         self._texts: dict[Split, Texts] | None = None
         self._documents: dict[Split, Documents] = {}
 

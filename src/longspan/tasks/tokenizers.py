@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from longspan.errors import CheckpointError, DataError
+from longspan.errors import CheckpointError, DataError, UnsupportedError
 from longspan.files import read_json, write_atomically, write_json
 from longspan.tasks.base import Array
 
@@ -62,20 +62,28 @@ class Bytes:
 
 
 class Subword:
-    """Byte-level BPE by the `tokenizers` library; its JSON file is that library's own, so other tools read it too."""
+    """Byte-level BPE by the `tokenizers` library; its JSON file is that library's own, so other tools read it too.
 
-    def __init__(self, engine: "Engine") -> None:
+    Args:
+        engine: of the library.
+        begin: the token that begins a document; those of pretrained models have their own name for it.
+        also: other tokens that stand for no bytes.
+    """
+
+    def __init__(self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = ()) -> None:
         # a text that spells out the begin token must not be taken for one
         engine.encode_special_tokens = True
         self.engine = engine
         self.vocab_size = engine.get_vocab_size()
-        begin = engine.token_to_id(BEGIN)
-        if begin is None:
-            raise DataError(f"the tokenizer has no token {BEGIN!r}, so it is not one that longspan trained")
-        self.begin: int = begin
+        found = engine.token_to_id(begin)
+        if found is None:
+            raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
+        self.begin: int = found
         tokens = [engine.id_to_token(index) or "" for index in range(self.vocab_size)]
+        silent = {begin, *also}
+        self._silent = {index for index, token in enumerate(tokens) if token in silent}
         # byte-level tokens are spelled with one character a byte
-        self.sizes: Array = np.array([0 if token == BEGIN else len(token) for token in tokens], dtype=np.int64)
+        self.sizes: Array = np.array([0 if token in silent else len(token) for token in tokens], dtype=np.int64)
         self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @classmethod
@@ -111,12 +119,31 @@ class Subword:
     def decode(self, ids: Iterable[int]) -> bytes:
         """The exact bytes, also where a token ends inside a character."""
         alphabet = _byte_of_character()
-        tokens = (self.engine.id_to_token(int(index)) or "" for index in ids if index != self.begin)
+        tokens = (self.engine.id_to_token(int(index)) or "" for index in ids if int(index) not in self._silent)
         return bytes(alphabet[character] for token in tokens for character in token)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON of the `tokenizers` library."""
         write_atomically(path, lambda temporary: temporary.write_text(self.engine.to_str(), encoding="utf-8"))
+
+
+def borrow(tokenizer: Any) -> Subword:
+    """A tokenizer of transformers as one of longspan: text as bytes, exact byte counts.
+
+    Raises:
+        UnsupportedError: it is not byte-level BPE, or has no token to begin a document with.
+    """
+    from tokenizers import Tokenizer as Engine
+
+    engine = getattr(tokenizer, "backend_tokenizer", None)
+    text = "" if engine is None else engine.to_str()
+    begin = tokenizer.bos_token or tokenizer.eos_token
+    if '"ByteLevel"' not in text or begin is None:
+        raise UnsupportedError(
+            f"{type(tokenizer).__name__}: streams count bytes, so they need byte-level BPE and a token that begins a "
+            "document; use the model through transformers"
+        )
+    return Subword(Engine.from_str(text), begin, tokenizer.all_special_tokens)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

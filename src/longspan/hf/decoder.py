@@ -1,0 +1,195 @@
+"""A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
+from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.families import find
+from longspan.mixers.base import Core, Traits, merge_traits
+from longspan.models import StackState
+
+
+class ConvertedDecoder(nn.Module):
+    """Calls a converted model as a `Decoder` is called.
+
+    Args:
+        model: converted in all of its layers to mixers that stream, with its language-model head.
+
+    Raises:
+        UnsupportedError: a layer is not converted or does not stream.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inner = model
+        layers, found = cores(model), find(model)
+        if len(layers) != len(found.attentions):
+            raise UnsupportedError(
+                f"{len(found.attentions) - len(layers)} layers of this model still keep every key; convert all of them"
+            )
+        if not self.traits.streams or not found.family.causal:
+            raise UnsupportedError("a layer of this model does not stream")
+
+    @property
+    def layers(self) -> list[Core]:
+        """The cores, in order."""
+        return list(cores(self.inner).values())
+
+    @property
+    def traits(self) -> Traits:
+        """What all layers promise."""
+        return merge_traits([core.traits for core in self.layers])
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return int(self.inner.config.vocab_size)
+
+    @property
+    def draw(self) -> int:
+        """Changes whenever a layer redraws its projections."""
+        return sum(core.draw for core in self.layers)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data that tells this model from others."""
+        return cast(dict[str, Any], self.inner.config.to_dict())
+
+    def num_parameters(self) -> int:
+        """Parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for a torch optimiser; see `longspan.hf.parameter_groups`."""
+        return parameter_groups(self.inner, lr=lr, weight_decay=weight_decay)
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Call after each optimiser step."""
+        after_step(self.inner, step, generator)
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> StackState:
+        """The state of an empty past."""
+        like = next(self.inner.parameters())
+        where = torch.device(device or like.device)
+        states = tuple(core.init_state(batch_size, where, dtype or like.dtype) for core in self.layers)
+        return StackState(states, torch.zeros(batch_size, dtype=torch.int64, device=where))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """Exact bytes of the state after `length` live tokens, counts included."""
+        return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.layers)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """Logits (batch, length, vocab_size) and the next state; arguments as of a `Decoder`.
+
+        Raises:
+            DataError: a token outside the vocabulary.
+        """
+        return self._run(tokens, state, mask, reset, penalties, 0)
+
+    def last(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """Like a call, but only the logits (batch, vocab_size) of the last column."""
+        logits, following = self._run(tokens, state, mask, reset, None, 1)
+        return logits[:, -1], following
+
+    def _run(
+        self,
+        tokens: Tensor,
+        state: StackState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        penalties: list[Tensor] | None,
+        keep: int,
+    ) -> tuple[Tensor, StackState]:
+        if keep and mask is not None and not bool(mask[:, -1].all()):
+            raise ConfigError("last: a row ends in padding")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
+        cache = StateCache([True] * len(self.layers))
+        before = self.init_state(tokens.shape[0]) if state is None else state
+        places = cast(list[StateLayer], cache.layers)
+        for place, each in zip(places, before.layers, strict=True):
+            # columns are tokens: what positions transformers makes of them are right
+            place.state, place.columns, place.is_initialized = each, int(before.live.max()), True
+        out = self.inner(
+            tokens,
+            attention_mask=None if mask is None else mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            longspan_reset=reset,
+        )
+        if penalties is not None:
+            from longspan.hf.convert import penalties as kept
+
+            penalties.extend(kept(self.inner))
+        following = tuple(place.state for place in places)
+        return out.logits, StackState(following, following[0].live)
+
+
+class Opened(NamedTuple):
+    """A pretrained model and its tokenizer, as transformers gives them."""
+
+    model: Any
+    tokenizer: Any
+
+
+def open_pretrained(source: str, *, gguf: str | None = None) -> Opened:
+    """A causal language model of transformers, from a folder or a hub, in fp32.
+
+    Args:
+        source: a folder, or a name on the hub.
+        gguf: a file in it, where the weights are in that format (needs the package `gguf`).
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
+    if gguf is not None:
+        # what was read from GGUF refuses to be saved; the same weights in a model of their own do not
+        config = model.config
+        for name in ("quantization_config", "_name_or_path"):
+            config.__dict__.pop(name, None)
+        fresh = type(model)(config)
+        fresh.load_state_dict(model.state_dict())
+        model = fresh
+    return Opened(model.eval(), tokenizer)
+
+
+def load_converted(folder: str | Path) -> Opened:
+    """A folder that `longspan convert` wrote: the model as a `ConvertedDecoder`, and its tokenizer.
+
+    Raises:
+        CheckpointError: it holds no converted model.
+        UnsupportedError: it cannot stream.
+    """
+    from transformers import AutoTokenizer
+
+    return Opened(ConvertedDecoder(load(folder)), AutoTokenizer.from_pretrained(folder))

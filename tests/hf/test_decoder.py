@@ -1,0 +1,136 @@
+"""Converted models as sessions and on the command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.hf.conftest import ids, make
+
+import longspan as ls
+from longspan import hf
+from longspan.cli.app import run
+from longspan.errors import ConfigError, DataError, UnsupportedError
+from longspan.hf.decoder import ConvertedDecoder
+
+transformers = pytest.importorskip("transformers")
+TEXT = "The state of the union is what we make of it. " * 40
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama with a byte-level tokenizer, as a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder: Path = tmp_path_factory.mktemp("pretrained") / "llama"
+    engine: Any = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = {"<|begin|>": 0} | {symbol: index + 1 for index, symbol in enumerate(alphabet)}
+    engine.model = models.BPE(vocab=table, merges=[])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<|begin|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_session_over_a_converted_model() -> None:
+    model = make("llama")
+    hf.convert(model, "infini", segment=8, gate_init=0.0)
+    decoder = ConvertedDecoder(model.double())
+    text = ids(1, 50)
+    session = ls.StreamSession(decoder, chunk=16)
+    session.feed(text[0, :23])
+    size = session.nbytes
+    logits = session.feed(text[0, 23:])
+    assert session.nbytes == size == decoder.state_nbytes(1, 50, torch.float64)
+    torch.testing.assert_close(logits, model(text).logits[0, -1], rtol=1e-9, atol=1e-9)
+    expected = model.generate(text, max_new_tokens=6, do_sample=False)[0, -6:].tolist()
+    assert session.fork().generate(6, temperature=0) == expected
+    nats = ls.StreamSession(decoder).feed(text[0], losses=True)
+    losses = torch.nn.functional.cross_entropy(model(text).logits[0, :-1], text[0, 1:], reduction="none")
+    torch.testing.assert_close(nats[1:].double(), losses, rtol=1e-5, atol=1e-5)
+    with pytest.raises(DataError, match="vocabulary of 29"):
+        decoder(torch.tensor([[30]]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_documents_side_by_side(kind: str) -> None:
+    model = make(kind)
+    hf.convert(model, "infini", segment=8, gate_init=0.0)
+    decoder, text = ConvertedDecoder(model.double()), ids(2, 40)
+    reset = torch.zeros(2, 40, dtype=torch.bool)
+    reset[0, 13] = reset[1, 30] = True
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 5:9] = False
+    whole, _ = decoder(text, reset=reset, mask=mask)
+    first, state = decoder(text[:, :17], reset=reset[:, :17], mask=mask[:, :17])
+    second, _ = decoder(text[:, 17:], state, reset=reset[:, 17:], mask=mask[:, 17:])
+    torch.testing.assert_close(torch.cat([first, second], 1)[mask], whole[mask], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(whole[0, 13:], decoder(text[:1, 13:])[0][0], rtol=1e-9, atol=1e-9)
+    alone = text[1:, :30][mask[1:, :30]][None]
+    torch.testing.assert_close(whole[1, :30][mask[1, :30]], decoder(alone)[0][0], rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_stream_is_said() -> None:
+    model = make("llama")
+    hf.convert(model, "infini", layers=[0])
+    with pytest.raises(UnsupportedError, match="1 layers of this model still keep every key"):
+        ConvertedDecoder(model)
+    gpt2 = make("gpt2")
+    hf.convert(gpt2, "window", window=16)
+    with pytest.raises(UnsupportedError, match="past the 512 learned positions"):
+        gpt2(ids(1, 513))
+
+
+def test_from_a_folder_to_a_stream(
+    pretrained: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def said() -> str:
+        return capsysbinary.readouterr().out.decode(errors="replace")
+
+    folder, book = str(tmp_path / "endless"), tmp_path / "book.txt"
+    book.write_text(TEXT)
+    assert run(["convert", str(pretrained), "--to", "infini", "--segment", "32", "-o", folder]) == 0
+    assert "2 layers: infini(segment=32" in said().replace("\n", " ")
+    assert json.loads((tmp_path / "endless" / "config.json").read_text())["longspan"][0]["mixer"] == "infini"
+    state = str(tmp_path / "state")
+    assert run(["stream", folder, str(book), "--limit", "700", "--save-state", state]) == 0
+    assert "700 bytes, 700 tokens" in said()
+    assert run(["stream", folder, str(book), "--skip", "700", "--load-state", state]) == 0
+    assert "1,140 bytes" in said()
+    assert run(["generate", folder, "--prompt-file", str(book), "--tokens", "5", "--temperature", "0"]) == 0
+    said()
+    assert run(["eval", folder, str(book), "--json"]) == 0
+    found = json.loads(said())
+    assert 4 < found["with_memory"]["bits_per_byte"] < 12
+
+
+def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    for arguments, message in (
+        (["convert", str(tmp_path / "nothing"), "--to", "infini", "-o", out], "nothing"),
+        (["convert", str(pretrained), "--to", "infinity", "-o", out], "did you mean 'infini'"),
+        (["convert", str(pretrained), "--to", "infini", "--layers", "a", "-o", out], "--layers 'a'"),
+        (["convert", str(pretrained), "--to", "infini", "--set", "segmen=3", "-o", out], "did you mean 'segment'"),
+    ):
+        assert run(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error.splitlines()[-1]
+    with pytest.raises(ConfigError):
+        hf.revert(make("llama"))
