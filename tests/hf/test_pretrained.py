@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(SPEC is None, reason="`make pretrained` installs
 
 @pytest.fixture(scope="module")
 def smollm() -> Any:
-    assert SPEC is not None and SPEC.origin is not None
+    assert SPEC is not None
+    assert SPEC.origin is not None
     folder = Path(SPEC.origin).parent
     (file,) = folder.glob("*.gguf")
     return open_pretrained(str(folder), gguf=file.name)
