@@ -127,7 +127,7 @@ def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.Ca
         (["convert", str(tmp_path / "nothing"), "--to", "infini", "-o", out], "nothing"),
         (["convert", str(pretrained), "--to", "infinity", "-o", out], "did you mean 'infini'"),
         (["convert", str(pretrained), "--to", "infini", "--layers", "a", "-o", out], "--layers 'a'"),
-        (["convert", str(pretrained), "--to", "infini", "--set", "segmen=3", "-o", out], "did you mean 'segment'"),
+        (["convert", str(pretrained), "--to", "infini", "--set", "sgment=3", "-o", out], "did you mean 'segment'"),
     ):
         assert run(arguments) == 2
         error = capsys.readouterr().err.strip()
