@@ -316,3 +316,22 @@ def test_order_of_calls_is_checked() -> None:
         model.model.layers[0].self_attn(torch.zeros(1, 3, 16, dtype=torch.float64))
     with pytest.raises(UnsupportedError, match="does not convert"):
         hf.convert(torch.nn.Linear(2, 2), "full")
+
+
+def test_mechanisms_change_between_steps_of_the_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = make("llama").float()
+    hf.convert(model, "performer", redraw=2)
+    data = [{"input_ids": row, "labels": row} for row in ids(1, 20).expand(8, -1)]
+    options = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+    transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[hf.AfterStep()]).train()
+    assert [core.draw for core in hf.cores(model).values()] == [2, 2]

@@ -14,8 +14,10 @@ from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
+from longspan.hf.training import AfterStep
 
 __all__ = [
+    "AfterStep",
     "LongspanConfig",
     "LongspanForCausalLM",
     "LongspanForMaskedLM",
