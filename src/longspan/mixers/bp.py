@@ -5,15 +5,15 @@
     out_i = softmax over i itself and the k nearest spans of every level 0 .. max_level (level 0 are the tokens)
             of (q_i . key + q_i . e) / sqrt(head_dim), values;  e by side, level and how near the span is
 
-The spans of a token do not overlap: every earlier token lies in exactly one, up to k (2^(max_level + 1) - 1) tokens back,
-whatever the length. Positions count from the start of the document. Source: Ye et al. 2019, "BP-Transformer: Modelling
-Long-Range Context via Binary Partitioning", sections 3.1 (the graph) and 3.2 (the attention, relative positions).
+The spans of a token do not overlap: every earlier token lies in exactly one, up to k (2^(max_level + 1) - 1) tokens
+back, whatever the length. Positions count from the start of the document. Source: Ye et al. 2019, "BP-Transformer:
+Modelling Long-Range Context via Binary Partitioning", sections 3.1 (the graph) and 3.2 (the attention).
 
 The paper keeps spans through the layers: each attends to its tokens from a state of its own, which begins as zero, so
 that in the first layer it is their mean. Here every layer makes its spans anew, with one learned query a level, which
 begins as zero likewise. So a span that is still open is a running softmax sum, and a state is as long as the levels are
-many. The paper's form stands in `longspan.reference.bp`. RoPE where the model has it, in the scores: a span's key is the
-mean of keys turned to their positions, so its score is the mean of theirs.
+many. The paper's form stands in `longspan.reference.bp`. RoPE where the model has it, in the scores: a span's key is
+the mean of keys turned to their positions, so its score is the mean of theirs.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class BPConfig:
     """Fields of `bp`.
 
     Attributes:
-        k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for classification and
-            translation.
+        k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
+            classification and translation.
         max_level: the highest level, of spans of 2^max_level tokens, at most 24; a token sees k (2^(max_level + 1) - 1)
             earlier ones. Levels that a call is too short for cost next to nothing.
     """
@@ -120,7 +120,8 @@ class BPCore(Core):
         )
         if nodes is None:
             return out, None
-        return out, BPState(*(emptied_rows(rows, t) for t in nodes[:5]), rows.live)
+        held = BPState(*(emptied_rows(rows, t) for t in nodes))
+        return out, held._replace(live=rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
         """Full capacity, nothing live."""

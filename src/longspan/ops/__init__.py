@@ -14,7 +14,8 @@ from longspan.ops.associative import (
     associative_write,
     dpfp,
 )
-from longspan.ops.bp import TreeNodes, bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
+from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
+from longspan.ops.bp_pool import TreeNodes
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
     KERNELS,

@@ -9,45 +9,21 @@ e is learned, by side, level and how near the node is. Which nodes: from i to th
 exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view: k (2^(levels + 1) - 1) tokens.
 
 The paper keeps nodes through all layers, each attending to its tokens from its own state, which begins as zero; here
-every layer makes them anew, with a learned query u_l a level. So an open node is a running softmax sum, and the state is
-bounded. The paper's form is in `longspan.reference.bp`.
+every layer makes them anew, with a learned query u_l a level. So an open node is a running softmax sum, and the state
+is bounded. The paper's form is in `longspan.reference.bp`.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.bp_pool import Pooled, TreeNodes, join, pool
 from longspan.ops.bp_tiles import Spec, attend_table
 from longspan.ops.bp_tree import Book, Chunks, Tree, count_columns, find_rows, make_book, make_chunks, make_reading
 from longspan.ops.rows import check_positive, check_shapes
-from longspan.ops.tiles import HIDDEN
 
 TILE = 64
-
-
-class TreeNodes(NamedTuple):
-    """What BP attention carries.
-
-    Attributes:
-        k: (batch, kv_heads, slots, head_dim), finished nodes, level by level, in a level the newest last; zeros where a
-            row has fewer.
-        v: like k.
-        open_k: (batch, kv_heads, levels, head_dim), fp32 at least, the open node of each level above the tokens: the
-            weighted mean of its keys so far; zeros where nothing is open.
-        open_v: like open_k.
-        open_mass: (batch, kv_heads, levels), the logarithm of the sum of its weights.
-        live: (batch,) int64, tokens since the document began.
-    """
-
-    k: Tensor
-    v: Tensor
-    open_k: Tensor
-    open_v: Tensor
-    open_mass: Tensor
-    live: Tensor
 
 
 def bp_slots(nearest: int, levels: int) -> int:
@@ -131,20 +107,15 @@ def bp_attention(
     chunks = make_chunks(batch, length, tile_of(length), lengths=lengths, start=start, offset=offset)
     used = tree.used(int(chunks.end.max()))
     levels = tree.levels if causal else used
-    book = make_book(tree, levels, chunks.tile, chunks.count, state is not None, q.device)
+    book = make_book(tree, levels, chunks.tile, chunks.total, state is not None, q.device)
     turned_q, turned_k = (q, k) if positioned is None else positioned
     with flash.full_precision(q.device):
-        spread = [None if t is None else chunks.spread(t.transpose(1, 2)) for t in (turned_k, v, k)]
-        if positioned is None:
-            spread[2] = spread[0]
-        pooled = _pool(spread, queries[:levels], scale, chunks, book, state)
-        higher = _join(pooled, chunks, book)
-        keys, values = (
-            _table(t, inside, above, None if state is None else slots, book)
-            for t, inside, above, slots in zip(
-                spread[:2], pooled[:2], higher[:2], (None, None) if state is None else state[:2], strict=True
-            )
-        )
+        keys, values = (chunks.spread(t.transpose(1, 2)) for t in (turned_k, v))
+        content = keys if positioned is None else chunks.spread(k.transpose(1, 2))
+        pooled = pool(keys, values, content, queries[:levels], scale, chunks, book, state)
+        higher = join(pooled, chunks, book)
+        keys = _table(keys, pooled.k, higher.k, None if state is None else state.k, book)
+        values = _table(values, pooled.v, higher.v, None if state is None else state.v, book)
         reading = make_reading(tree, chunks, book, used, batch)
         tiles = [
             chunks.spread(t.transpose(1, 2)).reshape(-1, chunks.tile, *t.shape[1::2])
@@ -193,95 +164,8 @@ def _check(
     return tree
 
 
-class Pooled(NamedTuple):
-    """Nodes in the making: means of keys and values (..., kv_heads, head_dim), log-sums of weights (..., kv_heads)."""
-
-    k: Tensor
-    v: Tensor
-    mass: Tensor
-
-
-def _pool(
-    spread: list[Tensor | None], queries: Tensor, scale: float, chunks: Chunks, book: Book, state: TreeNodes | None
-) -> Pooled:
-    """The nodes inside each chunk and its share of larger ones, (batch, chunks, rows, ...)."""
-    k, v, content = spread
-    assert k is not None and v is not None and content is not None
-    batch, kv_heads, dim = k.shape[0], k.shape[2], k.shape[3]
-    dtype = torch.promote_types(torch.promote_types(k.dtype, queries.dtype), torch.float32)
-    keys, values = (t.to(dtype).reshape(-1, chunks.tile, kv_heads, dim).transpose(1, 2) for t in (k, v))
-    logits = torch.einsum("bngd,lgd->bgln", content.to(dtype), queries.to(dtype)) * scale
-    logits = logits.unflatten(3, (chunks.count, chunks.tile)).permute(0, 3, 1, 2, 4)
-    level, member = _members(chunks.tile, book, len(queries), k.device)
-    mask = torch.zeros(member.shape, dtype=dtype, device=k.device).masked_fill_(~member, HIDDEN)
-    rows = logits.index_select(3, level) + mask
-    if chunks.real is not None:
-        rows = rows.masked_fill(~chunks.real[:, :, None, None], HIDDEN)
-    rows = rows.flatten(0, 1)
-    mass, weights = rows.logsumexp(-1), rows.softmax(-1)
-    shape = batch, chunks.count
-    found = Pooled(
-        *((weights @ t).unflatten(0, shape).transpose(2, 3) for t in (keys, values)),
-        mass.unflatten(0, shape).transpose(2, 3),
-    )
-    return found if state is None else _go_on(found, chunks, book, level, state)
-
-
-def _members(tile: int, book: Book, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows,) which query each pooled row takes, and (rows, tile) its tokens."""
-    level, node = _row_nodes(tile, book, levels, device)
-    token = torch.arange(tile, device=device)
-    return level - 1, (token >> level[:, None]) == node[:, None]
-
-
-def _row_nodes(tile: int, book: Book, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows,) level of each pooled row, and its node within the chunk."""
-    levels_of = [level for level in range(1, levels + 1) for _ in range(max(1, tile >> level))]
-    level = torch.tensor(levels_of, dtype=torch.int64, device=device)
-    return level, torch.arange(book.rows, device=device) - book.row[level]
-
-
-def _go_on(pooled: Pooled, chunks: Chunks, book: Book, query: Tensor, state: TreeNodes) -> Pooled:
-    """What the state has open goes into the first chunk."""
-    level, node = _row_nodes(chunks.tile, book, state.open_k.shape[2], query.device)
-    offset = state.live[:, None]
-    there = (offset & ((1 << level) - 1)) > 0
-    small = level <= chunks.shift
-    there &= ~small | ((offset & (chunks.tile - 1)) >> level == node)
-    there = there & (chunks.before[:, :1] > 0)
-    here = there[:, :, None]
-    old = [t.index_select(2, query).transpose(1, 2).to(pooled.mass.dtype) for t in state[2:5]]
-    first = pooled.mass[:, 0]
-    mass = torch.where(here, torch.logaddexp(first, torch.where(here, old[2], 0)), first)
-    share = torch.where(here, (first - mass).exp(), 1)[..., None]
-    joined = [share * new[:, 0] + (1 - share) * each for new, each in zip(pooled[:2], old[:2], strict=True)]
-    parts = (*joined, mass)
-    return Pooled(*(torch.cat([one[:, None], all_[:, 1:]], 1) for one, all_ in zip(parts, pooled, strict=True)))
-
-
-def _join(pooled: Pooled, chunks: Chunks, book: Book) -> Pooled:
-    """Nodes larger than a chunk, (batch, chunks, levels, ...): each at the last of its chunks in the call."""
-    shares = Pooled(*(t[:, :, book.inside :] for t in pooled))
-    higher = shares.mass.shape[2]
-    if not higher or chunks.count == 1:
-        return shares
-    batch = shares.mass.shape[0]
-    chunk = torch.arange(chunks.count, device=shares.k.device)[None, :, None]
-    size = 1 << torch.arange(1, higher + 1, device=chunk.device)
-    number = chunks.begin[..., None] >> chunks.shift
-    target = torch.minimum(chunk + size - 1 - number % size, chunks.last[..., None])
-    target = target.expand(batch, -1, -1)[..., None].expand(shares.mass.shape)
-    top = torch.full_like(shares.mass, HIDDEN).scatter_reduce(1, target, shares.mass.detach(), "amax")
-    weight = (shares.mass - top.gather(1, target)).exp()
-    total = torch.zeros_like(weight).scatter_add(1, target, weight).clamp(min=1e-30)
-    wide = target[..., None].expand(shares.k.shape)
-    k, v = (torch.zeros_like(t).scatter_add(1, wide, weight[..., None] * t) / total[..., None] for t in shares[:2])
-    return Pooled(k, v, top + total.log())
-
-
-def _table(tokens: Tensor | None, inside: Tensor, higher: Tensor, slots: Tensor | None, book: Book) -> Tensor:
+def _table(tokens: Tensor, inside: Tensor, higher: Tensor, slots: Tensor | None, book: Book) -> Tensor:
     """(batch, rows, kv_heads, head_dim) in the order of the book."""
-    assert tokens is not None
     parts = [] if slots is None else [slots.transpose(1, 2)]
     parts += [tokens, inside[:, :, : book.inside].flatten(1, 2).to(tokens.dtype)]
     return torch.cat([*parts, higher.flatten(1, 2).to(tokens.dtype)], 1)
@@ -314,7 +198,9 @@ def _nodes_after(
         found = joined[rows, final.expand(batch, -1), at.expand(batch, -1)]
         hidden = ~opened.view(*opened.shape, *(1,) * (found.ndim - 2))
         each.append(found.masked_fill(hidden, 0).transpose(1, 2).contiguous())
-    return TreeNodes(k.contiguous(), v.contiguous(), *each, live[:, 0].expand(batch).contiguous())
+    open_k, open_v, open_mass = each
+    count = live[:, 0].expand(batch).contiguous()
+    return TreeNodes(k.contiguous(), v.contiguous(), open_k, open_v, open_mass, count)
 
 
 def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, relative: bool = True) -> tuple[int, int]:

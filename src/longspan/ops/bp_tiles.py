@@ -49,14 +49,14 @@ def attend_table(
 
 
 def _blocks(q: Tensor, spec: Spec, most: int) -> Iterator[slice]:
-    size = max(1, most // (q.shape[1] * q.shape[2] * spec.reading.index.shape[1]))
+    size = max(1, most // (q.shape[1] * q.shape[2] * spec.reading.rows.shape[1]))
     for first in range(0, q.shape[0], size):
         yield slice(first, min(first + size, q.shape[0]))
 
 
 def _take(table: Tensor, block: slice, spec: Spec) -> Tensor:
     """(chunks, kv_heads, K, head_dim), a view of the gathered rows."""
-    index = spec.reading.index[block]
+    index = spec.reading.rows[block]
     return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:]).transpose(1, 2)
 
 
@@ -110,6 +110,9 @@ class _Table(torch.autograd.Function):
         given = ctx.saved_tensors
         dtype = flash.working_dtype(*(t for t in given if t is not None))
         q, bare, keys, values, relative, out = (None if t is None else t.to(dtype) for t in given)
+        assert q is not None
+        assert keys is not None
+        assert values is not None
         dq, dkeys, dvalues = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
         dbare = None if bare is None or relative is None else torch.empty_like(bare)
         drelative = None if relative is None else torch.zeros_like(relative)
@@ -141,7 +144,7 @@ def _block_backward(block: slice, given: tuple[Any, ...], slots: tuple[Any, ...]
     scores = mask.expand(jobs, heads, tile, -1).reshape(jobs * kv_heads, -1, kt.shape[1])
     scores = torch.baddbmm(scores, queries, kt.mT, alpha=spec.scale)
     weights = torch.softmax(scores, -1)
-    index = spec.reading.index[block].flatten()
+    index = spec.reading.rows[block].flatten()
     _add_rows(dvalues, index, torch.bmm(weights.mT, grads), jobs)
     slope = torch.bmm(grads, vt.mT).sub_(inner).mul_(weights).mul_(spec.scale)
     _add_rows(dkeys, index, torch.bmm(slope.mT, queries), jobs)

@@ -118,10 +118,10 @@ class Chunks(NamedTuple):
 
     Attributes:
         tile: positions of a chunk, a power of two.
-        count: C, chunks of a row.
+        total: C, chunks of a row.
         front: columns before the first token where all rows are alike.
-        index: (R, C * tile) the token in each column, -1 in holes; None: tokens follow each other from `front` on.
-        place: (R, length) the column of each token; None as with `index`.
+        source: (R, C * tile) the token in each column, -1 in holes; None: tokens follow each other from `front` on.
+        place: (R, length) the column of each token; None as with `source`.
         real: (R, C, tile) columns that hold a token; None = all.
         begin: (R, C) position of a chunk's first column.
         before: (R, C) tokens of a chunk's document before the call.
@@ -131,9 +131,9 @@ class Chunks(NamedTuple):
     """
 
     tile: int
-    count: int
+    total: int
     front: int
-    index: Tensor | None
+    source: Tensor | None
     place: Tensor | None
     real: Tensor | None
     begin: Tensor
@@ -149,13 +149,13 @@ class Chunks(NamedTuple):
 
     def spread(self, x: Tensor) -> Tensor:
         """(batch, length, ...) to (batch, C * tile, ...), zeros in holes."""
-        size = self.count * self.tile
-        if self.index is None:
+        size = self.total * self.tile
+        if self.source is None:
             behind = size - self.front - x.shape[1]
             return x if size == x.shape[1] else F.pad(x, (0, 0) * (x.ndim - 2) + (self.front, behind))
-        shape = (*self.index.shape, *(1,) * (x.ndim - 2))
-        found = x.gather(1, self.index.clamp(min=0).view(shape).expand(-1, -1, *x.shape[2:]))
-        return found.masked_fill((self.index < 0).view(shape), 0)
+        shape = (*self.source.shape, *(1,) * (x.ndim - 2))
+        found = x.gather(1, self.source.clamp(min=0).view(shape).expand(-1, -1, *x.shape[2:]))
+        return found.masked_fill((self.source < 0).view(shape), 0)
 
     def collect(self, x: Tensor, length: int) -> Tensor:
         """(batch, C * tile, ...) back to (batch, length, ...)."""
@@ -281,8 +281,8 @@ def make_book(tree: Tree, levels: int, tile: int, count: int, with_state: bool, 
     for level in range(levels + 1):
         filled += tree.capacity(level)
         ends.append(filled if with_state else 0)
-    made = (torch.tensor(each, device=device) for each in (base, step, ends, rows))
-    return Book(*made, row, inside, slots + count * (tile + row))
+    first_row, step_, end, pooled = (torch.tensor(each, device=device) for each in (base, step, ends, rows))
+    return Book(first_row, step_, end, pooled, row, inside, slots + count * (tile + row))
 
 
 def find_rows(
@@ -303,7 +303,7 @@ def find_rows(
     within = node & ((chunks.tile >> level.clamp(max=shift)) - 1)
     low = lead + (node >> (shift - level).clamp(min=0))
     high = torch.minimum(lead + ((node + 1) << (level - shift).clamp(min=0)) - 1, last)
-    at = torch.where(small, low, high).clamp(min=0).clamp(max=chunks.count - 1)
+    at = torch.where(small, low, high).clamp(min=0).clamp(max=chunks.total - 1)
     row = book.base[level] + at * book.step[level] + torch.where(small, within, 0)
     older = (before >> level) - node
     slot = (book.slots_end[level] - older).clamp(min=0)
@@ -314,13 +314,13 @@ class Reading(NamedTuple):
     """What every chunk reads, for a tile of queries each.
 
     Attributes:
-        index: (batch * C, K) rows of the table.
+        rows: (batch * C, K) rows of the table.
         node: (R * C, K) int32, the nodes, numbered from a border of the highest level; far below where there is none.
         query: (R * C, tile) int32, positions counted from that border.
         columns: see `Columns`, int32 but for `first`.
     """
 
-    index: Tensor
+    rows: Tensor
     node: Tensor
     query: Tensor
     columns: Columns
@@ -330,7 +330,7 @@ class Reading(NamedTuple):
     def seen(self, jobs: slice) -> tuple[Tensor, Tensor]:
         """(jobs, tile, K) which node a query sees, and its row in the table of relative positions."""
         columns, k, count = self.columns, self.nearest, len(self.node)
-        if count < len(self.index):  # every row alike
+        if count < len(self.rows):  # every row alike
             each = torch.arange(jobs.start, jobs.stop, device=self.node.device) % count
             node, query = self.node[each], self.query[each]
         else:
@@ -356,7 +356,7 @@ def make_reading(tree: Tree, chunks: Chunks, book: Book, used: int, batch: int) 
     columns = make_columns(tree, chunks.tile, used, device)
     k, level = tree.nearest, columns.level
     begin, before, last, end = (t[..., None] for t in (chunks.begin, chunks.before, chunks.last, chunks.end))
-    chunk = torch.arange(chunks.count, device=device)[None, :, None]
+    chunk = torch.arange(chunks.total, device=device)[None, :, None]
     left = 2 * ((begin + k + (1 << level) - 1) >> (level + 1)) - 2 * k
     right = columns.sign < 0
     node = torch.where(right, ((begin + columns.near) >> level) + k, left) + columns.place

@@ -78,7 +78,7 @@ def bp_attention(
     state: Any = None,
 ) -> tuple[Tensor, Any]:
     """As `longspan.ops.bp_attention`: one document after the other, every node as a softmax over its tokens."""
-    batch, length, levels = q.shape[0], q.shape[2], queries.shape[0]
+    batch, length = q.shape[0], q.shape[2]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     turned_q, turned_k = (q, k) if positioned is None else positioned
     rows, ends = [], []
@@ -247,7 +247,7 @@ def paper_graph(length: int, nearest: int, *, causal: bool = True, clip: int = 6
 def paper_layer(
     nodes: Tensor, query: Tensor, key: Tensor, value: Tensor, relative: Tensor, graph: Graph, *, heads: int
 ) -> Tensor:
-    """Equation 1 and 2: every node attends to its neighbours; the layer's output before residual, norm and feed-forward.
+    """Every node attends to its neighbours (section 3.2): a layer before its residual, norm and feed-forward.
 
     Args:
         nodes: (batch, nodes, dim), tokens first; spans begin the first layer as zero and persist through the layers.
@@ -261,4 +261,5 @@ def paper_layer(
     q, k, v = ((nodes @ weight).unflatten(-1, (heads, -1)).transpose(1, 2) for weight in (query, key, value))
     scores = q @ k.mT + (q @ relative.mT).gather(3, graph.place.clamp(min=0).expand(*q.shape[:2], -1, -1))
     scores = (scores * q.shape[-1] ** -0.5).masked_fill(graph.place < 0, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    out: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return out
