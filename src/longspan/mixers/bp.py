@@ -5,9 +5,11 @@
     out_i = softmax over i itself and the k nearest spans of every level 0 .. max_level (level 0 are the tokens)
             of (q_i . key + q_i . e) / sqrt(head_dim), values;  e by side, level and how near the span is
 
-The spans of a token do not overlap: every earlier token lies in exactly one, up to k (2^(max_level + 1) - 1) tokens
-back, whatever the length. Positions count from the start of the document. Source: Ye et al. 2019, "BP-Transformer:
-Modelling Long-Range Context via Binary Partitioning", sections 3.1 (the graph) and 3.2 (the attention).
+The spans of a token do not overlap: every earlier token lies in exactly one, whatever the length, as far as the highest
+level reaches: at least (2 k - 1) 2^max_level - k tokens, at most k (2^(max_level + 1) - 1). Where the next level could
+not begin at a border of its own, the first of its k is half a span. Positions count from the start of the document.
+Source: Ye et al. 2019, "BP-Transformer: Modelling Long-Range Context via Binary Partitioning", sections 3.1 (the graph)
+and 3.2 (the attention). Bidirectional, the same on the right, and spans at the end of a text may be short.
 
 The paper keeps spans through the layers: each attends to its tokens from a state of its own, which begins as zero, so
 that in the first layer it is their mean. Here every layer makes its spans anew, with one learned query a level, which
@@ -36,8 +38,8 @@ class BPConfig:
     Attributes:
         k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
             classification and translation.
-        max_level: the highest level, of spans of 2^max_level tokens, at most 24; a token sees k (2^(max_level + 1) - 1)
-            earlier ones. Levels that a call is too short for cost next to nothing.
+        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier tokens
+            are seen. Levels that a call is too short for cost next to nothing.
     """
 
     k: int = 16

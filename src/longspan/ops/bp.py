@@ -5,8 +5,9 @@
     out_i = softmax over the nodes that i sees of (q_i . key + q_i . e) / sqrt(head_dim), values
 
 e is learned, by side, level and how near the node is. Which nodes: from i to the left, k tokens, then k nodes of level
-1, and so on; one node more where the next level would not begin at a border of its own. So every earlier token lies in
-exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view: k (2^(levels + 1) - 1) tokens.
+1, and so on; where a level would not begin at a border of its own, the first of its k is one of the level below. So every
+earlier token lies in exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view, some
+k 2^(levels + 1) tokens back.
 
 The paper keeps nodes through all layers, each attending to its tokens from its own state, which begins as zero; here
 every layer makes them anew, with a learned query u_l a level. So an open node is a running softmax sum, and the state
