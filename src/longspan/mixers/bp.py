@@ -38,8 +38,8 @@ class BPConfig:
     Attributes:
         k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
             classification and translation.
-        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier tokens
-            are seen. Levels that a call is too short for cost next to nothing.
+        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier
+            tokens are seen. Levels that a call is too short for cost next to nothing.
     """
 
     k: int = 16

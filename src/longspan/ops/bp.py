@@ -5,8 +5,8 @@
     out_i = softmax over the nodes that i sees of (q_i . key + q_i . e) / sqrt(head_dim), values
 
 e is learned, by side, level and how near the node is. Which nodes: from i to the left, k tokens, then k nodes of level
-1, and so on; where a level would not begin at a border of its own, the first of its k is one of the level below. So every
-earlier token lies in exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view, some
+1, and so on; where a level would not begin at a border of its own, the first of its k is one of the level below. So
+every earlier token lies in exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view, some
 k 2^(levels + 1) tokens back.
 
 The paper keeps nodes through all layers, each attending to its tokens from its own state, which begins as zero; here
@@ -123,6 +123,8 @@ def bp_attention(
             for t in ((q,) if positioned is None else (turned_q, q))
         ]
         bare = tiles[1] if positioned is not None and relative is not None else None
+        if relative is not None:
+            relative = tree.relative_of(relative, used)
         out = attend_table(tiles[0], bare, keys.flatten(0, 1), values.flatten(0, 1), relative, Spec(reading, scale))
         out = chunks.collect(out.view(batch, -1, *out.shape[2:]), length).transpose(1, 2)
         after = _nodes_after(tree, chunks, book, pooled, higher, (keys, values), batch) if causal else None
@@ -220,7 +222,7 @@ def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, rela
     used, columns = tree.used(length), -(-length // tile) * tile
     made = levels if causal else used
     rows = sum(max(1, tile >> level) for level in range(1, made + 1))
-    entries = tree.entries if relative else 0
+    entries = Tree(nearest, used, causal).entries if relative else 0
     return columns * (2 * count_columns(tree, tile, used) + entries), columns * (made + 2 * rows)
 
 

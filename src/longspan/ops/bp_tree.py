@@ -45,6 +45,11 @@ class Tree(NamedTuple):
         """Rows of the table of relative positions: itself, then side, level, place, the nearest first."""
         return 1 + (1 if self.causal else 2) * (self.levels + 1) * (self.nearest + 1)
 
+    def relative_of(self, relative: Tensor, used: int) -> Tensor:
+        """The rows of `relative` for levels 0 .. `used`."""
+        sides = relative[1:].view(-1, self.levels + 1, (self.nearest + 1) * relative.shape[1])
+        return torch.cat([relative[:1], sides[:, : used + 1].reshape(-1, relative.shape[1])])
+
     def used(self, positions: int) -> int:
         """The highest level that some of so many positions sees."""
         k, last = self.nearest, positions - 1
@@ -106,7 +111,7 @@ def make_columns(tree: Tree, tile: int, used: int, device: torch.device) -> Colu
         top, half, size = level == tree.levels, (1 << level) >> 1, 1 << level
         near = k + max(half - 1, 0) if side == 0 else 1 - k + half
         far = k + size - 1 if side == 0 else 1 - k + (0 if top else size)
-        first = 1 + (side * (tree.levels + 1) + level) * (k + 1)
+        first = 1 + (side * (used + 1) + level) * (k + 1)
         for place in range(width):
             least = -1 if level == side == 0 else 0
             rows.append((level, 1 - 2 * side, place, least, near, far, level + (not top), 2 - top, first))
