@@ -21,7 +21,17 @@ from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.bp_pool import Pooled, TreeNodes, join, pool
 from longspan.ops.bp_tiles import Spec, attend_table
-from longspan.ops.bp_tree import Book, Chunks, Tree, count_columns, find_rows, make_book, make_chunks, make_reading
+from longspan.ops.bp_tree import (
+    Book,
+    Chunks,
+    Tree,
+    count_columns,
+    find_rows,
+    make_book,
+    make_chunks,
+    make_reading,
+    make_slots,
+)
 from longspan.ops.rows import check_positive, check_shapes
 
 TILE = 64
@@ -113,7 +123,7 @@ def bp_attention(
     with flash.full_precision(q.device):
         keys, values = (chunks.spread(t.transpose(1, 2)) for t in (turned_k, v))
         content = keys if positioned is None else chunks.spread(k.transpose(1, 2))
-        pooled = pool(keys, values, content, queries[:levels], scale, chunks, book, state)
+        pooled = pool(keys, values, content, queries[:levels], scale, chunks, state)
         higher = join(pooled, chunks, book)
         keys = _table(keys, pooled.k, higher.k, None if state is None else state.k, book)
         values = _table(values, pooled.v, higher.v, None if state is None else state.v, book)
@@ -180,9 +190,7 @@ def _nodes_after(
     device = chunks.begin.device
     final = chunks.final[:, None]
     begin, before, last, live = (t.gather(1, final) for t in (chunks.begin, chunks.before, chunks.last, chunks.end))
-    capacity = [tree.capacity(level) for level in range(tree.levels + 1)]
-    level = torch.repeat_interleave(torch.arange(tree.levels + 1), torch.tensor(capacity)).to(device)
-    back = torch.cat([torch.arange(size, 0, -1) for size in capacity]).to(device)  # 1 = the newest
+    level, back = make_slots(tree, device)
     node = (live >> level) - back
     row = find_rows(chunks, book, level, node, final, begin=begin, before=before, last=last)
     row = row.expand(batch, -1)[:, :, None, None]
@@ -194,11 +202,10 @@ def _nodes_after(
     small = level <= chunks.shift
     at = book.row[level] + torch.where(small, ((live - begin) >> level).clamp(max=(chunks.tile - 1) >> level), 0)
     opened = (live & ((1 << level) - 1)) > 0
-    each = []
+    row_of, chunk_of, each = torch.arange(batch, device=device), chunks.final.expand(batch), []
     for inner, outer in zip(pooled, higher, strict=True):
-        joined = torch.cat([inner[:, :, : book.inside], outer], 2)
-        rows = torch.arange(batch, device=device)[:, None]
-        found = joined[rows, final.expand(batch, -1), at.expand(batch, -1)]
+        joined = torch.cat([inner[row_of, chunk_of, : book.inside], outer[row_of, chunk_of]], 1)
+        found = joined[row_of[:, None], at.expand(batch, -1)]
         hidden = ~opened.view(*opened.shape, *(1,) * (found.ndim - 2))
         each.append(found.masked_fill(hidden, 0).transpose(1, 2).contiguous())
     open_k, open_v, open_mass = each

@@ -1,6 +1,7 @@
 """The nodes of BP-Transformer's tree from their tokens: inside chunks, beyond them, and on from a state."""
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,6 @@ def pool(
     queries: Tensor,
     scale: float,
     chunks: Chunks,
-    book: Book,
     state: TreeNodes | None,
 ) -> Pooled:
     """The nodes inside each chunk and its share of larger ones, (batch, chunks, rows, ...).
@@ -63,7 +63,6 @@ def pool(
         queries: (levels, kv_heads, head_dim).
         scale: of the logits.
         chunks: the layout.
-        book: the order of rows.
         state: what goes on in the first chunk.
     """
     batch, _, kv_heads, dim = k.shape
@@ -71,14 +70,14 @@ def pool(
     keys, values = (t.to(dtype).reshape(-1, chunks.tile, kv_heads, dim) for t in (k, v))
     logits = torch.einsum("bngd,lgd->bngl", content.to(dtype), queries.to(dtype)) * scale
     logits = logits.reshape(keys.shape[0], chunks.tile, kv_heads, len(queries))
-    level, node = row_nodes(chunks.tile, book, len(queries), k.device)
+    level, node = row_nodes(chunks.tile, len(queries), k.device)
     token = torch.arange(chunks.tile, device=k.device)
     mask = torch.zeros(len(level), chunks.tile, dtype=dtype, device=k.device)
     mask.masked_fill_((token >> level[:, None]) != node[:, None], HIDDEN)
     real = None if chunks.real is None else chunks.real.expand(batch, -1, -1).flatten(0, 1)
     parts = _apply(keys, values, logits, _Rows(level - 1, mask, real))
     found = Pooled(*(t.unflatten(0, (batch, chunks.total)) for t in parts))
-    return found if state is None else _go_on(found, chunks, book, level - 1, state)
+    return found if state is None else _go_on(found, chunks, level - 1, state)
 
 
 class _Rows(NamedTuple):
@@ -145,16 +144,17 @@ def _blocks(keys: Tensor, rows: _Rows) -> Iterator[slice]:
         yield slice(first, min(first + size, keys.shape[0]))
 
 
-def row_nodes(tile: int, book: Book, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=64)
+def row_nodes(tile: int, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(rows,) level of each pooled row, and its node within the chunk."""
-    levels_of = [level for level in range(1, levels + 1) for _ in range(max(1, tile >> level))]
-    level = torch.tensor(levels_of, dtype=torch.int64, device=device)
-    return level, torch.arange(book.rows, device=device) - book.row[level]
+    rows = [(level, node) for level in range(1, levels + 1) for node in range(max(1, tile >> level))]
+    found = torch.tensor(rows, dtype=torch.int64, device=device).view(-1, 2)
+    return found[:, 0], found[:, 1]
 
 
-def _go_on(pooled: Pooled, chunks: Chunks, book: Book, query: Tensor, state: TreeNodes) -> Pooled:
+def _go_on(pooled: Pooled, chunks: Chunks, query: Tensor, state: TreeNodes) -> Pooled:
     """What the state has open goes into the first chunk."""
-    level, node = row_nodes(chunks.tile, book, state.open_k.shape[2], query.device)
+    level, node = row_nodes(chunks.tile, state.open_k.shape[2], query.device)
     offset = state.live[:, None]
     there = (offset & ((1 << level) - 1)) > 0
     small = level <= chunks.shift

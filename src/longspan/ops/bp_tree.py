@@ -290,6 +290,14 @@ def make_book(tree: Tree, levels: int, tile: int, count: int, with_state: bool, 
     return Book(first_row, step_, end, pooled, row, inside, slots + count * (tile + row))
 
 
+@lru_cache(maxsize=64)
+def make_slots(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(slots,) the level of each node of a state, and how far it is from its level's end, 1 = the newest."""
+    rows = [(level, back) for level in range(tree.levels + 1) for back in range(tree.capacity(level), 0, -1)]
+    level, back = zip(*rows, strict=True)
+    return torch.tensor(level, device=device), torch.tensor(back, device=device)
+
+
 def find_rows(
     chunks: Chunks,
     book: Book,
