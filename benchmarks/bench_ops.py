@@ -48,10 +48,12 @@ CASES = (
     Case("performer 256, both sides", "favor_attention", {"causal": False}),
     Case("entmax", "entmax_attention", {}),
     Case("entmax 1.5", "entmax_attention", {"alpha": 1.5}),
+    Case("bp 8", "bp_attention", {"nearest": 8}),
     Case("infini 512", "infini_attention", {"segment": 512}),
     Case("infini 512 delta gamma", "infini_attention", {"segment": 512, "update": "delta", "normaliser": "gamma"}),
 )
 FEATURES = 256
+LEVELS = 13
 
 
 def tensors(
@@ -70,6 +72,9 @@ def tensors(
         found[:2] = [F.elu(t) + 1 for t in found[:2]]
     if case.op == "infini_attention":
         found.append(torch.zeros(heads))
+    if case.op == "bp_attention":  # levels that reach all of 65,536 tokens
+        entries = ops.bp_entries(case.settings["nearest"], LEVELS, True)
+        found += [torch.randn(LEVELS, heads, dim), torch.randn(entries, dim)]
     if case.op == "adaptive_span_attention":
         # as trained heads are: most near the ramp, one far; their mean is an eighth of the window
         found.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])

@@ -112,6 +112,8 @@ class Largest(TorchDispatchMode):
         ("window_attention", {"window": 64, "blocks": True}),
         ("entmax_attention", {}),
         ("entmax_attention", {"window": 64}),
+        ("bp_attention", {"nearest": 8}),
+        ("bp_attention", {"nearest": 8, "causal": False}),
         ("relative_attention", {"window": 64}),
         ("relative_attention", {"window": 64, "segment": 64}),
     ],
@@ -122,10 +124,13 @@ def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, tr
     more = relative(128, grad=train) if name == "relative_attention" else []
     if name == "entmax_attention":
         more = [torch.tensor([1.2, 1.5], requires_grad=train)]
+    if name == "bp_attention":
+        more = [torch.randn(12, HEADS, DIM, requires_grad=train)]
     start = (torch.arange(length) // 1000 * 1000)[None]
     ragged = {"lengths": torch.tensor([length - 5]), "start": start} if rows else {}
     with Largest() as largest:
         out = getattr(ops, name)(*given, *more, **shape, **ragged)
+        out = out[0] if isinstance(out, tuple) else out
         if train:
             torch.autograd.grad(out.sum(), [*given, *more])
     # inputs and gradients have 2**18 numbers, the tiles of a kernel call at most 2**22; a matrix would have 2**26

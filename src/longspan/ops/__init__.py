@@ -14,6 +14,8 @@ from longspan.ops.associative import (
     associative_write,
     dpfp,
 )
+from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
+from longspan.ops.bp_pool import TreeNodes
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
     KERNELS,
@@ -43,6 +45,7 @@ __all__ = [
     "AssociativeMaps",
     "LinearSums",
     "SegmentMemory",
+    "TreeNodes",
     "adaptive_span_attention",
     "adaptive_span_cost",
     "associative_attention",
@@ -51,8 +54,14 @@ __all__ = [
     "associative_read",
     "associative_write",
     "bounded_constant",
+    "bp_attention",
+    "bp_cost",
+    "bp_entries",
+    "bp_pairs",
+    "bp_slots",
     "dpfp",
     "empty_memory",
+    "empty_nodes",
     "empty_sums",
     "entmax",
     "entmax_attention",

@@ -1,0 +1,153 @@
+"""BP-Transformer: near tokens one by one, far ones as spans of a binary tree, the coarser the farther.
+
+    span (l, m):  key = sum_j w_j k_j,  value = sum_j w_j v_j,  w = softmax_j(u_l . k_j / sqrt(head_dim)),
+                  over the 2^l tokens j of m 2^l .. (m + 1) 2^l - 1
+    out_i = softmax over i itself and the k nearest spans of every level 0 .. max_level (level 0 are the tokens)
+            of (q_i . key + q_i . e) / sqrt(head_dim), values;  e by side, level and how near the span is
+
+The spans of a token do not overlap: every earlier token lies in exactly one, whatever the length, as far as the highest
+level reaches: at least (2 k - 1) 2^max_level - k tokens, at most k (2^(max_level + 1) - 1). Where the next level could
+not begin at a border of its own, the first of its k is half a span. Positions count from the start of the document.
+Source: Ye et al. 2019, "BP-Transformer: Modelling Long-Range Context via Binary Partitioning", sections 3.1 (the graph)
+and 3.2 (the attention). Bidirectional, the same on the right, and spans at the end of a text may be short.
+
+The paper keeps spans through the layers: each attends to its tokens from a state of its own, which begins as zero, so
+that in the first layer it is their mean. Here every layer makes its spans anew, with one learned query a level, which
+begins as zero likewise. So a span that is still open is a running softmax sum, and a state is as long as the levels are
+many. The paper's form stands in `longspan.reference.bp`. RoPE where the model has it, in the scores: a span's key is
+the mean of keys turned to their positions, so its score is the mean of theirs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longspan import ops
+from longspan.errors import ConfigError
+from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.mixers.linear import emptied_rows
+from longspan.mixers.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPConfig:
+    """Fields of `bp`.
+
+    Attributes:
+        k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
+            classification and translation.
+        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier
+            tokens are seen. Levels that a call is too short for cost next to nothing.
+    """
+
+    k: int = 16
+    max_level: int = 12
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"bp.k = {self.k}: must be at least 1")
+        if not 0 <= self.max_level <= 24:
+            raise ConfigError(f"bp.max_level = {self.max_level}: must be from 0 to 24")
+
+
+class BPState(NamedTuple):
+    """The spans that later tokens may still see; see `longspan.ops.TreeNodes`.
+
+    Attributes:
+        k: (batch, kv_heads, slots, head_dim), keys of finished spans, level by level, in a level the newest last;
+            about 2 k slots a level.
+        v: like k.
+        open_k: (batch, kv_heads, max_level, head_dim), fp32 at least: the open span of each level above the tokens.
+        open_v: like open_k.
+        open_mass: (batch, kv_heads, max_level), the logarithm of the sum of its weights.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    open_k: Tensor
+    open_v: Tensor
+    open_mass: Tensor
+    live: Tensor
+
+
+class BPCore(Core):
+    """See the module."""
+
+    Config = BPConfig
+    config: BPConfig
+    examples = ({"k": 2, "max_level": 3}, {"k": 1, "max_level": 5}, {"k": 3, "max_level": 0})
+
+    def __init__(self, shape: Shape, config: BPConfig) -> None:
+        super().__init__(shape, config)
+        entries = ops.bp_entries(config.k, config.max_level, shape.causal)
+        self.queries = nn.Parameter(torch.zeros(config.max_level, shape.num_kv_heads, shape.head_dim))
+        self.relative = nn.Parameter(torch.empty(entries, shape.head_dim).normal_(0, 0.02))
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded by the highest level."""
+        return Traits(streams=self.shape.causal, bounded=True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Queries of spans and relative positions take no weight decay."""
+        return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: BPState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, BPState | None]:
+        """See `Core.forward`."""
+        out, nodes = ops.bp_attention(
+            q,
+            k,
+            v,
+            self.queries,
+            self.relative,
+            nearest=self.config.k,
+            causal=self.shape.causal,
+            positioned=None if self.shape.rope is None else self.rotate(q, k, rows),
+            lengths=rows.lengths,
+            start=rows.origin,
+            state=None if state is None else ops.TreeNodes(*state),
+        )
+        if nodes is None:
+            return out, None
+        held = BPState(*(emptied_rows(rows, t) for t in nodes))
+        return out, held._replace(live=rows.live)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
+        """Full capacity, nothing live."""
+        config, shape = self.config, self.shape
+        nodes = ops.empty_nodes(
+            batch_size, shape.num_kv_heads, shape.head_dim, config.k, config.max_level, device, dtype
+        )
+        return BPState(*nodes)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Two vectors a kv head and slot, two and a number in fp32 a level above the tokens, a count a row."""
+        config, dim = self.config, self.shape.head_dim
+        finished = 2 * ops.bp_slots(config.k, config.max_level) * dim * dtype.itemsize
+        opened = config.max_level * (2 * dim + 1) * max(dtype.itemsize, 4)
+        return batch_size * (self.shape.num_kv_heads * (finished + opened) + 8)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Scores and values of every chunk's columns, the relative term, and the nodes."""
+        shape, config = self.shape, self.config
+        query, node = ops.bp_cost(length, nearest=config.k, levels=config.max_level, causal=shape.causal)
+        return 2 * batch_size * shape.head_dim * (shape.num_heads * query + shape.num_kv_heads * node)
+
+    def pairs(self, length: int) -> int:
+        """Pairs of a token and one that it sees, alone or within a span."""
+        config = self.config
+        one = ops.bp_pairs(length, nearest=config.k, levels=config.max_level, causal=self.shape.causal)
+        return self.shape.num_heads * one

@@ -1,0 +1,255 @@
+"""BP-Transformer: near tokens one by one, far ones as spans of a binary tree, k nodes a level (Ye et al. 2019).
+
+    node (l, m):  key = sum_j w_j k_j,  value = sum_j w_j v_j,  w = softmax_j(u_l . k_j / sqrt(head_dim)),
+                  over the tokens j of m 2^l .. (m + 1) 2^l - 1;  a token is its own node of level 0
+    out_i = softmax over the nodes that i sees of (q_i . key + q_i . e) / sqrt(head_dim), values
+
+e is learned, by side, level and how near the node is. Which nodes: from i to the left, k tokens, then k nodes of level
+1, and so on; where a level would not begin at a border of its own, the first of its k is one of the level below. So
+every earlier token lies in exactly one node, and n tokens cost O(k n log(n / k)). The highest level ends the view, some
+k 2^(levels + 1) tokens back.
+
+The paper keeps nodes through all layers, each attending to its tokens from its own state, which begins as zero; here
+every layer makes them anew, with a learned query u_l a level. So an open node is a running softmax sum, and the state
+is bounded. The paper's form is in `longspan.reference.bp`.
+"""
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ConfigError
+from longspan.ops import flash
+from longspan.ops.bp_pool import Pooled, TreeNodes, join, pool
+from longspan.ops.bp_tiles import Spec, attend_table
+from longspan.ops.bp_tree import (
+    Book,
+    Chunks,
+    Tree,
+    count_columns,
+    find_rows,
+    make_book,
+    make_chunks,
+    make_reading,
+    make_slots,
+)
+from longspan.ops.rows import check_positive, check_shapes
+
+TILE = 64
+
+
+def bp_slots(nearest: int, levels: int) -> int:
+    """Finished nodes in a state."""
+    return Tree(nearest, levels).slots
+
+
+def bp_entries(nearest: int, levels: int, causal: bool) -> int:
+    """Rows of `relative`."""
+    return Tree(nearest, levels, causal).entries
+
+
+def empty_nodes(
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    nearest: int,
+    levels: int,
+    device: torch.device | None,
+    dtype: torch.dtype,
+) -> TreeNodes:
+    """The state of no token."""
+    k = torch.zeros(batch, kv_heads, bp_slots(nearest, levels), head_dim, device=device, dtype=dtype)
+    sums = torch.zeros(
+        batch, kv_heads, levels, head_dim, device=device, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    live = torch.zeros(batch, dtype=torch.int64, device=device)
+    return TreeNodes(k, k.clone(), sums, sums.clone(), sums[..., 0].clone(), live)
+
+
+def bp_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    relative: Tensor | None = None,
+    *,
+    nearest: int,
+    causal: bool = True,
+    positioned: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    state: TreeNodes | None = None,
+) -> tuple[Tensor, TreeNodes | None]:
+    """Attention to the k nearest nodes of every level of a binary tree.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, length, head_dim), kv_heads dividing heads.
+        v: like k.
+        queries: (levels, kv_heads, head_dim), u of levels 1, 2, ...
+        relative: (entries, head_dim), e: itself, then by side (left, right), level and place, nearest first; None = 0.
+        nearest: k, nodes a level.
+        causal: a query sees no later token. Else both sides; then nodes at the end of a document may be incomplete.
+        positioned: q and k with their positions, for the scores and for what nodes hold; the weights within a node and
+            the term of e take q and k as they are. None = the same.
+        scale: of all scores; default head_dim ** -0.5.
+        lengths: (batch,) real tokens of each row, at the front; None = all.
+        start: (batch, length) the column where each token's document starts, negative where before the call; None = no
+            document starts inside.
+        state: the nodes of the tokens before this call; None = none. Causal only.
+
+    Returns:
+        (batch, heads, length, head_dim) in v's dtype, arbitrary behind a row's real tokens, and the nodes after the
+        call (None where not causal).
+
+    Raises:
+        ConfigError: shapes that do not fit, or a state where not causal.
+    """
+    tree = _check(q, k, v, queries, relative, nearest, causal, state)
+    batch, length, heads_dim = q.shape[0], q.shape[2], q.shape[3]
+    if not batch * length:
+        if not causal:
+            return q.new_zeros(q.shape), None
+        return q.new_zeros(q.shape), state or empty_nodes(
+            batch, k.shape[1], heads_dim, nearest, tree.levels, q.device, k.dtype
+        )
+    scale = heads_dim**-0.5 if scale is None else scale
+    offset = torch.zeros(batch, dtype=torch.int64, device=q.device) if state is None else state.live
+    chunks = make_chunks(batch, length, tile_of(length), lengths=lengths, start=start, offset=offset)
+    used = tree.used(int(chunks.end.max()))
+    levels = tree.levels if causal else used
+    book = make_book(tree, levels, chunks.tile, chunks.total, state is not None, q.device)
+    turned_q, turned_k = (q, k) if positioned is None else positioned
+    with flash.full_precision(q.device):
+        keys, values = (chunks.spread(t.transpose(1, 2)) for t in (turned_k, v))
+        content = keys if positioned is None else chunks.spread(k.transpose(1, 2))
+        pooled = pool(keys, values, content, queries[:levels], scale, chunks, state)
+        higher = join(pooled, chunks, book)
+        keys = _table(keys, pooled.k, higher.k, None if state is None else state.k, book)
+        values = _table(values, pooled.v, higher.v, None if state is None else state.v, book)
+        reading = make_reading(tree, chunks, book, used, batch)
+        tiles = [
+            chunks.spread(t.transpose(1, 2)).reshape(-1, chunks.tile, *t.shape[1::2])
+            for t in ((q,) if positioned is None else (turned_q, q))
+        ]
+        bare = tiles[1] if positioned is not None and relative is not None else None
+        if relative is not None:
+            relative = tree.relative_of(relative, used)
+        out = attend_table(tiles[0], bare, keys.flatten(0, 1), values.flatten(0, 1), relative, Spec(reading, scale))
+        out = chunks.collect(out.view(batch, -1, *out.shape[2:]), length).transpose(1, 2)
+        after = _nodes_after(tree, chunks, book, pooled, higher, (keys, values), batch) if causal else None
+    return out.to(v.dtype), after
+
+
+def tile_of(length: int) -> int:
+    """Positions of a chunk: a power of two, as long as the call where that is short."""
+    return min(TILE, 1 << (length - 1).bit_length())
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    relative: Tensor | None,
+    nearest: int,
+    causal: bool,
+    state: TreeNodes | None,
+) -> Tree:
+    check_shapes(q, k, v)
+    check_positive("nearest", nearest)
+    if queries.ndim != 3 or queries.shape[1:] != (k.shape[1], k.shape[3]) or k.shape != v.shape:
+        raise ConfigError(
+            f"bp attention: queries {tuple(queries.shape)} must be (levels, kv_heads, head_dim) and k, v alike; "
+            f"got {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[2] != q.shape[2]:
+        raise ConfigError("bp attention: older tokens come as a state, not as older keys")
+    if queries.shape[0] > 24:
+        raise ConfigError(f"bp attention: {queries.shape[0]} levels; at most 24, a span of 16 million tokens")
+    if state is not None and not causal:
+        raise ConfigError("bp attention: only the causal form takes a state")
+    tree = Tree(nearest, queries.shape[0], causal)
+    if relative is not None and relative.shape != (tree.entries, q.shape[3]):
+        raise ConfigError(
+            f"bp attention: relative {tuple(relative.shape)} must be (entries, head_dim) = {(tree.entries, q.shape[3])}"
+        )
+    return tree
+
+
+def _table(tokens: Tensor, inside: Tensor, higher: Tensor, slots: Tensor | None, book: Book) -> Tensor:
+    """(batch, rows, kv_heads, head_dim) in the order of the book."""
+    parts = [] if slots is None else [slots.transpose(1, 2)]
+    parts += [tokens, inside[:, :, : book.inside].flatten(1, 2).to(tokens.dtype)]
+    return torch.cat([*parts, higher.flatten(1, 2).to(tokens.dtype)], 1)
+
+
+def _nodes_after(
+    tree: Tree, chunks: Chunks, book: Book, pooled: Pooled, higher: Pooled, tables: tuple[Tensor, Tensor], batch: int
+) -> TreeNodes:
+    device = chunks.begin.device
+    final = chunks.final[:, None]
+    begin, before, last, live = (t.gather(1, final) for t in (chunks.begin, chunks.before, chunks.last, chunks.end))
+    level, back = make_slots(tree, device)
+    node = (live >> level) - back
+    row = find_rows(chunks, book, level, node, final, begin=begin, before=before, last=last)
+    row = row.expand(batch, -1)[:, :, None, None]
+    k, v = (
+        t.gather(1, row.expand(-1, -1, *t.shape[2:])).masked_fill((node < 0)[:, :, None, None], 0).transpose(1, 2)
+        for t in tables
+    )
+    level = torch.arange(1, tree.levels + 1, device=device)
+    small = level <= chunks.shift
+    at = book.row[level] + torch.where(small, ((live - begin) >> level).clamp(max=(chunks.tile - 1) >> level), 0)
+    opened = (live & ((1 << level) - 1)) > 0
+    row_of, chunk_of, each = torch.arange(batch, device=device), chunks.final.expand(batch), []
+    for inner, outer in zip(pooled, higher, strict=True):
+        joined = torch.cat([inner[row_of, chunk_of, : book.inside], outer[row_of, chunk_of]], 1)
+        found = joined[row_of[:, None], at.expand(batch, -1)]
+        hidden = ~opened.view(*opened.shape, *(1,) * (found.ndim - 2))
+        each.append(found.masked_fill(hidden, 0).transpose(1, 2).contiguous())
+    open_k, open_v, open_mass = each
+    count = live[:, 0].expand(batch).contiguous()
+    return TreeNodes(k.contiguous(), v.contiguous(), open_k, open_v, open_mass, count)
+
+
+def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, relative: bool = True) -> tuple[int, int]:
+    """Multiply-adds of a forward call over one row from an empty past, divided by head_dim.
+
+    Args:
+        length: tokens.
+        nearest, causal: as in `bp_attention`.
+        levels: above the tokens.
+        relative: the relative term is there.
+
+    Returns:
+        Those of one query head (scores, values, relative term), and of one kv head (making nodes).
+    """
+    tree, tile = Tree(nearest, levels, causal), tile_of(length)
+    used, columns = tree.used(length), -(-length // tile) * tile
+    made = levels if causal else used
+    rows = sum(max(1, tile >> level) for level in range(1, made + 1))
+    entries = Tree(nearest, used, causal).entries if relative else 0
+    return columns * (2 * count_columns(tree, tile, used) + entries), columns * (made + 2 * rows)
+
+
+def bp_pairs(length: int, *, nearest: int, levels: int, causal: bool = True) -> int:
+    """Pairs of a token and one that it sees, alone or within a node; one head."""
+    size = 1 << levels
+    reach = 2 * nearest * size
+    left = length * (length + 1) // 2 - size * _quotients(length + nearest + size - 1 - reach, size)
+    if causal:
+        return left
+    # position i sees up to min(length, ((i + 1 - k >> levels) + 2 k) size); the first `near` do not see the end
+    near = min(max(nearest - 1 + -(-length // size) * size - reach, 0), length)
+    first = 1 - nearest + nearest * size
+    ends = size * (_quotients(first + near, size) - _quotients(first, size)) + near * nearest * size
+    return left + ends + (length - near) * length - length * (length + 1) // 2
+
+
+def _quotients(length: int, size: int) -> int:
+    """The sum of i // size over i from 0 to length - 1."""
+    if length <= 0:
+        return 0
+    whole, rest = divmod(length, size)
+    return size * whole * (whole - 1) // 2 + rest * whole
