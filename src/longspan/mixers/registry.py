@@ -18,6 +18,7 @@ _CORES = {
     "sparse": "longspan.mixers.sparse:SparseCore",
     "adaptive_span": "longspan.mixers.adaptive_span:AdaptiveSpanCore",
     "entmax": "longspan.mixers.entmax:EntmaxCore",
+    "lsh": "longspan.mixers.lsh:LSHCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }
