@@ -97,8 +97,13 @@ class LSHCore(Core):
     config: LSHConfig
     examples = (
         {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
-        {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6, "selection": "strict"},
+        {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},
         {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
+        {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
+        {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
+    )
+    no_stream = (
+        "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     rotations: Tensor
     draws: Tensor
@@ -120,7 +125,10 @@ class LSHCore(Core):
     @property
     def traits(self) -> Traits:
         """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted."""
-        return Traits(streams=self.shape.causal and self.strict, bounded=self.strict, selects=True)
+        streams = self.shape.causal and self.strict
+        return Traits(
+            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+        )
 
     def forward(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.ops import flash
-from longspan.ops.lsh_lists import TILE, reach_blocks, sort_keys, strict_round, tiles_of
+from longspan.ops.lsh_lists import TILE, chunks_of, circle_round, reach_blocks, sort_keys, strict_round, tiles_of
 from longspan.ops.lsh_rings import LSHRings, attend_token
 from longspan.ops.lsh_tiles import Round, Union, union_attention
 from longspan.ops.rows import check_positive
@@ -118,7 +118,11 @@ def lsh_attention(
     all_keys: tuple[Tensor, ...] = (keys,)
     all_values: tuple[Tensor, ...] = (values,)
     if rings is None:
-        rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal, shared=k is None)
+        kept = queried if k is None else kept
+        if selection == "sorted":
+            rounds = _circles(queried, kept, real, start, count, bucket_size)
+        else:
+            rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal)
     else:
         old_k, old_v, position = (_heads(t, heads) for t in rings)
         old_k = F.normalize(old_k.to(dtype), dim=-1) if k is None else old_k.to(dtype)
@@ -127,20 +131,11 @@ def lsh_attention(
             tuple(torch.cat([old[:, :, r].flatten(2, 3), _heads(new, heads)], 2) for r in range(len(rounds)))
             for old, new in ((old_k, keys), (old_v.to(dtype), values))
         )
-    out = union_attention(
+    out, alone = union_attention(
         queries, all_keys, all_values, Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
     )
-    alone = torch.stack([_sees_nothing(each) for each in rounds]).all(0)
-    out = torch.where(alone.view(*q.shape[:3], 1), _heads(values, heads), out)
+    out = torch.where(alone[..., None], _heads(values, heads), out)
     return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(q.dtype)
-
-
-def _sees_nothing(each: Round) -> Tensor:
-    """(queries,) bool, queries to which a list shows no key but their own."""
-    seen = each.high - each.low
-    if each.hides is not None:
-        seen = seen - ((each.hides >= each.low) & (each.hides < each.high)).int()
-    return seen <= 0
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -181,19 +176,18 @@ def _rounds(
     bucket_size: int,
     *,
     causal: bool,
-    shared: bool,
 ) -> tuple[Round, ...]:
-    """The lists of "strict" without rings; buckets (batch, heads, rounds, length)."""
+    """The lists of "strict" without rings; buckets (batch, heads, rounds, length), one tensor where shared."""
     found: list[Round] = []
+    shared = kept is queried
     heads = queried.shape[1]
     before, after = (2 * bucket_size, None) if causal else (bucket_size, bucket_size)
     first = None
     if start is not None and causal:
         first = start.clamp(min=0).repeat_interleave(heads, 0)
     elif start is not None:  # a bucket of each document
-        document = (start[:, 1:] != start[:, :-1]).cumsum(1)
-        document = torch.cat([document.new_zeros(len(document), 1), document], 1)[:, None, None]
-        queried, kept = queried + document * count, kept + document * count
+        document = _documents(start)[:, None, None]
+        queried, kept = (t + document * count for t in (queried, kept))
         count = count * (int(document.max()) + 1)
     if real is not None:
         queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
@@ -203,6 +197,32 @@ def _rounds(
         each = strict_round(keys, asked, before=before, after=after, start=first, shared=shared)
         found.append(each._replace(twins=tuple(other.mark for other in found)))
     return tuple(found)
+
+
+def _circles(
+    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, count: int, bucket_size: int
+) -> tuple[Round, ...]:
+    """The lists of "sorted"; buckets (batch, heads, rounds, length), one tensor where shared."""
+    batch, heads, _, length = queried.shape
+    document = torch.zeros(batch, length, dtype=torch.int64, device=queried.device)
+    if start is not None:
+        document = _documents(start)
+    documents = 1 if start is None else int(document.max()) + 1
+    if real is not None:
+        document = document.masked_fill(~real, documents)
+    document = document.repeat_interleave(heads, 0)
+    found: list[Round] = []
+    for number in range(queried.shape[2]):
+        asked = queried[:, :, number].flatten(0, 1)
+        held = asked if kept is queried else kept[:, :, number].flatten(0, 1)
+        each = circle_round(asked, held, document, groups=count, documents=documents, size=bucket_size)
+        found.append(each._replace(twins=tuple(other.mark for other in found)))
+    return tuple(found)
+
+
+def _documents(start: Tensor) -> Tensor:
+    """(batch, length) the number of each token's document in its row."""
+    return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
 
 
 def _rounds_with_rings(
@@ -267,6 +287,10 @@ def lsh_cost(
     """
     if length < 1:
         return 0
+    if selection == "sorted":
+        height = min(bucket_size, TILE)
+        tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
+        return num_hashes * tiles * height * 2 * bucket_size
     before, behind = (2 * bucket_size, 0) if causal else (bucket_size, reach_blocks(bucket_size))
     blocks = tiles_of(length, num_buckets)
     tiles = blocks if shared else tiles_of(length, blocks + num_buckets)

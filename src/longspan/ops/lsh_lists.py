@@ -172,3 +172,62 @@ def _tiles_of_queries(anchor: Tensor, asked: Tensor, keys: Keys) -> tuple[Tensor
     block = torch.full((tiles + 1,), keys.front, dtype=torch.int64, device=asked.device)
     block.scatter_(0, torch.where(found.slot >= 0, found.slot // TILE, tiles).flatten(), anchor.flatten())
     return query, found.slot, block[:tiles].clamp(max=keys.front + rows * keys.blocks - 1)
+
+
+def circle_round(queried: Tensor, kept: Tensor, document: Tensor, *, groups: int, documents: int, size: int) -> Round:
+    """The list of a round of chunks in a circle: a query sees the keys of its chunk and of the one before.
+
+    Every document begins at a chunk of its own and is a circle of its own.
+
+    Args:
+        queried: (rows, length) bucket of each query, below `groups`.
+        kept: (rows, length) bucket of each key.
+        document: (rows, length) in [0, documents], not falling; `documents` where there is no real token.
+        groups: see queried.
+        documents: see document.
+        size: tokens of a chunk.
+    """
+    rows, length = queried.shape
+    members = torch.zeros(rows, documents + 1, dtype=torch.int64, device=queried.device)
+    members.scatter_add_(1, document, torch.ones_like(document))
+    members[:, documents] = 0
+    chunks, used = chunks_of(length, documents, size), -(-members // size)
+    row = torch.arange(rows, device=queried.device)[:, None]
+    first = row * chunks + used.cumsum(1) - used
+    shift = first * size - (members.cumsum(1) - members)
+    column = torch.arange(length, device=queried.device)
+
+    def slots(bucket: Tensor) -> Tensor:
+        ordered, order = stable_sort(document * groups + bucket, (documents + 1) * groups)
+        found = shift.gather(1, ordered // groups) + column
+        return torch.empty_like(order).scatter_(1, order, found.masked_fill_(ordered >= documents * groups, -1))
+
+    slot = slots(kept)
+    asked = slot if queried is kept else slots(queried)
+    real, own, nothing = asked >= 0, asked // size, rows * chunks  # the chunk behind all others is empty
+    before, count = first.gather(1, document), used.gather(1, document)
+    before = torch.where(own == before, before + count - 1, own - 1).masked_fill_(count == 1, nothing)
+    height = min(size, TILE)
+    tiles = -(-size // height)  # of a chunk
+    place = own * (tiles * height) + asked % size
+    previous = torch.full((rows * chunks + 1,), nothing, dtype=torch.int64, device=queried.device)
+    previous.scatter_(0, torch.where(real, own, nothing).flatten(), before.flatten())
+    blocks = torch.stack([previous[:-1], torch.arange(rows * chunks, device=queried.device)], 1)
+    low, high = own.masked_fill(~real, -2), before.masked_fill((before == nothing) | ~real, -2)
+    return Round(
+        _scattered(rows * chunks * tiles * height, place, real).view(-1, height),
+        place.masked_fill(~real, 0).flatten(),
+        _scattered((rows * chunks + 1) * size, slot, slot >= 0).view(-1, size),
+        slot.flatten(),
+        blocks.repeat_interleave(tiles, 0),
+        2,
+        low.flatten().int(),
+        high.flatten().int(),
+        None,
+        (slot // size).masked_fill(slot < 0, -1).flatten().int(),
+    )
+
+
+def chunks_of(length: int, documents: int, size: int) -> int:
+    """Chunks that a row of so many tokens in so many documents may need."""
+    return (length + min(documents, length) * (size - 1)) // size

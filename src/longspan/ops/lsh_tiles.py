@@ -77,7 +77,9 @@ class Step(NamedTuple):
     hidden: Tensor
 
 
-def union_attention(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], union: Union) -> Tensor:
+def union_attention(
+    q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], union: Union
+) -> tuple[Tensor, Tensor]:
     """The attention of a union, differentiable.
 
     Args:
@@ -87,25 +89,28 @@ def union_attention(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, .
         union: the lists.
 
     Returns:
-        (batch, heads, length, head_dim); arbitrary but finite where a query sees nothing.
+        out (batch, heads, length, head_dim), arbitrary but finite where a query sees nothing, and which queries those
+        are, (batch, heads, length) bool; what holds of queries that are not real is arbitrary too.
     """
-    return _apply(union, len(keys), q, *keys, *values)
+    out, lse = _apply(union, len(keys), q, *keys, *values)
+    return out, lse.view(q.shape[:3]) < HIDDEN / 2
 
 
 class _Attention(torch.autograd.Function):
     """Saves the inputs, the output, the log-sum-exps and the lists."""
 
     @staticmethod
-    def forward(ctx: Any, union: Union, count: int, q: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, union: Union, count: int, q: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         with flash.full_precision(q.device):
             out, lse = _forward(q, tensors[:count], tensors[count:], union)
         ctx.save_for_backward(q, out, lse, *tensors)
         ctx.union, ctx.count = union, count
-        return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *tensors = ctx.saved_tensors
         keys, values = tensors[: ctx.count], tensors[ctx.count :]
         with flash.full_precision(q.device):
@@ -113,7 +118,7 @@ class _Attention(torch.autograd.Function):
         return None, None, dq, *dk, *dv
 
 
-_apply: Callable[..., Tensor] = _Attention.apply
+_apply: Callable[..., tuple[Tensor, Tensor]] = _Attention.apply
 
 
 def _flat(x: Tensor) -> Tensor:
