@@ -38,12 +38,9 @@ def test_redraws_in_after_step_and_voids_states() -> None:
 
 def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    expected = torch.rand(3)
-    torch.manual_seed(1)
     core = ls.mixers.build("lsh", dim=16, num_heads=4).core
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(core.rotations, torch.randn(core.rotations.shape, generator=generator))
-    del expected
     mixers = ({"name": "lsh", **FIELDS},)
     model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, mixers=mixers)).eval()
     model.after_step(1, torch.Generator().manual_seed(5))
@@ -68,6 +65,31 @@ def test_a_session_that_writes_its_rings_in_place_equals_one_pass(shared: bool) 
     torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
     logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
     torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
+
+
+def test_sorted_does_not_stream_and_says_why() -> None:
+    mixer, x = build(selection="sorted"), torch.randn(1, 30, 16)
+    traits = mixer.traits
+    assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
+    y, state = mixer(x)
+    assert state is None
+    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+        with pytest.raises(ls.UnsupportedError, match="sorted selection changes with later tokens"):
+            refused()
+    assert mixer.state_nbytes(1, 10) == 0
+    assert build().core.strict, "the default where causal"
+    both = build(causal=False)
+    assert not both.core.strict, "the default where not"
+    torch.testing.assert_close(both(x)[0], build(causal=False, selection="sorted")(x)[0], atol=0, rtol=0)
+    assert (both(x)[0] - y).abs().max() > 0.01
+
+
+def test_mixed_with_a_causal_part_it_is_causal_in_values() -> None:
+    parts = [{"name": "full", "num_heads": 2}, {"name": "lsh", "num_heads": 2, "selection": "sorted", **FIELDS}]
+    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    assert not mixer.traits.causal
+    assert mixer.traits.value_causal
+    assert mixer(torch.randn(1, 9, 16))[1] is None
 
 
 def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:

@@ -88,6 +88,71 @@ def test_rings(length: int, kv_heads: int, rounds: int, buckets: int, size: int,
         agree(given, tensors, bucket_size=size, **rows)
 
 
+SORTED = [(1, 2, 3), (3, 4, 5), (2, 8, 40), (2, 8, 100), (2, 2, 300)]  # chunks of more than a tile among them
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("rounds", "buckets", "size"), SORTED)
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (200, 2)])
+def test_sorted(length: int, kv_heads: int, rounds: int, buckets: int, size: int, causal: bool, shared: bool) -> None:
+    q, k, v = inputs(length, 0, kv_heads=kv_heads)
+    given = {"q": q, "v": v, "k": None if shared else k, "rotations": rotations(rounds, buckets)}
+    tensors = [q, v] if shared else [q, v, k]
+    for rows in ({}, documents(length)):
+        agree(given, tensors, bucket_size=size, causal=causal, selection="sorted", **rows)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(("length", "size"), [(1, 1), (2, 1), (63, 40), (128, 64), (200, 100)])
+def test_sorted_with_two_chunks_is_full_attention(length: int, size: int, rounds: int) -> None:
+    """Also in several rounds, which public code gets wrong as its look-back crosses from round to round."""
+    q, _, v = (t.detach() for t in inputs(length, 0))
+    keywords = {"rotations": rotations(rounds, 8), "bucket_size": size, "selection": "sorted"}
+    for causal in (True, False):
+        found = ops.lsh_attention(q, v, causal=causal, **keywords)
+        torch.testing.assert_close(found, dense(q, v, causal=causal), atol=1e-10, rtol=0)
+
+
+def test_sorted_rounds_are_the_paper_s_sum_with_log_counts() -> None:
+    """sum_r exp(z_r - z) o_r, logits of round r lowered by log N_ij (section 2), is what is computed."""
+    q, _, v = (t.detach() for t in inputs(150, 0, kv_heads=HEADS))
+    turn, size = rotations(3, 8), 10
+    place = torch.arange(150)
+    order = torch.argsort(ops.lsh_buckets(q, turn) * 150 + place, -1)
+    chunk = order.argsort(-1) // size  # (batch, heads, rounds, length)
+    near = (chunk[..., :, None] - chunk[..., None, :]) % 15 <= 1
+    near &= place[:, None] > place
+    logits = (q @ torch.nn.functional.normalize(q, dim=-1).mT)[:, :, None] - near.sum(2, keepdim=True).double().log()
+    logits = logits.masked_fill(~near, float("-inf"))
+    each = logits.logsumexp(-1)
+    share = (each - each.logsumexp(2, keepdim=True)).exp()
+    outs = logits.softmax(-1).nan_to_num(0) @ v[:, :, None]
+    wanted = (share.nan_to_num(0)[..., None] * outs).sum(2)
+    alone = ~near.any(-1).any(2)
+    found = ops.lsh_attention(q, v, rotations=turn, bucket_size=size, selection="sorted")
+    torch.testing.assert_close(found, torch.where(alone[..., None], v, wanted), atol=1e-10, rtol=0)
+
+
+def test_sorted_is_causal_in_values_and_not_in_what_it_selects() -> None:
+    q, _, v = (t.detach() for t in inputs(300, 0))
+    keywords = {"rotations": rotations(2, 16), "bucket_size": 16, "selection": "sorted"}
+    before = ops.lsh_attention(q, v, **keywords)
+    values = torch.cat([v[:, :, :200], 30 * v[:, :, 200:].flip(2)], 2)
+    assert torch.equal(ops.lsh_attention(q, values, **keywords)[:, :, :200], before[:, :, :200])
+    queries = torch.cat([q[:, :, :200], q[:, :, 200:].abs()], 2)
+    moved = (ops.lsh_attention(queries, v, **keywords) - before)[:, :, :200]
+    assert (moved.abs().amax((0, 1, 3)) > 0.01).sum() > 20
+
+
+def test_sorted_and_both_sides_take_no_rings() -> None:
+    q, _, v = inputs(5, 0)
+    rings = drawn_rings(1, 4, 2, HEADS)
+    for form in ({"selection": "sorted"}, {"causal": False}):
+        with pytest.raises(ls.UnsupportedError, match="only the causal strict selection streams"):
+            ops.lsh_attention(q, v, rotations=rotations(1, 4), bucket_size=2, rings=rings, **form)
+
+
 def test_a_pushed_token_is_a_pushed_call_of_one() -> None:
     rings = ls.state.detach(drawn_rings(2, 4, 3, 2))
     k, v = (t.detach() for t in inputs(1, 0, seed=6)[1:])
@@ -159,13 +224,14 @@ def product(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
     return int(2 * a[0] * a[1] * a[2] * b[2])
 
 
+@pytest.mark.parametrize("selection", ["strict", "sorted"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 100, 3000])
-def test_cost(length: int, causal: bool, shared: bool) -> None:
+def test_cost(length: int, causal: bool, shared: bool, selection: str) -> None:
     q, v, k = (torch.randn(1, 2, length, 16) for _ in range(3))
     turn = rotations(2, 8, heads=2, dim=16).float()
-    shape = {"bucket_size": 40, "causal": causal}
+    shape = {"bucket_size": 40, "causal": causal, "selection": selection}
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: product}) as counter:
         ops.lsh_attention(q, v, k=None if shared else k, rotations=turn, **shape)
     entries = ops.lsh_cost(length, **shape, num_hashes=2, num_buckets=8, shared=shared)
@@ -173,13 +239,14 @@ def test_cost(length: int, causal: bool, shared: bool) -> None:
     assert close(counter.get_total_flops(), 2 * 16 * (4 * entries + 2 * hashes))
 
 
+@pytest.mark.parametrize("selection", ["strict", "sorted"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_no_buffer_is_quadratic(train: bool, shared: bool) -> None:
+def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> None:
     q, v, k = (torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3))
     turn = rotations(2, 64, heads=2, dim=16).float()
     with Largest() as largest:
-        out = ops.lsh_attention(q, v, k=None if shared else k, rotations=turn, bucket_size=32)
+        out = ops.lsh_attention(q, v, k=None if shared else k, rotations=turn, bucket_size=32, selection=selection)
         if train:
             torch.autograd.grad(out.sum(), [q, v])
     assert largest.numbers <= 2**20
