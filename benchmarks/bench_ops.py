@@ -46,6 +46,10 @@ CASES = (
     Case("linear, features given", "linear_attention", {}),
     Case("performer 256", "favor_attention", {}),
     Case("performer 256, both sides", "favor_attention", {"causal": False}),
+    Case("lsh 64, 1 round", "lsh_attention", {"bucket_size": 64, "rounds": 1}),
+    Case("lsh 64, 4 rounds", "lsh_attention", {"bucket_size": 64, "rounds": 4}),
+    Case("lsh 64, 1 round, sorted", "lsh_attention", {"bucket_size": 64, "rounds": 1, "selection": "sorted"}),
+    Case("lsh 64, 1 round, own keys", "lsh_attention", {"bucket_size": 64, "rounds": 1, "separate": True}),
     Case("entmax", "entmax_attention", {}),
     Case("entmax 1.5", "entmax_attention", {"alpha": 1.5}),
     Case("bp 8", "bp_attention", {"nearest": 8}),
@@ -81,6 +85,8 @@ def tensors(
     if case.op == "entmax_attention":  # an alpha a head, spread as training spreads them, or one for all
         alpha = case.settings.get("alpha")
         found.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
+    if case.op == "lsh_attention" and not case.settings.get("separate"):
+        del found[2]  # keys are the queries
     return [t.requires_grad_() for t in found]
 
 
@@ -91,11 +97,28 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     if case.stale:
         *inputs, stale_k, stale_v = inputs
         settings["stale"] = (stale_k, stale_v)
+    if case.op == "lsh_attention":
+        return lsh(where, inputs, **settings)
     if case.op == "favor_attention":
         inputs = [*inputs, projection(inputs[0].shape[-1])]
     out = getattr(where, case.op)(*inputs, **settings)
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
+
+
+def lsh(where: Any, inputs: list[Tensor], *, rounds: int, separate: bool = False, **settings: Any) -> Tensor:
+    """LSH attention; buckets are as many as there are tokens in `bucket_size` (reformer-pytorch's count)."""
+    q, v, *k = inputs
+    count = max(2, q.shape[2] // settings["bucket_size"] // 2 * 2)
+    turn = rotations(q.shape[1], rounds, q.shape[3], count)
+    found: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
+    return found
+
+
+@functools.cache
+def rotations(heads: int, rounds: int, dim: int, buckets: int) -> Tensor:
+    """Those of the lsh rows."""
+    return torch.randn(heads, rounds, dim, buckets // 2, generator=torch.Generator().manual_seed(0))
 
 
 @functools.cache
@@ -107,7 +130,10 @@ def projection(dim: int) -> Tensor:
 def is_right(case: Case) -> bool:
     """Outputs and gradients equal the definition at a size where every kind of tile occurs."""
     generator = torch.Generator().manual_seed(1)
-    small = {name: max(value // 8, 1) if type(value) is int else value for name, value in case.settings.items()}
+    small = {
+        name: max(value // 8, 1) if type(value) is int and name != "rounds" else value
+        for name, value in case.settings.items()
+    }
     case = case._replace(settings=small)
     inputs = tensors(case, 333, batch=2, dim=16)
     results = []

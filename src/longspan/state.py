@@ -19,7 +19,21 @@ from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
 
-__all__ = ["State", "append", "clone", "detach", "live", "load", "nbytes", "owned", "save", "select", "tensors", "to"]
+__all__ = [
+    "State",
+    "append",
+    "clone",
+    "detach",
+    "live",
+    "load",
+    "may_overwrite",
+    "nbytes",
+    "owned",
+    "save",
+    "select",
+    "tensors",
+    "to",
+]
 
 
 class State(Protocol):
@@ -135,7 +149,7 @@ _owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_ow
 
 @contextlib.contextmanager
 def owned() -> Iterator[None]:
-    """Inside, the caller gives each state up for the next one, so that growing buffers may be filled in place.
+    """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
 
     For `StreamSession`; anyone who keeps, forks or shares states must not use it.
     """
@@ -146,13 +160,18 @@ def owned() -> Iterator[None]:
         _owned.reset(token)
 
 
+def may_overwrite(*tensors: Tensor) -> bool:
+    """Whether the caller has given its state up (`owned`) and no gradient of these tensors needs the old values."""
+    return _owned.get() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
 def append(old: Tensor, new: Tensor) -> Tensor:
     """Columns of `old` (batch, heads, columns, dim) followed by those of `new`.
 
     A concatenation; inside `owned()` and without gradients the result is a view of a buffer with room to spare, which
     the next call fills in place: appending one token to 16,384 keys would else cost more than attending to them.
     """
-    if not _owned.get() or (torch.is_grad_enabled() and (old.requires_grad or new.requires_grad)):
+    if not may_overwrite(old, new):
         return torch.cat([old, new], 2)
     batch, heads, columns, dim = old.shape
     total = columns + new.shape[2]

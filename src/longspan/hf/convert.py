@@ -103,7 +103,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             their own training.
         layers: which; negative ones count from the end; None = all.
         fields: of the mixer. The gates of `infini` and `associative` begin at -4, so that a text of one segment gives
-            the original logits and a longer one nearly those of local attention.
+            the original logits and a longer one nearly those of local attention; `lsh` uses the model's keys.
 
     Returns:
         What was done.
@@ -122,6 +122,8 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         )
     if "gate_init" in {each.name for each in dataclasses.fields(cls.Config)}:
         fields.setdefault("gate_init", _STRONGLY_LOCAL)
+    if "shared" in {each.name for each in dataclasses.fields(cls.Config)}:
+        fields.setdefault("shared", False)
     taken = [index for index in chosen if isinstance(found.attentions[index], Converted)]
     if taken:
         raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")

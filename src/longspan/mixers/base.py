@@ -21,6 +21,8 @@ class Traits:
 
     Attributes:
         causal: the causal form exists.
+        value_causal: where `causal` is not: a causal form exists in which no later value reaches an earlier output, but
+            later tokens may change which earlier ones are seen.
         bidirectional: the form that sees both sides exists.
         streams: states go in and out and the laws of stream and bounded memory hold (never where built bidirectional).
         bounded: the bytes of a state do not depend on the length.
@@ -38,6 +40,7 @@ class Traits:
     sparse: bool = False
     segment: int | None = None
     horizon: int | None = None
+    value_causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ class Core(nn.Module):
     """Small field sets that show every form of the mechanism: what the law matrix and the pictures run."""
     needs_hidden: ClassVar[bool] = False
     """The core carries hidden states and projects them again; a converted pretrained model cannot hold it."""
+    no_stream: ClassVar[str] = "does not stream"
+    """Why a causal form that does not stream does not, for the message that refuses a state."""
     linear_in_values: ClassVar[bool] = True
     """The output is an attention map times the values, so that `attention_map` exists."""
 
@@ -238,7 +243,7 @@ class Mixer(nn.Module):
         return offset
 
     def _why_no_stream(self) -> str:
-        return "does not stream" if self.causal else "a bidirectional mixer sees the future and does not stream"
+        return self.core.no_stream if self.causal else "a bidirectional mixer sees the future and does not stream"
 
     def mix(self, x: Tensor, state: Any, rows: Rows, penalties: list[Tensor] | None = None) -> tuple[Tensor, Any]:
         """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
@@ -353,6 +358,7 @@ def merge_traits(parts: Sequence[Traits]) -> Traits:
         bounded=all(part.bounded for part in parts),
         selects=any(part.selects for part in parts),
         sparse=any(part.sparse for part in parts),
+        value_causal=all(part.causal or part.value_causal for part in parts) and not all(part.causal for part in parts),
         segment=segment,
         horizon=reach,
     )

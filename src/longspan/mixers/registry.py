@@ -19,6 +19,7 @@ _CORES = {
     "adaptive_span": "longspan.mixers.adaptive_span:AdaptiveSpanCore",
     "entmax": "longspan.mixers.entmax:EntmaxCore",
     "bp": "longspan.mixers.bp:BPCore",
+    "lsh": "longspan.mixers.lsh:LSHCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

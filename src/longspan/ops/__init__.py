@@ -32,6 +32,8 @@ from longspan.ops.full import full_attention, full_cost
 from longspan.ops.groups import group_attention, group_attention_cost
 from longspan.ops.infini import infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
+from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
+from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.segments import SegmentMemory, empty_memory
@@ -43,6 +45,7 @@ __all__ = [
     "KERNELS",
     "SOFTMAX_KINDS",
     "AssociativeMaps",
+    "LSHRings",
     "LinearSums",
     "SegmentMemory",
     "TreeNodes",
@@ -78,8 +81,13 @@ __all__ = [
     "infini_open",
     "linear_attention",
     "linear_cost",
+    "lsh_attention",
+    "lsh_buckets",
+    "lsh_cost",
     "num_features_of",
     "orthogonal_projection",
+    "push_rings",
+    "push_token",
     "relative_attention",
     "relative_cost",
     "rotary_table",

@@ -1,0 +1,250 @@
+"""Reformer's attention: tokens see those that fall into the same bucket of a locality-sensitive hash.
+
+    h(x) = argmax [x R; -x R],  R (head_dim, num_buckets / 2) Gaussian, one for each head and each of num_hashes rounds
+    out_i = softmax over the keys j of the union of the rounds of q_i . k_j, v_j;  k_j = q_j / |q_j|
+
+Source: Kitaev et al. 2020, "Reformer: The Efficient Transformer", section 2. Queries and keys are shared: the key
+projection of the layer is left aside; with `shared=False` (pretrained models) keys are hashed too and logits are
+q . k / sqrt(head_dim). A token sees itself only where it sees nothing else. RoPE, where the model has it, acts before
+the hash.
+The paper's reversible layers and factorised positions are parts of models, not of this mixer.
+
+Two ways to choose, in each round:
+
+- "strict": token i sees the last 2 * bucket_size tokens j < i of its bucket (not causal: the nearest bucket_size on
+  either side). A later token changes nothing, so decoding equals training. The default where causal.
+- "sorted", the paper's: tokens sorted by bucket and cut into chunks of bucket_size that see themselves and the chunk
+  before, in a circle inside each round. Buckets share chunks, so a later token changes which keys an earlier one sees,
+  though no value of it reaches there: law 1 holds for values alone (`traits.causal` False, `value_causal` True), and
+  what is decoded token by token is not what was trained: it does not stream. The default where not causal.
+
+The state is a ring of 2 * bucket_size tokens for every bucket of every round and head: at the defaults with heads of 64
+in fp32 smaller than a KV cache of as many kv heads from 16,641 tokens on (num_hashes * num_buckets * 2 * bucket_size
+tokens, and 8 bytes a token for its position). Every forward returns one, so choose `num_buckets` no larger than needed:
+it is a constant, never derived from an input; buckets of 2 * bucket_size tokens at the usual length lose nothing.
+
+Rotations are drawn by a generator of their own, saved with the model, and drawn anew every `redraw` optimiser steps in
+`after_step` (the paper: every step), which voids carried states: a state records the number of its draw.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.base import Core, Hidden, Shape, Traits
+from longspan.mixers.rows import Rows
+from longspan.state import may_overwrite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSHConfig:
+    """Fields of `lsh`.
+
+    Attributes:
+        bucket_size: tokens of a chunk; a token sees at most twice as many in a round.
+        num_hashes: rounds. The paper trains with 2 to 8 and evaluates with 8.
+        num_buckets: an even number; about the usual length / bucket_size / 2, whatever the input.
+        selection: "strict", or "sorted" as in the paper; None = strict where causal, else sorted.
+        shared: keys are normalised queries, as in the paper; False uses the layer's keys.
+        redraw: optimiser steps between two draws of the rotations; 0 = never.
+        seed: of the first draw.
+    """
+
+    bucket_size: int = 64
+    num_hashes: int = 2
+    num_buckets: int = 64
+    selection: Literal["strict", "sorted"] | None = None
+    shared: bool = True
+    redraw: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("bucket_size", 1), ("num_hashes", 1), ("num_buckets", 2), ("redraw", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"lsh.{name} = {getattr(self, name)}: must be at least {least}")
+        if self.num_buckets % 2:
+            raise ConfigError(
+                f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
+            )
+
+
+class LSHState(NamedTuple):
+    """The last tokens of every bucket; heads are the layer's heads where shared, else its kv heads.
+
+    Attributes:
+        k: (batch, heads, num_hashes, num_buckets, 2 * bucket_size, head_dim), newest last, zeros where empty.
+        v: like k.
+        position: (batch, heads, num_hashes, num_buckets, 2 * bucket_size) int64, -1 where empty.
+        drawn: (batch,) int64, the draw of the rotations that chose the buckets.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    drawn: Tensor
+    live: Tensor
+
+
+class LSHCore(Core):
+    """See the module."""
+
+    Config = LSHConfig
+    config: LSHConfig
+    examples = (
+        {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
+        {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},
+        {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
+        {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
+        {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
+    )
+    no_stream = (
+        "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
+    )
+    rotations: Tensor
+    draws: Tensor
+
+    def __init__(self, shape: Shape, config: LSHConfig) -> None:
+        super().__init__(shape, config)
+        self.strict = (config.selection or ("strict" if shape.causal else "sorted")) == "strict"
+        self.hashed_heads = shape.num_heads if config.shared else shape.num_kv_heads
+        """Heads with rotations, and in a state rings, of their own."""
+        self.register_buffer("rotations", self._drawn(torch.Generator().manual_seed(config.seed)))
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+
+    def _drawn(self, generator: torch.Generator | None) -> Tensor:
+        config = self.config
+        return torch.randn(
+            self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2, generator=generator
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted."""
+        streams = self.shape.causal and self.strict
+        return Traits(
+            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LSHState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, LSHState | None]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: the state is of another draw of the rotations.
+        """
+        q, k = self.rotate(q, k, rows)
+        rings = None
+        if state is not None:
+            if bool((state.drawn[state.live > 0] != self.draws).any()):
+                raise UnsupportedError(
+                    "lsh: the state was made with another draw of the rotations; start the stream anew"
+                )
+            rings = ops.LSHRings(state.k, state.v, state.position)
+        shared = self.config.shared
+        rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
+        queried = ops.lsh_buckets(q, rotations)
+        kept = queried if shared else ops.lsh_buckets(k, self.rotations)
+        out = ops.lsh_attention(
+            q,
+            v,
+            k=None if shared else k,
+            rotations=rotations,
+            bucket_size=self.config.bucket_size,
+            causal=self.shape.causal,
+            selection="strict" if self.strict else "sorted",
+            buckets=(queried, kept),
+            rings=rings,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        if not self.traits.streams:
+            return out, None
+        if shared:
+            k, v = q, v.repeat_interleave(self.shape.group, 1)
+        return out, self._next(k, v, kept, rings, rows)
+
+    def _next(self, k: Tensor, v: Tensor, buckets: Tensor, rings: ops.LSHRings | None, rows: Rows) -> LSHState:
+        drawn = self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
+        position = rows.positions
+        if rings is not None and rows.length == 1 and rows.plain and rows.emptied is None and self._alone(k, v, *rings):
+            owned = may_overwrite(k, v, *rings)
+            rings = ops.push_token(rings, k, v, buckets, position, in_place=owned)
+        else:
+            kept = goes_on = None
+            if rows.lengths is not None or rows.origin is not None or rows.emptied is not None:
+                tokens = rows.real_tokens()
+                column = torch.arange(rows.length, device=rows.device)
+                kept = (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
+                goes_on = rows.live == rows.offset + tokens
+            if rings is None:
+                empty = self.init_state(rows.batch, k.device, k.dtype)
+                rings = ops.LSHRings(empty.k, empty.v, empty.position)
+            rings = ops.push_rings(rings, k, v, buckets, position, kept=kept, goes_on=goes_on)
+        return LSHState(*rings, drawn, rows.live)
+
+    def _alone(self, *tensors: Tensor) -> bool:
+        """No gradient goes into the state."""
+        return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Draw the rotations anew every `redraw` steps."""
+        if self.config.redraw and step % self.config.redraw == 0:
+            self.rotations.copy_(self._drawn(generator))
+            self.draws += 1
+
+    @property
+    def draw(self) -> int:
+        """How often the rotations were drawn anew."""
+        return int(self.draws)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
+        """Full capacity, nothing live."""
+        config = self.config
+        shape = (batch_size, self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size)
+        k = torch.zeros(*shape, self.shape.head_dim, device=device, dtype=dtype)
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        position = torch.full(shape, -1, dtype=torch.int64, device=device)
+        return LSHState(k, k.clone(), position, zeros, zeros.clone())
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Two vectors and a position for every slot of every ring, and two counts a row, whatever the length."""
+        config = self.config
+        slots = self.hashed_heads * config.num_hashes * config.num_buckets * 2 * config.bucket_size
+        return batch_size * (slots * (2 * self.shape.head_dim * dtype.itemsize + 8) + 16)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""
+        config, shape = self.config, self.shape
+        entries = ops.lsh_cost(
+            length,
+            bucket_size=config.bucket_size,
+            num_buckets=config.num_buckets,
+            num_hashes=config.num_hashes,
+            causal=shape.causal,
+            shared=config.shared,
+            selection="strict" if self.strict else "sorted",
+        )
+        hashed = shape.num_heads + (0 if config.shared else shape.num_kv_heads)
+        hashes = hashed * length * config.num_hashes * config.num_buckets // 2
+        return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * hashes)
+
+    def pairs(self, length: int) -> int:
+        """Pairs if buckets were full and the rounds had none in common: an upper bound."""
+        most = 2 * self.config.bucket_size * self.config.num_hashes
+        if not self.shape.causal or not self.strict:
+            return self.shape.num_heads * length * max(1, min(most, length - 1))
+        return self.shape.num_heads * sum(max(1, min(most, i)) for i in range(length))

@@ -1,0 +1,297 @@
+"""Reformer's attention (Kitaev et al. 2020): tokens that fall into one bucket of an angular hash see each other."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.ops import flash
+from longspan.ops.lsh_lists import TILE, chunks_of, circle_round, reach_blocks, sort_keys, strict_round, tiles_of
+from longspan.ops.lsh_rings import LSHRings, attend_token
+from longspan.ops.lsh_tiles import Round, Union, union_attention
+from longspan.ops.rows import check_positive
+
+SELECTIONS = ("strict", "sorted")
+
+
+def lsh_buckets(x: Tensor, rotations: Tensor) -> Tensor:
+    """Angular hash: the signed random direction nearest to x, argmax [x R; -x R] (Kitaev et al. 2020, section 2).
+
+    Args:
+        x: (batch, heads or a divisor of them, length, head_dim).
+        rotations: (heads, rounds, head_dim, buckets // 2).
+
+    Returns:
+        (batch, heads, rounds, length) int64 below buckets.
+    """
+    heads, rounds, _, half = rotations.shape
+    batch, length, dtype = x.shape[0], x.shape[2], flash.working_dtype(x)
+    found = torch.empty(batch, heads, rounds, length, dtype=torch.int64, device=x.device)
+    group = heads // x.shape[1]
+    rotations = rotations.to(dtype)
+    with torch.no_grad(), flash.full_precision(x.device):
+        for head in range(heads):
+            vectors = x[:, head // group].to(dtype)
+            for number in range(rounds):
+                turned = vectors @ rotations[head, number]
+                most, least = turned.max(-1), turned.min(-1)
+                found[:, head, number] = torch.where(most.values >= -least.values, most.indices, least.indices + half)
+    return found
+
+
+def lsh_attention(
+    q: Tensor,
+    v: Tensor,
+    *,
+    k: Tensor | None = None,
+    rotations: Tensor,
+    bucket_size: int,
+    causal: bool = True,
+    selection: Literal["strict", "sorted"] = "strict",
+    scale: float | None = None,
+    buckets: tuple[Tensor, Tensor] | None = None,
+    rings: Sequence[Tensor] | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """One softmax over the union of what the rounds of hashing select; a token sees itself only where that is empty.
+
+    A round selects for query i, among keys j != i (where causal j < i) of its document,
+
+        "strict": of those in the bucket of the query the last 2 * bucket_size; not causal: the nearest bucket_size on
+            either side.
+        "sorted": queries sorted by (bucket, position), keys likewise, both cut into chunks of bucket_size: those in the
+            chunk of the query's number and in the one before it, the first chunk's being the last one of the document.
+            The paper adds up the rounds with logits lowered by log N_ij, N_ij being how many rounds hold the pair:
+            which is the softmax over their union. Later tokens change no value that an earlier one sees, but they do
+            change which ones it sees.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        v: (batch, kv_heads, length, head_dim), kv_heads dividing heads.
+        k: like v; None = shared: keys are q / |q|, their buckets those of the queries, logits q . k.
+        rotations: (heads, rounds, head_dim, buckets // 2), see `lsh_buckets`.
+        bucket_size: see above.
+        causal: see above.
+        selection: see above.
+        scale: factor of the logits; default 1 where shared, else head_dim ** -0.5.
+        buckets: of queries and of keys, (batch, heads or kv_heads, rounds, length), as `lsh_buckets` gives them; None =
+            found here.
+        rings: earlier tokens, `LSHRings`; "strict" and causal only.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) column at which a token's document starts, negative where it began before the call: the
+            rings are then seen too. None = every row is one document that goes on with the rings.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype.
+
+    Raises:
+        ConfigError: shapes that do not fit, an odd or wrong number of something.
+        UnsupportedError: rings where nothing streams.
+    """
+    _check(q, v, k, rotations, bucket_size, selection)
+    if rings is not None and (selection == "sorted" or not causal):
+        raise UnsupportedError(
+            "lsh_attention: rings hold what a stream has seen; only the causal strict selection streams, as the others "
+            "change with later tokens"
+        )
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    scale = (1.0 if k is None else q.shape[-1] ** -0.5) if scale is None else scale
+    if buckets is None:
+        queried = lsh_buckets(q, rotations)
+        buckets = queried, queried if k is None else lsh_buckets(k, rotations)
+    dtype, heads = flash.working_dtype(q, v), q.shape[1]
+    real = None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+    if rings is not None and q.shape[2] == 1 and not _trains(q, v, k, *rings):
+        seen = None if start is None else start[:, 0] < 0
+        asked = _heads(buckets[0], heads)
+        out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen).to(q.dtype)
+        return out if real is None else out.masked_fill_(~real[:, None, :, None], 0)
+    queries, values = q.to(dtype), v.to(dtype)
+    keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
+    queried, kept = (_heads(t, heads) for t in buckets)
+    count = 2 * rotations.shape[3]
+    all_keys: tuple[Tensor, ...] = (keys,)
+    all_values: tuple[Tensor, ...] = (values,)
+    if rings is None:
+        kept = queried if k is None else kept
+        if selection == "sorted":
+            rounds = _circles(queried, kept, real, start, count, bucket_size)
+        else:
+            rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal)
+    else:
+        old_k, old_v, position = (_heads(t, heads) for t in rings)
+        old_k = F.normalize(old_k.to(dtype), dim=-1) if k is None else old_k.to(dtype)
+        rounds = _rounds_with_rings(queried, kept, real, start, position, bucket_size)
+        all_keys, all_values = (
+            tuple(torch.cat([old[:, :, r].flatten(2, 3), _heads(new, heads)], 2) for r in range(len(rounds)))
+            for old, new in ((old_k, keys), (old_v.to(dtype), values))
+        )
+    out, alone = union_attention(
+        queries, all_keys, all_values, Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
+    )
+    out = torch.where(alone[..., None], _heads(values, heads), out)
+    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(q.dtype)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """x (batch, kv_heads, ...) for every query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    """Whether gradients are wanted."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
+    """Raise `ConfigError` where the arguments do not fit."""
+    check_positive("bucket_size", bucket_size)
+    if selection not in SELECTIONS:
+        raise ConfigError(f"selection = {selection!r}: expected one of {', '.join(SELECTIONS)}")
+    fits = q.ndim == v.ndim == 4 and q.shape[0] == v.shape[0] and q.shape[2:] == v.shape[2:] and v.shape[1] > 0
+    if not fits or q.shape[1] % v.shape[1] or (k is not None and k.shape != v.shape):
+        raise ConfigError(
+            "q must be (batch, heads, length, head_dim) and v, k (batch, kv_heads, length, head_dim) with kv_heads "
+            f"dividing heads (earlier tokens come as rings); got {tuple(q.shape)}, {tuple(v.shape)}"
+            + ("" if k is None else f", {tuple(k.shape)}")
+        )
+    if rotations.ndim != 4 or rotations.shape[::2] != (q.shape[1], q.shape[3]) or 0 in rotations.shape:
+        raise ConfigError(
+            f"rotations are {tuple(rotations.shape)}, expected (heads = {q.shape[1]}, rounds, head_dim = {q.shape[3]}, "
+            "buckets // 2)"
+        )
+
+
+def _rounds(
+    queried: Tensor,
+    kept: Tensor,
+    real: Tensor | None,
+    start: Tensor | None,
+    count: int,
+    bucket_size: int,
+    *,
+    causal: bool,
+) -> tuple[Round, ...]:
+    """The lists of "strict" without rings; buckets (batch, heads, rounds, length), one tensor where shared."""
+    found: list[Round] = []
+    shared = kept is queried
+    heads = queried.shape[1]
+    before, after = (2 * bucket_size, None) if causal else (bucket_size, bucket_size)
+    first = None
+    if start is not None and causal:
+        first = start.clamp(min=0).repeat_interleave(heads, 0)
+    elif start is not None:  # a bucket of each document
+        document = _documents(start)[:, None, None]
+        queried, kept = (t + document * count for t in (queried, kept))
+        count = count * (int(document.max()) + 1)
+    if real is not None:
+        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
+    for number in range(queried.shape[2]):
+        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
+        keys = sort_keys(held, count, before)
+        each = strict_round(keys, asked, before=before, after=after, start=first, shared=shared)
+        found.append(each._replace(twins=tuple(other.mark for other in found)))
+    return tuple(found)
+
+
+def _circles(
+    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, count: int, bucket_size: int
+) -> tuple[Round, ...]:
+    """The lists of "sorted"; buckets (batch, heads, rounds, length), one tensor where shared."""
+    batch, heads, _, length = queried.shape
+    document = torch.zeros(batch, length, dtype=torch.int64, device=queried.device)
+    if start is not None:
+        document = _documents(start)
+    documents = 1 if start is None else int(document.max()) + 1
+    if real is not None:
+        document = document.masked_fill(~real, documents)
+    document = document.repeat_interleave(heads, 0)
+    found: list[Round] = []
+    for number in range(queried.shape[2]):
+        asked = queried[:, :, number].flatten(0, 1)
+        held = asked if kept is queried else kept[:, :, number].flatten(0, 1)
+        each = circle_round(asked, held, document, groups=count, documents=documents, size=bucket_size)
+        found.append(each._replace(twins=tuple(other.mark for other in found)))
+    return tuple(found)
+
+
+def _documents(start: Tensor) -> Tensor:
+    """(batch, length) the number of each token's document in its row."""
+    return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
+
+
+def _rounds_with_rings(
+    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, position: Tensor, bucket_size: int
+) -> tuple[Round, ...]:
+    """The lists of "strict" behind rings; in each round the columns of its own rings come first."""
+    heads, (rounds, count) = queried.shape[1], position.shape[2:4]
+    position = position.flatten(3).flatten(0, 1)  # (rows, rounds, columns of the rings)
+    memory, length = position.shape[2], queried.shape[3]
+    bucket = torch.arange(count, device=queried.device).repeat_interleave(memory // count)
+    first = None
+    if start is not None:
+        first = torch.where(start < 0, 0, memory + start).repeat_interleave(heads, 0)
+    if real is not None:
+        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
+    found: list[Round] = []
+    for number in range(rounds):
+        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
+        held = torch.cat([torch.where(position[:, number] < 0, count, bucket), held], 1)
+        keys = sort_keys(held, count, 2 * bucket_size)
+        each = strict_round(keys, asked, before=2 * bucket_size, after=None, memory=memory, start=first, shared=False)
+        twins = []
+        for earlier, other in enumerate(found):
+            marks = other.mark.view(-1, memory + length)
+            column = _twins(position[:, number], position[:, earlier])
+            older = marks.gather(1, column.clamp(min=0)).masked_fill_(column < 0, -1)
+            twins.append(torch.cat([older, marks[:, memory:]], 1).flatten())
+        found.append(each._replace(twins=tuple(twins)))
+    return tuple(found)
+
+
+def _twins(position: Tensor, other: Tensor) -> Tensor:
+    """(rows, n) the column of `other` (rows, m) that holds the token of each column of position; -1 where none does."""
+    ordered, order = other.sort(-1)
+    place = torch.searchsorted(ordered, position.contiguous()).clamp(max=other.shape[1] - 1)
+    same = (ordered.gather(1, place) == position) & (position >= 0)
+    return torch.where(same, order.gather(1, place), -1)
+
+
+def lsh_cost(
+    length: int,
+    *,
+    bucket_size: int,
+    num_buckets: int,
+    num_hashes: int,
+    causal: bool = True,
+    shared: bool = True,
+    selection: str = "strict",
+) -> int:
+    """Score entries computed per head by `lsh_attention` for one document without rings: the sum of its tiles.
+
+    Hashing comes on top: length * num_hashes * num_buckets // 2 products of head_dim, a head (twice where not shared).
+
+    Args:
+        length: queries.
+        bucket_size: see `lsh_attention`.
+        num_buckets: see `lsh_attention`.
+        num_hashes: rounds.
+        causal: see `lsh_attention`.
+        shared: whether keys are the queries.
+        selection: see `lsh_attention`.
+    """
+    if length < 1:
+        return 0
+    if selection == "sorted":
+        height = min(bucket_size, TILE)
+        tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
+        return num_hashes * tiles * height * 2 * bucket_size
+    before, behind = (2 * bucket_size, 0) if causal else (bucket_size, reach_blocks(bucket_size))
+    blocks = tiles_of(length, num_buckets)
+    tiles = blocks if shared else tiles_of(length, blocks + num_buckets)
+    return num_hashes * tiles * TILE * TILE * (reach_blocks(before) + 1 + behind)

@@ -1,0 +1,123 @@
+"""Reformer's attention as a layer: redraws, streams that own their state, what a state costs, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import longspan as ls
+
+FIELDS = {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4}
+
+
+def build(**fields: object) -> ls.mixers.Mixer:
+    torch.manual_seed(0)
+    return ls.mixers.build("lsh", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields})
+
+
+def test_redraws_in_after_step_and_voids_states() -> None:
+    mixer, x = build(redraw=2).eval(), torch.randn(1, 9, 16)
+    _, state = mixer(x)
+    before, generator = mixer.core.rotations.clone(), torch.Generator().manual_seed(3)
+    mixer.after_step(1, generator)
+    assert torch.equal(mixer.core.rotations, before)
+    assert mixer.draw == 0
+    mixer.after_step(2, generator)
+    assert not torch.equal(mixer.core.rotations, before)
+    assert mixer.draw == 1
+    with pytest.raises(ls.UnsupportedError, match="another draw"):
+        mixer(x, state)
+    mixer(x, mixer.init_state(1))  # an empty one is of any draw
+    again = build(redraw=2)
+    again.after_step(2, torch.Generator().manual_seed(3))
+    assert torch.equal(again.core.rotations, mixer.core.rotations)
+    never = build(redraw=0)
+    never.after_step(1)
+    assert never.draw == 0
+
+
+def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    core = ls.mixers.build("lsh", dim=16, num_heads=4).core
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(core.rotations, torch.randn(core.rotations.shape, generator=generator))
+    mixers = ({"name": "lsh", **FIELDS},)
+    model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, mixers=mixers)).eval()
+    model.after_step(1, torch.Generator().manual_seed(5))
+    ls.save_model(model, tmp_path)
+    again, tokens = ls.load_model(tmp_path), torch.randint(11, (1, 40))
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    assert again.draw == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_session_that_writes_its_rings_in_place_equals_one_pass(shared: bool) -> None:
+    mixers = ({"name": "lsh", "shared": shared, **FIELDS},)
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=mixers)
+    torch.manual_seed(0)
+    model = ls.Decoder(config).double().eval()
+    tokens = torch.randint(11, (1, 60))
+    session = ls.StreamSession(model)
+    session.feed(tokens[0, :20].tolist())
+    twin = session.fork()
+    for token in tokens[0, 20:].tolist():
+        logits = session.feed([token])
+    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
+    logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
+    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
+
+
+def test_sorted_does_not_stream_and_says_why() -> None:
+    mixer, x = build(selection="sorted"), torch.randn(1, 30, 16)
+    traits = mixer.traits
+    assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
+    y, state = mixer(x)
+    assert state is None
+    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+        with pytest.raises(ls.UnsupportedError, match="sorted selection changes with later tokens"):
+            refused()
+    assert mixer.state_nbytes(1, 10) == 0
+    assert build().core.strict, "the default where causal"
+    both = build(causal=False)
+    assert not both.core.strict, "the default where not"
+    torch.testing.assert_close(both(x)[0], build(causal=False, selection="sorted")(x)[0], atol=0, rtol=0)
+    assert (both(x)[0] - y).abs().max() > 0.01
+
+
+def test_mixed_with_a_causal_part_it_is_causal_in_values() -> None:
+    parts = [{"name": "full", "num_heads": 2}, {"name": "lsh", "num_heads": 2, "selection": "sorted", **FIELDS}]
+    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    assert not mixer.traits.causal
+    assert mixer.traits.value_causal
+    assert mixer(torch.randn(1, 9, 16))[1] is None
+
+
+def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
+    """At the defaults, heads of 64, fp32; the docstring says 16,641."""
+    lsh = ls.mixers.build("lsh", dim=128, num_heads=2)
+    cache = ls.mixers.build("full", dim=128, num_heads=2)
+    rings = lsh.state_nbytes(1, 10**6)
+    assert cache.state_nbytes(1, 16_640) <= rings < cache.state_nbytes(1, 16_641)
+
+
+def test_separate_keys_are_read_only_where_asked() -> None:
+    for shared in (True, False):
+        mixer, x = build(shared=shared), torch.randn(1, 30, 16)
+        before = mixer(x)[0]
+        with torch.no_grad():
+            mixer.projections.k_proj.weight.neg_()
+        assert torch.equal(mixer(x)[0], before) == shared
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_buckets": 5}, "lsh.num_buckets = 5: must be even"),
+        ({"num_hashes": 0}, "lsh.num_hashes = 0: must be at least 1"),
+        ({"selection": "exact"}, "lsh.selection"),
+        ({"hashes": 2}, "lsh: unknown field 'hashes'; did you mean 'num_hashes'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ls.ConfigError, match=message):
+        build(**fields)
