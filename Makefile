@@ -53,7 +53,7 @@ quickstart-lm: $(VENV)/.data
 	$(BIN)/longspan quickstart-lm -o out/quickstart-lm
 
 test: $(VENV)/.data $(PROTEINS)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
