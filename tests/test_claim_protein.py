@@ -9,7 +9,8 @@ import torch
 
 from longspan.claims import performer_protein, similarity
 from longspan.models import EncoderConfig, MaskedLM
-from longspan.tasks.protein import AMINO_ACIDS, BEGIN, END, FIRST
+from longspan.tasks import Documents
+from longspan.tasks.protein import AMINO_ACIDS, BEGIN, END, FIRST, ProteinDocument
 from longspan.tasks.sources import PROTEINS
 
 A = {letter: index for index, letter in enumerate(AMINO_ACIDS)}
@@ -99,11 +100,12 @@ def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     claim, said = performer_protein.PERFORMER_PROTEIN, list[str]()
     outcome = claim.run(tmp_path / "runs", "small", said.append)
     assert len(said) == 3
-    assert set(outcome.data["bits"]) == {"frequencies", "exact", "softmax features", "ReLU features"}
+    frequent = ("frequencies", "frequencies in the sequence itself")
+    assert set(outcome.data["bits"]) == {*frequent, "exact", "softmax features", "ReLU features"}
     frequencies = outcome.data["bits"]["frequencies"]
     assert frequencies.low < frequencies.value < frequencies.high
     assert frequencies.value == pytest.approx(np.log2(20), abs=0.3)
-    assert np.shape(outcome.data["similarity_by_heads"]["exact"]) == (20, 20)
+    assert np.shape(outcome.data["similarity"]["of embeddings"]["exact"]) == (20, 20)
     assert outcome.verdict in ("holds in part", "does not hold")
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     for name in ("run", "evaluate_text", "attention_between"):
@@ -111,11 +113,42 @@ def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     assert claim.run(tmp_path / "runs", "small", said.append).data == outcome.data, "nothing is measured twice"
 
 
+def test_the_sequence_itself_says_more_than_frequencies_where_compositions_differ() -> None:
+    documents = [
+        ProteinDocument(np.repeat([FIRST + A[letter], FIRST + A["A"]], [150, 50]).astype(np.uint8), 0.15, (0, 0))
+        for letter in "LS"
+    ]
+    even = np.full(20, 1 / 20)
+    held = Documents(documents, ["L", "S"])
+    flat, own = (performer_protein.by_frequency(held, even, prior) for prior in (np.inf, 20))
+    assert flat.bits_per_unit == pytest.approx(np.log2(20))
+    assert flat.tokens.tolist() == own.tokens.tolist() == [30, 30]
+    assert own.bits_per_unit < 2
+    assert own.accuracy > 0.6
+    assert performer_protein.by_frequency(held, even, 1e12).nats == pytest.approx(flat.nats)
+
+
+def test_similarity_of_embeddings_is_their_correlation() -> None:
+    model = MaskedLM(EncoderConfig(vocab_size=29, dim=16, num_layers=1, num_heads=2))
+    with torch.no_grad():
+        model.embedding.weight[FIRST + A["D"]] = 2 * model.embedding.weight[FIRST + A["E"]] + 1e-4
+        model.embedding.weight[FIRST : FIRST + 20] += 5.0
+    found = similarity.similarity_of_embeddings(model)
+    assert similarity.rank_of_pair(found, "DE") == 1
+    assert np.allclose(found, found.T)
+
+
 def test_each_part_of_the_claim_is_judged() -> None:
     def scores(exact: float, softmax: float, relu: float) -> Any:
         from longspan.train import Evaluation
 
-        values = {"frequencies": 4.2, "exact": exact, "softmax features": softmax, "ReLU features": relu}
+        values = {
+            "frequencies": 4.2,
+            "frequencies in the sequence itself": 4.05,
+            "exact": exact,
+            "softmax features": softmax,
+            "ReLU features": relu,
+        }
         one = np.array([100, 100])
         return {
             name: Evaluation(("a", "b"), bits * np.log(2) * one, one, one, one // 10, "residue")

@@ -94,6 +94,14 @@ def similarity_by_pairs(between: Array, even: Array) -> Array:
     return (odds + odds.T) / 2
 
 
+@torch.no_grad()
+def similarity_of_embeddings(model: Any) -> Array:
+    """(20, 20) correlations of the amino acids' embeddings, without what all of them share."""
+    weights = model.embedding.weight[FIRST : FIRST + len(AMINO_ACIDS)].double().numpy()
+    found: Array = np.corrcoef(weights - weights.mean(0))
+    return found
+
+
 class Agreement(NamedTuple):
     """How two similarities of the 190 pairs of amino acids agree.
 

@@ -201,6 +201,8 @@ def matrix_figure(
             for row, column in (field for pair in marked for field in (pair, pair[::-1])):
                 corner = (column - 0.5, row - 0.5)
                 frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
+                # in front of the axis, beside which the last row stands
+                frame.set_zorder(5)
                 axes.add_patch(frame)
         if below:
             figure.supxlabel(below, fontsize=9, color=theme.faint)
