@@ -160,9 +160,14 @@ def owned() -> Iterator[None]:
         _owned.reset(token)
 
 
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether gradients of any of these tensors are wanted here."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def may_overwrite(*tensors: Tensor) -> bool:
     """Whether the caller has given its state up (`owned`) and no gradient of these tensors needs the old values."""
-    return _owned.get() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return _owned.get() and not needs_grad(*tensors)
 
 
 def append(old: Tensor, new: Tensor) -> Tensor:

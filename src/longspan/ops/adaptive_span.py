@@ -10,8 +10,9 @@ from torch import Tensor
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.rows import Call, check_positive, read_call
-from longspan.ops.tiled import default_scale, new_like_heads
+from longspan.ops.tiled import default_scale, new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Block, Plan, Run, Visibility, make_blocks, make_parts, make_plan, take
+from longspan.state import needs_grad
 
 TILE = 64
 ROUND = 64  # spans are rounded up to it, so that heads of like span are computed together
@@ -96,7 +97,7 @@ def adaptive_span_attention(
     spec = Spans(slices, ramp, nearest, farthest, default_scale(q, scale), call.visibility, dead)
     more = () if persistent is None else persistent
     tensors = call.q, call.k, call.v, span, *more
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return _apply(spec, *tensors)
     with flash.full_precision(q.device):
         return span_forward(spec, *tensors)[0].to(q.dtype)
@@ -293,9 +294,7 @@ def _backward(
     learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, where it `learns`, of the span."""
-    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=q.dtype)
-    dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=q.dtype)
-    dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=q.dtype)
+    dq, dk, dv = new_gradients(q, k, v, q.dtype)
     dspan = torch.zeros_like(span)
     for piece in spec.slices:
         heads = piece.heads.stop - piece.heads.start

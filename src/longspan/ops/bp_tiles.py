@@ -13,6 +13,7 @@ from torch import Tensor
 from longspan.ops import flash
 from longspan.ops.bp_tree import Reading
 from longspan.ops.tiles import HIDDEN
+from longspan.state import needs_grad
 
 FORWARD_ENTRIES = 1 << 20
 BACKWARD_ENTRIES = 1 << 19
@@ -43,7 +44,7 @@ def attend_table(
         Like q, in its dtype.
     """
     given = [t for t in (q, bare, keys, values, relative) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if needs_grad(*given):
         return _apply(q, bare, keys, values, relative, spec)
     return _forward(q, bare, keys, values, relative, spec)
 

@@ -1,17 +1,17 @@
 """One query per row, nothing to train: a token in a stream. A handful of small calls, no tiles."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops.rows import Call
+from longspan.state import needs_grad
 
 
 def is_decode(call: Call, *parameters: Tensor) -> bool:
     """Whether a call is one query per row without gradients."""
     if call.q.shape[2] != 1:
         return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (call.q, call.k, call.v, *parameters)))
+    return not needs_grad(call.q, call.k, call.v, *parameters)
 
 
 def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:

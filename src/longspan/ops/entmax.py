@@ -14,6 +14,7 @@ from longspan.ops.entmax_tiles import entmax_forward, entmax_tiles, tile_queries
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import Plans, default_scale
 from longspan.ops.tiles import Plan, make_plan, trim_plan
+from longspan.state import needs_grad
 
 
 def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
@@ -132,7 +133,7 @@ def entmax_attention(
         plan = trim_plan(plan, call.visibility)
     plans = Plans(plan, plan, scale, call.visibility)
     tensors = (call.q, call.k, call.v, alpha)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_grad(*tensors):
         return call.finish(entmax_tiles(*tensors, plans))
     return call.finish(entmax_forward(*tensors, plans)[0])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.entmax_curve import Curve
-from longspan.ops.tiled import Plans, new_like_heads
+from longspan.ops.tiled import Plans, new_gradients, new_like_heads
 from longspan.ops.tiles import Block, Plan, Run, band, make_blocks, take, tile_mask
 
 ENTRIES = 1 << 17  # scores of one head computed at a time: a handful of buffers of this size stays in cache
@@ -143,9 +143,7 @@ def _backward(
     plan, dtype, group = plans.backward, thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=dtype)
-    dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=dtype)
-    dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=dtype)
+    dq, dk, dv = new_gradients(q, k, v, dtype)
     exponents, slopes = _exponents(alpha), [q.new_zeros(()) for _ in range(q.shape[1])]
     sheet = Sheet(plan, q.shape[0], 6, q)
     for run in plan.runs:

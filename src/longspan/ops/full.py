@@ -12,6 +12,7 @@ from longspan.ops.decode import decode, is_decode
 from longspan.ops.rows import Call, read_call
 from longspan.ops.tiled import Plans, default_scale, new_like_heads, tiled_attention
 from longspan.ops.tiles import make_plan, trim_plan
+from longspan.state import needs_grad
 
 FORWARD_TILE = 256
 BACKWARD_TILE = 64
@@ -101,7 +102,7 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 
 def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention with older keys: two kernel calls, merged by their sums."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if needs_grad(q, k, v):
         return _apply(q, k, v, scale)
     return _extend_forward(q, k, v, scale)[0].to(q.dtype)
 

@@ -19,6 +19,7 @@ from longspan.ops import flash
 from longspan.ops.rows import check_positive, check_shapes
 from longspan.ops.tiled import Plans, default_scale, tiled_backward, tiled_forward
 from longspan.ops.tiles import ALIGN, HIDDEN, Plan, Visibility, make_plan
+from longspan.state import needs_grad
 
 TILE = 64
 ENTRIES = 1 << 22  # gathered key entries of one step, where keys are gathered query by query
@@ -101,7 +102,7 @@ def group_attention(
     if q.numel() == 0:
         return torch.zeros_like(q)
     real = _real(q, memory, lengths, memory_lengths)
-    train = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    train = needs_grad(q, k, v)
     if memory and not train:
         return _gathered(q, k, v, groups, real, window=window, itself=itself, scale=scale, start=start)
     spec = group_layout(

@@ -13,6 +13,7 @@ from longspan.ops.lsh_lists import TILE, chunks_of, circle_round, reach_blocks, 
 from longspan.ops.lsh_rings import LSHRings, attend_token
 from longspan.ops.lsh_tiles import Round, Union, union_attention
 from longspan.ops.rows import check_positive
+from longspan.state import needs_grad
 
 SELECTIONS = ("strict", "sorted")
 
@@ -93,11 +94,7 @@ def lsh_attention(
         UnsupportedError: rings where nothing streams.
     """
     _check(q, v, k, rotations, bucket_size, selection)
-    if rings is not None and (selection == "sorted" or not causal):
-        raise UnsupportedError(
-            "lsh_attention: rings hold what a stream has seen; only the causal strict selection streams, as the others "
-            "change with later tokens"
-        )
+    _check_streams(rings, selection, causal)
     if q.numel() == 0:
         return torch.zeros_like(q)
     scale = (1.0 if k is None else q.shape[-1] ** -0.5) if scale is None else scale
@@ -106,46 +103,45 @@ def lsh_attention(
         buckets = queried, queried if k is None else lsh_buckets(k, rotations)
     dtype, heads = flash.working_dtype(q, v), q.shape[1]
     real = None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
-    if rings is not None and q.shape[2] == 1 and not _trains(q, v, k, *rings):
-        seen = None if start is None else start[:, 0] < 0
-        asked = _heads(buckets[0], heads)
-        out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen).to(q.dtype)
-        return out if real is None else out.masked_fill_(~real[:, None, :, None], 0)
+    if rings is not None and q.shape[2] == 1 and not needs_grad(q, v, k, *rings):
+        asked, seen = _heads(buckets[0], heads), None if start is None else start[:, 0] < 0
+        out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen)
+        return _finished(out, real, q.dtype)
     queries, values = q.to(dtype), v.to(dtype)
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
-    queried, kept = (_heads(t, heads) for t in buckets)
-    count = 2 * rotations.shape[3]
-    all_keys: tuple[Tensor, ...] = (keys,)
-    all_values: tuple[Tensor, ...] = (values,)
-    if rings is None:
-        kept = queried if k is None else kept
-        if selection == "sorted":
-            rounds = _circles(queried, kept, real, start, count, bucket_size)
-        else:
-            rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal)
+    queried = _heads(buckets[0], heads)
+    kept = queried if k is None and rings is None else _heads(buckets[1], heads)
+    old_k, old_v, count = None, None, 2 * rotations.shape[3]
+    if rings is not None:
+        rounds = _rounds_with_rings(queried, kept, real, start, _heads(rings[2], heads), bucket_size)
+        old_k, old_v = (t.to(dtype) for t in rings[:2])
+        old_k = F.normalize(old_k, dim=-1) if k is None else old_k
+    elif selection == "sorted":
+        rounds = _circles(queried, kept, real, start, count, bucket_size)
     else:
-        old_k, old_v, position = (_heads(t, heads) for t in rings)
-        old_k = F.normalize(old_k.to(dtype), dim=-1) if k is None else old_k.to(dtype)
-        rounds = _rounds_with_rings(queried, kept, real, start, position, bucket_size)
-        all_keys, all_values = (
-            tuple(torch.cat([old[:, :, r].flatten(2, 3), _heads(new, heads)], 2) for r in range(len(rounds)))
-            for old, new in ((old_k, keys), (old_v.to(dtype), values))
-        )
-    out, alone = union_attention(
-        queries, all_keys, all_values, Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
-    )
-    out = torch.where(alone[..., None], _heads(values, heads), out)
-    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(q.dtype)
+        rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal)
+    union = Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
+    out, alone = union_attention(queries, _behind(old_k, keys, heads), _behind(old_v, values, heads), union)
+    return _finished(torch.where(alone[..., None], _heads(values, heads), out), real, q.dtype)
+
+
+def _finished(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output in its type, zeros behind a row's real tokens."""
+    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(dtype)
+
+
+def _behind(old: Tensor | None, new: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """For each round its rings (batch, heads or kv_heads, rounds, buckets, size, dim), then the call's columns; the
+    call's alone, for all rounds, where there are no rings."""
+    if old is None:
+        return (new,)
+    old, new = _heads(old, heads), _heads(new, heads)
+    return tuple(torch.cat([old[:, :, number].flatten(2, 3), new], 2) for number in range(old.shape[2]))
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """x (batch, kv_heads, ...) for every query head."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
-def _trains(*tensors: Tensor | None) -> bool:
-    """Whether gradients are wanted."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
@@ -164,6 +160,15 @@ def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_siz
         raise ConfigError(
             f"rotations are {tuple(rotations.shape)}, expected (heads = {q.shape[1]}, rounds, head_dim = {q.shape[3]}, "
             "buckets // 2)"
+        )
+
+
+def _check_streams(rings: Sequence[Tensor] | None, selection: str, causal: bool) -> None:
+    """Raise `UnsupportedError` where rings have no meaning."""
+    if rings is not None and (selection == "sorted" or not causal):
+        raise UnsupportedError(
+            "lsh_attention: rings hold what a stream has seen; only the causal strict selection streams, as the others "
+            "change with later tokens"
         )
 
 

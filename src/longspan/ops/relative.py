@@ -10,6 +10,7 @@ from longspan.ops.relative_tiles import Relative, relative_forward, relative_til
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import default_scale
 from longspan.ops.tiles import Plan, make_plan
+from longspan.state import needs_grad
 
 FORWARD_TILE = 64
 BACKWARD_TILE = 64
@@ -75,7 +76,7 @@ def relative_attention(
     distances = max(plan.distances(run) for plan in (forward, backward) for run in plan.runs)
     tensors = (call.q, call.k, call.v, _farthest_first(r, distances), content_bias, position_bias)
     older = tuple(t[:, :, call.dropped :] for t in older)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *older)):
+    if needs_grad(*tensors, *older):
         return call.finish(relative_tiles(spec, *tensors, *older))
     return call.finish(relative_forward(*tensors, spec))
 

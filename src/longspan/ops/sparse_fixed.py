@@ -12,8 +12,9 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.rows import Call
-from longspan.ops.tiled import new_like_heads
+from longspan.ops.tiled import new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Part, Visibility, make_parts
+from longspan.state import needs_grad
 
 FORWARD_TILE = 128
 BACKWARD_TILE = 128
@@ -233,7 +234,7 @@ def fixed_forward(q: Tensor, k: Tensor, v: Tensor, spec: Fixed) -> Tensor:
 def fixed_attention(call: Call, spec: Fixed) -> Tensor:
     """The call's output, differentiable, in q's dtype."""
     q, k, v = call.q, call.k, call.v
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if needs_grad(q, k, v):
         return _apply(q, k, v, spec)
     return fixed_forward(q, k, v, spec)
 
@@ -253,9 +254,7 @@ class _Fixed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out = ctx.saved_tensors
         dtype = flash.working_dtype(q, k, v)
-        dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=dtype)
-        dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=dtype)
-        dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=dtype)
+        dq, dk, dv = new_gradients(q, k, v, dtype)
         given = [t.to(dtype) for t in (q, k, v, out, grad)]
         with flash.full_precision(q.device):
             for part in _parts(ctx.spec, q, k):

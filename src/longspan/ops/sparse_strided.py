@@ -14,8 +14,9 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.rows import Call
-from longspan.ops.tiled import Plans, new_like_heads, tiled_backward, tiled_forward
+from longspan.ops.tiled import Plans, new_gradients, new_like_heads, tiled_backward, tiled_forward
 from longspan.ops.tiles import HIDDEN, Visibility
+from longspan.state import needs_grad
 
 ENTRIES = 1 << 22  # scores of one kernel call where it takes a mask
 
@@ -156,7 +157,7 @@ def strided_forward(
 def strided_attention(call: Call, spec: Strided) -> Tensor:
     """The call's output, differentiable, in q's dtype."""
     q, k, v = call.q, call.k, call.v
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if needs_grad(q, k, v):
         return _apply(q, k, v, spec)
     return strided_forward(q, k, v, spec)[0].to(q.dtype)
 
@@ -194,9 +195,7 @@ def _backward(
     if spec.local is not None:
         dq, dk, dv = tiled_backward(grad, q, k, v, out, spec.local, share)
     else:
-        dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=True, dtype=dtype)
-        dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=dtype)
-        dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=dtype)
+        dq, dk, dv = new_gradients(q, k, v, dtype, zero_q=True)
     for run, piece in _pieces(spec, q.shape[0], masked=spec.visibility is not None):
         mask = _mask(run, piece, spec.visibility, q)
         parts = flash.attend_backward(

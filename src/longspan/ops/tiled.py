@@ -19,6 +19,7 @@ from longspan.ops.tiles import (
     take,
     tile_mask,
 )
+from longspan.state import needs_grad
 
 FORWARD_ENTRIES = 1 << 22  # scores of one kernel call, where their mask is built row by row
 BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
@@ -35,7 +36,7 @@ class Plans(NamedTuple):
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
     """Attention over the tiles of a plan, differentiable; out (batch, heads, length, head_dim) in q's dtype."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if needs_grad(q, k, v):
         return _apply(q, k, v, plans)
     return tiled_forward(q, k, v, plans)
 
@@ -44,6 +45,15 @@ def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, 
     """(batch, heads, length, dim) laid out as (batch, length, heads, dim): what projections read and write."""
     make = torch.zeros if zero else torch.empty
     return make(q.shape[0], length, heads, dim, dtype=dtype, device=q.device).transpose(1, 2)
+
+
+def new_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, *, zero_q: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of q, k and v: zeros to be added to, that of q to be written once unless `zero_q`."""
+    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=zero_q, dtype=dtype)
+    dk, dv = (new_like_heads(q, t.shape[2], t.shape[1], t.shape[3], zero=True, dtype=dtype) for t in (k, v))
+    return dq, dk, dv
 
 
 def tiled_forward(
@@ -121,9 +131,7 @@ def tiled_backward(
     """
     dtype = flash.working_dtype(q, k, v)
     q, k, v, out, grad = (t.to(dtype) for t in (q, k, v, out, grad))
-    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=False, dtype=dtype)
-    dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=True, dtype=dtype)
-    dv = new_like_heads(q, v.shape[2], v.shape[1], v.shape[3], zero=True, dtype=dtype)
+    dq, dk, dv = new_gradients(q, k, v, dtype)
     plan = plans.backward
     group = q.shape[1] // k.shape[1]
     size = group * max((run.queries * run.keys for run in plan.runs), default=1)

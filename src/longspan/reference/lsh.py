@@ -80,14 +80,8 @@ def lsh_attention(
     values = v.repeat_interleave(heads // v.shape[1], 1)
     if rings is not None:
         old, old_values, position = (t.repeat_interleave(heads // t.shape[1], 1) for t in rings)
-        count = position.shape[3]
-        width = count * position.shape[4]
-        bucket = torch.arange(count, device=q.device).repeat_interleave(position.shape[4])
-        older = (queried[..., :, None] == bucket) & (position.flatten(3) >= 0)[..., None, :]
-        if start is not None:
-            older = older & (start < 0)[:, None, None, :, None]
-        if lengths is not None:
-            older = older & (column < lengths[:, None])[:, None, None, :, None]
+        older = _in_rings(queried, position, lengths, start)
+        width = older.shape[-1]
         members = torch.cat([older, members], -1)  # in each round: its own rings, then the call
         selected = members & _last(members, 2 * bucket_size)
         parts = [_first_of_twins(selected[..., :width], position.flatten(3)), selected[..., width:].any(2)]
@@ -106,6 +100,18 @@ def lsh_attention(
     if k is None:
         keys, scale = F.normalize(keys, dim=-1), 1.0 if scale is None else scale
     return attend(q, keys, values, seen, scale)
+
+
+def _in_rings(queried: Tensor, position: Tensor, lengths: Tensor | None, start: Tensor | None) -> Tensor:
+    """(batch, heads, rounds, length, columns of the rings): the slot is filled, and of the query's bucket."""
+    bucket = torch.arange(position.shape[3], device=queried.device).repeat_interleave(position.shape[4])
+    older = (queried[..., :, None] == bucket) & (position.flatten(3) >= 0)[..., None, :]
+    if start is not None:
+        older = older & (start < 0)[:, None, None, :, None]
+    if lengths is not None:
+        real = torch.arange(queried.shape[-1], device=queried.device) < lengths[:, None]
+        older = older & real[:, None, None, :, None]
+    return older
 
 
 def _last(members: Tensor, count: int) -> Tensor:
