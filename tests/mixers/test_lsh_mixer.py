@@ -15,27 +15,6 @@ def build(**fields: object) -> ls.mixers.Mixer:
     return ls.mixers.build("lsh", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields})
 
 
-def test_redraws_in_after_step_and_voids_states() -> None:
-    mixer, x = build(redraw=2).eval(), torch.randn(1, 9, 16)
-    _, state = mixer(x)
-    before, generator = mixer.core.rotations.clone(), torch.Generator().manual_seed(3)
-    mixer.after_step(1, generator)
-    assert torch.equal(mixer.core.rotations, before)
-    assert mixer.draw == 0
-    mixer.after_step(2, generator)
-    assert not torch.equal(mixer.core.rotations, before)
-    assert mixer.draw == 1
-    with pytest.raises(ls.UnsupportedError, match="another draw"):
-        mixer(x, state)
-    mixer(x, mixer.init_state(1))  # an empty one is of any draw
-    again = build(redraw=2)
-    again.after_step(2, torch.Generator().manual_seed(3))
-    assert torch.equal(again.core.rotations, mixer.core.rotations)
-    never = build(redraw=0)
-    never.after_step(1)
-    assert never.draw == 0
-
-
 def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
     core = ls.mixers.build("lsh", dim=16, num_heads=4).core

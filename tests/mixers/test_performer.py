@@ -13,25 +13,6 @@ def build(**fields: object) -> ls.mixers.Mixer:
     return ls.mixers.build("performer", dim=16, num_heads=4, num_kv_heads=2, **{"num_features": 8, **fields})
 
 
-def test_redraws_in_after_step_and_voids_states() -> None:
-    mixer, x = build(redraw=2).eval(), torch.randn(1, 9, 16)
-    _, state = mixer(x)
-    before, generator = mixer.core.projection.clone(), torch.Generator().manual_seed(3)
-    mixer.after_step(1, generator)
-    assert torch.equal(mixer.core.projection, before)
-    assert mixer.draw == 0
-    mixer.after_step(2, generator)
-    assert not torch.equal(mixer.core.projection, before)
-    assert mixer.draw == 1
-    with pytest.raises(ls.UnsupportedError, match="another draw"):
-        mixer(x, state)
-    mixer(x, mixer.init_state(1))  # an empty one is of any draw
-    again = build(redraw=2)
-    again.after_step(2, torch.Generator().manual_seed(3))
-    assert torch.equal(again.core.projection, mixer.core.projection)
-    assert build(redraw=0).draw == 0
-
-
 def test_the_projection_is_saved_with_the_model(tmp_path: Path) -> None:
     config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, mixers=({"name": "performer"},))
     model = ls.Decoder(config).eval()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
+from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
 
 
@@ -152,11 +153,8 @@ class AdaptiveSpanCore(Core):
         span = self._dynamic(hidden) if self.config.dynamic else self._tokens()
         if penalties is not None and self.config.penalty:
             penalties.append(self.config.penalty * self._mean(span, rows))
-        all_k, all_v, memory, memory_lengths = k, v, 0, None
-        if state is not None:
-            memory = state.k.shape[2]
-            all_k, all_v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-            memory_lengths = state.held.clamp(max=memory) if memory else None
+        all_k, all_v, memory = join(state, k, v, grows=False)
+        memory_lengths = state.held.clamp(max=memory) if state is not None and memory else None
         out = ops.adaptive_span_attention(
             q,
             all_k,
@@ -170,7 +168,8 @@ class AdaptiveSpanCore(Core):
             start=rows.first_visible(memory),
             memory_lengths=memory_lengths,
         )
-        return out, self._next(k, v, state, rows)
+        kept = carried(state, k, v, (all_k, all_v), rows, self.capacity)
+        return out, AdaptiveSpanState(*kept, *self._counts(state, rows))
 
     def _dynamic(self, hidden: Hidden | None) -> Tensor:
         """(batch, heads, length) spans in tokens, fp32 at least."""
@@ -187,15 +186,13 @@ class AdaptiveSpanCore(Core):
         real = torch.arange(rows.length, device=span.device) < rows.real_tokens()[:, None]
         return (span.mean(1) * real).sum() / real.sum().clamp(min=1)
 
-    def _next(self, k: Tensor, v: Tensor, state: AdaptiveSpanState | None, rows: Rows) -> AdaptiveSpanState:
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        capacity, tokens = self.capacity, rows.real_tokens()
-        held = rows.live
+    def _counts(self, state: AdaptiveSpanState | None, rows: Rows) -> tuple[Tensor, Tensor]:
+        """`held` and `live` of the next state."""
+        tokens, held = rows.real_tokens(), rows.live
         if state is not None:
             goes_on = rows.live == rows.offset + tokens
             held = torch.where(goes_on, state.held + tokens, rows.live)
-        carried_k, carried_v = rows.carry(old_k, k, capacity), rows.carry(old_v, v, capacity)
-        return AdaptiveSpanState(carried_k, carried_v, held.clamp(max=capacity), rows.live)
+        return held.clamp(max=self.capacity), rows.live
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Clamp z' to [0, 1]: the optimiser knows no bounds."""

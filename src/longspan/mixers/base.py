@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -77,6 +77,23 @@ class ParameterGroup(NamedTuple):
     parameters: list[nn.Parameter]
     lr: float | None = None
     weight_decay: float | None = None
+
+
+def special_groups(cores: Iterable["Core"], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What cores declare in `parameter_groups` as groups for a torch optimiser, one for each name.
+
+    Args:
+        cores: of all layers.
+        lr, weight_decay: of the run, where a group has none of its own.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for group in (group for core in cores for group in core.parameter_groups()):
+        settings = {
+            "lr": lr if group.lr is None else group.lr,
+            "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
+        }
+        merged.setdefault(group.name, {"name": group.name, "params": [], **settings})["params"] += group.parameters
+    return list(merged.values())
 
 
 class Core(nn.Module):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
+from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
-from longspan.state import append
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +106,7 @@ class EntmaxCore(Core):
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
         causal, window, alpha = self.shape.causal, self.config.window, self.alpha
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        memory = 0 if state is None else state.k.shape[2]
-        all_k, all_v = k, v
-        if old_k is not None and old_v is not None:  # with a window nothing grows that could be appended to
-            join = append if window is None else lambda old, new: torch.cat([old, new], 2)
-            all_k, all_v = join(old_k, k), join(old_v, v)
+        all_k, all_v, memory = join(state, k, v, grows=window is None)
         out = ops.entmax_attention(
             q,
             all_k,
@@ -125,13 +120,8 @@ class EntmaxCore(Core):
         )
         if not causal:
             return out, None
-        if window is not None:
-            columns = window - 1
-        elif rows.plain and rows.emptied is None and memory == rows.offset_range[0]:
-            return out, EntmaxState(all_k, all_v, rows.live)
-        else:
-            columns = int(rows.live.max()) if rows.batch else 0
-        return out, EntmaxState(rows.carry(old_k, k, columns), rows.carry(old_v, v, columns), rows.live)
+        capacity = None if window is None else window - 1
+        return out, EntmaxState(*carried(state, k, v, (all_k, all_v), rows, capacity), rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> EntmaxState:
         """Full capacity where there is a window, else no columns yet."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.mixers.base import Core, Hidden, Traits, sum_nbytes
+from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
-from longspan.state import append
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,7 @@ class FullCore(Core):
         if not self.shape.causal:
             start = rows.first_visible(0)
             return ops.full_attention(q, k, v, causal=False, lengths=rows.lengths, start=start), None
-        memory = 0 if state is None else state.k.shape[2]
-        all_k, all_v = (k, v) if state is None else (append(state.k, k), append(state.v, v))
+        all_k, all_v, memory = join(state, k, v, grows=True)
         out = ops.full_attention(
             q,
             all_k,
@@ -72,11 +71,7 @@ class FullCore(Core):
             start=rows.first_visible(memory),
             memory_lengths=rows.memory_lengths(memory),
         )
-        if rows.plain and rows.emptied is None and memory == rows.offset_range[0]:
-            return out, FullState(all_k, all_v, rows.live)
-        columns = int(rows.live.max()) if rows.batch else 0
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        return out, FullState(rows.carry(old_k, k, columns), rows.carry(old_v, v, columns), rows.live)
+        return out, FullState(*carried(state, k, v, (all_k, all_v), rows, None), rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> FullState:
         """No columns yet."""

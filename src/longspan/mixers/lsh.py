@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.errors import ConfigError, UnsupportedError
-from longspan.mixers.base import Core, Hidden, Shape, Traits
+from longspan.errors import ConfigError
+from longspan.mixers.base import Hidden, Shape, Traits
+from longspan.mixers.draws import DrawnCore
 from longspan.mixers.rows import Rows
-from longspan.state import may_overwrite
+from longspan.state import may_overwrite, needs_grad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class LSHState(NamedTuple):
     live: Tensor
 
 
-class LSHCore(Core):
+class LSHCore(DrawnCore):
     """See the module."""
 
     Config = LSHConfig
@@ -105,8 +106,8 @@ class LSHCore(Core):
     no_stream = (
         "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
+    what = "lsh: rotations"
     rotations: Tensor
-    draws: Tensor
 
     def __init__(self, shape: Shape, config: LSHConfig) -> None:
         super().__init__(shape, config)
@@ -114,7 +115,7 @@ class LSHCore(Core):
         self.hashed_heads = shape.num_heads if config.shared else shape.num_kv_heads
         """Heads with rotations, and in a state rings, of their own."""
         self.register_buffer("rotations", self._drawn(torch.Generator().manual_seed(config.seed)))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self._count_draws()
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         config = self.config
@@ -149,10 +150,7 @@ class LSHCore(Core):
         q, k = self.rotate(q, k, rows)
         rings = None
         if state is not None:
-            if bool((state.drawn[state.live > 0] != self.draws).any()):
-                raise UnsupportedError(
-                    "lsh: the state was made with another draw of the rotations; start the stream anew"
-                )
+            self.check_draw(state.drawn, state.live)
             rings = ops.LSHRings(state.k, state.v, state.position)
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
@@ -178,9 +176,14 @@ class LSHCore(Core):
         return out, self._next(k, v, kept, rings, rows)
 
     def _next(self, k: Tensor, v: Tensor, buckets: Tensor, rings: ops.LSHRings | None, rows: Rows) -> LSHState:
-        drawn = self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
         position = rows.positions
-        if rings is not None and rows.length == 1 and rows.plain and rows.emptied is None and self._alone(k, v, *rings):
+        if (
+            rings is not None
+            and rows.length == 1
+            and rows.plain
+            and rows.emptied is None
+            and not needs_grad(k, v, *rings)
+        ):
             owned = may_overwrite(k, v, *rings)
             rings = ops.push_token(rings, k, v, buckets, position, in_place=owned)
         else:
@@ -194,22 +197,11 @@ class LSHCore(Core):
                 empty = self.init_state(rows.batch, k.device, k.dtype)
                 rings = ops.LSHRings(empty.k, empty.v, empty.position)
             rings = ops.push_rings(rings, k, v, buckets, position, kept=kept, goes_on=goes_on)
-        return LSHState(*rings, drawn, rows.live)
-
-    def _alone(self, *tensors: Tensor) -> bool:
-        """No gradient goes into the state."""
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        return LSHState(*rings, self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the rotations anew every `redraw` steps."""
-        if self.config.redraw and step % self.config.redraw == 0:
-            self.rotations.copy_(self._drawn(generator))
-            self.draws += 1
-
-    @property
-    def draw(self) -> int:
-        """How often the rotations were drawn anew."""
-        return int(self.draws)
+        self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
         """Full capacity, nothing live."""

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.errors import ConfigError, UnsupportedError
-from longspan.mixers.base import Core, Hidden, Shape, Traits
+from longspan.errors import ConfigError
+from longspan.mixers.base import Hidden, Shape, Traits
+from longspan.mixers.draws import DrawnCore
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 
@@ -71,7 +72,7 @@ class PerformerState(NamedTuple):
     live: Tensor
 
 
-class PerformerCore(Core):
+class PerformerCore(DrawnCore):
     """See the module."""
 
     Config = PerformerConfig
@@ -82,8 +83,8 @@ class PerformerCore(Core):
         {"num_features": 6, "kind": "bounded"},
         {"num_features": 6, "kind": "relu"},
     )
+    what = "performer: projection"
     projection: Tensor
-    draws: Tensor
     bound: Tensor
     pending_square: Tensor
 
@@ -92,7 +93,7 @@ class PerformerCore(Core):
         self.features = ops.num_features_of(config.num_features, config.kind)
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("projection", self._drawn(generator))
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self._count_draws()
         if config.kind == "bounded":
             # of queries and keys of unit variance, until training has seen some
             square = torch.tensor(2.0 * shape.head_dim**0.5)
@@ -131,10 +132,7 @@ class PerformerCore(Core):
             self._measure(q, k, rows)
         before = None
         if state is not None:
-            if bool((state.drawn[state.live > 0] != self.draws).any()):
-                raise UnsupportedError(
-                    "performer: the state was made with another draw of the projection; start the stream anew"
-                )
+            self.check_draw(state.drawn, state.live)
             before = ops.LinearSums(state.values, state.keys, state.maximum)
         out, sums = ops.favor_attention(
             q,
@@ -152,8 +150,7 @@ class PerformerCore(Core):
             return out, None
         values, keys = emptied_rows(rows, sums.values), emptied_rows(rows, sums.keys)
         maximum = emptied_rows(rows, sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
-        drawn = self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
-        return out, PerformerState(values, keys, maximum, drawn, rows.live)
+        return out, PerformerState(values, keys, maximum, self.drawn_of(rows), rows.live)
 
     @property
     def _scaled(self) -> bool:
@@ -172,19 +169,12 @@ class PerformerCore(Core):
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the projection anew every `redraw` steps, and with it FAVOR++'s bound."""
-        if not self.config.redraw or step % self.config.redraw:
+        if not self.redraw_at(step, self.config.redraw, self.projection, lambda: self._drawn(generator)):
             return
-        self.projection.copy_(self._drawn(generator))
-        self.draws += 1
         if self.config.kind == "bounded" and float(self.pending_square[1]) > 0:
             square = self.pending_square[0] / self.pending_square[1]
             self.bound.copy_(ops.bounded_constant(square, self.shape.head_dim))
             self.pending_square.zero_()
-
-    @property
-    def draw(self) -> int:
-        """How often the projection was drawn anew."""
-        return int(self.draws)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:
         """Nothing summed."""

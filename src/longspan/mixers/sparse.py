@@ -23,6 +23,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, Shape, Traits, sum_nbytes
+from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
 from longspan.state import append
 
@@ -158,13 +159,7 @@ class SparseCore(Core):
     def _strided(
         self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows
     ) -> tuple[Tensor, SparseState]:
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        memory = 0 if old_k is None else old_k.shape[2]
-        all_k, all_v = k, v
-        if old_k is not None and old_v is not None and self.grows:
-            all_k, all_v = append(old_k, k), append(old_v, v)
-        elif old_k is not None and old_v is not None:
-            all_k, all_v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+        all_k, all_v, memory = join(state, k, v, grows=self.grows)
         out = ops.sparse_attention(
             q,
             all_k,
@@ -174,13 +169,9 @@ class SparseCore(Core):
             start=rows.first_visible(memory),
             memory_lengths=rows.memory_lengths(memory),
         )
-        nothing = _no_columns(k)
-        whole = self.grows and rows.plain and rows.emptied is None and memory == rows.offset_range[0]
-        if whole:
-            return out, SparseState(all_k, all_v, nothing, nothing, rows.live)
-        columns = (int(rows.live.max()) if rows.batch else 0) if self.grows else self.capacity
-        carried_k, carried_v = rows.carry(old_k, k, columns), rows.carry(old_v, v, columns)
-        return out, SparseState(carried_k, carried_v, nothing, nothing, rows.live)
+        nothing, capacity = _no_columns(k), None if self.grows else self.capacity
+        kept = carried(state, k, v, (all_k, all_v), rows, capacity)
+        return out, SparseState(*kept, nothing, nothing, rows.live)
 
     # -- fixed -----------------------------------------------------------------------------------------------------
 

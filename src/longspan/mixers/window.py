@@ -18,6 +18,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, Shape, Traits, sum_nbytes
+from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
 
 
@@ -85,11 +86,7 @@ class WindowCore(Core):
         q, k = self.rotate(q, k, rows)
         if not self.shape.causal:
             return self._both_sides(q, k, v, rows), None
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        memory = 0 if old_k is None else old_k.shape[2]
-        all_k, all_v = (
-            (k, v) if old_k is None or old_v is None else (torch.cat([old_k, k], 2), torch.cat([old_v, v], 2))
-        )
+        all_k, all_v, memory = join(state, k, v, grows=False)
         window, blocks, start = self.config.window, self.config.blocks, rows.first_visible(memory)
         if blocks and not rows.aligned(window):
             # blocks that lie differently in each row: a window of two blocks, cut where each token's last block begins
@@ -105,8 +102,7 @@ class WindowCore(Core):
             start=start,
             memory_lengths=rows.memory_lengths(memory),
         )
-        carried_k, carried_v = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
-        return out, WindowState(carried_k, carried_v, rows.live)
+        return out, WindowState(*carried(state, k, v, (all_k, all_v), rows, self.capacity), rows.live)
 
     def _first_key(self, rows: Rows, start: Tensor | None, memory: int) -> Tensor:
         first = (rows.segment_start(self.config.window, memory) - self.config.window).clamp(min=0)
