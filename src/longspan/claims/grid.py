@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.rmt import ask_once, train_once, trained_seconds
+from longspan.claims.rmt import ask_once, train_once
+from longspan.claims.runs import trained_seconds
 from longspan.report.figures import heat_figure, picture
 
 _PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {

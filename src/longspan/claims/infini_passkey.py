@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.rmt import trained_seconds
+from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import override, read_toml
-from longspan.files import read_json, write_json
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train import evaluate_depths, find_recipe, load_run, run, wilson
+from longspan.train import evaluate_depths, find_recipe, load_run, wilson
 
 # the recipe as it stands, and what differs from it
 MAIN = "linear update, paper's normaliser"
@@ -62,22 +61,18 @@ def train_once(folder: Path, steps: int, *assignments: str) -> None:
     recipe = read_toml(find_recipe("infini-passkey.toml"))
     for assignment in (f"train.steps={steps}", *assignments):
         recipe = override(recipe, assignment)
-    if (folder / "model").is_dir():
-        return
-    resume = any((folder / "checkpoints").glob("step-*"))
-    if run(recipe, folder, resume=resume, progress="none").interrupted:
-        raise KeyboardInterrupt
+    trained(recipe, folder)
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
     """What a run finds at one length, from the file of an earlier evaluation where there is one."""
-    path = folder / f"found-{length}-{len(depths)}x{count}.json"
-    if not path.is_file():
+
+    def measure() -> dict[str, Any]:
         model, task = load_run(folder)
         config = dataclasses.replace(cast(PasskeyTask, task).config, length=length)
-        write_json(path, evaluate_depths(model, PasskeyTask(config), depths=depths, count=count).record())
-    record: dict[str, Any] = read_json(path)
-    return record
+        return evaluate_depths(model, PasskeyTask(config), depths=depths, count=count).record()
+
+    return kept(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -92,8 +87,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
             record = ask_once(folders[name], length, depths, count)
             found.setdefault(name, []).append(record)
             say(f"{name}: {record['k']} of {record['n']} at {length:,} tokens")
-    trained = trained_seconds(list(folders.values()))
-    return _outcome(found, plan, trained + sum(each["seconds"] for records in found.values() for each in records))
+    seconds = trained_seconds(folders.values())
+    return _outcome(found, plan, seconds + sum(each["seconds"] for records in found.values() for each in records))
 
 
 def _outcome(found: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:

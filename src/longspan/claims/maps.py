@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.rmt import train_once, trained_seconds
+from longspan.claims.rmt import train_once
+from longspan.claims.runs import trained_seconds
 from longspan.mixers import Rows
 from longspan.report.figures import heat_figure, picture
 from longspan.tasks import MemoryTask

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
-from longspan.claims.rmt import trained_seconds
+from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.claims.similarity import (
     Agreement,
     agreement,
@@ -23,13 +23,13 @@ from longspan.claims.similarity import (
     similarity_of_embeddings,
 )
 from longspan.config import read_toml
-from longspan.files import read_json, write_json
+from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Panel, matrix_figure, picture
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, FIRST, ProteinDocument, is_amino_acid
-from longspan.train import Evaluation, evaluate_text, find_recipe, load_run, run
+from longspan.train import Evaluation, evaluate_text, find_recipe, load_run
 
 MIXERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "full"},
@@ -74,31 +74,30 @@ def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
     recipe["train"] |= {"steps": plan.steps, "final_eval_tokens": 1000}
     for table, name, value in plan.recipe:
         recipe[table][name] = value
-    if (folder / "model").is_dir():
-        return
-    resume = any((folder / "checkpoints").glob("step-*"))
-    if run(recipe, folder, resume=resume, progress="none").interrupted:
-        raise KeyboardInterrupt
+    trained(recipe, folder)
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
     """Held-back sequences, from the file of an earlier evaluation where there is one."""
-    path = folder / f"scored-{len(documents)}.json"
-    if not path.is_file():
+
+    def measure() -> dict[str, Any]:
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
         found = evaluate_text(model, documents, chunk=width, memory=False, unit="residue")
-        write_json(path, {name: getattr(found, name).tolist() for name in ("nats", "tokens", "units", "correct")})
-    record = {name: np.array(values) for name, values in read_json(path).items()}
+        return {name: getattr(found, name).tolist() for name in ("nats", "tokens", "units", "correct")}
+
+    found = kept(folder / f"scored-{len(documents)}.json", measure)
+    record = {name: np.array(values) for name, values in found.items()}
     return Evaluation(tuple(documents.names), **record, unit="residue")
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
     """Attention between amino acids over sequences, from the file of an earlier run where there is one."""
-    path = folder / f"attention-{len(documents)}.json"
-    if not path.is_file():
+
+    def measure() -> dict[str, Any]:
         parts = [attention_between(model, torch.from_numpy(each.tokens)) for each in documents]
-        write_json(path, {"between": np.sum(parts, 0).tolist()})
-    return np.array(read_json(path)["between"])
+        return {"between": np.sum(parts, 0).tolist()}
+
+    return np.array(kept(folder / f"attention-{len(documents)}.json", measure)["between"])
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
@@ -140,13 +139,14 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         say(f"{name}: {_said(scores[name])}")
         maps[name] = _map(folders[name], model, short)
         words[name] = similarity_of_embeddings(model)
-        even = np.sum([even_attention(torch.from_numpy(each.tokens)) for each in short], 0)
+    # every run has the same task, so the sequences are the same for all
+    even = np.sum([even_attention(torch.from_numpy(each.tokens)) for each in short], 0)
     ways = {
         "by heads": {name: similarity_by_heads(between) for name, between in maps.items()},
         "by pairs": {name: similarity_by_pairs(between, even) for name, between in maps.items()},
         "of embeddings": words,
     }
-    seconds = trained_seconds(list(folders.values()))
+    seconds = trained_seconds(folders.values())
     shape = read_json(folders["exact"] / "recipe.json")
     return _outcome(plan, shape, scores, ways, len(short), seconds)
 

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import override, read_toml
-from longspan.files import read_json, write_json
+from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run, read_log, run, seeds_interval
+from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run, seeds_interval
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -52,24 +53,20 @@ def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: st
     for assignment in (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}", *assignments):
         recipe = override(recipe, assignment)
     del recipe["train"]["minutes"]  # a number of steps gives the same model on any machine
-    if (folder / "model").is_dir():
-        return
-    resume = any((folder / "checkpoints").glob("step-*"))
-    if run(recipe, folder, resume=resume, progress="none").interrupted:
-        raise KeyboardInterrupt
+    trained(recipe, folder)
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
     """The answers of a run, from the file of an earlier evaluation where there is one."""
-    path = folder / f"answers-{segments}x{count}.json"
-    if not path.is_file():
+
+    def measure() -> dict[str, Any]:
         model, task = load_run(folder)
         found = evaluate_answers(
             model, cast(MemoryTask, task), segments=segments, count=count, kinds=(kind,), batch=BATCH, seed=seed
         )
-        write_json(path, found[kind].record())
-    record: dict[str, Any] = read_json(path)
-    return record
+        return found[kind].record()
+
+    return kept(folder / f"answers-{segments}x{count}.json", measure)
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -87,14 +84,9 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
                 found[kind].setdefault(segments, []).append(record)
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
     runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
-    trained = trained_seconds(runs)
+    seconds = trained_seconds(runs)
     floors = {read_json(each / "recipe.json")["train"].get("gate_floor", 0.0) for each in runs}
-    return _outcome(found, plan, trained, ", ".join(f"{floor:g}" for floor in sorted(floors)))
-
-
-def trained_seconds(runs: list[Path]) -> float:
-    """How long runs were trained, all their parts together."""
-    return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))
+    return _outcome(found, plan, seconds, ", ".join(f"{floor:g}" for floor in sorted(floors)))
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
@@ -107,7 +99,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
     return answers.interval()
 
 
-def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trained: float, floor: str) -> Outcome:
+def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, seconds: float, floor: str) -> Outcome:
     figures, reached = [], True
     for kind, lengths in found.items():
         for segments, records in lengths.items():
@@ -140,7 +132,7 @@ def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, trai
         note=note,
         data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in found.items()},
         pictures=[_picture(found)],
-        seconds=trained + sum(each["seconds"] for each in records),
+        seconds=seconds + sum(each["seconds"] for each in records),
     )
 
 

@@ -1,0 +1,30 @@
+"""What claims that train share: runs that go on where they stopped, measurements that are made once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from longspan.files import read_json, write_json
+from longspan.train import read_log, run
+
+
+def trained(recipe: Mapping[str, Any], folder: Path) -> None:
+    """A run of a recipe, from the start or from where it stopped; nothing where it is over."""
+    if (folder / "model").is_dir():
+        return
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if run(recipe, folder, resume=resume, progress="none").interrupted:
+        raise KeyboardInterrupt
+
+
+def kept(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What a measurement found, from the file of an earlier one where there is one."""
+    if not path.is_file():
+        write_json(path, dict(measure()))
+    record: dict[str, Any] = read_json(path)
+    return record
+
+
+def trained_seconds(runs: Iterable[Path]) -> float:
+    """How long runs were trained, all their parts together."""
+    return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))
