@@ -155,3 +155,26 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file; `longspan train` wants a recipe in TOML") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+
+
+def check_least(config: Any, where: str, least_of: Mapping[str, float]) -> None:
+    """Refuse fields that are given and below their least value.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name, least in least_of.items():
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{where}.{name} = {value}: {least} at least")
+
+
+def check_shares(config: Any, where: str, names: Iterable[str]) -> None:
+    """Refuse fields outside 0 to 1.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: from 0 to 1")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from longspan.config import check_least
 from longspan.errors import ConfigError
 
 DEFAULT_STEPS = 1000
@@ -63,10 +64,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         least_of = dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0)
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ConfigError(f"train.{name} = {value}: {least} at least")
+        check_least(self, "train", least_of)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas = {list(self.betas)}: two numbers from 0 to below 1")
 

@@ -6,14 +6,14 @@ their number. A batch is drawn at the stage reached or, half the time, from anyt
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from longspan.config import check_shares
 from longspan.errors import ConfigError
-from longspan.train.staged import StagedConfig
+from longspan.train.staged import StagedConfig, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,32 +53,22 @@ class CurriculumConfig(StagedConfig):
                 f"train.first_segments = {self.first_segments}, max_segments = {self.max_segments}: 1 at least, and "
                 "not fewer than the first"
             )
-        for name in ("short_accuracy", "gate_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: from 0 to 1")
+        check_shares(self, "train", ("short_accuracy", "gate_floor"))
 
 
 @dataclass
-class Curriculum:
-    """Where a run is in its curriculum; plain data, so that it can be saved.
+class Curriculum(Stages):
+    """Where a run is in its curriculum; see `Stages`.
 
     Attributes:
-        config: of the run.
-        full: tokens of a segment in the end.
         segments: the most segments of a sample by now.
-        length: tokens of a segment by now.
-        since: steps since this stage began.
-        at_stage: accuracy of the last batches of this stage.
+        length: tokens of a segment by now, `full` in the end.
         recent: accuracy of the last batches of any size.
         penalty: weight of the loss on gates that open where no fact stands.
     """
 
-    config: CurriculumConfig
-    full: int
     segments: int = 0
     length: int = 0
-    since: int = 0
-    at_stage: list[float] = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
     penalty: float = 0.0
 
@@ -101,25 +91,22 @@ class Curriculum:
     def add(self, segments: int, accuracy: float) -> bool:
         """Count a batch; True where a new stage begins."""
         config = self.config
-        self.since += 1
         self.recent = [*self.recent, accuracy][-config.window :]
         if self.segments >= 2 and math.fsum(self.recent) > config.short_accuracy * len(self.recent):
             self.penalty = min(config.gate_penalty, self.penalty + config.gate_penalty * config.gate_ramp)
         else:
             self.penalty = max(0.95 * self.penalty, config.gate_floor * config.gate_penalty)
-        if segments == self.segments:
-            self.at_stage = [*self.at_stage, accuracy][-config.window :]
         wanted = config.accuracy if self.length == self.full else config.short_accuracy
-        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > wanted * config.window
-        if not good and not (config.patience and self.since >= config.patience):
-            return False
+        return self.count(accuracy if segments == self.segments else None, wanted)
+
+    def further(self) -> bool:
+        """Longer segments, then more of them."""
         if self.length < self.full:
             self.length = self._lengths[self._lengths.index(self.length) + 1]
-        elif self.segments < config.max_segments:
+        elif self.segments < self.config.max_segments:
             self.segments += 1
         else:
             return False
-        self.at_stage, self.since = [], 0
         return True
 
     def columns(self) -> dict[str, Any]:
@@ -130,12 +117,3 @@ class Curriculum:
     def words(self) -> tuple[str, str]:
         """The stage as two short texts."""
         return f"up to {self.segments}", f"{self.length}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return {key: value for key, value in asdict(self).items() if key not in ("config", "full")}
-
-    def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for key, value in data.items():
-            setattr(self, key, value)

@@ -8,7 +8,7 @@ Where each lane stands is a few integers, and every process plans all lanes but 
 lanes read what one process of four lanes reads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -50,6 +50,43 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+
+
+class Span(NamedTuple):
+    """Places `first` to `last` (excluded) of a document, by its number, and where in them (bool) it starts anew."""
+
+    document: int
+    first: int
+    last: int
+    reset: Array | bool = False
+
+
+def lay_out(documents: Documents, rows: Sequence[Sequence[Span]], width: int) -> Batch:
+    """A batch (rows, width): each row reads its spans one after another, padding behind them."""
+    shape = len(rows), width
+    tokens, targets, sizes = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    document = np.full(shape, -1, dtype=np.int64)
+    graded, reset = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
+    for row, spans in enumerate(rows):
+        column = 0
+        for index, first, last, starts in spans:
+            here = slice(column, column + last - first)
+            part = documents[index].cut(first, last)
+            tokens[row, here], targets[row, here], graded[row, here] = part.tokens, part.targets, part.graded
+            sizes[row, here] = part.sizes * part.graded
+            document[row, here] = index
+            reset[row, here] = starts
+            column = here.stop
+    mask = document >= 0
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(graded),
+        torch.from_numpy(sizes),
+        torch.from_numpy(document),
+        torch.from_numpy(reset) if reset.any() else None,
+        None if mask.all() else torch.from_numpy(mask),
+    )
 
 
 class Lanes(Iterator[Batch]):
@@ -117,31 +154,14 @@ class Lanes(Iterator[Batch]):
         plans = [self._advance(lane) for lane in range(self.lanes)]
         if not any(plans):
             raise StopIteration
-        shape = (len(self.own), self.segment_length)
-        tokens, targets, sizes = (np.zeros(shape, dtype=np.int64) for _ in range(3))
-        document = np.full(shape, -1, dtype=np.int64)
-        graded, reset = np.zeros(shape, dtype=np.bool_), np.zeros(shape, dtype=np.bool_)
-        for row, lane in enumerate(self.own):
-            column = 0
+        rows = []
+        for lane in self.own:
+            row = []
             for piece, first, last in plans[lane]:
                 index, start, _ = (int(value) for value in self._pieces[piece])
-                span = slice(column, column + last - first)
-                part = self.documents[index].cut(first, last)
-                tokens[row, span], targets[row, span], graded[row, span] = part.tokens, part.targets, part.graded
-                sizes[row, span] = part.sizes * part.graded
-                document[row, span] = index
-                reset[row, span] = self._resets(first, last, start)
-                column = span.stop
-        mask = document >= 0
-        return Batch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(targets),
-            torch.from_numpy(graded),
-            torch.from_numpy(sizes),
-            torch.from_numpy(document),
-            torch.from_numpy(reset) if reset.any() else None,
-            None if mask.all() else torch.from_numpy(mask),
-        )
+                row.append(Span(index, first, last, self._resets(first, last, start)))
+            rows.append(row)
+        return lay_out(self.documents, rows, self.segment_length)
 
     def _resets(self, first: int, last: int, start: int) -> Array:
         places = np.arange(first, last)

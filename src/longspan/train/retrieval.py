@@ -10,8 +10,7 @@ linear update and the paper's normaliser), having read the same filler `repeats`
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
 from longspan.mixers.infini import InfiniCore
 from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train.progress import Silent
-from longspan.train.staged import Outcome, StagedConfig, StagedTrainer
+from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,8 @@ class RetrievalConfig(StagedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("mentions", 0), ("first_length", 256), ("repeats", 1), ("text", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: {least} at least")
-        if not 0 <= self.at_end <= 1:
-            raise ConfigError(f"train.at_end = {self.at_end}: from 0 to 1")
+        check_least(self, "train", {"mentions": 0, "first_length": 256, "repeats": 1, "text": 0})
+        check_shares(self, "train", ["at_end"])
         if self.growth <= 1:
             raise ConfigError(f"train.growth = {self.growth}: more than 1")
         if self.curriculum != "retrieval":
@@ -71,24 +68,16 @@ class RetrievalConfig(StagedConfig):
 
 
 @dataclass
-class Retrieval:
-    """Where a run is in its curriculum; plain data, so that it can be saved.
+class Retrieval(Stages):
+    """Where a run is in its curriculum; see `Stages`.
 
     Attributes:
-        config: of the run.
-        full: tokens of a text in the end.
-        mentions, length, repeats: of the stage reached.
-        since: steps since it began.
-        at_stage: accuracy of its last batches.
+        mentions, length, repeats: of the stage reached; the length of a text is `full` in the end.
     """
 
-    config: RetrievalConfig
-    full: int
     mentions: int = -1
     length: int = 0
     repeats: float = 1.0
-    since: int = 0
-    at_stage: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.length = self.length or min(self.config.first_length, self.full)
@@ -104,21 +93,18 @@ class Retrieval:
 
     def add(self, right: float) -> bool:
         """Count a batch; True where a new stage begins."""
-        config = self.config
-        self.since += 1
-        self.at_stage = [*self.at_stage, right][-config.window :]
-        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > config.accuracy * config.window
-        if not good and not (config.patience and self.since >= config.patience):
-            return False
+        return self.count(right, self.config.accuracy)
+
+    def further(self) -> bool:
+        """Fewer mentions, then longer texts, then heavier memories."""
         if self.mentions:
             self.mentions //= 2
         elif self.length < self.full:
-            self.length = min(int(self.length * config.growth), self.full)
-        elif self.repeats < config.repeats:
-            self.repeats = min(self.repeats * 3, config.repeats)
+            self.length = min(int(self.length * self.config.growth), self.full)
+        elif self.repeats < self.config.repeats:
+            self.repeats = min(self.repeats * 3, self.config.repeats)
         else:
             return False
-        self.at_stage, self.since = [], 0
         return True
 
     def columns(self) -> dict[str, Any]:
@@ -129,16 +115,6 @@ class Retrieval:
     def words(self) -> tuple[str, str]:
         """The stage as two short texts."""
         return f"up to {self.length:,}", f"memory x {self.repeats:,.0f}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        names = ("mentions", "length", "repeats", "since", "at_stage")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        for key, value in data.items():
-            setattr(self, key, value)
 
 
 def repeated(model: Decoder, state: StackState, times: float) -> StackState:

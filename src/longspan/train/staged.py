@@ -8,13 +8,13 @@ for bit.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from longspan.errors import ConfigError
+from longspan.config import check_least, check_shares
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position, load_optimizer, optimizer_tensors
 from longspan.train.distributed import Group
@@ -73,15 +73,8 @@ class StagedConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: 1 at least")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: 0 at least")
-        for name in _SHARES:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: from 0 to 1")
+        check_least(self, "train", dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0))
+        check_shares(self, "train", _SHARES)
 
     def progress(self, step: int, seconds: float) -> float:
         """How much of the run is over, 0 to 1."""
@@ -104,21 +97,64 @@ class StagedConfig:
         return " or ".join(parts) or "1000 steps"
 
 
-class Stages(Protocol):
-    """Where a run is in its curriculum."""
+@dataclass
+class Stages:
+    """Where a run is in its curriculum; plain data, so that it can be saved. A subclass says what the stages are.
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+    Attributes:
+        config: of the run.
+        full: tokens in the end, of whatever grows.
+        since: steps since this stage began.
+        at_stage: accuracy of the last batches of this stage.
+    """
 
-    def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+    config: Any
+    full: int
+    since: int = 0
+    at_stage: list[float] = field(default_factory=list)
+
+    def further(self) -> bool:
+        """Go to the next stage; False where this one is the last."""
+        raise NotImplementedError
 
     def columns(self) -> dict[str, Any]:
         """What a line of the log says of the stage."""
+        raise NotImplementedError
 
     @property
     def words(self) -> tuple[str, str]:
         """The stage as two short texts."""
+        raise NotImplementedError
+
+    def count(self, right: float | None, wanted: float) -> bool:
+        """Count a step, and end the stage where it is learnt or has lasted too long.
+
+        Args:
+            right: accuracy of its batch; None = the batch was not of this stage.
+            wanted: accuracy over the last `window` batches of the stage that ends it.
+
+        Returns:
+            Whether a new stage begins.
+        """
+        config = self.config
+        self.since += 1
+        if right is not None:
+            self.at_stage = [*self.at_stage, right][-config.window :]
+        good = len(self.at_stage) == config.window and math.fsum(self.at_stage) > wanted * config.window
+        late = config.patience and self.since >= config.patience
+        if not (good or late) or not self.further():
+            return False
+        self.at_stage, self.since = [], 0
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("config", "full")}
+
+    def load_state_dict(self, data: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for key, value in data.items():
+            setattr(self, key, value)
 
 
 @dataclass(frozen=True)
