@@ -45,13 +45,10 @@ def convert(
       longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window
       longspan stream out/endless book.txt
     """
+    from longspan import hf
     from longspan.config import override
+    from longspan.hf.decoder import open_pretrained
 
-    try:
-        from longspan import hf
-        from longspan.hf.decoder import open_pretrained
-    except ImportError:
-        raise ConfigError("convert needs transformers; pip install 'longspan[hf]'") from None
     fields: dict[str, Any] = {"segment": segment} if segment else {}
     for assignment in set_ or []:
         fields = override(fields, assignment)

@@ -54,10 +54,7 @@ def is_converted(folder: str) -> bool:
 
 
 def _open_converted(folder: str) -> "tuple[Any, Task]":
-    try:
-        from longspan.hf.decoder import load_converted
-    except ImportError:
-        raise ConfigError(f"{folder}: a converted model needs transformers; pip install 'longspan[hf]'") from None
+    from longspan.hf.decoder import load_converted
     from longspan.tasks import TextTask
     from longspan.tasks.tokenizers import borrow
 

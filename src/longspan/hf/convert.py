@@ -20,7 +20,7 @@ from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.families import Family, Found, find
 from longspan.mixers import Rows
-from longspan.mixers.base import Core, merge_traits
+from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.registry import build_core, core_class
 
 CORE = "longspan"
@@ -340,15 +340,10 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
         model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
         lr, weight_decay: of the run.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    taken: set[int] = set()
-    for core in cores(model).values():
-        for group in core.parameter_groups():
-            own = {"lr": lr if group.lr is None else group.lr}
-            own["weight_decay"] = weight_decay if group.weight_decay is None else group.weight_decay
-            entry = groups.setdefault(group.name, {"name": group.name, "params": [], **own})
-            entry["params"].extend(parameter for parameter in group.parameters if parameter.requires_grad)
-            taken |= {id(parameter) for parameter in group.parameters}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    first = {"name": "model", "params": rest, "lr": lr, "weight_decay": weight_decay}
-    return [first, *(group for group in groups.values() if group["params"])]
+    special = special_groups(cores(model).values(), lr=lr, weight_decay=weight_decay)
+    taken = {id(parameter) for group in special for parameter in group["params"]}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    groups = [{"name": "model", "params": rest, "lr": lr, "weight_decay": weight_decay}, *special]
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    return [groups[0], *(group for group in groups[1:] if group["params"])]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.mixers.base import Core, Traits, merge_traits
 from longspan.models import StackState
@@ -140,9 +141,7 @@ class ConvertedDecoder(nn.Module):
             longspan_reset=reset,
         )
         if penalties is not None:
-            from longspan.hf.convert import penalties as kept
-
-            penalties.extend(kept(self.inner))
+            penalties.extend(last_penalties(self.inner))
         following = tuple(place.state for place in places)
         return out.logits, StackState(following, following[0].live)
 

@@ -28,6 +28,11 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
         return cast(nn.Module, build_model(table))
 
 
+def _with(loss: Tensor, penalties: list[Tensor] | None) -> Tensor:
+    """The loss and the auxiliary ones."""
+    return loss + torch.stack(penalties).sum() if penalties else loss
+
+
 class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     """What the three classes share: `model`, a model of longspan, initialised by itself."""
 
@@ -97,6 +102,10 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """The embeddings and blocks, below a recurrent memory too."""
         return getattr(self.model, "backbone", self.model)
 
+    def _penalties(self, labels: Tensor | None) -> list[Tensor] | None:
+        """A list for auxiliary losses, where this call trains."""
+        return [] if self.training and labels is not None else None
+
     def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
@@ -156,7 +165,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             cache = StateCache([True])
         mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
         layer = None if cache is None else cast(StateLayer, cache.layers[0])
-        penalties: list[Tensor] | None = [] if self.training and labels is not None else None
+        penalties = self._penalties(labels)
         logits, state = self.model(
             input_ids,
             None if layer is None else layer.state,
@@ -169,8 +178,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if penalties:
-                loss = loss + torch.stack(penalties).sum()
+            loss = _with(loss, penalties)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
@@ -200,12 +208,11 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
     ) -> MaskedLMOutput:
         """Logits at every place; the loss over the places whose label is not -100."""
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties: list[Tensor] | None = [] if self.training and labels is not None else None
+        penalties = self._penalties(labels)
         logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            loss = loss + torch.stack(penalties).sum() if penalties else loss
+            loss = _with(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), penalties)
         return MaskedLMOutput(loss=loss, logits=logits)
 
 
@@ -231,7 +238,7 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
     ) -> SequenceClassifierOutput:
         """Logits (batch, num_labels); the loss is cross entropy, or the squared error where there is one label."""
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties: list[Tensor] | None = [] if self.training and labels is not None else None
+        penalties = self._penalties(labels)
         h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
         inside = torch.arange(h.shape[1], device=h.device) < rows.real_tokens()[:, None]
         if self.model.causal:
@@ -243,5 +250,5 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         if labels is not None:
             single = self.config.num_labels == 1
             loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype)) if single else F.cross_entropy(logits, labels)
-            loss = loss + torch.stack(penalties).sum() if penalties else loss
+            loss = _with(loss, penalties)
         return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from longspan import state as states
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
-from longspan.mixers.base import merge_traits
+from longspan.mixers.base import merge_traits, special_groups
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
@@ -228,25 +228,16 @@ class Stack(nn.Module):
             lr: learning rate of the run.
             weight_decay: of the run.
         """
-        special = [group for block in self.layers for group in block.mixer.core.parameter_groups()]
-        taken = {id(parameter) for group in special for parameter in group.parameters}
+        special = special_groups(self.cores(), lr=lr, weight_decay=weight_decay)
+        taken = {id(parameter) for group in special for parameter in group["params"]}
         linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} - taken
         decay = [p for p in self.parameters() if id(p) in linear]
         plain = [p for p in self.parameters() if id(p) not in linear and id(p) not in taken]
         groups: list[dict[str, Any]] = [
             {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
             {"name": "plain", "params": plain, "lr": lr, "weight_decay": 0.0},
+            *special,
         ]
-        for name in dict.fromkeys(group.name for group in special):
-            same = [group for group in special if group.name == name]
-            groups.append(
-                {
-                    "name": name,
-                    "params": [parameter for group in same for parameter in group.parameters],
-                    "lr": lr if same[0].lr is None else same[0].lr,
-                    "weight_decay": weight_decay if same[0].weight_decay is None else same[0].weight_decay,
-                }
-            )
         return [group for group in groups if group["params"]]
 
     def cores(self) -> list[Core]:
