@@ -1,5 +1,6 @@
 """Small models of transformers with random weights, in fp64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,3 +38,31 @@ def make(kind: str, **more: Any) -> Any:
 def ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids."""
     return torch.randint(1, 29, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_llama(folder: Path) -> Path:
+    """A small Llama with a byte-level tokenizer, as a folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    engine: Any = Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    table = {"<|begin|>": 0} | {symbol: index + 1 for index, symbol in enumerate(alphabet)}
+    engine.model = models.BPE(vocab=table, merges=[])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<|begin|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder

@@ -267,7 +267,7 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
     tuned = peft.get_peft_model(model, settings)
     groups = hf.parameter_groups(tuned, lr=1e-3, weight_decay=0.1)
     assert [(group["name"], group["lr"], group["weight_decay"]) for group in groups] == [
-        ("model", 1e-3, 0.1),
+        ("decay", 1e-3, 0.1),
         ("gates", 0.01, 0.0),
     ]
     assert len(groups[1]["params"]) == 2

@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tests.hf.conftest import ids, make
+from tests.hf.conftest import ids, make, save_llama
 
 import longspan as ls
 from longspan import hf
@@ -21,31 +20,7 @@ TEXT = "The state of the union is what we make of it. " * 40
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama with a byte-level tokenizer, as a folder."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder: Path = tmp_path_factory.mktemp("pretrained") / "llama"
-    engine: Any = Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    table = {"<|begin|>": 0} | {symbol: index + 1 for index, symbol in enumerate(alphabet)}
-    engine.model = models.BPE(vocab=table, merges=[])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<|begin|>")
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=257,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    return folder
+    return save_llama(tmp_path_factory.mktemp("pretrained") / "llama")
 
 
 def test_a_session_over_a_converted_model() -> None:

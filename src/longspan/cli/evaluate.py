@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, interval, print_table
-from longspan.cli.runs import SET_HELP, is_converted, open_any_run
+from longspan.cli.runs import SET_HELP, open_any_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def evaluate(
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
+    from longspan.models.io import is_converted
     from longspan.train import evaluate_text, first_places, load_run
 
     if is_memory_run(run):

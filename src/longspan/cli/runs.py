@@ -33,6 +33,7 @@ def open_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Decoder, Te
 
 def open_any_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Any, Task]":
     """The same of a run of any task; raises as `open_run` does."""
+    from longspan.models.io import is_converted
     from longspan.train import load_run
 
     if is_converted(folder):
@@ -41,16 +42,6 @@ def open_any_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Any, Ta
         return _open_converted(folder)
     model, task = load_run(folder)
     return reshape(model, assignments), task
-
-
-def is_converted(folder: str) -> bool:
-    """Whether `longspan convert` wrote the folder."""
-    from pathlib import Path
-
-    from longspan.files import read_json
-
-    path = Path(folder) / "config.json"
-    return path.is_file() and not (Path(folder) / "recipe.json").exists() and bool(read_json(path).get("longspan"))
 
 
 def _open_converted(folder: str) -> "tuple[Any, Task]":
@@ -73,6 +64,8 @@ def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":
 
     if not assignments:
         return model
+    if hasattr(model, "describe"):
+        raise ConfigError("--set: a pretrained model keeps its fields; convert it anew with others, and train that")
     data: dict[str, Any] = {"model": describe_model(model)}
     for assignment in assignments:
         if not assignment.startswith("model."):

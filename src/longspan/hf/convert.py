@@ -5,8 +5,9 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from longspan.hf.families import Family, Found, find
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.registry import build_core, core_class
+from longspan.models.backbone import decay_groups
 
 CORE = "longspan"
 _STRONGLY_LOCAL = -4.0
@@ -319,7 +321,8 @@ def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
     if auto is None:
         encoder = config.model_type in ("bert", "roberta")
         auto = AutoModel if encoder else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, config=config, **options)
+    with _expected(auto, config):
+        model = auto.from_pretrained(folder, config=config, **options)
     for record in records:
         convert(model, record["mixer"], layers=record["layers"], **record["fields"])
     stored: dict[str, Tensor] = {}
@@ -333,17 +336,29 @@ def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
     return model.eval()
 
 
+@contextlib.contextmanager
+def _expected(auto: Any, config: Any) -> Iterator[None]:
+    """Keep transformers from reporting the parameters of mechanisms, which it does not load, as unexpected."""
+    known = getattr(auto, "_model_mapping", {})
+    cls = known.get(type(config), auto)
+    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
+    cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{CORE}\."]
+    try:
+        yield
+    finally:
+        cls._keys_to_ignore_on_load_unexpected = before
+
+
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser: gates and the like with settings of their own, the rest with the run's.
+    """Groups for a torch optimiser: gates and the like with settings of their own, the rest as `decay_groups` has it.
 
     Args:
         model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
         lr, weight_decay: of the run.
     """
     special = special_groups(cores(model).values(), lr=lr, weight_decay=weight_decay)
-    taken = {id(parameter) for group in special for parameter in group["params"]}
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [{"name": "model", "params": rest, "lr": lr, "weight_decay": weight_decay}, *special]
-    for group in groups:
+    taken = [parameter for group in special for parameter in group["params"]]
+    for group in special:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    return [groups[0], *(group for group in groups[1:] if group["params"])]
+    rest = decay_groups(model, lr=lr, weight_decay=weight_decay, without=taken)
+    return [*rest, *(group for group in special if group["params"])]

@@ -163,11 +163,11 @@ def open_pretrained(source: str, *, gguf: str | None = None) -> Opened:
     Raises:
         CheckpointError: it cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer: Any = open_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
@@ -189,6 +189,18 @@ def load_converted(folder: str | Path) -> Opened:
         CheckpointError: it holds no converted model.
         UnsupportedError: it cannot stream.
     """
+    return Opened(ConvertedDecoder(load(folder)), open_tokenizer(folder))
+
+
+def open_tokenizer(source: str | Path, **options: Any) -> Any:
+    """A tokenizer of transformers, from a folder or a hub.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return Opened(ConvertedDecoder(load(folder)), AutoTokenizer.from_pretrained(folder))
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None

@@ -6,7 +6,7 @@ A Hugging Face model is recognised by what it can do (duck typing): `get_input_e
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,19 +102,30 @@ class Backbone:
         return 0
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser: weights of linear maps decay, all else does not."""
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        linear = {id(m.weight) for m in self.module.modules() if isinstance(m, nn.Linear)}
-        groups: list[dict[str, Any]] = [
-            {
-                "name": "decay",
-                "params": [p for p in trained if id(p) in linear],
-                "lr": lr,
-                "weight_decay": weight_decay,
-            },
-            {"name": "plain", "params": [p for p in trained if id(p) not in linear], "lr": lr, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        """Groups for a torch optimiser; see `decay_groups`."""
+        return decay_groups(self.module, lr=lr, weight_decay=weight_decay)
+
+
+def decay_groups(
+    module: nn.Module, *, lr: float, weight_decay: float, without: Iterable[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, of a foreign model: weights of its maps decay; embeddings, norms and biases do not.
+
+    Args:
+        module: the model; parameters that need no gradient are left out.
+        lr, weight_decay: of the run.
+        without: parameters of groups of their own.
+    """
+    left_out = {id(parameter) for parameter in without}
+    looked_up = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in left_out]
+    maps = [p for p in trained if p.ndim == 2 and id(p) not in looked_up]
+    taken = {id(p) for p in maps}
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": maps, "lr": lr, "weight_decay": weight_decay},
+        {"name": "plain", "params": [p for p in trained if id(p) not in taken], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class OwnBackbone(Backbone):

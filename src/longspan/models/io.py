@@ -43,6 +43,12 @@ def load_model(folder: str | Path) -> Any:
     return model.eval()
 
 
+def is_converted(folder: str | Path) -> bool:
+    """Whether a folder holds a pretrained model that `longspan.hf` converted; `longspan.hf.load` reads it."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and bool(read_json(path).get("longspan"))
+
+
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str | Path) -> None:
     """Load weights, every one of them, in place.
 

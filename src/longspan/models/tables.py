@@ -1,8 +1,8 @@
 """Models from plain data and back: what recipes and saved models say of them.
 
-A table has a `kind` ("decoder", "encoder" or "masked_lm"; a recipe may leave it out: decoder), the fields of that
-model's configuration, and optionally a table `memory` of `RecurrentConfig` (then it is a RecurrentMemory over that
-model) and `classes` (then a RecurrentClassifier).
+A table has a `kind` ("decoder", "encoder" or "masked_lm"; a recipe may leave it out: decoder; `longspan.hf.tuned` adds
+"pretrained"), the fields of that model's configuration, and optionally a table `memory` of `RecurrentConfig` (then it
+is a RecurrentMemory over that model) and `classes` (then a RecurrentClassifier).
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,19 @@ _KINDS: dict[str, tuple[Any, Any]] = {
     "encoder": (Encoder, EncoderConfig),
     "masked_lm": (MaskedLM, EncoderConfig),
 }
+
+
+def register_kind(name: str, model_class: Any, config_class: Any) -> None:
+    """Make another kind of model known.
+
+    Args:
+        name: the kind.
+        model_class: made of a configuration alone; its models have `describe()`, which gives their table. A static
+            method `backbone(config)` gives what a table `memory` goes around, where that is not the model itself; such
+            a backbone has its table as `longspan_table`.
+        config_class: a dataclass of its fields, `vocab_size` among them.
+    """
+    _KINDS[name] = (model_class, config_class)
 
 
 def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
@@ -56,9 +69,11 @@ def build_model(table: Mapping[str, Any], where: str = "model") -> Any:
     resolved = resolve_model(table, where)
     model_class, config_class = _KINDS[resolved.pop("kind")]
     memory, classes = resolved.pop("memory", None), resolved.pop("classes", None)
-    model = model_class(from_dict(config_class, resolved, where))
-    if memory is not None:
-        model = RecurrentMemory(model, from_dict(RecurrentConfig, memory, f"{where}.memory"))
+    config = from_dict(config_class, resolved, where)
+    if memory is None:
+        return model_class(config)
+    model = getattr(model_class, "backbone", model_class)(config)
+    model = RecurrentMemory(model, from_dict(RecurrentConfig, memory, f"{where}.memory"))
     return model if classes is None else RecurrentClassifier(model, classes)
 
 
@@ -76,12 +91,13 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, RecurrentClassifier):
         return {**describe_model(model.recurrent), "classes": model.num_classes}
     if isinstance(model, RecurrentMemory):
-        if not isinstance(model.backbone, (Decoder, Encoder)):
+        table = getattr(model.backbone, "longspan_table", None)
+        if table is None and not isinstance(model.backbone, (Decoder, Encoder)):
             raise UnsupportedError(
                 f"RecurrentMemory over {type(model.backbone).__name__}: save the backbone with its own save_pretrained "
                 "and the memory (model.cell) with its state_dict()"
             )
-        return {**describe_model(model.backbone), "memory": to_dict(model.config)}
+        return {**(table or describe_model(model.backbone)), "memory": to_dict(model.config)}
     kinds = [kind for kind, (model_class, _) in _KINDS.items() if isinstance(model, model_class)]
     assert kinds, f"{type(model).__name__} is not a model of this library"
     return {"kind": kinds[0], **to_dict(model.config)}

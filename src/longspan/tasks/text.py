@@ -26,7 +26,8 @@ class TextConfig:
     """which files of a folder are read"""
     separator: str = ""
     """where documents part inside one file; empty: a file is a document"""
-    tokenizer: Literal["bytes", "subword"] = "bytes"
+    tokenizer: Literal["bytes", "subword", "model"] = "bytes"
+    """subword: learned from the training documents; model: that of the pretrained model in the recipe"""
     vocab_size: int = 4096
     """subwords to learn from the training documents, the 256 bytes among them; the byte tokenizer has always 256"""
     split: Literal["auto", "document", "tail"] = "auto"
@@ -92,6 +93,8 @@ class TextTask:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer; subwords are learned at the first use unless `prepare` has loaded them."""
         if self._tokenizer is None:
+            if self.config.tokenizer == "model":
+                raise ConfigError("task.tokenizer = 'model': for recipes with model.kind = 'pretrained'")
             self._tokenizer = Subword.train(self._split()["train"], self.config.vocab_size)
         return self._tokenizer
 

@@ -71,6 +71,7 @@ class Subword:
     """
 
     def __init__(self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = ()) -> None:
+        also = tuple(also)
         # a text that spells out the begin token must not be taken for one
         engine.encode_special_tokens = True
         self.engine = engine
@@ -79,6 +80,7 @@ class Subword:
         if found is None:
             raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
         self.begin: int = found
+        self._specials = (begin, sorted(also))
         tokens = [engine.id_to_token(index) or "" for index in range(self.vocab_size)]
         silent = {begin, *also}
         self._silent = {index for index, token in enumerate(tokens) if token in silent}
@@ -123,7 +125,11 @@ class Subword:
         return bytes(alphabet[character] for token in tokens for character in token)
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON of the `tokenizers` library."""
+        """Write the JSON of the `tokenizers` library; around that of a pretrained model, what its tokens are for."""
+        begin, also = self._specials
+        if (begin, also) != (BEGIN, []):
+            write_json(path, {"longspan": "model", "begin": begin, "also": also, "engine": self.engine.to_str()})
+            return
         write_atomically(path, lambda temporary: temporary.write_text(self.engine.to_str(), encoding="utf-8"))
 
 
@@ -158,6 +164,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from tokenizers import Tokenizer as Engine
 
     try:
+        if isinstance(data, dict) and data.get("longspan") == "model":
+            return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"])
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
     except Exception as error:
         # the library raises bare Exception for a file it cannot read

@@ -19,10 +19,11 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, write_json
 from longspan.models import build_model, load_model, resolve_model, save_model
+from longspan.models.io import is_converted
 from longspan.tasks import MemoryTask, Task
 from longspan.tasks.synthetic import PasskeyTask
 from longspan.train import checkpoint as checkpoints
-from longspan.train import folders
+from longspan.train import folders, pretrained
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.curriculum import CurriculumConfig
@@ -59,6 +60,8 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name in TABLES:
         if not isinstance(recipe.get(name, {}), Mapping):
             raise ConfigError(f"recipe.{name}: expected a table of fields, got {recipe[name]!r}")
+    if pretrained.is_pretrained(recipe):
+        recipe = pretrained.completed(recipe)
     return {
         "longspan": __version__,
         "about": recipe.get("about", ""),
@@ -121,6 +124,8 @@ def _run(
         raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
     if group.main:
         _clear(folder, resume)
+    if group.main and pretrained.is_pretrained(resolved):
+        pretrained.write_tokenizer(resolved["model"]["source"], folder)
     task = _prepared_task(resolved["task"], folder, group)
     _fit_vocabulary(resolved["model"], task)
     checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
@@ -142,7 +147,7 @@ def _run(
     if result.interrupted:
         display.message(f"stopped at step {result.step}, saved in {folder}; resume it to go on")
     elif group.main:
-        folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
+        folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled))
     group.barrier()
     return result
 
@@ -200,9 +205,15 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
         CheckpointError: there is no run, or nothing sound in it.
     """
     folder = Path(folder)
-    task = tasks.build(_stored_recipe(folder)["task"])
+    recipe = _stored_recipe(folder)
+    task = tasks.build(recipe["task"])
     task.prepare(folder, main=False)
-    if (folder / "model").is_dir():
+    pretrained.is_pretrained(recipe)  # where it is, checkpoints can be read from here on
+    if is_converted(folder / "model"):
+        from longspan.hf.decoder import load_converted
+
+        model = load_converted(folder / "model").model
+    elif (folder / "model").is_dir():
         model = load_model(folder / "model")
     else:
         checkpoint = _newest_sound(folder / "checkpoints", Silent())

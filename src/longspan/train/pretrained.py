@@ -1,0 +1,69 @@
+"""Runs of pretrained models: their kind is known, their paths hold, and text is cut by their own tokenizer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import ConfigError
+from longspan.models import save_model
+from longspan.models.io import is_converted
+
+KIND = "pretrained"
+
+
+def is_pretrained(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe's model is a pretrained one; then its kind is known from here on.
+
+    Raises:
+        UnsupportedError: transformers is missing.
+    """
+    model = recipe.get("model", {})
+    if not isinstance(model, Mapping) or model.get("kind") != KIND:
+        return False
+    import longspan.hf.tuned  # noqa: F401 - makes the kind known
+
+    return True
+
+
+def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with what follows from a pretrained model: a path that holds anywhere, and its tokenizer."""
+    model, task = dict(recipe["model"]), dict(recipe.get("task", {}))
+    if model.get("source"):
+        if "memory" not in model and not is_converted(model["source"]):
+            raise ConfigError(
+                f"model.source = {model['source']!r} is no folder that `longspan convert` wrote; convert it first, or "
+                "add a table model.memory"
+            )
+        if Path(model["source"]).is_dir():
+            model["source"] = str(Path(model["source"]).resolve())
+    if task.get("name", "text") == "text":
+        task.setdefault("tokenizer", "model")
+    if task.get("tokenizer") != "model":
+        raise ConfigError(
+            "model.kind = 'pretrained' reads text through its own tokenizer: task.name = 'text', "
+            "task.tokenizer = 'model'"
+        )
+    return {**recipe, "model": model, "task": task}
+
+
+def write_tokenizer(source: str, folder: Path) -> None:
+    """Put the tokenizer of a pretrained model into a run's folder, where there is none yet.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        UnsupportedError: it is not one that counts bytes.
+    """
+    from longspan.hf.decoder import open_tokenizer
+    from longspan.tasks.tokenizers import borrow
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        borrow(open_tokenizer(source)).save(path)
+
+
+def publish(model: Any, folder: Path) -> None:
+    """The trained model as a folder: a pretrained one as transformers keeps it, others as this library does."""
+    if hasattr(model, "export"):
+        model.export(folder)
+    else:
+        save_model(model, folder)
