@@ -23,7 +23,7 @@ help:
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[dev,hf]'
+	$(PIP) install -c constraints.txt -e '.[dev,hf,eval]'
 	@touch $@
 
 $(VENV)/.data: $(VENV)/.installed

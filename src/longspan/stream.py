@@ -31,6 +31,18 @@ class SessionState(NamedTuple):
         return self.model.live
 
 
+class Scores(NamedTuple):
+    """Of tokens that were read.
+
+    Attributes:
+        nats: (n,) what each cost given all before it (the first of a stream: given nothing, log(vocab_size)).
+        likeliest: (n,) bool, whether no other token was likelier.
+    """
+
+    nats: Tensor
+    likeliest: Tensor
+
+
 class StreamSession:
     """One sequence, as long as it likes, through a causal model.
 
@@ -90,30 +102,44 @@ class StreamSession:
         Raises:
             DataError: a token outside the vocabulary. What came before its chunk has been read.
         """
+        if losses:
+            return self.score(tokens).nats
+        for part in self._parts(tokens):
+            with states.owned():
+                last, following = self.model.last(part, self._state.model)
+            self._advance(following, last, part.shape[1])
+        return self._state.logits[0]
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor | Sequence[int]) -> Scores:
+        """Read tokens as `feed` does, and say of each what it cost and whether it was the likeliest."""
+        nats, likeliest = [self._state.logits.new_zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        for part in self._parts(tokens):
+            with states.owned():
+                logits, following = self.model(part, self._state.model)
+                before = torch.cat([self._state.logits[:, None], logits[:, :-1]], 1)[0].float()
+                nats.append(F.cross_entropy(before, part[0], reduction="none"))
+                likeliest.append((before.argmax(-1) == part[0]).cpu())
+                last = logits[:, -1].clone()
+            self._advance(following, last, part.shape[1])
+        return Scores(torch.cat(nats), torch.cat(likeliest))
+
+    def _parts(self, tokens: Tensor | Sequence[int]) -> Iterator[Tensor]:
+        """Chunks (1, n) that end where the position is a multiple of the chunk."""
         tokens = torch.as_tensor(tokens, dtype=torch.int64).to(self._state.logits.device)
         if tokens.ndim == 2 and tokens.shape[0] == 1:
             tokens = tokens[0]
         if tokens.ndim != 1:
             raise ConfigError(f"a session reads one sequence: tokens are {tuple(tokens.shape)}, expected (n,)")
-        found: list[Tensor] = []
         first = 0
         while first < len(tokens):
             count = min(self.chunk - self._position % self.chunk, len(tokens) - first)
-            part = tokens[None, first : first + count]
-            with states.owned():
-                if losses:
-                    logits, following = self.model(part, self._state.model)
-                    before = torch.cat([self._state.logits[:, None], logits[:, :-1]], 1)
-                    found.append(F.cross_entropy(before[0].float(), part[0], reduction="none"))
-                    last = logits[:, -1].clone()
-                else:
-                    last, following = self.model.last(part, self._state.model)
-            self._state = SessionState(following, last)
-            self._position += count
+            yield tokens[None, first : first + count]
             first += count
-        if losses:
-            return torch.cat(found) if found else self._state.logits.new_zeros(0)
-        return self._state.logits[0]
+
+    def _advance(self, state: Any, logits: Tensor, count: int) -> None:
+        self._state = SessionState(state, logits)
+        self._position += count
 
     def reset(self) -> None:
         """Begin a new document: everything carried is emptied."""

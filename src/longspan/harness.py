@@ -1,0 +1,144 @@
+"""lm-evaluation-harness: any run or converted model as one of its models. Needs the extra `eval`.
+
+    import lm_eval
+    from longspan.harness import LongspanLM
+
+    lm_eval.simple_evaluate(LongspanLM("runs/xl"), tasks=["lambada_openai"])
+
+Contexts are read by sessions, so their length is free and their state constant where the mixers allow; what requests
+have in common is read once. Rolling likelihoods are of the whole text, never of windows. The harness finds the name
+`longspan` (`--model longspan --model_args run=runs/xl`) once this module is imported.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from longspan.errors import UnsupportedError
+
+try:
+    from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
+    from lm_eval.api.registry import register_model  # type: ignore[import-untyped]
+except ImportError as error:
+    raise UnsupportedError("longspan.harness needs lm-eval; pip install 'longspan[eval]'") from error
+
+import torch
+
+from longspan.cli.runs import open_run
+from longspan.stream import StreamSession
+
+
+@register_model("longspan")
+class LongspanLM(TemplateLM):  # type: ignore[misc]
+    """A model of this library, or one it converted, as the harness calls it.
+
+    Args:
+        run: the folder of a run, or one that `longspan convert` wrote.
+        max_gen_toks: tokens that an answer has at most, where the task does not say.
+
+    Raises:
+        CheckpointError: no run there, or one that does not read text.
+        UnsupportedError: a layer does not stream; what it says of a token then depends on what follows.
+    """
+
+    def __init__(self, run: str | Path, max_gen_toks: int = 256, **_: Any) -> None:
+        super().__init__()
+        self.run, self.max_gen_toks = str(run), int(max_gen_toks)
+        self.model, task = open_run(self.run)
+        self.task_tokenizer = task.tokenizer
+        self._start = StreamSession(self.model)
+        self._start.feed([self.task_tokenizer.begin])
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token between documents."""
+        return self.task_tokenizer.begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the tokenizer in its caches."""
+        return self.run
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids of a text."""
+        return [int(token) for token in self.task_tokenizer.encode(string.encode())]
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        found: dict[int, tuple[float, bool]] = {}
+        contexts = [self._context(context) for _, context, _ in requests]
+        for index, session in self._read(contexts):
+            scores = session.fork().score(requests[index][2])
+            found[index] = (-float(scores.nats.double().sum()), bool(scores.likeliest.all()))
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+        return [found[index] for index in range(len(requests))]
+
+    def _context(self, tokens: list[int]) -> list[int]:
+        """Without the token that stands for an empty context: every session begins with it."""
+        return tokens[1:] if tokens[:1] == [self.eot_token_id] else tokens
+
+    def _read(self, contexts: Sequence[list[int]]) -> Iterator[tuple[int, StreamSession]]:
+        """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
+        if not contexts:
+            return
+        shared = _common(min(contexts), max(contexts))
+        start = self._start.fork()
+        start.feed(contexts[0][:shared])
+        order = sorted(range(len(contexts)), key=contexts.__getitem__)
+        for context, same in groupby(order, key=contexts.__getitem__):
+            session = start.fork()
+            session.feed(context[shared:])
+            for index in same:
+                yield index, session
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each text, as a document of its own."""
+        found = []
+        for request in requests:
+            (text,) = request.args
+            nats = self._start.fork().score(self.tok_encode(text)).nats
+            found.append(-float(nats.double().sum()))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+        return found
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, cut before the first of the texts that end them."""
+        found: dict[int, str] = {}
+        contexts = [self._context(self.tok_encode(request.args[0])) for request in requests]
+        for index, session in self._read(contexts):
+            found[index] = self._answer(session.fork(), dict(requests[index].args[1]))
+            self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
+        return [found[index] for index in range(len(requests))]
+
+    def _answer(self, session: StreamSession, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        ends = [until] if isinstance(until, str) else list(until)
+        drawn = bool(options.get("do_sample", False))
+        temperature = float(options.get("temperature", 1.0 if drawn else 0.0)) if drawn else 0.0
+        tokens: list[int] = []
+        for token in session.stream(
+            int(options.get("max_gen_toks", self.max_gen_toks)),
+            temperature=temperature,
+            top_p=options.get("top_p"),
+            generator=torch.Generator().manual_seed(0),
+        ):
+            if token == self.eot_token_id:
+                break
+            tokens.append(token)
+            text = self._text(tokens)
+            if any(end in text for end in ends):
+                return text[: min(text.index(end) for end in ends if end in text)]
+        return self._text(tokens)
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.task_tokenizer.decode(tokens).decode("utf-8", errors="replace")
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """How many tokens two contexts begin with alike."""
+    for index, (first, second) in enumerate(zip(one, other, strict=False)):
+        if first != second:
+            return index
+    return min(len(one), len(other))
