@@ -8,6 +8,7 @@ from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
 from longspan.claims.infini_passkey import INFINI_PASSKEY
+from longspan.claims.infini_pretrained import INFINI_PRETRAINED
 from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
 from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
@@ -23,7 +24,7 @@ __all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "r
 _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
-    *(INFINI_MEMORY, INFINI_PASSKEY),
+    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 
