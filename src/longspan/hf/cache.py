@@ -48,6 +48,10 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """No limit."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same, as older versions of transformers call it."""
+        return -1
+
     def reset(self) -> None:
         """An empty past."""
         self.state, self.columns, self.is_initialized = None, 0, False
