@@ -15,6 +15,7 @@ from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.reproduce import reproduce
+from longspan.cli.show import patterns, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
@@ -76,6 +77,12 @@ def unwrap(text: str) -> str:
 
 for name, verb in _VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
+
+_SHOW = "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned."
+show = typer.Typer(add_completion=False, no_args_is_help=True, help=_SHOW)
+app.add_typer(show, name="show")
+for name, verb in {"patterns": patterns, "spans": spans, "support": support}.items():
+    show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 
 def _show_version(wanted: bool) -> None:
