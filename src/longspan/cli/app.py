@@ -79,10 +79,17 @@ for name, verb in _VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 _SHOW = "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned."
-show = typer.Typer(add_completion=False, no_args_is_help=True, help=_SHOW)
-app.add_typer(show, name="show")
-for name, verb in {"patterns": patterns, "spans": spans, "support": support}.items():
+show = typer.Typer(add_completion=False)
+app.add_typer(show, name="show", help=_SHOW)
+_SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support}
+for name, verb in _SHOWN.items():
     show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
+
+
+@show.callback(invoke_without_command=True)
+def _shown(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def _show_version(wanted: bool) -> None:

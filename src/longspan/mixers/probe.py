@@ -1,12 +1,12 @@
 """Which keys a query reads, measured on the mixer itself: one value at a time is changed, outputs are compared."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.errors import ConfigError
+from longspan.mixers.adaptive_span import AdaptiveSpanCore
 from longspan.mixers.base import Mixer
 
 # sequences that are run at once
@@ -17,13 +17,13 @@ _ROWS = 32
 def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
     """How much the output of each query changes where the value of a key does; zero where it does not read that key.
 
-    The whole mixer runs, in fp64, on hidden states of normal numbers from an empty past. Queries and keys (and what
-    else reads hidden states: dynamic spans) are made blind to the last coordinate of the hidden states, so changing
-    that coordinate at position j changes the value there and nothing else, through whatever path values take: compressed
-    and recurrent memories are measured as attention is, no mask of any mechanism is asked. Where the output is an
-    attention map times the values (`linear_in_values`) all other values are zero and the changed one is one: the result
-    is the map, and a weight is zero only if it is exactly zero. Else the other values are normal numbers too, and a
-    change is one that shows in fp64.
+    The whole mixer runs, in fp64, on hidden states of normal numbers from an empty past. Queries and keys (and
+    dynamic spans, which read hidden states too) are made blind to the last coordinate of the hidden states, so changing
+    that coordinate at position j changes the value there and nothing else, through whatever path values take: memories
+    are measured as attention is, and no mask of any mechanism is asked. Where the output is an attention map times the
+    values (`linear_in_values`) all other values are zero and the changed one is one: the result is the map, and a
+    weight is zero only if it is exactly zero. Else the other values are normal numbers too, and a change is one that
+    shows in fp64.
 
     Args:
         mixer: any; it is copied and stays as it is.
@@ -68,12 +68,7 @@ def _blind(mixer: Mixer) -> Mixer:
         if projections.v_proj.bias is not None:
             projections.v_proj.bias.zero_()
     projections.v_proj.weight[:, -1] = 1
-    if core.needs_hidden:
-        for parameter in core.parameters():
-            _hide(parameter, mixer.shape.dim)
+    for module in core.modules():
+        if isinstance(module, AdaptiveSpanCore) and module.config.dynamic:
+            module.span_weight[:, -1] = 0
     return probed
-
-
-def _hide(parameter: Any, dim: int) -> None:
-    if parameter.ndim == 2 and parameter.shape[-1] == dim:
-        parameter[:, -1] = 0

@@ -45,7 +45,9 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
         found += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
         others |= {type(core).__name__.removesuffix("Core") for core, _ in inside}
     if not found:
-        raise ConfigError(f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(others)) or 'none'}")
+        raise ConfigError(
+            f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(others)) or 'none'}"
+        )
     return found
 
 
@@ -76,9 +78,8 @@ def head_figure(
 
     layers = [found.layer for found, _ in rows]
     # heads side by side, so that equal ones do not hide each other
-    width = 0.5 * (max(layers) - min(layers) or 1) / max(len(rows) - 1, 1)
     spread = [
-        (found.layer + width * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
+        (found.layer + 0.3 * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
         for found, values in rows
         for head, value in enumerate(values)
     ]

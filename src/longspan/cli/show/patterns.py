@@ -13,17 +13,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longspan.mixers import Mixer
-    from longspan.report import Section
+    from longspan.report import Block, Section
 
 # of the layers that are drawn: `examples` are for four heads
 _HEADS, _HEAD_DIM = 4, 16
 _LONGEST = 512
+_LEAD = (
+    "Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
+    "changed, and a cell is coloured where that changes the output of the query. Darker is heavier in its row; grey is "
+    "not read."
+)
 
 
 def patterns(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Mechanisms; none: all of them.", show_default=False),
+        typer.Argument(metavar="NAME", help="Mechanisms; none: all of them.", show_default=False),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -40,9 +45,7 @@ def patterns(
     both_sides: Annotated[
         bool, typer.Option("--both-sides", help="Draw the form that sees later tokens too, where there is one.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
     ] = Path("out/patterns"),
@@ -76,7 +79,9 @@ def patterns(
         raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
     rows, sections = [], []
     for name in chosen:
-        forms = [(each, _build(name, each, both_sides, seed)) for each in ((fields,) if set_ else registry.examples(name))]
+        forms = [
+            (each, _build(name, each, both_sides, seed)) for each in ((fields,) if set_ else registry.examples(name))
+        ]
         drawn = [(each, mixer) for each, mixer in forms if mixer is not None]
         if not drawn and names:
             raise ConfigError(f"{name}: sees no later tokens in any form; leave --both-sides out")
@@ -91,9 +96,7 @@ def patterns(
         "longspan: which keys a query reads",
         sections,
         {"length": length, "both_sides": both_sides, "seed": seed, "patterns": rows},
-        lead="Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
-        "changed, and a cell is coloured where that changes the output of the query. Darker is heavier in its row; "
-        "grey is not read.",
+        lead=_LEAD,
         footer="made by longspan show patterns",
     )
     _print(rows, length)
@@ -144,7 +147,7 @@ def _section(
         alt=f"Attention patterns of {name}: {'; '.join(panel.title.replace(chr(10), ', ') for panel in panels)}",
     )
     about = (sys.modules[type(mixers[0].core).__module__].__doc__ or "").partition("\n\n")[0]
-    blocks = [Text(about), figure]
+    blocks: list[Block] = [Text(about), figure]
     if any(mixer.traits.selects or mixer.traits.sparse for mixer in mixers):
         blocks.append(Text("What is read depends on the data: these are untrained weights and random inputs."))
     return Section(name, blocks), rows
@@ -172,7 +175,9 @@ def _words(fields: dict[str, Any]) -> str:
     """Fields as they are given on the command line; parts side by side with a bar between."""
     if "parts" in fields:
         parts = [dict(part) for part in fields["parts"]]
-        return " | ".join(f"{part.pop('num_heads')} {part.pop('name')}({_words(part)})".replace("()", "") for part in parts)
+        return " | ".join(
+            f"{part.pop('num_heads')} {part.pop('name')}({_words(part)})".replace("()", "") for part in parts
+        )
     return ", ".join(f"{key}={str(value).replace(' ', '')}" for key, value in fields.items())
 
 

@@ -11,6 +11,7 @@ from longspan.cli.runs import open_any_run
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
     from longspan.mixers.adaptive_span import AdaptiveSpanCore
+    from longspan.report import Block
 
 
 def spans(
@@ -42,11 +43,12 @@ def spans(
     most, ramps = (sorted({getattr(each.core.config, name) for each in found}) for name in ("max_span", "ramp"))
     words = (
         f"{len(values)} heads look {number(sum(values) / len(values), 1)} tokens far on average, "
-        f"{number(min(values), 1)} to {number(max(values), 1)}, of at most {' or '.join(f'{each:,}' for each in most)}. "
+        f"{number(min(values), 1)} to {number(max(values), 1)}, "
+        f"of at most {' or '.join(f'{each:,}' for each in most)}. "
         f"Beyond its span a head's weights fall to zero over {' or '.join(str(ramp) for ramp in ramps)} tokens."
     )
     table = head_table(rows, lambda value: number(value, 1))
-    blocks = [Text(words), head_figure("spans", rows, ylabel="span in tokens"), table]
+    blocks: list[Block] = [Text(words), head_figure("spans", rows, ylabel="span in tokens"), table]
     if dynamic:
         blocks.append(Text("Dynamic spans depend on the token: these are means over held-back documents."))
     data = {

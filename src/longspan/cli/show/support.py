@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longspan.mixers.entmax import EntmaxCore
+    from longspan.report import Block
 
 # keys whose weights are read off at once
 _WIDTH = 256
@@ -49,7 +50,8 @@ def support(
     model, task = open_any_run(run)
     found = find(model, EntmaxCore, run, "entmax")
     # by core: summed keys with a weight and keys that could be seen, a head; and queries
-    kept, seen = ({id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found} for _ in range(2))
+    zeros = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
+    kept, seen = zeros, {key: each.clone() for key, each in zeros.items()}
     queries = dict.fromkeys(kept, 0)
 
     def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
@@ -74,7 +76,7 @@ def support(
         head_table(sizes, lambda value: number(value, 1), "keys with a weight, a query"),
         head_table(shares, lambda value: f"{value:.1%}", "share of the keys seen that have a weight"),
     ]
-    blocks = [
+    blocks: list[Block] = [
         Text(words),
         head_figure("alpha", alphas, ylabel="alpha", ylim=(0.95, 2.05)),
         head_figure("support", sizes, ylabel="keys with a weight, a query"),
