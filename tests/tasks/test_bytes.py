@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from longspan import tasks
+from longspan.cli.app import run as cli
 from longspan.config import read_toml
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import MusicConfig, MusicTask, TilesConfig, TilesTask
@@ -186,7 +187,7 @@ def test_wrong_fields_of_tiles(fields):
         MusicConfig(width=0)
 
 
-def test_the_recipe_trains_on_small_tiles(images, tmp_path):
+def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
     recipe = read_toml(find_recipe("sparse-tiles.toml"))
     recipe["model"] |= {"dim": 16, "num_layers": 2, "num_heads": 2}
     recipe["model"]["mixers"][0]["stride"] = 24
@@ -202,6 +203,12 @@ def test_the_recipe_trains_on_small_tiles(images, tmp_path):
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(piece.tokens)[None])
     assert logits.shape == (1, 192, 256)
+    # the verbs read it: the held-back tiles, any other image, and one line where they want text
+    assert cli(["eval", str(tmp_path / "run")]) == 0
+    assert cli(["eval", str(tmp_path / "run"), str(images / "0.png"), "--tokens", "192"]) == 0
+    assert "192 bytes, 192 tokens" in capsys.readouterr().out
+    assert cli(["stream", str(tmp_path / "run"), str(images / "notes.txt")]) == 2
+    assert "a run of the task TilesTask, not of text" in capsys.readouterr().err
 
 
 def test_the_full_recipe_fits_itself():

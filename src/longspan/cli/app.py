@@ -39,6 +39,8 @@ like and can be stopped and resumed anywhere. `generate` goes on from a prompt o
 A pretrained model of Hugging Face takes the same path: `longspan convert` puts another mechanism into the place of its
 attention, and the folder it writes is as good as a run.
 
+`longspan show` draws which keys every mechanism reads, and how far the heads of a trained model have learned to look.
+
 New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
 `longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
 Each verb explains itself: longspan stream --help

@@ -26,7 +26,7 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
     shows in fp64.
 
     Args:
-        mixer: any; it is copied and stays as it is.
+        mixer: as `longspan.mixers.build` makes them; it is copied and stays as it is.
         length: tokens of the sequence.
         seed: of the hidden states, which matter where what is seen depends on them.
 
@@ -40,7 +40,7 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
         raise ConfigError(f"{mixer.name}: length = {length}: must be at least 1")
     probed = _blind(mixer)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, length, mixer.shape.dim, generator=generator).to(torch.float64)
+    x = torch.randn(1, length, mixer.shape.dim, generator=generator).to(probed.projections.v_proj.weight)
     x[..., -1] = 0
     outs: list[Tensor] = []
     hook = probed.core.register_forward_hook(lambda _core, _given, found: outs.append(found[0]))

@@ -1,5 +1,6 @@
 """`longspan show patterns`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -178,7 +179,8 @@ def _words(fields: dict[str, Any]) -> str:
         return " | ".join(
             f"{part.pop('num_heads')} {part.pop('name')}({_words(part)})".replace("()", "") for part in parts
         )
-    return ", ".join(f"{key}={str(value).replace(' ', '')}" for key, value in fields.items())
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+    return ", ".join(f"{key}={value.replace(' ', '')}" for key, value in written.items())
 
 
 def _print(rows: list[dict[str, Any]], length: int) -> None:
