@@ -244,7 +244,7 @@ def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: 
     ]
     rows = [titles[first : first + columns] for first in range(0, len(titles), columns)]
     heads = [14 + 22 * max(title.count("\n") + 1 for title in row) for row in rows]
-    width, height = columns * (side + left) + 8, sum(heads) + len(rows) * (side + bottom)
+    width, height = columns * (side + left) + 18, sum(heads) + len(rows) * (side + bottom)
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH))
         FigureCanvasAgg(figure)

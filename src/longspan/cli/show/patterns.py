@@ -22,7 +22,7 @@ _LONGEST = 512
 _LEAD = (
     "Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
     "changed, and a cell is coloured where that changes the output of the query. Darker is heavier in its row; grey is "
-    "not read."
+    "not read. Keys are counted as the mean over the queries."
 )
 
 
@@ -137,7 +137,7 @@ def _section(
         keys = (weights > 0).sum(-1).double().mean(-1).tolist()
         for heads in _alike(weights):
             numbers = "" if len(heads) == _HEADS else f"{_numbers(heads)}: "
-            title = f"{_words(fields) or 'defaults'}\n{numbers}{keys[heads[0] - 1]:.1f} keys a query"
+            title = f"{_words(fields) or 'defaults'}\n{numbers}{keys[heads[0] - 1]:.1f} keys"
             panels.append(Panel(title, weights[heads[0] - 1].tolist()))
         rows.append({"name": name, "fields": fields, "keys_per_query": keys, "heads_alike": _alike(weights)})
     mixers = [mixer for _, mixer in forms]
