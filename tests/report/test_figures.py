@@ -7,7 +7,17 @@ import pytest
 from matplotlib.colors import to_rgba
 
 from longspan.report import DARK, LIGHT
-from longspan.report.figures import Mark, Panel, PlainNumbers, Series, line_figure, matrix_figure, picture, to_png
+from longspan.report.figures import (
+    Mark,
+    Panel,
+    PlainNumbers,
+    Series,
+    line_figure,
+    matrix_figure,
+    pattern_figure,
+    picture,
+    to_png,
+)
 
 
 def draw(theme=LIGHT, **more):
@@ -72,3 +82,27 @@ def test_matrices_stand_beside_each_other_with_frames_on_both_sides_of_the_diago
     assert sorted(frame.get_xy() for frame in first.patches) == [(-0.5, 0.5), (0.5, -0.5)]
     assert first.get_facecolor() == pytest.approx(to_rgba(DARK.grid)), "what is empty looks like no value"
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+def test_a_pattern_has_whole_cells_of_what_is_read_what_is_not_and_what_could_not_be():
+    weights = [[1.0, 0, 0], [0.1, 0.4, 0], [0, 0, 2.0]]
+    figure = pattern_figure([Panel("a title that is much longer than the panel\nsecond", weights)] * 3, theme=DARK)
+    assert len(figure.axes) == 3
+    first = figure.axes[0]
+    assert first.get_title(loc="left").splitlines()[-1] == "second"
+    image = first.images[0].get_array().tolist()
+    weak = sum(abs(a - b) for a, b in zip(image[1][0], to_rgba(DARK.ground), strict=True))
+    assert weak > 0.3, "what is read little is seen all the same"
+    assert image[1][1] == pytest.approx(to_rgba(DARK.colours[0]), abs=0.01), "the heaviest of its row"
+    assert image[2][0] == pytest.approx(to_rgba(DARK.grid)), "an earlier key that is not read"
+    assert image[0][2] == pytest.approx(to_rgba(DARK.ground)), "a later key"
+    both = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK).axes[0].images[0].get_array().tolist()
+    assert both[0][2] == pytest.approx(to_rgba(DARK.grid))
+    box = first.get_window_extent()
+    assert box.width % 3 == pytest.approx(0, abs=1e-6)
+    assert box.width == pytest.approx(box.height)
+
+
+def test_points_are_not_joined():
+    line = line_figure([Series(x=[1, 2], y=[3, 4], kind="points")], xlabel="x", ylabel="y").axes[0].lines[0]
+    assert (line.get_linestyle(), line.get_marker()) == ("None", "o")

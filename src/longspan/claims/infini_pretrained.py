@@ -227,9 +227,9 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
     return Outcome(
         verdict=verdict,
         figures=figures,
-        size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; adapters "
-        f"of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the Union speeches; "
-        f"read: held-back speeches, {plan.tokens:,} tokens on end",
+        size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
+        f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "
+        f"Union speeches; read: held-back speeches, {plan.tokens:,} tokens on end",
         note=f"Memory is worth {gain:+.4f} nats a token against the same model that starts anew with every segment. "
         f"The original was trained for {POSITIONS:,} positions. It has probably seen these speeches, so only "
         "differences mean something; nothing was trained to find pass keys.",

@@ -15,6 +15,7 @@ from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.reproduce import reproduce
+from longspan.cli.show import patterns, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
@@ -37,6 +38,8 @@ like and can be stopped and resumed anywhere. `generate` goes on from a prompt o
 
 A pretrained model of Hugging Face takes the same path: `longspan convert` puts another mechanism into the place of its
 attention, and the folder it writes is as good as a run.
+
+`longspan show` draws which keys every mechanism reads, and how far the heads of a trained model have learned to look.
 
 New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
 `longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
@@ -76,6 +79,19 @@ def unwrap(text: str) -> str:
 
 for name, verb in _VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
+
+_SHOW = "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned."
+show = typer.Typer(add_completion=False)
+app.add_typer(show, name="show", help=_SHOW)
+_SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support}
+for name, verb in _SHOWN.items():
+    show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
+
+
+@show.callback(invoke_without_command=True)
+def _shown(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def _show_version(wanted: bool) -> None:

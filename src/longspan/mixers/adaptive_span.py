@@ -150,7 +150,7 @@ class AdaptiveSpanCore(Core):
     ) -> tuple[Tensor, AdaptiveSpanState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        span = self._dynamic(hidden) if self.config.dynamic else self._tokens()
+        span = self.token_spans(hidden) if self.config.dynamic else self._tokens()
         if penalties is not None and self.config.penalty:
             penalties.append(self.config.penalty * self._mean(span, rows))
         all_k, all_v, memory = join(state, k, v, grows=False)
@@ -171,8 +171,8 @@ class AdaptiveSpanCore(Core):
         kept = carried(state, k, v, (all_k, all_v), rows, self.capacity)
         return out, AdaptiveSpanState(*kept, *self._counts(state, rows))
 
-    def _dynamic(self, hidden: Hidden | None) -> Tensor:
-        """(batch, heads, length) spans in tokens, fp32 at least."""
+    def token_spans(self, hidden: Hidden | None) -> Tensor:
+        """(batch, heads, length) dynamic spans in tokens, fp32 at least."""
         assert hidden is not None, "dynamic spans are read off the hidden states"
         with torch.autocast(hidden.x.device.type, enabled=False):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)

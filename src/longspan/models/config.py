@@ -31,7 +31,8 @@ class StackConfig:
         rope_theta: base of RoPE.
         max_positions: size of the learned table.
         position_shape: what positions count through, the last coordinate fastest (Child et al. 2019, section 5.3): (32,
-            32, 3) for rows, columns and channels of an image, (n / stride, stride) for text.
+            32, 3) for rows, columns and channels of an image, (n / stride, stride) for text. A recipe may leave it out
+            where the task knows it (`tiles`, `music`).
         bias: biases in all linear maps.
         dropout: on embeddings and on the output of every sublayer.
         tie_embeddings: the output layer uses the embedding's weights.

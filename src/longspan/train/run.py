@@ -65,10 +65,19 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "longspan": __version__,
         "about": recipe.get("about", ""),
-        "model": resolve_model(recipe.get("model", {})),
+        "model": resolve_model(_placed(recipe)),
         "task": tasks.resolve(recipe.get("task", {})),
         "train": to_dict(from_dict(_train_config(recipe), recipe.get("train", {}), "train")),
     }
+
+
+def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's table; factorised positions without a shape take the coordinates of the task's documents."""
+    model: Mapping[str, Any] = recipe.get("model", {})
+    if model.get("positions") != "factorised" or model.get("position_shape"):
+        return model
+    shape = getattr(tasks.build(recipe.get("task", {})), "position_shape", None)
+    return model if shape is None else {**model, "position_shape": list(shape)}
 
 
 def _train_config(recipe: Mapping[str, Any]) -> type[Any]:

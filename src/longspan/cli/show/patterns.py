@@ -1,0 +1,194 @@
+"""`longspan show patterns`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.console import console, print_table
+from longspan.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longspan.mixers import Mixer
+    from longspan.report import Block, Section
+
+# of the layers that are drawn: `examples` are for four heads
+_HEADS, _HEAD_DIM = 4, 16
+_LONGEST = 512
+_LEAD = (
+    "Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
+    "changed, and a cell is coloured where that changes the output of the query. Darker is heavier in its row; grey is "
+    "not read. Keys are counted as the mean over the queries."
+)
+
+
+def patterns(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Mechanisms; none: all of them.", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Draw one mechanism with these fields, the others at their defaults. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        int, typer.Option("--length", "-n", min=1, max=_LONGEST, help="Tokens of the sequence that is drawn.")
+    ] = 64,
+    both_sides: Annotated[
+        bool, typer.Option("--both-sides", help="Draw the form that sees later tokens too, where there is one.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
+    ] = Path("out/patterns"),
+) -> None:
+    """Draw which keys each query reads, as the papers' figures do: queries down, keys across.
+
+    Nothing is drawn from a formula: the mechanism itself runs, one value after the other is changed, and the outputs
+    that change are those of the queries that read it. Darker is heavier in its row; grey is not read. Heads that read
+    the same share a panel. Without --set every form of a mechanism is drawn, with small fields.
+
+    Writes report.html, report.json and figures/NAME.png.
+
+    Examples:
+      longspan show patterns
+      longspan show patterns sparse bp --length 128
+      longspan show patterns sparse --set pattern=strided --set stride=16 --length 256
+      longspan show patterns window --set window=9 --both-sides
+    """
+    from longspan import mixers as registry
+    from longspan.config import override
+    from longspan.mixers.registry import core_class
+    from longspan.report import write_report
+
+    chosen = list(dict.fromkeys(names or registry.names()))
+    for name in chosen:
+        core_class(name)
+    fields: dict[str, Any] = {}
+    for assignment in set_ or []:
+        fields = override(fields, assignment)
+    if set_ and len(chosen) != 1:
+        raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
+    rows, sections = [], []
+    for name in chosen:
+        forms = [
+            (each, _build(name, each, both_sides, seed)) for each in ((fields,) if set_ else registry.examples(name))
+        ]
+        drawn = [(each, mixer) for each, mixer in forms if mixer is not None]
+        if not drawn and names:
+            raise ConfigError(f"{name}: sees no later tokens in any form; leave --both-sides out")
+        if drawn:
+            section, found = _section(name, drawn, length, seed)
+            sections.append(section)
+            rows += found
+    if not sections:
+        raise ConfigError("--both-sides: none of these mechanisms sees later tokens")
+    path = write_report(
+        output,
+        "longspan: which keys a query reads",
+        sections,
+        {"length": length, "both_sides": both_sides, "seed": seed, "patterns": rows},
+        lead=_LEAD,
+        footer="made by longspan show patterns",
+    )
+    _print(rows, length)
+    console().print(f"wrote {path}", markup=False)
+
+
+def _build(name: str, fields: dict[str, Any], both_sides: bool, seed: int) -> "Mixer | None":
+    """A layer to be drawn; None where it has no form of both sides."""
+    import torch
+
+    from longspan import mixers as registry
+
+    if both_sides and not registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, **fields).traits.bidirectional:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mixer = registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, causal=not both_sides, **fields)
+        with torch.no_grad():
+            # some memories say nothing until they are trained; what they read is to be seen all the same
+            for parameter in mixer.core.parameters():
+                if parameter.ndim > 1 and not parameter.any():
+                    parameter.normal_(0, 0.1)
+    return mixer
+
+
+def _section(
+    name: str, forms: "list[tuple[dict[str, Any], Mixer]]", length: int, seed: int
+) -> "tuple[Section, list[dict[str, Any]]]":
+    """The figure of a mechanism in all its forms, and a record of each."""
+    from longspan.mixers.probe import influence
+    from longspan.report import Section, Text
+    from longspan.report.figures import Panel, pattern_figure, picture
+
+    panels, rows = [], []
+    for fields, mixer in forms:
+        weights = influence(mixer, length, seed=seed)
+        keys = (weights > 0).sum(-1).double().mean(-1).tolist()
+        for heads in _alike(weights):
+            numbers = "" if len(heads) == _HEADS else f"{_numbers(heads)}: "
+            title = f"{_words(fields) or 'defaults'}\n{numbers}{keys[heads[0] - 1]:.1f} keys"
+            panels.append(Panel(title, weights[heads[0] - 1].tolist()))
+        rows.append({"name": name, "fields": fields, "keys_per_query": keys, "heads_alike": _alike(weights)})
+    mixers = [mixer for _, mixer in forms]
+    both_sides = not mixers[0].causal
+    figure = picture(
+        name,
+        lambda theme: pattern_figure(panels, both_sides=both_sides, theme=theme),
+        alt=f"Attention patterns of {name}: {'; '.join(panel.title.replace(chr(10), ', ') for panel in panels)}",
+    )
+    about = (sys.modules[type(mixers[0].core).__module__].__doc__ or "").partition("\n\n")[0]
+    blocks: list[Block] = [Text(about), figure]
+    if any(mixer.traits.selects or mixer.traits.sparse for mixer in mixers):
+        blocks.append(Text("What is read depends on the data: these are untrained weights and random inputs."))
+    return Section(name, blocks), rows
+
+
+def _alike(weights: "Tensor") -> list[list[int]]:
+    """Heads, counted from one, that read the same keys."""
+    groups: list[list[int]] = []
+    for head in range(len(weights)):
+        for group in groups:
+            if bool(((weights[head] > 0) == (weights[group[0] - 1] > 0)).all()):
+                group.append(head + 1)
+                break
+        else:
+            groups.append([head + 1])
+    return groups
+
+
+def _numbers(heads: list[int]) -> str:
+    """`head 2`, `heads 1, 3`."""
+    return f"head{'s' if len(heads) > 1 else ''} {', '.join(str(head) for head in heads)}"
+
+
+def _words(fields: dict[str, Any]) -> str:
+    """Fields as they are given on the command line; parts side by side with a bar between."""
+    if "parts" in fields:
+        parts = [dict(part) for part in fields["parts"]]
+        return " | ".join(
+            f"{part.pop('num_heads')} {part.pop('name')}({_words(part)})".replace("()", "") for part in parts
+        )
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
+    return ", ".join(f"{key}={value.replace(' ', '')}" for key, value in written.items())
+
+
+def _print(rows: list[dict[str, Any]], length: int) -> None:
+    from longspan.report import Table
+
+    def mean(keys: list[float]) -> str:
+        low, high = (f"{value:.1f}" for value in (min(keys), max(keys)))
+        return low if low == high else f"{low} to {high}"
+
+    cells = [(row["name"], _words(row["fields"]) or "defaults", mean(row["keys_per_query"])) for row in rows]
+    print_table(Table(columns=("mechanism", "fields", f"keys a query, of {length}"), rows=cells, right=(2,)))

@@ -1,0 +1,84 @@
+"""`longspan show spans`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from longspan.cli.console import console, print_table
+from longspan.cli.runs import open_any_run
+
+if TYPE_CHECKING:
+    from longspan.cli.show.heads import Found
+    from longspan.mixers.adaptive_span import AdaptiveSpanCore
+    from longspan.report import Block
+
+
+def spans(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Dynamic spans are the mean over so many held-back tokens.")
+    ] = 8192,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figure go.")
+    ] = Path("out/spans"),
+) -> None:
+    """Show how far each head of a trained model has learned to look, in tokens.
+
+    Of a run with layers of adaptive_span. Writes report.html, report.json and figures/spans.png.
+
+    Examples:
+      longspan show spans runs/first
+    """
+    from longspan.cli.show.heads import find, head_figure, head_table
+    from longspan.mixers.adaptive_span import AdaptiveSpanCore
+    from longspan.report import Section, Text, number, write_report
+
+    model, task = open_any_run(run)
+    found = find(model, AdaptiveSpanCore, run, "adaptive_span")
+    dynamic = [each for each in found if each.core.config.dynamic]
+    read = _dynamic_spans(model, task, run, dynamic, tokens) if dynamic else {}
+    rows = [(each, read.get(id(each.core), each.core.spans)) for each in found]
+    values = [value for _, line in rows for value in line]
+    most, ramps = (sorted({getattr(each.core.config, name) for each in found}) for name in ("max_span", "ramp"))
+    words = (
+        f"{len(values)} heads look {number(sum(values) / len(values), 1)} tokens far on average, "
+        f"{number(min(values), 1)} to {number(max(values), 1)}, "
+        f"of at most {' or '.join(f'{each:,}' for each in most)}. "
+        f"Beyond its span a head's weights fall to zero over {' or '.join(str(ramp) for ramp in ramps)} tokens."
+    )
+    table = head_table(rows, lambda value: number(value, 1))
+    blocks: list[Block] = [Text(words), head_figure("spans", rows, ylabel="span in tokens"), table]
+    if dynamic:
+        blocks.append(Text("Dynamic spans depend on the token: these are means over held-back documents."))
+    data = {
+        "run": run,
+        "spans": [
+            {"layer": each.layer, "first_head": each.first, "dynamic": each.core.config.dynamic, "spans": line}
+            for each, line in rows
+        ],
+    }
+    path = write_report(output, f"longspan: how far {run} looks", [Section("Spans", blocks)], data)
+    print_table(table)
+    console().print(words, markup=False)
+    console().print(f"wrote {path}", markup=False)
+
+
+def _dynamic_spans(
+    model: Any, task: Any, run: str, found: "list[Found[AdaptiveSpanCore]]", tokens: int
+) -> dict[int, list[float]]:
+    """Mean dynamic spans of each head over held-back documents, by id of the core."""
+    import torch
+
+    from longspan.cli.show.reading import real_tokens, watched
+
+    totals = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
+    counts = dict.fromkeys(totals, 0)
+
+    def watch(core: "AdaptiveSpanCore", given: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
+        real = real_tokens(given[4], given[0])
+        totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).double().cpu()
+        counts[id(core)] += int(real.sum())
+
+    watched(model, task, run, [each.core for each in found], watch, tokens=tokens, head=0)
+    return {key: (total / max(counts[key], 1)).tolist() for key, total in totals.items()}

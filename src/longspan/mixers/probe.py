@@ -1,0 +1,74 @@
+"""Which keys a query reads, measured on the mixer itself: one value at a time is changed, outputs are compared."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ConfigError
+from longspan.mixers.adaptive_span import AdaptiveSpanCore
+from longspan.mixers.base import Mixer
+
+# sequences that are run at once
+_ROWS = 32
+
+
+@torch.no_grad()
+def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
+    """How much the output of each query changes where the value of a key does; zero where it does not read that key.
+
+    The whole mixer runs, in fp64, on hidden states of normal numbers from an empty past. Queries and keys (and
+    dynamic spans, which read hidden states too) are made blind to the last coordinate of the hidden states, so changing
+    that coordinate at position j changes the value there and nothing else, through whatever path values take: memories
+    are measured as attention is, and no mask of any mechanism is asked. Where the output is an attention map times the
+    values (`linear_in_values`) all other values are zero and the changed one is one: the result is the map, and a
+    weight is zero only if it is exactly zero. Else the other values are normal numbers too, and a change is one that
+    shows in fp64.
+
+    Args:
+        mixer: as `longspan.mixers.build` makes them; it is copied and stays as it is.
+        length: tokens of the sequence.
+        seed: of the hidden states, which matter where what is seen depends on them.
+
+    Returns:
+        (heads, length, length) fp64: queries down, keys across.
+
+    Raises:
+        ConfigError: a length below 1.
+    """
+    if length < 1:
+        raise ConfigError(f"{mixer.name}: length = {length}: must be at least 1")
+    probed = _blind(mixer)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, length, mixer.shape.dim, generator=generator).to(probed.projections.v_proj.weight)
+    x[..., -1] = 0
+    outs: list[Tensor] = []
+    hook = probed.core.register_forward_hook(lambda _core, _given, found: outs.append(found[0]))
+    rows = min(_ROWS, length)
+    probed(x.expand(rows, -1, -1))
+    for first in range(0, length, rows):
+        changed = x.repeat(rows, 1, 1)
+        at = torch.arange(first, min(first + rows, length))
+        changed[at - first, at, -1] = 1
+        probed(changed)
+    hook.remove()
+    # rows of equal batches, so that the same sums are compared: a row without change gives the same bits
+    found = torch.cat([(out - outs[0]).abs().amax(-1) for out in outs[1:]])[:length]
+    return found.permute(1, 2, 0).contiguous()
+
+
+def _blind(mixer: Mixer) -> Mixer:
+    """A copy in fp64 of which only the values read the last coordinate of the hidden states."""
+    probed = copy.deepcopy(mixer).double().eval()
+    projections, core = probed.projections, probed.core
+    for projection in (projections.q_proj, projections.k_proj):
+        projection.weight[:, -1] = 0
+    if core.linear_in_values:
+        projections.v_proj.weight.zero_()
+        if projections.v_proj.bias is not None:
+            projections.v_proj.bias.zero_()
+    projections.v_proj.weight[:, -1] = 1
+    for module in core.modules():
+        if isinstance(module, AdaptiveSpanCore) and module.config.dynamic:
+            module.span_weight[:, -1] = 0
+    return probed

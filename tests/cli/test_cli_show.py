@@ -1,0 +1,165 @@
+"""`longspan show`: pictures of patterns, spans and supports, and errors where there is nothing to show."""
+
+import json
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.cli.app import run
+from longspan.cli.show.heads import find
+from longspan.cli.show.support import support_sizes
+from longspan.errors import ConfigError
+from longspan.mixers import Rows
+from longspan.mixers.adaptive_span import AdaptiveSpanCore
+from longspan.mixers.entmax import EntmaxCore
+from longspan.train import load_run
+
+MIXERS = """[
+    {name = "adaptive_span", max_span = 20, ramp = 4, initial = 0.3},
+    {name = "entmax", alpha_init = 1.7},
+    {name = "heads", parts = [
+        {name = "adaptive_span", num_heads = 1, max_span = 12, dynamic = true, ramp = 3},
+        {name = "entmax", num_heads = 1, window = 9},
+    ]},
+]"""
+
+
+@pytest.fixture(scope="module")
+def looking_run(folder):
+    """A run with learned spans and alphas."""
+    path = folder / "looking"
+    settings = ["model.num_layers=3", "train.steps=3", f"model.mixers={' '.join(MIXERS.split())}"]
+    given = [part for setting in settings for part in ("--set", setting)]
+    assert run(["train", str(folder / "bytes.toml"), *given, "-o", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("verb", ["patterns", "spans", "support"])
+def test_every_verb_has_an_example(longspan, verb):
+    found = longspan("show", verb, "--help")
+    assert found.code == 0
+    assert f"  longspan show {verb}" in found.out
+
+
+def test_without_more_the_help_is_shown(longspan):
+    found = longspan("show")
+    assert found.code == 0
+    assert all(verb in found.out for verb in ("patterns", "spans", "support"))
+    assert found.out == longspan("show", "--help").out
+
+
+def test_all_patterns_are_drawn(longspan, tmp_path):
+    found = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
+    assert found.code == 0, found
+    report = json.loads((tmp_path / "report.json").read_text())
+    forms = [(name, dict(fields)) for name in ls.mixers.names() for fields in ls.mixers.examples(name)]
+    assert [each["name"] for each in report["patterns"]] == [name for name, _ in forms]
+    for name in ls.mixers.names():
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"\n {name} " in found.out
+    full, window = (next(each for each in report["patterns"] if each["name"] == name) for name in ("full", "window"))
+    assert full["keys_per_query"] == [10.5] * 4
+    assert window["keys_per_query"] == [(4 * 20 - 6) / 20] * 4
+    assert window["heads_alike"] == [[1, 2, 3, 4]]
+    parts = next(each for each in report["patterns"] if each["name"] == "heads")
+    assert parts["heads_alike"] == [[1, 2], [3, 4]]
+    assert "<img" in (tmp_path / "report.html").read_text()
+
+
+def test_the_patterns_of_given_fields(longspan, tmp_path):
+    fields = ("--set", "pattern=strided", "--set", "stride=5")
+    assert longspan("show", "patterns", "sparse", *fields, "--length", 80, "-o", tmp_path).code == 0
+    (only,) = json.loads((tmp_path / "report.json").read_text())["patterns"]
+    assert only["fields"] == {"pattern": "strided", "stride": 5}
+    expected = sum(len({j for j in range(i + 1) if i - j <= 5 or (i - j) % 5 == 0}) for i in range(80)) / 80
+    assert only["keys_per_query"] == pytest.approx([expected] * 4)
+
+
+def test_the_patterns_of_both_sides(longspan, tmp_path):
+    assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
+    names = {each["name"] for each in json.loads((tmp_path / "report.json").read_text())["patterns"]}
+    assert {"full", "window", "bp"} <= names
+    assert "infini" not in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["spars"], "unknown mixer 'spars'; did you mean 'sparse'?"),
+        (["sparse", "bp", "--set", "stride=3"], "name the one mechanism"),
+        (["--set", "stride=3"], "name the one mechanism"),
+        (["sparse", "--set", "strid=3"], "did you mean 'stride'?"),
+        (["infini", "--both-sides"], "leave --both-sides out"),
+        (["full", "--length", "100000"], "--length"),
+    ],
+)
+def test_wrong_patterns(longspan, tmp_path, arguments, expected):
+    assert expected in longspan("show", "patterns", *arguments, "-o", tmp_path / "out").error
+    assert not (tmp_path / "out").exists()
+
+
+def test_spans_of_a_run(longspan, looking_run, tmp_path):
+    found = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
+    assert found.code == 0, found
+    first, second = json.loads((tmp_path / "report.json").read_text())["spans"]
+    model, _ = load_run(looking_run)
+    assert first["layer"] == 1
+    assert first["spans"] == pytest.approx(model.layers[0].mixer.core.spans)
+    assert second["layer"] == 3
+    assert second["dynamic"]
+    # sigmoid(-4) of 12 tokens, and not moved far by three steps
+    assert 0.1 < second["spans"][0] < 0.5
+    assert (tmp_path / "figures" / "spans.png").exists()
+
+
+def test_support_of_a_run(longspan, looking_run, tmp_path):
+    found = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
+    assert found.code == 0, found
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tokens"] == 400
+    assert len(report["documents"]) == 2
+    wide, narrow = report["heads"]
+    model, _ = load_run(looking_run)
+    assert wide["alpha"] == pytest.approx(model.layers[1].mixer.core.alpha.tolist())
+    assert (narrow["layer"], narrow["first_head"]) == (3, 2)
+    # every place of the first 200 could see all before it: 100.5 on average; in the window 8.8
+    for each, most in ((wide, 100.5), (narrow, 8.82)):
+        for size, share in zip(each["support"], each["share"], strict=True):
+            assert 1 <= size <= most
+            assert share == pytest.approx(size / most)
+
+
+@pytest.mark.parametrize("verb", ["spans", "support"])
+def test_a_run_without_such_layers(longspan, byte_run, tmp_path, verb):
+    error = longspan("show", verb, byte_run, "-o", tmp_path / "out").error
+    assert f"no layer of this run is {'adaptive_span' if verb == 'spans' else 'entmax'}" in error
+    assert "TransformerXL" in error
+    assert not (tmp_path / "out").exists()
+    assert "no run here" in longspan("show", verb, tmp_path).error
+
+
+@pytest.mark.parametrize("fields", [{}, {"window": 5}])
+@pytest.mark.parametrize("carried", [0, 7])
+def test_supports_are_counted_rightly(fields, carried):
+    torch.manual_seed(0)
+    mixer = ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, alpha_init=1.8, **fields).double()
+    x = torch.randn(2, carried + 20, 16, dtype=torch.float64) * 3
+    expected = (mixer.attention_map(x) != 0).sum(-1)[:, :, carried:]
+    state = mixer(x[:, :carried])[1] if carried else None
+    q, k, v = mixer.projections(x[:, carried:])
+    rows = Rows(torch.full((2,), carried), 20)
+    with torch.no_grad():
+        assert torch.equal(support_sizes(mixer.core, q, k, v, state, rows), expected)
+    assert expected.max() > expected.min()
+
+
+def test_layers_are_found_in_any_model():
+    table = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
+    parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
+    config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
+    model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)
+    assert [(each.layer, each.first) for each in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
+    assert [(each.layer, each.first) for each in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
+    with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
+        find(model, ls.mixers.registry.core_class("lsh"), "r", "lsh")
