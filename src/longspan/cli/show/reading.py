@@ -40,8 +40,8 @@ def watched(
         ConfigError: a run that has no documents of its own.
     """
     from longspan.cli.evaluate import heads, is_memory_run
-    from longspan.cli.runs import is_converted
     from longspan.files import read_json
+    from longspan.models.io import is_converted
     from longspan.train import evaluate_text, first_places
 
     if is_memory_run(run) or not hasattr(task, "documents"):
