@@ -206,3 +206,32 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
     assert process.returncode == 130
     assert b"--skip 24" in error
     assert state.is_file()
+
+
+def test_a_run_of_pass_keys_is_asked_by_length(longspan, tmp_path):
+    recipe, folder = tmp_path / "keys.toml", tmp_path / "keys"
+    recipe.write_text(
+        """
+        [model]
+        dim = 16
+        num_layers = 1
+        mixers = [{ name = "infini", segment = 32 }]
+        [task]
+        name = "passkey"
+        length = 400
+        [train]
+        curriculum = "retrieval"
+        steps = 2
+        """
+    )
+    found = longspan("train", recipe, "-o", folder)
+    assert found.code == 0
+    assert f"longspan eval {folder}" in found.out
+    assert "longspan stream" not in found.out
+    found = longspan("eval", folder, "--lengths", "300,500", "--count", "21", "--json")
+    records = json.loads(found.out)
+    assert [each["length"] for each in records] == [300, 500]
+    assert all(each["n"] == 21 for each in records)
+    found = longspan("eval", folder, "--lengths", "many")
+    assert found.code == 2
+    assert "--lengths 'many'" in found.err

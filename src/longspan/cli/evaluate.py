@@ -41,12 +41,18 @@ def evaluate(
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
     ] = "1,4,16,64",
-    count: Annotated[int, typer.Option("--count", min=1, help="Of a run of a memory task: so many questions.")] = 64,
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
+    ] = "5000,32768",
+    count: Annotated[
+        int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
+    ] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
 
-    Of a run of a memory task: how many questions it answers rightly after more and more text.
+    Of a run of a memory task: how many questions it answers rightly after more and more text. Of a run of pass keys
+    (tasks passkey and needle): how many numbers it finds in longer and longer texts, at depths from 0 to 100 %.
 
     Without memory every segment starts from nothing. The brackets are 95 % intervals, found by drawing the documents
     anew 10,000 times; the difference draws the same documents for both, so it is much sharper than either figure.
@@ -66,6 +72,9 @@ def evaluate(
                 f"{run}: a run of a memory task makes its own questions; give --segments and --count only"
             )
         _eval_memory(*load_run(run), segments, count, as_json)
+        return
+    if is_passkey_run(run) and not files:
+        _eval_passkeys(*load_run(run), lengths, count, as_json)
         return
     model, task = open_any_run(run, set_ or [])
     documents = first_places(heads(_read(task, files or [], run), head), tokens)
@@ -101,17 +110,60 @@ def is_memory_run(run: str) -> bool:
     return path.is_file() and "classes" in read_json(path).get("model", {})
 
 
+def is_passkey_run(run: str) -> bool:
+    """Whether a folder holds a model that was trained along a curriculum of pass keys."""
+    from pathlib import Path
+
+    from longspan.files import read_json
+
+    path = Path(run) / "recipe.json"
+    return path.is_file() and read_json(path).get("train", {}).get("curriculum") == "retrieval"
+
+
+def _numbers(option: str, given: str, example: str) -> list[int]:
+    if not all(part.isdigit() and int(part) for part in given.split(",")):
+        raise ConfigError(f"{option} {given!r}: expected whole numbers, for example {example}")
+    return [int(part) for part in given.split(",")]
+
+
+def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: bool) -> None:
+    """Ask for numbers in texts of each length, and print the table."""
+    import dataclasses
+
+    from longspan.report import Table
+    from longspan.tasks.synthetic import DEPTHS
+    from longspan.train import evaluate_depths, wilson
+
+    records = []
+    for length in _numbers("--lengths", lengths, "5000,131072"):
+        longer = type(task)(dataclasses.replace(task.config, length=length))
+        records.append(evaluate_depths(model, longer, depths=DEPTHS, count=-(-count // len(DEPTHS))).record())
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    rows = [
+        (
+            f"{each['length']:,}",
+            f"{each['k']} of {each['n']}",
+            interval(wilson(each["k"], each["n"]), 3),
+            f"{each['state_bytes']:,}",
+        )
+        for each in records
+    ]
+    columns = ("bytes of text", "found", "share, 95 % interval", "bytes of state")
+    print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
+
+
 def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool) -> None:
     """Ask after each number of segments, and print the table."""
     from longspan.report import Table
     from longspan.train import evaluate_answers
 
-    if not all(part.isdigit() and int(part) for part in segments.split(",")):
-        raise ConfigError(f"--segments {segments!r}: expected whole numbers, for example 1,16,256")
-    records = []
-    for part in segments.split(","):
-        kind = task.config.kind
-        records.append(evaluate_answers(model, task, segments=int(part), count=count, kinds=(kind,))[kind].record())
+    kind = task.config.kind
+    records = [
+        evaluate_answers(model, task, segments=number, count=count, kinds=(kind,))[kind].record()
+        for number in _numbers("--segments", segments, "1,16,256")
+    ]
     if as_json:
         print(json.dumps(records, indent=2))
         return

@@ -63,6 +63,8 @@ def _run(recipe: Path | None, assignments: list[str], folder: Path, resume: bool
 
 
 def _print_result(result: Any, name: str) -> None:
+    from longspan.files import read_json
+
     figures = "  ".join(
         f"{key.replace('_', ' ')} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
         for key, value in (result.evaluation or {}).items()
@@ -71,9 +73,9 @@ def _print_result(result: Any, name: str) -> None:
     out.print(f"{name}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds / 60:.1f} min", markup=False)
     if figures:
         out.print(f"held back: {figures}", markup=False)
-    if result.evaluation is None:
-        out.print(f"next: longspan eval {name} --segments 1,16,256", markup=False)
-    elif "bits_per_byte" not in result.evaluation:
-        out.print(f"next: longspan eval {name}", markup=False)
-    else:
-        out.print(f"next: longspan eval {name} | longspan stream {name} FILE | longspan generate {name}", markup=False)
+    kind = read_json(result.folder / "recipe.json")["task"]["name"]
+    further = {
+        "memory": f"longspan eval {name} --segments 1,16,256",
+        "text": f"longspan eval {name} | longspan stream {name} FILE | longspan generate {name}",
+    }
+    out.print(f"next: {further.get(kind, f'longspan eval {name}')}", markup=False)
