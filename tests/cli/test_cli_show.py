@@ -163,3 +163,26 @@ def test_layers_are_found_in_any_model():
     assert [(each.layer, each.first) for each in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
     with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
         find(model, ls.mixers.registry.core_class("lsh"), "r", "lsh")
+
+
+def test_scaling_laws_of_runs(longspan, folder, tmp_path):
+    runs = []
+    for dim, steps in ((16, 4), (32, 8), (48, 16)):
+        run = tmp_path / f"d{dim}"
+        sizes = ["--set", f"model.dim={dim}", "--set", f"train.steps={steps}"]
+        assert longspan("train", folder / "bytes.toml", *sizes, "-o", run).code == 0
+        runs.append(run)
+    found = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
+    assert found.code == 0, found
+    assert "3 runs cannot fix 5 parameters" in " ".join(found.out.split())
+    assert found.out.count("exponent [") == 3
+    record = json.loads((tmp_path / "laws" / "report.json").read_text())
+    assert [row["D"] for row in record["runs"]] == sorted(row["D"] for row in record["runs"])
+    assert record["runs"][0]["C"] > 6 * record["runs"][0]["N"] * record["runs"][0]["D"]
+    assert set(record["laws"]) == {"compute", "size", "data"}
+    assert (tmp_path / "laws" / "figures" / "scaling-compute.png").is_file()
+    wrong = longspan("show", "scaling", *runs, "--form", "cubic")
+    assert wrong.code == 2
+    assert "chinchilla, kaplan or none" in wrong.err
+    nothing = longspan("show", "scaling", tmp_path)
+    assert "no run here" in nothing.err

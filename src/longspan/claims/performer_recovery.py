@@ -31,7 +31,7 @@ class Plan:
     batch: int
     length: int
     held: int
-    lr: float = 1e-4
+    lr: float = 5e-4
     tuned: int = 256
     """features of the model that is trained"""
 

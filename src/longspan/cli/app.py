@@ -15,7 +15,7 @@ from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.reproduce import reproduce
-from longspan.cli.show import patterns, spans, support
+from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
@@ -39,7 +39,8 @@ like and can be stopped and resumed anywhere. `generate` goes on from a prompt o
 A pretrained model of Hugging Face takes the same path: `longspan convert` puts another mechanism into the place of its
 attention, and the folder it writes is as good as a run.
 
-`longspan show` draws which keys every mechanism reads, and how far the heads of a trained model have learned to look.
+`longspan show` draws which keys every mechanism reads, how far the heads of a trained model have learned to look, and
+the scaling laws of many runs.
 
 New here? `longspan quickstart` tells a model a fact, lets two million tokens go by and asks for it (ten minutes);
 `longspan quickstart-lm` streams a whole book through a language model (seven minutes). Both draw a page.
@@ -80,10 +81,13 @@ def unwrap(text: str) -> str:
 for name, verb in _VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
-_SHOW = "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned."
+_SHOW = (
+    "Draw what mechanisms look at: the patterns of all of them, and what those of a trained run have learned; laws of "
+    "many runs."
+)
 show = typer.Typer(add_completion=False)
 app.add_typer(show, name="show", help=_SHOW)
-_SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support}
+_SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support, "scaling": scaling}
 for name, verb in _SHOWN.items():
     show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 

@@ -1,0 +1,159 @@
+"""`longspan show scaling`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from longspan.cli.console import console, print_table
+from longspan.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from longspan.cost.scaling import Fit
+    from longspan.report import Picture, Table
+
+_LAWS = (("compute", "C", "training FLOPs"), ("size", "N", "parameters"), ("data", "D", "tokens"))
+
+
+def scaling(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    form: Annotated[
+        str, typer.Option("--form", help="Of the law in parameters and tokens: chinchilla, kaplan, or none.")
+    ] = "chinchilla",
+    flops: Annotated[
+        float, typer.Option("--flops", min=0, help="A budget to spend; 0: ten times that of the largest run.")
+    ] = 0.0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
+    ] = Path("out/scaling"),
+) -> None:
+    """Fit scaling laws to trained runs: loss by training FLOPs, by parameters, by tokens, and by both.
+
+    Of each run: parameters without embeddings, tokens trained on, FLOPs with the keys that its mechanism attends to,
+    and the loss of its last evaluation on held-back documents. Laws of one variable are meant for runs that have
+    enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs the extra `scaling`.
+
+    Writes report.html, report.json and figures/.
+
+    Examples:
+      longspan show scaling runs/small runs/medium runs/large
+      longspan show scaling runs/* --form kaplan --flops 1e18
+    """
+    if form not in ("chinchilla", "kaplan", "none"):
+        raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
+    from longspan.cost.scaling import fit
+    from longspan.report import Block, Section, Text, write_report
+
+    rows = [read_run(run) for run in runs]
+    blocks: list[Block] = [runs_table(rows)]
+    data: dict[str, Any] = {"runs": rows, "laws": {}}
+    for name, key, label in _LAWS:
+        if len({row[key] for row in rows}) < 3:
+            continue
+        law = fit("power", {"x": [row[key] for row in rows], "loss": [row["loss"] for row in rows]})
+        data["laws"][name] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
+        blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
+    if form != "none":
+        _joint(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
+    path = write_report(output, "longspan: scaling laws", [Section("Scaling laws", blocks)], data)
+    for block in blocks:
+        if isinstance(block, Text):
+            console().print(block.text, markup=False)
+        elif not hasattr(block, "alt"):
+            print_table(block)  # type: ignore[arg-type]
+    console().print(f"wrote {path}", markup=False)
+
+
+def read_run(run: str) -> dict[str, Any]:
+    """Parameters N, tokens D, FLOPs C and held-back loss of a run.
+
+    Raises:
+        CheckpointError: no run, or one that was never evaluated.
+        ConfigError: a model that does not say which keys it attends to.
+    """
+    from longspan.cost.scaling import model_training_flops, non_embedding
+    from longspan.files import read_json
+    from longspan.models import Decoder
+    from longspan.train import load_run, read_log
+
+    model, _ = load_run(run)
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"{run}: scaling laws are fitted to decoders, this is a {type(model).__name__}")
+    lines = read_log(Path(run) / "log.jsonl")
+    losses = [line["validation"]["loss"] for line in lines if "validation" in line]
+    steps = [line for line in lines if "tokens" in line]
+    if not losses or not steps:
+        raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
+    table = read_json(Path(run) / "recipe.json")["train"]
+    carried = table["carry"] and model.traits.streams
+    length = table["segment_length"] * (8 if carried else 1)
+    tokens = int(steps[-1]["tokens"])
+    cost = model_training_flops(model, tokens, length=length)
+    return {"run": run, "N": non_embedding(model), "D": tokens, "C": cost, "loss": float(losses[-1])}
+
+
+def said(law: "Fit", key: str) -> str:
+    """A power law in a line."""
+    exponent = law.parameters["a"]
+    low, high = law.intervals.get("a", (exponent, exponent))
+    return (
+        f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent [{low:.4f}, {high:.4f}], "
+        f"{law.residual:.1%} from the runs"
+    )
+
+
+def runs_table(rows: list[dict[str, Any]]) -> "Table":
+    """What the runs were."""
+    from longspan.report import Table
+
+    lines = [
+        (row["run"], f"{row['N']:,}", f"{row['D']:,}", f"{row['C']:.3g}", f"{row['loss']:.4f}")
+        for row in sorted(rows, key=lambda row: row["C"])
+    ]
+    columns = ("run", "parameters", "tokens", "FLOPs", "loss, nats")
+    return Table(columns=columns, rows=lines, right=(1, 2, 3, 4))
+
+
+def law_figure(name: str, law: "Fit", rows: list[dict[str, Any]], key: str, label: str) -> "Picture":
+    """Runs as points, the law through them."""
+    import numpy as np
+
+    from longspan.report.figures import Series, line_figure, picture
+
+    values = [row[key] for row in rows]
+    line = np.geomspace(min(values), max(values), 50)
+    kind: Literal["points"] = "points"
+    series = [
+        Series(x=values, y=[row["loss"] for row in rows], label="runs", kind=kind),
+        Series(x=line.tolist(), y=law.predict(x=line).tolist(), label="law"),
+    ]
+    return picture(
+        f"scaling-{name}",
+        lambda theme: line_figure(
+            series, xlabel=label, ylabel="held-back loss, nats a token", xscale="log2", yscale="log", theme=theme
+        ),
+        alt=f"Held-back loss of the runs against {label}, and the power law through them.",
+    )
+
+
+def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any], data: dict[str, Any]) -> None:
+    """The law in parameters and tokens, and what it says of a budget; a line where the runs are too few."""
+    from longspan.cost.scaling import fit, optimal
+    from longspan.report import Text
+
+    table = {key: [row[key] for row in rows] for key in ("N", "D", "loss")}
+    try:
+        law = fit(form, table)  # type: ignore[arg-type]
+    except ConfigError as error:
+        blocks.append(Text(f"No law in parameters and tokens: {error}"))
+        return
+    best = optimal(law, flops)
+    values = ", ".join(f"{name} = {value:.4g}" for name, value in law.parameters.items())
+    blocks.append(
+        Text(
+            f"{form}: {values}; {law.residual:.1%} from the runs. With {flops:.3g} FLOPs: {best.parameters:,.0f} "
+            f"parameters on {best.tokens:,.0f} tokens, expected loss {best.loss:.4f}."
+        )
+    )
+    data["laws"][form] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
+    data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss}

@@ -1,0 +1,283 @@
+"""Scaling laws: what training costs, power laws fitted to runs of one's own, and how to spend a budget.
+
+Training costs C = 6 N D (Kaplan et al. 2020, section 2.1) for N parameters without embeddings and D tokens, plus the
+term of the context that the paper drops where the model is wide: in each layer every query meets `attended` keys, 4
+FLOPs a channel forward and three times that in training. For dense causal attention over n tokens `attended` is about
+n / 2 and the term is the paper's 2 n_layer n_ctx d_attn a token; for the mechanisms of this library it is their own
+number.
+
+Forms of the loss, in nats:
+
+    power      L(x) = (x_c / x)^a, with or without a floor        Kaplan et al. 2020, equations 1.1 to 1.3
+    kaplan     L(N, D) = ((N_c / N)^(a_N / a_D) + D_c / D)^a_D     Kaplan et al. 2020, equation 1.5
+    chinchilla L(N, D) = E + A / N^a + B / D^b                     Hoffmann et al. 2022, equation 2
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longspan.errors import ConfigError, UnsupportedError
+
+Array = NDArray[np.float64]
+PF_DAY = 8.64e19
+"""FLOPs of a petaflop/s-day"""
+KAPLAN_CRITICAL = (2e8, 0.21)
+"""tokens and exponent of the critical batch, Kaplan et al. 2020, section 5.1"""
+
+
+def training_flops(
+    parameters: float, tokens: float, *, num_layers: int = 0, attn_dim: int = 0, attended: float = 0.0
+) -> float:
+    """FLOPs of training: 6 N D and the term of the context.
+
+    Args:
+        parameters: N, without embeddings.
+        tokens: D.
+        num_layers, attn_dim: of the model: layers, and heads times their width.
+        attended: keys that a query meets in one layer, on average.
+    """
+    return (6.0 * parameters + 12.0 * num_layers * attn_dim * attended) * tokens
+
+
+def model_training_flops(model: Any, tokens: float, *, length: int) -> float:
+    """The same for a Decoder or Encoder, whose mechanisms say how many keys a query meets in texts of `length`."""
+    pairs = model.pairs(length) / length
+    shape = model.config
+    head_dim = shape.head_dim or shape.dim // shape.num_heads
+    return float((6.0 * non_embedding(model) + 12.0 * head_dim * pairs) * tokens)
+
+
+def non_embedding(model: Any) -> int:
+    """Parameters without the table of embeddings and the output layer (which may be the same)."""
+    names = ("embedding.", "head.", "output.", "positions.")
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(names))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    Attributes:
+        form: its name.
+        parameters: by name, as in the formulas of the module.
+        intervals: 95 %, by name, from drawing the runs anew; empty where there are too few.
+        residual: root mean square of log(predicted loss / loss).
+        runs: how many were fitted.
+    """
+
+    form: str
+    parameters: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    residual: float
+    runs: int
+
+    def predict(self, **at: Any) -> Any:
+        """The loss at `x`, or at `N` and `D`; numbers or arrays."""
+        form = _FORMS[self.form]
+        return form.loss([self.parameters[name] for name in form.names], *(np.asarray(at[key]) for key in form.inputs))
+
+
+@dataclass(frozen=True)
+class _Form:
+    names: tuple[str, ...]
+    inputs: tuple[str, ...]
+    loss: Callable[..., Any]
+    starts: Callable[..., list[list[float]]]
+    logarithmic: tuple[bool, ...]
+    """which parameters are fitted by their logarithm"""
+
+
+def _power(p: Sequence[float], x: Array) -> Any:
+    scale, exponent = p
+    return (scale / x) ** exponent
+
+
+def _floored(p: Sequence[float], x: Array) -> Any:
+    return p[2] + _power(p[:2], x)
+
+
+def _kaplan(p: Sequence[float], n: Array, d: Array) -> Any:
+    n_c, a_n, d_c, a_d = p
+    return ((n_c / n) ** (a_n / a_d) + d_c / d) ** a_d
+
+
+def _chinchilla(p: Sequence[float], n: Array, d: Array) -> Any:
+    e, a, alpha, b, beta = p
+    return e + a / n**alpha + b / d**beta
+
+
+def _power_starts(x: Array, loss: Array) -> list[list[float]]:
+    """From the straight line through the logarithms, which is the solution where there is no floor."""
+    slope, height = np.polyfit(np.log(x), np.log(loss), 1)
+    exponent = max(-slope, 1e-3)
+    return [[math.exp(min(height / exponent, 600.0)), exponent]]
+
+
+def _floored_starts(x: Array, loss: Array) -> list[list[float]]:
+    starts = []
+    for share in (0.1, 0.5, 0.9):
+        floor = share * float(loss.min())
+        starts.append([*_power_starts(x, loss - floor)[0], floor])
+    return starts
+
+
+def _kaplan_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
+    by_n, by_d = _power_starts(n, loss)[0], _power_starts(d, loss)[0]
+    return [[by_n[0], by_n[1], by_d[0], by_d[1]], [8.8e13, 0.076, 5.4e13, 0.095], [1e8, 0.2, 1e9, 0.2]]
+
+
+def _chinchilla_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
+    starts = []
+    for share in (0.2, 0.8):
+        rest = float((loss - share * loss.min()).mean())
+        for exponent in (0.1, 0.3, 0.6):
+            centre = [float(np.exp(np.log(each).mean())) for each in (n, d)]
+            scales = [rest / 2 * value**exponent for value in centre]
+            starts.append([share * float(loss.min()), scales[0], exponent, scales[1], exponent])
+    return starts
+
+
+_FORMS: dict[str, _Form] = {
+    "power": _Form(("x_c", "a"), ("x",), _power, _power_starts, (True, True)),
+    "floored": _Form(("x_c", "a", "floor"), ("x",), _floored, _floored_starts, (True, True, True)),
+    "kaplan": _Form(("N_c", "a_N", "D_c", "a_D"), ("N", "D"), _kaplan, _kaplan_starts, (True, True, True, True)),
+    "chinchilla": _Form(
+        ("E", "A", "a", "B", "b"), ("N", "D"), _chinchilla, _chinchilla_starts, (True, True, True, True, True)
+    ),
+}
+
+
+def fit(
+    form: Literal["power", "floored", "kaplan", "chinchilla"],
+    runs: Mapping[str, Sequence[float]],
+    *,
+    draws: int = 200,
+    seed: int = 0,
+) -> Fit:
+    """Fit a law to runs: least squares of log(predicted loss / loss), robust against single runs that failed.
+
+    Args:
+        form: see the module; "floored" is a power law above a constant.
+        runs: columns `loss` (nats) and `x`, or `N` and `D`.
+        draws: bootstrap draws of the runs for the intervals; 0: none.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: columns that are missing, unequal or not positive; fewer runs than parameters.
+        UnsupportedError: scipy is missing.
+    """
+    if form not in _FORMS:
+        raise ConfigError(f"{form!r} is no form; {', '.join(_FORMS)} are")
+    shape = _FORMS[form]
+    columns = _columns(runs, (*shape.inputs, "loss"))
+    count = len(columns[0])
+    if count < len(shape.names):
+        raise ConfigError(f"{count} runs cannot fix {len(shape.names)} parameters of {form!r}; more runs are needed")
+    best, residual = _solve(shape, columns, shape.starts(*columns))
+    generator, drawn = np.random.default_rng(seed), []
+    for _ in range(draws if count > len(shape.names) else 0):
+        chosen = generator.integers(0, count, count)
+        if len(set(chosen.tolist())) >= len(shape.names):
+            drawn.append(_solve(shape, [each[chosen] for each in columns], [best])[0])
+    intervals = {}
+    if drawn:
+        for name, values in zip(shape.names, np.array(drawn).T, strict=True):
+            low, high = np.quantile(values, (0.025, 0.975)).tolist()
+            intervals[name] = (low, high)
+    return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count)
+
+
+def _columns(runs: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[Array]:
+    missing = [name for name in names if name not in runs]
+    if missing:
+        raise ConfigError(f"runs: no column {missing[0]!r}; expected {', '.join(names)}")
+    columns = [np.asarray(runs[name], dtype=np.float64) for name in names]
+    if len({len(each) for each in columns}) != 1 or any(not (each > 0).all() for each in columns):
+        raise ConfigError(f"runs: columns {', '.join(names)} must be of one length and positive")
+    return columns
+
+
+def _solve(form: _Form, columns: list[Array], starts: list[list[float]]) -> tuple[list[float], float]:
+    """The best of several starts, and its residual."""
+    try:
+        from scipy.optimize import least_squares  # type: ignore[import-untyped]
+    except ImportError:
+        raise UnsupportedError("fits of scaling laws need scipy; pip install 'longspan[scaling]'") from None
+    *inputs, loss = columns
+    target = np.log(loss)
+
+    def error(values: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            found = np.log(form.loss(np.exp(np.clip(values, -700, 700)), *inputs)) - target
+        return np.asarray(np.nan_to_num(found, nan=1e3, posinf=1e3, neginf=-1e3))
+
+    best: Any = None
+    for start in starts:
+        origin = np.log(np.maximum(start, 1e-300))
+        found = least_squares(
+            error, origin, loss="soft_l1", f_scale=0.1, x_scale="jac", xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=2000
+        )
+        if best is None or found.cost < best.cost:
+            best = found
+    values = [float(value) for value in np.exp(best.x)]
+    return values, float(np.sqrt(np.mean(error(best.x) ** 2)))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How to spend a budget.
+
+    Attributes:
+        parameters: N, without embeddings.
+        tokens: D.
+        loss: expected.
+    """
+
+    parameters: float
+    tokens: float
+    loss: float
+
+
+def optimal(law: Fit, flops: float) -> Allocation:
+    """The N and D of least loss with 6 N D = `flops`, in closed form.
+
+    Of Chinchilla's form (Hoffmann et al. 2022, equation 4) and of Kaplan's (from the derivative of equation 1.5).
+
+    Raises:
+        ConfigError: a law that knows only one of N and D, or no FLOPs.
+    """
+    if flops <= 0:
+        raise ConfigError(f"flops = {flops}: must be positive")
+    p, budget = law.parameters, flops / 6
+    if law.form == "chinchilla":
+        ratio = (p["a"] * p["A"] / (p["b"] * p["B"])) ** (1 / (p["a"] + p["b"]))
+        n = ratio * budget ** (p["b"] / (p["a"] + p["b"]))
+    elif law.form == "kaplan":
+        power = p["a_N"] / p["a_D"]
+        n = (power * p["N_c"] ** power * budget / p["D_c"]) ** (1 / (power + 1))
+    else:
+        raise ConfigError(
+            f"a law of form {law.form!r} cannot weigh parameters against tokens; fit kaplan or chinchilla"
+        )
+    d = budget / n
+    return Allocation(n, d, float(law.predict(N=n, D=d)))
+
+
+def critical_batch(loss: float, *, law: tuple[float, float] = KAPLAN_CRITICAL) -> float:
+    """Tokens of the batch at which time and compute are traded evenly: B* / L^(1 / a_B)."""
+    return float(law[0] / loss ** (1 / law[1]))
+
+
+def least_steps(steps: float, batch: float, loss: float) -> float:
+    """Steps that would have been needed at a batch far above the critical one: S / (1 + B_crit / B)."""
+    return steps / (1 + critical_batch(loss) / batch)
+
+
+def least_compute(flops: float, batch: float, loss: float) -> float:
+    """FLOPs that would have been needed at a batch far below the critical one: C / (1 + B / B_crit)."""
+    return flops / (1 + batch / critical_batch(loss))

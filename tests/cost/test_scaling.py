@@ -1,0 +1,136 @@
+"""Scaling laws: synthetic runs give their exponents back; optima are those of a search; costs are the counted ones."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import longspan as ls
+from longspan.cost import scaling
+from longspan.errors import ConfigError
+
+pytest.importorskip("scipy")
+SIZES = np.array([1e5, 3e5, 1e6, 3e6, 1e7, 3e7])
+GRID = {"N": np.repeat(SIZES, 5), "D": np.tile(np.array([1e6, 1e7, 1e8, 1e9, 1e10]), len(SIZES))}
+LAWS: dict[str, dict[str, float]] = {
+    "power": {"x_c": 8.8e13, "a": 0.076},
+    "floored": {"x_c": 1e6, "a": 0.4, "floor": 1.7},
+    "kaplan": {"N_c": 6.4e13, "a_N": 0.076, "D_c": 1.8e13, "a_D": 0.103},
+    "chinchilla": {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28},
+}
+
+
+def runs(form: str, noise: float = 0.0) -> dict[str, Any]:
+    law = scaling.Fit(form, LAWS[form], {}, 0.0, 0)
+    at = {"x": np.logspace(4, 9, 20)} if form in ("power", "floored") else GRID
+    loss = law.predict(**at)
+    return {**at, "loss": loss * np.exp(noise * np.random.default_rng(0).standard_normal(loss.shape))}
+
+
+@pytest.mark.parametrize("form", list(LAWS))
+def test_a_fit_gives_the_exponents_back(form: str) -> None:
+    found = scaling.fit(form, runs(form), draws=0)  # type: ignore[arg-type]
+    for name, value in LAWS[form].items():
+        if name in ("a", "b", "a_N", "a_D", "E", "floor"):
+            assert found.parameters[name] == pytest.approx(value, rel=0.01), name
+    assert found.residual < 1e-5
+    assert found.intervals == {}
+
+
+@pytest.mark.parametrize("form", ["power", "chinchilla"])
+def test_intervals_hold_the_truth(form: str) -> None:
+    found = scaling.fit(form, runs(form, noise=0.01), draws=60)  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        if name in LAWS[form]:
+            low, high = found.intervals[name]
+            assert low < LAWS[form][name] < high
+            assert high - low < LAWS[form][name]
+    assert 0.003 < found.residual < 0.02
+
+
+def test_one_failed_run_does_not_bend_the_law() -> None:
+    table = runs("power")
+    table["loss"][7] *= 3
+    assert scaling.fit("power", table, draws=0).parameters["a"] == pytest.approx(0.076, rel=0.15)
+
+
+@pytest.mark.parametrize("form", ["kaplan", "chinchilla"])
+@pytest.mark.parametrize("flops", [1e15, 1e21])
+def test_the_optimum_is_that_of_a_search(form: str, flops: float) -> None:
+    law = scaling.Fit(form, LAWS[form], {}, 0.0, 0)
+    found = scaling.optimal(law, flops)
+    assert 6 * found.parameters * found.tokens == pytest.approx(flops)
+    sizes = np.logspace(2, 14, 200_001)
+    losses = law.predict(N=sizes, D=flops / 6 / sizes)
+    assert found.loss == pytest.approx(float(losses.min()), rel=1e-9)
+    assert found.parameters == pytest.approx(float(sizes[losses.argmin()]), rel=1e-3)
+
+
+def test_limits_of_the_joint_law_are_the_single_ones() -> None:
+    law, one = LAWS["kaplan"], scaling.Fit("kaplan", LAWS["kaplan"], {}, 0.0, 0)
+    by_n = scaling.Fit("power", {"x_c": law["N_c"], "a": law["a_N"]}, {}, 0.0, 0)
+    by_d = scaling.Fit("power", {"x_c": law["D_c"], "a": law["a_D"]}, {}, 0.0, 0)
+    assert one.predict(N=1e8, D=1e40) == pytest.approx(by_n.predict(x=1e8), rel=1e-6)
+    assert one.predict(N=1e60, D=1e9) == pytest.approx(by_d.predict(x=1e9), rel=1e-3)
+    values = one.predict(N=SIZES, D=1e9)
+    assert (np.diff(values) < 0).all()
+
+
+def test_costs_keep_the_context() -> None:
+    assert scaling.training_flops(1e6, 1e9) == 6e15
+    # Kaplan et al. 2020, table 1, three times forward: 2 n_layer n_ctx d_attn a token, half of n_ctx being seen
+    n_ctx = 1024
+    kept = scaling.training_flops(1e6, 1e9, num_layers=12, attn_dim=768, attended=n_ctx / 2)
+    assert kept == pytest.approx((6e6 + 3 * 2 * 12 * n_ctx * 768) * 1e9)
+    common = {"vocab_size": 50, "dim": 32, "num_layers": 2, "num_heads": 4}
+    dense = ls.Decoder(ls.DecoderConfig(**common, mixers=[{"name": "full"}]))  # type: ignore[arg-type]
+    near = ls.Decoder(ls.DecoderConfig(**common, mixers=[{"name": "window", "window": 16}]))  # type: ignore[arg-type]
+    own = dense.num_parameters() - dense.embedding.weight.numel()
+    assert scaling.non_embedding(dense) == own
+    expected = scaling.training_flops(own, 1e6, num_layers=2, attn_dim=32, attended=(1024 + 1) / 2)
+    assert scaling.model_training_flops(dense, 1e6, length=1024) == pytest.approx(expected)
+    assert scaling.model_training_flops(near, 1e6, length=1024) < expected / 3
+    # three times what a forward really computes, but for norms, the softmax and masked halves of tiles
+    counted = 3 * (dense.flops(64) - 2 * 64 * 32 * 50) / 64
+    assert scaling.model_training_flops(dense, 1, length=64) == pytest.approx(counted, rel=0.25)
+
+
+def test_untied_output_is_no_part_of_n() -> None:
+    common = {"vocab_size": 50, "dim": 32, "num_layers": 1, "num_heads": 4, "mixers": [{"name": "full"}]}
+    tied, untied = (ls.Decoder(ls.DecoderConfig(**common, tie_embeddings=tie)) for tie in (True, False))  # type: ignore[arg-type]
+    assert untied.num_parameters() > tied.num_parameters()
+    assert scaling.non_embedding(tied) == scaling.non_embedding(untied)
+
+
+def test_batches_at_their_limits() -> None:
+    assert scaling.critical_batch(3.0) == pytest.approx(2e8 / 3 ** (1 / 0.21))
+    at = scaling.critical_batch(3.0)
+    assert scaling.least_steps(100, at, 3.0) == pytest.approx(50)
+    assert scaling.least_compute(1e9, at, 3.0) == pytest.approx(5e8)
+    assert scaling.least_steps(100, 1e30, 3.0) == pytest.approx(100)
+    assert scaling.least_compute(1e9, 1e-9, 3.0) == pytest.approx(1e9)
+
+
+@pytest.mark.parametrize(
+    ("form", "table", "message"),
+    [
+        ("cubic", {}, "no form"),
+        ("power", {"x": [1.0, 2.0]}, "no column 'loss'"),
+        ("power", {"x": [1.0, -2.0], "loss": [1.0, 1.0]}, "positive"),
+        ("power", {"x": [1.0], "loss": [1.0, 1.0]}, "one length"),
+        ("chinchilla", {"N": [1.0, 2.0], "D": [1.0, 2.0], "loss": [1.0, 1.0]}, "cannot fix 5"),
+    ],
+)
+def test_mistakes_are_said(form: Any, table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        scaling.fit(form, table)
+
+
+def test_a_law_of_one_variable_has_no_optimum() -> None:
+    law = scaling.Fit("power", LAWS["power"], {}, 0.0, 0)
+    with pytest.raises(ConfigError, match="kaplan or chinchilla"):
+        scaling.optimal(law, 1e20)
+    with pytest.raises(ConfigError, match="positive"):
+        scaling.optimal(law, 0)
+    assert math.isclose(float(law.predict(x=8.8e13)), 1.0)
