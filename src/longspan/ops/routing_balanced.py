@@ -18,17 +18,17 @@ class Documents(NamedTuple):
     """The documents of a call.
 
     Attributes:
-        number: (batch, length) in [0, count]; `count` where no token is real.
+        number: (batch, length) in [0, total]; `total` where no token is real.
         begin: (batch, length) column where a token's document begins.
         end: (batch, length) column behind its last token.
-        count: documents of the row that has most.
+        total: documents of the row that has most.
         taken: tokens of the longest list, where a cluster takes `window` tokens of each document.
     """
 
     number: Tensor
     begin: Tensor
     end: Tensor
-    count: int
+    total: int
     taken: int
 
 
@@ -104,9 +104,9 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
     """(batch, heads, clusters, taken) columns that each cluster takes, rising, -1 behind the last."""
     length = near.shape[3]
     number = documents.number[:, None, None]
-    inside = number < documents.count
+    inside = number < documents.total
     window = min(window, length)
-    if documents.count == 1:
+    if documents.total == 1:
         near = near.masked_fill(~inside, float("-inf"))
         least = near.topk(window, sorted=False).values.amin(-1, keepdim=True)
         more, equal = near > least, near == least
@@ -119,7 +119,7 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
         begin = documents.begin[:, None, None].expand_as(order).gather(3, order)
         rank = torch.arange(length, device=near.device) - begin
         chosen = torch.zeros_like(near, dtype=torch.bool)
-        chosen.scatter_(3, order, (rank < window) & (ordered < documents.count))
+        chosen.scatter_(3, order, (rank < window) & (ordered < documents.total))
     rows = chosen.flatten(0, 2)
     row, column = rows.nonzero(as_tuple=True)
     first = F.pad(rows.sum(1).cumsum(0), (1, 0))
