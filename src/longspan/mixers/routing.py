@@ -250,8 +250,9 @@ class RoutingCore(DrawnCore):
             count.index_add_(0, index, torch.ones_like(index))
             self.pending_count += count[:size].view(self.pending_count.shape)
         if not int(self.draws):
-            one = asked[:, :: self.shape.num_heads // self.routed_heads]  # a query head for each routed one
-            self._sample(one if self.shared else torch.cat([one, held], 2), real if self.shared else real.repeat(1, 2))
+            group = self.shape.num_heads // self.routed_heads
+            parts = [asked.unflatten(1, (-1, group)).flatten(2, 3), *(() if self.shared else (held,))]
+            self._sample(torch.cat(parts, 2), real.repeat(1, group + len(parts) - 1))
 
     def _sample(self, vectors: Tensor, real: Tensor) -> None:
         """Keep evenly spaced real vectors (batch, routed_heads, n, head_dim) in this process's part of the sample."""
