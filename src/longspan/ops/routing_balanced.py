@@ -23,6 +23,7 @@ class Documents(NamedTuple):
         end: (batch, length) column behind its last token.
         total: documents of the row that has most.
         taken: tokens of the longest list, where a cluster takes `window` tokens of each document.
+        whole: every row is one document, and every token is real.
     """
 
     number: Tensor
@@ -30,6 +31,7 @@ class Documents(NamedTuple):
     end: Tensor
     total: int
     taken: int
+    whole: bool
 
 
 def balanced_attention(
@@ -87,7 +89,7 @@ def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None
     batch, length = q.shape[0], q.shape[2]
     if real is None and start is None:
         zeros = torch.zeros(batch, length, dtype=torch.int64, device=q.device)
-        return Documents(zeros, zeros, zeros + length, 1, min(window, length))
+        return Documents(zeros, zeros, zeros + length, 1, min(window, length), True)
     number = torch.zeros(batch, length, dtype=torch.int64, device=q.device) if start is None else documents_of(start)
     count = 1 if start is None else int(number.max()) + 1
     if real is not None:
@@ -97,21 +99,26 @@ def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None
     end = members.cumsum(1)
     begin = (end - members).gather(1, number)
     taken = int(members[:, :count].clamp(max=window).sum(1).max())
-    return Documents(number, begin, end.gather(1, number), count, max(1, taken))
+    return Documents(number, begin, end.gather(1, number), count, max(1, taken), False)
 
 
 def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
     """(batch, heads, clusters, taken) columns that each cluster takes, rising, -1 behind the last."""
-    length = near.shape[3]
+    length, whole = near.shape[3], documents.whole
     number = documents.number[:, None, None]
     inside = number < documents.total
     window = min(window, length)
     if documents.total == 1:
-        near = near.masked_fill(~inside, float("-inf"))
-        least = near.topk(window, sorted=False).values.amin(-1, keepdim=True)
-        more, equal = near > least, near == least
-        room = window - more.sum(-1, keepdim=True)
-        chosen = (more | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & inside
+        near = near if whole else near.masked_fill(~inside, float("-inf"))
+        nearest = near.topk(window, sorted=False).values
+        least = nearest.amin(-1, keepdim=True)
+        if whole:
+            column = (near >= least).flatten(0, 2).nonzero()[:, 1]
+            if len(column) == nearest.numel():  # nobody else is as near as the last one taken
+                return column.view(nearest.shape)
+        room = window - (nearest > least).sum(-1, keepdim=True)
+        equal = near == least
+        chosen = ((near > least) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & inside
     else:
         order = near.sort(dim=-1, descending=True, stable=True).indices
         ordered, again = number.expand_as(order).gather(3, order).sort(dim=-1, stable=True)
