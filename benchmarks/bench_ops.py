@@ -50,6 +50,12 @@ CASES = (
     Case("lsh 64, 4 rounds", "lsh_attention", {"bucket_size": 64, "rounds": 4}),
     Case("lsh 64, 1 round, sorted", "lsh_attention", {"bucket_size": 64, "rounds": 1, "selection": "sorted"}),
     Case("lsh 64, 1 round, own keys", "lsh_attention", {"bucket_size": 64, "rounds": 1, "separate": True}),
+    Case("routing 256", "routing_attention", {"window": 256}),
+    Case("routing 256, balanced", "routing_attention", {"window": 256, "selection": "balanced"}),
+    Case("routing 256, own keys", "routing_attention", {"window": 256, "separate": True}),
+    Case(
+        "routing 256, own keys, bal.", "routing_attention", {"window": 256, "separate": True, "selection": "balanced"}
+    ),
     Case("entmax", "entmax_attention", {}),
     Case("entmax 1.5", "entmax_attention", {"alpha": 1.5}),
     Case("bp 8", "bp_attention", {"nearest": 8}),
@@ -85,7 +91,7 @@ def tensors(
     if case.op == "entmax_attention":  # an alpha a head, spread as training spreads them, or one for all
         alpha = case.settings.get("alpha")
         found.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
-    if case.op == "lsh_attention" and not case.settings.get("separate"):
+    if case.op in ("lsh_attention", "routing_attention") and not case.settings.get("separate"):
         del found[2]  # keys are the queries
     return [t.requires_grad_() for t in found]
 
@@ -99,6 +105,8 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
         settings["stale"] = (stale_k, stale_v)
     if case.op == "lsh_attention":
         return lsh(where, inputs, **settings)
+    if case.op == "routing_attention":
+        return routing(where, inputs, **settings)
     if case.op == "favor_attention":
         inputs = [*inputs, projection(inputs[0].shape[-1])]
     out = getattr(where, case.op)(*inputs, **settings)
@@ -113,6 +121,26 @@ def lsh(where: Any, inputs: list[Tensor], *, rounds: int, separate: bool = False
     turn = rotations(q.shape[1], rounds, q.shape[3], count)
     found: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
     return found
+
+
+def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **settings: Any) -> Tensor:
+    """Routing attention; clusters are as many as there are windows in the text."""
+    q, v, *k = inputs if not separate else (inputs[0], inputs[2], inputs[1])
+    found: Tensor = where.routing_attention(
+        q,
+        k[0] if separate else q,
+        v,
+        centroids(q.shape[1], max(1, q.shape[2] // settings["window"]), q.shape[3]),
+        itself=separate,
+        **settings,
+    )
+    return found
+
+
+@functools.cache
+def centroids(heads: int, clusters: int, dim: int) -> Tensor:
+    """Those of the routing rows."""
+    return F.normalize(torch.randn(heads, clusters, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
 @functools.cache

@@ -29,6 +29,7 @@ __all__ = [
     "may_overwrite",
     "nbytes",
     "owned",
+    "recomputing",
     "save",
     "select",
     "tensors",
@@ -163,6 +164,11 @@ def owned() -> Iterator[None]:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether gradients of any of these tensors are wanted here."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def recomputing() -> bool:
+    """Whether this is a recomputation in a backward pass (checkpointing), so that what it sees was counted already."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def may_overwrite(*tensors: Tensor) -> bool:

@@ -205,9 +205,9 @@ def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
         torch.testing.assert_close(found[:1, :16], model(text[:1, :16])[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["infini", "associative", "performer"])
+@pytest.mark.parametrize("name", ["infini", "associative", "performer", "routing"])
 def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
-    fields = {} if name == "performer" else {"segment": 6}
+    fields = {} if name in ("performer", "routing") else {"segment": 6}
     model, text = make("llama"), ids(1, 30)
     hf.convert(model, name, layers=[1], **fields)
     with torch.no_grad():
@@ -238,7 +238,15 @@ def test_copies_are_independent() -> None:
     assert torch.equal(twin(text).logits, after)
 
 
-@pytest.mark.parametrize(("name", "fields"), [("infini", {"segment": 6}), ("performer", {}), ("window", {"window": 4})])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("infini", {"segment": 6}),
+        ("performer", {}),
+        ("window", {"window": 4}),
+        ("routing", {"num_clusters": 3, "window": 4}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any]) -> None:
     model, text = make("llama"), ids(2, 20)

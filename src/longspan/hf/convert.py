@@ -105,7 +105,8 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             their own training.
         layers: which; negative ones count from the end; None = all.
         fields: of the mixer. The gates of `infini` and `associative` begin at -4, so that a text of one segment gives
-            the original logits and a longer one nearly those of local attention; `lsh` uses the model's keys.
+            the original logits and a longer one nearly those of local attention; `lsh` and `routing` use the model's
+            keys.
 
     Returns:
         What was done.

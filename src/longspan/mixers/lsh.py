@@ -37,8 +37,8 @@ from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.draws import DrawnCore
+from longspan.mixers.rings import next_rings
 from longspan.mixers.rows import Rows
-from longspan.state import may_overwrite, needs_grad
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,28 +176,10 @@ class LSHCore(DrawnCore):
         return out, self._next(k, v, kept, rings, rows)
 
     def _next(self, k: Tensor, v: Tensor, buckets: Tensor, rings: ops.LSHRings | None, rows: Rows) -> LSHState:
-        position = rows.positions
-        if (
-            rings is not None
-            and rows.length == 1
-            and rows.plain
-            and rows.emptied is None
-            and not needs_grad(k, v, *rings)
-        ):
-            owned = may_overwrite(k, v, *rings)
-            rings = ops.push_token(rings, k, v, buckets, position, in_place=owned)
-        else:
-            kept = goes_on = None
-            if rows.lengths is not None or rows.origin is not None or rows.emptied is not None:
-                tokens = rows.real_tokens()
-                column = torch.arange(rows.length, device=rows.device)
-                kept = (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
-                goes_on = rows.live == rows.offset + tokens
-            if rings is None:
-                empty = self.init_state(rows.batch, k.device, k.dtype)
-                rings = ops.LSHRings(empty.k, empty.v, empty.position)
-            rings = ops.push_rings(rings, k, v, buckets, position, kept=kept, goes_on=goes_on)
-        return LSHState(*rings, self.drawn_of(rows), rows.live)
+        if rings is None:
+            empty = self.init_state(rows.batch, k.device, k.dtype)
+            rings = ops.LSHRings(empty.k, empty.v, empty.position)
+        return LSHState(*next_rings(rings, k, v, buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the rotations anew every `redraw` steps."""

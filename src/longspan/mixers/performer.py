@@ -23,6 +23,7 @@ from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.draws import DrawnCore
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
+from longspan.state import recomputing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +160,8 @@ class PerformerCore(DrawnCore):
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
         """Add the mean of |x + y|^2 of this call to what the next redraw calibrates the bound with."""
-        if torch._C._current_graph_task_id() != -1:
-            return  # a recomputation in a backward pass: counted already
+        if recomputing():
+            return
         real = torch.arange(rows.length, device=q.device) < rows.real_tokens()[:, None]
         x, y = (t.float().transpose(1, 2)[real].flatten(0, 1) * self.shape.head_dim**-0.25 for t in (q, k))
         if len(x):

@@ -20,6 +20,7 @@ _CORES = {
     "entmax": "longspan.mixers.entmax:EntmaxCore",
     "bp": "longspan.mixers.bp:BPCore",
     "lsh": "longspan.mixers.lsh:LSHCore",
+    "routing": "longspan.mixers.routing:RoutingCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }

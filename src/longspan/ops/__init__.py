@@ -36,6 +36,7 @@ from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
+from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
 from longspan.ops.sparse import sparse_attention, sparse_cost
 from longspan.ops.window import window_attention, window_cost
@@ -92,6 +93,9 @@ __all__ = [
     "relative_cost",
     "rotary_table",
     "rotate",
+    "routing_attention",
+    "routing_clusters",
+    "routing_cost",
     "span_reach",
     "sparse_attention",
     "sparse_cost",

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.ops import flash
-from longspan.ops.lsh_lists import TILE, chunks_of, circle_round, reach_blocks, sort_keys, strict_round, tiles_of
+from longspan.ops.lsh_lists import (
+    TILE,
+    by_heads,
+    chunks_of,
+    circle_round,
+    documents_of,
+    reach_blocks,
+    rounds_behind_rings,
+    strict_rounds,
+    tiles_of,
+)
 from longspan.ops.lsh_rings import LSHRings, attend_token
 from longspan.ops.lsh_tiles import Round, Union, union_attention
 from longspan.ops.rows import check_positive
@@ -104,25 +114,26 @@ def lsh_attention(
     dtype, heads = flash.working_dtype(q, v), q.shape[1]
     real = None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
     if rings is not None and q.shape[2] == 1 and not needs_grad(q, v, k, *rings):
-        asked, seen = _heads(buckets[0], heads), None if start is None else start[:, 0] < 0
+        asked, seen = by_heads(buckets[0], heads), None if start is None else start[:, 0] < 0
         out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen)
         return _finished(out, real, q.dtype)
     queries, values = q.to(dtype), v.to(dtype)
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
-    queried = _heads(buckets[0], heads)
-    kept = queried if k is None and rings is None else _heads(buckets[1], heads)
+    queried = by_heads(buckets[0], heads)
+    kept = queried if k is None and rings is None else by_heads(buckets[1], heads)
     old_k, old_v, count = None, None, 2 * rotations.shape[3]
     if rings is not None:
-        rounds = _rounds_with_rings(queried, kept, real, start, _heads(rings[2], heads), bucket_size)
+        rounds = rounds_behind_rings(queried, kept, real, start, by_heads(rings[2], heads), 2 * bucket_size)
         old_k, old_v = (t.to(dtype) for t in rings[:2])
         old_k = F.normalize(old_k, dim=-1) if k is None else old_k
     elif selection == "sorted":
         rounds = _circles(queried, kept, real, start, count, bucket_size)
     else:
-        rounds = _rounds(queried, kept, real, start, count, bucket_size, causal=causal)
+        before, after = (2 * bucket_size, None) if causal else (bucket_size, bucket_size)
+        rounds = strict_rounds(queried, kept, real, start, count, before=before, after=after)
     union = Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
     out, alone = union_attention(queries, _behind(old_k, keys, heads), _behind(old_v, values, heads), union)
-    return _finished(torch.where(alone[..., None], _heads(values, heads), out), real, q.dtype)
+    return _finished(torch.where(alone[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
 def _finished(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -135,13 +146,8 @@ def _behind(old: Tensor | None, new: Tensor, heads: int) -> tuple[Tensor, ...]:
     call's alone, for all rounds, where there are no rings."""
     if old is None:
         return (new,)
-    old, new = _heads(old, heads), _heads(new, heads)
+    old, new = by_heads(old, heads), by_heads(new, heads)
     return tuple(torch.cat([old[:, :, number].flatten(2, 3), new], 2) for number in range(old.shape[2]))
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """x (batch, kv_heads, ...) for every query head."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
@@ -172,38 +178,6 @@ def _check_streams(rings: Sequence[Tensor] | None, selection: str, causal: bool)
         )
 
 
-def _rounds(
-    queried: Tensor,
-    kept: Tensor,
-    real: Tensor | None,
-    start: Tensor | None,
-    count: int,
-    bucket_size: int,
-    *,
-    causal: bool,
-) -> tuple[Round, ...]:
-    """The lists of "strict" without rings; buckets (batch, heads, rounds, length), one tensor where shared."""
-    found: list[Round] = []
-    shared = kept is queried
-    heads = queried.shape[1]
-    before, after = (2 * bucket_size, None) if causal else (bucket_size, bucket_size)
-    first = None
-    if start is not None and causal:
-        first = start.clamp(min=0).repeat_interleave(heads, 0)
-    elif start is not None:  # a bucket of each document
-        document = _documents(start)[:, None, None]
-        queried, kept = (t + document * count for t in (queried, kept))
-        count = count * (int(document.max()) + 1)
-    if real is not None:
-        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
-    for number in range(queried.shape[2]):
-        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
-        keys = sort_keys(held, count, before)
-        each = strict_round(keys, asked, before=before, after=after, start=first, shared=shared)
-        found.append(each._replace(twins=tuple(other.mark for other in found)))
-    return tuple(found)
-
-
 def _circles(
     queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, count: int, bucket_size: int
 ) -> tuple[Round, ...]:
@@ -211,7 +185,7 @@ def _circles(
     batch, heads, _, length = queried.shape
     document = torch.zeros(batch, length, dtype=torch.int64, device=queried.device)
     if start is not None:
-        document = _documents(start)
+        document = documents_of(start)
     documents = 1 if start is None else int(document.max()) + 1
     if real is not None:
         document = document.masked_fill(~real, documents)
@@ -223,48 +197,6 @@ def _circles(
         each = circle_round(asked, held, document, groups=count, documents=documents, size=bucket_size)
         found.append(each._replace(twins=tuple(other.mark for other in found)))
     return tuple(found)
-
-
-def _documents(start: Tensor) -> Tensor:
-    """(batch, length) the number of each token's document in its row."""
-    return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
-
-
-def _rounds_with_rings(
-    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, position: Tensor, bucket_size: int
-) -> tuple[Round, ...]:
-    """The lists of "strict" behind rings; in each round the columns of its own rings come first."""
-    heads, (rounds, count) = queried.shape[1], position.shape[2:4]
-    position = position.flatten(3).flatten(0, 1)  # (rows, rounds, columns of the rings)
-    memory, length = position.shape[2], queried.shape[3]
-    bucket = torch.arange(count, device=queried.device).repeat_interleave(memory // count)
-    first = None
-    if start is not None:
-        first = torch.where(start < 0, 0, memory + start).repeat_interleave(heads, 0)
-    if real is not None:
-        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
-    found: list[Round] = []
-    for number in range(rounds):
-        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
-        held = torch.cat([torch.where(position[:, number] < 0, count, bucket), held], 1)
-        keys = sort_keys(held, count, 2 * bucket_size)
-        each = strict_round(keys, asked, before=2 * bucket_size, after=None, memory=memory, start=first, shared=False)
-        twins = []
-        for earlier, other in enumerate(found):
-            marks = other.mark.view(-1, memory + length)
-            column = _twins(position[:, number], position[:, earlier])
-            older = marks.gather(1, column.clamp(min=0)).masked_fill_(column < 0, -1)
-            twins.append(torch.cat([older, marks[:, memory:]], 1).flatten())
-        found.append(each._replace(twins=tuple(twins)))
-    return tuple(found)
-
-
-def _twins(position: Tensor, other: Tensor) -> Tensor:
-    """(rows, n) the column of `other` (rows, m) that holds the token of each column of position; -1 where none does."""
-    ordered, order = other.sort(-1)
-    place = torch.searchsorted(ordered, position.contiguous()).clamp(max=other.shape[1] - 1)
-    same = (ordered.gather(1, place) == position) & (position >= 0)
-    return torch.where(same, order.gather(1, place), -1)
 
 
 def lsh_cost(

@@ -7,6 +7,7 @@ its block is its rank in the bucket: later tokens move buckets, never a token in
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops.lsh_tiles import Round
@@ -231,3 +232,97 @@ def circle_round(queried: Tensor, kept: Tensor, document: Tensor, *, groups: int
 def chunks_of(length: int, documents: int, size: int) -> int:
     """Chunks that a row of so many tokens in so many documents may need."""
     return (length + min(documents, length) * (size - 1)) // size
+
+
+def strict_rounds(
+    queried: Tensor,
+    kept: Tensor,
+    real: Tensor | None,
+    start: Tensor | None,
+    count: int,
+    *,
+    before: int,
+    after: int | None,
+) -> tuple[Round, ...]:
+    """The lists of every round in which queries see the nearest members of their bucket; see `strict_round`.
+
+    Args:
+        queried: (batch, heads, rounds, length) bucket of each query, below `count`.
+        kept: like queried, of each key; the same tensor where queries and keys share buckets.
+        real: (batch, length) bool, None = all.
+        start: (batch, length) column at which a token's document starts, None = one document.
+        count: buckets.
+        before: how many members before it a query sees.
+        after: how many behind it; None = causal.
+    """
+    found: list[Round] = []
+    shared = kept is queried
+    heads = queried.shape[1]
+    first = None
+    if start is not None and after is None:
+        first = start.clamp(min=0).repeat_interleave(heads, 0)
+    elif start is not None:  # a bucket of each document
+        document = documents_of(start)[:, None, None]
+        queried, kept = (t + document * count for t in (queried, kept))
+        count = count * (int(document.max()) + 1)
+    if real is not None:
+        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
+    for number in range(queried.shape[2]):
+        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
+        keys = sort_keys(held, count, before)
+        each = strict_round(keys, asked, before=before, after=after, start=first, shared=shared)
+        found.append(each._replace(twins=tuple(other.mark for other in found)))
+    return tuple(found)
+
+
+def rounds_behind_rings(
+    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, position: Tensor, before: int
+) -> tuple[Round, ...]:
+    """`strict_rounds`, causal, behind rings; in each round the columns of its own rings come first.
+
+    Args:
+        queried, kept, real, before: as there.
+        start: negative where the rings are seen too.
+        position: (batch, heads, rounds, buckets, width) of the rings, -1 where empty.
+    """
+    heads, (rounds, count) = queried.shape[1], position.shape[2:4]
+    position = position.flatten(3).flatten(0, 1)  # (rows, rounds, columns of the rings)
+    memory, length = position.shape[2], queried.shape[3]
+    bucket = torch.arange(count, device=queried.device).repeat_interleave(memory // count)
+    first = None
+    if start is not None:
+        first = torch.where(start < 0, 0, memory + start).repeat_interleave(heads, 0)
+    if real is not None:
+        queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
+    found: list[Round] = []
+    for number in range(rounds):
+        asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
+        held = torch.cat([torch.where(position[:, number] < 0, count, bucket), held], 1)
+        keys = sort_keys(held, count, before)
+        each = strict_round(keys, asked, before=before, after=None, memory=memory, start=first, shared=False)
+        twins = []
+        for earlier, other in enumerate(found):
+            marks = other.mark.view(-1, memory + length)
+            column = _twins(position[:, number], position[:, earlier])
+            older = marks.gather(1, column.clamp(min=0)).masked_fill_(column < 0, -1)
+            twins.append(torch.cat([older, marks[:, memory:]], 1).flatten())
+        found.append(each._replace(twins=tuple(twins)))
+    return tuple(found)
+
+
+def _twins(position: Tensor, other: Tensor) -> Tensor:
+    """(rows, n) the column of `other` (rows, m) that holds the token of each column of position; -1 where none does."""
+    ordered, order = other.sort(-1)
+    place = torch.searchsorted(ordered, position.contiguous()).clamp(max=other.shape[1] - 1)
+    same = (ordered.gather(1, place) == position) & (position >= 0)
+    return torch.where(same, order.gather(1, place), -1)
+
+
+def documents_of(start: Tensor) -> Tensor:
+    """(batch, length) the number of each token's document in its row."""
+    return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """x (batch, kv_heads, ...) for every query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

@@ -92,8 +92,17 @@ def union_attention(
         out (batch, heads, length, head_dim), arbitrary but finite where a query sees nothing, and which queries those
         are, (batch, heads, length) bool; what holds of queries that are not real is arbitrary too.
     """
+    out, lse = union_sums(q, keys, values, union)
+    return out, lse < HIDDEN / 2
+
+
+def union_sums(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], union: Union) -> tuple[Tensor, Tensor]:
+    """`union_attention` with the log-sum-exps (batch, heads, length), differentiable too, for a larger softmax.
+
+    They are below HIDDEN / 2 where a query sees nothing.
+    """
     out, lse = _apply(union, len(keys), q, *keys, *values)
-    return out, lse.view(q.shape[:3]) < HIDDEN / 2
+    return out, lse.view(q.shape[:3])
 
 
 class _Attention(torch.autograd.Function):
@@ -105,16 +114,15 @@ class _Attention(torch.autograd.Function):
             out, lse = _forward(q, tensors[:count], tensors[count:], union)
         ctx.save_for_backward(q, out, lse, *tensors)
         ctx.union, ctx.count = union, count
-        ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *tensors = ctx.saved_tensors
         keys, values = tensors[: ctx.count], tensors[ctx.count :]
         with flash.full_precision(q.device):
-            dq, dk, dv = _backward(grad, q, keys, values, out, lse, ctx.union)
+            dq, dk, dv = _backward(grad, sums, q, keys, values, out, lse, ctx.union)
         return None, None, dq, *dk, *dv
 
 
@@ -236,6 +244,7 @@ def _forward(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], un
 
 def _backward(
     grad: Tensor,
+    sums: Tensor,
     q: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
@@ -243,9 +252,9 @@ def _backward(
     lse: Tensor,
     union: Union,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of q and of every keys and values."""
+    """Gradients of q and of every keys and values, from those of out and of the log-sum-exps."""
     rows, grads = _flat(q), _flat(grad)
-    inner = (grad * out).sum(-1).flatten()
+    inner = (grad * out).sum(-1).flatten() - sums
     dq = torch.zeros_like(rows)
     dk, dv = ([torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in each] for each in (keys, values))
     for number, each in enumerate(union.rounds):
@@ -253,11 +262,11 @@ def _backward(
         k, v = (_by_slot(t[at], each, union.heads) for t in (keys, values))
         index = each.query.clamp(min=0)
         queries, pulls, inners = _rows(rows, index), _rows(grads, index), inner[index]
-        sums = torch.cat([lse, lse.new_full((1,), -HIDDEN)])[each.query]  # of an empty place: weights of zero
+        totals = torch.cat([lse, lse.new_full((1,), -HIDDEN)])[each.query]  # of an empty place: weights of zero
         slots_k, slots_v, slots_q = torch.zeros_like(k), torch.zeros_like(v), torch.empty_like(queries)
         for step in _steps(number, k, v, union):
             here = step.tiles
-            weights = _scores(queries[here], step, union.scale).sub_(sums[here][..., None]).exp_()
+            weights = _scores(queries[here], step, union.scale).sub_(totals[here][..., None]).exp_()
             slope = torch.bmm(pulls[here], step.values.mT).sub_(inners[here][..., None])
             slope.mul_(weights).mul_(union.scale)
             torch.bmm(slope, step.keys, out=slots_q[here])

@@ -12,6 +12,7 @@ from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.lsh import lsh_attention, lsh_buckets
 from longspan.reference.rotary import rotary_table, rotate
+from longspan.reference.routing import routing_attention, routing_clusters
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
 from longspan.reference.sparse import sparse_attention
 
@@ -36,6 +37,8 @@ __all__ = [
     "relative_attention",
     "rotary_table",
     "rotate",
+    "routing_attention",
+    "routing_clusters",
     "sparse_attention",
     "window_attention",
 ]

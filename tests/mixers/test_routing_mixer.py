@@ -1,0 +1,371 @@
+"""Routing as a layer: what its centroids learn and when, streams that own their state, what a state costs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import longspan as ls
+from longspan.mixers.routing import spherical_kmeans
+
+FIELDS = {"num_clusters": 4, "window": 5}
+
+
+def build(**fields: object) -> ls.mixers.Mixer:
+    torch.manual_seed(0)
+    return ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
+
+
+def started(**fields: object) -> ls.mixers.Mixer:
+    """One whose first batch has set the centroids."""
+    mixer = build(**fields)
+    mixer(drawn(3, 40))
+    mixer.after_step(1, torch.Generator().manual_seed(1))
+    return mixer
+
+
+def drawn(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def centroids(mixer: ls.mixers.Mixer) -> Tensor:
+    return mixer.core.get_buffer("centroids")
+
+
+def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
+    """For each head with centroids its routing vectors (tokens, head_dim)."""
+    q, k, _ = mixer.projections(x)
+    core = mixer.core
+    assert isinstance(core, ls.mixers.routing.RoutingCore)
+    if core.shared:
+        parts = q[:, :, None]
+    else:
+        parts = torch.cat([q.unflatten(1, (core.routed_heads, -1)), k[:, :, None]], 2)
+    return list(F.normalize(parts, dim=-1).transpose(0, 1).flatten(1, 3).detach().unbind())
+
+
+def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
+    """mu <- decay mu + (1 - decay) mean of its members, to length one; no members: as it is."""
+    found = centroids(mixer).clone()
+    decay = mixer.core.config.decay
+    for head, mean in enumerate(centroids(mixer)):
+        vectors = torch.cat([routed(mixer, x)[head] for x in batches])
+        nearest = (vectors @ mean.mT).argmax(-1)
+        for cluster in range(len(mean)):
+            if (nearest == cluster).any():
+                step = decay * mean[cluster] + (1 - decay) * vectors[nearest == cluster].mean(0)
+                found[head, cluster] = step / step.norm()
+    return found
+
+
+# what the centroids learn ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection", ["strict", "balanced"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_step_moves_the_centroids_as_by_hand(shared: bool, selection: str) -> None:
+    mixer, x = started(shared=shared, selection=selection, decay=0.9), drawn(2, 30, seed=4)
+    wanted = moved_by_hand(mixer, [x])
+    before = centroids(mixer).clone()
+    mixer(x)
+    assert torch.equal(centroids(mixer), before), "a forward moved them"
+    mixer.after_step(2)
+    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+    assert (wanted - before).abs().max() > 1e-3
+    mixer.after_step(3)
+    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0, msg="what a step has seen counts once")
+
+
+def test_forwards_before_a_step_add_up_and_padding_counts_for_nothing() -> None:
+    mixer = started(decay=0.5)
+    batches = [drawn(2, 30, seed=4), drawn(1, 9, seed=5)]
+    wanted = moved_by_hand(mixer, batches)
+    padded = torch.cat([100 * drawn(2, 7, seed=6), batches[0]], 1)
+    mixer(padded, mask=(torch.arange(37) >= 7).expand(2, -1))
+    mixer(batches[1])
+    mixer.after_step(2)
+    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("selection", ["strict", "balanced"])
+def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
+    mixer, x = started(decay=0.5, selection=selection), drawn(2, 30, seed=4)
+    before, wanted = centroids(mixer).clone(), moved_by_hand(mixer, [x])
+    mixer.eval()(x)
+    with torch.no_grad():
+        mixer.train()(x)
+    mixer.after_step(2)
+    assert torch.equal(centroids(mixer), before)
+
+    def forward(x: Tensor) -> Tensor:
+        penalties: list[Tensor] = []
+        return mixer(x, penalties=penalties)[0].sum() + sum(penalties)
+
+    x = x.requires_grad_()
+    (exact,) = torch.autograd.grad(forward(x), x)
+    for name, buffer in mixer.core.named_buffers():
+        if "pending" in name:
+            buffer.zero_()
+    (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False), x)
+    assert torch.equal(again, exact)
+    mixer.after_step(3)
+    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
+    mixer, x = build(shared=shared), 0.5 * drawn(3, 40) + drawn(1, 1, seed=1)  # tokens have much in common
+    generator = torch.Generator().manual_seed(0)
+    random = F.normalize(torch.randn(centroids(mixer).shape, generator=generator), dim=-1).double()
+    assert torch.equal(centroids(mixer), random)
+    mixer.after_step(1)
+    assert torch.equal(centroids(mixer), random), "nothing was seen yet"
+    assert mixer.draw == 0
+    mixer(x)
+    mixer.after_step(2, torch.Generator().manual_seed(1))
+    assert mixer.draw == 1
+    found = centroids(mixer)
+    torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:2]).double())
+    for vectors, mean, other in zip(routed(mixer, x), found, random, strict=True):
+        near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, other))
+        assert 1 - near < 0.7 * (1 - far)
+        assert len((vectors @ mean.mT).argmax(-1).unique()) == 4
+    again = build(shared=shared)
+    again(x)
+    again.after_step(1, torch.Generator().manual_seed(1))
+    assert torch.equal(centroids(again), found)
+
+
+def test_the_first_sample_is_filled_over_several_forwards() -> None:
+    mixer = build()
+    for length in (5, 1, 300):
+        mixer(drawn(1, length))
+    filled = mixer.core.get_buffer("pending_filled")
+    assert filled.all()
+    sample = mixer.core.get_buffer("pending_sample")
+    assert torch.equal(sample[:, :5], torch.stack(routed(mixer, drawn(1, 5))))
+    mixer.after_step(1, torch.Generator().manual_seed(1))
+    assert not any(t.any() for name, t in mixer.core.named_buffers() if "pending" in name)
+
+
+def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
+    vectors = F.normalize(centres[:, :, None] + 0.02 * torch.randn(2, 5, 12, 16, generator=generator), dim=-1)
+    random = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
+    found = spherical_kmeans(vectors.flatten(1, 2), random, generator)
+    assert (centres @ found.mT).max(-1).values.min() > 0.99
+    equal = centres[:, :2].repeat_interleave(6, 1)  # two vectors, many times: three clusters are left over
+    found = spherical_kmeans(equal, random, generator)
+    torch.testing.assert_close(found[:, 2:], random[:, 2:])
+    assert ((centres[:, :2] @ found[:, :2].mT).max(-1).values > 0.999).all()
+
+
+def test_the_first_batch_voids_states_and_later_ones_do_not() -> None:
+    mixer, x = build(), drawn(2, 30)
+    _, state = mixer(x)
+    _, empty = mixer(x[:, :0])
+    mixer.after_step(1)
+    with pytest.raises(ls.UnsupportedError, match=r"routing: .* another draw of the centroids"):
+        mixer(x, state)
+    mixer(x, empty)
+    _, state = mixer(x)
+    mixer.after_step(2)
+    mixer(x, state)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_commitment_is_a_penalty_that_moves_queries_and_keys_and_no_centroid(shared: bool) -> None:
+    mixer, x = started(shared=shared, commitment=0.5), drawn(2, 30, seed=4)
+    penalties: list[Tensor] = []
+    mask = torch.arange(30) < torch.tensor([[30], [12]])
+    mixer(x, mask=mask, penalties=penalties)
+    (found,) = penalties
+    wanted = torch.zeros((), dtype=torch.float64)
+    q, k, _ = mixer.projections(x)
+    for part in (q,) if shared else (q, k):
+        means = centroids(mixer).repeat_interleave(part.shape[1] // centroids(mixer).shape[0], 0)
+        unit = F.normalize(part, dim=-1)
+        square = torch.cdist(unit, means.expand(2, -1, -1, -1)).min(-1).values.square()
+        wanted = wanted + 0.5 * square.transpose(1, 2)[mask].mean()
+    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+    found.backward()
+    projections = dict(mixer.projections.named_parameters())
+    assert projections["q_proj.weight"].grad.abs().max() > 0
+    assert (projections["k_proj.weight"].grad is None) == shared
+    assert projections["v_proj.weight"].grad is None
+    assert not centroids(mixer).requires_grad
+    penalties = []
+    build(commitment=0.0)(x, penalties=penalties)
+    assert penalties == []
+
+
+def test_centroids_are_saved_with_a_model(tmp_path: Path) -> None:
+    mixers = ({"name": "routing", **FIELDS},)
+    model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, mixers=mixers))
+    for step in (1, 2, 3):
+        model(torch.randint(11, (2, 40)))
+        model.after_step(step, torch.Generator().manual_seed(step))
+    ls.save_model(model, tmp_path)
+    again, tokens = ls.load_model(tmp_path), torch.randint(11, (1, 40))
+    assert torch.equal(again(tokens)[0], model.eval()(tokens)[0])
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(again.named_buffers())[name], buffer), name
+    assert again.draw == model.draw == 2
+    twin = build()
+    mixer = started()
+    twin.load_state_dict(mixer.state_dict())
+    assert torch.equal(twin.eval()(drawn(1, 20))[0], mixer.eval()(drawn(1, 20))[0])
+
+
+TWO = """
+import sys, torch, longspan as ls
+import torch.distributed as dist
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+mixer = ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, num_clusters=4, window=5, decay=0.9).double()
+for step in range(1, 4):
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(4, 30, 16, generator=generator, dtype=torch.float64)
+    mixer(x[2 * rank : 2 * rank + 2])
+    mixer.after_step(step, torch.Generator().manual_seed(step))
+torch.save(mixer.core.centroids, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    process = subprocess.Popen([*command, str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    try:
+        _, shown = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # torchrun ends its workers when it is asked to, not when it is killed
+        process.wait()
+    assert process.returncode == 0, shown
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    alone = build(decay=0.9)
+    for step in range(1, 4):
+        alone(drawn(4, 30, seed=step))
+        alone.after_step(step, torch.Generator().manual_seed(step))
+    torch.testing.assert_close(first, centroids(alone), atol=1e-10, rtol=0)
+
+
+# as a layer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_session_that_writes_its_rings_in_place_equals_one_pass(shared: bool) -> None:
+    mixers = ({"name": "routing", "shared": shared, **FIELDS},)
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=mixers)
+    torch.manual_seed(0)
+    model = ls.Decoder(config).double().eval()
+    tokens = torch.randint(11, (1, 60))
+    session = ls.StreamSession(model)
+    session.feed(tokens[0, :20].tolist())
+    twin = session.fork()
+    for token in tokens[0, 20:].tolist():
+        logits = session.feed([token])
+    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
+    logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
+    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
+
+
+def test_with_room_for_all_it_is_the_full_mixer() -> None:
+    torch.manual_seed(0)
+    full = ls.mixers.build("full", dim=16, num_heads=4, num_kv_heads=2, rope=10000.0).double()
+    x = drawn(2, 50)
+    for fields in ({"selection": "strict", "num_clusters": 1}, {"selection": "balanced", "num_clusters": 3}):
+        mixer = build(shared=False, window=50, rope=10000.0, **{"num_clusters": 4} | fields)
+        mixer.projections.load_state_dict(full.projections.state_dict())
+        torch.testing.assert_close(mixer(x)[0], full(x)[0], atol=1e-10, rtol=0)
+
+
+def test_half_window_half_routing() -> None:
+    """As the paper has it; the same as each alone on its own heads, and it streams."""
+    parts = [{"name": "window", "num_heads": 2, "window": 8}, {"name": "routing", "num_heads": 2, **FIELDS}]
+    torch.manual_seed(0)
+    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
+    x, penalties = drawn(2, 60), []
+    y, _ = mixer(x, penalties=penalties)
+    assert len(penalties) == 1
+    mixer.after_step(1, torch.Generator().manual_seed(0))
+    assert mixer.draw == 1
+    mixer.eval()
+    y, end = mixer(x)
+    outs, state = [], None
+    for part in x.split((31, 1, 28), 1):
+        out, state = mixer(part, state)
+        outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), y, atol=1e-9, rtol=0)
+    torch.testing.assert_close(state.parts[1].k, end.parts[1].k, atol=1e-9, rtol=0)
+    q, k, v = mixer.projections(x)
+    near = ls.ops.window_attention(q[:, :2], k[:, :2], v[:, :2], window=8)
+    means = mixer.core.cores[1].get_buffer("centroids")
+    far = ls.reference.routing_attention(
+        q[:, 2:], F.normalize(q[:, 2:], dim=-1), v[:, 2:], means, window=5, itself=False, scale=1.0,
+        clusters=(ls.reference.routing_clusters(q[:, 2:], means),) * 2,
+    )  # fmt: skip
+    torch.testing.assert_close(y, mixer.projections.output(torch.cat([near, far], 1)), atol=1e-9, rtol=0)
+    assert mixer.traits.streams
+    parts[1] |= {"selection": "balanced"}
+    mixed = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    assert (mixed.traits.causal, mixed.traits.value_causal, mixed.traits.streams) == (False, True, False)
+
+
+def test_clusters_know_content_alone_and_weights_know_positions() -> None:
+    turned, plain, x = build(rope=10000.0).eval(), build().eval(), drawn(1, 40)
+    maps = [mixer.attention_map(x) for mixer in (turned, plain)]
+    assert torch.equal(maps[0] != 0, maps[1] != 0)
+    assert (maps[0] - maps[1]).abs().max() > 0.01
+
+
+def test_balanced_does_not_stream_and_says_why() -> None:
+    mixer, x = build(selection="balanced"), drawn(1, 30)
+    traits = mixer.traits
+    assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
+    y, state = mixer(x)
+    assert state is None
+    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+        with pytest.raises(ls.UnsupportedError, match="balanced selection changes with later tokens"):
+            refused()
+    assert mixer.state_nbytes(1, 10) == 0
+    assert build().core.strict, "the default where causal"
+    assert build().core.shared, "the default where causal"
+    both = build(causal=False)
+    assert not both.core.strict, "the default where not"
+    assert not both.core.shared, "the default where not"
+    assert (both(x)[0] - y).abs().max() > 0.01
+
+
+def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
+    """At the defaults, heads of 64, fp32; the docstring says 4,161."""
+    routing = ls.mixers.build("routing", dim=128, num_heads=2)
+    cache = ls.mixers.build("full", dim=128, num_heads=2)
+    rings = routing.state_nbytes(1, 10**6)
+    assert cache.state_nbytes(1, 4160) <= rings < cache.state_nbytes(1, 4161)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_clusters": 0}, "routing.num_clusters = 0: 1 at least"),
+        ({"window": 0}, "routing.window = 0: 1 at least"),
+        ({"decay": 1.5}, "routing.decay = 1.5: from 0 to 1"),
+        ({"commitment": -1.0}, "routing.commitment = -1.0: 0 at least"),
+        ({"selection": "top"}, "routing.selection"),
+        ({"clusters": 2}, "routing: unknown field 'clusters'; did you mean 'num_clusters'"),
+    ],
+)
+def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ls.ConfigError, match=message):
+        build(**fields)
