@@ -16,6 +16,7 @@ from longspan.ops.associative import (
 )
 from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
 from longspan.ops.bp_pool import TreeNodes
+from longspan.ops.compressive import attention_reconstruction, attention_usage
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
     KERNELS,
@@ -56,6 +57,8 @@ __all__ = [
     "associative_open",
     "associative_read",
     "associative_write",
+    "attention_reconstruction",
+    "attention_usage",
     "bounded_constant",
     "bp_attention",
     "bp_cost",

@@ -1,0 +1,491 @@
+"""Compressive Transformer: what falls out of Transformer-XL's memory is compressed, `ratio` vectors to one slot.
+
+    h~ = [SG(compressed), SG(memory), h],  q = h W_q,  k = h~ W_k,  v = h~ W_v
+    at a segment's end: old = what leaves the memory,  compressed <- last slots of [compressed, f_c(old)]
+
+One softmax over all three, with Transformer-XL's relative positions; distances count slots, so the newest slot stands
+mem_len + 1 before the segment. Source: Rae et al. 2019, section 3, algorithms 1 and 2. For `mem_len + compressed_len`
+keys of memory, tokens up to mem_len + ratio * compressed_len back are seen.
+
+Memory holds hidden states, projected again at each use, so that W_k and W_v go on learning from it; gradients do not
+pass a segment border (horizon 1). Segment borders are positions and compression happens there only. Vectors that left
+the memory and do not fill a group yet (ratio - 1 at most) wait, seen by nobody; so any segment goes with any ratio.
+
+The loss of the model never reaches f_c. f_c learns from an auxiliary loss, appended to `penalties` by calls that close
+a segment: attention reconstruction, || attend(h, old) - attend(h, f_c(old)) ||^2 for the queries of the segment (those
+of this call), content only, or auto-encoding, || old - g(f_c(old)) ||^2; both as means. Its gradients reach f_c (and g)
+only. The parameters are an optimiser group of their own, "compressor".
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.config import check_least
+from longspan.errors import ConfigError
+from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.mixers.compressors import Compressor, Frozen
+from longspan.mixers.linear import emptied_rows
+from longspan.mixers.relative import RelativeCore
+from longspan.mixers.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressiveConfig:
+    """Fields of `compressive`.
+
+    Attributes:
+        segment: positions of a segment.
+        mem_len: positions before its segment that a token sees as they are.
+        compressed_len: slots before them that it sees.
+        ratio: vectors compressed to one slot.
+        compression: "mean", "max", "conv", "dilated" or "most_used"; see `longspan.mixers.compressors`.
+        loss: what a compression with parameters learns from: "attention" (the paper's best), "auto_encoding" or "none".
+        loss_weight: of that loss.
+        compressor_lr: learning rate of the compression's parameters; None = the run's.
+    """
+
+    segment: int = 512
+    mem_len: int = 512
+    compressed_len: int = 512
+    ratio: int = 3
+    compression: Literal["mean", "max", "conv", "dilated", "most_used"] = "conv"
+    loss: Literal["attention", "auto_encoding", "none"] = "attention"
+    loss_weight: float = 1.0
+    compressor_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least(
+            self, "compressive", {"segment": 1, "mem_len": 0, "compressed_len": 0, "ratio": 1, "loss_weight": 0}
+        )
+        if self.compressor_lr is not None and self.compressor_lr <= 0:
+            raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
+
+
+class CompressiveState(NamedTuple):
+    """Memory.
+
+    Attributes:
+        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
+            for its group (or gives a compression its context). Slots beyond `live` are zero and masked.
+        compressed: (batch, compressed_len, dim), newest last.
+        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
+            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
+        live: (batch,) live tokens.
+    """
+
+    hidden: Tensor
+    compressed: Tensor
+    usage: Tensor
+    live: Tensor
+
+
+class Piece(NamedTuple):
+    """A part of a call that lies within one segment of every row.
+
+    Attributes:
+        columns: of the call, or of its layout over whole segments.
+        begins: (batch,) bool, rows in which a document begins here; None = in none.
+        rows: its layout.
+    """
+
+    columns: slice
+    begins: Tensor | None
+    rows: Rows
+
+
+class CompressiveCore(RelativeCore):
+    """See the module."""
+
+    Config = CompressiveConfig
+    config: CompressiveConfig
+    examples = (
+        {"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2},
+        {"segment": 4, "mem_len": 3, "compressed_len": 5, "ratio": 3, "compression": "mean"},
+        {"segment": 5, "mem_len": 2, "compressed_len": 3, "ratio": 2, "compression": "max"},
+        {"segment": 3, "mem_len": 4, "compressed_len": 2, "ratio": 4, "compression": "dilated"},
+        {"segment": 4, "mem_len": 4, "compressed_len": 3, "ratio": 3, "compression": "most_used"},
+        {"segment": 4, "mem_len": 2, "compressed_len": 4, "ratio": 3, "loss": "auto_encoding"},
+    )
+    needs_hidden = True
+    linear_in_values = False  # slots are made of hidden states, not of values
+
+    def __init__(self, shape: Shape, config: CompressiveConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
+        self.compressor = Compressor(config.compression, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
+        self.reach = config.segment + config.mem_len + config.compressed_len
+        waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0
+        self.capacity = waiting + config.mem_len + config.segment - 1
+        self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; gradients stay inside the segment; "most_used" selects."""
+        return Traits(
+            bidirectional=False, bounded=True, selects=self.counts_usage, segment=self.config.segment, horizon=1
+        )
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The compression's parameters."""
+        parameters = list(self.compressor.parameters())
+        return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
+
+    # -- what is where ---------------------------------------------------------------------------------------------
+
+    def _closed(self, border: Any) -> Any:
+        """Slots made in a document when a segment ends at `border`, an int or a tensor."""
+        if not self.config.compressed_len:
+            return border * 0
+        left = border - self.config.mem_len
+        return (left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)) // self.config.ratio
+
+    def _seen(self, border: Any) -> tuple[Any, Any]:
+        """Slots and positions of memory that a segment which begins at `border` sees."""
+        slots, most = self._closed(border), self.config.compressed_len
+        if isinstance(border, Tensor):
+            return slots.clamp(max=most), border.clamp(max=self.config.mem_len)
+        return min(slots, most), min(border, self.config.mem_len)
+
+    def _pieces(self, rows: Rows) -> list[Piece]:
+        """The call cut at the segment borders; the same for all layers."""
+        segment = self.config.segment
+
+        def plain() -> list[Piece]:
+            first, pieces, column = rows.offset_range[0], [], 0
+            while column < rows.length:
+                end = min(rows.length, column + segment - (first + column) % segment)
+                pieces.append(Piece(slice(column, end), None, Rows(rows.offset + column, end - column)))
+                column = end
+            return pieces
+
+        def spread() -> list[Piece]:
+            layout = rows.segments(segment)
+            inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
+            position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * inside)[..., None])[..., 0]
+            offset, pieces = rows.offset, []
+            for column in range(0, layout.columns, segment):
+                here = slice(column, column + segment)
+                begins = position[:, column] == 1
+                part = Rows(offset.masked_fill(begins, 0), segment, position[:, here] > 0)
+                pieces.append(Piece(here, begins if bool(begins.any()) else None, part))
+                offset = part.live
+            return pieces
+
+        return rows.cached(("compressive", segment), plain if rows.plain else spread)
+
+    # -- the call --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: CompressiveState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, CompressiveState]:
+        """See `Core.forward`."""
+        assert hidden is not None, "compressive projects hidden states"
+        segment, lost = self.config.segment, _Losses()
+        asked = None if penalties is None or not self._learns() else lost
+        opened = int((rows.offset % segment).max()) if rows.batch else 0
+        if rows.origin is None and opened + rows.length <= segment:
+            r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
+            out, state = self._inside(q, k, v, hidden, r, state, rows, asked)
+        else:
+            out, state = self._over_segments(q, k, v, hidden, state, rows, asked)
+        if penalties is not None and lost.weight:
+            penalties.append(self.config.loss_weight * lost.mean())
+        return out, state
+
+    def _learns(self) -> bool:
+        config = self.config
+        wanted = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
+        return wanted and config.compressed_len > 0 and torch.is_grad_enabled()
+
+    def _distances(self, rows: Rows) -> int:
+        """Distances that pairs of the call have at most."""
+        if not rows.plain:
+            return self.reach
+        first, most = rows.offset_range[0], 1
+        for border in range(first - first % self.config.segment, first + rows.length, self.config.segment):
+            end = min(border + self.config.segment, first + rows.length)
+            most = max(most, end - border + sum(self._seen(border)))
+            if most == self.reach:
+                break
+        return most
+
+    def _over_segments(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Hidden,
+        state: CompressiveState | None,
+        rows: Rows,
+        losses: "_Losses | None",
+    ) -> tuple[Tensor, CompressiveState]:
+        """A call that reaches over segment borders or begins documents, segment by segment."""
+        r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
+        layout, x, outs = None, hidden.x, []
+        if not rows.plain:
+            layout = rows.segments(self.config.segment)
+            q, k, v, x = (layout.spread(t) for t in (q, k, v, x))
+        if state is None:
+            state = self.init_state(rows.batch, q.device, x.dtype)
+        for columns, begins, part in self._pieces(rows):
+            if begins is not None:
+                state = CompressiveState(*(t.masked_fill(_like(begins, t), 0) for t in state))
+            here = [part.gather(t[:, :, columns].transpose(1, 2)).transpose(1, 2) for t in (q, k, v)]
+            inner = Hidden(part.gather(x[:, columns]), hidden.project)
+            if not part.length:
+                out = q[:, :, columns] * 0
+            else:
+                out, state = self._inside(*here, inner, r, state, part, losses)
+                out = part.scatter(out.transpose(1, 2)).transpose(1, 2)
+            outs.append(out)
+        out = torch.cat(outs, 2) if outs else torch.zeros_like(q)
+        if layout is not None:
+            out = layout.collect(out)
+        return out, CompressiveState(*(emptied_rows(rows, t) for t in state[:3]), rows.live)
+
+    def _inside(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        hidden: Hidden,
+        r: Tensor,
+        state: CompressiveState | None,
+        rows: Rows,
+        losses: "_Losses | None",
+    ) -> tuple[Tensor, CompressiveState]:
+        """A call within the open segment of every row, to its end at most."""
+        past, memory_lengths = self._past(state, rows)
+        if past is not None:
+            old_k, old_v = hidden.project(past)
+            k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+        biases = r, self.content_bias, self.position_bias
+        seen = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        out = ops.relative_attention(q, k, v, *biases, **seen)
+        usage = ops.attention_usage(q, k, *biases, **seen) if self.counts_usage else None
+        return out, self._next(state, usage, q, hidden, rows, losses)
+
+    def _past(self, state: CompressiveState | None, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden states that the call sees besides its own, (batch, columns, dim), and how many are real, newest last."""
+        if state is None or not rows.batch:
+            return None, None
+        low, high = rows.offset_range
+        segment, capacity = self.config.segment, self.capacity
+        if low == high:
+            opened = low % segment
+            slots, older = self._seen(low - opened)
+            if not slots + older + opened:
+                return None, None
+            near = state.hidden[:, capacity - older - opened :]
+            return (torch.cat([state.compressed[:, -slots:], near], 1) if slots else near), None
+
+        def layout() -> tuple[Tensor, Tensor]:
+            opened = rows.offset % segment
+            slots, older = self._seen(rows.offset - opened)
+            near, count = older + opened, slots + older + opened
+            back = torch.arange(int(count.max()), 0, -1, device=rows.device)
+            far = self.config.compressed_len + near[:, None] - back  # among the slots
+            place = torch.where(back <= near[:, None], self.config.compressed_len + capacity - back, far)
+            return place.clamp(min=0), count
+
+        place, count = rows.cached(("compressive past", self.config), layout)
+        if not place.shape[1]:
+            return None, None
+        joined = torch.cat([state.compressed, state.hidden], 1)
+        return joined.gather(1, place[..., None].expand(-1, -1, joined.shape[2])), count
+
+    # -- what is carried on ----------------------------------------------------------------------------------------
+
+    def _next(
+        self,
+        state: CompressiveState | None,
+        received: Tensor | None,
+        q: Tensor,
+        hidden: Hidden,
+        rows: Rows,
+        losses: "_Losses | None",
+    ) -> CompressiveState:
+        segment, x = self.config.segment, hidden.x
+        if state is None:
+            state = self.init_state(rows.batch, x.device, x.dtype)
+        usage = state.usage if received is None else self._used(state, received, rows)
+        closes = rows.offset % segment + rows.real_tokens() == segment
+        compressed = state.compressed
+        if self.config.compressed_len and bool(closes.any()):
+            compressed = self._compress(state, usage, closes, q, hidden, rows, losses)
+        carried = rows.carry(state.hidden, x, self.capacity)
+        slot = torch.arange(self.capacity, device=x.device)
+        if carried.requires_grad:
+            # what lies before the open segment is memory: it is read, not trained through
+            is_open = slot >= (self.capacity - rows.live % segment)[:, None]
+            some = bool(is_open.any())
+            carried = torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
+        if received is not None:
+            usage = self._carry_usage(usage, closes, rows)
+        compressed, usage = emptied_rows(rows, compressed), emptied_rows(rows, usage)
+        return CompressiveState(carried, compressed, usage, rows.live)
+
+    def _groups(self, closes: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """(batch,) slots made before the open segment, and how many its end adds."""
+        border = rows.offset - rows.offset % self.config.segment
+        before = self._closed(border)
+        return before, (self._closed(border + self.config.segment) - before) * closes
+
+    def _compress(
+        self,
+        state: CompressiveState,
+        usage: Tensor,
+        closes: Tensor,
+        q: Tensor,
+        hidden: Hidden,
+        rows: Rows,
+        losses: "_Losses | None",
+    ) -> Tensor:
+        """The compressed memory after the segments that end here."""
+        config, context = self.config, self.compressor.context
+        before, groups = self._groups(closes, rows)
+        most = int(groups.max())
+        if not most:
+            return state.compressed
+        joined = torch.cat([state.hidden, hidden.x], 1).detach()
+        position = (before * config.ratio - context)[:, None] + torch.arange(
+            context + most * config.ratio, device=joined.device
+        )
+        column = (self.capacity - rows.offset[:, None] + position).clamp(0, joined.shape[1] - 1)
+        old = joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2]))
+        if context:
+            old = old.masked_fill((position < 0)[..., None], 0.0)
+        with torch.set_grad_enabled(losses is not None):
+            if self.counts_usage:
+                new = self.compressor(old, usage.gather(1, column), groups)
+            else:
+                new = self.compressor(old).to(old.dtype)
+        if losses is not None:
+            self._penalise(old[:, context:], new, groups, q.detach(), hidden, rows, losses)
+        slot = torch.arange(config.compressed_len, device=joined.device) + groups[:, None]
+        place = slot[..., None].expand(-1, -1, joined.shape[2])
+        return torch.cat([state.compressed, new.detach()], 1).gather(1, place)
+
+    def _penalise(
+        self, old: Tensor, new: Tensor, groups: Tensor, q: Tensor, hidden: Hidden, rows: Rows, losses: "_Losses"
+    ) -> None:
+        """Add the auxiliary loss of the segments that end here."""
+        some = groups > 0
+        if self.config.loss == "auto_encoding":
+            lost = (self.compressor.decode(new).to(old.dtype) - old).square().mean(2).float()
+            real = torch.arange(old.shape[1], device=old.device) < (groups * self.config.ratio)[:, None]
+            losses.add((lost * real).sum(), real.sum())
+            return
+        with torch.no_grad():
+            k, v = hidden.project(old)
+        slots_k, slots_v = Frozen.apply(hidden.project, new)
+        lost = ops.attention_reconstruction(q, k, v, slots_k, slots_v, groups=groups, lengths=rows.lengths)
+        losses.add(lost.sum(), (rows.real_tokens() * some).sum())
+
+    def _used(self, state: CompressiveState, received: Tensor, rows: Rows) -> Tensor:
+        """(batch, capacity + length): attention of the vectors of the state and of the call, this call's added."""
+        length, older = rows.length, received.shape[1] - rows.length
+        usage = torch.cat([state.usage, received[:, older:]], 1)
+        opened = rows.offset % self.config.segment
+        near = self._seen(rows.offset - opened)[1] + opened  # columns of the state that are no slots
+        back = torch.arange(self.capacity, 0, -1, device=usage.device)
+        column = (older - back).clamp(min=0).expand(rows.batch, -1)
+        if older:
+            usage[:, : self.capacity] += received.gather(1, column) * (back <= near[:, None])
+        # the mean over the queries that saw a key, times the segment: a key of the segment itself is seen by those after
+        place = torch.arange(-self.capacity, length, device=usage.device) + opened[:, None]
+        closes = opened + rows.real_tokens() == self.config.segment
+        own = closes[:, None] & (place >= 0) & (place < self.config.segment)
+        weight = self.config.segment / (self.config.segment - place).clamp(min=1)
+        return torch.where(own, usage * weight, usage)
+
+    def _carry_usage(self, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
+        """What the next state holds: nothing of groups that are full, nothing of the memory where a segment opens."""
+        old, new = usage[:, : self.capacity, None], usage[:, self.capacity :, None]
+        carried = rows.carry(old, new, self.capacity)[..., 0]
+        before, groups = self._groups(closes, rows)
+        position = rows.live[:, None] - self.capacity + torch.arange(self.capacity, device=usage.device)
+        kept = position >= ((before + groups) * self.config.ratio)[:, None]
+        left = (rows.live - self.config.mem_len)[:, None]
+        return carried * (kept & (~closes[:, None] | (position < left)))
+
+    # -- what it costs ---------------------------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> CompressiveState:
+        """Full capacity, nothing live."""
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
+        hidden, compressed = (zeros(n, self.shape.dim) for n in (self.capacity, self.config.compressed_len))
+        return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""
+        vectors = (self.capacity + self.config.compressed_len) * self.shape.dim * dtype.itemsize
+        usage = self.capacity * max(dtype.itemsize, 4) if self.counts_usage else 0
+        return batch_size * (vectors + usage + 8)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
+        config, shape = self.config, self.shape
+        width, row, most = shape.num_heads * shape.head_dim, 0, 1
+        for border in range(0, length, config.segment):
+            size, older = min(config.segment, length - border), sum(self._seen(border))
+            content, position = ops.relative_cost(size, memory=older)
+            row += (4 * content + 2 * position) * width
+            row += 4 * older * shape.dim * shape.num_kv_heads * shape.head_dim
+            if self.counts_usage:
+                row += (2 * content + 2 * position) * width
+            if size == config.segment:
+                row += self.compressor.flops(self._closed(border + size) - self._closed(border))
+            most = max(most, size + older)
+        return batch_size * row + 2 * most * shape.dim * width
+
+    def pairs(self, length: int) -> int:
+        """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
+        total = 0
+        for border in range(0, length, self.config.segment):
+            size = min(self.config.segment, length - border)
+            total += size * (size + 1) // 2 + size * sum(self._seen(border))
+        return self.shape.num_heads * total
+
+
+class _Losses:
+    """The auxiliary losses of a call: a sum and what it counts."""
+
+    def __init__(self) -> None:
+        self.sum: Tensor | None = None
+        self.count: Tensor | None = None
+
+    @property
+    def weight(self) -> bool:
+        return self.sum is not None
+
+    def add(self, total: Tensor, count: Tensor) -> None:
+        self.sum = total if self.sum is None else self.sum + total
+        self.count = count if self.count is None else self.count + count
+
+    def mean(self) -> Tensor:
+        assert self.sum is not None
+        assert self.count is not None
+        return self.sum / self.count.clamp(min=1)
+
+
+def _like(mask: Tensor, t: Tensor) -> Tensor:
+    """(batch,) with as many dimensions as t."""
+    return mask.view(-1, *(1,) * (t.ndim - 1))
