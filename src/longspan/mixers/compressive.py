@@ -18,6 +18,7 @@ only. The parameters are an optimiser group of their own, "compressor".
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from longspan import ops
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.compressors import Compressor, Frozen
+from longspan.mixers.compressors import AuxiliaryLoss, Compressor, Project
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.relative import RelativeCore
 from longspan.mixers.rows import Rows
@@ -84,7 +85,7 @@ class CompressiveState(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a call that lies within one segment of every row.
+    """A part of a call: within one segment of every row, or many segments of plain rows from a border on.
 
     Attributes:
         columns: of the call, or of its layout over whole segments.
@@ -95,6 +96,18 @@ class Piece(NamedTuple):
     columns: slice
     begins: Tensor | None
     rows: Rows
+
+
+class Inputs(NamedTuple):
+    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    project: Project
+    r: Tensor
+    loss: AuxiliaryLoss | None
 
 
 class CompressiveCore(RelativeCore):
@@ -122,6 +135,7 @@ class CompressiveCore(RelativeCore):
         waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0
         self.capacity = waiting + config.mem_len + config.segment - 1
         self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
+        self.sizes = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
 
     @property
     def traits(self) -> Traits:
@@ -159,6 +173,8 @@ class CompressiveCore(RelativeCore):
             first, pieces, column = rows.offset_range[0], [], 0
             while column < rows.length:
                 end = min(rows.length, column + segment - (first + column) % segment)
+                if (first + column) % segment == 0 and not self.counts_usage:
+                    end = rows.length  # without usage, segments do not wait for each other
                 pieces.append(Piece(slice(column, end), None, Rows(rows.offset + column, end - column)))
                 column = end
             return pieces
@@ -176,7 +192,7 @@ class CompressiveCore(RelativeCore):
                 offset = part.live
             return pieces
 
-        return rows.cached(("compressive", segment), plain if rows.plain else spread)
+        return rows.cached(("compressive", segment, self.counts_usage), plain if rows.plain else spread)
 
     # -- the call --------------------------------------------------------------------------------------------------
 
@@ -193,16 +209,17 @@ class CompressiveCore(RelativeCore):
     ) -> tuple[Tensor, CompressiveState]:
         """See `Core.forward`."""
         assert hidden is not None, "compressive projects hidden states"
-        segment, lost = self.config.segment, _Losses()
-        asked = None if penalties is None or not self._learns() else lost
+        segment, loss = self.config.segment, None
+        if penalties is not None and self._learns():
+            loss = AuxiliaryLoss(self.compressor, self.config.loss)
+        r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
+        given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
         opened = int((rows.offset % segment).max()) if rows.batch else 0
-        if rows.origin is None and opened + rows.length <= segment:
-            r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
-            out, state = self._inside(q, k, v, hidden, r, state, rows, asked)
-        else:
-            out, state = self._over_segments(q, k, v, hidden, state, rows, asked)
-        if penalties is not None and lost.weight:
-            penalties.append(self.config.loss_weight * lost.mean())
+        inside = rows.origin is None and opened + rows.length <= segment
+        out, state = (self._inside if inside else self._in_pieces)(given, state, rows)
+        lost = None if loss is None else loss.mean()
+        if penalties is not None and lost is not None:
+            penalties.append(self.config.loss_weight * lost)
         return out, state
 
     def _learns(self) -> bool:
@@ -222,64 +239,49 @@ class CompressiveCore(RelativeCore):
                 break
         return most
 
-    def _over_segments(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Hidden,
-        state: CompressiveState | None,
-        rows: Rows,
-        losses: "_Losses | None",
-    ) -> tuple[Tensor, CompressiveState]:
-        """A call that reaches over segment borders or begins documents, segment by segment."""
-        r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
-        layout, x, outs = None, hidden.x, []
+    def _in_pieces(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """A call that reaches over segment borders or begins documents."""
+        parts: tuple[Tensor, ...] = given[:4]
+        layout, outs = None, []
         if not rows.plain:
             layout = rows.segments(self.config.segment)
-            q, k, v, x = (layout.spread(t) for t in (q, k, v, x))
+            parts = tuple(layout.spread(t) for t in parts)
+        q, k, v = (t.transpose(1, 2) for t in parts[:3])
         if state is None:
-            state = self.init_state(rows.batch, q.device, x.dtype)
+            state = self.init_state(rows.batch, q.device, given.x.dtype)
         for columns, begins, part in self._pieces(rows):
             if begins is not None:
-                state = CompressiveState(*(t.masked_fill(_like(begins, t), 0) for t in state))
-            here = [part.gather(t[:, :, columns].transpose(1, 2)).transpose(1, 2) for t in (q, k, v)]
-            inner = Hidden(part.gather(x[:, columns]), hidden.project)
+                kept = [t.masked_fill(begins.view(-1, *(1,) * (t.ndim - 1)), 0) for t in state]
+                state = CompressiveState(kept[0], kept[1], kept[2], kept[3])
             if not part.length:
-                out = q[:, :, columns] * 0
-            else:
-                out, state = self._inside(*here, inner, r, state, part, losses)
-                out = part.scatter(out.transpose(1, 2)).transpose(1, 2)
-            outs.append(out)
-        out = torch.cat(outs, 2) if outs else torch.zeros_like(q)
+                outs.append(torch.zeros_like(q[:, columns]))
+                continue
+            heads = [part.gather(t[:, columns]).transpose(1, 2) for t in (q, k, v)]
+            inner = given._replace(q=heads[0], k=heads[1], v=heads[2], x=part.gather(parts[3][:, columns]))
+            many = part.plain and part.length > self.config.segment
+            out, state = (self._aligned if many else self._inside)(inner, state, part)
+            outs.append(part.scatter(out.transpose(1, 2)))
+        out = (torch.cat(outs, 1) if outs else torch.zeros_like(q)).transpose(1, 2)
         if layout is not None:
             out = layout.collect(out)
-        return out, CompressiveState(*(emptied_rows(rows, t) for t in state[:3]), rows.live)
+        left = [emptied_rows(rows, t) for t in state[:3]]
+        return out, CompressiveState(left[0], left[1], left[2], rows.live)
 
-    def _inside(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        hidden: Hidden,
-        r: Tensor,
-        state: CompressiveState | None,
-        rows: Rows,
-        losses: "_Losses | None",
-    ) -> tuple[Tensor, CompressiveState]:
+    def _inside(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """A call within the open segment of every row, to its end at most."""
+        q, k, v, _, project, r, _ = given
         past, memory_lengths = self._past(state, rows)
         if past is not None:
-            old_k, old_v = hidden.project(past)
+            old_k, old_v = project(past)
             k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
         biases = r, self.content_bias, self.position_bias
-        seen = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        seen: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
         out = ops.relative_attention(q, k, v, *biases, **seen)
         usage = ops.attention_usage(q, k, *biases, **seen) if self.counts_usage else None
-        return out, self._next(state, usage, q, hidden, rows, losses)
+        return out, self._next(given, state, usage, rows)
 
     def _past(self, state: CompressiveState | None, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden states that the call sees besides its own, (batch, columns, dim), and how many are real, newest last."""
+        """Hidden states (batch, columns, dim) that the call sees besides its own; how many are real, newest last."""
         if state is None or not rows.batch:
             return None, None
         low, high = rows.offset_range
@@ -307,36 +309,91 @@ class CompressiveCore(RelativeCore):
         joined = torch.cat([state.compressed, state.hidden], 1)
         return joined.gather(1, place[..., None].expand(-1, -1, joined.shape[2])), count
 
+    def _aligned(self, given: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """Several segments at once, from a border on, the rows laid out alike: slots are made of inputs alone."""
+        q, k, v, x, project, r, loss = given
+        config, first, stale = self.config, rows.offset_range[0], None
+        new, spans = self._all_slots(state, x, rows, trains=loss is not None)
+        before, last = self._closed(first), first + (rows.length - 1) // config.segment * config.segment
+        held = min(before, config.compressed_len)
+        slots = torch.cat([state.compressed[:, config.compressed_len - held :], new.detach()], 1)
+        slots_k, slots_v = project(slots[:, : held + self._closed(last) - before])
+        older = min(first, config.mem_len)
+        past = state.hidden[:, self.capacity - older :].detach()
+        if torch.is_grad_enabled():
+            stale = project(torch.cat([past, x.detach()], 1))
+            past_k, past_v = (t[:, :, :older].detach() for t in stale)
+        else:
+            past_k, past_v = project(past)
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        out = ops.compressive_attention(
+            q,
+            k,
+            v,
+            slots_k,
+            slots_v,
+            r,
+            self.content_bias,
+            self.position_bias,
+            **self.sizes,
+            position=first,
+            stale=stale,
+        )
+        for number, (low, high, old) in enumerate(spans):
+            if loss is not None and low < high:
+                queries = q[:, :, number * config.segment : (number + 1) * config.segment]
+                groups, lengths = (torch.full_like(rows.offset, n) for n in (high - low, config.segment))
+                loss.add(old, new[:, low:high], queries, project, groups, lengths)
+        compressed = torch.cat([state.compressed, new.detach()], 1)[:, new.shape[1] :]
+        return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
+
+    def _all_slots(
+        self, state: CompressiveState, x: Tensor, rows: Rows, *, trains: bool
+    ) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+        """Slots that a call makes, and for every segment that ends: which of them, and what they are made of."""
+        config, context, first = self.config, self.compressor.context, rows.offset_range[0]
+        ends = range(first + config.segment, first + rows.length + 1, config.segment)
+        made = [self._closed(end) for end in ends]
+        before = self._closed(first)
+        if made[-1] == before:
+            return x[:, :0], [(0, 0, x[:, :0]) for _ in made]
+        joined = torch.cat([state.hidden, x], 1).detach()
+        column = self.capacity - first + before * config.ratio
+        old = joined[:, column - context : column + (made[-1] - before) * config.ratio]
+        with torch.set_grad_enabled(trains):
+            new = self.compressor(old).to(old.dtype)
+        edges = [0, *(each - before for each in made)]
+        spans = [(a, b, old[:, context + a * config.ratio : context + b * config.ratio]) for a, b in pairwise(edges)]
+        return new, spans
+
     # -- what is carried on ----------------------------------------------------------------------------------------
 
     def _next(
-        self,
-        state: CompressiveState | None,
-        received: Tensor | None,
-        q: Tensor,
-        hidden: Hidden,
-        rows: Rows,
-        losses: "_Losses | None",
+        self, given: Inputs, state: CompressiveState | None, received: Tensor | None, rows: Rows
     ) -> CompressiveState:
-        segment, x = self.config.segment, hidden.x
+        segment, x = self.config.segment, given.x
         if state is None:
             state = self.init_state(rows.batch, x.device, x.dtype)
         usage = state.usage if received is None else self._used(state, received, rows)
         closes = rows.offset % segment + rows.real_tokens() == segment
         compressed = state.compressed
         if self.config.compressed_len and bool(closes.any()):
-            compressed = self._compress(state, usage, closes, q, hidden, rows, losses)
-        carried = rows.carry(state.hidden, x, self.capacity)
-        slot = torch.arange(self.capacity, device=x.device)
-        if carried.requires_grad:
-            # what lies before the open segment is memory: it is read, not trained through
-            is_open = slot >= (self.capacity - rows.live % segment)[:, None]
-            some = bool(is_open.any())
-            carried = torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
+            compressed = self._compress(given, state, usage, closes, rows)
+        carried = self._carry_hidden(state, x, rows)
         if received is not None:
             usage = self._carry_usage(usage, closes, rows)
         compressed, usage = emptied_rows(rows, compressed), emptied_rows(rows, usage)
         return CompressiveState(carried, compressed, usage, rows.live)
+
+    def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
+        """What lies before the open segment is memory: it is read, not trained through."""
+        carried = rows.carry(state.hidden, x, self.capacity)
+        if not carried.requires_grad:
+            return carried
+        slot = torch.arange(self.capacity, device=x.device)
+        is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
+        some = bool(is_open.any())
+        return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
 
     def _groups(self, closes: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """(batch,) slots made before the open segment, and how many its end adds."""
@@ -344,23 +401,14 @@ class CompressiveCore(RelativeCore):
         before = self._closed(border)
         return before, (self._closed(border + self.config.segment) - before) * closes
 
-    def _compress(
-        self,
-        state: CompressiveState,
-        usage: Tensor,
-        closes: Tensor,
-        q: Tensor,
-        hidden: Hidden,
-        rows: Rows,
-        losses: "_Losses | None",
-    ) -> Tensor:
+    def _compress(self, given: Inputs, state: CompressiveState, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
         """The compressed memory after the segments that end here."""
-        config, context = self.config, self.compressor.context
+        config, context, loss = self.config, self.compressor.context, given.loss
         before, groups = self._groups(closes, rows)
         most = int(groups.max())
         if not most:
             return state.compressed
-        joined = torch.cat([state.hidden, hidden.x], 1).detach()
+        joined = torch.cat([state.hidden, given.x], 1).detach()
         position = (before * config.ratio - context)[:, None] + torch.arange(
             context + most * config.ratio, device=joined.device
         )
@@ -368,32 +416,16 @@ class CompressiveCore(RelativeCore):
         old = joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2]))
         if context:
             old = old.masked_fill((position < 0)[..., None], 0.0)
-        with torch.set_grad_enabled(losses is not None):
+        with torch.set_grad_enabled(loss is not None):
             if self.counts_usage:
                 new = self.compressor(old, usage.gather(1, column), groups)
             else:
                 new = self.compressor(old).to(old.dtype)
-        if losses is not None:
-            self._penalise(old[:, context:], new, groups, q.detach(), hidden, rows, losses)
+        if loss is not None:
+            loss.add(old[:, context:], new, given.q, given.project, groups, rows.real_tokens())
         slot = torch.arange(config.compressed_len, device=joined.device) + groups[:, None]
         place = slot[..., None].expand(-1, -1, joined.shape[2])
         return torch.cat([state.compressed, new.detach()], 1).gather(1, place)
-
-    def _penalise(
-        self, old: Tensor, new: Tensor, groups: Tensor, q: Tensor, hidden: Hidden, rows: Rows, losses: "_Losses"
-    ) -> None:
-        """Add the auxiliary loss of the segments that end here."""
-        some = groups > 0
-        if self.config.loss == "auto_encoding":
-            lost = (self.compressor.decode(new).to(old.dtype) - old).square().mean(2).float()
-            real = torch.arange(old.shape[1], device=old.device) < (groups * self.config.ratio)[:, None]
-            losses.add((lost * real).sum(), real.sum())
-            return
-        with torch.no_grad():
-            k, v = hidden.project(old)
-        slots_k, slots_v = Frozen.apply(hidden.project, new)
-        lost = ops.attention_reconstruction(q, k, v, slots_k, slots_v, groups=groups, lengths=rows.lengths)
-        losses.add(lost.sum(), (rows.real_tokens() * some).sum())
 
     def _used(self, state: CompressiveState, received: Tensor, rows: Rows) -> Tensor:
         """(batch, capacity + length): attention of the vectors of the state and of the call, this call's added."""
@@ -405,7 +437,7 @@ class CompressiveCore(RelativeCore):
         column = (older - back).clamp(min=0).expand(rows.batch, -1)
         if older:
             usage[:, : self.capacity] += received.gather(1, column) * (back <= near[:, None])
-        # the mean over the queries that saw a key, times the segment: a key of the segment itself is seen by those after
+        # the mean over the queries that saw a key, times the segment: keys of the segment itself are seen by later ones
         place = torch.arange(-self.capacity, length, device=usage.device) + opened[:, None]
         closes = opened + rows.real_tokens() == self.config.segment
         own = closes[:, None] & (place >= 0) & (place < self.config.segment)
@@ -443,49 +475,25 @@ class CompressiveCore(RelativeCore):
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
         config, shape = self.config, self.shape
-        width, row, most = shape.num_heads * shape.head_dim, 0, 1
-        for border in range(0, length, config.segment):
-            size, older = min(config.segment, length - border), sum(self._seen(border))
-            content, position = ops.relative_cost(size, memory=older)
-            row += (4 * content + 2 * position) * width
-            row += 4 * older * shape.dim * shape.num_kv_heads * shape.head_dim
-            if self.counts_usage:
-                row += (2 * content + 2 * position) * width
-            if size == config.segment:
-                row += self.compressor.flops(self._closed(border + size) - self._closed(border))
-            most = max(most, size + older)
+        width, projected = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
+        last = max(0, length - 1) // config.segment * config.segment
+        most = max((size + sum(self._seen(border)) for border, size in self._sizes(length)), default=1)
+        row = self.compressor.flops(self._closed(length // config.segment * config.segment))
+        if self.counts_usage:
+            for border, size in self._sizes(length):
+                content, position = ops.relative_cost(size, memory=sum(self._seen(border)))
+                row += (6 * content + 4 * position) * width + projected * sum(self._seen(border))
+        else:
+            content, position = ops.compressive_cost(length, **self.sizes)
+            row += (4 * content + 2 * position) * width + projected * self._closed(last)
         return batch_size * row + 2 * most * shape.dim * width
+
+    def _sizes(self, length: int) -> list[tuple[int, int]]:
+        """The border at which each segment of a document begins, and the segment's tokens."""
+        segment = self.config.segment
+        return [(border, min(segment, length - border)) for border in range(0, length, segment)]
 
     def pairs(self, length: int) -> int:
         """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
-        total = 0
-        for border in range(0, length, self.config.segment):
-            size = min(self.config.segment, length - border)
-            total += size * (size + 1) // 2 + size * sum(self._seen(border))
+        total: int = sum(n * (n + 1) // 2 + n * sum(self._seen(border)) for border, n in self._sizes(length))
         return self.shape.num_heads * total
-
-
-class _Losses:
-    """The auxiliary losses of a call: a sum and what it counts."""
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count: Tensor | None = None
-
-    @property
-    def weight(self) -> bool:
-        return self.sum is not None
-
-    def add(self, total: Tensor, count: Tensor) -> None:
-        self.sum = total if self.sum is None else self.sum + total
-        self.count = count if self.count is None else self.count + count
-
-    def mean(self) -> Tensor:
-        assert self.sum is not None
-        assert self.count is not None
-        return self.sum / self.count.clamp(min=1)
-
-
-def _like(mask: Tensor, t: Tensor) -> Tensor:
-    """(batch,) with as many dimensions as t."""
-    return mask.view(-1, *(1,) * (t.ndim - 1))

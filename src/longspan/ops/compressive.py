@@ -1,4 +1,12 @@
-"""What the Compressive Transformer needs beside relative attention (Rae et al. 2019): usage of keys, lost attention."""
+"""The Compressive Transformer (Rae et al. 2019): attention over slots, memory and segment; usage; lost attention.
+
+A segment's keys are its slots, its memory and itself, copied side by side, so that all segments of a call which see
+equally many are one batch of `relative_attention`; segments of a document's start, whose memory is not full, go in a
+few batches of their own. How many each sees depends on positions alone.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +14,163 @@ from torch import Tensor
 
 from longspan.errors import ConfigError
 from longspan.ops import flash
-from longspan.ops.relative import FORWARD_TILE, farthest_first
+from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
 from longspan.ops.rows import read_call
 from longspan.ops.tiled import default_scale
 from longspan.ops.tiles import HIDDEN, make_blocks, make_plan, take
+
+BATCH_ENTRIES = 1 << 24  # keys (times head_dim) that are copied for one batch of segments
+FILLING = 8  # batches of segments whose memory is not full yet
+
+
+class Batch(NamedTuple):
+    """Segments first .. last - 1 of a call, of `size` positions, which see at most these many slots and positions."""
+
+    first: int
+    last: int
+    size: int
+    slots: int
+    older: int
+
+
+def closed_slots(border: int, *, mem_len: int, ratio: int) -> int:
+    """Slots made in a document when a segment ends at position `border`."""
+    return max(0, border - mem_len) // ratio
+
+
+def _batches(
+    length: int, segment: int, mem_len: int, compressed_len: int, ratio: int, position: int, most: int
+) -> Iterator[Batch]:
+    """The segments of a call, those together whose memory is about as full, `most` at a time."""
+
+    def seen(number: int) -> tuple[int, int]:
+        begin = position + number * segment
+        slots = closed_slots(begin, mem_len=mem_len, ratio=ratio)
+        return min(slots, compressed_len), min(begin, mem_len)
+
+    step = -(-(mem_len + compressed_len) // FILLING) or 1
+    whole, first = length // segment, 0
+    while first < whole:
+        fill, last = -(-sum(seen(first)) // step), first + 1
+        while last < whole and -(-sum(seen(last)) // step) == fill:
+            last += 1
+        for part in range(first, last, most):
+            yield Batch(part, min(part + most, last), segment, *seen(last - 1))
+        first = last
+    if length % segment:
+        yield Batch(whole, whole + 1, length % segment, *seen(whole))
+
+
+def compressive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots_k: Tensor,
+    slots_v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    segment: int,
+    mem_len: int,
+    compressed_len: int,
+    ratio: int,
+    position: int = 0,
+    stale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
+
+    score(i, j) = (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t) / sqrt(head_dim)
+
+    t = i - j for a token j; t = i - b + mem_len + g for the g-th newest slot (1, 2, ...) of a segment that begins at b.
+
+    Args:
+        q: (batch, heads, length, head_dim); column 0 stands at `position`, a segment border.
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys, at
+            least min(mem_len, position).
+        v: like k.
+        slots_k: (batch, kv_heads, slots, head_dim): the slots closed before the last segment, newest last.
+        slots_v: like slots_k.
+        r: (heads, distances, head_dim), r[:, t] for distance t; distances not below the farthest seen + 1.
+        content_bias: (heads, head_dim), the paper's u.
+        position_bias: (heads, head_dim), the paper's v.
+        segment: positions of a segment.
+        mem_len: positions before its segment that a token sees.
+        compressed_len: most slots that a token sees.
+        ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
+        position: of query 0.
+        stale: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients here.
+
+    Returns:
+        (batch, heads, length, head_dim).
+
+    Raises:
+        ConfigError: older keys or slots are missing.
+    """
+    batch, heads, length, dim = q.shape
+    memory = k.shape[2] - length
+    if position % segment or memory < min(mem_len, position):
+        raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
+    near, older = [k, v], list((k, v) if stale is None else stale)
+    if memory < mem_len:  # a document that starts: so that every segment's memory is columns, if hidden ones
+        older = [F.pad(t, (0, 0, mem_len - memory, 0)) for t in older]
+    final = position + (length - 1) // segment * segment if length else position
+    final = closed_slots(final, mem_len=mem_len, ratio=ratio)
+    per_segment = batch * k.shape[1] * dim * (segment + mem_len + compressed_len)
+    outs = []
+    for part in _batches(
+        length, segment, mem_len, compressed_len, ratio, position, max(1, BATCH_ENTRIES // per_segment)
+    ):
+        begins = [position + number * segment for number in range(part.first, part.last)]
+        closed = [closed_slots(begin, mem_len=mem_len, ratio=ratio) for begin in begins]
+        count, begin = len(begins), part.first * segment
+        columns: list[Tensor] = []
+        for own, past, slots in zip(near, older, (slots_k, slots_v), strict=True):
+            groups = [own[:, :, memory + begin : memory + begin + count * part.size].unflatten(2, (count, part.size))]
+            if part.older:
+                low = past.shape[2] - length + begin - part.older
+                high = low + (count - 1) * segment + part.older
+                groups.insert(0, past[:, :, low:high].unfold(2, part.older, segment).transpose(3, 4))
+            if part.slots:
+                last = [slots.shape[2] - final + each for each in closed]
+                if last[-1] < min(closed[-1], compressed_len):
+                    raise ConfigError(f"{slots.shape[2]} slots: the last segment sees more than these")
+                index = [max(0, each - part.slots + i) for each in last for i in range(part.slots)]
+                picked = slots.index_select(2, torch.tensor(index, device=slots.device))
+                groups.insert(0, picked.unflatten(2, (count, part.slots)))
+            columns.append(torch.cat([group.transpose(1, 2) for group in groups], 3).flatten(0, 1))
+        seen = [min(each, compressed_len) + min(at, mem_len) for each, at in zip(closed, begins, strict=True)]
+        ragged = min(seen) < part.slots + part.older
+        query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
+        out = relative_attention(
+            query.reshape(batch * count, heads, part.size, dim),
+            columns[0],
+            columns[1],
+            r,
+            content_bias,
+            position_bias,
+            memory_lengths=torch.tensor(seen, device=q.device).repeat(batch) if ragged else None,
+        )
+        outs.append(out.transpose(1, 2).reshape(batch, count * part.size, heads, -1))
+    if not outs:
+        return q.new_zeros(batch, heads, length, v.shape[3])
+    return torch.cat(outs, 1).transpose(1, 2)
+
+
+def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
+    """Entries computed per head by `compressive_attention` at position 0: content scores, position scores.
+
+    Args:
+        length: queries.
+        segment, mem_len, compressed_len, ratio: see `compressive_attention`.
+    """
+    content = position = 0
+    for part in _batches(length, segment, mem_len, compressed_len, ratio, 0, length):
+        pairs = relative_cost(part.size, memory=part.slots + part.older)
+        content += (part.last - part.first) * pairs[0]
+        position += (part.last - part.first) * pairs[1]
+    return content, position
 
 
 @torch.no_grad()

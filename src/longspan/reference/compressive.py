@@ -45,12 +45,11 @@ def compressive_attention(
     compressed_len: int,
     ratio: int,
     position: int = 0,
-    scale: float | None = None,
     stale: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
 
-    score(i, j) = scale * (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t)
+    score(i, j) = (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t) / sqrt(head_dim)
 
     t = i - j for a token j; t = i - b + mem_len + g for the g-th newest slot (1, 2, ...) of a segment that begins at b.
 
@@ -69,7 +68,6 @@ def compressive_attention(
         compressed_len: most slots that a token sees.
         ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
         position: of query 0.
-        scale: default head_dim ** -0.5.
         stale: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients here.
 
     Returns:
@@ -89,8 +87,7 @@ def compressive_attention(
     seen = torch.cat([seen_slots, seen_older, (j >= begin) & (j <= i)], 1)
     distance = torch.cat([i - begin + mem_len + closed - slot, i - j, i - j], 1)
     relative = r[:, distance.clamp(0, r.shape[1] - 1)]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = masked_softmax(scale * _scores(q, keys, relative, content_bias, position_bias), seen)
+    weights = masked_softmax(q.shape[-1] ** -0.5 * _scores(q, keys, relative, content_bias, position_bias), seen)
     return weights @ _repeat(values, q.shape[1])
 
 
