@@ -28,6 +28,7 @@ from longspan import ops
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.mixers.compressive_layout import Sizes, attend, carry_usage, count_usage, lines_of, make_layout, pick
 from longspan.mixers.compressors import AuxiliaryLoss, Compressor, Project
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.relative import RelativeCore
@@ -85,7 +86,7 @@ class CompressiveState(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a call: within one segment of every row, or many segments of plain rows from a border on.
+    """A part of a call: within one segment of every row, or many segments of rows laid out alike, from a border on.
 
     Attributes:
         columns: of the call, or of its layout over whole segments.
@@ -131,11 +132,12 @@ class CompressiveCore(RelativeCore):
         if not shape.causal:
             raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
         self.compressor = Compressor(config.compression, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
+        self.fields = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
         self.reach = config.segment + config.mem_len + config.compressed_len
         waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0
         self.capacity = waiting + config.mem_len + config.segment - 1
         self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
-        self.sizes = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
+        self.sizes = Sizes(**self.fields, context=self.compressor.context, capacity=self.capacity)
 
     @property
     def traits(self) -> Traits:
@@ -150,20 +152,6 @@ class CompressiveCore(RelativeCore):
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
 
     # -- what is where ---------------------------------------------------------------------------------------------
-
-    def _closed(self, border: Any) -> Any:
-        """Slots made in a document when a segment ends at `border`, an int or a tensor."""
-        if not self.config.compressed_len:
-            return border * 0
-        left = border - self.config.mem_len
-        return (left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)) // self.config.ratio
-
-    def _seen(self, border: Any) -> tuple[Any, Any]:
-        """Slots and positions of memory that a segment which begins at `border` sees."""
-        slots, most = self._closed(border), self.config.compressed_len
-        if isinstance(border, Tensor):
-            return slots.clamp(max=most), border.clamp(max=self.config.mem_len)
-        return min(slots, most), min(border, self.config.mem_len)
 
     def _pieces(self, rows: Rows) -> list[Piece]:
         """The call cut at the segment borders; the same for all layers."""
@@ -216,7 +204,12 @@ class CompressiveCore(RelativeCore):
         given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
         opened = int((rows.offset % segment).max()) if rows.batch else 0
         inside = rows.origin is None and opened + rows.length <= segment
-        out, state = (self._inside if inside else self._in_pieces)(given, state, rows)
+        if inside:
+            out, state = self._inside(given, state, rows)
+        elif rows.plain or self.counts_usage:
+            out, state = self._in_pieces(given, state, rows)
+        else:
+            out, state = self._in_parts(given, state, rows)
         lost = None if loss is None else loss.mean()
         if penalties is not None and lost is not None:
             penalties.append(self.config.loss_weight * lost)
@@ -234,7 +227,7 @@ class CompressiveCore(RelativeCore):
         first, most = rows.offset_range[0], 1
         for border in range(first - first % self.config.segment, first + rows.length, self.config.segment):
             end = min(border + self.config.segment, first + rows.length)
-            most = max(most, end - border + sum(self._seen(border)))
+            most = max(most, end - border + sum(self.sizes.seen(border)))
             if most == self.reach:
                 break
         return most
@@ -288,7 +281,7 @@ class CompressiveCore(RelativeCore):
         segment, capacity = self.config.segment, self.capacity
         if low == high:
             opened = low % segment
-            slots, older = self._seen(low - opened)
+            slots, older = self.sizes.seen(low - opened)
             if not slots + older + opened:
                 return None, None
             near = state.hidden[:, capacity - older - opened :]
@@ -296,14 +289,14 @@ class CompressiveCore(RelativeCore):
 
         def layout() -> tuple[Tensor, Tensor]:
             opened = rows.offset % segment
-            slots, older = self._seen(rows.offset - opened)
+            slots, older = self.sizes.seen(rows.offset - opened)
             near, count = older + opened, slots + older + opened
             back = torch.arange(int(count.max()), 0, -1, device=rows.device)
             far = self.config.compressed_len + near[:, None] - back  # among the slots
             place = torch.where(back <= near[:, None], self.config.compressed_len + capacity - back, far)
             return place.clamp(min=0), count
 
-        place, count = rows.cached(("compressive past", self.config), layout)
+        place, count = rows.cached(("compressive past", self.sizes), layout)
         if not place.shape[1]:
             return None, None
         joined = torch.cat([state.compressed, state.hidden], 1)
@@ -314,10 +307,10 @@ class CompressiveCore(RelativeCore):
         q, k, v, x, project, r, loss = given
         config, first, stale = self.config, rows.offset_range[0], None
         new, spans = self._all_slots(state, x, rows, trains=loss is not None)
-        before, last = self._closed(first), first + (rows.length - 1) // config.segment * config.segment
+        before, last = self.sizes.closed(first), first + (rows.length - 1) // config.segment * config.segment
         held = min(before, config.compressed_len)
         slots = torch.cat([state.compressed[:, config.compressed_len - held :], new.detach()], 1)
-        slots_k, slots_v = project(slots[:, : held + self._closed(last) - before])
+        slots_k, slots_v = project(slots[:, : held + self.sizes.closed(last) - before])
         older = min(first, config.mem_len)
         past = state.hidden[:, self.capacity - older :].detach()
         if torch.is_grad_enabled():
@@ -335,7 +328,7 @@ class CompressiveCore(RelativeCore):
             r,
             self.content_bias,
             self.position_bias,
-            **self.sizes,
+            **self.fields,
             position=first,
             stale=stale,
         )
@@ -344,7 +337,38 @@ class CompressiveCore(RelativeCore):
                 queries = q[:, :, number * config.segment : (number + 1) * config.segment]
                 groups, lengths = (torch.full_like(rows.offset, n) for n in (high - low, config.segment))
                 loss.add(old, new[:, low:high], queries, project, groups, lengths)
-        compressed = torch.cat([state.compressed, new.detach()], 1)[:, new.shape[1] :]
+        compressed = torch.cat([state.compressed, new.detach()], 1)[:, new.shape[1] :].clone()
+        return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
+
+    def _in_parts(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """Rows laid out unlike each other, over segment borders and documents, all segments at once."""
+        q, k, v, x, project, r, loss = given
+        if state is None:
+            state = self.init_state(rows.batch, x.device, x.dtype)
+        context, sizes = self.compressor.context, self.sizes
+        layout = rows.cached(("compressive layout", sizes), lambda: make_layout(rows, sizes))
+        lines = torch.cat([state.hidden, x], 1).detach().flatten(0, 1)
+        made = lines[:0]
+        if len(layout.groups):
+            old = lines.index_select(0, layout.old.clamp(min=0).flatten()).unflatten(0, layout.old.shape)
+            old = old.masked_fill((layout.old < 0)[..., None], 0.0)
+            with torch.set_grad_enabled(loss is not None):
+                new = self.compressor(old).to(old.dtype)
+            if loss is not None:
+                queries = pick(lines_of(q), layout.queries)
+                loss.add(old[:, context:], new, queries, project, layout.groups, layout.lengths)
+            made = new.detach().flatten(0, 1)
+        slots = torch.cat([state.compressed.flatten(0, 1), made, lines.new_zeros(1, lines.shape[1])])
+        stale = None
+        if torch.is_grad_enabled():
+            stale = project(torch.cat([state.hidden, x], 1).detach())
+        if stale is None or state.hidden.requires_grad:
+            old_k, old_v = project(state.hidden)
+        else:
+            old_k, old_v = (t[:, :, : self.capacity] for t in stale)
+        own = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
+        out = attend(layout, q, project(slots[None]), stale or own, own, (r, self.content_bias, self.position_bias))
+        compressed = slots.index_select(0, layout.carried.flatten()).unflatten(0, layout.carried.shape)
         return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
 
     def _all_slots(
@@ -353,8 +377,8 @@ class CompressiveCore(RelativeCore):
         """Slots that a call makes, and for every segment that ends: which of them, and what they are made of."""
         config, context, first = self.config, self.compressor.context, rows.offset_range[0]
         ends = range(first + config.segment, first + rows.length + 1, config.segment)
-        made = [self._closed(end) for end in ends]
-        before = self._closed(first)
+        made = [self.sizes.closed(end) for end in ends]
+        before = self.sizes.closed(first)
         if made[-1] == before:
             return x[:, :0], [(0, 0, x[:, :0]) for _ in made]
         joined = torch.cat([state.hidden, x], 1).detach()
@@ -374,14 +398,14 @@ class CompressiveCore(RelativeCore):
         segment, x = self.config.segment, given.x
         if state is None:
             state = self.init_state(rows.batch, x.device, x.dtype)
-        usage = state.usage if received is None else self._used(state, received, rows)
         closes = rows.offset % segment + rows.real_tokens() == segment
+        usage = state.usage if received is None else count_usage(state.usage, received, closes, rows, self.sizes)
         compressed = state.compressed
         if self.config.compressed_len and bool(closes.any()):
             compressed = self._compress(given, state, usage, closes, rows)
         carried = self._carry_hidden(state, x, rows)
         if received is not None:
-            usage = self._carry_usage(usage, closes, rows)
+            usage = carry_usage(usage, closes, rows, self.sizes)
         compressed, usage = emptied_rows(rows, compressed), emptied_rows(rows, usage)
         return CompressiveState(carried, compressed, usage, rows.live)
 
@@ -395,16 +419,10 @@ class CompressiveCore(RelativeCore):
         some = bool(is_open.any())
         return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
 
-    def _groups(self, closes: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(batch,) slots made before the open segment, and how many its end adds."""
-        border = rows.offset - rows.offset % self.config.segment
-        before = self._closed(border)
-        return before, (self._closed(border + self.config.segment) - before) * closes
-
     def _compress(self, given: Inputs, state: CompressiveState, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
         """The compressed memory after the segments that end here."""
         config, context, loss = self.config, self.compressor.context, given.loss
-        before, groups = self._groups(closes, rows)
+        before, groups = self.sizes.groups(closes, rows)
         most = int(groups.max())
         if not most:
             return state.compressed
@@ -426,33 +444,6 @@ class CompressiveCore(RelativeCore):
         slot = torch.arange(config.compressed_len, device=joined.device) + groups[:, None]
         place = slot[..., None].expand(-1, -1, joined.shape[2])
         return torch.cat([state.compressed, new.detach()], 1).gather(1, place)
-
-    def _used(self, state: CompressiveState, received: Tensor, rows: Rows) -> Tensor:
-        """(batch, capacity + length): attention of the vectors of the state and of the call, this call's added."""
-        length, older = rows.length, received.shape[1] - rows.length
-        usage = torch.cat([state.usage, received[:, older:]], 1)
-        opened = rows.offset % self.config.segment
-        near = self._seen(rows.offset - opened)[1] + opened  # columns of the state that are no slots
-        back = torch.arange(self.capacity, 0, -1, device=usage.device)
-        column = (older - back).clamp(min=0).expand(rows.batch, -1)
-        if older:
-            usage[:, : self.capacity] += received.gather(1, column) * (back <= near[:, None])
-        # the mean over the queries that saw a key, times the segment: keys of the segment itself are seen by later ones
-        place = torch.arange(-self.capacity, length, device=usage.device) + opened[:, None]
-        closes = opened + rows.real_tokens() == self.config.segment
-        own = closes[:, None] & (place >= 0) & (place < self.config.segment)
-        weight = self.config.segment / (self.config.segment - place).clamp(min=1)
-        return torch.where(own, usage * weight, usage)
-
-    def _carry_usage(self, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
-        """What the next state holds: nothing of groups that are full, nothing of the memory where a segment opens."""
-        old, new = usage[:, : self.capacity, None], usage[:, self.capacity :, None]
-        carried = rows.carry(old, new, self.capacity)[..., 0]
-        before, groups = self._groups(closes, rows)
-        position = rows.live[:, None] - self.capacity + torch.arange(self.capacity, device=usage.device)
-        kept = position >= ((before + groups) * self.config.ratio)[:, None]
-        left = (rows.live - self.config.mem_len)[:, None]
-        return carried * (kept & (~closes[:, None] | (position < left)))
 
     # -- what it costs ---------------------------------------------------------------------------------------------
 
@@ -477,15 +468,15 @@ class CompressiveCore(RelativeCore):
         config, shape = self.config, self.shape
         width, projected = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
         last = max(0, length - 1) // config.segment * config.segment
-        most = max((size + sum(self._seen(border)) for border, size in self._sizes(length)), default=1)
-        row = self.compressor.flops(self._closed(length // config.segment * config.segment))
+        most = max((size + sum(self.sizes.seen(border)) for border, size in self._sizes(length)), default=1)
+        row = self.compressor.flops(self.sizes.closed(length // config.segment * config.segment))
         if self.counts_usage:
             for border, size in self._sizes(length):
-                content, position = ops.relative_cost(size, memory=sum(self._seen(border)))
-                row += (6 * content + 4 * position) * width + projected * sum(self._seen(border))
+                content, position = ops.relative_cost(size, memory=sum(self.sizes.seen(border)))
+                row += (6 * content + 4 * position) * width + projected * sum(self.sizes.seen(border))
         else:
-            content, position = ops.compressive_cost(length, **self.sizes)
-            row += (4 * content + 2 * position) * width + projected * self._closed(last)
+            content, position = ops.compressive_cost(length, **self.fields)
+            row += (4 * content + 2 * position) * width + projected * self.sizes.closed(last)
         return batch_size * row + 2 * most * shape.dim * width
 
     def _sizes(self, length: int) -> list[tuple[int, int]]:
@@ -495,5 +486,5 @@ class CompressiveCore(RelativeCore):
 
     def pairs(self, length: int) -> int:
         """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
-        total: int = sum(n * (n + 1) // 2 + n * sum(self._seen(border)) for border, n in self._sizes(length))
+        total: int = sum(n * (n + 1) // 2 + n * sum(self.sizes.seen(border)) for border, n in self._sizes(length))
         return self.shape.num_heads * total
