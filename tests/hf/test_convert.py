@@ -299,6 +299,7 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
     ("name", "options", "message"),
     [
         ("transformer_xl", {}, "hidden states"),
+        ("compressive", {}, "hidden states"),
         ("infinni", {}, "infini"),
         ("infini", {"segmnt": 4}, "segment"),
         ("full", {"layers": [7]}, "has 2 layers"),

@@ -33,7 +33,7 @@ EXAMPLES = [
 def causal(*tables: dict[str, Any], **more: Any) -> Any:
     torch.manual_seed(0)
     table = {**TABLE, "mixers": list(tables) or [{"name": "infini", "segment": 5}], "init_std": 0.3, **more}
-    if any(each["name"] in ("transformer_xl", "bp") for each in tables):
+    if any(each["name"] in ("transformer_xl", "compressive", "bp") for each in tables):
         table["positions"] = "none"
     return LongspanForCausalLM(LongspanConfig(model=table, vocab_size=29, pad_token_id=0)).double().eval()
 

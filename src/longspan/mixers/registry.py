@@ -22,6 +22,7 @@ _CORES = {
     "lsh": "longspan.mixers.lsh:LSHCore",
     "routing": "longspan.mixers.routing:RoutingCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
+    "compressive": "longspan.mixers.compressive:CompressiveCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }
 

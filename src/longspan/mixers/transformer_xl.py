@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan import ops
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.mixers.base import Core, Hidden, Shape, Traits, sum_nbytes
+from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
+from longspan.mixers.relative import RelativeCore
 from longspan.mixers.rows import Rows
 
 
@@ -76,15 +77,7 @@ class TransformerXLKeysValues(NamedTuple):
     live: Tensor
 
 
-def sinusoid(distances: int, dim: int, clamp: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(distances, dim): sines then cosines of distance * 10000 ** (-2 i / dim), computed in fp64."""
-    frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    distance = torch.arange(distances, dtype=torch.float64, device=device)
-    angles = (distance.clamp(max=clamp) if clamp else distance)[:, None] * frequency
-    return torch.cat([angles.sin(), angles.cos()], 1)[:, :dim].to(dtype)
-
-
-class TransformerXLCore(Core):
+class TransformerXLCore(RelativeCore):
     """See the module."""
 
     Config = TransformerXLConfig
@@ -101,13 +94,9 @@ class TransformerXLCore(Core):
         super().__init__(shape, config)
         if not shape.causal:
             raise ConfigError("transformer_xl: recurrence over segments is causal; there is no bidirectional form")
-        width = shape.num_heads * shape.head_dim
-        self.r_proj = nn.Linear(shape.dim, width, bias=False)
-        self.content_bias = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim).normal_(0, 0.02))
-        self.position_bias = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim).normal_(0, 0.02))
+        self.clamp = config.clamp_len
         self.reach = config.mem_len if config.same_length else config.mem_len + config.segment
         self.capacity = self.reach - 1
-        self._kept_r: tuple[Any, Tensor] | None = None
 
     @property
     def traits(self) -> Traits:
@@ -145,7 +134,7 @@ class TransformerXLCore(Core):
             q,
             own_k,
             own_v,
-            self._relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
+            self.relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
             self.content_bias,
             self.position_bias,
             lengths=rows.lengths,
@@ -193,24 +182,6 @@ class TransformerXLCore(Core):
             return first if start is None else torch.maximum(first, start)
 
         return {"window": self.reach, "start": rows.cached(("xl", config.segment, config.mem_len, memory), first_key)}
-
-    def _relative(self, distances: int, *, reuse: bool, like: Tensor, rows: Rows) -> Tensor:
-        """(heads, distances, head_dim): the projected sinusoids, kept from call to call of a stream."""
-        reuse = reuse and not torch.is_grad_enabled()
-        weight = self.r_proj.weight
-        if torch.is_grad_enabled():
-            self._kept_r = None  # training may follow, and fused optimisers change weights without raising _version
-        key = (weight.data_ptr(), weight._version, like.dtype, torch.is_autocast_enabled(like.device.type))
-        if reuse and self._kept_r is not None and self._kept_r[0] == key:
-            return self._kept_r[1][:, :distances]
-        count, dim, clamp = self.reach if reuse else distances, self.shape.dim, self.config.clamp_len
-        table = rows.cached(
-            ("sinusoid", count, dim, clamp), lambda: sinusoid(count, dim, clamp, weight.dtype, weight.device)
-        )
-        r: Tensor = self.r_proj(table).unflatten(-1, (self.shape.num_heads, self.shape.head_dim)).transpose(0, 1)
-        if reuse:
-            self._kept_r = (key, r)
-        return r[:, :distances]
 
     def _next(
         self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: Rows

@@ -16,6 +16,7 @@ from longspan.ops.associative import (
 )
 from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
 from longspan.ops.bp_pool import TreeNodes
+from longspan.ops.compressive import attention_reconstruction, attention_usage, compressive_attention, compressive_cost
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
     KERNELS,
@@ -57,12 +58,16 @@ __all__ = [
     "associative_open",
     "associative_read",
     "associative_write",
+    "attention_reconstruction",
+    "attention_usage",
     "bounded_constant",
     "bp_attention",
     "bp_cost",
     "bp_entries",
     "bp_pairs",
     "bp_slots",
+    "compressive_attention",
+    "compressive_cost",
     "dpfp",
     "empty_memory",
     "empty_nodes",

@@ -74,24 +74,27 @@ def relative_attention(
     forward, backward = _plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size, cut=cut)
     spec = Relative(forward, backward, scale, call.visibility, border if older else None)
     distances = max(plan.distances(run) for plan in (forward, backward) for run in plan.runs)
-    tensors = (call.q, call.k, call.v, _farthest_first(r, distances), content_bias, position_bias)
+    tensors = (call.q, call.k, call.v, farthest_first(r, distances), content_bias, position_bias)
     older = tuple(t[:, :, call.dropped :] for t in older)
     if needs_grad(*tensors, *older):
         return call.finish(relative_tiles(spec, *tensors, *older))
     return call.finish(relative_forward(*tensors, spec))
 
 
-def relative_cost(length: int, *, window: int | None = None, segment: int | None = None) -> tuple[int, int]:
-    """Entries computed per head by `relative_attention` without older keys: content scores, position scores.
+def relative_cost(
+    length: int, *, memory: int = 0, window: int | None = None, segment: int | None = None
+) -> tuple[int, int]:
+    """Entries computed per head by `relative_attention`: content scores, position scores.
 
     Forward FLOPs are heads * batch * head_dim * (4 * content + 2 * position).
 
     Args:
         length: queries.
+        memory: older keys, all within reach.
         window: see `relative_attention`.
         segment: see `relative_attention`.
     """
-    plan = _plan(FORWARD_TILE, length, 0, window, None if window is None else segment)
+    plan = _plan(FORWARD_TILE, length, memory, window, None if window is None else segment)
     position = sum(run.tiles * run.queries * plan.distances(run) for run in plan.runs)
     return plan.pairs(), position
 
@@ -127,7 +130,7 @@ def _check(
             check_positive(name, value)
 
 
-def _farthest_first(r: Tensor, distances: int) -> Tensor:
+def farthest_first(r: Tensor, distances: int) -> Tensor:
     """(heads, distances, head_dim) from distance distances - 1 to 0; beyond r's last distance it repeats."""
     near = r[:, :distances]
     if near.shape[1] < distances:

@@ -6,6 +6,7 @@ Start here to understand a mechanism: each definition is the paper's equation on
 from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
 from longspan.reference.bp import bp_attention
+from longspan.reference.compressive import attention_reconstruction, attention_usage, compressive_attention
 from longspan.reference.entmax import entmax, entmax_attention
 from longspan.reference.groups import group_attention
 from longspan.reference.infini import infini_attention, infini_open
@@ -21,7 +22,10 @@ __all__ = [
     "associative_attention",
     "associative_read",
     "associative_write",
+    "attention_reconstruction",
+    "attention_usage",
     "bp_attention",
+    "compressive_attention",
     "dpfp",
     "entmax",
     "entmax_attention",

@@ -1,0 +1,159 @@
+"""Compression functions of the Compressive Transformer (Rae et al. 2019, section 3.2), and what they learn from.
+
+A group of `ratio` vectors becomes one slot. "mean" and "max" pool it. "conv" is a convolution of `ratio` taps at a
+stride of `ratio`. "dilated" is a stack of convolutions of two taps at dilations 1, 2, 4, ..., each with a residual,
+y = (a + b) / 2 + W gelu([a, b]), read at the end of each group; it sees the last 2 ** layers vectors, at least two
+groups (the paper gives no sizes). "most_used" keeps, of the vectors that leave the memory together, those with the most
+attention. The convolutions begin as means (the paper says nothing of their start).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan import ops
+
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Compressor(nn.Module):
+    """Groups of vectors to slots.
+
+    Args:
+        how: "mean", "max", "conv", "dilated" or "most_used".
+        dim: width of the vectors.
+        ratio: vectors of a group.
+        decode: add the decoder of the auto-encoding loss; of functions with parameters only.
+
+    Attributes:
+        context: vectors before a group that its slot depends on.
+        learns: the function has parameters.
+    """
+
+    def __init__(self, how: str, dim: int, ratio: int, decode: bool = False) -> None:
+        super().__init__()
+        self.how, self.dim, self.ratio = how, dim, ratio
+        layers = (2 * ratio - 1).bit_length() if how == "dilated" else 0
+        self.context = 2**layers - ratio if layers else 0
+        self.learns = how in ("conv", "dilated")
+        # parameters and no `nn.Linear`: models draw the weights of those anew
+        self.layers = nn.ParameterList(torch.zeros(dim, 2 * dim) for _ in range(layers))
+        self.conv = nn.Parameter(torch.eye(dim).repeat(1, ratio) / ratio) if how == "conv" else None
+        self.decoder = nn.Parameter(torch.eye(dim).repeat(ratio, 1)) if decode and self.learns else None
+
+    def forward(self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+        """Compress.
+
+        Args:
+            vectors: (batch, context + slots * ratio, dim).
+            usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
+            groups: (batch,) how many groups are real, the first ones; of "most_used" only.
+
+        Returns:
+            (batch, slots, dim).
+        """
+        if usage is not None and groups is not None:
+            return self._most_used(vectors, usage, groups)
+        if self.how == "dilated":
+            h = vectors.unfold(1, self.context + self.ratio, self.ratio).transpose(2, 3)
+            for layer in self.layers:
+                pairs = h.unflatten(2, (-1, 2))
+                h = pairs.mean(3) + F.linear(F.gelu(pairs.flatten(3)), layer)
+            ends: Tensor = h[:, :, 0]
+            return ends
+        grouped = vectors.unflatten(1, (-1, self.ratio))
+        if self.conv is not None:
+            return F.linear(grouped.flatten(2), self.conv)
+        pooled: Tensor = grouped.amax(2) if self.how == "max" else grouped.mean(2)
+        return pooled
+
+    def _most_used(self, vectors: Tensor, usage: Tensor, groups: Tensor) -> Tensor:
+        """The `groups` most used of a row's first groups * ratio vectors, in their order; of equal ones the first."""
+        slots, column = vectors.shape[1] // self.ratio, torch.arange(vectors.shape[1], device=vectors.device)
+        real = column < (groups * self.ratio)[:, None]
+        order = usage.masked_fill(~real, -1.0).argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
+        kept = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
+        return vectors.gather(1, kept[..., None].expand(-1, -1, vectors.shape[2]))
+
+    def decode(self, slots: Tensor) -> Tensor:
+        """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
+        assert self.decoder is not None, "built without a decoder"
+        return F.linear(slots, self.decoder).view(slots.shape[0], -1, self.dim)
+
+    def flops(self, slots: int) -> int:
+        """Of one row's compression to so many slots."""
+        if self.how == "conv":
+            return 2 * slots * self.ratio * self.dim**2
+        evaluated: int = 2 ** len(self.layers) - 1
+        return 4 * slots * evaluated * self.dim**2
+
+
+class Frozen(torch.autograd.Function):
+    """A projection to keys and values through which gradients reach its input and not its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`project(x)`, its graph kept apart."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            k, v = project(x)
+        ctx.inner = x, k, v
+        return k.detach(), v.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        """The gradient of x alone."""
+        x, *projected = ctx.inner
+        return None, torch.autograd.grad(projected, x, grads, retain_graph=True)[0]
+
+
+def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of x whose gradients reach x and not the parameters of `project`."""
+    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)  # type: ignore[no-untyped-call]
+    return projected
+
+
+class AuxiliaryLoss:
+    """What a compressor learns from in one call: a mean over what the segments that end there have to say.
+
+    Args:
+        compressor: whose parameters it reaches; nothing else.
+        kind: "attention" or "auto_encoding".
+    """
+
+    def __init__(self, compressor: Compressor, kind: str) -> None:
+        self.compressor, self.kind = compressor, kind
+        self.sums: list[Tensor] = []
+        self.counts: list[Tensor] = []
+
+    def add(self, old: Tensor, new: Tensor, q: Tensor, project: Project, groups: Tensor, lengths: Tensor) -> None:
+        """Segments that end, one a row.
+
+        Args:
+            old: (batch, slots * ratio, dim), what left the memory.
+            new: (batch, slots, dim), what the compressor made of it.
+            q: (batch, heads, length, head_dim), queries of the segments.
+            project: the layer's hidden states to keys and values.
+            groups: (batch,) how many slots are real, the first ones; 0 where no segment ends.
+            lengths: (batch,) how many queries are real, the first ones.
+        """
+        if self.kind == "auto_encoding":
+            dtype = torch.promote_types(old.dtype, torch.float32)
+            lost = (self.compressor.decode(new).to(dtype) - old).square().mean(2)
+            real = torch.arange(old.shape[1], device=old.device) < (groups * self.compressor.ratio)[:, None]
+            self.sums.append((lost * real).sum())
+            self.counts.append(real.sum())
+            return
+        with torch.no_grad():
+            k, v = project(old)
+        lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+        self.sums.append(lost.sum())
+        self.counts.append((lengths * (groups > 0)).sum())
+
+    def mean(self) -> Tensor | None:
+        """The mean squared error, a scalar; None where no segment had anything to compress."""
+        return torch.stack(self.sums).sum() / torch.stack(self.counts).sum().clamp(min=1) if self.sums else None
