@@ -9,6 +9,7 @@ from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
 from longspan.claims.infini_passkey import INFINI_PASSKEY
 from longspan.claims.infini_pretrained import INFINI_PRETRAINED
+from longspan.claims.language_modelling import LANGUAGE_MODELLING
 from longspan.claims.maps import RMT_MAPS
 from longspan.claims.page import markdown, read_results, save_result
 from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
@@ -16,6 +17,7 @@ from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
+from longspan.claims.xl import XL
 from longspan.config import nearest
 from longspan.errors import ConfigError
 
@@ -25,6 +27,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(XL, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 

@@ -1,7 +1,6 @@
 """`longspan eval`."""
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from longspan.cli.runs import SET_HELP, open_any_run
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from longspan.tasks import Document, Documents, Piece
+    from longspan.tasks import Documents
     from longspan.train import Evaluation, Interval
 
 
@@ -64,6 +63,7 @@ def evaluate(
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
     from longspan.models.io import is_converted
+    from longspan.tasks.base import heads
     from longspan.train import evaluate_text, first_places, load_run
 
     if is_memory_run(run):
@@ -180,31 +180,6 @@ def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool
     ]
     columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
     print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
-
-
-def heads(documents: "Documents", length: int) -> "Documents":
-    """The first `length` tokens of each document; 0: all."""
-    from longspan.tasks import Documents
-
-    if not length:
-        return documents
-    items = [Head(item, min(length, len(item))) for item in documents.items]
-    return Documents(items, documents.names, f"{documents.fingerprint}:{length}")
-
-
-@dataclass(frozen=True)
-class Head:
-    """The start of a document, as a document."""
-
-    document: "Document"
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def cut(self, first: int, last: int) -> "Piece":
-        """Places `first` to `last` (excluded)."""
-        return self.document.cut(first, last)
 
 
 def _segment(run: str) -> int:

@@ -81,3 +81,27 @@ class Task(Protocol):
         Raises:
             DataError: the data is missing, empty, or cannot be read.
         """
+
+
+def heads(documents: Documents, length: int, count: int = 0) -> Documents:
+    """The first `length` tokens of the first `count` documents; 0: all."""
+    if not length and not count:
+        return documents
+    kept = list(zip(documents.items, documents.names, strict=True))[: count or None]
+    items = [Head(item, min(length or len(item), len(item))) for item, _ in kept]
+    return Documents(items, [name for _, name in kept], f"{documents.fingerprint}:{length}:{count}")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The start of a document, as a document."""
+
+    document: Document
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def cut(self, first: int, last: int) -> Piece:
+        """Places `first` to `last` (excluded)."""
+        return self.document.cut(first, last)

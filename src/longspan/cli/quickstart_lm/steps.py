@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from longspan.cli.console import StatusLine, console, harmless
-from longspan.cli.evaluate import heads
 from longspan.cli.quickstart_lm.plan import HEAD, INFERENCE, PROMPT, WRITTEN, Plan
 from longspan.cli.runs import open_run, reshape
 from longspan.cli.training_table import TrainingTable
 from longspan.errors import CheckpointError, LongspanError
 from longspan.report import si_bytes
 from longspan.stream import StreamSession
+from longspan.tasks.base import heads
 from longspan.train import Evaluation, evaluate_text, run
 
 

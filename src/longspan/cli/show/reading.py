@@ -39,9 +39,10 @@ def watched(
     Raises:
         ConfigError: a run that has no documents of its own.
     """
-    from longspan.cli.evaluate import heads, is_memory_run
+    from longspan.cli.evaluate import is_memory_run
     from longspan.files import read_json
     from longspan.models.io import is_converted
+    from longspan.tasks.base import heads
     from longspan.train import evaluate_text, first_places
 
     if is_memory_run(run) or not hasattr(task, "documents"):

