@@ -20,6 +20,7 @@ _CORES = {
     "entmax": "longspan.mixers.entmax:EntmaxCore",
     "bp": "longspan.mixers.bp:BPCore",
     "lsh": "longspan.mixers.lsh:LSHCore",
+    "memorizing": "longspan.mixers.memorizing:MemorizingCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "heads": "longspan.mixers.heads:HeadsCore",
 }
