@@ -12,6 +12,7 @@ search reads every key; faiss (extra `faiss`) keeps an HNSW graph over the keys 
 many of the nearest it finds. Source: Wu et al. 2022, section 3.2, who search approximately too.
 """
 
+import importlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class MemoryStore:
         given = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
         exists = self._file.exists()
         sizes = self._read(given) if exists else self._new(given)
-        self.kv_heads, self.head_dim, self.capacity = (sizes[name] for name in given)
+        self.kv_heads, self.head_dim, self.capacity = (int(sizes[name]) for name in given)
         self.written: int = sizes["written"]
         """Pairs added since the store was last empty, evicted ones included."""
         if write:
@@ -129,10 +130,11 @@ class MemoryStore:
         numbers = [t[:, count - kept :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
         self._keys[:, slots], self._values[:, slots] = numbers
         self.written += count
-        for graph, new in zip(self._graphs, numbers[0], strict=bool(self._graphs)):
-            graph.add(new)
-        if self._graphs and self._graphs[0].count > 2 * self.capacity:
+        if kept < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
             self._rebuild()
+        else:
+            for head, graph in enumerate(self._graphs):
+                graph.add(numbers[0][head])
 
     def search(self, queries: Tensor, k: int, *, exact: bool = False) -> Found:
         """The `k` pairs whose keys have the largest inner products with each query.
@@ -350,9 +352,8 @@ def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) 
 
 def _faiss() -> Any:
     try:
-        import faiss
+        return importlib.import_module("faiss")
     except ImportError:
         raise UnsupportedError(
             "a memory store with index = 'faiss' needs faiss: pip install 'longspan[faiss]', or index = 'exact'"
         ) from None
-    return faiss
