@@ -63,9 +63,9 @@ def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) ->
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
     assert claim.compare(folder, TINY, said.append).figures == outcome.figures
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
-    whats = [figure.what for figure in outcome.figures]
-    assert sum(what.startswith("equal tokens:") for what in whats) == 3
-    assert "transformer_xl: with memory, to the same weights without" in whats
+    lines = [figure.what for figure in outcome.figures]
+    assert sum(what.startswith("equal tokens:") for what in lines) == 3
+    assert "transformer_xl: with memory, to the same weights without" in lines
 
 
 def made(nats: float, alone: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ DENSE = "full"
 # a table of every mechanism; each is recipes/lm/NAME.toml
 NAMES = (
     *(DENSE, "window", "transformer_xl", "compressive", "infini", "associative", "rmt", "linear", "performer"),
-    *("sparse", "adaptive_span", "entmax", "bp", "lsh", "routing"),
+    *("sparse", "adaptive_span", "entmax", "bp", "lsh", "routing", "memorizing"),
 )
 # those that must beat themselves without memory
 REMEMBER = ("transformer_xl", "compressive", "infini")

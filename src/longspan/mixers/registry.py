@@ -21,6 +21,7 @@ _CORES = {
     "bp": "longspan.mixers.bp:BPCore",
     "lsh": "longspan.mixers.lsh:LSHCore",
     "routing": "longspan.mixers.routing:RoutingCore",
+    "memorizing": "longspan.mixers.memorizing:MemorizingCore",
     "transformer_xl": "longspan.mixers.transformer_xl:TransformerXLCore",
     "compressive": "longspan.mixers.compressive:CompressiveCore",
     "heads": "longspan.mixers.heads:HeadsCore",

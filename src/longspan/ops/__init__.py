@@ -35,6 +35,7 @@ from longspan.ops.infini import infini_attention, infini_cost, infini_open
 from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
+from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
 from longspan.ops.relative import relative_attention, relative_cost
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
@@ -90,6 +91,8 @@ __all__ = [
     "lsh_attention",
     "lsh_buckets",
     "lsh_cost",
+    "memorizing_attention",
+    "memorizing_cost",
     "num_features_of",
     "orthogonal_projection",
     "push_rings",
@@ -104,6 +107,7 @@ __all__ = [
     "span_reach",
     "sparse_attention",
     "sparse_cost",
+    "unit_vectors",
     "window_attention",
     "window_cost",
 ]

@@ -12,6 +12,7 @@ from longspan.reference.groups import group_attention
 from longspan.reference.infini import infini_attention, infini_open
 from longspan.reference.linear import favor_attention, favor_features, linear_attention
 from longspan.reference.lsh import lsh_attention, lsh_buckets
+from longspan.reference.memorizing import memorizing_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.routing import routing_attention, routing_clusters
 from longspan.reference.softmax import full_attention, relative_attention, window_attention
@@ -38,6 +39,7 @@ __all__ = [
     "linear_attention",
     "lsh_attention",
     "lsh_buckets",
+    "memorizing_attention",
     "relative_attention",
     "rotary_table",
     "rotate",

@@ -1,0 +1,124 @@
+"""Stores on disk: searched exactly or with faiss, reopened, full, and refused."""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.mixers import memory_store
+from longspan.mixers.memory_store import MemoryStore, recall
+
+SIZES: dict[str, Any] = {"kv_heads": 2, "head_dim": 16, "capacity": 300}
+KINDS = [
+    "exact",
+    pytest.param(
+        "faiss", marks=pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
+    ),
+]
+
+
+def pairs(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(2, count, 16, generator=generator) for _ in range(2))
+    return ops.unit_vectors(keys), values
+
+
+def asked(count: int, heads: int = 4) -> Tensor:
+    return torch.randn(heads, count, 16, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("added", [(5,), (300,), (150, 150, 1), (299, 400), (70,) * 13])
+@pytest.mark.parametrize("index", KINDS)
+def test_search_against_all_products(added: tuple[int, ...], index: Any, tmp_path: Path) -> None:
+    """Never an evicted pair, never the value of another; the exact search finds all, a graph nearly all."""
+    keys, values = pairs(sum(added))
+    store = MemoryStore(tmp_path, index=index, effort=200, **SIZES)
+    for new, value in zip(keys.split(added, 1), values.split(added, 1), strict=True):
+        store.add(new, value)
+    held = min(sum(added), 300)
+    assert len(store) == held
+    oldest, queries = sum(added) - held, asked(7)
+    found = store.search(queries, 8)
+    scores = queries.view(2, 14, 16) @ keys[:, oldest:].mT
+    wanted = scores.topk(min(8, held), -1)
+    numbers = (wanted.indices + oldest).view(4, 7, -1)
+    if index == "exact":
+        assert torch.equal(found.numbers, numbers)
+        torch.testing.assert_close(found.scores, wanted.values.view(4, 7, -1), atol=1e-5, rtol=0)
+        assert recall(store, queries, 8) == 1
+    else:
+        assert recall(store, queries, 8) > 0.95
+        hits = (found.numbers[..., None] == numbers[..., None, :]).any(-1).double().mean()
+        assert recall(store, queries, 8) == pytest.approx(float(hits))
+    for head in range(4):
+        real = found.numbers[head] >= 0
+        assert bool((found.numbers[head][real] >= oldest).all())
+        own = found.numbers[head].clamp(min=0)
+        assert torch.equal(found.values[head][real], values[head // 2][own][real])
+        score = (queries[head][:, None] * keys[head // 2][own]).sum(-1)
+        torch.testing.assert_close(found.scores[head][real], score[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("index", KINDS)
+def test_a_closed_store_is_opened_again(index: Any, tmp_path: Path) -> None:
+    keys, values = pairs(400)
+    with MemoryStore(tmp_path, index=index, **SIZES) as store:
+        store.add(keys, values)
+        before = store.search(asked(5), 4, exact=True)
+    with pytest.raises(ConfigError, match="write=False"):
+        store.add(keys, values)
+    readers = [MemoryStore(tmp_path, index=index, write=False) for _ in range(2)]
+    for reader in readers:
+        assert len(reader) == 300
+        for a, b in zip(reader.search(asked(5), 4, exact=True), before, strict=True):
+            assert torch.equal(a, b)
+        assert recall(reader, asked(20), 4) > 0.95
+        with pytest.raises(ConfigError, match="write=False"):
+            reader.clear()
+    with MemoryStore(tmp_path, index=index) as store:
+        store.clear()
+        assert len(store) == 0
+        assert store.search(asked(5), 4).numbers.shape == (4, 5, 0)
+        assert recall(store, asked(5), 4) == 1
+        store.add(keys[:, :3], values[:, :3])
+        assert sorted(store.search(asked(1), 9).numbers[0, 0].tolist()) == [0, 1, 2]
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no memory store there"):
+        MemoryStore(tmp_path / "none", write=False)
+    with pytest.raises(ConfigError, match="needs head_dim of at least 1, got None"):
+        MemoryStore(tmp_path / "new", kv_heads=2, capacity=5)
+    with pytest.raises(ConfigError, match="'exact' or 'faiss'"):
+        MemoryStore(tmp_path, index="flat", **SIZES)  # type: ignore[arg-type]
+    store = MemoryStore(tmp_path, **SIZES)
+    with pytest.raises(CheckpointError, match="being written"):
+        MemoryStore(tmp_path, write=False)
+    with pytest.raises(ConfigError, match=r"must be \(2, n, 16\)"):
+        store.add(torch.zeros(1, 3, 16), torch.zeros(1, 3, 16))
+    with pytest.raises(ConfigError, match="a multiple of 2"):
+        store.search(torch.zeros(3, 1, 16), 4)
+    store.close()
+    with pytest.raises(CheckpointError, match="capacity = 300, not 5"):
+        MemoryStore(tmp_path, capacity=5)
+
+
+def test_without_faiss_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name == "faiss":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(memory_store.importlib, "import_module", missing)
+    with pytest.raises(UnsupportedError, match=r"longspan\[faiss\]"):
+        MemoryStore(tmp_path, index="faiss", **SIZES)
+    assert not any(tmp_path.iterdir())
+    assert len(MemoryStore(tmp_path, **SIZES)) == 0
