@@ -29,6 +29,7 @@ __all__ = [
     "may_overwrite",
     "nbytes",
     "owned",
+    "replace",
     "save",
     "select",
     "tensors",
@@ -68,6 +69,11 @@ def tensors(state: Any) -> dict[str, Tensor]:
 
     _map(keep, state)
     return found
+
+
+def replace(state: S, by: Mapping[str, Tensor]) -> S:
+    """The same structure with other tensors, by the paths that `tensors` gives; those not named stay."""
+    return _map(lambda name, tensor: by.get(name, tensor), state)
 
 
 def detach(state: S) -> S:

@@ -198,7 +198,9 @@ class OwnBackbone(Backbone):
         return self.stack.draw
 
     def alike(self) -> bool:
-        """Whether all layers are of one make."""
+        """Whether all layers are of one make and can run as a batch: recomputation inside a layer cannot."""
+        if self.stack.config.ffn_chunk:
+            return False
         return len(self.stack.config.mixers) == 1 or len({str(each) for each in self.stack.config.mixers}) == 1
 
 
