@@ -313,5 +313,3 @@ def test_chunks_of_the_feed_forward_save_less() -> None:
         sizes += total
     inner = 2 * 64 * 2000 * 8
     assert sizes[0] - sizes[1] >= 2 * inner
-
-

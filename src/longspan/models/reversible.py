@@ -42,7 +42,9 @@ class Streamed(NamedTuple):
     losses: list[Tensor]
 
 
-def run_reversible(blocks: Sequence[Block], h: Tensor, before: Sequence[Any] | None, rows: Rows, collect: bool) -> Streamed:
+def run_reversible(
+    blocks: Sequence[Block], h: Tensor, before: Sequence[Any] | None, rows: Rows, collect: bool
+) -> Streamed:
     """All blocks, by two streams.
 
     Args:
@@ -111,7 +113,9 @@ class _Call:
     of feed-forward and norm; returned are the streams, then layer by layer auxiliary losses and the next state's part.
     """
 
-    def __init__(self, blocks: Sequence[Block], before: list[Any], rows: Rows, collect: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], before: list[Any], rows: Rows, collect: bool, dtype: torch.dtype
+    ) -> None:
         self.blocks, self.before, self.rows, self.collect, self.dtype = blocks, before, rows, collect, dtype
         self.layers: list[_Layer] = []
         self.replays: list[tuple[_Replay, _Replay]] = []
@@ -180,7 +184,7 @@ class _TwoStreams(torch.autograd.Function):
         return y1, y2, *rest
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         y1, y2, *given = ctx.saved_tensors

@@ -61,14 +61,13 @@ class _ChunkedNats(torch.autograd.Function):
     """(rows,) nats in fp32 at least; kept are the inputs and one number a row."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         kind = hidden.device.type
         narrow = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
         ctx.chunk, ctx.product = chunk, torch.get_autocast_dtype(kind) if narrow else hidden.dtype
         wide = torch.promote_types(ctx.product, torch.float32)
-        nats, scale = hidden.new_empty(2, len(hidden), dtype=wide)
+        nats = hidden.new_empty(len(hidden), dtype=wide)
+        scale = torch.empty_like(nats)
         with torch.autocast(kind, enabled=False):
             head = _cast(weight, bias, ctx.product)
             for first in range(0, len(hidden), chunk):
@@ -80,7 +79,7 @@ class _ChunkedNats(torch.autograd.Function):
         return nats
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, scale = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
