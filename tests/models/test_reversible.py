@@ -259,6 +259,27 @@ def test_a_recurrent_memory_around_reversible_blocks() -> None:
         ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5, per_layer=True)
 
 
+def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
+    """What would be recomputed is no longer what was computed."""
+    model = decoder({"name": "window", "window": 5})
+    loss = model(tokens())[0].square().sum()
+    with torch.no_grad():
+        model.layers[1].ffn.up_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_loss_on_one_layers_state_alone() -> None:
+    """Outputs unused: gradients still find the way from the state of the first layer."""
+    model = decoder({"name": "infini", "segment": 4})
+    _, state = model(tokens())
+    assert state is not None
+    state.layers[0].values.square().sum().backward()
+    found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "blocks.0.mixer.projections.k_proj.weight" in found
+    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in found)
+
+
 def test_second_derivatives_and_wrong_fields_are_refused() -> None:
     model = decoder()
     loss = model(tokens())[0].square().sum()

@@ -237,7 +237,7 @@ class HuggingFaceBackbone(Backbone):
         taken = inspect.signature(module.forward).parameters
         self.layers = _layers(module, int(getattr(config, "num_hidden_layers", 0)))
         self.num_layers = len(self.layers)
-        self.extras = {name for name in ("position_ids", "use_cache") if name in taken}
+        self.extras = {name for name in ("position_ids", "use_cache", "logits_to_keep") if name in taken}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`."""
@@ -260,6 +260,8 @@ class HuggingFaceBackbone(Backbone):
         """See `Backbone`; `state`, `reset` and `penalties` mean nothing here."""
         seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
         extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
+        if "logits_to_keep" in self.extras:
+            extras["logits_to_keep"] = 1  # `output` makes those that are wanted
         if "position_ids" in self.extras:
             extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
         with _hooked(self.layers, around):
