@@ -30,6 +30,7 @@ __all__ = [
     "nbytes",
     "owned",
     "recomputing",
+    "replace",
     "save",
     "select",
     "tensors",
@@ -69,6 +70,11 @@ def tensors(state: Any) -> dict[str, Tensor]:
 
     _map(keep, state)
     return found
+
+
+def replace(state: S, by: Mapping[str, Tensor]) -> S:
+    """The same structure with other tensors, by the paths that `tensors` gives; those not named stay."""
+    return _map(lambda name, tensor: by.get(name, tensor), state)
 
 
 def detach(state: S) -> S:

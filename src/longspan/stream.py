@@ -13,6 +13,9 @@ from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.models import Decoder, RecurrentMemory, RecurrentState, StackState, model_hash
 from longspan.version import __version__
 
+# predictions that are scored at once
+_SCORED = 64
+
 
 class SessionState(NamedTuple):
     """What a session keeps between two tokens.
@@ -117,9 +120,13 @@ class StreamSession:
         for part in self._parts(tokens):
             with states.owned():
                 logits, following = self.model(part, self._state.model)
-                before = torch.cat([self._state.logits[:, None], logits[:, :-1]], 1)[0].float()
-                nats.append(F.cross_entropy(before, part[0], reduction="none"))
-                likeliest.append((before.argmax(-1) == part[0]).cpu())
+                for first in range(0, part.shape[1], _SCORED):
+                    # of a large vocabulary a few rows at a time, so that no copy of all logits is made
+                    wanted = part[0, first : first + _SCORED]
+                    rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
+                    before = rows if first else torch.cat([self._state.logits, rows])
+                    nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
+                    likeliest.append((before.argmax(-1) == wanted).cpu())
                 last = logits[:, -1].clone()
             self._advance(following, last, part.shape[1])
         return Scores(torch.cat(nats), torch.cat(likeliest))

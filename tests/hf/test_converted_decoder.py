@@ -12,6 +12,7 @@ from longspan import hf
 from longspan.cli.app import run
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.hf.decoder import ConvertedDecoder
+from longspan.train import chunked_next_token_loss, next_token_loss
 
 transformers = pytest.importorskip("transformers")
 TEXT = "The state of the union is what we make of it. " * 40
@@ -109,3 +110,35 @@ def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.Ca
         assert message in error.splitlines()[-1]
     with pytest.raises(ConfigError):
         hf.revert(make("llama"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_loss_in_chunks(kind: str) -> None:
+    """Hidden states and the head make the logits, and chunks their loss and gradients, with a state and documents."""
+    model = make(kind)
+    hf.convert(model, "infini", segment=8, gate_init=0.0)
+    decoder, text = ConvertedDecoder(model.double()), ids(2, 40)
+    reset = torch.zeros(2, 23, dtype=torch.bool)
+    reset[0, 13] = True
+    _, state = decoder(text[:, :17])
+    results = []
+    for chunk in (0, 7):
+        decoder.zero_grad()
+        if chunk:
+            hidden, after = decoder.hidden(text[:, 17:], state, reset=reset)
+            loss = chunked_next_token_loss(hidden, decoder.head(), text[:, 17:].roll(-1, 1), chunk=chunk)
+        else:
+            logits, after = decoder(text[:, 17:], state, reset=reset)
+            loss = next_token_loss(logits, text[:, 17:].roll(-1, 1))
+        loss.backward(retain_graph=True)
+        gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), after.live, gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_a_head_that_is_no_plain_map_is_refused() -> None:
+    model = make("llama")
+    hf.convert(model, "window", window=8)
+    model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))
+    with pytest.raises(UnsupportedError, match="output layer of type Sequential"):
+        ConvertedDecoder(model).head()

@@ -12,7 +12,8 @@ from longspan.hf.convert import after_step, cores, load, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.mixers.base import Core, Traits, merge_traits
-from longspan.models import StackState
+from longspan.models import Head, StackState
+from longspan.models.decoder import linear_head
 
 
 class ConvertedDecoder(nn.Module):
@@ -99,7 +100,34 @@ class ConvertedDecoder(nn.Module):
         Raises:
             DataError: a token outside the vocabulary.
         """
-        return self._run(tokens, state, mask, reset, penalties, 0)
+        out, following = self._run(self.inner, tokens, state, mask, reset, penalties, logits_to_keep=0)
+        return out.logits, following
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, StackState]:
+        """Like a call, but what logits are made of: hidden states (batch, length, dim) of the model without its head.
+
+        Raises:
+            DataError: a token outside the vocabulary.
+        """
+        base = find(self.inner).family.base(self.inner)
+        out, following = self._run(base, tokens, state, mask, reset, penalties)
+        return out.last_hidden_state, following
+
+    def head(self) -> Head:
+        """The language-model head.
+
+        Raises:
+            UnsupportedError: it is no plain linear map.
+        """
+        return linear_head(self.inner.get_output_embeddings())
 
     def last(
         self,
@@ -110,20 +138,21 @@ class ConvertedDecoder(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, StackState]:
         """Like a call, but only the logits (batch, vocab_size) of the last column."""
-        logits, following = self._run(tokens, state, mask, reset, None, 1)
-        return logits[:, -1], following
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ConfigError("last: a row ends in padding")
+        out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
+        return out.logits[:, -1], following
 
     def _run(
         self,
+        model: Any,
         tokens: Tensor,
         state: StackState | None,
         mask: Tensor | None,
         reset: Tensor | None,
         penalties: list[Tensor] | None,
-        keep: int,
-    ) -> tuple[Tensor, StackState]:
-        if keep and mask is not None and not bool(mask[:, -1].all()):
-            raise ConfigError("last: a row ends in padding")
+        **options: Any,
+    ) -> tuple[Any, StackState]:
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
@@ -132,18 +161,18 @@ class ConvertedDecoder(nn.Module):
         for place, each in zip(places, before.layers, strict=True):
             # columns are tokens: what positions transformers makes of them are right
             place.state, place.columns, place.is_initialized = each, int(before.live.max()), True
-        out = self.inner(
+        out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
             longspan_reset=reset,
+            **options,
         )
         if penalties is not None:
             penalties.extend(last_penalties(self.inner))
         following = tuple(place.state for place in places)
-        return out.logits, StackState(following, following[0].live)
+        return out, StackState(following, following[0].live)
 
 
 class Opened(NamedTuple):

@@ -28,6 +28,7 @@ from longspan import ops
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.mixers.choices import recording
 from longspan.mixers.compressive_layout import Sizes, attend, carry_usage, count_usage, lines_of, make_layout, pick
 from longspan.mixers.compressors import AuxiliaryLoss, Compressor, Project
 from longspan.mixers.linear import emptied_rows
@@ -218,7 +219,7 @@ class CompressiveCore(RelativeCore):
     def _learns(self) -> bool:
         config = self.config
         wanted = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
-        return wanted and config.compressed_len > 0 and torch.is_grad_enabled()
+        return wanted and config.compressed_len > 0 and (torch.is_grad_enabled() or recording())
 
     def _distances(self, rows: Rows) -> int:
         """Distances that pairs of the call have at most."""

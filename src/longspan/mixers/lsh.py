@@ -36,6 +36,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
+from longspan.mixers.choices import choose
 from longspan.mixers.draws import DrawnCore
 from longspan.mixers.rings import next_rings
 from longspan.mixers.rows import Rows
@@ -154,8 +155,9 @@ class LSHCore(DrawnCore):
             rings = ops.LSHRings(state.k, state.v, state.position)
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
-        queried = ops.lsh_buckets(q, rotations)
-        kept = queried if shared else ops.lsh_buckets(k, self.rotations)
+        count = self.config.num_buckets
+        queried = choose(lambda: ops.lsh_buckets(q, rotations), below=count)
+        kept = queried if shared else choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
         out = ops.lsh_attention(
             q,
             v,

@@ -20,6 +20,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
+from longspan.mixers.choices import recording
 from longspan.mixers.draws import DrawnCore
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
@@ -129,7 +130,7 @@ class PerformerCore(DrawnCore):
         """
         q, k = self.rotate(q, k, rows)
         bounded = self.config.kind == "bounded"
-        if bounded and self.training and torch.is_grad_enabled():
+        if bounded and self.training and (torch.is_grad_enabled() or recording()):
             self._measure(q, k, rows)
         before = None
         if state is not None:

@@ -45,6 +45,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.mixers.base import Hidden, Shape, Traits
+from longspan.mixers.choices import choose, recording
 from longspan.mixers.draws import DrawnCore
 from longspan.mixers.rings import next_rings
 from longspan.mixers.rows import Rows
@@ -162,7 +163,7 @@ class RoutingCore(DrawnCore):
         if state is not None:
             self.check_draw(state.drawn, state.live)
         committed = penalties is not None and self.config.commitment > 0
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.training and (torch.is_grad_enabled() or recording())
         with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
             asked, held = self._unit(q, k)
         clusters = None
@@ -208,8 +209,11 @@ class RoutingCore(DrawnCore):
         return asked, asked if self.shared else F.normalize(k.to(dtype), dim=-1)
 
     def _clusters(self, asked: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        queried = ops.routing_clusters(asked, self._by_heads())
-        return queried, queried if self.shared else ops.routing_clusters(held, self.centroids)
+        count = self.config.num_clusters
+        queried = choose(lambda: ops.routing_clusters(asked, self._by_heads()), below=count)
+        return queried, queried if self.shared else choose(
+            lambda: ops.routing_clusters(held, self.centroids), below=count
+        )
 
     def _vectors(self, asked: Tensor, held: Tensor, clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is clustered, with its clusters: queries, and separate keys."""

@@ -2,7 +2,7 @@
 
 from longspan.models.classifier import RecurrentClassifier
 from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
-from longspan.models.decoder import Decoder
+from longspan.models.decoder import Decoder, Head
 from longspan.models.encoder import Encoder
 from longspan.models.io import load_model, load_weights, model_hash, save_model
 from longspan.models.masked import MaskedLM
@@ -17,6 +17,7 @@ __all__ = [
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
+    "Head",
     "MaskedLM",
     "RecurrentClassifier",
     "RecurrentConfig",

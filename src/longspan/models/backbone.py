@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.models.decoder import Decoder
+from longspan.models.decoder import Decoder, Head, linear_head
 from longspan.models.encoder import Encoder
 from longspan.models.stack import Around, Stack
 
@@ -72,6 +72,14 @@ class Backbone:
     def output(self, hidden: Tensor) -> Tensor:
         """Hidden states to what the model returns: logits, or the hidden states themselves."""
         raise NotImplementedError
+
+    def head(self) -> Head:
+        """What makes logits of hidden states.
+
+        Raises:
+            UnsupportedError: the model has no linear output layer.
+        """
+        return linear_head(None)
 
     def init_state(self, batch_size: int) -> Any:
         """The backbone's empty state, where it carries one."""
@@ -164,6 +172,10 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return self.stack.logits(hidden) if isinstance(self.stack, Decoder) else hidden
 
+    def head(self) -> Head:
+        """See `Backbone`."""
+        return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
+
     def init_state(self, batch_size: int) -> Any:
         """See `Backbone`."""
         return self.stack.init_state(batch_size) if self.streams else None
@@ -198,7 +210,9 @@ class OwnBackbone(Backbone):
         return self.stack.draw
 
     def alike(self) -> bool:
-        """Whether all layers are of one make."""
+        """Whether all layers are of one make and can run as a batch: recomputation inside a layer cannot."""
+        if self.stack.config.ffn_chunk:
+            return False
         return len(self.stack.config.mixers) == 1 or len({str(each) for each in self.stack.config.mixers}) == 1
 
 
@@ -216,14 +230,14 @@ class HuggingFaceBackbone(Backbone):
         config = getattr(module, "config", None)
         bidirectional = getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size")
         self.causal = head is not None and not bidirectional
-        self.head = head if self.causal else None
+        self.output_layer = head if self.causal else None
         get_embedding: Any = module.get_input_embeddings
         self.embedding: Any = get_embedding()
         self.vocab_size, self.dim = (int(size) for size in self.embedding.weight.shape)
         taken = inspect.signature(module.forward).parameters
         self.layers = _layers(module, int(getattr(config, "num_hidden_layers", 0)))
         self.num_layers = len(self.layers)
-        self.extras = {name for name in ("position_ids", "use_cache") if name in taken}
+        self.extras = {name for name in ("position_ids", "use_cache", "logits_to_keep") if name in taken}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`."""
@@ -246,6 +260,8 @@ class HuggingFaceBackbone(Backbone):
         """See `Backbone`; `state`, `reset` and `penalties` mean nothing here."""
         seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
         extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
+        if "logits_to_keep" in self.extras:
+            extras["logits_to_keep"] = 1  # `output` makes those that are wanted
         if "position_ids" in self.extras:
             extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
         with _hooked(self.layers, around):
@@ -255,8 +271,12 @@ class HuggingFaceBackbone(Backbone):
 
     def output(self, hidden: Tensor) -> Tensor:
         """See `Backbone`."""
-        found: Tensor = hidden if self.head is None else self.head(hidden)
+        found: Tensor = hidden if self.output_layer is None else self.output_layer(hidden)
         return found
+
+    def head(self) -> Head:
+        """See `Backbone`."""
+        return linear_head(self.output_layer)
 
 
 def _layers(module: nn.Module, count: int) -> list[nn.Module]:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longspan import mixers
 from longspan.errors import ConfigError
@@ -19,7 +21,12 @@ def make_norm(config: StackConfig) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward: swiglu (Shazeer 2020, section 2), gelu or relu."""
+    """Position-wise feed-forward: swiglu (Shazeer 2020, section 2), gelu or relu.
+
+    With `ffn_chunk` it takes that many tokens after another (Kitaev et al. 2020, section 3, "Chunking") and, where
+    gradients are wanted, computes each chunk again in the backward pass: the inner activations, the widest of a block,
+    then exist for one chunk at a time. Dropout is drawn for all tokens at once, as without chunks.
+    """
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
@@ -29,14 +36,28 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.dim, inner, bias=config.bias)
         self.down_proj = nn.Linear(inner, config.dim, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.chunk = config.ffn_chunk
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
+        y: Tensor = self.dropout(self._in_chunks(x) if 0 < self.chunk < x.shape[:-1].numel() else self._rows(x))
+        return y
+
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        parts = x.flatten(0, -2).split(self.chunk)
+        if torch.is_grad_enabled():
+            # nothing is drawn inside, so there is no generator to put back
+            done = [checkpoint(self._rows, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        else:
+            done = [self._rows(part) for part in parts]
+        return torch.cat(done).view(*x.shape[:-1], -1)
+
+    def _rows(self, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         else:
             inner = F.gelu(self.up_proj(x)) if self.activation == "gelu" else F.relu(self.up_proj(x))
-        y: Tensor = self.dropout(self.down_proj(inner))
+        y: Tensor = self.down_proj(inner)
         return y
 
     def flops(self, length: int) -> int:
@@ -80,12 +101,24 @@ class Block(nn.Module):
         self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
-        penalties: list[Tensor] = []
-        kept = penalties if collect_penalties else None
         if self.post:
-            y, state = self.mixer.mix(h, state, rows, kept)
+            penalties: list[Tensor] = []
+            y, state = self.mixer.mix(h, state, rows, penalties if collect_penalties else None)
             h = self.mixer_norm(h + y)
             return self.ffn_norm(h + self.ffn(h)), state, penalties
-        y, state = self.mixer.mix(self.mixer_norm(h), state, rows, kept)
+        y, state, penalties = self.attend(h, state, rows, collect_penalties)
         h = h + y
-        return h + self.ffn(self.ffn_norm(h)), state, penalties
+        return h + self.feed(h), state, penalties
+
+    def attend(
+        self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
+    ) -> tuple[Tensor, Any, list[Tensor]]:
+        """What a pre-norm block's mixer adds to the residual, the layer's next state, and its auxiliary losses."""
+        penalties: list[Tensor] = []
+        y, state = self.mixer.mix(self.mixer_norm(h), state, rows, penalties if collect_penalties else None)
+        return y, state, penalties
+
+    def feed(self, h: Tensor) -> Tensor:
+        """What a pre-norm block's feed-forward adds to the residual."""
+        y: Tensor = self.ffn(self.ffn_norm(h))
+        return y

@@ -38,6 +38,11 @@ class StackConfig:
         tie_embeddings: the output layer uses the embedding's weights.
         scale_embeddings: multiply embeddings by sqrt(dim), as the 2017 Transformer and Transformer-XL do.
         checkpoint: recompute blocks in the backward pass instead of keeping their activations.
+        reversible: two residual streams, from whose last values the backward pass finds all earlier ones, so that
+            activations take the memory of one layer at any depth; see `longspan.models.reversible`. Another function
+            than without it, with the same parameters; pre-norm only.
+        ffn_chunk: tokens that the feed-forward takes at once (Kitaev et al. 2020, section 3), recomputed in the
+            backward pass, so that its inner activations exist for that many only; 0 = all. Changes no result.
         init_std: standard deviation of the initial weights.
         init: "normal" by `init_std`, or "sparse" (Child et al. 2019, section 6): standard deviation 0.125 / sqrt(d_in)
             for linear maps, smaller by sqrt(2 num_layers) where they write into the residual stream; 0.125 / sqrt(dim)
@@ -66,6 +71,8 @@ class StackConfig:
     tie_embeddings: bool = True
     scale_embeddings: bool = False
     checkpoint: bool = False
+    reversible: bool = False
+    ffn_chunk: int = 0
     init_std: float = 0.02
     init: Literal["normal", "sparse"] = "normal"
 
@@ -86,6 +93,12 @@ class StackConfig:
                 f"{where}.position_shape = {self.position_shape}: factorised positions need sizes of at least 1, for "
                 "example [32, 32, 3]"
             )
+        if self.ffn_chunk < 0:
+            raise ConfigError(f"{where}.ffn_chunk = {self.ffn_chunk}: tokens at once, or 0 for all")
+        if self.reversible and self.norm_position != "pre":
+            raise ConfigError(f"{where}.reversible: blocks of two streams are pre-norm; set norm_position = 'pre'")
+        if self.reversible and self.checkpoint:
+            raise ConfigError(f"{where}.reversible already recomputes every block; set checkpoint = false")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
 

@@ -1,12 +1,39 @@
 """The causal language model."""
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
 from longspan.models.config import DecoderConfig
 from longspan.models.stack import Stack, StackState
+
+
+class Head(NamedTuple):
+    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`.
+
+    Attributes:
+        weight: (vocab_size, dim).
+        bias: (vocab_size,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+def linear_head(module: Any) -> Head:
+    """The head of a foreign model.
+
+    Raises:
+        UnsupportedError: it has none, or one that is no plain linear map.
+    """
+    if type(module) is not nn.Linear:
+        found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
+        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
+    return Head(module.weight, module.bias)
 
 
 class Decoder(Stack):
@@ -50,7 +77,24 @@ class Decoder(Stack):
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
-        return F.linear(h, self.embedding.weight if self.output is None else self.output.weight)
+        return F.linear(h, self.head().weight)
+
+    def head(self) -> Head:
+        """The output layer: the embedding's weights where they are tied."""
+        return Head(self.embedding.weight if self.output is None else self.output.weight)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, StackState | None]:
+        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros at padding."""
+        h, following, rows = self.run(tokens, state, mask, reset, penalties)
+        return rows.scatter(h), following
 
     def last(
         self,

@@ -73,9 +73,12 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
 def model_hash(model: torch.nn.Module) -> str:
     """A digest of configuration and weights: which model a saved state belongs to.
 
-    Fields that change how the model computes but not what (checkpointing, dropout) are left out.
+    Fields that change how the model computes but not what (checkpointing, dropout) are left out; so is a field that
+    earlier versions did not have, where it says what they did.
     """
-    described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout")}
+    described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
+    if described.get("reversible") is False:
+        del described["reversible"]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -97,6 +97,10 @@ class LayerMemory(nn.Module):
         self.config, self.dim, self.layers = config, backbone.dim, backbone.num_layers
         if config.replay:
             raise UnsupportedError("RecurrentMemory: per_layer has no replay; its memories are as large as activations")
+        if isinstance(backbone, OwnBackbone) and backbone.stack.config.reversible:
+            raise UnsupportedError(
+                "RecurrentMemory: per_layer changes every layer's input, so blocks are not reversible"
+            )
         self.features = 2 * config.memory_dim * config.dpfp
         self.tokens = nn.Embedding(config.num_memory_tokens, self.dim)
         nn.init.normal_(self.tokens.weight, std=backbone.embedding_std())

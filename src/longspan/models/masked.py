@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from longspan.errors import UnsupportedError
 from longspan.models.blocks import make_norm
 from longspan.models.config import EncoderConfig
+from longspan.models.decoder import Head
 from longspan.models.stack import Stack, StackState
 
 
@@ -57,17 +58,42 @@ class MaskedLM(Stack):
         inputs_embeds: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """See the class."""
-        if state is not None:
-            raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
+        _refuse(state)
         h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
         return rows.scatter(self.logits(h)), None
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
-        weight = self.embedding.weight if self.output is None else self.output.weight
-        return F.linear(self.transform_norm(F.gelu(self.transform(h))), weight, self.output_bias)
+        return F.linear(self._transformed(h), *self.head())
+
+    def _transformed(self, h: Tensor) -> Tensor:
+        found: Tensor = self.transform_norm(F.gelu(self.transform(h)))
+        return found
+
+    def head(self) -> Head:
+        """The output layer, behind the map, gelu and norm that `hidden` ends with."""
+        return Head(self.embedding.weight if self.output is None else self.output.weight, self.output_bias)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: StackState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, None]:
+        """Like a call, but what logits are made of: (batch, length, dim), zeros at padding."""
+        _refuse(state)
+        h, _, rows = self.run(tokens, None, mask, reset, penalties)
+        return rows.scatter(self._transformed(h)), None
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens, logits included."""
         head = self.config.dim * (self.config.dim + self.config.vocab_size)
         return super().flops(length, batch_size=batch_size) + 2 * batch_size * length * head
+
+
+def _refuse(state: StackState | None) -> None:
+    if state is not None:
+        raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")

@@ -30,6 +30,7 @@ from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
+from longspan.models.decoder import Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
@@ -151,6 +152,29 @@ class RecurrentMemory(nn.Module):
         )
         out, seen = self.adapter.output(hidden[0]), hidden[1]
         return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), following
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: RecurrentState | None = None,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros where logits are."""
+        (h, seen), following, rows = self.run(
+            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=False, traces=None
+        )
+        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
+
+    def head(self) -> Head:
+        """The backbone's output layer.
+
+        Raises:
+            UnsupportedError: it has none that is a linear map.
+        """
+        return self.adapter.head()
 
     def run(
         self,

@@ -13,6 +13,7 @@ from longspan.mixers.base import merge_traits, special_groups
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
+from longspan.models.reversible import run_reversible
 
 
 class StackState(NamedTuple):
@@ -141,9 +142,29 @@ class Stack(nn.Module):
             h = self.embed(gathered, rows)
         else:
             h = self.place(gathered, rows)
+        h, following = self._blocks(h, None if state is None else state.layers, rows, penalties, around)
+        following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
+        return self.norm(h), following_state, rows
+
+    def _blocks(
+        self,
+        h: Tensor,
+        state: tuple[Any, ...] | None,
+        rows: Rows,
+        penalties: list[Tensor] | None,
+        around: "Around | None",
+    ) -> tuple[Tensor, list[Any]]:
+        """All blocks: hidden states (B, N, dim) and a state a layer."""
+        if self.config.reversible:
+            if around is not None:
+                raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
+            h, following, losses = run_reversible(self.layers, h, state, rows, penalties is not None)
+            if penalties is not None:
+                penalties.extend(losses)
+            return h, following
         following = []
         for index, block in enumerate(self.layers):
-            before = None if state is None else state.layers[index]
+            before = None if state is None else state[index]
             if around is not None:
                 h = around.before(index, h)
             h, after, losses = self._block(block, h, before, rows, penalties is not None)
@@ -152,8 +173,7 @@ class Stack(nn.Module):
             following.append(after)
             if penalties is not None:
                 penalties.extend(losses)
-        following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
-        return self.norm(h), following_state, rows
+        return h, following
 
     def _block(
         self, block: Block, h: Tensor, state: Any, rows: Rows, collect: bool

@@ -7,7 +7,7 @@ from longspan.train.depths import Depths, evaluate_depths
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
-from longspan.train.loss import next_token_loss, token_nats
+from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
 from longspan.train.progress import Live, Plain, Silent
 from longspan.train.recipes import find_recipe
 from longspan.train.retrieval import RetrievalConfig
@@ -34,6 +34,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "bootstrap",
+    "chunked_next_token_loss",
     "evaluate_answers",
     "evaluate_depths",
     "evaluate_text",

@@ -10,7 +10,7 @@ DEFAULT_STEPS = 1000
 _AT_LEAST_ONE = ("lanes", "segment_length", "bptt_segments", "accumulation", "log_every", "keep")
 _NOT_NEGATIVE = (
     *("steps", "minutes", "lr", "warmup", "min_lr_ratio", "eps", "weight_decay", "clip"),
-    *("eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "threads", "seed"),
+    *("eval_every", "eval_tokens", "final_eval_tokens", "checkpoint_every", "threads", "seed", "loss_chunk"),
 )
 
 
@@ -33,6 +33,9 @@ class TrainConfig:
     accumulation: int = 1
     """groups the lanes are split into, run one after another: same result, less memory"""
     lr: float = 1e-3
+    loss_chunk: int = 0
+    """tokens whose logits exist at once: with a large vocabulary they are the largest tensors of a step, so the loss is
+    found in chunks and logits are made again in the backward pass; 0: logits of whole calls"""
     warmup: int = 100
     """steps of linear warm-up; after it the learning rate falls along a cosine"""
     min_lr_ratio: float = 0.1

@@ -14,7 +14,7 @@ from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
-from longspan.train.loss import next_token_loss
+from longspan.train.loss import chunked_next_token_loss, next_token_loss
 
 # offsets of the seed, so that initialisation, dropout and redraws draw from streams of their own
 _DROPOUT, _AFTER_STEP = 1, 2
@@ -43,6 +43,7 @@ class Stepper:
 
     Raises:
         ConfigError: a process's lanes cannot be split evenly into groups.
+        UnsupportedError: `loss_chunk` with a model whose output layer is no linear map.
     """
 
     def __init__(self, model: Any, config: TrainConfig, group: Group) -> None:
@@ -51,6 +52,8 @@ class Stepper:
                 f"train.lanes = {config.lanes} cannot be split evenly by {group.world_size} processes and "
                 f"train.accumulation = {config.accumulation}"
             )
+        if config.loss_chunk:
+            model.head()
         self.model = model
         self.config = config
         self.group = group
@@ -107,8 +110,8 @@ class Stepper:
         for batch in batches:
             extra: list[Tensor] = []
             with self._autocast():
-                logits, state = self.model(batch.tokens, state, mask=batch.mask, reset=batch.reset, penalties=extra)
-                losses.append(next_token_loss(logits, batch.targets, batch.graded))
+                nats, state = self._read(batch, state, extra)
+                losses.append(nats)
             penalties += extra
             if not self.carry:
                 state = None
@@ -122,6 +125,16 @@ class Stepper:
         # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
         self.carried[index] = None if state is None else states.clone(states.detach(state))
         return float(nats.detach())
+
+    def _read(self, batch: Batch, state: Any, penalties: list[Tensor]) -> tuple[Tensor, Any]:
+        """The summed nats of a call and the next state."""
+        rows = {"mask": batch.mask, "reset": batch.reset, "penalties": penalties}
+        if self.config.loss_chunk:
+            hidden, state = self.model.hidden(batch.tokens, state, **rows)
+            head, chunk = self.model.head(), self.config.loss_chunk
+            return chunked_next_token_loss(hidden, head, batch.targets, batch.graded, chunk=chunk), state
+        logits, state = self.model(batch.tokens, state, **rows)
+        return next_token_loss(logits, batch.targets, batch.graded), state
 
     def _clip(self) -> float:
         limit = self.config.clip or math.inf
