@@ -252,7 +252,7 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in resolved[name].items():
             # what an older version did not know began as its default
             began = stored[name].get(key, value)
-            if value != began and not (name == "train" and key in FREE):
+            if value != began and not (name == "train" and key in FREE) and (name, key) != ("task", "cache"):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
                     "keep it, or start another run"
