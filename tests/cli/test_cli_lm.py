@@ -58,9 +58,10 @@ def test_the_page(longspan, byte_run, tmp_path):
         assert words in found.out
     assert {path.name for path in (tmp_path / "page/figures").iterdir()} == {
         "along.png",
+        "along-gain.png",
         "contexts.png",
         "rare.png",
-        "gain.png",
+        "rare-gain.png",
     }
     assert json.loads((tmp_path / "page/report.json").read_text())["readings"]["carried"]["context"] is None
     html = (tmp_path / "page/report.html").read_text()

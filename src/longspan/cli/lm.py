@@ -210,11 +210,11 @@ def tables(found: Found) -> "list[Table]":
     from longspan.report import Table
 
     rows = [
-        (name, *(interval(each.figures[key], 4 if key.startswith("bits") else 2) for key in KEYS), *_gain(found, name))
+        (name, *(_figure(key, each.figures[key]) for key in KEYS), *_gain(found, name))
         for name, each in found.readings.items()
     ]
     first = next(iter(found.readings))
-    columns = ("read", *KEYS.values(), f"{first} minus this, bits per byte")
+    columns = ("read", *KEYS.values(), f"{first} minus this")
     result = [Table(columns=columns, rows=rows, right=tuple(range(1, len(columns))))]
     said = [(name, each.said) for name, each in found.readings.items()]
     result.append(Table(columns=("read", "how"), rows=said))
@@ -230,6 +230,13 @@ KEYS = {
     "perplexity_per_token": "perplexity of a token",
     "perplexity_per_word": "of a word",
 }
+
+
+def _figure(key: str, found: "Interval") -> str:
+    if key.startswith("bits"):
+        return interval(found)
+    value, low, high = (f"{each:,.{0 if found.value >= 1000 else 2}f}" for each in found)
+    return value if found.low != found.low else f"{value} [{low}, {high}]"
 
 
 def _gain(found: Found, name: str) -> tuple[str]:

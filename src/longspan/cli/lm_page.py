@@ -26,17 +26,14 @@ def write_page(found: Found, folder: str | Path) -> Path:
     figures, how, places, *rare = tables(found)
     sections = [
         Section("In one number", [figures, Text(_words(found)), how]),
-        Section("Along a document", [_places(found), places]),
+        Section("Along a document", [*_places(found), places]),
     ]
     if (picture := _contexts(found)) is not None:
         sections.append(Section("How much context", [picture]))
     if rare:
-        pictures = [_frequencies(found)]
-        if found.by_frequency[0].gain is not None:
-            pictures.append(_gains(found))
-        sections.append(Section("Rare words", [*pictures, rare[0]]))
+        sections.append(Section("Rare words", [*_frequencies(found), rare[0]]))
     title = f"How {found.asked.run} reads"
-    lead = f"{about(found)}. Brackets and bands are 95 % intervals, found by drawing whole documents anew."
+    lead = f"{about(found)}. Brackets are 95 % intervals, found by drawing whole documents anew."
     return write_report(folder, title, sections, plain(found), lead=lead)
 
 
@@ -47,88 +44,92 @@ def _words(found: Found) -> str:
     )
 
 
-def _places(found: Found) -> Picture:
-    lines = _lines(found.by_place, [_middle(each) for each in found.by_place])
-    ticks = [each.last or 0 for each in found.by_place]
-    return _picture(
+def _places(found: Found) -> list[Picture]:
+    buckets, xlabel = found.by_place, "place in the document, tokens"
+    x, ticks = [_middle(each) for each in buckets], [float(each.last or 0) for each in buckets]
+    lines = _picture(
         "along",
-        lines,
-        xlabel="place in the document, tokens",
+        _lines(buckets, x),
+        xlabel=xlabel,
         ylabel="bits per byte",
         xticks=ticks,
-        alt="Loss along a document, carried and in separate segments.",
+        alt="Loss along a document.",
         caption="A point is a stretch of places, twice as long as the one before; only long documents reach the end.",
     )
+    return [lines, *_gain("along-gain", buckets, x, xlabel=xlabel, unit="bits per byte", xticks=ticks)]
+
+
+def _frequencies(found: Found) -> list[Picture]:
+    buckets, xlabel = found.by_frequency, "times in the training text"
+    x, ticks = [_middle(each) for each in buckets], [float(each.first) for each in buckets]
+    lines = _picture(
+        "rare",
+        _lines(buckets, x),
+        xlabel=xlabel,
+        ylabel="bits per word",
+        xticks=ticks,
+        alt="Loss of a word by how often it stands in the training text.",
+        caption="A word's loss is that of its tokens and of its end. Words are taken without punctuation around them.",
+    )
+    return [lines, *_gain("rare-gain", buckets, x, xlabel=xlabel, unit="bits per word", xticks=ticks)]
+
+
+def _gain(
+    name: str, buckets: "Sequence[Bucket]", x: Sequence[float], *, xlabel: str, unit: str, xticks: Sequence[float]
+) -> list[Picture]:
+    """What carrying the state changes; nothing where there is nothing to compare."""
+    from longspan.report.figures import Mark
+
+    gains = [each.gain for each in buckets if each.gain is not None]
+    if not gains:
+        return []
+    first, second = list(buckets[0].values)
+    return [
+        _picture(
+            name,
+            [_series(x, gains, "", 2)],
+            marks=[Mark(0.0, "", horizontal=True)],
+            xlabel=xlabel,
+            ylabel=f"{unit}, {first} minus {second}",
+            xticks=xticks,
+            alt="What carrying the state changes.",
+            caption="Paired by document, with 95 % intervals. Below zero the carried state helps.",
+        )
+    ]
 
 
 def _contexts(found: Found) -> Picture | None:
-    """The loss by context; None where fewer than two were measured."""
+    """The loss by context, against the carried state where there is one; None where fewer than two were measured."""
     from longspan.report.figures import Mark
 
-    windows = sorted(
-        (each.window.context, each.window.stride, each.figures["bits_per_byte"])
-        for name, each in found.readings.items()
-        if each.window is not None and name.startswith("context")
-    )
+    names = [name for name, each in found.readings.items() if each.window is not None and name.startswith("context")]
+    windows = {name: window for name in names if (window := found.readings[name].window) is not None}
     if len(windows) < 2:
         return None
-    sizes = [size for size, _, _ in windows]
-    series = [_series(sizes, [value for _, _, value in windows], "windows", 0)]
-    marks = []
-    if CARRIED in found.readings:
-        whole = found.readings[CARRIED].figures["bits_per_byte"].value
-        marks.append(Mark(whole, "state carried from the start of the document", horizontal=True))
-    strides = ", ".join(f"{size:,} by {stride:,}" for size, stride, _ in windows)
+    names.sort(key=lambda name: windows[name])
+    sizes = [windows[name].context for name in names]
+    carried = CARRIED in found.readings
+    values = [_less(found.gain[name]) if carried else found.readings[name].figures["bits_per_byte"] for name in names]
+    strides = ", ".join(f"{windows[name].context:,} by {windows[name].stride:,}" for name in names)
+    against = " Zero is the same model with its state carried from a document's start; paired by document."
     return _picture(
         "contexts",
-        series,
-        marks=marks,
+        [_series(sizes, values, "", 0)],
+        marks=[Mark(0.0, "", horizontal=True)] if carried else [],
         xlabel="tokens of context, at most",
-        ylabel="bits per byte",
+        ylabel="bits per byte more than carried" if carried else "bits per byte",
         xticks=sizes,
         alt="Loss by how much context there is.",
         caption=(
             f"Windows from an empty state, of which the last places are scored ({strides}): every token of the text is "
-            "scored once, and sees no more than the window. The line is the same model with its state carried on."
+            f"scored once, and sees no more than the window.{against if carried else ''}"
         ),
     )
 
 
-def _frequencies(found: Found) -> Picture:
-    return _picture(
-        "rare",
-        _lines(found.by_frequency, _times(found)),
-        xlabel="times in the training text",
-        ylabel="bits per word",
-        xticks=_ticks(found),
-        alt="Loss of a word by how often it stands in the training text.",
-        caption="A word's loss is that of its tokens and of its end. Words are taken without punctuation around them.",
-    )
-
-
-def _gains(found: Found) -> Picture:
-    gains = [each.gain for each in found.by_frequency if each.gain is not None]
-    first, second = list(found.by_frequency[0].values)[:2]
-    from longspan.report.figures import Mark
-
-    return _picture(
-        "gain",
-        [_series(_times(found), gains, "", 2)],
-        marks=[Mark(0.0, "", horizontal=True)],
-        xlabel="times in the training text",
-        ylabel=f"bits per word, {first} minus {second}",
-        xticks=_ticks(found),
-        alt="What carrying the state changes, by how often a word stands in the training text.",
-        caption="Paired by document. Below zero the carried state helps.",
-    )
-
-
-def _times(found: Found) -> list[float]:
-    return [_middle(each) for each in found.by_frequency]
-
-
-def _ticks(found: Found) -> list[float]:
-    return [float(each.first) for each in found.by_frequency]
+def _less(interval: "Interval") -> "Interval":
+    """The interval of the negated value."""
+    return interval._replace(value=-interval.value, low=-interval.high, high=-interval.low)
 
 
 def _middle(bucket: "Bucket") -> float:
@@ -141,8 +142,9 @@ def _middle(bucket: "Bucket") -> float:
 
 
 def _lines(buckets: "Sequence[Bucket]", x: Sequence[float]) -> "list[Series]":
+    """A line for each reading, without bands: those of the same documents would lie over each other."""
     return [
-        _series(x, [each.values[name] for each in buckets], name, number)
+        _series(x, [each.values[name]._replace(low=math.nan) for each in buckets], name, number)
         for number, name in enumerate(buckets[0].values)
     ]
 
