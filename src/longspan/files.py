@@ -54,7 +54,11 @@ def sync_folder(folder: Path) -> None:
 
 def write_json(path: str | Path, data: Any) -> Path:
     """Write plain data as indented JSON, atomically."""
-    text = json.dumps(data, indent=2) + "\n"
+    return write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write text as UTF-8, atomically."""
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

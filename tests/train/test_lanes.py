@@ -74,6 +74,30 @@ def test_processes_share_the_lanes_of_one(lanes, world, segment):
     assert together == alone
 
 
+@given(lengths=st.lists(st.integers(0, 30), min_size=8, max_size=20), world=st.integers(2, 4), seed=st.integers(0, 3))
+def test_processes_read_disjoint_places_that_are_all_there_are(lengths, world, seed):
+    documents = make([*lengths, 5, 50])
+    read = []
+    for rank in range(world):
+        part = Lanes(
+            documents,
+            lanes=2 * world,
+            segment_length=4,
+            seed=seed,
+            epochs=1,
+            rank=rank,
+            world_size=world,
+            cut_long=False,
+        )
+        found = [(document, target) for line in lines_of(part) for document, _, target, _ in line]
+        read.append({document: [place[1] for place in found if place[0] == document] for document, _ in found})
+    # no document is read by two processes, and together they read all of every document
+    assert sum(len(part) for part in read) == len(set().union(*read)) == np.count_nonzero(documents.lengths)
+    for part in read:
+        for document, targets in part.items():
+            assert targets == documents[document].cut(0, len(documents[document])).targets.tolist()
+
+
 @given(stop=st.integers(0, 25))
 def test_going_on_from_plain_data(stop):
     documents = make([5, 33, 12, 2, 9, 1])

@@ -201,6 +201,16 @@ def test_nothing_sound_to_go_on_from(whole, damage):
         load_run(whole)
 
 
+def test_tokens_kept_on_disk_change_nothing(recipe, tmp_path, losses, whole):
+    cached = changed(recipe, task__cache=str(tmp_path / "cache"))
+    run(cached, tmp_path / "part", progress=Recorder(7, lambda: signal.raise_signal(signal.SIGINT)))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    run(None, tmp_path / "part", resume=True, progress="none")
+    assert losses(tmp_path / "part") == losses(whole)
+    # and a run may go on with them, or without
+    run(changed(recipe, task__cache=""), tmp_path / "part", resume=True, progress="none")
+
+
 def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(recipe, tmp_path, whole, losses):
     for resume in (True, False):
         with pytest.raises(Stop):

@@ -6,12 +6,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, interval, print_table
+from longspan.cli.lm import Asked, evaluate_lm
 from longspan.cli.runs import SET_HELP, open_any_run
 from longspan.errors import ConfigError
+
+NAMES_OF_SPLITS = {"train": "training", "validation": "held-back", "test": "test"}
 
 if TYPE_CHECKING:
     from longspan.tasks import Documents
     from longspan.train import Evaluation, Interval
+
+LmOption = Annotated[str, typer.Option("--task", metavar="lm", help="lm: every figure of a language model, see below.")]
+SplitOption = Annotated[
+    str, typer.Option("--split", metavar="NAME", help="Of the run's own text: train, validation or test.")
+]
+ContextsOption = Annotated[
+    str,
+    typer.Option(
+        "--contexts",
+        metavar="N[:STRIDE],...",
+        help="With --task lm: windows of N tokens of which the last STRIDE (default: half) are scored; '' for none.",
+    ),
+]
+OutputOption = Annotated[
+    str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
+]
 
 
 def evaluate(
@@ -46,12 +65,19 @@ def evaluate(
     count: Annotated[
         int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
     ] = 64,
+    task_: LmOption = "",
+    split: SplitOption = "validation",
+    contexts: ContextsOption = "256,1024,4096,16384,65536",
+    output: OutputOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
 
     Of a run of a memory task: how many questions it answers rightly after more and more text. Of a run of pass keys
     (tasks passkey and needle): how many numbers it finds in longer and longer texts, at depths from 0 to 100 %.
+
+    With --task lm, also: bits per character, perplexity per token and per word, the loss along a document, by how often
+    a word stands in the training text, and by how much context there is; -o makes a page of figures of it.
 
     Without memory every segment starts from nothing. The brackets are 95 % intervals, found by drawing the documents
     anew 10,000 times; the difference draws the same documents for both, so it is much sharper than either figure.
@@ -60,39 +86,71 @@ def evaluate(
       longspan eval runs/first
       longspan eval runs/first book.txt letters/ --tokens 500000
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
+      longspan eval runs/first --task lm --split test -o out/figures
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
-    from longspan.models.io import is_converted
     from longspan.tasks.base import heads
-    from longspan.train import evaluate_text, first_places, load_run
+    from longspan.train import first_places, load_run
 
+    _check(task_, output)
     if is_memory_run(run):
-        if files or set_ or tokens or head:
+        if files or set_ or tokens or head or task_:
             raise ConfigError(
                 f"{run}: a run of a memory task makes its own questions; give --segments and --count only"
             )
         _eval_memory(*load_run(run), segments, count, as_json)
-        return
-    if is_passkey_run(run) and not files:
+    elif is_passkey_run(run) and not files:
         _eval_passkeys(*load_run(run), lengths, count, as_json)
+    else:
+        model, task = open_any_run(run, set_ or [])
+        documents = _read(task, files or [], run, split)
+        asked = Asked(
+            run=run,
+            what=", ".join(files) if files else f"{NAMES_OF_SPLITS[split]} documents of {run}",
+            split=None if files else split,
+            whole=not (head or tokens),
+            segment=segment or _segment(run, model),
+            contexts=contexts,
+            settings=tuple(set_ or ()),
+        )
+        _eval_text(model, task, first_places(heads(documents, head), tokens), asked, task_, as_json, output)
+
+
+def _check(task: str, output: str) -> None:
+    if task not in ("", "lm"):
+        raise ConfigError(f"--task {task!r}: only lm, the figures of a language model; other tasks are told by the run")
+    if output and not task:
+        raise ConfigError("-o: with --task lm only")
+
+
+def _eval_text(
+    model: Any, task: Any, documents: "Documents", asked: Asked, figures_of: str, as_json: bool, output: str
+) -> None:
+    """With memory and without, or all that a language model is measured by."""
+    from longspan.train import evaluate_text
+
+    if figures_of:
+        evaluate_lm(model, task, documents, asked, as_json=as_json, output=output)
         return
-    model, task = open_any_run(run, set_ or [])
-    documents = first_places(heads(_read(task, files or [], run), head), tokens)
-    length = segment or (model.traits.segment or 1024 if is_converted(run) else _segment(run))
-    options: dict[str, Any] = {"unit": task.unit, "chunk": length}
-    streams = model.traits.streams
-    found = {"with memory": evaluate_text(model, documents, **options)} if streams else {}
-    found["without memory"] = evaluate_text(model, documents, **options, memory=False, segment_length=length)
+    options: dict[str, Any] = {"unit": task.unit, "chunk": asked.segment}
+    found = {"with memory": evaluate_text(model, documents, **options)} if model.traits.streams else {}
+    found["without memory"] = evaluate_text(model, documents, **options, memory=False, segment_length=asked.segment)
     if as_json:
         print(json.dumps(figures(found), indent=2))
     else:
-        show(found, ", ".join(files) if files else f"held-back documents of {run}", length)
+        show(found, asked.what, asked.segment)
 
 
-def _read(task: Any, files: list[str], run: str) -> "Documents":
-    """The documents of files, or the held-back ones."""
+def _read(task: Any, files: list[str], run: str, split: str) -> "Documents":
+    """The documents of files, or those of a split."""
+    from longspan.tasks import TextTask
+
+    if split not in NAMES_OF_SPLITS:
+        raise ConfigError(f"--split {split!r}: train, validation or test")
     if not files:
-        held: Documents = task.documents("validation")
+        if split == "test" and not isinstance(task, TextTask):
+            raise ConfigError(f"{run}: the task {type(task).__name__} has no test split; validation is held back")
+        held: Documents = task.documents(split)
         return held
     if not hasattr(task, "read"):
         raise ConfigError(f"{run}: the task {type(task).__name__} makes its own documents; give no files")
@@ -182,12 +240,15 @@ def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool
     print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
 
 
-def _segment(run: str) -> int:
-    """The segment a run was trained with."""
+def _segment(run: str, model: Any) -> int:
+    """The segment a run was trained with; of a converted model, that of its mixers."""
     from pathlib import Path
 
     from longspan.files import read_json
+    from longspan.models.io import is_converted
 
+    if is_converted(run):
+        return int(model.traits.segment or 1024)
     value = read_json(Path(run) / "recipe.json").get("train", {}).get("segment_length", 0)
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"{run}: its recipe names no train.segment_length; give --segment")

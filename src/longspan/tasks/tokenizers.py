@@ -1,9 +1,10 @@
-"""Tokenizers: bytes, and byte-level subwords (BPE), both lossless and with exact byte counts.
+"""Tokenizers: bytes, and byte-level subwords (BPE), both lossless and with exact byte counts; `words` is the third.
 
 Every document begins with a token of its own (`begin`), which is read but never predicted: so each byte of a text is
 predicted exactly once, the first one too, and bits per byte mean what they say.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from longspan.errors import CheckpointError, DataError, UnsupportedError
-from longspan.files import read_json, write_atomically, write_json
+from longspan.files import read_json, write_text
 from longspan.tasks.base import Array
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 BEGIN = "<|document|>"
 # subwords never reach over a newline that ends a chunk, so a long text is encoded in parallel
 CHUNK_BYTES = 1 << 16
+# chunks that are encoded at once: the library's records of a token are a hundred times its id
+_TOGETHER = 64
 
 
 class Tokenizer(Protocol):
@@ -36,6 +39,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of token ids; `begin` stands for none."""
+
+    def text(self) -> str:
+        """All of it as JSON, which `load_tokenizer` reads."""
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
@@ -56,9 +62,13 @@ class Bytes:
         """The bytes themselves."""
         return bytes(ids)
 
+    def text(self) -> str:
+        """JSON that says "bytes"."""
+        return json.dumps({"longspan": "bytes"})
+
     def save(self, path: str | Path) -> None:
-        """Write a JSON file that says "bytes"."""
-        write_json(path, {"longspan": "bytes"})
+        """Write it as JSON, atomically."""
+        write_text(path, self.text())
 
 
 class Subword:
@@ -105,7 +115,7 @@ class Subword:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[BEGIN], initial_alphabet=alphabet, show_progress=False
         )
-        engine.train_from_iterator((_text(data, name) for name, data in texts), trainer)
+        engine.train_from_iterator((utf8(data, name) for name, data in texts), trainer)
         return cls(engine)
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
@@ -114,9 +124,7 @@ class Subword:
         Raises:
             DataError: not UTF-8.
         """
-        chunks = _chunks(_text(data, name))
-        encoded = self.engine.encode_batch(chunks, add_special_tokens=False)
-        return np.concatenate([np.array(part.ids, dtype=self._type) for part in encoded])
+        return encode_in_parts(self.engine, utf8(data, name), self._type)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The exact bytes, also where a token ends inside a character."""
@@ -124,13 +132,16 @@ class Subword:
         tokens = (self.engine.id_to_token(int(index)) or "" for index in ids if int(index) not in self._silent)
         return bytes(alphabet[character] for token in tokens for character in token)
 
-    def save(self, path: str | Path) -> None:
-        """Write the JSON of the `tokenizers` library; around that of a pretrained model, what its tokens are for."""
+    def text(self) -> str:
+        """The JSON of the `tokenizers` library; around that of a pretrained model, what its tokens are for."""
         begin, also = self._specials
-        if (begin, also) != (BEGIN, []):
-            write_json(path, {"longspan": "model", "begin": begin, "also": also, "engine": self.engine.to_str()})
-            return
-        write_atomically(path, lambda temporary: temporary.write_text(self.engine.to_str(), encoding="utf-8"))
+        if (begin, also) == (BEGIN, []):
+            return str(self.engine.to_str())
+        return json.dumps({"longspan": "model", "begin": begin, "also": also, "engine": self.engine.to_str()})
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, atomically."""
+        write_text(path, self.text())
 
 
 def borrow(tokenizer: Any) -> Subword:
@@ -164,6 +175,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from tokenizers import Tokenizer as Engine
 
     try:
+        if isinstance(data, dict) and data.get("longspan") == "words":
+            from longspan.tasks.words import Words
+
+            return Words(Engine.from_str(data["engine"]))
         if isinstance(data, dict) and data.get("longspan") == "model":
             return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"])
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
@@ -172,11 +187,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
-def _text(data: bytes | Array, name: str) -> str:
+def utf8(data: bytes | Array, name: str) -> str:
+    """Bytes as text.
+
+    Raises:
+        DataError: they are not UTF-8; says where.
+    """
     try:
         return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f'{name}: not UTF-8 at byte {error.start}; task.tokenizer = "bytes" reads anything') from None
+
+
+def encode_in_parts(engine: "Engine", text: str, dtype: Any) -> Array:
+    """(tokens,) ids of a text by an engine that no token carries over the end of a line, in parallel."""
+    chunks, parts = _chunks(text), []
+    for first in range(0, len(chunks), _TOGETHER):
+        encoded = engine.encode_batch_fast(chunks[first : first + _TOGETHER], add_special_tokens=False)
+        parts += [np.array(part.ids, dtype=dtype) for part in encoded]
+    return np.concatenate(parts)
 
 
 def _chunks(text: str) -> list[str]:

@@ -115,14 +115,30 @@ def evaluate_text(
     group = group or Group(device=_device_of(model))
     restart = None if memory else segment_length or chunk
     totals = np.zeros((4, len(documents)))
-    with _evaluating(model):
-        for logits, part in _forward(model, _batches(model, documents, chunk, batch, restart, group), group.device):
-            totals += _totals(logits, part, len(documents))
+    for logits, part in read_documents(model, documents, chunk=chunk, batch=batch, restart=restart, group=group):
+        totals += _totals(logits, part, len(documents))
     summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
     nats, tokens, units, correct = summed
     return Evaluation(
         tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
     )
+
+
+def read_documents(
+    model: Any, documents: Documents, *, chunk: int, batch: int, restart: int | None = None, group: Group
+) -> Iterator[tuple[Tensor, Batch]]:
+    """Logits and what was read, call after call; of each document in order, where the model streams.
+
+    Args:
+        model: as in `evaluate_text`, like `documents`, `chunk`, `batch` and `group`.
+        documents: what is read.
+        chunk: tokens of a row in one call.
+        batch: rows.
+        restart: the state is emptied at every multiple of this place of a document.
+        group: processes that share the work.
+    """
+    with _evaluating(model):
+        yield from _forward(model, _batches(model, documents, chunk, batch, restart, group), group.device)
 
 
 def _batches(

@@ -28,14 +28,8 @@ def is_pretrained(recipe: Mapping[str, Any]) -> bool:
 def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with what follows from a pretrained model: a path that holds anywhere, and its tokenizer."""
     model, task = dict(recipe["model"]), dict(recipe.get("task", {}))
-    if model.get("source"):
-        if "memory" not in model and not is_converted(model["source"]):
-            raise ConfigError(
-                f"model.source = {model['source']!r} is no folder that `longspan convert` wrote; convert it first, or "
-                "add a table model.memory"
-            )
-        if Path(model["source"]).is_dir():
-            model["source"] = str(Path(model["source"]).resolve())
+    if model.get("source") and Path(model["source"]).is_dir():
+        model["source"] = str(Path(model["source"]).resolve())
     if task.get("name", "text") == "text":
         task.setdefault("tokenizer", "model")
     if task.get("tokenizer") != "model":
@@ -46,16 +40,27 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "model": model, "task": task}
 
 
-def write_tokenizer(source: str, folder: Path) -> None:
+def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
     """Put the tokenizer of a pretrained model into a run's folder, where there is none yet.
 
+    Args:
+        model: the recipe's table.
+        folder: of the run.
+
     Raises:
+        ConfigError: its source is not converted, and gets no memory either.
         CheckpointError: it cannot be read.
         UnsupportedError: it is not one that counts bytes.
     """
     from longspan.hf.decoder import open_tokenizer
     from longspan.tasks.tokenizers import borrow
 
+    source = model["source"]
+    if "memory" not in model and not is_converted(source):
+        raise ConfigError(
+            f"model.source = {source!r} is no folder that `longspan convert` wrote; convert it first, or add a table "
+            "model.memory"
+        )
     path = folder / "tokenizer.json"
     if not path.exists():
         borrow(open_tokenizer(source)).save(path)

@@ -134,7 +134,7 @@ def _run(
     if group.main:
         _clear(folder, resume)
     if group.main and pretrained.is_pretrained(resolved):
-        pretrained.write_tokenizer(resolved["model"]["source"], folder)
+        pretrained.write_tokenizer(resolved["model"], folder)
     task = _prepared_task(resolved["task"], folder, group)
     _fit_vocabulary(resolved["model"], task)
     checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
@@ -252,7 +252,7 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in resolved[name].items():
             # what an older version did not know began as its default
             began = stored[name].get(key, value)
-            if value != began and not (name == "train" and key in FREE):
+            if value != began and not (name == "train" and key in FREE) and (name, key) != ("task", "cache"):
                 raise ConfigError(
                     f"{name}.{key} = {value!r}, but the run in {folder} began with {began!r}; "
                     "keep it, or start another run"

@@ -1,0 +1,136 @@
+"""`longspan eval --task lm`: figures, table and page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longspan.cli.app import run
+from longspan.cli.lm import windows_of
+from longspan.errors import ConfigError
+from longspan.train.lm_evaluation import Window
+
+
+def figures(longspan, *arguments):
+    found = longspan("eval", *arguments, "--task", "lm", "--json")
+    assert found.code == 0, found
+    return json.loads(found.out)
+
+
+def test_the_figures_agree_with_the_usual_ones(longspan, byte_run):
+    usual = json.loads(longspan("eval", byte_run, "--json").out)
+    found = figures(longspan, byte_run, "--contexts", "64:16,512")
+    readings = found["readings"]
+    assert list(readings) == ["carried", "segments of 16", "context 64", "context 512"]
+    for name, other in (("carried", "with_memory"), ("segments of 16", "without_memory")):
+        bits = usual[other]["bits_per_byte"]
+        assert readings[name]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
+        assert readings[name]["bits_per_byte"]["low"] == pytest.approx(usual[other]["interval"]["low"], rel=1e-6)
+    assert (readings["context 64"]["context"], readings["context 64"]["stride"]) == (64, 16)
+    assert "the last 16 scored: a token sees 49 to 64 tokens" in readings["context 64"]["read"]
+    assert found["text"]["words_by"] == "counted between white space"
+    assert sum(each["amount"] for each in found["by_frequency"]) == found["text"]["words"]
+    assert sum(each["amount"] for each in found["by_place"]) == found["text"]["bytes"] == 3000
+    # the state of this model reaches no further than its layers x memory, so a long window is as good as carrying
+    assert readings["context 512"]["bits_per_byte"]["value"] == pytest.approx(
+        readings["carried"]["bits_per_byte"]["value"], abs=0.01
+    )
+
+
+def test_a_longer_memory_at_evaluation_than_in_training(longspan, byte_run):
+    found = figures(longspan, byte_run, "--contexts", "", "--set", "model.mixers.0.mem_len=64")
+    assert found["settings"] == ["model.mixers.0.mem_len=64"]
+    usual = figures(longspan, byte_run, "--contexts", "")
+    assert found["readings"]["carried"]["bits_per_byte"] != usual["readings"]["carried"]["bits_per_byte"]
+
+
+def test_other_files_have_no_training_text(longspan, byte_run, folder):
+    found = figures(longspan, byte_run, folder / "long.txt", "--contexts", "", "--head", 500)
+    assert found["by_frequency"] == []
+    assert found["text"]["split"] is None
+    assert found["readings"]["carried"]["bits_per_byte"]["low"] is None
+
+
+def test_the_page(longspan, byte_run, tmp_path):
+    found = longspan("eval", byte_run, "--task", "lm", "--contexts", "64,256", "-o", tmp_path / "page")
+    assert found.code == 0, found
+    for words in ("perplexity", "carried", "segments of 16", "times in the training text", "report.html"):
+        assert words in found.out
+    assert {path.name for path in (tmp_path / "page/figures").iterdir()} == {
+        "along.png",
+        "along-gain.png",
+        "contexts.png",
+        "rare.png",
+        "rare-gain.png",
+    }
+    assert json.loads((tmp_path / "page/report.json").read_text())["readings"]["carried"]["context"] is None
+    html = (tmp_path / "page/report.html").read_text()
+    assert "How much context" in html
+    assert "1,500 bytes" not in html
+
+
+@pytest.fixture(scope="module")
+def word_run(tmp_path_factory) -> Path:
+    """A run on three books in the format of PG-19, by words."""
+    base = tmp_path_factory.mktemp("pg19")
+    for split, count in (("train", 3), ("validation", 1), ("test", 2)):
+        (base / "books" / split).mkdir(parents=True)
+        for number in range(count):
+            (base / "books" / split / f"{number}.txt").write_text(f"the {split} of the book\n" * (20 + number))
+    recipe = base / "pg19.toml"
+    recipe.write_text(
+        f"""
+[model]
+dim = 8
+num_layers = 1
+num_heads = 1
+mixers = [{{ name = "window", window = 8 }}]
+[task]
+corpus = "pg19"
+source = "{base / "books"}"
+tokenizer = "word"
+vocab_size = 0
+cache = "{base / "cache"}"
+[train]
+steps = 2
+lanes = 2
+segment_length = 8
+threads = 1
+"""
+    )
+    assert run(["train", str(recipe), "-o", str(base / "run")]) == 0
+    return base
+
+
+def test_the_test_split_and_the_official_count_of_words(longspan, word_run, monkeypatch):
+    from longspan.tasks.corpora import CORPORA, Official
+
+    assert len(list((word_run / "cache").iterdir())) == 2
+    found = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
+    assert (found["text"]["documents"], found["text"]["words"]) == (2, 5 * 41)
+    assert found["text"]["words_by"] == "counted between white space"
+    assert [each["first"] for each in found["by_frequency"]] == [0, 10, 100]
+    assert len(list((word_run / "cache").iterdir())) == 3
+    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 410))
+    official = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
+    assert (official["text"]["words"], official["text"]["words_by"]) == (410, "official count")
+    squared = official["readings"]["carried"]["perplexity_per_word"]["value"] ** 2
+    assert squared == pytest.approx(found["readings"]["carried"]["perplexity_per_word"]["value"])
+    # a part of the split is divided by its own words
+    part = figures(longspan, word_run / "run", "--split", "test", "--head", 6, "--contexts", "")
+    assert (part["text"]["words"], part["text"]["words_by"]) == (10, "counted between white space")
+
+
+def test_windows_as_they_are_given():
+    assert windows_of("256,1024:128,4096", 3000) == [Window(256, 128), Window(1024, 128)]
+    assert windows_of("", 3000) == []
+    for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x"):
+        with pytest.raises(ConfigError, match="tokens, or tokens:stride with a stride of 1 to as many"):
+            windows_of(wrong, 3000)
+
+
+def test_mistakes(longspan, byte_run):
+    assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
+    assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
+    assert longspan("eval", byte_run, "--split", "dev").error == "--split 'dev': train, validation or test"
+    assert "no test split; task.test_source names one" in longspan("eval", byte_run, "--split", "test").error

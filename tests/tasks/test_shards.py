@@ -1,0 +1,156 @@
+"""Token shards: what is read from the map is what was tokenised, and nothing half written is ever seen."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from longspan.errors import CheckpointError
+from longspan.tasks import TextConfig, TextTask
+from longspan.tasks.shards import Shards, write_shards
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index:02d}.txt").write_text(f"document {index} of the union " * (index + 1))
+    return folder
+
+
+def task_of(corpus, cache, **fields):
+    return TextTask(TextConfig(source=str(corpus), cache=None if cache is None else str(cache), **fields))
+
+
+def ids_of(documents):
+    return [documents[index].ids.tolist() for index in range(len(documents))]
+
+
+def folders(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+@pytest.mark.parametrize("fields", [{}, {"tokenizer": "subword", "vocab_size": 300}, {"tokenizer": "word"}])
+@pytest.mark.parametrize("shard_bytes", [1, 60, 1 << 20])
+def test_the_same_documents_as_without(corpus, tmp_path, monkeypatch, fields, shard_bytes):
+    monkeypatch.setattr("longspan.tasks.shards.SHARD_BYTES", shard_bytes)
+    for split in ("train", "validation"):
+        plain = task_of(corpus, "", **fields).documents(split)
+        kept = task_of(corpus, tmp_path / "cache", **fields).documents(split)
+        assert ids_of(kept) == ids_of(plain)
+        assert kept.lengths.tolist() == plain.lengths.tolist()
+        assert (list(kept.names), kept.fingerprint) == (list(plain.names), plain.fingerprint)
+    files = list((tmp_path / "cache").glob("train-*/*.tokens"))
+    assert len(files) == {1: 10, 1 << 20: 1}.get(shard_bytes, len(files))
+
+
+def test_they_are_written_once_and_mapped(corpus, tmp_path, monkeypatch):
+    before = task_of(corpus, tmp_path / "cache").documents("train")
+    monkeypatch.setattr("longspan.tasks.text.write_shards", None)
+    monkeypatch.setattr("longspan.tasks.text.find_splits", None)
+    after = task_of(corpus, tmp_path / "cache").documents("train")
+    assert ids_of(after) == ids_of(before)
+    ids = after[3].ids
+    while ids.base is not None and not isinstance(ids, np.memmap):
+        ids = ids.base
+    assert isinstance(ids, np.memmap)
+    assert not ids.flags.writeable
+
+
+def test_other_text_another_tokenizer_or_another_split_is_another_folder(corpus, tmp_path):
+    cache = tmp_path / "cache"
+    task_of(corpus, cache).documents("train")
+    task_of(corpus, cache, tokenizer="word").documents("train")
+    task_of(corpus, cache, validation_every=3).documents("train")
+    assert len(folders(cache)) == 3
+    (corpus / "01.txt").write_text("changed")
+    changed = task_of(corpus, cache).documents("train")
+    assert len(folders(cache)) == 4
+    assert bytes(ids_of(changed)[0]) == b"changed"
+
+
+def test_an_interrupted_build_leaves_nothing_to_be_seen(tmp_path):
+    def fail():
+        yield "first", np.arange(5, dtype=np.uint16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(tmp_path / "cache" / "train", fail(), hashlib.blake2b())
+    assert folders(tmp_path / "cache") == []
+
+
+KILLED = """
+import hashlib, os, signal, sys
+from pathlib import Path
+import numpy as np
+from longspan.tasks.shards import write_shards
+def documents():
+    yield "first", np.arange(5, dtype=np.uint16)
+    os.kill(os.getpid(), signal.SIGKILL)
+write_shards(Path(sys.argv[1]), documents(), hashlib.blake2b())
+"""
+
+
+def test_what_a_kill_leaves_is_hidden_and_cleared_by_the_next_build(corpus, tmp_path):
+    cache = tmp_path / "cache"
+    subprocess.run([sys.executable, "-c", KILLED, str(cache / "train")], check=False)
+    (left,) = folders(cache)
+    assert left.startswith(".train.")
+    write_shards(cache / "train", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
+    assert folders(cache) == ["train"]
+    # one that is being filled by a living process stays
+    living = cache / left.replace(left.rpartition(".building")[0].rpartition(".")[2], str(os.getppid()))
+    living.mkdir()
+    write_shards(cache / "other", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
+    assert living.is_dir()
+
+
+def test_another_process_may_be_faster(tmp_path):
+    def documents(value):
+        if value == 1:
+            write_shards(tmp_path / "train", documents(2), hashlib.blake2b())
+        yield "a", np.full(4, value, dtype=np.uint8)
+
+    assert write_shards(tmp_path / "train", documents(1), hashlib.blake2b())[0].tolist() == [2] * 4
+    assert folders(tmp_path) == ["train"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "index", "format"])
+def test_damage_is_named(tmp_path, damage):
+    folder = tmp_path / "train"
+    write_shards(folder, [("a", np.arange(300, dtype=np.uint32))], hashlib.blake2b())
+    index = folder / "index.json"
+    if damage == "cut":
+        os.truncate(folder / "00000.tokens", 4)
+    elif damage == "lost":
+        (folder / "00000.tokens").unlink()
+    else:
+        before, after = {"index": ('"dtype"', '"type"'), "format": ('"format": 1', '"format": 0')}[damage]
+        index.write_text(index.read_text().replace(before, after))
+    with pytest.raises(CheckpointError, match=r"train: damaged tokens.*delete the folder"):
+        Shards(folder)
+
+
+def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_path, monkeypatch):
+    def kept(name, **fields):
+        task = task_of(corpus, fields.pop("cache", None), tokenizer="word", **fields)
+        task.prepare(tmp_path / name)
+        task.documents("train")
+        return (tmp_path / name / "tokens").exists()
+
+    assert not kept("small")
+    monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
+    assert kept("large")
+    assert not kept("never", cache="")
+    # without a run there is no such folder
+    task_of(corpus, None, tokenizer="word").documents("train")
+    # bytes of large files are mapped where they lie
+    monkeypatch.setattr("longspan.tasks.text.MAPPED_BYTES", 1)
+    task = task_of(corpus, None)
+    task.prepare(tmp_path / "bytes")
+    task.documents("train")
+    assert not (tmp_path / "bytes/tokens").exists()

@@ -1,0 +1,174 @@
+"""Figures of a language model: made of the loss of every place, which is what reading directly gives."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longspan.errors import ConfigError, DataError, UnsupportedError
+from longspan.tasks import Documents
+from longspan.tasks.text import TextDocument
+from longspan.tasks.tokenizers import Bytes, Subword
+from longspan.tasks.words import Words
+from longspan.train import evaluate_text, token_nats
+from longspan.train.lm_evaluation import (
+    Window,
+    by_frequency,
+    by_place,
+    count_text,
+    count_words,
+    cut,
+    difference,
+    place_nats,
+    summary,
+)
+
+
+def losses(model, document, first, last):
+    """Loss of places `first` to `last`, read from an empty state."""
+    piece = document.cut(first, last)
+    with torch.no_grad():
+        logits, _ = model.eval()(torch.from_numpy(piece.tokens)[None])
+    return token_nats(logits, torch.from_numpy(piece.targets)[None])[0].numpy()
+
+
+@pytest.mark.parametrize(("chunk", "batch"), [(5, 3), (64, 2), (1000, 99)])
+def test_carried_losses_are_those_of_each_document_alone(model, documents, chunk, batch):
+    found = place_nats(model, documents, chunk=chunk, batch=batch)
+    for index, nats in enumerate(found):
+        np.testing.assert_allclose(nats, losses(model, documents[index], 0, len(documents[index])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("window", [Window(8, 4), Window(16, 16), Window(9, 1), Window(10_000, 5_000)])
+def test_windows_are_read_from_an_empty_state(model, documents, window, streams, monkeypatch):
+    if not streams:
+        monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
+    found = place_nats(model, documents, window, chunk=7, batch=3)
+    for index, nats in enumerate(found):
+        document, expected = documents[index], []
+        while (at := len(expected)) < len(document):
+            last = min(max(at + window.stride, window.context), len(document))
+            # what a scored place sees: its window's first place is a context before the end of its stride
+            first = 0 if at == 0 else at + window.stride - window.context
+            expected += losses(model, document, first, last)[at - first :].tolist()
+        np.testing.assert_allclose(nats, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, Window(7, 3), Window(4, 4), Window(5, 1)])
+def test_every_place_is_scored_once_and_sees_what_is_said(window):
+    lengths = np.array([1, 4, 7, 23])
+    scored = {index: [] for index in range(len(lengths))}
+    for index, first, at, last in cut(lengths, window).tolist():
+        scored[index] += range(at, last)
+        if window is not None:
+            assert last - first <= window.context
+            assert first == 0 or at - first + 1 >= window.least
+    assert [scored[index] for index in range(len(lengths))] == [list(range(length)) for length in lengths]
+
+
+def test_what_cannot_be_read_is_refused(model, documents, monkeypatch):
+    with pytest.raises(ConfigError, match="a stride of 9: from 1 to the context, 8"):
+        place_nats(model, documents, Window(8, 9))
+    monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
+    with pytest.raises(UnsupportedError, match="does not stream; give it windows"):
+        place_nats(model, documents)
+
+
+def test_sums_agree_with_the_usual_evaluation(model, documents):
+    nats, counts = place_nats(model, documents), count_text(documents, Bytes())
+    usual = evaluate_text(model, documents)
+    figures = summary(nats, counts)
+    assert figures["bits_per_byte"] == pytest.approx(usual.interval(), rel=1e-6)
+    assert figures["perplexity_per_token"].value == pytest.approx(math.exp(usual.loss), rel=1e-6)
+    assert figures["perplexity_per_token"].low < figures["perplexity_per_token"].value
+    per_word = usual.nats.sum() / counts.words.sum()
+    assert figures["perplexity_per_word"].value == pytest.approx(math.exp(per_word), rel=1e-6)
+    # PG-19: the same nats over another count
+    official = summary(nats, counts, words=1000)["perplexity_per_word"].value
+    assert official == pytest.approx(math.exp(usual.nats.sum() / 1000), rel=1e-6)
+    segments = place_nats(model, documents, Window(4, 4))
+    without = evaluate_text(model, documents, memory=False, segment_length=4)
+    assert difference(nats, segments, counts.units) == pytest.approx(usual.minus(without), rel=1e-4, abs=1e-6)
+
+
+TEXTS = ("the état  of the union,\nthe peace\n", " the war", "union")
+
+
+def documents_of(tokenizer):
+    items = [TextDocument(tokenizer.encode(text.encode()), tokenizer) for text in TEXTS]
+    return Documents(items, list("abc"))
+
+
+def tokenizers():
+    data = [("text", np.frombuffer((" ".join(TEXTS) * 20).encode(), dtype=np.uint8))]
+    return {"bytes": Bytes(), "subword": Subword.train(data, 300), "word": Words.train(data, 0)}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "subword", "word"])
+def test_tokens_belong_to_words(kind):
+    tokenizer = tokenizers()[kind]
+    documents = documents_of(tokenizer)
+    counts = count_text(documents, tokenizer)
+    assert counts.words.tolist() == [7, 2, 1]
+    assert [b" ".join(words) for words in counts.spelled] == [" ".join(text.split()).encode() for text in TEXTS]
+    for index, owner in enumerate(counts.word_of):
+        ids = documents[index].ids
+        for number, word in enumerate(counts.spelled[index]):
+            spelled = tokenizer.decode(ids[owner == number].tolist())
+            assert spelled.strip() == word
+        assert (np.diff(owner) >= 0).all()
+    if kind != "word":
+        assert counts.units.tolist() == [len(text.encode()) for text in TEXTS]
+        assert counts.characters.tolist() == [len(text) for text in TEXTS]
+    ends = count_text(documents, tokenizer, lines_count=True)
+    assert (ends.words - counts.words).tolist() == [2, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "subword", "word"])
+def test_buckets_share_out_the_whole_loss(kind):
+    tokenizer = tokenizers()[kind]
+    counts = count_text(documents_of(tokenizer), tokenizer)
+    random = np.random.default_rng(0)
+    readings = {name: [random.random(count).astype(np.float32) for count in counts.tokens] for name in ("one", "other")}
+    seen = count_words([("a", np.frombuffer(b"the (union), the union; of\n" * 4, dtype=np.uint8))])
+    assert seen == {b"the": 8, b"union": 8, b"of": 4}
+    for buckets in (by_frequency(readings, counts, seen), by_place(readings, counts)):
+        for name, nats in readings.items():
+            bits = sum(each.values[name].value * each.amount for each in buckets)
+            assert bits == pytest.approx(sum(part.sum() for part in nats) / math.log(2), rel=1e-5)
+        for each in buckets:
+            assert each.gain.value == pytest.approx(each.values["one"].value - each.values["other"].value, abs=1e-9)
+    rare, seldom = by_frequency(readings, counts, seen)
+    assert (rare.first, rare.last, rare.amount) == (0, 1, 3)
+    assert (seldom.first, seldom.last, seldom.amount) == (1, 10, 7)
+
+
+def test_places_double_from_64_on():
+    tokenizer = Bytes()
+    document = TextDocument(np.full(300, 97, dtype=np.uint8), tokenizer)
+    counts = count_text(Documents([document], ["a"]), tokenizer)
+    nats = np.repeat(np.log(2) * np.array([4, 3, 2, 1], dtype=np.float32), [64, 64, 128, 44])
+    buckets = by_place({"one": [nats]}, counts)
+    assert [(each.first, each.last, each.amount) for each in buckets] == [
+        (0, 64, 64),
+        (64, 128, 64),
+        (128, 256, 128),
+        (256, 512, 44),
+    ]
+    assert [each.values["one"].value for each in buckets] == pytest.approx([4, 3, 2, 1])
+    assert buckets[0].gain is None
+
+
+def test_words_that_a_vocabulary_does_not_hold_count_as_unknown():
+    texts = [("a", np.frombuffer(b"the war, the peace <unk>", dtype=np.uint8))]
+    assert count_words(texts, frozenset({b"the"})) == {b"the": 2, b"<unk>": 3}
+
+
+def test_documents_without_a_word():
+    tokenizer = Bytes()
+    counts = count_text(Documents([TextDocument(tokenizer.encode(b" \n "), tokenizer)], ["a"]), tokenizer)
+    assert counts.words.tolist() == [0]
+    with pytest.raises(DataError, match="the documents hold no words"):
+        summary([np.ones(3, dtype=np.float32)], counts)
