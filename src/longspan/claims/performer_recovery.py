@@ -31,14 +31,14 @@ class Plan:
     batch: int
     length: int
     held: int
-    lr: float = 5e-4
-    tuned: int = 256
+    lr: float = 2e-4
+    tuned: int = 512
     """features of the model that is trained"""
 
 
 PLANS: dict[str, Plan] = {
     "small": Plan(features=(64, 256), steps=40, batch=8, length=32, held=32),
-    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=400, batch=16, length=64, held=200),
+    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=300, batch=16, length=64, held=200),
 }
 
 
@@ -86,7 +86,7 @@ def converted(model: Any, features: int, seed: int) -> Any:
 
 
 def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[str], None]) -> list[float]:
-    """Train an encoder to give the original's embeddings and hidden states; the mean cosine of each step."""
+    """Train an encoder to give the original's embeddings and the hidden states of every layer; cosines of each step."""
     from longspan import hf
 
     model.train()
@@ -99,11 +99,12 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[s
     for step in range(plan.steps):
         tokens = texts[step * plan.batch : (step + 1) * plan.batch]
         with torch.no_grad():
-            wanted = teacher(tokens).last_hidden_state
-        hidden = model(tokens).last_hidden_state
-        cosines = F.cosine_similarity(hidden.mean(1), wanted.mean(1), dim=-1)
-        # hidden states are many numbers a passage, its embedding is what counts
-        loss = (1 - cosines).mean() + (1 - F.cosine_similarity(hidden, wanted, dim=-1)).mean()
+            wanted = teacher(tokens, output_hidden_states=True).hidden_states
+        hidden = model(tokens, output_hidden_states=True).hidden_states
+        cosines = F.cosine_similarity(hidden[-1].mean(1), wanted[-1].mean(1), dim=-1)
+        # every layer is told what it should have given: an error of the first is not left to the last to mend
+        layers = [(1 - F.cosine_similarity(*pair, dim=-1)).mean() for pair in zip(hidden[1:], wanted[1:], strict=True)]
+        loss = (1 - cosines).mean() + torch.stack(layers).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,7 +194,7 @@ def outcome(found: dict[str, Any], plan: Plan) -> Outcome:
         figures=figures,
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
         f"the Union speeches, {plan.held} of held-back ones; distilled on {plan.steps * plan.batch:,} passages, all "
-        "weights, cosine of embeddings and of hidden states to the original's",
+        "weights, cosine of embeddings and of every layer's hidden states to the original's",
         note="The paper's pretrained model was a language model whose accuracy it followed; here it is an encoder's "
         "embeddings, so that a model of a few megabytes shows it.",
         data=found,
