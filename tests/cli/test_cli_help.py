@@ -80,3 +80,8 @@ def test_a_mixers_fields_are_explained(longspan):
     assert "same_length" in found
     assert "how far memory reaches" in found
     assert "Dai et al. 2019" in found
+
+
+def test_the_package_runs_as_a_module():
+    found = subprocess.run([sys.executable, "-m", "longspan", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.strip()

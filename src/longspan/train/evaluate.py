@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longspan import state as states
 from longspan.errors import DataError, UnsupportedError
-from longspan.tasks import Document, Documents, Piece
-from longspan.tasks.base import Array
+from longspan.tasks import Document, Documents
+from longspan.tasks.base import Array, Head
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.loss import token_nats
@@ -192,26 +192,12 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
     names: list[str] = []
     for index in np.random.default_rng(seed).permutation(len(documents)).tolist():
         length = min(len(documents[index]), places)
-        items.append(_Head(documents[index], length))
+        items.append(Head(documents[index], length))
         names.append(documents.names[index])
         places -= length
         if not places:
             break
     return Documents(items, names)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The first places of a document."""
-
-    document: Document
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def cut(self, first: int, last: int) -> Piece:
-        return self.document.cut(first, last)
 
 
 def _totals(logits: Tensor, part: Batch, count: int) -> Array:
