@@ -242,7 +242,9 @@ def families(keys: Sequence[set[bytes]]) -> Array:
     first: dict[bytes, int] = {}
     for index, those in enumerate(keys):
         for key in those:
-            parent[root(index)] = root(first.setdefault(key, index))
+            # the smaller number stays, so that the order of a set, which differs between processes, does not matter
+            low, high = sorted((root(index), root(first.setdefault(key, index))))
+            parent[high] = low
     return np.array([root(index) for index in range(len(keys))])
 
 
