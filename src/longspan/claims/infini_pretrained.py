@@ -70,24 +70,30 @@ def held_back(tokenizer: Any, count: int) -> torch.Tensor:
     return torch.tensor(found[:count])
 
 
-def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
-    """Nats, CPU seconds and resident bytes of each part of a text; without memory every segment starts anew."""
-    session = StreamSession(model)
+def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
+    """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
     found: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
-    for first in range(0, len(tokens), part):
-        started, nats = time.process_time(), 0.0
-        for begin in range(first, min(first + part, len(tokens)), segment):
-            if not memory:
-                session.reset()
-            fresh = session.position == 0
-            # the first token of a stream is predicted from nothing, which is not what is measured
-            piece = session.feed(tokens[begin : begin + segment], losses=True).double()[int(fresh) :]
-            nats += float(piece.mean()) * segment
+    for place in tokens.split(part):
+        started = time.process_time()
+        nats = sum(read(piece) * len(piece) for piece in place.split(chunk))
         found["nats"].append(nats / part)
         found["seconds"].append(time.process_time() - started)
         found["resident"].append(resident_bytes())
-    found["state"] = session.nbytes
     return found
+
+
+def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
+    """A text through a session; without memory every segment starts anew."""
+    session = StreamSession(model)
+
+    def nats_of(piece: torch.Tensor) -> float:
+        if not memory:
+            session.reset()
+        # the first token of a stream is predicted from nothing, which is not what is measured
+        fresh = int(session.position == 0)
+        return float(session.feed(piece, losses=True).double()[fresh:].mean())
+
+    return {**read_in_parts(tokens, part, segment, nats_of), "state": session.nbytes}
 
 
 @torch.no_grad()
@@ -95,22 +101,16 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
     """The same of the original, which keeps every key."""
     from transformers import DynamicCache
 
-    cache, last = DynamicCache(config=model.config), None
-    found: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
-    for first in range(0, len(tokens), part):
-        started, nats = time.process_time(), 0.0
-        for begin in range(first, min(first + part, len(tokens)), chunk):
-            piece = tokens[begin : begin + chunk]
-            logits = model(piece[None], past_key_values=cache, use_cache=True).logits[0]
-            before = logits[:-1] if last is None else torch.cat([last, logits[:-1]])
-            nats += float(F.cross_entropy(before, piece[-len(before) :])) * len(piece)
-            last = logits[-1:].clone()
-        found["nats"].append(nats / part)
-        found["seconds"].append(time.process_time() - started)
-        found["resident"].append(resident_bytes())
+    cache, last = DynamicCache(config=model.config), torch.zeros(0, model.config.vocab_size)
+
+    def nats_of(piece: torch.Tensor) -> float:
+        nonlocal last
+        logits = model(piece[None], past_key_values=cache, use_cache=True).logits[0]
+        before, last = torch.cat([last, logits[:-1]]), logits[-1:].clone()
+        return float(F.cross_entropy(before, piece[-len(before) :]))
+
     layers = model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
-    found["state"] = 2 * 4 * layers * len(tokens)
-    return found
+    return {**read_in_parts(tokens, part, chunk, nats_of), "state": 2 * 4 * layers * len(tokens)}
 
 
 def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`language-modelling`: every mechanism on the same bytes, at equal parameters, equal tokens and equal time."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from longspan.errors import ConfigError
 from longspan.report import Picture
 from longspan.report.figures import Series, line_figure, picture
 from longspan.tasks.base import heads
-from longspan.train import Interval, evaluate_text, find_recipe, load_run, paired_bootstrap, read_log
+from longspan.train import Interval, evaluate_text, find_recipe, load_run, read_log
 from longspan.train.evaluate import Evaluation
 
 DENSE = "full"
@@ -63,14 +64,10 @@ def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: 
     trained(recipe, folder)
 
 
-def steps_of(folder: Path) -> int:
-    """Optimiser steps of a run."""
-    return int(max(line["step"] for line in read_log(folder / "log.jsonl")))
-
-
-def read_tokens(folder: Path) -> int:
-    """Tokens that a run was trained on."""
-    return int(max(line.get("tokens", 0) for line in read_log(folder / "log.jsonl")))
+def done(folder: Path) -> tuple[int, int]:
+    """Optimiser steps of a run, and the tokens it was trained on."""
+    lines = read_log(folder / "log.jsonl")
+    return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
 
 
 def measure(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
@@ -86,9 +83,7 @@ def measure(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
             # without memory: pieces as long as in training where nothing is carried then, else a mechanism's segment
             piece = segment if not carries(name) else reset
             value = evaluate_text(model, documents, chunk=segment, memory=memory, segment_length=piece)
-            result["memory" if memory else "alone"] = {
-                key: getattr(value, key).tolist() for key in ("nats", "tokens", "units", "correct")
-            }
+            result["memory" if memory else "alone"] = value.record()
         return {**result, "names": list(documents.names), "parameters": model.num_parameters()}
 
     return kept(folder / f"held-back-{plan.documents}x{plan.head}.json", found)
@@ -106,15 +101,12 @@ def as_trained(record: Mapping[str, Any]) -> Evaluation:
 
 def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
     """One of a run's evaluations."""
-    columns = {name: np.array(values) for name, values in record[key].items()}
-    return Evaluation(tuple(record["names"]), **columns, unit="byte")
+    return Evaluation.of(record[key], record["names"])
 
 
 def together(parts: list[Evaluation]) -> Evaluation:
     """Evaluations of several seeds as one: nats of each document summed over them."""
-    first = parts[0]
-    columns = {name: sum(getattr(each, name) for each in parts) for name in ("nats", "tokens", "units", "correct")}
-    return Evaluation(first.names, **columns, unit=first.unit)
+    return functools.reduce(Evaluation.plus, parts)
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -129,8 +121,9 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     for seed in range(plan.seeds):
         dense = folder / DENSE / "equal time" / f"seed-{seed}"
         _train(dense, DENSE, seed, {"minutes": plan.minutes}, plan)
+        dense_steps, _ = done(dense)
         per_step = {name: _tokens_per_step(name) for name in plan.names}
-        steps = {name: max(steps_of(dense) * per_step[DENSE] // per_step[name], 1) for name in plan.names}
+        steps = {name: max(dense_steps * per_step[DENSE] // per_step[name], 1) for name in plan.names}
         for setting in plan.settings:
             for name in plan.names:
                 # dense attention at equal time is also dense attention at equal tokens
@@ -141,7 +134,8 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
                 _train(run, name, seed, limits, plan)
                 record = measure(run, name, plan)
                 wanted = steps[name] if setting == "equal tokens" else 0
-                record |= {"steps": steps_of(run), "wanted": wanted, "trained_on": read_tokens(run)}
+                made, read = done(run)
+                record |= {"steps": made, "wanted": wanted, "trained_on": read}
                 record["seconds"] = trained_seconds([run])
                 found[setting].setdefault(name, []).append(record)
                 bits = as_trained(record).bits_per_unit
@@ -157,13 +151,13 @@ def _tokens_per_step(name: str) -> int:
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
     """Bits per byte more than dense attention, seeds together, with an interval over documents."""
     one, other = (together([as_trained(each) for each in part]) for part in (ours, dense))
-    return paired_bootstrap(one.nats, other.nats, one.units)
+    return one.minus(other)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
     """Bits per byte with memory minus without, the same weights, seeds together."""
     one, other = (together([evaluation(each, key) for each in records]) for key in ("memory", "alone"))
-    return paired_bootstrap(one.nats, other.nats, one.units)
+    return one.minus(other)
 
 
 def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Outcome:

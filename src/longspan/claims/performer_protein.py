@@ -82,12 +82,10 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
 
     def measure() -> dict[str, Any]:
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
-        found = evaluate_text(model, documents, chunk=width, memory=False, unit="residue")
-        return {name: getattr(found, name).tolist() for name in ("nats", "tokens", "units", "correct")}
+        return evaluate_text(model, documents, chunk=width, memory=False, unit="residue").record()
 
     found = kept(folder / f"scored-{len(documents)}.json", measure)
-    record = {name: np.array(values) for name, values in found.items()}
-    return Evaluation(tuple(documents.names), **record, unit="residue")
+    return Evaluation.of(found, documents.names, "residue")
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:

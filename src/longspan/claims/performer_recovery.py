@@ -13,7 +13,6 @@ from torch import Tensor
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.runs import kept
-from longspan.files import read_tensors, write_tensors
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks.text import TextConfig, split_texts
@@ -117,8 +116,8 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[s
     return found
 
 
-def recover(folder: Path, plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything that is measured; the weights after training are kept in the folder."""
+def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything that is measured."""
     torch.manual_seed(0)
     held = passages(tokenizer, "validation", plan.held, plan.length, 1)
     original = embed_all(teacher, held)
@@ -131,22 +130,19 @@ def recover(folder: Path, plan: Plan, teacher: Any, tokenizer: Any, say: Callabl
         say(f"{features} features, untrained: cosine {mean:.3f}")
     model = converted(teacher, plan.tuned, 0)
     curve = distil(model, teacher, passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2), plan, say)
-    write_tensors(folder / "tuned.safetensors", model.state_dict(), {"kind": "performer-recovery"})
     return {
         "untrained": untrained,
         "curve": curve,
         "tuned": agreement(embed_all(model, held), original),
         "even": float((original @ original.T).fill_diagonal_(0).sum() / (len(original) * (len(original) - 1))),
-        "other_draws": [other_draw(folder, teacher, plan, seed, held, original) for seed in (1, 2)],
+        "other_draws": [other_draw(model, teacher, plan, seed, held, original) for seed in (1, 2)],
     }
 
 
-def other_draw(folder: Path, teacher: Any, plan: Plan, seed: int, held: Tensor, original: Tensor) -> dict[str, float]:
+def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held: Tensor, original: Tensor) -> dict[str, float]:
     """The trained weights with a projection they have not seen."""
     model = converted(teacher, plan.tuned, seed)
-    weights, _ = read_tensors(folder / "tuned.safetensors")
-    own = {name: value for name, value in weights.items() if not name.endswith("longspan.projection")}
-    model.load_state_dict(own, strict=False)
+    model.load_state_dict(dict(tuned.named_parameters()), strict=False)
     return agreement(embed_all(model, held), original)
 
 
@@ -155,7 +151,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
     plan, opened = PLANS[size], open_minilm()
     folder.mkdir(parents=True, exist_ok=True)
-    return outcome(kept(folder / "found.json", lambda: recover(folder, plan, *opened, say)), plan)
+    return outcome(kept(folder / "found.json", lambda: recover(plan, *opened, say)), plan)
 
 
 def outcome(found: dict[str, Any], plan: Plan) -> Outcome:

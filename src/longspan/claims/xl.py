@@ -18,7 +18,7 @@ from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.stream import StreamSession
 from longspan.tasks.base import heads
-from longspan.train import evaluate_text, find_recipe, load_run, paired_bootstrap
+from longspan.train import evaluate_text, find_recipe, load_run
 from longspan.train.evaluate import Evaluation
 
 
@@ -59,14 +59,12 @@ def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str,
     """Nats of each document with memories of each length."""
     found: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
-        value = evaluate_text(with_memory(model, length), documents, chunk=TRAINED)
-        found[str(length)] = {key: getattr(value, key).tolist() for key in ("nats", "tokens", "units", "correct")}
+        found[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
     return found
 
 
 def _evaluation(found: dict[str, Any], length: int) -> Evaluation:
-    columns = {key: np.array(values) for key, values in found[str(length)].items()}
-    return Evaluation(tuple(found["names"]), **columns, unit="byte")
+    return Evaluation.of(found[str(length)], found["names"])
 
 
 @torch.no_grad()
@@ -139,7 +137,7 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
     figures, values = [], []
     for length in plan.lengths:
         each = _evaluation(losses, length)
-        minus = paired_bootstrap(each.nats, none.nats, each.units)
+        minus = each.minus(none)
         values.append(each.bits_per_unit)
         figures.append(
             Figure(
@@ -163,7 +161,7 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
         ),
     ]
     trained_at = plan.lengths.index(TRAINED)
-    best = paired_bootstrap(_evaluation(losses, TRAINED).nats, none.nats, none.units)
+    best = _evaluation(losses, TRAINED).minus(none)
     falls = all(b <= a for a, b in pairwise(values[: trained_at + 1]))
     beyond = found["reach"]["tokens"] > TRAINED
     return Outcome(

@@ -1,6 +1,7 @@
 """`longspan eval`."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,6 +28,9 @@ ContextsOption = Annotated[
         metavar="N[:STRIDE],...",
         help="With --task lm: windows of N tokens of which the last STRIDE (default: half) are scored; '' for none.",
     ),
+]
+LengthsOption = Annotated[
+    str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
 ]
 OutputOption = Annotated[
     str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
@@ -59,9 +63,7 @@ def evaluate(
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
     ] = "1,4,16,64",
-    lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
-    ] = "5000,32768",
+    lengths: LengthsOption = "5000,32768",
     count: Annotated[
         int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
     ] = 64,
@@ -188,7 +190,6 @@ def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: boo
     """Ask for numbers in texts of each length, and print the table."""
     import dataclasses
 
-    from longspan.report import Table
     from longspan.tasks.synthetic import DEPTHS
     from longspan.train import evaluate_depths, wilson
 
@@ -196,9 +197,6 @@ def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: boo
     for length in _numbers("--lengths", lengths, "5000,131072"):
         longer = type(task)(dataclasses.replace(task.config, length=length))
         records.append(evaluate_depths(model, longer, depths=DEPTHS, count=-(-count // len(DEPTHS))).record())
-    if as_json:
-        print(json.dumps(records, indent=2))
-        return
     rows = [
         (
             f"{each['length']:,}",
@@ -208,13 +206,11 @@ def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: boo
         )
         for each in records
     ]
-    columns = ("bytes of text", "found", "share, 95 % interval", "bytes of state")
-    print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
+    _show_records(records, ("bytes of text", "found", "share, 95 % interval", "bytes of state"), rows, as_json)
 
 
 def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool) -> None:
     """Ask after each number of segments, and print the table."""
-    from longspan.report import Table
     from longspan.train import evaluate_answers
 
     kind = task.config.kind
@@ -222,9 +218,6 @@ def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool
         evaluate_answers(model, task, segments=number, count=count, kinds=(kind,))[kind].record()
         for number in _numbers("--segments", segments, "1,16,256")
     ]
-    if as_json:
-        print(json.dumps(records, indent=2))
-        return
     rows = [
         (
             f"{each['segments']:,}",
@@ -237,7 +230,19 @@ def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool
         for each in records
     ]
     columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
-    print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
+    _show_records(records, columns, rows, as_json)
+
+
+def _show_records(
+    records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool
+) -> None:
+    """Records as JSON, or what is shown of them as a table."""
+    from longspan.report import Table
+
+    if as_json:
+        print(json.dumps(records, indent=2))
+    else:
+        print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
 
 
 def _segment(run: str, model: Any) -> int:

@@ -112,7 +112,7 @@ def compressive_attention(
     memory = k.shape[2] - length
     if position % segment or memory < min(mem_len, position):
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
-    near, older = [k, v], list((k, v) if stale is None else stale)
+    near, older = [t[:, :, memory:] for t in (k, v)], list((k, v) if stale is None else stale)
     if memory < mem_len:  # a document that starts: so that every segment's memory is columns, if hidden ones
         older = [F.pad(t, (0, 0, mem_len - memory, 0)) for t in older]
     final = position + (length - 1) // segment * segment if length else position
@@ -125,37 +125,49 @@ def compressive_attention(
         begins = [position + number * segment for number in range(part.first, part.last)]
         closed = [closed_slots(begin, mem_len=mem_len, ratio=ratio) for begin in begins]
         count, begin = len(begins), part.first * segment
-        columns: list[Tensor] = []
-        for own, past, slots in zip(near, older, (slots_k, slots_v), strict=True):
-            groups = [own[:, :, memory + begin : memory + begin + count * part.size].unflatten(2, (count, part.size))]
-            if part.older:
-                low = past.shape[2] - length + begin - part.older
-                high = low + (count - 1) * segment + part.older
-                groups.insert(0, past[:, :, low:high].unfold(2, part.older, segment).transpose(3, 4))
-            if part.slots:
-                last = [slots.shape[2] - final + each for each in closed]
-                if last[-1] < min(closed[-1], compressed_len):
-                    raise ConfigError(f"{slots.shape[2]} slots: the last segment sees more than these")
-                index = [max(0, each - part.slots + i) for each in last for i in range(part.slots)]
-                picked = slots.index_select(2, torch.tensor(index, device=slots.device))
-                groups.insert(0, picked.unflatten(2, (count, part.slots)))
-            columns.append(torch.cat([group.transpose(1, 2) for group in groups], 3).flatten(0, 1))
+        slots = [slots_k.shape[2] - final + each for each in closed]
+        if part.slots and slots[-1] < min(closed[-1], compressed_len):
+            raise ConfigError(f"{slots_k.shape[2]} slots: the last segment sees more than these")
+        keys, values = (
+            _columns(part, segment, *each, slots) for each in zip(near, older, (slots_k, slots_v), strict=True)
+        )
         seen = [min(each, compressed_len) + min(at, mem_len) for each, at in zip(closed, begins, strict=True)]
         ragged = min(seen) < part.slots + part.older
+        held = torch.tensor(seen, device=q.device).repeat(batch) if ragged else None
         query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
-        out = relative_attention(
-            query.reshape(batch * count, heads, part.size, dim),
-            columns[0],
-            columns[1],
-            r,
-            content_bias,
-            position_bias,
-            memory_lengths=torch.tensor(seen, device=q.device).repeat(batch) if ragged else None,
-        )
+        query = query.reshape(batch * count, heads, part.size, dim)
+        out = relative_attention(query, keys, values, r, content_bias, position_bias, memory_lengths=held)
         outs.append(out.transpose(1, 2).reshape(batch, count * part.size, heads, -1))
     if not outs:
         return q.new_zeros(batch, heads, length, v.shape[3])
     return torch.cat(outs, 1).transpose(1, 2)
+
+
+def _columns(part: Batch, segment: int, near: Tensor, past: Tensor, slots: Tensor, last: list[int]) -> Tensor:
+    """Keys (or values) of a batch of segments, one after another: slots, older columns, own ones.
+
+    Args:
+        part: the segments.
+        segment: positions of a segment.
+        near: (batch, kv_heads, length, dim), of the call.
+        past: (batch, kv_heads, memory + length, dim), as they are seen from later segments.
+        slots: (batch, kv_heads, slots, dim).
+        last: for each segment the number of `slots` behind its newest one.
+
+    Returns:
+        (batch * segments, kv_heads, slots + older + own, dim).
+    """
+    count, begin = part.last - part.first, part.first * segment
+    groups = [near[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size))]
+    if part.older:
+        low = past.shape[2] - near.shape[2] + begin - part.older
+        high = low + (count - 1) * segment + part.older
+        groups.insert(0, past[:, :, low:high].unfold(2, part.older, segment).transpose(3, 4))
+    if part.slots:
+        index = [max(0, each - part.slots + i) for each in last for i in range(part.slots)]
+        picked = slots.index_select(2, torch.tensor(index, device=slots.device))
+        groups.insert(0, picked.unflatten(2, (count, part.slots)))
+    return torch.cat([group.transpose(1, 2) for group in groups], 3).flatten(0, 1)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:

@@ -7,15 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.errors import ConfigError, UnsupportedError
+from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.lsh_lists import (
     TILE,
     by_heads,
+    check_streams,
     chunks_of,
     circle_round,
     documents_of,
+    finished,
     reach_blocks,
+    real_columns,
     rounds_behind_rings,
     strict_rounds,
     tiles_of,
@@ -104,19 +107,18 @@ def lsh_attention(
         UnsupportedError: rings where nothing streams.
     """
     _check(q, v, k, rotations, bucket_size, selection)
-    _check_streams(rings, selection, causal)
+    check_streams("lsh_attention", rings, causal and selection == "strict")
     if q.numel() == 0:
         return torch.zeros_like(q)
     scale = (1.0 if k is None else q.shape[-1] ** -0.5) if scale is None else scale
     if buckets is None:
         queried = lsh_buckets(q, rotations)
         buckets = queried, queried if k is None else lsh_buckets(k, rotations)
-    dtype, heads = flash.working_dtype(q, v), q.shape[1]
-    real = None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+    dtype, heads, real = flash.working_dtype(q, v), q.shape[1], real_columns(q, lengths)
     if rings is not None and q.shape[2] == 1 and not needs_grad(q, v, k, *rings):
         asked, seen = by_heads(buckets[0], heads), None if start is None else start[:, 0] < 0
         out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen)
-        return _finished(out, real, q.dtype)
+        return finished(out, real, q.dtype)
     queries, values = q.to(dtype), v.to(dtype)
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
     queried = by_heads(buckets[0], heads)
@@ -133,12 +135,7 @@ def lsh_attention(
         rounds = strict_rounds(queried, kept, real, start, count, before=before, after=after)
     union = Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
     out, alone = union_attention(queries, _behind(old_k, keys, heads), _behind(old_v, values, heads), union)
-    return _finished(torch.where(alone[..., None], by_heads(values, heads), out), real, q.dtype)
-
-
-def _finished(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The output in its type, zeros behind a row's real tokens."""
-    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(dtype)
+    return finished(torch.where(alone[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
 def _behind(old: Tensor | None, new: Tensor, heads: int) -> tuple[Tensor, ...]:
@@ -166,15 +163,6 @@ def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_siz
         raise ConfigError(
             f"rotations are {tuple(rotations.shape)}, expected (heads = {q.shape[1]}, rounds, head_dim = {q.shape[3]}, "
             "buckets // 2)"
-        )
-
-
-def _check_streams(rings: Sequence[Tensor] | None, selection: str, causal: bool) -> None:
-    """Raise `UnsupportedError` where rings have no meaning."""
-    if rings is not None and (selection == "sorted" or not causal):
-        raise UnsupportedError(
-            "lsh_attention: rings hold what a stream has seen; only the causal strict selection streams, as the others "
-            "change with later tokens"
         )
 
 

@@ -4,12 +4,14 @@ All sizes follow from lengths and documents alone. A bucket begins at a block of
 its block is its rank in the bucket: later tokens move buckets, never a token inside its block.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.errors import UnsupportedError
 from longspan.ops.lsh_tiles import Round
 
 TILE = 32  # larger tiles leave more places empty, as every bucket begins one
@@ -326,3 +328,22 @@ def documents_of(start: Tensor) -> Tensor:
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """x (batch, kv_heads, ...) for every query head."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def check_streams(name: str, rings: Sequence[Tensor] | None, streams: bool) -> None:
+    """Raise `UnsupportedError` where an operation is given rings and its selection gives them no meaning."""
+    if rings is not None and not streams:
+        raise UnsupportedError(
+            f"{name}: rings hold what a stream has seen; only the causal strict selection streams, as the others "
+            "change with later tokens"
+        )
+
+
+def real_columns(q: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(batch, length) which columns of q (batch, heads, length, head_dim) are real; None = all."""
+    return None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+
+
+def finished(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output in its type, zeros behind a row's real tokens."""
+    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(dtype)

@@ -1,15 +1,25 @@
 """Routing Transformer's attention (Roy et al. 2021): tokens that one centroid is nearest to see each other."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.errors import ConfigError, UnsupportedError
+from longspan.errors import ConfigError
 from longspan.ops import flash
-from longspan.ops.lsh_lists import TILE, by_heads, reach_blocks, rounds_behind_rings, strict_rounds, tiles_of
+from longspan.ops.lsh_lists import (
+    TILE,
+    by_heads,
+    check_streams,
+    finished,
+    reach_blocks,
+    real_columns,
+    rounds_behind_rings,
+    strict_rounds,
+    tiles_of,
+)
 from longspan.ops.lsh_tiles import Round, Union, union_sums
 from longspan.ops.routing_balanced import balanced_attention, balanced_entries
 from longspan.ops.rows import check_positive, check_shapes
@@ -97,42 +107,37 @@ def routing_attention(
         UnsupportedError: rings where nothing streams.
     """
     _check(q, k, v, centroids, window, selection)
-    if rings is not None and (selection == "balanced" or not causal):
-        raise UnsupportedError(
-            "routing_attention: rings hold what a stream has seen; only the causal strict selection streams, as the "
-            "others change with later tokens"
-        )
+    check_streams("routing_attention", rings, causal and selection == "strict")
     if q.numel() == 0:
         return torch.zeros_like(q)
-    dtype, heads, scale = flash.working_dtype(q, k, v), q.shape[1], default_scale(q, scale)
-    real = None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
-    queries, keys, values = (t.to(dtype) for t in (q, k, v))
-    form = Form(window - 1 if itself else window, causal, itself, scale)
+    dtype, scale, real = flash.working_dtype(q, k, v), default_scale(q, scale), real_columns(q, lengths)
+    inputs = Inputs(q.to(dtype), k.to(dtype), v.to(dtype), real, start)
     if selection == "balanced":
         near = _nearness(_unit(q, k) if routes is None else routes, centroids, dtype)
-        out = balanced_attention(
-            queries,
-            keys,
-            values,
-            near,
-            window=window,
-            causal=causal,
-            itself=itself,
-            scale=scale,
-            real=real,
-            start=start,
-        )
+        options: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
+        out = balanced_attention(*inputs[:3], near, **options, real=real, start=start)
+        return finished(out, real, q.dtype)
+    if clusters is None:
+        asked, held = (q, k) if routes is None else routes
+        queried = routing_clusters(asked, centroids)
+        clusters = queried, queried if held is asked else routing_clusters(held, centroids)
+    form = Form(window - 1 if itself else window, causal, itself, scale)
+    if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
+        seen = None if start is None else start[:, 0] < 0
+        out = _attend_token(*inputs[:3], rings, by_heads(clusters[0], q.shape[1]), form, seen)
     else:
-        if clusters is None:
-            asked, held = (q, k) if routes is None else routes
-            queried = routing_clusters(asked, centroids)
-            clusters = queried, queried if held is asked else routing_clusters(held, centroids)
-        if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
-            seen = None if start is None else start[:, 0] < 0
-            out = _attend_token(queries, keys, values, rings, by_heads(clusters[0], heads), form, seen)
-        else:
-            out = _strict(queries, keys, values, clusters, rings, form, centroids.shape[1], real, start)
-    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(q.dtype)
+        out = _strict(inputs, clusters, rings, form, centroids.shape[1])
+    return finished(out, real, q.dtype)
+
+
+class Inputs(NamedTuple):
+    """Queries, keys and values in the working dtype, `real` (batch, length) or None = all, and `start`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    real: Tensor | None
+    start: Tensor | None
 
 
 class Form(NamedTuple):
@@ -145,17 +150,10 @@ class Form(NamedTuple):
 
 
 def _strict(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    clusters: tuple[Tensor, Tensor],
-    rings: Sequence[Tensor] | None,
-    form: Form,
-    count: int,
-    real: Tensor | None,
-    start: Tensor | None,
+    inputs: Inputs, clusters: tuple[Tensor, Tensor], rings: Sequence[Tensor] | None, form: Form, count: int
 ) -> Tensor:
-    """The "strict" selection in the working dtype; `count` clusters, `real` (batch, length) or None = all."""
+    """The "strict" selection of `count` clusters."""
+    q, k, v, real, start = inputs
     heads = q.shape[1]
     shared = clusters[0] is clusters[1] and rings is None
     queried = by_heads(clusters[0], heads)[:, :, None]

@@ -20,8 +20,9 @@ import numpy as np
 
 from longspan.config import check_least
 from longspan.errors import ConfigError, DataError
+from longspan.packages import package_folder
 from longspan.tasks.base import Array, Document, Documents, Split
-from longspan.tasks.sources import package_folder, read_source
+from longspan.tasks.sources import read_source
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
 

@@ -3,7 +3,6 @@
 import ast
 import glob
 import gzip
-import importlib.util
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from longspan.errors import DataError
+from longspan.packages import package_folder
 from longspan.tasks.base import Array
 
 # below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
@@ -184,18 +184,6 @@ def _parts(text: Text, separator: str) -> Iterator[Text]:
     for index, part in enumerate(text.read().tobytes().split(separator.encode())):
         if part.strip():
             yield held(f"{text.name}:{index}", np.frombuffer(part, dtype=np.uint8))
-
-
-def package_folder(name: str, holds: str = "this text", make: str = "data") -> Path:
-    """The folder of an installed package, without importing it.
-
-    Raises:
-        DataError: it is not installed; the message says that it holds `holds` and comes by `make MAKE`.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"the package {name!r}, which holds {holds}, is not installed: `make {make}` installs it")
-    return Path(spec.submodule_search_locations[0])
 
 
 def _proteins() -> Path:

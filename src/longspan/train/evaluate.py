@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ from longspan.train.lanes import Batch, Lanes
 from longspan.train.loss import token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.windows import windows
+
+_TOTALS = ("nats", "tokens", "units", "correct")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,21 @@ class Evaluation:
         if self.names != other.names or not np.array_equal(self.units, other.units):
             raise DataError("two evaluations can be compared only where both are of the same documents")
         return paired_bootstrap(self.nats, other.nats, self.units, samples=samples, level=level, seed=seed)
+
+    def record(self) -> dict[str, list[float]]:
+        """The totals as plain data, without names."""
+        return {name: getattr(self, name).tolist() for name in _TOTALS}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Sequence[float]], names: Sequence[str], unit: str = "byte") -> "Evaluation":
+        """What `record` was made of, given the names of the documents."""
+        totals: dict[str, Any] = {name: np.array(record[name]) for name in _TOTALS}
+        return cls(tuple(names), **totals, unit=unit)
+
+    def plus(self, other: "Evaluation") -> "Evaluation":
+        """The totals of two evaluations of the same documents, by models of different seeds say, together."""
+        totals: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in _TOTALS}
+        return Evaluation(self.names, **totals, unit=self.unit)
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain data: `bits_per_<unit>`, `loss` (nats per token), `accuracy`, `tokens`."""

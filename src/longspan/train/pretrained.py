@@ -12,17 +12,18 @@ KIND = "pretrained"
 
 
 def is_pretrained(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe's model is a pretrained one; then its kind is known from here on.
+    """Whether a recipe's model is a pretrained one."""
+    model = recipe.get("model", {})
+    return isinstance(model, Mapping) and model.get("kind") == KIND
+
+
+def make_known() -> None:
+    """Make the kind of pretrained models known, so that tables and checkpoints of it can be read.
 
     Raises:
         UnsupportedError: transformers is missing.
     """
-    model = recipe.get("model", {})
-    if not isinstance(model, Mapping) or model.get("kind") != KIND:
-        return False
-    import longspan.hf.tuned  # noqa: F401 - makes the kind known
-
-    return True
+    import longspan.hf.tuned  # noqa: F401 - registers it
 
 
 def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(recipe.get(name, {}), Mapping):
             raise ConfigError(f"recipe.{name}: expected a table of fields, got {recipe[name]!r}")
     if pretrained.is_pretrained(recipe):
+        pretrained.make_known()
         recipe = pretrained.completed(recipe)
     return {
         "longspan": __version__,
@@ -217,7 +218,8 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
     recipe = _stored_recipe(folder)
     task = tasks.build(recipe["task"])
     task.prepare(folder, main=False)
-    pretrained.is_pretrained(recipe)  # where it is, checkpoints can be read from here on
+    if pretrained.is_pretrained(recipe):
+        pretrained.make_known()
     if is_converted(folder / "model"):
         from longspan.hf.decoder import load_converted
 
