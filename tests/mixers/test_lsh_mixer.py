@@ -29,23 +29,6 @@ def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -
     assert again.draw == 1
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_session_that_writes_its_rings_in_place_equals_one_pass(shared: bool) -> None:
-    mixers = ({"name": "lsh", "shared": shared, **FIELDS},)
-    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=mixers)
-    torch.manual_seed(0)
-    model = ls.Decoder(config).double().eval()
-    tokens = torch.randint(11, (1, 60))
-    session = ls.StreamSession(model)
-    session.feed(tokens[0, :20].tolist())
-    twin = session.fork()
-    for token in tokens[0, 20:].tolist():
-        logits = session.feed([token])
-    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
-    logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
-    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
-
-
 def test_sorted_does_not_stream_and_says_why() -> None:
     mixer, x = build(selection="sorted"), torch.randn(1, 30, 16)
     traits = mixer.traits

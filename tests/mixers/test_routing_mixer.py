@@ -263,23 +263,6 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
 # as a layer --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_session_that_writes_its_rings_in_place_equals_one_pass(shared: bool) -> None:
-    mixers = ({"name": "routing", "shared": shared, **FIELDS},)
-    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=mixers)
-    torch.manual_seed(0)
-    model = ls.Decoder(config).double().eval()
-    tokens = torch.randint(11, (1, 60))
-    session = ls.StreamSession(model)
-    session.feed(tokens[0, :20].tolist())
-    twin = session.fork()
-    for token in tokens[0, 20:].tolist():
-        logits = session.feed([token])
-    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
-    logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
-    torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
-
-
 def test_with_room_for_all_it_is_the_full_mixer() -> None:
     torch.manual_seed(0)
     full = ls.mixers.build("full", dim=16, num_heads=4, num_kv_heads=2, rope=10000.0).double()
