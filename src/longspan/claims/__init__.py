@@ -4,6 +4,7 @@ A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
 """
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.compressive import COMPRESSIVE
 from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
@@ -27,7 +28,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
-    *(XL, LANGUAGE_MODELLING),
+    *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 

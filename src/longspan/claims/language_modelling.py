@@ -229,9 +229,9 @@ def _picture(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
         "language-modelling",
         lambda theme: line_figure(
             series,
-            xlabel=", ".join(f"{index} {name}" for index, name in enumerate(order)),
+            xlabel="mechanism",
             ylabel="held-back bits per byte",
-            xticks=list(range(len(order))),
+            xticks=dict(enumerate(order)),
             theme=theme,
         ),
         alt="Held-back bits per byte of every mechanism, at equal tokens and at equal time.",

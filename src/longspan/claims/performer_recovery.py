@@ -1,6 +1,7 @@
 """`performer-recovery`: a pretrained encoder gets FAVOR+ for its softmax, and a short training brings it back."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Plan:
 
 PLANS: dict[str, Plan] = {
     "small": Plan(features=(64, 256), steps=40, batch=8, length=32, held=32),
-    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=300, batch=16, length=64, held=200),
+    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=450, batch=16, length=64, held=200),
 }
 
 
@@ -88,7 +89,7 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[s
     """Train an encoder to give the original's embeddings and the hidden states of every layer; cosines of each step."""
     from longspan import hf
 
-    model.train()
+    model.eval()  # without dropout, as the original reads: it is to be imitated, noise only hides what differs
     groups = hf.parameter_groups(model, lr=plan.lr, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -112,13 +113,13 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[s
         found.append(float(cosines.mean().detach()))
         if (step + 1) % 50 == 0:
             say(f"step {step + 1}: cosine {np.mean(found[-20:]):.3f} in training")
-    model.eval()
     return found
 
 
 def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """Everything that is measured."""
     torch.manual_seed(0)
+    started = time.perf_counter()
     held = passages(tokenizer, "validation", plan.held, plan.length, 1)
     original = embed_all(teacher, held)
     untrained: dict[str, list[dict[str, float]]] = {}
@@ -136,6 +137,7 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]
         "tuned": agreement(embed_all(model, held), original),
         "even": float((original @ original.T).fill_diagonal_(0).sum() / (len(original) * (len(original) - 1))),
         "other_draws": [other_draw(model, teacher, plan, seed, held, original) for seed in (1, 2)],
+        "seconds": time.perf_counter() - started,
     }
 
 
@@ -195,6 +197,7 @@ def outcome(found: dict[str, Any], plan: Plan) -> Outcome:
         "embeddings, so that a model of a few megabytes shows it.",
         data=found,
         pictures=[_picture(found, plan)],
+        seconds=found["seconds"],
     )
 
 
@@ -234,5 +237,5 @@ PERFORMER_RECOVERY = Claim(
     source="Choromanski et al. 2021, section 4.3 and figure 5",
     text="A pretrained Transformer's weights serve a Performer after a short training.",
     run=_run,
-    minutes={"small": 2, "full": 25},
+    minutes={"small": 2, "full": 35},
 )

@@ -5,7 +5,7 @@ The only file of the package that imports matplotlib, so tables and pages withou
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +33,9 @@ __all__ = [
     "picture",
     "to_png",
 ]
+
+# letters of tick labels that stand side by side in a figure of the usual width; more are written aslant
+LETTERS_IN_A_LINE = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ def line_figure(
     xscale: Literal["linear", "log2"] = "linear",
     yscale: Literal["linear", "log"] = "linear",
     ylim: tuple[float | None, float | None] = (None, None),
-    xticks: Sequence[float] | None = None,
+    xticks: Sequence[float] | Mapping[float, str] | None = None,
     theme: Theme = LIGHT,
     size: tuple[float, float] = (6.6, 3.5),
 ) -> Figure:
@@ -93,7 +96,7 @@ def line_figure(
         xscale: "log2" is linear below the smallest positive value, so that 0 has its place.
         yscale: of the y axis.
         ylim: of the y axis; None: as the data want it.
-        xticks: where ticks stand; None: as matplotlib puts them.
+        xticks: where ticks stand, with what is written there if that is no number; None: as matplotlib puts them.
         theme: colours.
         size: inches.
 
@@ -109,17 +112,23 @@ def line_figure(
             colour = theme.colours[(number if each.colour is None else each.colour) % len(theme.colours)]
             _draw(axes, each, colour, front=len(series) - number)
         axes.set_yscale(yscale)
-        axes.set_ylim(*ylim)
         axes.margins(x=0.02)
         for mark in marks:
             _mark(axes, mark, theme)
+        # last, as it ends what widens the axis: a height that is pointed out is to be seen
+        axes.set_ylim(*ylim)
         axes.set_xlabel(xlabel)
         axes.set_title(ylabel, fontsize=9.5, fontweight="normal", color=theme.faint)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold")
         if xticks is not None:
             axes.set_xticks(list(xticks))
-        axes.xaxis.set_major_formatter(PlainNumbers())
+        if isinstance(xticks, Mapping):
+            crowded = sum(len(text) for text in xticks.values()) > LETTERS_IN_A_LINE
+            tilt: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+            axes.set_xticklabels(list(xticks.values()), **tilt)
+        else:
+            axes.xaxis.set_major_formatter(PlainNumbers())
         # on a logarithmic axis every label for itself: 0.1 beside 1,000 needs no 1,000.0
         one_by_one = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
@@ -310,7 +319,9 @@ def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
         linestyle="none" if series.kind == "points" else None,
         zorder=2 + front,
     )
-    if series.low is not None and series.high is not None:
+    if series.low is not None and series.high is not None and series.kind == "points":
+        axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.5, linewidth=2.5, zorder=2)
+    elif series.low is not None and series.high is not None:
         axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
