@@ -18,6 +18,7 @@ from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
+from longspan.claims.routing import ROUTING
 from longspan.claims.xl import XL
 from longspan.config import nearest
 from longspan.errors import ConfigError
@@ -28,7 +29,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
-    *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
+    *(XL, COMPRESSIVE, ROUTING, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 

@@ -30,6 +30,11 @@ class Choices:
         self._next = 0
         self.replays = False
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What was chosen, in its order, int64."""
+        return [chosen.long() for chosen, _ in self._kept]
+
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
         """Inside, keep what is chosen."""
