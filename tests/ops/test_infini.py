@@ -125,28 +125,29 @@ def test_gates_have_a_group_of_their_own_and_can_move() -> None:
     assert bool((gate.sigmoid() > 0.98).all())
 
 
-@pytest.mark.parametrize("update", ["linear", "delta"])
-def test_a_hundred_thousand_segments_of_bf16_input_stay_exact(update: Any) -> None:
-    """One token a segment; the memory in fp32 against fp64 on the same rounded inputs, within 1 %."""
-    generator, segments = torch.Generator().manual_seed(0), 100_000
-    gate, found = torch.full((1,), 1e9), {}
-    k, v = (torch.randn(1, 1, 1000, 8, generator=generator).bfloat16() for _ in range(2))
+@pytest.mark.parametrize(
+    ("update", "normaliser", "calls"),
+    [("linear", "paper", 100), ("linear", "gamma", 1), ("delta", "paper", 1), ("delta", "gamma", 1)],
+)
+def test_many_segments_of_bf16_input_stay_exact(update: Any, normaliser: Any, calls: int) -> None:
+    """One token a segment, 1,000 a call; the memory in fp32 against fp64 on the same rounded inputs, within 1 %.
+
+    benchmarks/bench_precision.py reads 100,000 segments in every form, which takes minutes.
+    """
+    generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
+    rule = {"segment": 1, "update": update, "normaliser": normaliser}
     probe = torch.randn(1, 1, 1, 8, generator=generator).bfloat16()
-    normaliser: Any = "gamma" if update == "delta" else "paper"
-    for dtype in (torch.bfloat16, FP64):
-        state = ops.empty_memory(1, 1, 8, 8, None, dtype)
-        for start in range(0, segments, 1000):
-            if update == "linear":
-                _, state = ops.infini_attention(k.to(dtype), k.to(dtype), v.to(dtype), gate, segment=1, state=state)
-            elif start < 3000:
-                rule = {"segment": 1, "update": "delta", "normaliser": normaliser}
-                _, state = ops.infini_attention(k.to(dtype), k.to(dtype), v.to(dtype), gate, state=state, **rule)
+    found, states = {}, {dtype: ops.empty_memory(1, 1, 8, 8, None, dtype) for dtype in (torch.bfloat16, FP64)}
+    for _ in range(calls):
+        k, v = (torch.randn(1, 1, 1000, 8, generator=generator).bfloat16() for _ in range(2))
+        for dtype, state in states.items():
+            _, states[dtype] = ops.infini_attention(k.to(dtype), k.to(dtype), v.to(dtype), gate, state=state, **rule)
+    for dtype, state in states.items():
         asked = probe.to(state.values.dtype)
-        out, _ = ops.infini_attention(asked, asked, asked, gate, segment=1, state=state)
-        found[dtype] = out.double()
+        found[dtype] = ops.infini_attention(asked, asked, asked, gate, state=state, **rule)[0].double()
     assert found[torch.bfloat16].isfinite().all()
     error = (found[torch.bfloat16] - found[FP64]).norm() / found[FP64].norm()
-    assert float(error) < 0.01
+    assert 0 < float(error) < 0.01
 
 
 def test_memory_is_summed_in_fp32_under_autocast() -> None:
