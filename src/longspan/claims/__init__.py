@@ -3,7 +3,10 @@
 A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
 """
 
+from longspan.claims.adaptive_span import ADAPTIVE_SPAN
 from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.bp import BP_TRANSFORMER
+from longspan.claims.entmax import ENTMAX
 from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
@@ -17,6 +20,7 @@ from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
+from longspan.claims.sparse import SPARSE
 from longspan.claims.xl import XL
 from longspan.config import nearest
 from longspan.errors import ConfigError
@@ -27,6 +31,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
     *(XL, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
