@@ -52,7 +52,7 @@ PLANS: dict[str, Plan] = {
     "full": Plan(
         window=256,
         counted=(8, 1024),
-        contest=Contest(seeds=2, head=4096, train={"steps": 300, "lanes": 4, "segment_length": 256}),
+        contest=Contest(seeds=2, head=4096, train={"steps": 500, "lanes": 4, "segment_length": 256}),
     ),
 }
 
