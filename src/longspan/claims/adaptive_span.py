@@ -60,7 +60,7 @@ PLANS: dict[str, Plan] = {
         max_span=1024,
         length=8192,
         rounds=3,
-        contest=Contest(seeds=2, head=4096, train={"steps": 800, "lanes": 4, "segment_length": 256}),
+        contest=Contest(seeds=2, head=4096, train={"steps": 450, "lanes": 4, "segment_length": 256}),
     ),
 }
 
@@ -195,5 +195,5 @@ ADAPTIVE_SPAN = Claim(
     text="Every head learns how far it looks: most need fewer than 100 characters, a few look far, and the model is as "
     "good as one with fixed spans of the same maximum at a fraction of the FLOPs.",
     run=_run,
-    minutes={"small": 0.3, "full": 15},
+    minutes={"small": 0.3, "full": 9},
 )
