@@ -85,13 +85,12 @@ def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], ver
 def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
     plan = entmax.Plan(window=32, counted=(2, 100), contest=TINY)
     outcome = called_twice(entmax, tmp_path, plan)
-    fixed, learned = (outcome.data["looks"][name][0] for name in (entmax.FIXED, entmax.LEARNED))
-    assert fixed["alpha"] == [[1.5] * 4] * 4, "an alpha that does not learn stays where it was"
-    assert all(alpha != 1.5 for layer in learned["alpha"] for alpha in layer)
-    assert fixed["tokens"] == 200
+    (look,) = outcome.data["looks"]
+    assert all(alpha != 1.5 and abs(alpha - 1.5) < 0.01 for layer in look["alpha"] for alpha in layer)
+    assert look["tokens"] == 200
     # 2 texts, 16 heads, windows of 32
-    assert fixed["seen"] == 2 * 16 * sum(min(i + 1, 32) for i in range(100))
-    assert 0 < fixed["kept"] <= fixed["seen"]
+    assert look["seen"] == 2 * 16 * sum(min(i + 1, 32) for i in range(100))
+    assert 0 < look["kept"] <= look["seen"]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +103,10 @@ def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_on_alphas(bits: float, alphas: list[float], kept: int, verdict: str) -> None:
-    look = {"alpha": [alphas], "sizes": [alphas], "shares": [alphas], "kept": kept, "seen": 100, "tokens": 5}
-    models = {entmax.SOFTMAX: [made(2.0)], entmax.FIXED: [made(2.0)], entmax.LEARNED: [made(bits)]}
-    found = {"models": models, "looks": {entmax.FIXED: [look], entmax.LEARNED: [look]}}
+    times = {entmax.SOFTMAX: 1.0, entmax.LEARNED: 2.0}
+    counts = {"kept": kept, "seen": 100, "tokens": 5}
+    look = {"alpha": [alphas], "sizes": [alphas], "shares": [alphas], "seconds": times, **counts}
+    found = {"models": {entmax.SOFTMAX: [made(2.0)], entmax.LEARNED: [made(bits)]}, "looks": [look]}
     assert entmax.outcome(found, entmax.PLANS["full"]).verdict == verdict
 
 
