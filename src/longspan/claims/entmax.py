@@ -55,7 +55,7 @@ PLANS: dict[str, Plan] = {
     "full": Plan(
         window=256,
         counted=(8, 1024),
-        contest=Contest(seeds=2, head=2048, train={"steps": 400, "lanes": 4, "segment_length": 256}),
+        contest=Contest(seeds=2, head=2048, train={"steps": 280, "lanes": 4, "segment_length": 256}),
     ),
 }
 

@@ -74,12 +74,12 @@ PLANS: dict[str, Plan] = {
         dense=16384,
         weights=4096,
         rounds=2,
-        text=Contest(seeds=2, head=2048, train={"steps": 300, "lanes": 1, "segment_length": 1024, "carry": False}),
+        text=Contest(seeds=1, head=2048, train={"steps": 300, "lanes": 1, "segment_length": 1024, "carry": False}),
         image=Contest(
             seeds=1,
             head=0,
             documents=24,
-            train={"steps": 100, "warmup": 20, "lanes": 1, "segment_length": 3072, "carry": False},
+            train={"steps": 60, "warmup": 20, "lanes": 1, "segment_length": 3072, "carry": False},
         ),
         tile=32,
     ),
@@ -303,5 +303,5 @@ SPARSE = Claim(
     text="Factorised patterns take time and memory of n sqrt n and lose nothing: fixed ones on text, strided ones on "
     "images.",
     run=_run,
-    minutes={"small": 0.8, "full": 11},
+    minutes={"small": 0.8, "full": 8},
 )
