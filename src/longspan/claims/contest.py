@@ -111,6 +111,16 @@ def signed(interval: Interval) -> str:
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")
 
 
+def caution(apart: Interval, what: str) -> str:
+    """What a note says where a model is far better than the one that sees more; else nothing."""
+    if apart.high >= -EQUAL:
+        return ""
+    return (
+        f" That it is better by so much says that {what} has not yet learned in so few steps which keys matter, while "
+        "near ones are a good guess; of models that are trained to the end, as the paper's, it says nothing."
+    )
+
+
 def seconds_of(found: Found) -> float:
     """How long all runs were trained."""
     return float(sum(record["seconds"] for records in found.values() for record in records))

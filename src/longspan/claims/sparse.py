@@ -18,6 +18,7 @@ from longspan.claims.contest import (
     Contest,
     Found,
     bit_figures,
+    caution,
     contest,
     differences,
     recipe_with,
@@ -273,6 +274,7 @@ def _note(met: tuple[bool, bool, bool], on_text: Any, on_images: Any, strided: A
         f"Strided on text, which the paper finds wrong: {signed(strided)}. Weights are never stored here, by dense "
         "attention neither, so memory grows with the length alone; the paper stores them, as does the row of kept "
         "weights. The models are small and briefly trained, the longest context is 3,072."
+        + (caution(on_text, "dense attention") or ("" if on_images is None else caution(on_images, "dense attention")))
     )
     return " ".join(parts)
 
