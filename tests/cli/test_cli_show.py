@@ -8,11 +8,11 @@ import torch
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
-from longspan.cli.show.support import support_sizes
 from longspan.errors import ConfigError
 from longspan.mixers import Rows
 from longspan.mixers.adaptive_span import AdaptiveSpanCore
 from longspan.mixers.entmax import EntmaxCore
+from longspan.mixers.probe import support_sizes
 from longspan.train import load_run
 
 MIXERS = """[

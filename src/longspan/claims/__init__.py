@@ -3,8 +3,11 @@
 A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
 """
 
+from longspan.claims.adaptive_span import ADAPTIVE_SPAN
 from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.bp import BP_TRANSFORMER
 from longspan.claims.compressive import COMPRESSIVE
+from longspan.claims.entmax import ENTMAX
 from longspan.claims.flops import RMT_FLOPS
 from longspan.claims.grid import RMT_GRID
 from longspan.claims.infini_memory import INFINI_MEMORY
@@ -19,6 +22,7 @@ from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
 from longspan.claims.rmt import RMT
 from longspan.claims.routing import ROUTING
+from longspan.claims.sparse import SPARSE
 from longspan.claims.xl import XL
 from longspan.config import nearest
 from longspan.errors import ConfigError
@@ -29,7 +33,9 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
-    *(XL, COMPRESSIVE, ROUTING, LANGUAGE_MODELLING),
+    *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
+    *(ROUTING,),
+    *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}
 

@@ -12,9 +12,10 @@ from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import read_toml
 from longspan.errors import ConfigError
+from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Series, line_figure, picture
-from longspan.tasks.base import heads
+from longspan.tasks.base import Documents, heads
 from longspan.train import Interval, evaluate_text, find_recipe, load_run, read_log
 from longspan.train.evaluate import Evaluation
 
@@ -70,28 +71,39 @@ def done(folder: Path) -> tuple[int, int]:
     return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
 
 
-def measure(folder: Path, name: str, plan: Plan) -> dict[str, Any]:
+def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     """Nats of each held-back document, with what the model carries and without, from the file of an earlier call."""
+    return held_back(
+        folder,
+        f"held-back-{plan.documents}x{plan.head}",
+        lambda documents: heads(documents, plan.head, plan.documents),
+    )
+
+
+def held_back(
+    folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
+) -> dict[str, Any]:
+    """Nats of each held-back document that `choose` leaves, from a file where an earlier call left them.
+
+    A model that carried states in training is read with them, and with `alone` without them too.
+    """
 
     def found() -> dict[str, Any]:
         model, task = load_run(folder)
-        documents = heads(task.documents("validation"), plan.head, plan.documents)
-        segment = recipe_of(name)["train"]["segment_length"]
+        documents = choose(task.documents("validation"))
+        train = read_json(folder / "recipe.json")["train"]
+        segment, carried = train["segment_length"], train["carry"]
         reset = model.traits.segment or segment
         result: dict[str, Any] = {}
-        for memory in (True, False) if model.traits.streams and carries(name) else (False,):
+        streams = model.traits.streams and carried
+        for memory in ((True, False) if alone else (True,)) if streams else (False,):
             # without memory: pieces as long as in training where nothing is carried then, else a mechanism's segment
-            piece = segment if not carries(name) else reset
+            piece = reset if carried else segment
             value = evaluate_text(model, documents, chunk=segment, memory=memory, segment_length=piece)
             result["memory" if memory else "alone"] = value.record()
         return {**result, "names": list(documents.names), "parameters": model.num_parameters()}
 
-    return kept(folder / f"held-back-{plan.documents}x{plan.head}.json", found)
-
-
-def carries(name: str) -> bool:
-    """Whether a mechanism's recipe carries states from piece to piece."""
-    return bool(recipe_of(name)["train"].get("carry", True))
+    return kept(folder / f"{file}.json", found)
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
@@ -132,7 +144,7 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
                 if setting == "equal tokens" and name != DENSE:
                     limits = {"steps": steps[name], "minutes": LIMIT * plan.minutes}
                 _train(run, name, seed, limits, plan)
-                record = measure(run, name, plan)
+                record = measure(run, plan)
                 wanted = steps[name] if setting == "equal tokens" else 0
                 made, read = done(run)
                 record |= {"steps": made, "wanted": wanted, "trained_on": read}

@@ -162,10 +162,10 @@ def outcome(found: Mapping[str, list[dict[str, Any]]], plan: Plan, seconds: floa
     return Outcome(
         verdict="holds" if minus.high < 0 else "does not hold" if minus.low > 0 else "holds in part",
         figures=figures,
-        size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 local "
-        f"heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, {plan.steps:,} steps of "
-        f"one; held back: the first {plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; 95 % intervals "
-        "by drawing documents anew",
+        size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
+        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, {plan.steps:,} steps "
+        f"of one; held back: the first {plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; 95 % "
+        "intervals by drawing documents anew",
         note="Holds: better than local heads, the interval of the difference below zero; does not hold: above zero. "
         "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
         "tokens.",

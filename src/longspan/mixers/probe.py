@@ -1,6 +1,9 @@
-"""Which keys a query reads, measured on the mixer itself: one value at a time is changed, outputs are compared."""
+"""Which keys a query reads, measured on the mixer itself: one value at a time is changed, outputs are compared; and how
+many keys a layer of entmax gives a weight.
+"""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +11,13 @@ from torch import Tensor
 from longspan.errors import ConfigError
 from longspan.mixers.adaptive_span import AdaptiveSpanCore
 from longspan.mixers.base import Mixer
+from longspan.mixers.entmax import EntmaxCore
+from longspan.mixers.rows import Rows
 
 # sequences that are run at once
 _ROWS = 32
+# keys whose weights are read off at once
+_WIDTH = 256
 
 
 @torch.no_grad()
@@ -72,3 +79,24 @@ def _blind(mixer: Mixer) -> Mixer:
         if isinstance(module, AdaptiveSpanCore) and module.config.dynamic:
             module.span_weight[:, -1] = 0
     return probed
+
+
+@torch.no_grad()
+def support_sizes(core: EntmaxCore, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: Rows) -> Tensor:
+    """(batch, heads, length) how many keys get a weight that is not zero, in one call of a layer of entmax.
+
+    The layer runs with unit vectors in the place of values, so that its outputs are its weights; arguments are those of
+    a call.
+    """
+    memory = 0 if state is None else state.v.shape[2]
+    columns = memory + v.shape[2]
+    counts = q.new_zeros(q.shape[:3])
+    for first in range(0, columns, _WIDTH):
+        width = min(_WIDTH, columns - first)
+        unit = v.new_zeros(*v.shape[:2], columns, width)
+        unit[:, :, torch.arange(first, first + width), torch.arange(width)] = 1
+        before = None if state is None else state._replace(v=unit[:, :, :memory])
+        # not the module's call, which is watched
+        weights, _ = core.forward(q, k, unit[:, :, memory:], before, rows)
+        counts += (weights != 0).sum(-1)
+    return counts

@@ -75,7 +75,7 @@ def place_nats(
     if window is None and not model.traits.streams:
         raise UnsupportedError("this model does not stream; give it windows")
     cuts = cut(documents.lengths, window)
-    read = documents if window is None else _windowed(documents, cuts)
+    read = documents if window is None else windowed(documents, cuts)
     found = [np.zeros(length, dtype=np.float32) for length in documents.lengths.tolist()]
     done = np.zeros(len(read), dtype=np.int64)
     if window is not None and not model.traits.streams:
@@ -122,7 +122,8 @@ class _Part:
         return self.document.cut(self.first + first, self.first + last)
 
 
-def _windowed(documents: Documents, cuts: Array) -> Documents:
+def windowed(documents: Documents, cuts: Array) -> Documents:
+    """Each row of `cut` as a document of its own, without a name; of a window all places."""
     items: list[Document] = [_Part(documents[index], first, last) for index, first, _, last in cuts.tolist()]
     return Documents(items, [""] * len(items))
 

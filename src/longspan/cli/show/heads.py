@@ -1,24 +1,22 @@
-"""Heads of a trained model: where those of one mechanism are, and how a number of each is drawn."""
+"""Heads of a trained model: where those of one mechanism are."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from longspan.errors import ConfigError
+from longspan.report.heads import Heads
 
 if TYPE_CHECKING:
     from longspan.mixers import Core
-    from longspan.report import Picture, Table
 
 C = TypeVar("C", bound="Core")
 
 
 @dataclass(frozen=True)
-class Found(Generic[C]):
+class Found(Heads, Generic[C]):
     """A mechanism in a layer (from 1), and the number of its first head there (from 1)."""
 
-    layer: int
-    first: int
     core: C
 
 
@@ -49,49 +47,3 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
             f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(others)) or 'none'}"
         )
     return found
-
-
-def head_table(rows: list[tuple[Found[Any], list[float]]], write: Callable[[float], str], caption: str = "") -> "Table":
-    """A number of each head: a row a layer, a column a head, and the mean."""
-    from longspan.report import Table
-
-    last = max(found.first + len(values) - 1 for found, values in rows)
-    cells = []
-    for found, values in rows:
-        line = [""] * last
-        line[found.first - 1 : found.first - 1 + len(values)] = [write(value) for value in values]
-        cells.append((str(found.layer), *line, write(sum(values) / len(values))))
-    columns = ("layer", *(f"head {head + 1}" for head in range(last)), "mean")
-    return Table(columns=columns, rows=cells, right=tuple(range(1, last + 2)), caption=caption)
-
-
-def head_figure(
-    name: str,
-    rows: list[tuple[Found[Any], list[float]]],
-    *,
-    ylabel: str,
-    ylim: tuple[float | None, float | None] = (0, None),
-    caption: str = "",
-) -> "Picture":
-    """A number of each head as a point over its layer, and the means of the layers."""
-    from longspan.report.figures import Series, line_figure, picture
-
-    layers = [found.layer for found, _ in rows]
-    # heads side by side, so that equal ones do not hide each other
-    spread = [
-        (found.layer + 0.3 * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
-        for found, values in rows
-        for head, value in enumerate(values)
-    ]
-    series = [
-        Series(x=[x for x, _ in spread], y=[y for _, y in spread], kind="points", label="a head"),
-        Series(x=layers, y=[sum(values) / len(values) for _, values in rows], kind="marked", label="mean of the layer"),
-    ]
-    return picture(
-        name,
-        lambda theme: line_figure(
-            series, xlabel="layer", ylabel=ylabel, ylim=ylim, xticks=sorted(set(layers)), theme=theme
-        ),
-        alt=f"{ylabel}, a point a head, over the layers",
-        caption=caption,
-    )

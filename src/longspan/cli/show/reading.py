@@ -1,39 +1,24 @@
-"""Held-back documents read while someone watches what layers do."""
+"""Which held-back documents of a run are read to see what its layers do."""
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from longspan.mixers import Core, Rows
-    from longspan.train import Evaluation
+    from longspan.tasks import Documents
 
 # tokens of a row in one call; a limit of memory, not of what is seen
-_CHUNK, _BATCH = 256, 8
+_CHUNK = 256
 
 
-def watched(
-    model: Any,
-    task: Any,
-    run: str,
-    cores: "Sequence[Core]",
-    watch: Callable[..., None],
-    *,
-    tokens: int,
-    head: int,
-) -> "Evaluation":
-    """Read held-back documents of a run as `longspan eval` does; `watch` is called after each layer of `cores`.
+def chosen(model: Any, task: Any, run: str, *, tokens: int, head: int) -> "tuple[Documents, int]":
+    """Held-back documents of a run, and how many tokens of a row are read in one call.
 
     Args:
         model: of the run.
         task: of the run.
-        run: its folder, for errors.
-        cores: what is watched.
-        watch: a forward hook with keywords: (core, positional arguments, keywords, output).
-        tokens: read in all, of documents drawn at random.
+        run: its folder.
+        tokens: in all, of documents drawn at random.
         head: of each document only its first so many tokens; 0: all.
 
     Raises:
@@ -43,7 +28,7 @@ def watched(
     from longspan.files import read_json
     from longspan.models.io import is_converted
     from longspan.tasks.base import heads
-    from longspan.train import evaluate_text, first_places
+    from longspan.train import first_places
 
     if is_memory_run(run) or not hasattr(task, "documents"):
         raise ConfigError(f"{run}: a run of a memory task has no held-back documents to read here")
@@ -54,19 +39,4 @@ def watched(
         from pathlib import Path
 
         chunk = read_json(Path(run) / "recipe.json").get("train", {}).get("segment_length", _CHUNK)
-    documents = first_places(heads(task.documents("validation"), head), tokens)
-    hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
-    try:
-        return evaluate_text(
-            model, documents, chunk=chunk, batch=_BATCH, memory=bool(model.traits.streams), unit=task.unit
-        )
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def real_tokens(rows: "Rows", like: "Tensor") -> "Tensor":
-    """(batch, length) bool: which columns of a call hold a token of their row."""
-    import torch
-
-    return torch.arange(rows.length, device=like.device) < rows.real_tokens()[:, None]
+    return first_places(heads(task.documents("validation"), head), tokens), chunk

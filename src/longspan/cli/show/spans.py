@@ -30,9 +30,10 @@ def spans(
     Examples:
       longspan show spans runs/first
     """
-    from longspan.cli.show.heads import find, head_figure, head_table
+    from longspan.cli.show.heads import find
     from longspan.mixers.adaptive_span import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report
+    from longspan.report.heads import head_figure, head_table
 
     model, task = open_any_run(run)
     found = find(model, AdaptiveSpanCore, run, "adaptive_span")
@@ -70,7 +71,8 @@ def _dynamic_spans(
     """Mean dynamic spans of each head over held-back documents, by id of the core."""
     import torch
 
-    from longspan.cli.show.reading import real_tokens, watched
+    from longspan.cli.show.reading import chosen
+    from longspan.train.watching import real_tokens, watch_layers
 
     totals = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
     counts = dict.fromkeys(totals, 0)
@@ -80,5 +82,6 @@ def _dynamic_spans(
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).double().cpu()
         counts[id(core)] += int(real.sum())
 
-    watched(model, task, run, [each.core for each in found], watch, tokens=tokens, head=0)
+    documents, chunk = chosen(model, task, run, tokens=tokens, head=0)
+    watch_layers(model, documents, [each.core for each in found], watch, chunk=chunk, unit=task.unit)
     return {key: (total / max(counts[key], 1)).tolist() for key, total in totals.items()}

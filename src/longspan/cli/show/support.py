@@ -1,7 +1,7 @@
 """`longspan show support`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,13 +9,7 @@ from longspan.cli.console import console, print_table
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from longspan.mixers.entmax import EntmaxCore
     from longspan.report import Block
-
-# keys whose weights are read off at once
-_WIDTH = 256
 
 
 def support(
@@ -40,33 +34,21 @@ def support(
       longspan show support runs/first
       longspan show support runs/first --tokens 20000 --head 2048
     """
-    import torch
-
-    from longspan.cli.show.heads import find, head_figure, head_table
-    from longspan.cli.show.reading import real_tokens, watched
+    from longspan.cli.show.heads import find
+    from longspan.cli.show.reading import chosen
     from longspan.mixers.entmax import EntmaxCore
     from longspan.report import Section, Text, number, write_report
+    from longspan.report.heads import head_figure, head_table
+    from longspan.train.watching import head_supports
 
     model, task = open_any_run(run)
     found = find(model, EntmaxCore, run, "entmax")
-    # by core: summed keys with a weight and keys that could be seen, a head; and queries
-    zeros = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
-    kept, seen = zeros, {key: each.clone() for key, each in zeros.items()}
-    queries = dict.fromkeys(kept, 0)
-
-    def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
-        real = real_tokens(given[4], given[0])
-        for totals, q in ((kept, given[0]), (seen, torch.zeros_like(given[0]))):
-            # with a query of zeros all scores are equal, and every key that is seen has a weight
-            counts = support_sizes(core, q, *given[1:5])
-            totals[id(core)] += (counts * real[:, None]).sum((0, 2)).cpu()
-        queries[id(core)] += int(real.sum())
-
-    read = watched(model, task, run, [each.core for each in found], watch, tokens=tokens, head=head)
+    documents, chunk = chosen(model, task, run, tokens=tokens, head=head)
+    read, counted = head_supports(model, documents, [each.core for each in found], chunk=chunk, unit=task.unit)
     alphas = [(each, each.core.alpha.tolist()) for each in found]
-    sizes = [(each, (kept[id(each.core)] / max(queries[id(each.core)], 1)).tolist()) for each in found]
-    shares = [(each, (kept[id(each.core)] / seen[id(each.core)].clamp(min=1)).tolist()) for each in found]
-    everything = sum(float(each.sum()) for each in kept.values()) / sum(float(each.sum()) for each in seen.values())
+    sizes = [(each, support.sizes) for each, support in zip(found, counted, strict=True)]
+    shares = [(each, support.shares) for each, support in zip(found, counted, strict=True)]
+    everything = sum(float(each.kept.sum()) for each in counted) / sum(float(each.seen.sum()) for each in counted)
     words = (
         f"{int(read.tokens.sum()):,} tokens of {len(read.names):,} held-back document(s): {everything:.1%} of the keys "
         "that could be seen have a weight."
@@ -96,25 +78,3 @@ def support(
         print_table(table)
     console().print(words, markup=False)
     console().print(f"wrote {path}", markup=False)
-
-
-def support_sizes(core: "EntmaxCore", q: "Tensor", k: "Tensor", v: "Tensor", state: Any, rows: Any) -> "Tensor":
-    """(batch, heads, length) how many keys get a weight that is not zero, in one call of a layer.
-
-    The layer runs with unit vectors in the place of values, so that its outputs are its weights; arguments are those of
-    a call.
-    """
-    import torch
-
-    memory = 0 if state is None else state.v.shape[2]
-    columns = memory + v.shape[2]
-    counts = q.new_zeros(q.shape[:3])
-    for first in range(0, columns, _WIDTH):
-        width = min(_WIDTH, columns - first)
-        unit = v.new_zeros(*v.shape[:2], columns, width)
-        unit[:, :, torch.arange(first, first + width), torch.arange(width)] = 1
-        before = None if state is None else state._replace(v=unit[:, :, :memory])
-        # not the module's call, which is watched
-        weights, _ = core.forward(q, k, unit[:, :, memory:], before, rows)
-        counts += (weights != 0).sum(-1)
-    return counts

@@ -1,0 +1,107 @@
+"""How time and memory of operations grow with the length, measured: powers of the length on logarithmic axes."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longspan.report import Picture
+from longspan.report.figures import Series, line_figure, picture
+
+Step = Callable[[], object]
+
+
+def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
+    """CPU seconds of each way on one thread, the median of some rounds, A B A B; one round before does not count."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(rounds + 1):
+            for name, way in ways.items():
+                started = time.process_time()
+                way()
+                if number:
+                    found[name].append(time.process_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def power(values: Mapping[int, float]) -> float:
+    """The exponent of the length in values by length: the slope on logarithmic axes, by least squares."""
+    lengths = np.log(list(values))
+    return float(np.polyfit(lengths, np.log([values[length] for length in values]), 1)[0])
+
+
+def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
+    """Most memory that one step takes above what stood before, in a process of its own.
+
+    Args:
+        prepare: a function of a module, which makes inputs, warms up what is loaded once, and returns the step.
+        given: its arguments, plain data.
+    """
+    # a process forked from one that has nothing but imports: it starts at once, and its peak is its own
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([prepare.__module__])
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (prepare, given))
+
+
+def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
+    torch.set_num_threads(1)
+    step = prepare(*given)
+    forgets = _forget_peak()
+    before = _resident("VmRSS") if forgets else _most()
+    step()
+    return max((_resident("VmHWM") if forgets else _most()) - before, 1)
+
+
+def _forget_peak() -> bool:
+    """The peak counts from here, where the system can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def _most() -> int:
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def growth_picture(name: str, found: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
+    """Values of each way against the length, both logarithmic."""
+    lengths = sorted({length for values in found.values() for length in values})
+    return picture(
+        name,
+        lambda theme: line_figure(
+            [
+                Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
+                for way, values in found.items()
+            ],
+            xlabel="length n",
+            ylabel=ylabel,
+            xscale="log2",
+            yscale="log",
+            xticks=lengths,
+            theme=theme,
+        ),
+        alt=alt,
+    )

@@ -1,0 +1,94 @@
+"""Held-back documents read while someone watches what layers do, and how many keys heads of entmax weigh there."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.mixers import Core, Rows
+from longspan.mixers.entmax import EntmaxCore
+from longspan.mixers.probe import support_sizes
+from longspan.tasks import Documents
+from longspan.train.evaluate import Evaluation, evaluate_text
+
+_BATCH = 8
+
+
+def watch_layers(
+    model: Any,
+    documents: Documents,
+    cores: Sequence[Core],
+    watch: Callable[..., None],
+    *,
+    chunk: int,
+    unit: str = "byte",
+) -> Evaluation:
+    """Read documents as `longspan eval` does; `watch` is called after each layer of `cores`.
+
+    Args:
+        model: a language model.
+        documents: what is read.
+        cores: what is watched.
+        watch: a forward hook with keywords: (core, positional arguments, keywords, output).
+        chunk: tokens of a row in one call.
+        unit: of the task.
+    """
+    hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
+    try:
+        return evaluate_text(model, documents, chunk=chunk, batch=_BATCH, memory=bool(model.traits.streams), unit=unit)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def real_tokens(rows: Rows, like: Tensor) -> Tensor:
+    """(batch, length) bool: which columns of a call hold a token of their row."""
+    return torch.arange(rows.length, device=like.device) < rows.real_tokens()[:, None]
+
+
+@dataclass
+class Support:
+    """Sums over the tokens read.
+
+    Attributes:
+        kept: (heads,) fp64 keys that got a weight.
+        seen: (heads,) fp64 keys that could have got one.
+        queries: tokens.
+    """
+
+    kept: Tensor
+    seen: Tensor
+    queries: int = 0
+
+    @property
+    def sizes(self) -> list[float]:
+        """Keys with a weight, a query, of each head."""
+        return [float(each) for each in self.kept / max(self.queries, 1)]
+
+    @property
+    def shares(self) -> list[float]:
+        """Share of the keys seen that have a weight, of each head."""
+        return [float(each) for each in self.kept / self.seen.clamp(min=1)]
+
+
+def head_supports(
+    model: Any, documents: Documents, cores: Sequence[EntmaxCore], *, chunk: int, unit: str = "byte"
+) -> tuple[Evaluation, list[Support]]:
+    """How many keys each head gives a weight that is not zero; arguments as in `watch_layers`."""
+    counted = {}
+    for core in cores:
+        nothing = torch.zeros(core.shape.num_heads, dtype=torch.float64)
+        counted[id(core)] = Support(nothing, nothing.clone())
+
+    def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
+        support, real = counted[id(core)], real_tokens(given[4], given[0])
+        for totals, q in ((support.kept, given[0]), (support.seen, torch.zeros_like(given[0]))):
+            # with a query of zeros all scores are equal, and every key that is seen has a weight
+            counts = support_sizes(core, q, *given[1:5])
+            totals += (counts * real[:, None]).sum((0, 2)).cpu()
+        support.queries += int(real.sum())
+
+    read = watch_layers(model, documents, cores, watch, chunk=chunk, unit=unit)
+    return read, [counted[id(core)] for core in cores]
