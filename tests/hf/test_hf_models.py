@@ -226,3 +226,5 @@ def test_an_adaptive_softmax_inside_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(again(text).logits, logits, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ConfigError, match="unknown field 'adaptive_cutoffs'"):
+        LongspanForMaskedLM(LongspanConfig(model={**TABLE, "mixers": [{"name": "full"}], "adaptive_cutoffs": [5]}))

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import longspan as ls
+from longspan.config import read_toml
 from longspan.cost.scaling import non_embedding
-from longspan.models import AdaptiveHead, model_hash
+from longspan.models import AdaptiveHead, build_model, model_hash
 from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.train.loss import chunked_next_token_loss, head_nats, next_token_loss, token_nats
 
@@ -133,8 +134,36 @@ def test_clusters_without_a_target_and_nothing_that_counts() -> None:
     for chunk in (0, 4):
         loss = chunked_next_token_loss(h, model.head(), frequent, chunk=chunk)
         torch.testing.assert_close(loss, next_token_loss(model.logits(h), frequent), atol=1e-9, rtol=0)
+        # processes add their gradients up, so every parameter has one
+        for weight in model.head().weights:
+            assert torch.autograd.grad(loss, weight, retain_graph=True)[0].shape == weight.shape
         none = torch.zeros_like(frequent, dtype=torch.bool)
         assert chunked_next_token_loss(h, model.head(), frequent, none, chunk=chunk).item() == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_narrow_products_and_wide_losses(autocast: bool, chunk: int) -> None:
+    model, h, targets = decoder(**OPTIONS[1]), hidden_states(), tokens()
+    expected = next_token_loss(model.logits(h), targets)
+    model = model.to(torch.float32 if autocast else torch.bfloat16)
+    given = h.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = chunked_next_token_loss(given, model.head(), targets, chunk=chunk)
+        assert model.logits(given).dtype == given.dtype
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, rtol=0.02, atol=0)
+    (found,), (wanted,) = torch.autograd.grad(loss, given), torch.autograd.grad(expected, h)
+    assert found.dtype == given.dtype
+    assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
+def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.FixtureRequest) -> None:
+    """151 M (Dai et al. 2019, table 1), of the 267,735 words of WikiText-103."""
+    table = read_toml(request.config.rootpath / "recipes" / "wikitext-xl.toml")["model"]
+    with torch.device("meta"):
+        model = build_model({**table, "vocab_size": 267_735})
+    assert round(model.num_parameters() / 1e6) == 151
 
 
 @pytest.mark.parametrize("div", [2.0, 4.0])

@@ -13,6 +13,7 @@ from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
 from longspan.models import build_model, describe_model
+from longspan.models.tables import as_kind
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -20,7 +21,7 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
     table = dict(config.model)
     if table["kind"] not in kinds:
         # the table names no kind: what is built decides
-        table["kind"] = kinds[0]
+        table = as_kind(table, kinds[0])
     if "memory" not in table:
         return cast(nn.Module, build_model(table))
     # a recurrent memory looks at what its backbone returns, which tensors without data cannot say
