@@ -67,14 +67,15 @@ def record(name: str, setting: dict) -> int:
     common = transformers.PretrainedConfig().to_dict().keys() - {"tie_word_embeddings", "model_type"}
     described = {key: value for key, value in config.to_dict().items() if key not in common}
     described |= {"model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
-    metadata = {
-        "config": json.dumps(described),
-        "segment": str(SEGMENT),
-        "parameters": str(sum(parameter.numel() for parameter in model.parameters())),
+    header = {
+        "config": described,
+        "segment": SEGMENT,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "transformers": transformers.__version__,
     }
     path = FOLDER / f"transfo_xl_{name}.safetensors"
-    save_file({**tensors, "tokens": tokens.to(torch.int32)}, path, metadata)
+    # one entry, as `longspan.files` writes it: the order of several is another in every file
+    save_file({**tensors, "tokens": tokens.to(torch.int32)}, path, {"longspan": json.dumps(header)})
     return path.stat().st_size
 
 

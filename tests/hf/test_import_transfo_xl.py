@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 from torch import Tensor
 
 import longspan as ls
 from longspan import hf
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.files import read_tensors
 from longspan.hf.transfo_xl import zero_memory
 
 FOLDER = Path(__file__).parent / "recorded"
@@ -22,11 +22,9 @@ NAMES = [path.stem.removeprefix("transfo_xl_") for path in FILES]
 
 class Recorded:
     def __init__(self, path: Path) -> None:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-        self.segment, self.parameters = int(metadata["segment"]), int(metadata["parameters"])
-        self.config: dict[str, Any] = {**json.loads(metadata["config"]), "tgt_len": self.segment}
+        tensors, header = read_tensors(path)
+        self.segment, self.parameters = header["segment"], header["parameters"]
+        self.config: dict[str, Any] = {**header["config"], "tgt_len": self.segment}
         self.tokens = tensors.pop("tokens").long()
         self.starts = {name: tensors.pop(name) for name in ("empty", "zeros")}
         self.weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}

@@ -12,8 +12,10 @@ token sees its segment and the `mem_len` positions before it, and a segment ther
 configuration says how long (default `mem_len`, as the paper trains), and calls of another length there are another
 model. With `same_length` (all published language models) nothing depends on it but where gradients end.
 
-Memory, `same_length` and `clamp_len` may be others than in training: change them in the configuration. Dropout on
-attention weights, on positions and on the last hidden states, which transformers has in training, is left out.
+Token ids are those of the published vocabulary, which `tokenizer = "word"` does not have: text is encoded by what came
+with the weights. Memory, `same_length` and `clamp_len` may be others than in training: change them in the
+configuration. Dropout on attention weights, on positions and on the last hidden states, which transformers has in
+training, is left out.
 """
 
 from collections.abc import Mapping

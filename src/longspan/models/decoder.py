@@ -105,7 +105,9 @@ class Decoder(Stack):
         return self.logits(last_of_each_row(h, rows)), following
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included."""
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
+        adaptive softmax the whole distribution, of which losses need less).
+        """
         positions = batch_size * length
         return super().flops(length, batch_size=batch_size) + self.embed_flops(positions) + self.output_flops(positions)
 
