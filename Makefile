@@ -5,17 +5,19 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+RECORDER := .venv-recorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained media help quickstart quickstart-lm test test-oldest check format data bench clean
+.PHONY: pretrained media help quickstart quickstart-lm test test-oldest recorded-logits check format data bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
 	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
 	@echo "make test         all tests"
 	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
+	@echo "make recorded-logits  record anew what transformers 4.35 says of tiny Transformer-XL models, for the tests of import"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
@@ -74,6 +76,17 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf tests/models/test_recurrent_hf.py
 
+# the last transformers that has Transformer-XL as a supported model, in a venv of its own; it needs numpy 1
+$(RECORDER)/.installed: constraints.txt
+	$(PYTHON) -m venv $(RECORDER)
+	grep '^torch==' constraints.txt > $(RECORDER)/constraints.txt
+	$(RECORDER)/bin/pip --disable-pip-version-check --quiet install -c $(RECORDER)/constraints.txt \
+		torch 'numpy<2' transformers==4.35.2 safetensors
+	@touch $@
+
+recorded-logits: $(RECORDER)/.installed
+	$(RECORDER)/bin/python tests/hf/make_recorded.py
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -91,4 +104,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_span.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(RECORDER) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

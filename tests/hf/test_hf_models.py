@@ -210,3 +210,21 @@ def test_what_does_not_fit_is_said() -> None:
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(ConfigError, match="longspan state"):
         model(ids(1, 3), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_an_adaptive_softmax_inside_transformers(tmp_path: Path) -> None:
+    model, text = causal({"name": "window", "window": 4}, adaptive_cutoffs=[5, 12], adaptive_div=2.0), ids(2, 9)
+    logits = model(text).logits
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 9, dtype=torch.float64))
+    loss = -logits[:, :-1].gather(-1, text[:, 1:, None]).mean()
+    torch.testing.assert_close(model(text, labels=text).loss.double(), loss, atol=1e-6, rtol=0)
+    assert torch.equal(model.generate(text, max_new_tokens=5, do_sample=False), greedy(model, text, 5))
+    assert model.get_output_embeddings() is None
+    with pytest.raises(UnsupportedError, match="fixed vocabulary"):
+        model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(text).logits, logits, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ConfigError, match="unknown field 'adaptive_cutoffs'"):
+        LongspanForMaskedLM(LongspanConfig(model={**TABLE, "mixers": [{"name": "full"}], "adaptive_cutoffs": [5]}))

@@ -24,6 +24,9 @@ OPTIONS: list[dict[str, Any]] = [
         "mixers": ({"name": "sparse", "stride": 4, "summary": 1},),
     },
     {"positions": "none", "num_kv_heads": 1, "head_dim": 6, "mixers": (WINDOW,)},
+    {"adaptive_cutoffs": (5, 12), "adaptive_div": 2.0, "output_bias": True, "bias": True, "mixer_bias": False},
+    {"adaptive_cutoffs": (9,), "tie_embeddings": False, "final_norm": False, "mixers": (WINDOW,)},
+    {"adaptive_cutoffs": (9,), "adaptive_div": 1.0, "embedding_dim": 10, "tie_projections": "rare"},
 ]
 
 

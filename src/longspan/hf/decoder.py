@@ -13,7 +13,7 @@ from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.mixers.base import Core, Traits, merge_traits
 from longspan.models import Head, StackState
-from longspan.models.decoder import linear_head
+from longspan.models.head import linear_head
 
 
 class ConvertedDecoder(nn.Module):

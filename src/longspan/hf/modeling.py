@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.models import MaskedLM, build_model, describe_model
+from longspan.models import build_model, describe_model
+from longspan.models.tables import as_kind
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -20,7 +21,7 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
     table = dict(config.model)
     if table["kind"] not in kinds:
         # the table names no kind: what is built decides
-        table["kind"] = kinds[0]
+        table = as_kind(table, kinds[0])
     if "memory" not in table:
         return cast(nn.Module, build_model(table))
     # a recurrent memory looks at what its backbone returns, which tensors without data cannot say
@@ -77,22 +78,29 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._stack.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output map, where it is one of its own."""
-        return cast("nn.Module | None", getattr(self._stack, "output", None))
+        """The output map, where it is one of its own and a plain one."""
+        output = getattr(self._stack, "output", None)
+        return output if isinstance(output, nn.Linear) else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Another output map."""
         self._stack.output = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the model's own table follows."""
+        """As in transformers; the model's own table follows.
+
+        Raises:
+            UnsupportedError: the embeddings are adaptive, whose vocabulary is fixed.
+        """
+        if getattr(self._stack.config, "adaptive", False):
+            raise UnsupportedError("adaptive embeddings (adaptive_cutoffs, embedding_dim) have a fixed vocabulary")
         found = super().resize_token_embeddings(*args, **kwargs)
         size = self.config.vocab_size
         assert self.config.model is not None
         self.config.model = {**self.config.model, "vocab_size": size}
         stack = self._stack
         stack.config = dataclasses.replace(stack.config, vocab_size=size)
-        if isinstance(stack, MaskedLM):
+        if getattr(stack, "output_bias", None) is not None:
             old = stack.output_bias.data
             stack.output_bias = nn.Parameter(F.pad(old, (0, max(size - len(old), 0)))[:size])
         return found

@@ -2,8 +2,9 @@
 
 from longspan.models.classifier import RecurrentClassifier
 from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
-from longspan.models.decoder import Decoder, Head
+from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
+from longspan.models.head import AdaptiveHead, Head
 from longspan.models.io import load_model, load_weights, model_hash, save_model
 from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
@@ -13,6 +14,7 @@ from longspan.models.tables import build_model, describe_model, resolve_model
 from longspan.models.token_memory import Trace
 
 __all__ = [
+    "AdaptiveHead",
     "Decoder",
     "DecoderConfig",
     "Encoder",

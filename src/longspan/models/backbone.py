@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.models.decoder import Decoder, Head, linear_head
+from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
+from longspan.models.head import AdaptiveHead, Head, linear_head
 from longspan.models.stack import Around, Stack
 
 
@@ -73,7 +74,7 @@ class Backbone:
         """Hidden states to what the model returns: logits, or the hidden states themselves."""
         raise NotImplementedError
 
-    def head(self) -> Head:
+    def head(self) -> Head | AdaptiveHead:
         """What makes logits of hidden states.
 
         Raises:
@@ -92,6 +93,10 @@ class Backbone:
     def flops(self, length: int, batch_size: int) -> int:
         """FLOPs of `run` on `length` positions from an empty past."""
         raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the FLOPs of foreign models")
+
+    def embed_flops(self, positions: int) -> int:
+        """FLOPs of `embed`."""
+        return 0
 
     def output_flops(self, positions: int) -> int:
         """FLOPs of `output`."""
@@ -153,7 +158,11 @@ class OwnBackbone(Backbone):
 
     def embedding_std(self) -> float:
         """See `Backbone`."""
-        return float(self.stack.embedding.weight.detach().float().std())
+        if isinstance(self.stack.embedding, nn.Embedding):
+            return float(self.stack.embedding.weight.detach().float().std())
+        with torch.no_grad():
+            common = torch.arange(min(self.vocab_size, 4096), device=next(self.stack.parameters()).device)
+            return float(self.stack.embedding(common).float().std())
 
     def run(
         self,
@@ -172,7 +181,7 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return self.stack.logits(hidden) if isinstance(self.stack, Decoder) else hidden
 
-    def head(self) -> Head:
+    def head(self) -> Head | AdaptiveHead:
         """See `Backbone`."""
         return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
 
@@ -188,9 +197,13 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return Stack.flops(self.stack, length, batch_size=batch_size)
 
+    def embed_flops(self, positions: int) -> int:
+        """See `Backbone`."""
+        return self.stack.embed_flops(positions) if isinstance(self.stack, Decoder) else 0
+
     def output_flops(self, positions: int) -> int:
         """See `Backbone`."""
-        return 2 * positions * self.dim * self.stack.config.vocab_size if self.causal else 0
+        return self.stack.output_flops(positions) if isinstance(self.stack, Decoder) else 0
 
     def pairs(self, length: int) -> int:
         """See `Backbone`."""

@@ -74,7 +74,7 @@ def _build_mixer(config: StackConfig, table: dict[str, Any], causal: bool) -> Mi
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         causal=causal,
-        bias=config.bias,
+        bias=config.bias if config.mixer_bias is None else config.mixer_bias,
         rope=config.rope_theta if config.positions == "rope" else None,
         dropout=config.dropout,
         **table,

@@ -1,5 +1,6 @@
 """Configurations of the library's own models."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,8 @@ class StackConfig:
         norm_position: "pre" normalises what enters a sublayer, "post" the sum that leaves it (the 2017 Transformer and
             Transformer-XL).
         norm_eps: added to the variance.
+        final_norm: a norm over what leaves the last block; None = where norm_position is "pre". Pre-norm models of the
+            Transformer-XL code have none.
         positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`), "factorised"
             (the sum of one learned vector for each coordinate in `position_shape`) or "none".
         rope_theta: base of RoPE.
@@ -33,7 +36,9 @@ class StackConfig:
         position_shape: what positions count through, the last coordinate fastest (Child et al. 2019, section 5.3): (32,
             32, 3) for rows, columns and channels of an image, (n / stride, stride) for text. A recipe may leave it out
             where the task knows it (`tiles`, `music`).
-        bias: biases in all linear maps.
+        bias: biases in all linear maps and layer norms.
+        mixer_bias: biases in the mixers' linear maps; None = as `bias`. (The Transformer-XL code has none there, but in
+            its feed-forward.)
         dropout: on embeddings and on the output of every sublayer.
         tie_embeddings: the output layer uses the embedding's weights.
         scale_embeddings: multiply embeddings by sqrt(dim), as the 2017 Transformer and Transformer-XL do.
@@ -62,11 +67,13 @@ class StackConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
+    final_norm: bool | None = None
     positions: Literal["rope", "learned", "factorised", "none"] = "rope"
     rope_theta: float = 10000.0
     max_positions: int = 0
     position_shape: tuple[int, ...] = ()
     bias: bool = False
+    mixer_bias: bool | None = None
     dropout: float = 0.0
     tie_embeddings: bool = True
     scale_embeddings: bool = False
@@ -117,15 +124,59 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(StackConfig):
-    """A causal language model; see `StackConfig` for the fields."""
+    """A causal language model; see `StackConfig` for the other fields.
+
+    Attributes:
+        output_bias: the output layer has a bias for every token.
+        adaptive_cutoffs: cuts the vocabulary, whose ids are ranks of frequency, into clusters for adaptive embeddings
+            (Baevski & Auli 2019) and an adaptive softmax (Grave et al. 2017): the first token of each cluster after the
+            first, rising, for example (20_000, 40_000, 200_000). Empty: one softmax. See `longspan.models.adaptive`.
+        adaptive_div: each cluster's tables are narrower than those of the cluster before by this factor. 1: all are
+            alike, and the embeddings are one table.
+        embedding_dim: width of the (first cluster's) embeddings; None = dim. Where it is given there is a linear map
+            between it and dim; without cutoffs these are the factorised embeddings of Lan et al. 2020 (section 3.1).
+            With clusters of several widths each has a map in any case.
+        tie_projections: with `tie_embeddings` the output layer uses these maps too: of "all" clusters, of the "rare"
+            ones (all but the first), or of "none".
+    """
+
+    output_bias: bool = False
+    adaptive_cutoffs: tuple[int, ...] = ()
+    adaptive_div: float = 4.0
+    embedding_dim: int | None = None
+    tie_projections: Literal["all", "rare", "none"] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        cuts = (0, *self.adaptive_cutoffs)
+        if any(first >= last for first, last in itertools.pairwise(cuts)):
+            raise ConfigError(
+                f"DecoderConfig.adaptive_cutoffs = {list(self.adaptive_cutoffs)}: must rise from at least 1, for "
+                "example [20000, 40000, 200000]"
+            )
+        if self.adaptive_div < 1:
+            raise ConfigError(f"DecoderConfig.adaptive_div = {self.adaptive_div}: must be at least 1")
+        if self.cluster_widths[-1] < 1:
+            raise ConfigError(
+                f"DecoderConfig.adaptive_div = {self.adaptive_div} leaves embeddings of the widths "
+                f"{self.cluster_widths}; take a smaller one, or fewer adaptive_cutoffs"
+            )
         if self.init == "sparse" and self.tie_embeddings:
             raise ConfigError(
                 "DecoderConfig.init = 'sparse' starts the output layer at zero, which tied embeddings cannot be; set "
                 "tie_embeddings = false"
             )
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether embeddings have clusters or maps, and the output layer is an `AdaptiveSoftmax`."""
+        return bool(self.adaptive_cutoffs) or self.embedding_dim is not None
+
+    @property
+    def cluster_widths(self) -> list[int]:
+        """Width of the tables of each cluster."""
+        width = self.dim if self.embedding_dim is None else self.embedding_dim
+        return [int(width // self.adaptive_div**index) for index in range(len(self.adaptive_cutoffs) + 1)]
 
 
 @dataclass(frozen=True, kw_only=True)

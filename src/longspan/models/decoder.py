@@ -1,39 +1,15 @@
 """The causal language model."""
 
-from typing import Any, NamedTuple
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
+from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
+from longspan.models.head import AdaptiveHead, Head
 from longspan.models.stack import Stack, StackState
-
-
-class Head(NamedTuple):
-    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`.
-
-    Attributes:
-        weight: (vocab_size, dim).
-        bias: (vocab_size,) or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-
-def linear_head(module: Any) -> Head:
-    """The head of a foreign model.
-
-    Raises:
-        UnsupportedError: it has none, or one that is no plain linear map.
-    """
-    if type(module) is not nn.Linear:
-        found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
-        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
-    return Head(module.weight, module.bias)
 
 
 class Decoder(Stack):
@@ -48,18 +24,33 @@ class Decoder(Stack):
         inputs_embeds: (batch, length, dim) in place of tokens.
 
     Returns of a call:
-        Logits (batch, length, vocab_size), zeros at padding, and the next state.
+        Logits (batch, length, vocab_size), zeros at padding, and the next state. Of an adaptive softmax they are
+        log-probabilities.
     """
 
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        if self.output is not None and config.init == "sparse":
-            nn.init.zeros_(self.output.weight)
-        elif self.output is not None:
-            nn.init.normal_(self.output.weight, std=config.init_std)
+        self.output = self._make_output(config)
+        bias = torch.zeros(config.vocab_size) if config.output_bias and not config.adaptive else None
+        self.output_bias = None if bias is None else nn.Parameter(bias)
+
+    def _make_embedding(self) -> nn.Module:
+        return AdaptiveEmbedding(self.config) if self.config.adaptive else super()._make_embedding()
+
+    def _make_output(self, config: DecoderConfig) -> nn.Module | None:
+        """What the output layer has of its own, its bias aside; None: the embedding's weights."""
+        if config.adaptive:
+            return AdaptiveSoftmax(config)
+        if config.tie_embeddings:
+            return None
+        output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.init == "sparse":
+            nn.init.zeros_(output.weight)
+        else:
+            nn.init.normal_(output.weight, std=config.init_std)
+        return output
 
     def forward(
         self,
@@ -77,11 +68,14 @@ class Decoder(Stack):
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
-        return F.linear(h, self.head().weight)
+        return self.head().logits(h)
 
-    def head(self) -> Head:
+    def head(self) -> Head | AdaptiveHead:
         """The output layer: the embedding's weights where they are tied."""
-        return Head(self.embedding.weight if self.output is None else self.output.weight)
+        if isinstance(self.output, AdaptiveSoftmax):
+            return self.output.head(cast(AdaptiveEmbedding, self.embedding))
+        layer = cast("nn.Embedding | nn.Linear", self.embedding if self.output is None else self.output)
+        return Head(layer.weight, self.output_bias)
 
     def hidden(
         self,
@@ -111,10 +105,21 @@ class Decoder(Stack):
         return self.logits(last_of_each_row(h, rows)), following
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included."""
-        return super().flops(length, batch_size=batch_size) + (
-            2 * batch_size * length * self.config.dim * self.config.vocab_size
-        )
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
+        adaptive softmax the whole distribution, of which losses need less).
+        """
+        positions = batch_size * length
+        return super().flops(length, batch_size=batch_size) + self.embed_flops(positions) + self.output_flops(positions)
+
+    def embed_flops(self, positions: int) -> int:
+        """FLOPs of the embeddings of so many tokens."""
+        return self.embedding.flops(positions) if isinstance(self.embedding, AdaptiveEmbedding) else 0
+
+    def output_flops(self, positions: int) -> int:
+        """FLOPs of the logits of so many places."""
+        if isinstance(self.output, AdaptiveSoftmax):
+            return self.output.flops(positions)
+        return 2 * positions * self.config.dim * self.config.vocab_size
 
 
 def last_of_each_row(h: Tensor, rows: Rows) -> Tensor:

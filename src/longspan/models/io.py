@@ -11,6 +11,18 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, read_tensors, write_json, write_tensors
 from longspan.models.tables import build_model, describe_model
 
+# fields that came after the first saved states, as they were before
+_LATER: dict[str, Any] = {
+    "reversible": False,
+    "final_norm": None,
+    "mixer_bias": None,
+    "output_bias": False,
+    "adaptive_cutoffs": [],
+    "adaptive_div": 4.0,
+    "embedding_dim": None,
+    "tie_projections": "all",
+}
+
 
 def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
     """Write a model's configuration and weights, each file atomically.
@@ -77,8 +89,7 @@ def model_hash(model: torch.nn.Module) -> str:
     earlier versions did not have, where it says what they did.
     """
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
-    if described.get("reversible") is False:
-        del described["reversible"]
+    described = {k: v for k, v in described.items() if k not in _LATER or v != _LATER[k]}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

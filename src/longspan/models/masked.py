@@ -1,12 +1,15 @@
 """The masked language model: tokens are hidden, and said from both sides."""
 
+from typing import cast
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.errors import UnsupportedError
 from longspan.models.blocks import make_norm
 from longspan.models.config import EncoderConfig
-from longspan.models.decoder import Head
+from longspan.models.head import Head
 from longspan.models.stack import Stack, StackState
 
 
@@ -40,7 +43,7 @@ class MaskedLM(Stack):
         self.transform = nn.Linear(config.dim, config.dim, bias=config.bias)
         self.transform_norm = make_norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.output_bias = nn.Parameter(self.embedding.weight.new_zeros(config.vocab_size))
+        self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         for linear in (self.transform, self.output):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=config.init_std)
@@ -72,7 +75,8 @@ class MaskedLM(Stack):
 
     def head(self) -> Head:
         """The output layer, behind the map, gelu and norm that `hidden` ends with."""
-        return Head(self.embedding.weight if self.output is None else self.output.weight, self.output_bias)
+        layer = cast("nn.Embedding | nn.Linear", self.embedding if self.output is None else self.output)
+        return Head(layer.weight, self.output_bias)
 
     def hidden(
         self,

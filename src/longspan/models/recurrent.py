@@ -30,7 +30,7 @@ from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
-from longspan.models.decoder import Head
+from longspan.models.head import AdaptiveHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
@@ -168,7 +168,7 @@ class RecurrentMemory(nn.Module):
         )
         return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
 
-    def head(self) -> Head:
+    def head(self) -> Head | AdaptiveHead:
         """The backbone's output layer.
 
         Raises:
@@ -357,9 +357,12 @@ class RecurrentMemory(nn.Module):
         Raises:
             UnsupportedError: the backbone is not of this library.
         """
-        return self._sum(
-            length, lambda width: self.adapter.flops(width, batch_size) + self.cell.flops(width, batch_size)
-        ) + (self.adapter.output_flops(batch_size * length))
+        positions = batch_size * length
+        return (
+            self._sum(length, lambda width: self.adapter.flops(width, batch_size) + self.cell.flops(width, batch_size))
+            + self.adapter.embed_flops(positions)
+            + self.adapter.output_flops(positions)
+        )
 
     def pairs(self, length: int) -> int:
         """Attended (query, key) pairs of one row: those of the backbone over its segments with their memory tokens."""

@@ -53,18 +53,25 @@ class Stack(nn.Module):
     def __init__(self, config: StackConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = self._make_embedding()
         self.position_embedding = make_positions(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index, self.causal) for index in range(config.num_layers))
-        self.norm = make_norm(config) if config.norm_position == "pre" else nn.Identity()
+        last_norm = config.norm_position == "pre" if config.final_norm is None else config.final_norm
+        self.norm = make_norm(config) if last_norm else nn.Identity()
         self._initialise()
+
+    def _make_embedding(self) -> nn.Module:
+        """Token ids (...) to (..., dim)."""
+        return nn.Embedding(self.config.vocab_size, self.config.dim)
 
     def _initialise(self) -> None:
         config, deep = self.config, (2 * self.config.num_layers) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 std = 0.125 / module.in_features**0.5 if config.init == "sparse" else config.init_std
+                if name.startswith("embedding."):
+                    std = module.in_features**-0.5  # what it takes to `dim` keeps its size
                 nn.init.normal_(module.weight, std=std / deep if name.endswith(("o_proj", "down_proj")) else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -204,7 +211,7 @@ class Stack(nn.Module):
     ) -> StackState:
         """The state of an empty past; device and dtype default to those of the parameters."""
         layers = tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.layers)
-        where = device or self.embedding.weight.device
+        where = device or next(self.parameters()).device
         return StackState(layers, torch.zeros(batch_size, dtype=torch.int64, device=where))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

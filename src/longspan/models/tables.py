@@ -5,6 +5,7 @@ A table has a `kind` ("decoder", "encoder" or "masked_lm"; a recipe may leave it
 is a RecurrentMemory over that model) and `classes` (then a RecurrentClassifier).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,14 @@ def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, A
             raise ConfigError(f"{where}.classes: a classifier needs a table {where}.memory")
         resolved["classes"] = int(table["classes"])
     return resolved
+
+
+def as_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A resolved table as that of another kind; fields that the other lacks are left out where they are as default."""
+    before = to_dict(_KINDS[table["kind"]][1]())
+    known = {field.name for field in dataclasses.fields(_KINDS[kind][1])} | {"memory", "classes"}
+    kept = {name: value for name, value in table.items() if name in known or value != before.get(name)}
+    return {**kept, "kind": kind}
 
 
 def build_model(table: Mapping[str, Any], where: str = "model") -> Any:

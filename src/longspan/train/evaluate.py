@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,18 @@ from torch import Tensor
 
 from longspan import state as states
 from longspan.errors import DataError, UnsupportedError
+from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch, Lanes
-from longspan.train.loss import token_nats
+from longspan.train.loss import adaptive_head, head_nats, token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.windows import windows
 
 _TOTALS = ("nats", "tokens", "units", "correct")
+# rows of the distribution of an adaptive softmax, whose vocabulary is large, that exist at once
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,10 @@ def evaluate_text(
     group = group or Group(device=_device_of(model))
     restart = None if memory else segment_length or chunk
     totals = np.zeros((4, len(documents)))
-    for logits, part in read_documents(model, documents, chunk=chunk, batch=batch, restart=restart, group=group):
-        totals += _totals(logits, part, len(documents))
+    head = adaptive_head(model)
+    calls: dict[str, Any] = {"chunk": chunk, "batch": batch, "restart": restart, "group": group}
+    for out, part in read_documents(model, documents, **calls, hidden=head is not None):
+        totals += _totals(out, part, len(documents), head)
     summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
     nats, tokens, units, correct = summed
     return Evaluation(
@@ -142,7 +147,14 @@ def evaluate_text(
 
 
 def read_documents(
-    model: Any, documents: Documents, *, chunk: int, batch: int, restart: int | None = None, group: Group
+    model: Any,
+    documents: Documents,
+    *,
+    chunk: int,
+    batch: int,
+    restart: int | None = None,
+    group: Group,
+    hidden: bool = False,
 ) -> Iterator[tuple[Tensor, Batch]]:
     """Logits and what was read, call after call; of each document in order, where the model streams.
 
@@ -153,9 +165,11 @@ def read_documents(
         batch: rows.
         restart: the state is emptied at every multiple of this place of a document.
         group: processes that share the work.
+        hidden: hidden states, of `model.hidden`, in the place of logits.
     """
     with _evaluating(model):
-        yield from _forward(model, _batches(model, documents, chunk, batch, restart, group), group.device)
+        batches = _batches(model, documents, chunk, batch, restart, group)
+        yield from _forward(model, model.hidden if hidden else model, batches, group.device)
 
 
 def _batches(
@@ -180,12 +194,14 @@ def _batches(
     )
 
 
-def _forward(model: Any, batches: Iterator[Batch], device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
-    """Logits of every batch of the rows that still have documents; a row that has none left is dropped."""
+def _forward(
+    model: Any, call: Callable[..., Any], batches: Iterator[Batch], device: torch.device
+) -> Iterator[tuple[Tensor, Batch]]:
+    """What `call` gives of every batch of the rows that still have documents; a row that has none left is dropped."""
     if not model.traits.streams:
         for batch in batches:
             here = batch.to(device)
-            yield model(here.tokens, None, mask=here.mask, reset=here.reset)[0], batch
+            yield call(here.tokens, None, mask=here.mask, reset=here.reset)[0], batch
         return
     state: Any = None
     alive = None
@@ -197,8 +213,8 @@ def _forward(model: Any, batches: Iterator[Batch], device: torch.device) -> Iter
             state = None if state is None else states.select(state, going.to(device))
         if len(alive):
             here = part.to(device)
-            logits, state = model(here.tokens, state, mask=here.mask, reset=here.reset)
-            yield logits, part
+            out, state = call(here.tokens, state, mask=here.mask, reset=here.reset)
+            yield out, part
 
 
 def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
@@ -217,11 +233,27 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
     return Documents(items, names)
 
 
-def _totals(logits: Tensor, part: Batch, count: int) -> Array:
-    """(4, documents) nats, tokens, units and right predictions of a batch."""
-    targets = part.targets.to(logits.device)
-    nats = token_nats(logits, targets).double().cpu().numpy()
-    right = (logits.argmax(-1) == targets).cpu().numpy()
+def judge(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
+    """(batch, length) losses of targets, in nats.
+
+    Args:
+        out: logits; hidden states where a head is given, of whose distributions few rows exist at once.
+        targets: (batch, length).
+        head: adaptive, or None.
+    """
+    return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=_ROWS)
+
+
+def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> Array:
+    """(4, documents) nats, tokens, units and right predictions of a batch of logits, or of hidden states."""
+    targets = part.targets.to(out.device)
+    nats = judge(out, targets, head).double().cpu().numpy()
+    if head is None:
+        likeliest = out.argmax(-1)
+    else:
+        rows = out.flatten(0, 1).split(_ROWS)
+        likeliest = torch.cat([head.logits(each).argmax(-1) for each in rows]).view(targets.shape)
+    right = (likeliest == targets).cpu().numpy()
     graded = part.graded.numpy()
     document = part.document.numpy()[graded]
     weights = (nats[graded], np.ones(len(document)), part.sizes.numpy()[graded], right[graded])

@@ -24,8 +24,8 @@ from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array
 from longspan.tasks.tokenizers import Tokenizer
 from longspan.train.distributed import Group
-from longspan.train.evaluate import read_documents
-from longspan.train.loss import token_nats
+from longspan.train.evaluate import judge, read_documents
+from longspan.train.loss import adaptive_head
 from longspan.train.statistics import Interval, share_bootstrap
 
 # words are told apart without these around them: "union," is seen as often as "union"
@@ -83,8 +83,10 @@ def place_nats(
         chunk, batch = window.context, max(batch * chunk // window.context, 1)
     parameter = next(iter(model.parameters()), None)
     group = Group() if parameter is None else Group(device=parameter.device)
-    for logits, part in read_documents(model, read, chunk=chunk, batch=batch, group=group):
-        nats = token_nats(logits, part.targets.to(logits.device)).float().cpu().numpy()
+    # the loss of an adaptive softmax needs no whole distribution
+    head = adaptive_head(model)
+    for out, part in read_documents(model, read, chunk=chunk, batch=batch, group=group, hidden=head is not None):
+        nats = judge(out, part.targets.to(out.device), head).float().cpu().numpy()
         for row, line in enumerate(part.document.numpy()):
             borders = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]
             for first, last in itertools.pairwise(borders):

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from longspan.models import Head
+from longspan.errors import UnsupportedError
+from longspan.models import AdaptiveHead, Head
+from longspan.models.head import Softmax
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -31,8 +33,17 @@ def next_token_loss(logits: Tensor, targets: Tensor, graded: Tensor | None = Non
     return nats.sum() if graded is None else nats.masked_fill(~graded, 0).sum()
 
 
+def adaptive_head(model: Any) -> AdaptiveHead | None:
+    """The head of a model whose softmax is adaptive, whose losses need not the whole distribution; else None."""
+    try:
+        head = model.head()
+    except (AttributeError, UnsupportedError):
+        return None
+    return head if isinstance(head, AdaptiveHead) else None
+
+
 def chunked_next_token_loss(
-    hidden: Tensor, head: Head, targets: Tensor, graded: Tensor | None = None, *, chunk: int
+    hidden: Tensor, head: Head | AdaptiveHead, targets: Tensor, graded: Tensor | None = None, *, chunk: int
 ) -> Tensor:
     """`next_token_loss` of the logits that `head` makes of hidden states, of which only `chunk` rows ever exist.
 
@@ -42,19 +53,42 @@ def chunked_next_token_loss(
     chunks; the recomputation is ours). Rows that do not count are left out. Under autocast the products are in its
     type; losses and the sum of the weight's gradient are in fp32 at least.
 
+    The loss of an adaptive softmax is a sum over softmaxes, each over the rows whose targets lie in its cluster, so the
+    others' logits are never made, in chunks or not.
+
     Args:
         hidden: (batch, length, dim).
         head: `model.head()`, where hidden states are those of `model.hidden(...)`.
         targets: (batch, length) int64.
         graded: (batch, length) bool, targets that count; None: all.
-        chunk: rows whose logits exist at once.
+        chunk: rows whose logits exist at once; 0: all, kept for the backward pass.
     """
     rows, wanted = hidden.flatten(0, 1), targets.flatten()
     if graded is not None:
         index = graded.flatten().nonzero()[:, 0]
         rows, wanted = rows[index], wanted[index]
-    nats: Tensor = _ChunkedNats.apply(rows, head.weight, head.bias, wanted, chunk)  # type: ignore[no-untyped-call]
-    return nats.sum()
+    return torch.stack([_nats(part, chunk).sum() for part in head.softmaxes(rows, wanted)]).sum()
+
+
+def head_nats(hidden: Tensor, head: Head | AdaptiveHead, targets: Tensor, *, chunk: int = 0) -> Tensor:
+    """`token_nats` of the logits that `head` makes of hidden states (batch, length, dim), as
+    `chunked_next_token_loss` finds them.
+    """
+    total: Tensor | None = None
+    for part in head.softmaxes(hidden.flatten(0, 1), targets.flatten()):
+        nats = _nats(part, chunk)
+        total = nats if total is None or part.rows is None else total.index_add(0, part.rows, nats)
+    assert total is not None
+    return total.view(targets.shape)
+
+
+def _nats(part: Softmax, chunk: int) -> Tensor:
+    """(rows,) losses of one softmax."""
+    if not chunk:
+        return token_nats(functional.linear(part.hidden, part.weight, part.bias)[None], part.targets[None])[0]
+    given = part.hidden, part.weight, part.bias, part.targets, chunk
+    nats: Tensor = _ChunkedNats.apply(*given)  # type: ignore[no-untyped-call]
+    return nats
 
 
 class _ChunkedNats(torch.autograd.Function):

@@ -14,7 +14,7 @@ from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
-from longspan.train.loss import chunked_next_token_loss, next_token_loss
+from longspan.train.loss import adaptive_head, chunked_next_token_loss, next_token_loss
 
 # offsets of the seed, so that initialisation, dropout and redraws draw from streams of their own
 _DROPOUT, _AFTER_STEP = 1, 2
@@ -54,6 +54,7 @@ class Stepper:
             )
         if config.loss_chunk:
             model.head()
+        self.by_head = bool(config.loss_chunk) or adaptive_head(model) is not None
         self.model = model
         self.config = config
         self.group = group
@@ -129,7 +130,7 @@ class Stepper:
     def _read(self, batch: Batch, state: Any, penalties: list[Tensor]) -> tuple[Tensor, Any]:
         """The summed nats of a call and the next state."""
         rows = {"mask": batch.mask, "reset": batch.reset, "penalties": penalties}
-        if self.config.loss_chunk:
+        if self.by_head:
             hidden, state = self.model.hidden(batch.tokens, state, **rows)
             head, chunk = self.model.head(), self.config.loss_chunk
             return chunked_next_token_loss(hidden, head, batch.targets, batch.graded, chunk=chunk), state

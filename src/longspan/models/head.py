@@ -1,0 +1,136 @@
+"""What makes logits of hidden states, and losses without them: the output layer of a language model."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.errors import UnsupportedError
+
+
+class Softmax(NamedTuple):
+    """A softmax over `hidden @ weight.T + bias`, whose loss is a share of that of a head.
+
+    Attributes:
+        hidden: (rows, width).
+        weight: (classes, width).
+        bias: (classes,) or None.
+        targets: (rows,) int64, the class of each row.
+        rows: (rows,) int64, which rows of the head's hidden states these are; None: all, in order.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: Tensor | None = None
+
+
+class Head(NamedTuple):
+    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`.
+
+    Attributes:
+        weight: (vocab_size, dim).
+        bias: (vocab_size,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
+        """The softmaxes whose losses add up to that of targets (rows,) after hidden states (rows, dim): one."""
+        return [Softmax(hidden, self.weight, self.bias, targets)]
+
+
+class AdaptiveHead(NamedTuple):
+    """An adaptive softmax (Grave et al. 2017): frequent tokens and one class per cluster of rarer ones share a softmax,
+    and every cluster has one of its own over narrower hidden states.
+
+        p(token) = softmax(first)[token]                                          in cluster 0
+                   softmax(first)[cluster i] softmax(W_i M_i h + b_i)[token]      in cluster i > 0
+        first    = [W_0 M_0 h + b_0, V M_0 h + c]
+
+    Its logits are these log-probabilities, so everything that takes logits takes them; what only needs the loss of
+    given tokens finds it by `softmaxes`, with the work of the clusters in which they lie.
+
+    Attributes:
+        cuts: 0, the first token of every cluster after the first, vocab_size.
+        weights: W_i (tokens, width) of each cluster.
+        biases: b_i (tokens,) or None.
+        maps: M_i (width, dim) from hidden states to the width of the cluster; None: no map.
+        cluster_weight: V (clusters - 1, width of the first); None where there is one cluster.
+        cluster_bias: c (clusters - 1,) or None.
+    """
+
+    cuts: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    maps: tuple[Tensor | None, ...]
+    cluster_weight: Tensor | None = None
+    cluster_bias: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to log-probabilities (..., vocab_size), made in fp32 at least."""
+        narrow = self._narrowed(hidden)
+        first = F.linear(narrow[0], self.weights[0], self.biases[0])
+        if self.cluster_weight is not None:
+            # two products rather than one of joined weights, which would be copied for every token of a stream
+            first = torch.cat([first, F.linear(narrow[0], self.cluster_weight, self.cluster_bias)], -1)
+        first = _log_softmax(first)
+        parts = [first[..., : self.cuts[1]]]
+        for index in range(1, len(self.weights)):
+            own = _log_softmax(F.linear(narrow[index], self.weights[index], self.biases[index]))
+            parts.append(own + first[..., self.cuts[1] + index - 1, None])
+        return torch.cat(parts, -1).to(hidden.dtype)
+
+    def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
+        """The softmaxes whose losses add up to that of targets (rows,) after hidden states (rows, dim): that of the
+        first cluster over all rows, and of every other over the rows whose target lies in it.
+        """
+        inner = torch.tensor(self.cuts[1:-1], dtype=torch.int64, device=targets.device)
+        cluster = torch.bucketize(targets, inner, right=True)
+        weight, bias = self.weights[0], self.biases[0]
+        if self.cluster_weight is not None:
+            weight = torch.cat([weight, self.cluster_weight])
+            bias = None if bias is None or self.cluster_bias is None else torch.cat([bias, self.cluster_bias])
+        classes = torch.where(cluster == 0, targets, self.cuts[1] + cluster - 1)
+        found = [Softmax(_mapped(hidden, self.maps[0]), weight, bias, classes)]
+        for index in range(1, len(self.weights)):
+            rows = (cluster == index).nonzero()[:, 0]
+            narrow = _mapped(hidden[rows], self.maps[index])
+            classes = targets[rows] - self.cuts[index]
+            found.append(Softmax(narrow, self.weights[index], self.biases[index], classes, rows))
+        return found
+
+    def _narrowed(self, hidden: Tensor) -> list[Tensor]:
+        """Hidden states in the width of every cluster; a map that clusters share is applied once."""
+        made: dict[int, Tensor] = {}
+        for each in self.maps:
+            if id(each) not in made:
+                made[id(each)] = _mapped(hidden, each)
+        return [made[id(each)] for each in self.maps]
+
+
+def _mapped(hidden: Tensor, weight: Tensor | None) -> Tensor:
+    return hidden if weight is None else F.linear(hidden, weight)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def linear_head(module: Any) -> Head:
+    """The head of a foreign model.
+
+    Raises:
+        UnsupportedError: it has none, or one that is no plain linear map.
+    """
+    if type(module) is not nn.Linear:
+        found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
+        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
+    return Head(module.weight, module.bias)
