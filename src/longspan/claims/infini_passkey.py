@@ -137,8 +137,9 @@ def _picture(found: dict[str, list[dict[str, Any]]]) -> Picture:
         Series(
             x=[each["length"] for each in records],
             y=[each["k"] / each["n"] for each in records],
-            low=[wilson(each["k"], each["n"])[1] for each in records],
-            high=[wilson(each["k"], each["n"])[2] for each in records],
+            # intervals of six lines would be a blot; the table has them
+            low=[wilson(each["k"], each["n"])[1] for each in records] if name == MAIN else None,
+            high=[wilson(each["k"], each["n"])[2] for each in records] if name == MAIN else None,
             label=name,
             kind="marked",
         )

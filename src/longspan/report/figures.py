@@ -36,6 +36,8 @@ __all__ = [
 
 # letters of tick labels that stand side by side in a figure of the usual width; more are written aslant
 LETTERS_IN_A_LINE = 90
+# series whose names stand inside the axes; the names of more would hide them, and stand below
+LABELS_INSIDE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,12 @@ def line_figure(
         one_by_one = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
         axes.grid(visible=False, axis="x")
-        if any(each.label for each in series):
+        labels = sum(bool(each.label) for each in series)
+        if labels > LABELS_INSIDE:
+            lines = -(-labels // 2)
+            figure.set_size_inches(size[0], size[1] + 0.22 * lines)
+            figure.legend(loc="outside lower left", ncols=2)
+        elif labels:
             axes.legend(loc="best").set_zorder(20)
     return figure
 
