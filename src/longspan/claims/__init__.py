@@ -16,6 +16,8 @@ from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
+from longspan.claims.reformer_copy import REFORMER_COPY
+from longspan.claims.reformer_depth import REFORMER_DEPTH
 from longspan.claims.rmt import RMT
 from longspan.claims.xl import XL
 from longspan.config import nearest
@@ -27,6 +29,7 @@ _ALL = (
     *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(REFORMER_COPY, REFORMER_DEPTH),
     *(XL, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}

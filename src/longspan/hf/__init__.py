@@ -13,6 +13,7 @@ except ImportError as error:
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
+from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.hf.training import AfterStep
 
@@ -28,6 +29,7 @@ __all__ = [
     "after_step",
     "convert",
     "cores",
+    "import_checkpoint",
     "load",
     "parameter_groups",
     "penalties",

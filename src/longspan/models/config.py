@@ -41,6 +41,9 @@ class StackConfig:
         reversible: two residual streams, from whose last values the backward pass finds all earlier ones, so that
             activations take the memory of one layer at any depth; see `longspan.models.reversible`. Another function
             than without it, with the same parameters; pre-norm only.
+        streams: what of reversible blocks goes into the last norm and the output layer: "mean" of the two streams, or
+            "both" side by side, hidden states of 2 dim (what Reformer's published weights are; a Decoder then needs
+            `tie_embeddings = False`).
         ffn_chunk: tokens that the feed-forward takes at once (Kitaev et al. 2020, section 3), recomputed in the
             backward pass, so that its inner activations exist for that many only; 0 = all. Changes no result.
         init_std: standard deviation of the initial weights.
@@ -72,6 +75,7 @@ class StackConfig:
     scale_embeddings: bool = False
     checkpoint: bool = False
     reversible: bool = False
+    streams: Literal["mean", "both"] = "mean"
     ffn_chunk: int = 0
     init_std: float = 0.02
     init: Literal["normal", "sparse"] = "normal"
@@ -99,6 +103,8 @@ class StackConfig:
             raise ConfigError(f"{where}.reversible: blocks of two streams are pre-norm; set norm_position = 'pre'")
         if self.reversible and self.checkpoint:
             raise ConfigError(f"{where}.reversible already recomputes every block; set checkpoint = false")
+        if self.streams == "both" and not self.reversible:
+            raise ConfigError(f"{where}.streams = 'both': only reversible blocks have two; set reversible = true")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
 
@@ -106,6 +112,11 @@ class StackConfig:
     def num_positions(self) -> int:
         """Positions that the learned or factorised tables have."""
         return math.prod(self.position_shape) if self.positions == "factorised" else self.max_positions
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden states behind the last norm."""
+        return 2 * self.dim if self.streams == "both" else self.dim
 
     @property
     def inner_dim(self) -> int:
@@ -117,10 +128,21 @@ class StackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(StackConfig):
-    """A causal language model; see `StackConfig` for the fields."""
+    """A causal language model; see `StackConfig` for the other fields.
+
+    Attributes:
+        output_bias: the output layer adds a number to each class.
+    """
+
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.streams == "both" and self.tie_embeddings:
+            raise ConfigError(
+                "DecoderConfig.streams = 'both' makes the output layer twice as wide as the embeddings; set "
+                "tie_embeddings = false"
+            )
         if self.init == "sparse" and self.tie_embeddings:
             raise ConfigError(
                 "DecoderConfig.init = 'sparse' starts the output layer at zero, which tied embeddings cannot be; set "

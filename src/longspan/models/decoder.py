@@ -55,7 +55,10 @@ class Decoder(Stack):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+        self.output_bias = (
+            nn.Parameter(self.embedding.weight.new_zeros(config.vocab_size)) if config.output_bias else None
+        )
         if self.output is not None and config.init == "sparse":
             nn.init.zeros_(self.output.weight)
         elif self.output is not None:
@@ -76,12 +79,12 @@ class Decoder(Stack):
         return rows.scatter(self.logits(h)), following
 
     def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., dim) to logits (..., vocab_size)."""
-        return F.linear(h, self.head().weight)
+        """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
+        return F.linear(h, *self.head())
 
     def head(self) -> Head:
         """The output layer: the embedding's weights where they are tied."""
-        return Head(self.embedding.weight if self.output is None else self.output.weight)
+        return Head(self.embedding.weight if self.output is None else self.output.weight, self.output_bias)
 
     def hidden(
         self,
@@ -92,7 +95,7 @@ class Decoder(Stack):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros at padding."""
+        """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
         h, following, rows = self.run(tokens, state, mask, reset, penalties)
         return rows.scatter(h), following
 
@@ -113,7 +116,7 @@ class Decoder(Stack):
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included."""
         return super().flops(length, batch_size=batch_size) + (
-            2 * batch_size * length * self.config.dim * self.config.vocab_size
+            2 * batch_size * length * self.config.hidden_dim * self.config.vocab_size
         )
 
 

@@ -77,8 +77,9 @@ def model_hash(model: torch.nn.Module) -> str:
     earlier versions did not have, where it says what they did.
     """
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
-    if described.get("reversible") is False:
-        del described["reversible"]
+    for name, before in (("reversible", False), ("streams", "mean"), ("output_bias", False)):
+        if described.get(name) == before:
+            del described[name]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
