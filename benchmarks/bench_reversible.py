@@ -5,7 +5,8 @@
 Each row is a process of its own, so that its peak is its own (Linux). Blocks: bytes that autograd saves after the
 forward pass (parameters not counted), and the peak of resident memory of a forward and backward pass above what stood
 before, less the gradients of the parameters, which every depth has to have. The loss: the same of an output layer of
-49,152 classes on 2 x 1,024 tokens of 576, less the gradients of hidden states and weights. Seconds are of this pass.
+49,152 classes on 2 x 1,024 tokens of 576, less the gradients of hidden states and weights. Seconds are of the
+processor.
 """
 
 import argparse

@@ -15,10 +15,9 @@ from longspan.train import find_recipe
 TINY = reformer_copy.Plan(word=31, steps=2, selections=("strict", "sorted"), rounds=(0, 2), samples=2, draws=2)
 
 
-@pytest.fixture(name="table")
-def _table() -> dict[str, Any]:
+def test_the_recipe_is_the_claims_middle() -> None:
     (table,) = read_toml(find_recipe("reformer-copy.toml"))["model"]["mixers"]
-    return table
+    assert {"selection": "strict", **table} == reformer_copy.mixer("strict", 4, 511)
 
 
 def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,16 +42,16 @@ def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypat
     assert reformer_copy.measure(tmp_path, TINY, said.append).data == outcome.data, "nothing is measured twice"
 
 
-def test_without_hashing_everything_is_seen(table: dict[str, Any]) -> None:
+def test_without_hashing_everything_is_seen() -> None:
     """Both selections of any rounds share their weights with it; rotations are those of the seed."""
     fields = {"vocab_size": 9, "dim": 16, "num_layers": 1, "num_heads": 2, "positions": "learned", "max_positions": 64}
-    full = reformer_copy.mixer(table, "strict", reformer_copy.FULL, 63)
+    full = reformer_copy.mixer("strict", reformer_copy.FULL, 31)
     torch.manual_seed(0)
     model = ls.Decoder(ls.DecoderConfig(**fields, init_std=0.5, mixers=(full,))).double().eval()
     weights = model.layers[0].mixer.attention_map(torch.randn(1, 63, 16, dtype=torch.float64))[0, 0]
     seen = weights > 0
     assert torch.equal(seen, torch.ones(63, 63).tril(-1).bool() | (torch.arange(63) == 0).diag())
-    hashed = reformer_copy.mixer(table, "strict", 4, 63)
+    hashed = reformer_copy.mixer("strict", 4, 31)
     one, other = (reformer_copy.with_rounds(model, hashed, seed) for seed in (1, 2))
     assert not torch.equal(one.layers[0].mixer.core.rotations, other.layers[0].mixer.core.rotations)
     torch.testing.assert_close(one.embedding.weight.double(), model.embedding.weight, atol=1e-6, rtol=0)
@@ -90,6 +89,7 @@ def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reformer_depth, "blocks_alone", alone)
     outcome = reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print)
     assert outcome.verdict == "holds"
+    assert outcome.seconds is not None
     assert len(asked) == len(set(asked)) == 8
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     assert reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print).data == outcome.data

@@ -48,21 +48,25 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def mixer(table: dict[str, Any], selection: str, rounds: int, length: int) -> dict[str, Any]:
-    """The recipe's mixer with so many rounds; without hashing, two chunks that see each other hold everything."""
+def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
+    """LSH attention of so many rounds; without hashing, two chunks that see each other hold everything.
+
+    Strict: buckets of as many tokens, on average, as one sees of them. Sorted: twice as many buckets as chunks, as in the
+    paper.
+    """
     if rounds == FULL:
-        return {**table, "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": (length + 1) // 2}
-    return {**table, "selection": selection, "num_hashes": rounds}
+        return {"name": "lsh", "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": word + 1}
+    size, buckets = (16, (word + 1) // 16) if selection == "strict" else (32, (word + 1) // 8)
+    fields = {"num_hashes": rounds, "num_buckets": buckets, "bucket_size": size}
+    return {"name": "lsh", "selection": selection, **fields}
 
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     """The recipe of one training."""
     recipe = read_toml(find_recipe("reformer-copy.toml"))
-    length = 2 * plan.word + 1
     recipe["task"]["word"] = plan.word
-    recipe["train"] |= {"steps": plan.steps, "segment_length": length}
-    (table,) = recipe["model"]["mixers"]
-    recipe["model"]["mixers"] = [mixer(table, selection, rounds, length)]
+    recipe["train"] |= {"steps": plan.steps, "segment_length": 2 * plan.word + 1}
+    recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
     return recipe
 
 
@@ -80,13 +84,11 @@ def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     """The share of the second word that a run says rightly, by so many rounds, for each draw of rotations."""
     model, task = load_run(run)
-    length = 2 * plan.word + 1
-    (table,) = read_toml(find_recipe("reformer-copy.toml"))["model"]["mixers"]
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
     for draw in range(1 if rounds == FULL else plan.draws):
-        other = with_rounds(model, mixer(table, selection, rounds, length), seed=1000 + draw)
-        found = evaluate_text(other, documents, chunk=length, memory=False)
+        other = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
+        found = evaluate_text(other, documents, chunk=2 * plan.word + 1, memory=False)
         shares.append(found.accuracy)
     return {"right": float(np.mean(shares)), "shares": shares}
 
