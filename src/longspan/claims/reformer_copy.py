@@ -51,8 +51,8 @@ PLANS: dict[str, Plan] = {
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
     """LSH attention of so many rounds; without hashing, two chunks that see each other hold everything.
 
-    Strict: buckets of as many tokens, on average, as one sees of them. Sorted: twice as many buckets as chunks, as in the
-    paper.
+    Strict: buckets of as many tokens, on average, as one sees of them. Sorted: twice as many buckets as chunks, as in
+    the paper.
     """
     if rounds == FULL:
         return {"name": "lsh", "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": word + 1}
@@ -88,7 +88,7 @@ def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     shares = []
     for draw in range(1 if rounds == FULL else plan.draws):
         other = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
-        found = evaluate_text(other, documents, chunk=2 * plan.word + 1, memory=False)
+        found = evaluate_text(other, documents, chunk=2 * plan.word + 1, batch=4, memory=False)
         shares.append(found.accuracy)
     return {"right": float(np.mean(shares)), "shares": shares}
 
