@@ -53,7 +53,8 @@ def by_definition(
         x1 = x1 + y
         x2 = x2 + block.ffn(block.ffn_norm(x1))
         following.append(after)
-    logits = model.logits(model.norm((x1 + x2) / 2))
+    both = model.config.streams == "both"
+    logits = model.logits(model.norm(torch.cat([x1, x2], -1) if both else (x1 + x2) / 2))
     return rows.scatter(logits), StackState(tuple(following), rows.live) if model.traits.streams else None
 
 
@@ -75,8 +76,17 @@ def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor],
 @pytest.mark.parametrize("table", FORMS, ids=str)
 def test_gradients_are_those_of_the_equations(table: dict[str, Any]) -> None:
     """Every mixer, two calls in a row, padding, resets, dropout, penalties; gradients go through the state."""
-    model = decoder(table, dropout=0.2)
+    check_gradients(decoder(table, dropout=0.2))
 
+
+def test_gradients_of_both_streams_side_by_side() -> None:
+    table = {"name": "infini", "segment": 4}
+    model = decoder(table, streams="both", tie_embeddings=False, output_bias=True, norm="layernorm", bias=True)
+    check_gradients(model)
+    assert model.logits(torch.zeros(48).double()).shape == (31,)
+
+
+def check_gradients(model: ls.Decoder) -> None:
     def call(text: Tensor, state: Any, penalties: list[Tensor], **rows: Any) -> Any:
         return model(text, state, penalties=penalties, **rows)
 
@@ -308,6 +318,27 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
         decoder(norm_position="post")
     with pytest.raises(ls.ConfigError, match="checkpoint = false"):
         decoder(checkpoint=True)
+    with pytest.raises(ls.ConfigError, match="only reversible blocks"):
+        decoder(streams="both", reversible=False, tie_embeddings=False)
+    with pytest.raises(ls.ConfigError, match="tie_embeddings = false"):
+        decoder(streams="both")
+    with pytest.raises(ls.UnsupportedError, match="twice as wide"):
+        ls.RecurrentMemory(decoder(streams="both", tie_embeddings=False), num_memory_tokens=2, segment_length=5)
+
+
+def test_both_streams_in_encoders_and_at_the_head() -> None:
+    """Hidden states are twice as wide, whatever reads them; FLOPs count the wider output layer, hashes the fields."""
+    fields = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
+    config = ls.EncoderConfig(**fields, streams="both")
+    assert ls.Encoder(config)(tokens()).shape == (2, 19, 48)
+    assert ls.MaskedLM(config)(tokens())[0].shape == (2, 19, 31)
+    model = decoder(streams="both", tie_embeddings=False)
+    hidden, _ = model.hidden(tokens())
+    torch.testing.assert_close(torch.nn.functional.linear(hidden, *model.head()), model(tokens())[0])
+    plain = decoder(tie_embeddings=False)
+    assert model.flops(10) - plain.flops(10) == 2 * 10 * 24 * 31
+    hashes = {ls.models.model_hash(decoder(tie_embeddings=False, output_bias=bias)) for bias in (False, True)}
+    assert len(hashes) == 2
 
 
 def test_fields_are_saved_and_older_files_have_defaults(tmp_path: Any) -> None:

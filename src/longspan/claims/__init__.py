@@ -20,6 +20,8 @@ from longspan.claims.performer_approximation import PERFORMER_APPROXIMATION
 from longspan.claims.performer_protein import PERFORMER_PROTEIN
 from longspan.claims.performer_recovery import PERFORMER_RECOVERY
 from longspan.claims.performer_speed import PERFORMER_SPEED
+from longspan.claims.reformer_copy import REFORMER_COPY
+from longspan.claims.reformer_depth import REFORMER_DEPTH
 from longspan.claims.rmt import RMT
 from longspan.claims.routing import ROUTING
 from longspan.claims.sparse import SPARSE
@@ -34,7 +36,7 @@ _ALL = (
     *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
     *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
     *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
-    *(ROUTING,),
+    *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
     *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
 )
 _CLAIMS = {claim.name: claim for claim in _ALL}

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.files import read_json
+from longspan.hf.reformer import import_reformer
 from longspan.hf.transfo_xl import import_transfo_xl
 from longspan.models import Decoder
 
 FAMILIES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Decoder]] = {
+    "reformer": import_reformer,
     "transfo-xl": import_transfo_xl,
 }
 """A function for each `model_type`: weights under their published names, and the configuration, to a model."""
 
-_MARKS: dict[str, str] = {"transfo-xl": "transformer.word_emb."}
+_MARKS: dict[str, str] = {"reformer": "reformer.", "transfo-xl": "transformer.word_emb."}
 """How the names of a family's weights begin, for configurations that do not say what they are of."""
 
 
@@ -27,6 +29,7 @@ def import_checkpoint(
     """Published weights of a long-context language model as a `Decoder`, in evaluation mode.
 
     "transfo-xl" is Transformer-XL of transformers (`TransfoXLLMHeadModel`); see `longspan.hf.transfo_xl`.
+    "reformer" is Reformer of transformers (`ReformerModelWithLMHead`); see `longspan.hf.reformer`.
 
     Args:
         source: the model, its state dict, or a folder with config.json and safetensors or pytorch_model.bin.

@@ -142,9 +142,18 @@ def decay_groups(
 
 
 class OwnBackbone(Backbone):
-    """A Decoder or Encoder of this library."""
+    """A Decoder or Encoder of this library.
+
+    Raises:
+        UnsupportedError: its hidden states are not as wide as its embeddings, between which memory goes round.
+    """
 
     def __init__(self, module: Decoder | Encoder) -> None:
+        if module.config.streams == "both":
+            raise UnsupportedError(
+                "RecurrentMemory writes hidden states back as inputs, and with streams = 'both' they are twice as wide "
+                "as those; use streams = 'mean'"
+            )
         self.module = self.stack = module
         self.causal, self.dim = module.causal, module.config.dim
         self.num_layers, self.vocab_size = module.config.num_layers, module.vocab_size

@@ -13,11 +13,12 @@ from longspan.mixers import Mixer, Rows
 from longspan.models.config import StackConfig
 
 
-def make_norm(config: StackConfig) -> nn.Module:
-    """The configured norm over the last dimension."""
+def make_norm(config: StackConfig, dim: int | None = None) -> nn.Module:
+    """The configured norm over a last dimension of `dim`; None = the model's."""
+    dim = config.dim if dim is None else dim
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.dim, eps=config.norm_eps)
-    return nn.LayerNorm(config.dim, eps=config.norm_eps, bias=config.bias)
+        return nn.RMSNorm(dim, eps=config.norm_eps)
+    return nn.LayerNorm(dim, eps=config.norm_eps, bias=config.bias)
 
 
 class FeedForward(nn.Module):

@@ -46,6 +46,9 @@ class StackConfig:
         reversible: two residual streams, from whose last values the backward pass finds all earlier ones, so that
             activations take the memory of one layer at any depth; see `longspan.models.reversible`. Another function
             than without it, with the same parameters; pre-norm only.
+        streams: what of reversible blocks goes into the last norm and the output layer: "mean" of the two streams, or
+            "both" side by side, hidden states of 2 dim (what Reformer's published weights are; a Decoder then needs
+            `tie_embeddings = False`).
         ffn_chunk: tokens that the feed-forward takes at once (Kitaev et al. 2020, section 3), recomputed in the
             backward pass, so that its inner activations exist for that many only; 0 = all. Changes no result.
         init_std: standard deviation of the initial weights.
@@ -79,6 +82,7 @@ class StackConfig:
     scale_embeddings: bool = False
     checkpoint: bool = False
     reversible: bool = False
+    streams: Literal["mean", "both"] = "mean"
     ffn_chunk: int = 0
     init_std: float = 0.02
     init: Literal["normal", "sparse"] = "normal"
@@ -106,6 +110,8 @@ class StackConfig:
             raise ConfigError(f"{where}.reversible: blocks of two streams are pre-norm; set norm_position = 'pre'")
         if self.reversible and self.checkpoint:
             raise ConfigError(f"{where}.reversible already recomputes every block; set checkpoint = false")
+        if self.streams == "both" and not self.reversible:
+            raise ConfigError(f"{where}.streams = 'both': only reversible blocks have two; set reversible = true")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
 
@@ -113,6 +119,11 @@ class StackConfig:
     def num_positions(self) -> int:
         """Positions that the learned or factorised tables have."""
         return math.prod(self.position_shape) if self.positions == "factorised" else self.max_positions
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden states behind the last norm."""
+        return 2 * self.dim if self.streams == "both" else self.dim
 
     @property
     def inner_dim(self) -> int:
@@ -160,6 +171,11 @@ class DecoderConfig(StackConfig):
             raise ConfigError(
                 f"DecoderConfig.adaptive_div = {self.adaptive_div} leaves embeddings of the widths "
                 f"{self.cluster_widths}; take a smaller one, or fewer adaptive_cutoffs"
+            )
+        if self.streams == "both" and (self.tie_embeddings or self.adaptive):
+            raise ConfigError(
+                "DecoderConfig.streams = 'both' makes the output layer twice as wide as the embeddings; set "
+                "tie_embeddings = false, without adaptive_cutoffs and embedding_dim"
             )
         if self.init == "sparse" and self.tie_embeddings:
             raise ConfigError(

@@ -45,7 +45,7 @@ class Decoder(Stack):
             return AdaptiveSoftmax(config)
         if config.tie_embeddings:
             return None
-        output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         if config.init == "sparse":
             nn.init.zeros_(output.weight)
         else:
@@ -67,7 +67,7 @@ class Decoder(Stack):
         return rows.scatter(self.logits(h)), following
 
     def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
         return self.head().logits(h)
 
     def head(self) -> Head | AdaptiveHead:
@@ -86,7 +86,7 @@ class Decoder(Stack):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros at padding."""
+        """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
         h, following, rows = self.run(tokens, state, mask, reset, penalties)
         return rows.scatter(h), following
 
@@ -119,7 +119,7 @@ class Decoder(Stack):
         """FLOPs of the logits of so many places."""
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.flops(positions)
-        return 2 * positions * self.config.dim * self.config.vocab_size
+        return 2 * positions * self.config.hidden_dim * self.config.vocab_size
 
 
 def last_of_each_row(h: Tensor, rows: Rows) -> Tensor:

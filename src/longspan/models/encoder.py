@@ -17,7 +17,7 @@ class Encoder(Stack):
         inputs_embeds: (batch, length, dim) in place of tokens.
 
     Returns of a call:
-        Hidden states (batch, length, dim), zeros at padding.
+        Hidden states (batch, length, dim; twice that with `streams = "both"`), zeros at padding.
     """
 
     causal = False

@@ -14,6 +14,7 @@ from longspan.models.tables import build_model, describe_model
 # fields that came after the first saved states, as they were before
 _LATER: dict[str, Any] = {
     "reversible": False,
+    "streams": "mean",
     "final_norm": None,
     "mixer_bias": None,
     "output_bias": False,

@@ -40,7 +40,7 @@ class MaskedLM(Stack):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config)
-        self.transform = nn.Linear(config.dim, config.dim, bias=config.bias)
+        self.transform = nn.Linear(config.hidden_dim, config.dim, bias=config.bias)
         self.transform_norm = make_norm(config)
         self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -94,7 +94,7 @@ class MaskedLM(Stack):
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens, logits included."""
-        head = self.config.dim * (self.config.dim + self.config.vocab_size)
+        head = self.config.dim * (self.config.hidden_dim + self.config.vocab_size)
         return super().flops(length, batch_size=batch_size) + 2 * batch_size * length * head
 
 

@@ -5,8 +5,8 @@
 
 Sources: Gomez et al. 2017, "The Reversible Residual Network", equations 6 and 7 (section 3.1); Kitaev et al. 2020,
 "Reformer", section 3. Both streams are as wide as the model and begin as the embeddings; their mean goes into the last
-norm. (Reformer's code concatenates them instead, which would make the output layer twice as wide and untie it from the
-embeddings; in front of a norm the mean is the sum.)
+norm, where it is the sum. Reformer's code concatenates them instead, which makes the output layer twice as wide and
+unties it from the embeddings: `streams = "both"`.
 
 In training the last values of the two streams are all that is kept of the activations, whatever the depth. What does
 grow with it, as little as it is: the states of the layers (given and returned, as without reversibility), a copy of
@@ -21,7 +21,7 @@ narrower too (in bf16 what is subtracted would not be what was added). Second de
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from longspan.models.blocks import Block
 
 
 class Streamed(NamedTuple):
-    """What a run over all blocks gives: hidden states (B, N, dim), a state a layer, auxiliary losses."""
+    """What a run over all blocks gives: hidden states (B, N, dim or 2 dim), a state a layer, auxiliary losses."""
 
     hidden: Tensor
     following: list[Any]
@@ -43,7 +43,12 @@ class Streamed(NamedTuple):
 
 
 def run_reversible(
-    blocks: Sequence[Block], h: Tensor, before: Sequence[Any] | None, rows: Rows, collect: bool
+    blocks: Sequence[Block],
+    h: Tensor,
+    before: Sequence[Any] | None,
+    rows: Rows,
+    collect: bool,
+    streams: Literal["mean", "both"] = "mean",
 ) -> Streamed:
     """All blocks, by two streams.
 
@@ -53,6 +58,7 @@ def run_reversible(
         before: one state a layer; None = empty past.
         rows: the layout of the call.
         collect: gather auxiliary losses.
+        streams: what of them is returned: their mean, or both side by side, y1 first.
     """
     call = _Call(blocks, [None] * len(blocks) if before is None else list(before), rows, collect, h.dtype)
     wide = h if h.element_size() >= 4 else h.float()
@@ -69,7 +75,8 @@ def run_reversible(
             y2 = y2 + block.feed(y1.to(h.dtype))
             following.append(after)
             losses += penalties
-    return Streamed(((y1 + y2) / 2).to(h.dtype), following, losses)
+    hidden = torch.cat([y1, y2], -1) if streams == "both" else (y1 + y2) / 2
+    return Streamed(hidden.to(h.dtype), following, losses)
 
 
 class _Replay:

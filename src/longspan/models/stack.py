@@ -58,7 +58,7 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index, self.causal) for index in range(config.num_layers))
         last_norm = config.norm_position == "pre" if config.final_norm is None else config.final_norm
-        self.norm = make_norm(config) if last_norm else nn.Identity()
+        self.norm = make_norm(config, config.hidden_dim) if last_norm else nn.Identity()
         self._initialise()
 
     def _make_embedding(self) -> nn.Module:
@@ -130,7 +130,7 @@ class Stack(nn.Module):
         """All layers on gathered rows; `around` acts before and after each.
 
         Returns:
-            Hidden states (B, N, dim) after the last norm, the next state, and the rows that scatter them back.
+            Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
         """
         given = tokens if inputs_embeds is None else inputs_embeds
         if given is None or (tokens is not None and inputs_embeds is not None):
@@ -161,11 +161,13 @@ class Stack(nn.Module):
         penalties: list[Tensor] | None,
         around: "Around | None",
     ) -> tuple[Tensor, list[Any]]:
-        """All blocks: hidden states (B, N, dim) and a state a layer."""
+        """All blocks: hidden states (B, N, hidden_dim) and a state a layer."""
         if self.config.reversible:
             if around is not None:
                 raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
-            h, following, losses = run_reversible(self.layers, h, state, rows, penalties is not None)
+            h, following, losses = run_reversible(
+                self.layers, h, state, rows, penalties is not None, self.config.streams
+            )
             if penalties is not None:
                 penalties.extend(losses)
             return h, following

@@ -1,0 +1,226 @@
+"""Reformer's published weights (Kitaev et al. 2020), as transformers has them, as a `Decoder`.
+
+    local layer      `window` with blocks: the own chunk and the one before, logits q . k / sqrt(head_dim)
+    LSH layer        `lsh`, selection "sorted", shared: keys q / |q|, logits q . k, itself only where nothing else is
+    reversible       two streams, both of them into the last norm and an output layer of 2 dim
+    axial positions  factorised: vectors of parts of the width, side by side, are tables with zeros elsewhere
+
+The same function, up to rounding, of the same rotations: transformers draws them anew in every call, in evaluation too,
+unless its configuration has a `hash_seed`; then they are drawn here as they are there and kept. Lengths up to a chunk
+and multiples of all chunk lengths agree; in between transformers pads, and where both kinds of layers have chunks of
+other lengths its last LSH chunks may be padding alone, which the first chunk then sees in the place of tokens.
+
+The key projection of LSH layers, which the mechanism leaves aside, is a copy of that of queries. `lm_head.bias` is
+added to the logits, as in Reformer's own code; transformers 5 stores it and leaves it out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.models import Decoder, DecoderConfig, load_weights
+
+_WHERE = "import_checkpoint: reformer"
+_CONSTANTS = ("mask_value_float16", "mask_value_float32")
+"""Numbers that earlier versions of transformers stored beside the weights."""
+_DIFFERENCES = (
+    "looks back across rounds (the first chunk of a round sees the last one of the round before) and has no duplicate "
+    "correction (a pair found in several rounds counts as often)"
+)
+
+
+def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> Decoder:
+    """A causal Reformer as a `Decoder`.
+
+    Args:
+        weights: of `ReformerModelWithLMHead`, under its names.
+        config: of it, as plain data.
+
+    Raises:
+        ConfigError: the configuration lacks something.
+        UnsupportedError: more than one round of hashes, a factorised hash, an unknown number of buckets, chunks that
+            see other than themselves and the one before, an encoder, an activation that is neither relu nor gelu.
+        CheckpointError: weights that are missing, left over, or of other shapes.
+    """
+    table = _Table(config)
+    model = Decoder(_decoder(table))
+    given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
+    # two names of one thing in earlier versions
+    given.pop("lm_head.decoder.bias", None)
+    ours = _Mapping(given, model, table).run()
+    load_weights(model, ours, _WHERE)
+    return model
+
+
+class _Table:
+    """A configuration that says what it lacks."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.config:
+            raise ConfigError(f"{_WHERE}: the config has no {name!r}; give all that transformers writes")
+        return self.config[name]
+
+    def seed(self) -> int | None:
+        """Of the rotations; None = drawn anew in every call."""
+        return self.config.get("hash_seed")
+
+
+def _decoder(table: _Table) -> DecoderConfig:
+    """The same architecture in this library's fields."""
+    if not table["is_decoder"]:
+        raise UnsupportedError(f"{_WHERE}: is_decoder = false is an encoder; only language models are imported")
+    if table["hidden_act"] not in ("relu", "gelu"):
+        raise UnsupportedError(f"{_WHERE}: hidden_act = {table['hidden_act']!r}: only relu and gelu are known here")
+    if table.config.get("tie_word_embeddings"):
+        raise UnsupportedError(f"{_WHERE}: tie_word_embeddings: the output layer is twice as wide as the embeddings")
+    layers = list(table["attn_layers"])
+    positions: dict[str, Any] = {"positions": "learned", "max_positions": int(table["max_position_embeddings"])}
+    if table["axial_pos_embds"]:
+        positions = {"positions": "factorised", "position_shape": tuple(table["axial_pos_shape"])}
+    return DecoderConfig(
+        vocab_size=int(table["vocab_size"]),
+        dim=int(table["hidden_size"]),
+        num_layers=len(layers),
+        num_heads=int(table["num_attention_heads"]),
+        head_dim=int(table["attention_head_size"]),
+        mixers=tuple(_mixer(table, kind, index) for index, kind in enumerate(layers)),
+        ffn_dim=int(table["feed_forward_size"]),
+        activation=table["hidden_act"],
+        norm="layernorm",
+        norm_eps=float(table["layer_norm_eps"]),
+        bias=True,
+        mixer_bias=False,
+        output_bias=True,
+        dropout=float(table["hidden_dropout_prob"]),
+        tie_embeddings=False,
+        reversible=True,
+        streams="both",
+        **positions,
+    )
+
+
+def _mixer(table: _Table, kind: str, index: int) -> dict[str, Any]:
+    """The mixer of a layer."""
+    if kind not in ("local", "lsh"):
+        raise UnsupportedError(f"{_WHERE}: attn_layers[{index}] = {kind!r}: only local and lsh are known")
+    seen = table[f"{kind}_num_chunks_before"], table[f"{kind}_num_chunks_after"]
+    if seen != (1, 0):
+        raise UnsupportedError(
+            f"{_WHERE}: {kind}_num_chunks_before, _after = {seen[0]}, {seen[1]}: only 1, 0 is known, the own chunk and "
+            "the one before"
+        )
+    if kind == "local":
+        return {"name": "window", "window": int(table["local_attn_chunk_length"]), "blocks": True}
+    return {
+        "name": "lsh",
+        "bucket_size": int(table["lsh_attn_chunk_length"]),
+        "num_hashes": 1,
+        "num_buckets": _buckets(table),
+        "selection": "sorted",
+        "redraw": 1 if table.seed() is None else 0,
+        "seed": index,
+    }
+
+
+def _buckets(table: _Table) -> int:
+    """The number of buckets, of a hash that is the same here and there."""
+    rounds, buckets = table["num_hashes"], table["num_buckets"]
+    if rounds != 1:
+        raise UnsupportedError(
+            f"{_WHERE}: num_hashes = {rounds}: transformers {_DIFFERENCES}, so logits would differ; a config with "
+            "num_hashes = 1 imports the same weights"
+        )
+    if isinstance(buckets, (list, tuple)) and len(buckets) == 1:
+        buckets = buckets[0]
+    if isinstance(buckets, (list, tuple)):
+        raise UnsupportedError(
+            f"{_WHERE}: num_buckets = {list(buckets)} is a factorised hash, of several that are not drawn here (and "
+            f"with more rounds transformers {_DIFFERENCES}); a config with one even number imports the same weights"
+        )
+    if buckets is None:
+        raise UnsupportedError(
+            f"{_WHERE}: num_buckets is not set: transformers would take it from the first length that it sees, here "
+            "it is a constant; set it in the config to the power of 2 at or below 2 * length / chunk"
+        )
+    return int(buckets)
+
+
+class _Mapping:
+    """Weights under the names of a `Decoder`, each of the published ones used once."""
+
+    def __init__(self, given: dict[str, Tensor], model: Decoder, table: _Table) -> None:
+        self.left, self.table = given, table
+        self.ours = dict(model.state_dict())
+
+    def run(self) -> dict[str, Tensor]:
+        """All of them.
+
+        Raises:
+            CheckpointError: one is missing or left over.
+        """
+        self._move("embedding.weight", "reformer.embeddings.word_embeddings.weight")
+        self._positions()
+        for index, kind in enumerate(self.table["attn_layers"]):
+            self._layer(f"blocks.{index}", f"reformer.encoder.layers.{index}", kind)
+        self._norm("norm", "reformer.encoder.layer_norm")
+        self._move("output.weight", "lm_head.decoder.weight")
+        self._move("output_bias", "lm_head.bias")
+        if self.left:
+            more = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
+            raise CheckpointError(f"{_WHERE}: unexpected weight {min(self.left)!r}{more}; they belong to another model")
+        return self.ours
+
+    def _take(self, name: str) -> Tensor:
+        if name not in self.left:
+            raise CheckpointError(f"{_WHERE}: missing weight {name!r}; the config is of another model")
+        return self.left.pop(name)
+
+    def _move(self, ours: str, theirs: str) -> None:
+        self.ours[ours] = self._take(theirs)
+
+    def _norm(self, ours: str, theirs: str) -> None:
+        for part in ("weight", "bias"):
+            self._move(f"{ours}.{part}", f"{theirs}.{part}")
+
+    def _positions(self) -> None:
+        theirs = "reformer.embeddings.position_embeddings"
+        if not self.table["axial_pos_embds"]:
+            self._move("position_embedding.weight", f"{theirs}.embedding.weight")
+            return
+        dim, first, widths = int(self.table["hidden_size"]), 0, list(self.table["axial_pos_embds_dim"])
+        if sum(widths) != dim:
+            raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {widths} does not add up to hidden_size = {dim}")
+        for axis, width in enumerate(widths):
+            part = self._take(f"{theirs}.weights.{axis}").flatten(0, -2)
+            whole = part.new_zeros(len(part), dim)
+            whole[:, first : first + width] = part
+            self.ours[f"position_embedding.tables.{axis}.weight"] = whole
+            first += width
+
+    def _layer(self, ours: str, theirs: str, kind: str) -> None:
+        attention, maps = f"{theirs}.attention", f"{ours}.mixer.projections"
+        names = ("query", "key", "value") if kind == "local" else ("query_key", "query_key", "value")
+        found = {name: self._take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
+        for own, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
+            self.ours[f"{maps}.{own}.weight"] = found[name]
+        self._move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
+        self._norm(f"{ours}.mixer_norm", f"{attention}.layer_norm")
+        self._norm(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")
+        self._norm(f"{ours}.ffn.up_proj", f"{theirs}.feed_forward.dense.dense")
+        self._norm(f"{ours}.ffn.down_proj", f"{theirs}.feed_forward.output.dense")
+        if kind == "lsh":
+            self._rotations(f"{ours}.mixer.core.rotations", found["value"].dtype)
+
+    def _rotations(self, name: str, dtype: torch.dtype) -> None:
+        own, seed = self.ours[name].to(dtype), self.table.seed()
+        if seed is not None:
+            heads, rounds, head_dim, half = own.shape
+            generator = torch.Generator().manual_seed(seed)
+            own = torch.randn(heads, head_dim, rounds, half, generator=generator, dtype=dtype).transpose(1, 2)
+        self.ours[name] = own
