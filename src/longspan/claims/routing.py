@@ -37,7 +37,7 @@ class Plan:
 
 PLANS: dict[str, Plan] = {
     "small": Plan(steps=30, seeds=1, others=(), head=2048, documents=4),
-    "full": Plan(steps=1200, seeds=3, others=(BALANCED, DENSE), head=8192, documents=0),
+    "full": Plan(steps=800, seeds=3, others=(BALANCED, DENSE), head=8192, documents=0),
 }
 
 
@@ -205,5 +205,5 @@ ROUTING = Claim(
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
     text="Heads that attend by content beside local ones are better than local heads alone of the same cost.",
     run=_run,
-    minutes={"small": 1, "full": 45},
+    minutes={"small": 1, "full": 30},
 )
