@@ -11,7 +11,7 @@ import torch
 
 from longspan.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.claims.base import Outcome
-from longspan.claims.contest import Contest, Found, caution, evenly
+from longspan.claims.contest import Contest, Found, caution, evenly, seeds_note
 from longspan.reference.bp import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
@@ -276,3 +276,10 @@ def test_documents_are_taken_evenly() -> None:
 def test_a_model_that_is_far_better_than_one_that_sees_more_calls_for_a_word() -> None:
     assert "dense attention has not yet learned" in caution(Interval(-0.5, -0.6, -0.4), "dense attention")
     assert caution(Interval(-0.03, -0.05, 0.01), "dense attention") == ""
+
+
+def test_a_note_says_how_far_seeds_are_apart() -> None:
+    assert "One seed" in seeds_note({"a": [made(2.0)], "b": [made(3.0)]})
+    both = seeds_note({"a": [made(2.0), made(2.1)], "b": [made(3.0), made(3.02)]})
+    apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
+    assert f"up to {apart:.3f} bits" in both

@@ -21,6 +21,7 @@ from longspan.claims.contest import (
     recipe_with,
     run_folder,
     seconds_of,
+    seeds_note,
     signed,
 )
 from longspan.claims.growth import in_turn
@@ -176,7 +177,8 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {'yes' if good else 'no'}, "
         f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
         f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
-        f"briefly trained, so what it can use from afar is little, and short spans cost it little."
+        "briefly trained, so what it can use from afar is little, and short spans cost it little."
+        + seeds_note(models)
         + caution(apart, "attention over the whole maximum"),
         data=dict(found),
         pictures=[

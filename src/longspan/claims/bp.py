@@ -21,6 +21,7 @@ from longspan.claims.contest import (
     evenly,
     recipe_with,
     seconds_of,
+    seeds_note,
     signed,
 )
 from longspan.claims.growth import growth_picture, power
@@ -179,7 +180,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{'yes' if good else 'no'}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
         f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
         f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). It needs no "
-        "part of the verdict. All are small and briefly trained." + caution(apart, "dense attention"),
+        "part of the verdict. All are small and briefly trained."
+        + seeds_note(models)
+        + caution(apart, "dense attention"),
         data=dict(found),
         pictures=[
             growth_picture(

@@ -121,6 +121,15 @@ def caution(apart: Interval, what: str) -> str:
     )
 
 
+def seeds_note(found: Found) -> str:
+    """What a note says of how far trainings of one model are apart."""
+    each = [[as_trained(record).bits_per_unit for record in records] for records in found.values()]
+    if len(each[0]) == 1:
+        return " One seed, so differences hold for these trainings only."
+    widest = max(max(values) - min(values) for values in each)
+    return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not hold."
+
+
 def seconds_of(found: Found) -> float:
     """How long all runs were trained."""
     return float(sum(record["seconds"] for records in found.values() for record in records))

@@ -20,6 +20,7 @@ from longspan.claims.contest import (
     recipe_with,
     run_folder,
     seconds_of,
+    seeds_note,
     signed,
 )
 from longspan.claims.growth import in_turn
@@ -163,7 +164,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{'yes' if good else 'no'}, {signed(apart)}. Alphas at least {SPREAD} apart in every training: "
         f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the keys seen have a weight: "
         f"{'yes' if sparse else 'no'}. "
-        "The paper's models translate; these predict bytes, are small and briefly trained.",
+        "The paper's models translate; these predict bytes, are small and briefly trained."
+        + seeds_note(models)
+        + (" A lead so early says how fast a model begins, not where it ends." if apart.high < -EQUAL else ""),
         data=dict(found),
         pictures=[
             head_figure(

@@ -23,6 +23,7 @@ from longspan.claims.contest import (
     differences,
     recipe_with,
     seconds_of,
+    seeds_note,
     signed,
 )
 from longspan.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
@@ -225,7 +226,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         verdict=verdict,
         figures=figures,
         size=_size(found, plan),
-        note=_note(met, on_text, on_images, differences(text, DENSE)[STRIDED]),
+        note=_note(met, on_text, on_images, differences(text, DENSE)[STRIDED]) + seeds_note(text),
         data=dict(found),
         pictures=_pictures(grown),
         seconds=seconds_of(text) + (0.0 if image is None else seconds_of(image)),
