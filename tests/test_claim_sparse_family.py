@@ -77,7 +77,7 @@ def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], ver
     plan = adaptive_span.PLANS["full"]
     costs = {"fixed": 2.0, "adaptive": flops}
     look = {"spans": [spans], "flops": costs, "counted": costs, "seconds": costs}
-    models = {"fixed": [made(2.0)], "adaptive": [made(bits)]}
+    models = {"fixed": [made(2.0)], "adaptive": [made(bits)], adaptive_span.SHORT: [made(2.0)]}
     assert adaptive_span.outcome({"models": models, "looks": [look]}, plan).verdict == verdict
 
 

@@ -129,7 +129,7 @@ def _figures(found: Mapping[str, Any], slopes: Mapping[str, float], persisting: 
             Figure(
                 f"FLOPs of a layer's attention, {name}",
                 "n log n" if name == BP else "n^2",
-                ", ".join(f"{length:,}: {value / 1e9:.3g} G" for length, value in grown["flops"][name].items())
+                ", ".join(f"{length:,}: {value / 1e9:,.2f} G" for length, value in grown["flops"][name].items())
                 + f" (n^{slope:.2f})",
             )
             for name, slope in slopes.items()
@@ -174,13 +174,14 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
         f"{plan.nearest} spans a level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
         f"{plan.seeds} seed(s), norms in front; dense with RoPE, the others with the tree's places alone. Held back: "
-        f"the first {plan.contest.head:,} and {plan.head:,} bytes of {len(models[DENSE][0]['names'])} and "
-        f"{len(forms[DENSE][0]['names'])} speeches, in texts as long; {INTERVALS}. FLOPs and nodes are computed",
+        f"the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} speeches, for the forms "
+        f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
+        "computed",
         note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
         f"{'yes' if good else 'no'}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
         f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
-        f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). It needs no "
-        "part of the verdict. All are small and briefly trained."
+        f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
+        "verdict does not rest on it. All are small and briefly trained."
         + seeds_note(models)
         + caution(apart, "dense attention"),
         data=dict(found),

@@ -43,7 +43,7 @@ def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
     """Where a run of a contest lies."""
-    return folder / name.replace(" ", "-") / f"seed-{seed}"
+    return folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
 
 
 def evenly(documents: Documents, count: int) -> Documents:
@@ -127,7 +127,7 @@ def seeds_note(found: Found) -> str:
     if len(each[0]) == 1:
         return " One seed, so differences hold for these trainings only."
     widest = max(max(values) - min(values) for values in each)
-    return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not hold."
+    return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not cover."
 
 
 def seconds_of(found: Found) -> float:
