@@ -71,6 +71,8 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
         (2.01, 1.0, [5, 10, 20, 30], "holds in part"),
         (2.01, 1.9, [5, 10, 20, 300], "holds in part"),
         (2.10, 1.9, [500, 600, 700, 800], "does not hold"),
+        # too good to be believed
+        (1.70, 1.0, [5, 10, 20, 300], "holds in part"),
     ],
 )
 def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], verdict: str) -> None:
@@ -100,6 +102,7 @@ def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
         (2.01, [1.4, 1.5], 10, "holds in part"),
         (2.01, [1.1, 1.8], 90, "holds in part"),
         (2.10, [1.4, 1.5], 90, "does not hold"),
+        (1.70, [1.1, 1.8], 10, "holds in part"),
     ],
 )
 def test_the_verdict_on_alphas(bits: float, alphas: list[float], kept: int, verdict: str) -> None:
@@ -130,7 +133,9 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
     assert grown["nodes"]["bp"][1024] < 100 < grown["nodes"]["dense"][1024]
 
 
-@pytest.mark.parametrize(("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "holds in part")])
+@pytest.mark.parametrize(
+    ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "holds in part"), (1.7, 1.1, "holds in part")]
+)
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     forms = {bp.DENSE: [made(2.0)], bp_forms.ANEW: [made(2.0)], bp_forms.PERSIST: [made(1.9)]}
     flops = {"dense": {10: 100.0, 100: 1e4}, "bp": {10: 10.0, 100: 10.0 * 10**slope}}
@@ -250,6 +255,8 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
     [
         ((2.0, 1.5, 1.0), 2.01, 3.01, "holds"),
         ((2.0, 1.7, 1.0), 2.01, 3.01, "holds in part"),
+        ((2.0, 1.5, 1.0), 1.70, 3.01, "holds in part"),
+        ((2.0, 1.5, 1.0), 2.01, 2.60, "holds in part"),
         ((2.0, 1.5, 1.0), 2.01, 3.1, "holds in part"),
         ((1.5, 1.5, 1.0), 2.1, 3.1, "does not hold"),
         ((2.0, 1.5, 1.9), 2.1, 3.1, "does not hold"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -23,6 +23,7 @@ from longspan.claims.contest import (
     seconds_of,
     seeds_note,
     signed,
+    verdict_of,
 )
 from longspan.claims.growth import in_turn
 from longspan.claims.language_modelling import difference
@@ -176,10 +177,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     good, fewer = apart.high <= EQUAL, _saved(looks, "flops") >= FEWER
     uneven = near > 0.5 and max(spans) > FAR * plan.max_span
     met = (good, fewer, uneven)
-    verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict,
+        verdict=verdict_of(met, [apart]),
         figures=_figures(models, looks, spans, by_layer, plan),
         size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "

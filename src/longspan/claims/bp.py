@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.bp_forms import ANEW, DENSE, PERSIST, compare_forms
 from longspan.claims.contest import (
     EQUAL,
@@ -23,6 +23,7 @@ from longspan.claims.contest import (
     seconds_of,
     seeds_note,
     signed,
+    verdict_of,
 )
 from longspan.claims.growth import growth_picture, power
 from longspan.claims.language_modelling import difference, recipe_of
@@ -161,13 +162,12 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     slopes = {name: power(values) for name, values in found["growth"]["flops"].items()}
     good, cheap = apart.high <= EQUAL, slopes[BP] <= GROWTH
     met = (good, cheap)
-    verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
     first, last = LENGTHS[0], LENGTHS[-1]
     short = plan.train.segment_length
     better = "worse" if persisting.low > 0 else "better" if persisting.high < 0 else "no different"
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict,
+        verdict=verdict_of(met, [apart]),
         figures=_figures(found, slopes, persisting, plan),
         size=f"beside dense: 4 layers of 128 with 4 heads, {NEAREST} spans a level, bytes of State of the Union "
         f"speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} bytes, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference
-from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -25,12 +25,13 @@ from longspan.claims.contest import (
     seconds_of,
     seeds_note,
     signed,
+    verdict_of,
 )
 from longspan.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.claims.runs import kept
 from longspan.config import read_toml
 from longspan.report import Picture
-from longspan.train import find_recipe
+from longspan.train import Interval, find_recipe
 
 DENSE, FIXED, STRIDED = "dense", "fixed", "strided"
 WEIGHTS = "dense, weights kept"
@@ -204,7 +205,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     on_text = differences(text, DENSE)[FIXED]
     on_images = None if image is None else differences(image, DENSE)[STRIDED]
     met = (grows, on_text.high <= EQUAL, on_images is not None and on_images.high <= EQUAL)
-    verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
+    leads = [on_text] if on_images is None else [on_text, on_images]
     expected = {DENSE: "n^2", WEIGHTS: "n^2", FIXED: "n^1.5", STRIDED: "n^1.5"}
     figures = [
         *(
@@ -223,10 +224,10 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         *([] if image is None else _bits(image, {FIXED: "2.85", STRIDED: "2.80 (dense 2.82), CIFAR-10"}, "images")),
     ]
     return Outcome(
-        verdict=verdict,
+        verdict=verdict_of(met, leads),
         figures=figures,
         size=_size(found, plan),
-        note=_note(met, on_text, on_images, differences(text, DENSE)[STRIDED]) + seeds_note(text),
+        note=_note(met, leads, differences(text, DENSE)[STRIDED]) + seeds_note(text),
         data=dict(found),
         pictures=_pictures(grown),
         seconds=seconds_of(text) + (0.0 if image is None else seconds_of(image)),
@@ -256,26 +257,28 @@ def _size(found: Mapping[str, Any], plan: Plan) -> str:
     return f"{words}; {INTERVALS}"
 
 
-def _note(met: tuple[bool, bool, bool], on_text: Any, on_images: Any, strided: Any) -> str:
+def _note(met: tuple[bool, bool, bool], leads: list[Interval], strided: Interval) -> str:
+    """`leads` over dense attention: fixed on text, and strided on images where there are any."""
+
     def word(each: bool) -> str:
         return "yes" if each else "no"
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "
         f"{word(met[0])}. Fixed on text as good as dense (the upper end of the interval at most {EQUAL} bits per "
-        f"byte): {word(met[1])}, {signed(on_text)}."
+        f"byte): {word(met[1])}, {signed(leads[0])}."
     ]
-    if on_images is None:
+    if len(leads) == 1:
         parts.append(
             "Images were not there (`make media`), so that part of the claim is open and it cannot hold whole."
         )
     else:
-        parts.append(f"Strided on images as good as dense: {word(met[2])}, {signed(on_images)}.")
+        parts.append(f"Strided on images as good as dense: {word(met[2])}, {signed(leads[1])}.")
     parts.append(
         f"Strided on text, which the paper finds wrong: {signed(strided)}. Weights are never stored here, by dense "
         "attention neither, so memory grows with the length alone; the paper stores them, as does the row of kept "
         "weights. The models are small and briefly trained, the longest context is 3,072."
-        + (caution(on_text, "dense attention") or ("" if on_images is None else caution(on_images, "dense attention")))
+        + next((words for lead in leads if (words := caution(lead, "dense attention"))), "")
     )
     return " ".join(parts)
 
