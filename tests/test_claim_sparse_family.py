@@ -237,6 +237,7 @@ def test_sparse_patterns_learn_tiles(tmp_path: Path) -> None:
     plan = dataclasses.replace(sparse.PLANS["small"], tile=8)
     recipes = sparse.image_recipes(plan)
     assert [recipe["model"]["mixers"][0].get("stride") for recipe in recipes.values()] == [None, 24, 24]
+    assert 6 < sparse.frequency_bits(plan) < 10
     contest = Contest(seeds=1, head=0, documents=3, train={"steps": 1, "lanes": 1, "segment_length": 192})
     found = sparse.contest(tmp_path, {"fixed": recipes["fixed"]}, contest, print)
     assert found["fixed"][0]["alone" if "alone" in found["fixed"][0] else "memory"]["units"] == [192] * 3
@@ -265,8 +266,10 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
 def test_the_verdict_on_sparse(powers: tuple[float, float, float], fixed: float, strided: float, verdict: str) -> None:
     text: Found = {"dense": [made(2.0)], "fixed": [made(fixed)], "strided": [made(2.3)]}
     image: Found = {"dense": [made(3.0)], "fixed": [made(3.0)], "strided": [made(strided)]}
-    found = {"growth": grown(*powers), "text": text, "image": image}
+    found = {"growth": grown(*powers), "text": text, "image": image, "frequencies": 3.3}
     assert sparse.outcome(found, sparse.PLANS["full"]).verdict == verdict
+    unlearned = sparse.outcome({**found, "frequencies": 2.9}, sparse.PLANS["full"])
+    assert unlearned.verdict != "holds"
 
 
 def test_powers_are_slopes() -> None:
