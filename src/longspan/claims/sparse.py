@@ -298,7 +298,8 @@ def _note(met: tuple[bool, bool, bool], leads: list[Interval], strided: Interval
         )
     else:
         parts.append(
-            f"Strided on images as good as dense: {word(met[2])}, {signed(leads[1])} (and dense better than frequencies alone)."
+            f"Strided on images as good as dense, which is better than frequencies alone: {word(met[2])}, "
+            f"{signed(leads[1])}."
         )
     parts.append(
         f"Strided on text, which the paper finds wrong: {signed(strided)}. Weights are never stored here, by dense "
