@@ -11,7 +11,7 @@ import torch
 
 from longspan.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.claims.base import Outcome
-from longspan.claims.contest import Contest, Found, caution, evenly
+from longspan.claims.contest import Contest, Found, caution, evenly, seeds_note
 from longspan.reference.bp import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
@@ -71,13 +71,15 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
         (2.01, 1.0, [5, 10, 20, 30], "holds in part"),
         (2.01, 1.9, [5, 10, 20, 300], "holds in part"),
         (2.10, 1.9, [500, 600, 700, 800], "does not hold"),
+        # too good to be believed
+        (1.70, 1.0, [5, 10, 20, 300], "holds in part"),
     ],
 )
 def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], verdict: str) -> None:
     plan = adaptive_span.PLANS["full"]
     costs = {"fixed": 2.0, "adaptive": flops}
     look = {"spans": [spans], "flops": costs, "counted": costs, "seconds": costs}
-    models = {"fixed": [made(2.0)], "adaptive": [made(bits)]}
+    models = {"fixed": [made(2.0)], "adaptive": [made(bits)], adaptive_span.SHORT: [made(2.0)]}
     assert adaptive_span.outcome({"models": models, "looks": [look]}, plan).verdict == verdict
 
 
@@ -100,6 +102,7 @@ def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
         (2.01, [1.4, 1.5], 10, "holds in part"),
         (2.01, [1.1, 1.8], 90, "holds in part"),
         (2.10, [1.4, 1.5], 90, "does not hold"),
+        (1.70, [1.1, 1.8], 10, "holds in part"),
     ],
 )
 def test_the_verdict_on_alphas(bits: float, alphas: list[float], kept: int, verdict: str) -> None:
@@ -130,7 +133,9 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
     assert grown["nodes"]["bp"][1024] < 100 < grown["nodes"]["dense"][1024]
 
 
-@pytest.mark.parametrize(("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "holds in part")])
+@pytest.mark.parametrize(
+    ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "holds in part"), (1.7, 1.1, "holds in part")]
+)
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     forms = {bp.DENSE: [made(2.0)], bp_forms.ANEW: [made(2.0)], bp_forms.PERSIST: [made(1.9)]}
     flops = {"dense": {10: 100.0, 100: 1e4}, "bp": {10: 10.0, 100: 10.0 * 10**slope}}
@@ -232,6 +237,7 @@ def test_sparse_patterns_learn_tiles(tmp_path: Path) -> None:
     plan = dataclasses.replace(sparse.PLANS["small"], tile=8)
     recipes = sparse.image_recipes(plan)
     assert [recipe["model"]["mixers"][0].get("stride") for recipe in recipes.values()] == [None, 24, 24]
+    assert 6 < sparse.frequency_bits(plan) < 10
     contest = Contest(seeds=1, head=0, documents=3, train={"steps": 1, "lanes": 1, "segment_length": 192})
     found = sparse.contest(tmp_path, {"fixed": recipes["fixed"]}, contest, print)
     assert found["fixed"][0]["alone" if "alone" in found["fixed"][0] else "memory"]["units"] == [192] * 3
@@ -250,6 +256,8 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
     [
         ((2.0, 1.5, 1.0), 2.01, 3.01, "holds"),
         ((2.0, 1.7, 1.0), 2.01, 3.01, "holds in part"),
+        ((2.0, 1.5, 1.0), 1.70, 3.01, "holds in part"),
+        ((2.0, 1.5, 1.0), 2.01, 2.60, "holds in part"),
         ((2.0, 1.5, 1.0), 2.01, 3.1, "holds in part"),
         ((1.5, 1.5, 1.0), 2.1, 3.1, "does not hold"),
         ((2.0, 1.5, 1.9), 2.1, 3.1, "does not hold"),
@@ -258,8 +266,10 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
 def test_the_verdict_on_sparse(powers: tuple[float, float, float], fixed: float, strided: float, verdict: str) -> None:
     text: Found = {"dense": [made(2.0)], "fixed": [made(fixed)], "strided": [made(2.3)]}
     image: Found = {"dense": [made(3.0)], "fixed": [made(3.0)], "strided": [made(strided)]}
-    found = {"growth": grown(*powers), "text": text, "image": image}
+    found = {"growth": grown(*powers), "text": text, "image": image, "frequencies": 3.3}
     assert sparse.outcome(found, sparse.PLANS["full"]).verdict == verdict
+    unlearned = sparse.outcome({**found, "frequencies": 2.9}, sparse.PLANS["full"])
+    assert unlearned.verdict != "holds"
 
 
 def test_powers_are_slopes() -> None:
@@ -276,3 +286,10 @@ def test_documents_are_taken_evenly() -> None:
 def test_a_model_that_is_far_better_than_one_that_sees_more_calls_for_a_word() -> None:
     assert "dense attention has not yet learned" in caution(Interval(-0.5, -0.6, -0.4), "dense attention")
     assert caution(Interval(-0.03, -0.05, 0.01), "dense attention") == ""
+
+
+def test_a_note_says_how_far_seeds_are_apart() -> None:
+    assert "One seed" in seeds_note({"a": [made(2.0)], "b": [made(3.0)]})
+    both = seeds_note({"a": [made(2.0), made(2.1)], "b": [made(3.0), made(3.02)]})
+    apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
+    assert f"up to {apart:.3f} bits" in both

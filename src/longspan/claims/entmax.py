@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.claims.base import Claim, Figure, Outcome, Size
 from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -16,11 +16,14 @@ from longspan.claims.contest import (
     bit_figures,
     contest,
     differences,
+    doubtful,
     evenly,
     recipe_with,
     run_folder,
     seconds_of,
+    seeds_note,
     signed,
+    verdict_of,
 )
 from longspan.claims.growth import in_turn
 from longspan.claims.runs import kept
@@ -149,10 +152,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     apart = differences(models, SOFTMAX)[LEARNED]
     good, differ, sparse = apart.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
     met = (good, differ, sparse)
-    verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict,
+        verdict=verdict_of(met, [apart]),
         figures=_figures(models, looks, spreads, share),
         size=f"4 layers of 128 with 4 heads, windows of {plan.window} keys, bytes of State of the Union speeches, "
         f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with what came "
@@ -163,7 +165,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{'yes' if good else 'no'}, {signed(apart)}. Alphas at least {SPREAD} apart in every training: "
         f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the keys seen have a weight: "
         f"{'yes' if sparse else 'no'}. "
-        "The paper's models translate; these predict bytes, are small and briefly trained.",
+        "The paper's models translate; these predict bytes, are small and briefly trained."
+        + seeds_note(models)
+        + (" A lead so early says how fast a model begins, not where it ends." if doubtful(apart) else ""),
         data=dict(found),
         pictures=[
             head_figure(
