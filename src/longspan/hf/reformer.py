@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.hf.published import PublishedConfig, Renaming
 from longspan.models import Decoder, DecoderConfig, load_weights
 
 _WHERE = "import_checkpoint: reformer"
@@ -45,7 +46,7 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
             see other than themselves and the one before, an encoder, an activation that is neither relu nor gelu.
         CheckpointError: weights that are missing, left over, or of other shapes.
     """
-    table = _Table(config)
+    table = _Table(_WHERE, config)
     model = Decoder(_decoder(table))
     given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
     # two names of one thing in earlier versions
@@ -55,16 +56,8 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return model
 
 
-class _Table:
-    """A configuration that says what it lacks."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self.config:
-            raise ConfigError(f"{_WHERE}: the config has no {name!r}; give all that transformers writes")
-        return self.config[name]
+class _Table(PublishedConfig):
+    """Its configuration."""
 
     def seed(self) -> int | None:
         """Of the rotations; None = drawn anew in every call."""
@@ -151,11 +144,12 @@ def _buckets(table: _Table) -> int:
     return int(buckets)
 
 
-class _Mapping:
+class _Mapping(Renaming):
     """Weights under the names of a `Decoder`, each of the published ones used once."""
 
     def __init__(self, given: dict[str, Tensor], model: Decoder, table: _Table) -> None:
-        self.left, self.table = given, table
+        super().__init__(_WHERE, given)
+        self.table = table
         self.ours = dict(model.state_dict())
 
     def run(self) -> dict[str, Tensor]:
@@ -164,40 +158,25 @@ class _Mapping:
         Raises:
             CheckpointError: one is missing or left over.
         """
-        self._move("embedding.weight", "reformer.embeddings.word_embeddings.weight")
+        self.move("embedding.weight", "reformer.embeddings.word_embeddings.weight")
         self._positions()
         for index, kind in enumerate(self.table["attn_layers"]):
             self._layer(f"blocks.{index}", f"reformer.encoder.layers.{index}", kind)
-        self._norm("norm", "reformer.encoder.layer_norm")
-        self._move("output.weight", "lm_head.decoder.weight")
-        self._move("output_bias", "lm_head.bias")
-        if self.left:
-            more = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
-            raise CheckpointError(f"{_WHERE}: unexpected weight {min(self.left)!r}{more}; they belong to another model")
-        return self.ours
-
-    def _take(self, name: str) -> Tensor:
-        if name not in self.left:
-            raise CheckpointError(f"{_WHERE}: missing weight {name!r}; the config is of another model")
-        return self.left.pop(name)
-
-    def _move(self, ours: str, theirs: str) -> None:
-        self.ours[ours] = self._take(theirs)
-
-    def _norm(self, ours: str, theirs: str) -> None:
-        for part in ("weight", "bias"):
-            self._move(f"{ours}.{part}", f"{theirs}.{part}")
+        self.move_pair("norm", "reformer.encoder.layer_norm")
+        self.move("output.weight", "lm_head.decoder.weight")
+        self.move("output_bias", "lm_head.bias")
+        return self.done()
 
     def _positions(self) -> None:
         theirs = "reformer.embeddings.position_embeddings"
         if not self.table["axial_pos_embds"]:
-            self._move("position_embedding.weight", f"{theirs}.embedding.weight")
+            self.move("position_embedding.weight", f"{theirs}.embedding.weight")
             return
         dim, first, widths = int(self.table["hidden_size"]), 0, list(self.table["axial_pos_embds_dim"])
         if sum(widths) != dim:
             raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {widths} does not add up to hidden_size = {dim}")
         for axis, width in enumerate(widths):
-            part = self._take(f"{theirs}.weights.{axis}").flatten(0, -2)
+            part = self.take(f"{theirs}.weights.{axis}").flatten(0, -2)
             whole = part.new_zeros(len(part), dim)
             whole[:, first : first + width] = part
             self.ours[f"position_embedding.tables.{axis}.weight"] = whole
@@ -206,14 +185,14 @@ class _Mapping:
     def _layer(self, ours: str, theirs: str, kind: str) -> None:
         attention, maps = f"{theirs}.attention", f"{ours}.mixer.projections"
         names = ("query", "key", "value") if kind == "local" else ("query_key", "query_key", "value")
-        found = {name: self._take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
+        found = {name: self.take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
         for own, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
             self.ours[f"{maps}.{own}.weight"] = found[name]
-        self._move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
-        self._norm(f"{ours}.mixer_norm", f"{attention}.layer_norm")
-        self._norm(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")
-        self._norm(f"{ours}.ffn.up_proj", f"{theirs}.feed_forward.dense.dense")
-        self._norm(f"{ours}.ffn.down_proj", f"{theirs}.feed_forward.output.dense")
+        self.move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
+        self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
+        self.move_pair(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")
+        self.move_pair(f"{ours}.ffn.up_proj", f"{theirs}.feed_forward.dense.dense")
+        self.move_pair(f"{ours}.ffn.down_proj", f"{theirs}.feed_forward.output.dense")
         if kind == "lsh":
             self._rotations(f"{ours}.mixer.core.rotations", found["value"].dtype)
 

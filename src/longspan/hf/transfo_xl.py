@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.hf.published import PublishedConfig, Renaming
 from longspan.mixers.transformer_xl import TransformerXLCore, TransformerXLState
 from longspan.models import Decoder, DecoderConfig, StackState, load_weights
 
@@ -78,13 +79,14 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     return StackState(tuple(layers), layers[0].live)
 
 
-class _Table:
+class _Table(PublishedConfig):
     """A configuration that says what it lacks, and what of it this library has not."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = {**config}
+        super().__init__(_WHERE, config := {**config})
         # an earlier name
-        self.config.setdefault("vocab_size", config.get("n_token"))
+        if "n_token" in config:
+            config.setdefault("vocab_size", config["n_token"])
         for name, known in (("attn_type", 0), ("ext_len", 0)):
             if config.get(name, known) != known:
                 raise UnsupportedError(f"{_WHERE}: {name} = {config[name]!r}: only {known} is known")
@@ -99,11 +101,6 @@ class _Table:
         self.tied_maps = [bool(each) for each in config.get("tie_projs", shared)][: len(self.cuts) + 1]
         if len(self.tied_maps) <= len(self.cuts):
             raise ConfigError(f"{_WHERE}: tie_projs names {len(self.tied_maps)} of {len(self.cuts) + 1} clusters")
-
-    def __getitem__(self, name: str) -> Any:
-        if self.config.get(name) is None:
-            raise ConfigError(f"{_WHERE}: the config has no {name!r}; give all that transformers writes")
-        return self.config[name]
 
     @property
     def plain(self) -> bool:
@@ -155,13 +152,13 @@ def _decoder(table: _Table) -> DecoderConfig:
     )
 
 
-class _Mapping:
+class _Mapping(Renaming):
     """Weights under the names of a `Decoder`, each of the published ones used once."""
 
     def __init__(self, given: dict[str, Tensor], model: Decoder, table: _Table) -> None:
-        self.left, self.table, self.count = given, table, model.config.num_layers
+        super().__init__(_WHERE, given)
+        self.table, self.count = table, model.config.num_layers
         self.names = model.state_dict().keys()
-        self.ours: dict[str, Tensor] = {}
 
     def run(self) -> dict[str, Tensor]:
         """All of them.
@@ -177,51 +174,36 @@ class _Mapping:
         self._output()
         for name in [name for name in self.left if name.startswith(_TIED) and self._unused(name)]:
             del self.left[name]
-        if self.left:
-            more = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
-            raise CheckpointError(f"{_WHERE}: unexpected weight {min(self.left)!r}{more}; they belong to another model")
-        return self.ours
-
-    def _take(self, name: str) -> Tensor:
-        if name not in self.left:
-            raise CheckpointError(f"{_WHERE}: missing weight {name!r}; the config is of another model")
-        return self.left.pop(name)
-
-    def _move(self, ours: str, theirs: str) -> None:
-        self.ours[ours] = self._take(theirs)
-
-    def _linear(self, ours: str, theirs: str) -> None:
-        for part in ("weight", "bias"):
-            self._move(f"{ours}.{part}", f"{theirs}.{part}")
+        return self.done()
 
     def _layer(self, ours: str, theirs: str) -> None:
         attention, mixer = f"{theirs}.dec_attn", f"{ours}.mixer"
-        fused = self._take(f"{attention}.qkv_net.weight")
+        fused = self.take(f"{attention}.qkv_net.weight")
         for name, part in zip(("q_proj", "k_proj", "v_proj"), fused.chunk(3), strict=True):
             self.ours[f"{mixer}.projections.{name}.weight"] = part
-        self._move(f"{mixer}.projections.o_proj.weight", f"{attention}.o_net.weight")
-        self._move(f"{mixer}.core.r_proj.weight", f"{attention}.r_net.weight")
+        self.move(f"{mixer}.projections.o_proj.weight", f"{attention}.o_net.weight")
+        self.move(f"{mixer}.core.r_proj.weight", f"{attention}.r_net.weight")
         for own, name in _BIASES.items():
             # one pair for all layers may be saved once
             shared = f"transformer.{name}"
             own_name = f"{attention}.{name}"
-            found = self.left[shared] if own_name not in self.left and shared in self.left else self._take(own_name)
+            found = self.left[shared] if own_name not in self.left and shared in self.left else self.take(own_name)
             self.ours[f"{mixer}.core.{own}"] = found
-        self._linear(f"{ours}.mixer_norm", f"{attention}.layer_norm")
-        self._linear(f"{ours}.ffn_norm", f"{theirs}.pos_ff.layer_norm")
-        self._linear(f"{ours}.ffn.up_proj", f"{theirs}.pos_ff.CoreNet.0")
-        self._linear(f"{ours}.ffn.down_proj", f"{theirs}.pos_ff.CoreNet.3")
+        self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
+        self.move_pair(f"{ours}.ffn_norm", f"{theirs}.pos_ff.layer_norm")
+        self.move_pair(f"{ours}.ffn.up_proj", f"{theirs}.pos_ff.CoreNet.0")
+        self.move_pair(f"{ours}.ffn.down_proj", f"{theirs}.pos_ff.CoreNet.3")
 
     def _embedding(self) -> None:
         table, theirs = self.table, "transformer.word_emb"
         if table.plain:
-            self._move("embedding.weight", f"{theirs}.emb_layers.0.weight")
+            self.move("embedding.weight", f"{theirs}.emb_layers.0.weight")
             return
         count = 1 if table.alike else len(table.cuts) + 1
         for index in range(count):
-            self._move(f"embedding.tables.{index}.weight", f"{theirs}.emb_layers.{index}.weight")
+            self.move(f"embedding.tables.{index}.weight", f"{theirs}.emb_layers.{index}.weight")
             if table.mapped:
-                self._move(f"embedding.projections.{index}.weight", f"{theirs}.emb_projs.{index}")
+                self.move(f"embedding.projections.{index}.weight", f"{theirs}.emb_projs.{index}")
 
     def _output(self) -> None:
         table = self.table
@@ -232,8 +214,8 @@ class _Mapping:
         def layers(part: str) -> list[Tensor]:
             """A part of `crit.out_layers` by cluster."""
             if not table.alike:
-                return [self._take(f"crit.out_layers.{index}.{part}") for index in range(clusters)]
-            whole = self._take(f"crit.out_layers.0.{part}")
+                return [self.take(f"crit.out_layers.{index}.{part}") for index in range(clusters)]
+            whole = self.take(f"crit.out_layers.0.{part}")
             if len(whole) != sum(sizes):
                 raise CheckpointError(f"{_WHERE}: crit.out_layers.0.{part} is of {len(whole)} tokens, not {sum(sizes)}")
             return list(whole.split(sizes))
@@ -249,8 +231,8 @@ class _Mapping:
             for index, weight in enumerate(layers("weight")):
                 self.ours[f"output.tables.{index}.weight"] = weight
         if clusters > 1:
-            self._move("output.cluster.weight", "crit.cluster_weight")
-            self._move("output.cluster_bias", "crit.cluster_bias")
+            self.move("output.cluster.weight", "crit.cluster_weight")
+            self.move("output.cluster_bias", "crit.cluster_bias")
         for index in range(clusters):
             name = f"output.projections.{index}.weight"
             if name in self.names:
@@ -260,7 +242,7 @@ class _Mapping:
         """The output's map of a cluster, (dim, width): its own, or a copy of the embedding's."""
         if self.table.tied_maps[index]:
             return self.ours[f"embedding.projections.{0 if self.table.alike else index}.weight"]
-        return self._take(f"crit.out_projs.{index}")
+        return self.take(f"crit.out_projs.{index}")
 
     def _unused(self, name: str) -> bool:
         """Whether an output weight is one that transformers overwrites with the embedding's."""
