@@ -11,7 +11,7 @@ import torch
 
 from longspan.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.claims.base import Outcome
-from longspan.claims.contest import Contest, Found, caution, evenly, seeds_note
+from longspan.claims.contest import Contest, Found, as_good, caution, evenly, seeds_note
 from longspan.reference.bp import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
@@ -293,3 +293,8 @@ def test_a_note_says_how_far_seeds_are_apart() -> None:
     both = seeds_note({"a": [made(2.0), made(2.1)], "b": [made(3.0), made(3.02)]})
     apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
     assert f"up to {apart:.3f} bits" in both
+
+
+def test_as_good_in_a_word() -> None:
+    found = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
+    assert found == ["yes", "no", "open, the interval is too wide"]

@@ -14,6 +14,7 @@ from longspan.claims.contest import (
     INTERVALS,
     Contest,
     Found,
+    as_good,
     bit_figures,
     caution,
     contest,
@@ -185,7 +186,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
         f"what came before carried on, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held back: the first "
         f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
-        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {'yes' if good else 'no'}, "
+        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(apart)}, "
         f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
         f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
         "briefly trained, so what it can use from afar is little, and short spans cost it little."

@@ -14,6 +14,7 @@ from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
+    as_good,
     bit_figures,
     caution,
     contest,
@@ -178,7 +179,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
         "computed",
         note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{'yes' if good else 'no'}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
+        f"{as_good(apart)}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
         f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
         f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
         "verdict does not rest on it. All are small and briefly trained."

@@ -114,6 +114,11 @@ def signed(interval: Interval) -> str:
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")
 
 
+def as_good(lead: Interval) -> str:
+    """Whether a model is as good, in a word: `EQUAL` above, below or within the interval."""
+    return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "open, the interval is too wide"
+
+
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
     """All parts are met, or some, or none; in part at most where a lead is too large to be believed."""
     if all(met) and not any(map(doubtful, leads)):

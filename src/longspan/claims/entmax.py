@@ -13,6 +13,7 @@ from longspan.claims.contest import (
     INTERVALS,
     Contest,
     Found,
+    as_good,
     bit_figures,
     contest,
     differences,
@@ -162,7 +163,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{plan.contest.head:,} bytes of {len(models[SOFTMAX][0]['names'])} speeches; {INTERVALS}; weights counted on "
         f"{looks[0]['tokens']:,} bytes",
         note=f"As good as softmax (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{'yes' if good else 'no'}, {signed(apart)}. Alphas at least {SPREAD} apart in every training: "
+        f"{as_good(apart)}, {signed(apart)}. Alphas at least {SPREAD} apart in every training: "
         f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the keys seen have a weight: "
         f"{'yes' if sparse else 'no'}. "
         "The paper's models translate; these predict bytes, are small and briefly trained."

@@ -18,6 +18,7 @@ from longspan.claims.contest import (
     INTERVALS,
     Contest,
     Found,
+    as_good,
     bit_figures,
     bits_of,
     caution,
@@ -251,7 +252,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         verdict=verdict_of(met, leads),
         figures=figures,
         size=_size(found, plan),
-        note=_note(met, leads, differences(text, DENSE)[STRIDED]) + seeds_note(text),
+        note=_note(grows, leads, differences(text, DENSE)[STRIDED]) + seeds_note(text),
         data=dict(found),
         pictures=_pictures(grown),
         seconds=seconds_of(text) + (0.0 if image is None else seconds_of(image)),
@@ -281,26 +282,20 @@ def _size(found: Mapping[str, Any], plan: Plan) -> str:
     return f"{words}; {INTERVALS}"
 
 
-def _note(met: tuple[bool, bool, bool], leads: list[Interval], strided: Interval) -> str:
+def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
     """`leads` over dense attention: fixed on text, and strided on images where there are any."""
-
-    def word(each: bool) -> str:
-        return "yes" if each else "no"
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "
-        f"{word(met[0])}. Fixed on text as good as dense (the upper end of the interval at most {EQUAL} bits per "
-        f"byte): {word(met[1])}, {signed(leads[0])}."
+        f"{'yes' if grows else 'no'}. Fixed on text as good as dense (the upper end of the interval at most {EQUAL} "
+        f"bits per byte): {as_good(leads[0])}, {signed(leads[0])}."
     ]
     if len(leads) == 1:
         parts.append(
             "Images were not there (`make media`), so that part of the claim is open and it cannot hold whole."
         )
     else:
-        parts.append(
-            f"Strided on images as good as dense, which is better than frequencies alone: {word(met[2])}, "
-            f"{signed(leads[1])}."
-        )
+        parts.append(f"Strided on images as good as dense: {as_good(leads[1])}, {signed(leads[1])}.")
     parts.append(
         f"Strided on text, which the paper finds wrong: {signed(strided)}. Weights are never stored here, by dense "
         "attention neither, so memory grows with the length alone; the paper stores them, as does the row of kept "
