@@ -27,8 +27,7 @@ def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypat
     def recipe_of(*arguments: Any) -> dict[str, Any]:
         recipe = plain(*arguments)
         recipe["model"] |= small
-        recipe["train"] |= {"lanes": 2, "final_eval_tokens": 63}
-        recipe["task"]["samples"] = 100
+        recipe["train"] |= {"rows": 2}
         return recipe
 
     monkeypatch.setattr(reformer_copy, "recipe_of", recipe_of)

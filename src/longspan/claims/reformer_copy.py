@@ -43,8 +43,8 @@ class Plan:
 
 
 PLANS: dict[str, Plan] = {
-    "small": Plan(word=127, steps=600, selections=("strict",), rounds=(FULL, 4), samples=32, draws=2),
-    "full": Plan(word=511, steps=1500, selections=("strict", "sorted"), rounds=(FULL, 4, 2, 1), samples=64, draws=3),
+    "small": Plan(word=127, steps=250, selections=("strict",), rounds=(FULL, 4), samples=32, draws=2),
+    "full": Plan(word=511, steps=700, selections=("strict", "sorted"), rounds=(FULL, 4, 2, 1), samples=64, draws=3),
 }
 
 
@@ -65,7 +65,7 @@ def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     """The recipe of one training."""
     recipe = read_toml(find_recipe("reformer-copy.toml"))
     recipe["task"]["word"] = plan.word
-    recipe["train"] |= {"steps": plan.steps, "segment_length": 2 * plan.word + 1}
+    recipe["train"]["steps"] = plan.steps
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
     return recipe
 
@@ -140,8 +140,8 @@ def outcome(found: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: 
         verdict="holds" if every and more else "holds in part" if some else "does not hold",
         figures=figures,
         size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
-        f"{plan.steps:,} steps of 8 texts each, one seed; {plan.samples} held-back texts, for each number of rounds "
-        f"{plan.draws} draws of rotations that were never trained with",
+        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-back "
+        f"texts, for each number of rounds {plan.draws} draws of rotations that were never trained with",
         note="'full' sees every earlier token with shared queries and keys. The paper trained 150,000 steps of a layer "
         "of 256; its selection is 'sorted'.",
         data=dict(found),

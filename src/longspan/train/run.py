@@ -21,11 +21,12 @@ from longspan.files import read_json, write_json
 from longspan.models import build_model, load_model, resolve_model, save_model
 from longspan.models.io import is_converted
 from longspan.tasks import MemoryTask, Task
-from longspan.tasks.synthetic import PasskeyTask
+from longspan.tasks.synthetic import CopyTask, PasskeyTask
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
+from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, join_group
 from longspan.train.progress import Silent, make
@@ -36,7 +37,12 @@ from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
 TABLES = ("model", "task", "train")
-_PASSKEYS = ("passkey", "needle")
+_CURRICULA: dict[str, type[StagedConfig]] = {
+    "passkey": RetrievalConfig,
+    "needle": RetrievalConfig,
+    "copy": CopyingConfig,
+}
+"""What `train.curriculum` is, by task."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
 FREE = (
@@ -82,14 +88,14 @@ def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
-    """Of a classifier on a memory task its curriculum, of pass keys theirs where it is named, else the usual table."""
+    """Of a classifier on a memory task its curriculum, of tasks that have one theirs where it is named, else usual."""
     name, given = recipe.get("task", {}).get("name"), recipe.get("train", {})
     if name == "memory" and "classes" in recipe.get("model", {}):
         return CurriculumConfig
     if "curriculum" in given:
-        if name not in _PASSKEYS:
-            raise ConfigError(f"train.curriculum: for the tasks {' and '.join(_PASSKEYS)} only, not for {name!r}")
-        return RetrievalConfig
+        if name not in _CURRICULA:
+            raise ConfigError(f"train.curriculum: for the tasks {', '.join(_CURRICULA)} only, not for {name!r}")
+        return _CURRICULA[name]
     return TrainConfig
 
 
@@ -176,6 +182,8 @@ def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, re
     trainer: StagedTrainer
     if isinstance(config, RetrievalConfig):
         trainer = RetrievalTrainer(model, cast(PasskeyTask, task), config, folder, display=display)
+    elif isinstance(config, CopyingConfig):
+        trainer = CopyingTrainer(model, cast(CopyTask, task), config, folder, display=display)
     else:
         assert isinstance(config, CurriculumConfig)
         trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
@@ -194,9 +202,9 @@ def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, re
 
 def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
     """What a recipe's tables must agree on."""
-    if isinstance(config, RetrievalConfig):
+    if isinstance(config, (RetrievalConfig, CopyingConfig)):
         if resolved["model"]["kind"] != "decoder" or "memory" in resolved["model"]:
-            raise ConfigError("train.curriculum = 'retrieval' trains a decoder without a table model.memory")
+            raise ConfigError(f"train.curriculum = {config.curriculum!r} trains a decoder without a table model.memory")
         return
     memory = resolved["model"]["memory"]
     if memory["segment_length"] != resolved["task"]["segment_length"]:
