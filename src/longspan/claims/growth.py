@@ -59,13 +59,13 @@ def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
 def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
     torch.set_num_threads(1)
     step = prepare(*given)
-    forgets = _forget_peak()
-    before = _resident("VmRSS") if forgets else _most()
+    forgets = forget_peak()
+    before = resident("VmRSS") if forgets else _most()
     step()
-    return max((_resident("VmHWM") if forgets else _most()) - before, 1)
+    return max((resident("VmHWM") if forgets else _most()) - before, 1)
 
 
-def _forget_peak() -> bool:
+def forget_peak() -> bool:
     """The peak counts from here, where the system can (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -74,7 +74,8 @@ def _forget_peak() -> bool:
     return True
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes resident now ("VmRSS"), or at most since `forget_peak` ("VmHWM"); Linux."""
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -161,8 +161,9 @@ def _tokens_per_step(name: str) -> int:
 
 
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
-    """Bits per byte more than dense attention, seeds together, with an interval over documents."""
-    one, other = (together([as_trained(each) for each in part]) for part in (ours, dense))
+    """Bits per byte more than dense attention, the seeds that both have together, with an interval over documents."""
+    seeds = min(len(ours), len(dense))
+    one, other = (together([as_trained(each) for each in part[:seeds]]) for part in (ours, dense))
     return one.minus(other)
 
 

@@ -1,7 +1,7 @@
 """`routing`: half of the heads routed by content, against local heads alone of as many FLOPs; how clusters are used."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,25 @@ import numpy as np
 import torch
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.language_modelling import recipe_of, together
-from longspan.claims.runs import kept, trained, trained_seconds
+from longspan.claims.contest import (
+    INTERVALS,
+    Contest,
+    Found,
+    bit_figures,
+    contest,
+    differences,
+    recipe_with,
+    run_folder,
+    seconds_of,
+)
+from longspan.claims.language_modelling import recipe_of
+from longspan.claims.runs import kept
 from longspan.mixers.choices import Choices
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks.base import Documents, heads
-from longspan.train import Interval, evaluate_text, load_run
-from longspan.train.evaluate import Evaluation
+from longspan.train import load_run
 
 ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
 PIECE = 2048
@@ -26,18 +36,15 @@ PIECE = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: steps of training, seeds of the two that are compared, others with one, held-back bytes and documents."""
+    """Sizes: of the two that are compared, and of others, which are trained with one seed."""
 
-    steps: int
-    seeds: int
-    others: tuple[str, ...]
-    head: int
-    documents: int
+    contest: Contest
+    others: tuple[str, ...] = ()
 
 
 PLANS: dict[str, Plan] = {
-    "small": Plan(steps=30, seeds=1, others=(), head=2048, documents=4),
-    "full": Plan(steps=800, seeds=3, others=(BALANCED, DENSE), head=8192, documents=0),
+    "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
+    "full": Plan(contest=Contest(seeds=3, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
 }
 
 
@@ -91,63 +98,33 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
 def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train and measure everything; a second call goes on from what is in the folder."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    runs = []
-    for name in (LOCAL, ROUTED, *plan.others):
-        for seed in range(plan.seeds if name in (LOCAL, ROUTED) else 1):
-            recipe = recipe_of("routing")
-            recipe["model"]["mixers"] = [mixer_of(name)]
-            recipe["train"] |= {"steps": plan.steps, "seed": seed, "final_eval_tokens": PIECE, "threads": 1}
-            run = folder / name.replace("'", "").replace(" ", "-") / f"seed-{seed}"
-            trained(recipe, run)
-            runs.append(run)
-            record = measure(run, name, plan)
-            found.setdefault(name, []).append(record)
-            say(f"{name}, seed {seed}: {_evaluation(record).bits_per_unit:.4f} bits per byte")
-    return outcome(found, plan, trained_seconds(runs))
+    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.others)}
+    found = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
+    found |= contest(folder, {name: recipes[name] for name in plan.others}, replace(plan.contest, seeds=1), say)
+    shares: list[list[float]] = []
+    for seed in range(plan.contest.seeds):
+        run = run_folder(folder, ROUTED, seed)
+        shares += kept(run / "usage.json", lambda run=run: _used(run, plan.contest))["shares"]  # type: ignore[misc]
+    return outcome(found, shares, plan.contest)
 
 
-def measure(run: Path, name: str, plan: Plan) -> dict[str, Any]:
-    """Nats of each held-back document, read in pieces; of strict routing, how clusters are used. Made once."""
-
-    def found() -> dict[str, Any]:
-        model, task = load_run(run)
-        documents = heads(task.documents("validation"), plan.head, plan.documents)
-        value = evaluate_text(model, documents, chunk=PIECE, memory=False)
-        record = {**value.record(), "names": list(documents.names), "parameters": model.num_parameters()}
-        return {**record, "usage": usage(model, documents)} if name == ROUTED else record
-
-    return kept(run / f"held-back-{plan.documents}x{plan.head}.json", found)
+def _used(run: Path, plan: Contest) -> dict[str, Any]:
+    model, task = load_run(run)
+    return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
 
 
-def _evaluation(record: Mapping[str, Any]) -> Evaluation:
-    return Evaluation.of(record, record["names"])
+def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
+    """What was found, beside what the paper says.
 
-
-def difference(ours: list[dict[str, Any]], other: list[dict[str, Any]]) -> Interval:
-    """Bits per byte of as many seeds of both, documents paired."""
-    count = min(len(ours), len(other))
-    one, two = (together([_evaluation(record) for record in part[:count]]) for part in (ours, other))
-    return one.minus(two)
-
-
-def outcome(found: Mapping[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
-    """What was found, beside what the paper says."""
-    figures = []
-    for name, records in found.items():
-        value = together([_evaluation(record) for record in records]).bits_per_unit
-        minus = difference(records, found[LOCAL])
-        figures.append(
-            Figure(
-                f"bits per byte, {name}" + (f" (window {equal_window()})" if name == LOCAL else ""),
-                "0.99 (enwik8)" if name == ROUTED else "",
-                f"{value:.4f}"
-                + (f" ({minus.value:+.4f} [{minus.low:+.4f}, {minus.high:+.4f}] to local)" if name != LOCAL else "")
-                + f", {len(records)} seed{'s' if len(records) > 1 else ''}; {flops(mixer_of(name)) / 1e9:.2f} GFLOPs "
-                "a piece",
-            )
-        )
-    shares = [head for record in found[ROUTED] for head in record["usage"]]
+    Args:
+        found: of `contest`.
+        shares: of the tokens, in each cluster of each routed head, the fullest first.
+        plan: sizes.
+    """
+    figures = bit_figures(found, LOCAL, {ROUTED: "0.99 (enwik8)"})
+    figures += [
+        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in found
+    ]
     even = 1 / len(shares[0])
     busy = [sum(share > even / 10 for share in head) for head in shares]
     figures.append(
@@ -158,21 +135,25 @@ def outcome(found: Mapping[str, list[dict[str, Any]]], plan: Plan, seconds: floa
             f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
         )
     )
-    minus = difference(found[ROUTED], found[LOCAL])
+    minus = differences(found, LOCAL)[ROUTED]
     return Outcome(
         verdict="holds" if minus.high < 0 else "does not hold" if minus.low > 0 else "holds in part",
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
-        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, {plan.steps:,} steps "
-        f"of one; held back: the first {plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; 95 % "
-        "intervals by drawing documents anew",
+        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
+        f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
+        f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
         note="Holds: better than local heads, the interval of the difference below zero; does not hold: above zero. "
         "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
         "tokens.",
-        data=dict(found.items()),
+        data={"models": found, "shares": shares},
         pictures=[_picture(shares)],
-        seconds=seconds,
+        seconds=seconds_of(found),
     )
+
+
+def _window(name: str) -> str:
+    return f" (window {equal_window()})" if name == LOCAL else ""
 
 
 def _picture(shares: list[list[float]]) -> Picture:
