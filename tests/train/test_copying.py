@@ -67,8 +67,12 @@ def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="for the task copy there is only 'copy'"):
+        run(override(RECIPE, "train.curriculum=copying"), tmp_path)
+    with pytest.raises(
+        ConfigError, match="= 'retrieval': 'retrieval' for passkey and needle only, 'copy' for copy only"
+    ):
         run(override(RECIPE, "train.curriculum=retrieval"), tmp_path)
     with pytest.raises(ConfigError, match="trains a decoder"):
         run(override(RECIPE, "model.kind=encoder"), tmp_path)
-    with pytest.raises(ConfigError, match="only, not for 'associate'"):
+    with pytest.raises(ConfigError, match="the task is 'associate'"):
         run({**RECIPE, "task": {"name": "associate"}}, tmp_path)

@@ -37,12 +37,11 @@ from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
 TABLES = ("model", "task", "train")
-_CURRICULA: dict[str, type[StagedConfig]] = {
-    "passkey": RetrievalConfig,
-    "needle": RetrievalConfig,
-    "copy": CopyingConfig,
+_CURRICULA: dict[str, tuple[type[StagedConfig], tuple[str, ...]]] = {
+    "retrieval": (RetrievalConfig, ("passkey", "needle")),
+    "copy": (CopyingConfig, ("copy",)),
 }
-"""What `train.curriculum` is, by task."""
+"""What `train.curriculum` names, and the tasks that it is for."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
 FREE = (
@@ -93,9 +92,13 @@ def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
     if name == "memory" and "classes" in recipe.get("model", {}):
         return CurriculumConfig
     if "curriculum" in given:
-        if name not in _CURRICULA:
-            raise ConfigError(f"train.curriculum: for the tasks {', '.join(_CURRICULA)} only, not for {name!r}")
-        return _CURRICULA[name]
+        of_task = next((config for config, known in _CURRICULA.values() if name in known), None)
+        config, known = _CURRICULA.get(given["curriculum"], (of_task, (name,)))
+        if config is None or name not in known:
+            words = {each: " and ".join(tasks) for each, (_, tasks) in _CURRICULA.items()}
+            only = ", ".join(f"{each!r} for {tasks} only" for each, tasks in words.items())
+            raise ConfigError(f"train.curriculum = {given['curriculum']!r}: {only}; the task is {name!r}")
+        return config
     return TrainConfig
 
 
