@@ -189,5 +189,5 @@ ENTMAX = Claim(
     text="Heads learn how sparse they are, each its own alpha between softmax and sparsemax, give most keys no weight "
     "at all, and the model is as good as with the softmax.",
     run=_run,
-    minutes={"small": 0.4, "full": 8},
+    minutes={"small": 0.4, "full": 6},
 )
