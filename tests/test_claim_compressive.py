@@ -50,7 +50,13 @@ def counts() -> lm.TextCounts:
 
 @pytest.mark.parametrize(
     ("rare", "frequent", "verdict"),
-    [(-1.0, -0.5, "holds"), (0.5, -1.0, "holds in part"), (-0.5, 1.0, "holds in part"), (0.5, 0.5, "does not hold")],
+    [
+        (-1.0, -0.5, "holds"),
+        (-0.5, -1.0, "holds in part"),
+        (0.5, -1.0, "holds in part"),
+        (-0.5, 1.0, "holds in part"),
+        (0.5, 0.5, "does not hold"),
+    ],
 )
 def test_verdict_asks_for_all_bytes_and_rare_words(rare: float, frequent: float, verdict: str) -> None:
     base = [np.full(4, 3.0) for _ in range(20)]

@@ -77,6 +77,18 @@ def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> Non
     assert [drawn.name for drawn in found.pictures] == ["reformer-copy-strict", "reformer-copy-sorted"]
 
 
+def test_more_rounds_in_training_must_not_be_worse() -> None:
+    plan = reformer_copy.PLANS["full"]
+
+    def row(value: float) -> dict[str, float]:
+        return {"full": 0.01, "8": value, "4": value, "2": value, "1": value}
+
+    rows = {"full": row(0.6), "4": row(0.99), "2": row(1.0), "1": row(1.0)}
+    assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds"
+    rows["1"] = row(1.02)
+    assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds in part"
+
+
 def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 

@@ -134,7 +134,7 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "holds in part"), (1.7, 1.1, "holds in part")]
+    ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "does not hold"), (1.7, 1.1, "holds in part")]
 )
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     forms = {bp.DENSE: [made(2.0)], bp_forms.ANEW: [made(2.0)], bp_forms.PERSIST: [made(1.9)]}

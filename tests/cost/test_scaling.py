@@ -100,7 +100,9 @@ def test_untied_output_is_no_part_of_n() -> None:
     common = {"vocab_size": 50, "dim": 32, "num_layers": 1, "num_heads": 4, "mixers": [{"name": "full"}]}
     tied, untied = (ls.Decoder(ls.DecoderConfig(**common, tie_embeddings=tie)) for tie in (True, False))  # type: ignore[arg-type]
     assert untied.num_parameters() > tied.num_parameters()
-    assert scaling.non_embedding(tied) == scaling.non_embedding(untied)
+    learned = {"output_bias": True, "positions": "learned", "max_positions": 100}
+    biased = ls.Decoder(ls.DecoderConfig(**common, **learned))  # type: ignore[arg-type]
+    assert scaling.non_embedding(tied) == scaling.non_embedding(untied) == scaling.non_embedding(biased)
 
 
 def test_batches_at_their_limits() -> None:

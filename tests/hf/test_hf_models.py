@@ -144,10 +144,10 @@ def test_masked_models_and_classifiers(tmp_path: Path) -> None:
     masked.save_pretrained(tmp_path / "masked")
     again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "masked")
     assert torch.equal(again(text).logits, masked(text).logits)
-    for kind in ("encoder", "decoder"):
-        config = LongspanConfig(
-            model={**TABLE, "kind": kind, "mixers": [{"name": "full"}]}, vocab_size=29, num_labels=3
-        )
+    both = {"reversible": True, "streams": "both", "tie_embeddings": False}
+    for kind, fields in (("encoder", {}), ("decoder", {}), ("decoder", both)):
+        table = {**TABLE, "kind": kind, "mixers": [{"name": "full"}], **fields}
+        config = LongspanConfig(model=table, vocab_size=29, num_labels=3)
         model = LongspanForSequenceClassification(config).eval()
         out = model(text, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
         assert out.logits.shape == (3, 3)

@@ -309,9 +309,10 @@ def test_under_recurrent_memory() -> None:
         return int(4 * batch * heads * length * k[2] * dim)
 
     mapping: Any = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
-        memory(tokens(3, 50), flush=True)
-    assert counter.get_total_flops() == pytest.approx(memory.flops(50, batch_size=3), rel=0.02)
+    for length in (50, 8):
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+            memory(tokens(3, length), flush=True)
+        assert counter.get_total_flops() == pytest.approx(memory.flops(length, batch_size=3), rel=0.02)
 
 
 def test_mistakes_are_one_clear_line() -> None:

@@ -65,6 +65,23 @@ def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert model.traits.value_causal
 
 
+def test_auxiliary_losses_are_learned_from(tmp_path: Path) -> None:
+    spans = []
+    for penalty in (0.0, 100.0):
+        mixer = {"name": "adaptive_span", "max_span": 16, "ramp": 4, "penalty": penalty}
+        recipe = override(RECIPE, "train.steps=3")
+        recipe = {**recipe, "model": {**recipe["model"], "mixers": [mixer]}}
+        run(recipe, tmp_path / str(penalty), progress="none")
+        model, _ = load_run(tmp_path / str(penalty))
+        spans.append(torch.cat([p.flatten() for n, p in model.named_parameters() if "core" in n]))
+    assert not torch.equal(*spans)
+
+
+def test_positions_that_do_not_reach_are_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"30 learned positions.*texts of 31"):
+        run(override(RECIPE, "model.max_positions=30"), tmp_path, progress="none")
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="for the task copy there is only 'copy'"):
         run(override(RECIPE, "train.curriculum=copying"), tmp_path)

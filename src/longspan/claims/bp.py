@@ -168,7 +168,8 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     better = "worse" if persisting.low > 0 else "better" if persisting.high < 0 else "no different"
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict_of(met, [apart]),
+        # FLOPs are known before anything runs, so they alone decide nothing
+        verdict=verdict_of(met, [apart]) if good else "does not hold",
         figures=_figures(found, slopes, persisting, plan),
         size=f"beside dense: 4 layers of 128 with 4 heads, {NEAREST} spans a level, bytes of State of the Union "
         f"speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} bytes, "

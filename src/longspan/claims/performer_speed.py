@@ -1,5 +1,6 @@
 """`performer-speed`: time and memory against length, beside dense attention and a layer without attention."""
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -45,15 +46,17 @@ def step_of(name: str, length: int) -> Step:
 
 def _measured(length: int) -> dict[str, dict[str, float]]:
     names = [name for name in _LAYERS if length <= _MOST.get(name, length)]
+    started = time.perf_counter()
     return {
         "seconds": in_turn({name: step_of(name, length) for name in names}, _PAIRS),
         "bytes": {name: float(peak_bytes(step_of, name, length)) for name in names},
+        "took": {"all": time.perf_counter() - started},
     }
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}}
+    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
     for length in _LENGTHS[size]:
         for what, values in kept(folder / f"length-{length}.json", lambda n=length: _measured(n)).items():  # type: ignore[misc]
             for name, value in values.items():
@@ -80,7 +83,7 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
                     + f" (last two: grows as n^{last_power(values):.2f})",
                 )
             )
-    linear = all(last_power(found[what][_OURS]) < 1.25 for what in found)
+    linear = all(last_power(found[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
     longest = max(found["seconds"][_OURS])
     times = found["seconds"][_OURS][longest] / found["seconds"][_NONE][longest]
     quadratic = last_power(found["seconds"][_DENSE]) > 1.5
@@ -93,6 +96,7 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
         f"attention at all it is not, on a CPU: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
         "four times the work of the values themselves. PyTorch's dense attention keeps no weights, so that its memory "
         "is linear too.",
+        seconds=sum(sum(values.values()) for values in found["took"].values()),
         data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in found.items()},
         pictures=[
             growth_picture(

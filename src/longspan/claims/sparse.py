@@ -222,8 +222,9 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     )
     on_text = differences(text, DENSE)[FIXED]
     on_images = None if image is None else differences(image, DENSE)[STRIDED]
-    # a dense model that knows no more than frequencies is no measure (added when the first result was known)
-    learned = image is not None and bits_of(image[DENSE]) < found["frequencies"]
+    # a dense model that knows no more than frequencies, or than nothing, is no measure (added when the first result
+    # was known)
+    learned = image is not None and bits_of(image[DENSE]) < min(found["frequencies"], 8.0)
     met = (grows, on_text.high <= EQUAL, learned and on_images is not None and on_images.high <= EQUAL)
     leads = [on_text] if on_images is None else [on_text, on_images]
     expected = {DENSE: "n^2", WEIGHTS: "n^2", FIXED: "n^1.5", STRIDED: "n^1.5"}

@@ -160,17 +160,17 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
             f"{found['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
         ),
     ]
-    trained_at = plan.lengths.index(TRAINED)
     best = _evaluation(losses, TRAINED).minus(none)
-    falls = all(b <= a for a, b in pairwise(values[: trained_at + 1]))
+    falls = all(b <= a for a, b in pairwise(values))
     beyond = found["reach"]["tokens"] > TRAINED
     return Outcome(
-        verdict="holds" if falls and best.high < 0 and rate > 1 and beyond else "holds in part",
+        verdict="does not hold" if best.high >= 0 else "holds" if falls and rate > 1 and beyond else "holds in part",
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
         f"steps of 1,024 bytes; held back: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
         "intervals by drawing documents anew",
-        note=f"Trained with {TRAINED}: what longer memories give beyond it was never trained for.",
+        note=f"Bits fall with every length: {'yes' if falls else 'no'}. Trained with {TRAINED}: what longer memories "
+        "give beyond it was never trained for.",
         data=found,
         pictures=[_picture(values, plan)],
         seconds=seconds,

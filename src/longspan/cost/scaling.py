@@ -53,8 +53,8 @@ def model_training_flops(model: Any, tokens: float, *, length: int) -> float:
 
 
 def non_embedding(model: Any) -> int:
-    """Parameters without the table of embeddings and the output layer (which may be the same)."""
-    names = ("embedding.", "head.", "output.", "positions.")
+    """Parameters without the tables of embeddings and positions and the output layer (which may be the first)."""
+    names = ("embedding.", "head.", "output.", "output_bias", "position_embedding.")
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(names))
 
 

@@ -232,7 +232,7 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
     def _heads(self) -> None:
         config = self.config
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels or 2)
+        self.score = nn.Linear(self._stack.config.hidden_dim, config.num_labels or 2)
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 

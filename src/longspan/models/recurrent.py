@@ -357,10 +357,12 @@ class RecurrentMemory(nn.Module):
         Raises:
             UnsupportedError: the backbone is not of this library.
         """
-        positions = batch_size * length
+        positions, size = batch_size * length, self.config.segment_length
+        # an open segment is embedded as wide as a whole one
+        embedded = batch_size * -(-length // size) * size
         return (
             self._sum(length, lambda width: self.adapter.flops(width, batch_size) + self.cell.flops(width, batch_size))
-            + self.adapter.embed_flops(positions)
+            + self.adapter.embed_flops(embedded)
             + self.adapter.output_flops(positions)
         )
 

@@ -98,6 +98,12 @@ class CopyingTrainer(StagedTrainer):
     """
 
     def __init__(self, model: Decoder, task: CopyTask, config: CopyingConfig, folder: Path, *, display: Silent) -> None:
+        known, read = model.config.num_positions, 2 * task.config.word + 1
+        if model.config.positions in ("learned", "factorised") and known < read:
+            raise ConfigError(
+                f"train.curriculum = 'copy': the model has {known:,} learned positions, and words of "
+                f"{task.config.word:,} symbols make texts of {read:,}; raise them, or lower task.word"
+            )
         self.config, self.copying = config, Copying(config, task.config.word)
         super().__init__(model, task, config, folder, stages=self.copying, display=display)
 
@@ -106,10 +112,11 @@ class CopyingTrainer(StagedTrainer):
         config, word = self.config, self.copying.word
         rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
         tokens = draw_words(self.task, rows, word, (config.seed, self.position.step))
-        hidden, _ = self.model.hidden(tokens[:, :-1])
+        penalties: list[Tensor] = []
+        hidden, _ = self.model.hidden(tokens[:, :-1], penalties=penalties)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
+        (loss + torch.stack(penalties).sum() if penalties else loss).backward()
         right = float((logits.argmax(-1) == targets).float().mean())
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.copying.count(right, config.accuracy))
 

@@ -165,13 +165,16 @@ class RetrievalTrainer(StagedTrainer):
         rows = max(4, config.tokens // length)
         tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
         state = self._filled(rows, repeats, step) if repeats > 1 else None
-        logits, _ = self.model(tokens[:, :-1], state)
+        penalties: list[Tensor] = []
+        logits, _ = self.model(tokens[:, :-1], state, penalties=penalties)
         targets = tokens[:, 1:]
         loss = F.cross_entropy(logits[graded], targets[graded])
         total = loss
         if config.text:
             other = F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
             total = loss + config.text * other
+        if penalties:
+            total = total + torch.stack(penalties).sum()
         total.backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
