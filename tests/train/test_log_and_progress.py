@@ -6,9 +6,10 @@ import json
 import pytest
 from rich.console import Console
 
+from longspan.process import resident_bytes
 from longspan.train import Live, Plain, Silent
 from longspan.train.log import Log, read_log
-from longspan.train.progress import describe, make, resident_bytes
+from longspan.train.progress import describe, make
 
 LINE = {
     "step": 20,

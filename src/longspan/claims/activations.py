@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.claims.growth import forget_peak, resident
 from longspan.errors import UnsupportedError
 from longspan.models import Decoder, DecoderConfig
+from longspan.process import forget_peak, peak_bytes, resident_bytes
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,14 +43,17 @@ def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, 
 
     if not forget_peak():
         raise UnsupportedError("the peak of memory is read from /proc, which only Linux has")
-    before, begin = resident("VmRSS"), time.process_time()
+    before, begin = resident_bytes(), time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         total = loss()
     size = sum(saved.values())
     total.backward()
     seconds = time.process_time() - begin
     gradients = sum(p.numel() * p.element_size() for p in parameters)
-    return {"saved": size, "peak": resident("VmHWM") - before - gradients, "seconds": seconds}
+    peak = peak_bytes()
+    assert before is not None
+    assert peak is not None
+    return {"saved": size, "peak": peak - before - gradients, "seconds": seconds}
 
 
 def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[str, Any]]) -> dict[str, float]:

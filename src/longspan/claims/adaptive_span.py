@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from longspan.claims.contest import (
     Found,
     as_good,
     bit_figures,
+    by_layer,
     caution,
     contest,
     differences,
@@ -113,7 +115,7 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     found = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"spans-{seed}.json", lambda seed=seed: looked_at(folder, plan, seed)))  # type: ignore[misc]
+        looks.append(kept(folder / f"spans-{seed}.json", partial(looked_at, folder, plan, seed)))
         say(f"seed {seed}: " + "; ".join(_numbers(layer) for layer in looks[-1]["spans"]))
     return outcome({"models": found, "looks": looks}, plan)
 
@@ -133,7 +135,7 @@ def _beyond(models: Found) -> Interval:
 
 
 def _figures(
-    models: Found, looks: list[dict[str, Any]], spans: list[float], by_layer: list[list[float]], plan: Plan
+    models: Found, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
 ) -> list[Figure]:
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
@@ -144,7 +146,7 @@ def _figures(
         Figure("mean span, in characters", "314 (text8, 12 layers, at most 8,192)", f"{sum(spans) / len(spans):.0f}"),
         *(
             Figure(f"spans of layer {index + 1}", "lowest layers near the least" if not index else "", _numbers(layer))
-            for index, layer in enumerate(by_layer)
+            for index, layer in enumerate(layers)
         ),
         Figure(f"heads that look less than {NEAR} characters far", "most", f"{near:.0%} of {len(spans)}"),
         Figure("farthest head", "more than 1,000 of 4,096", f"{max(spans):.0f} of {plan.max_span:,}"),
@@ -172,7 +174,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
     models, looks = found["models"], found["looks"]
     spans = [value for each in looks for layer in each["spans"] for value in layer]
-    by_layer = [[value for each in looks for value in each["spans"][index]] for index in range(len(looks[0]["spans"]))]
+    layers = by_layer(looks, "spans")
     near = sum(value < NEAR for value in spans) / len(spans)
     apart = differences(models, FIXED)[ADAPTIVE]
     good, fewer = apart.high <= EQUAL, _saved(looks, "flops") >= FEWER
@@ -181,7 +183,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     settings = plan.contest.train
     return Outcome(
         verdict=verdict_of(met, [apart]),
-        figures=_figures(models, looks, spans, by_layer, plan),
+        figures=_figures(models, looks, spans, layers, plan),
         size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
         f"what came before carried on, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held back: the first "
@@ -197,7 +199,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         pictures=[
             head_figure(
                 "adaptive-span",
-                [(Heads(index + 1, 1), layer) for index, layer in enumerate(by_layer)],
+                [(Heads(index + 1, 1), layer) for index, layer in enumerate(layers)],
                 ylabel="learned span in characters",
                 ylim=(-0.03 * max(1.0, *spans), None),
             )

@@ -4,6 +4,7 @@ anew in each. Both are trained alike on short texts, where the paper's graph is 
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,6 @@ def compare_forms(
     for seed in range(seeds):
         for form in FORMS:
             file = folder / "forms" / f"{form.replace(' ', '-')}-{seed}.json"
-            found[form].append(kept(file, lambda form=form, seed=seed: measured(form, seed)))  # type: ignore[misc]
+            found[form].append(kept(file, partial(measured, form, seed)))
             say(f"{form}, seed {seed}: trained in {found[form][-1]['seconds']:.0f} s")
     return found

@@ -1,7 +1,6 @@
 """`compressive`: half of Transformer-XL's memory compressed, at the same cost of attention; all words and rare ones."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 import torch
 
 from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.contest import Contest, run_folder, signed
+from longspan.claims.contest import Contest, Plan, run_folder, signed
 from longspan.claims.runs import trained, trained_seconds
 from longspan.config import read_toml
 from longspan.files import read_tensors, write_tensors
@@ -34,14 +33,6 @@ for _kind in ("mean", "max", "dilated", "most_used"):
     MIXERS[f"compressive, {_kind}"] = {**MIXERS[OURS], "compression": _kind}
 RARE = 100
 """a word that stands less often in the training text is rare"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes: of the two that are compared, and of others, which are trained with one seed."""
-
-    contest: Contest
-    others: tuple[str, ...] = ()
 
 
 PLANS: dict[str, Plan] = {

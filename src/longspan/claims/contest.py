@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.claims.base import Figure, Verdict
-from longspan.claims.language_modelling import as_trained, difference, held_back, recipe_of, together
+from longspan.claims.language_modelling import as_trained, bits_of, difference, held_back, recipe_of
 from longspan.claims.runs import trained, trained_seconds
 from longspan.tasks.base import Documents, heads
 from longspan.train import Interval
@@ -35,6 +35,14 @@ class Contest:
     documents: int = 0
     """held-back documents, evenly over all; 0: all"""
     train: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes: of the two that are compared, and of others, which are trained with one seed."""
+
+    contest: Contest
+    others: tuple[str, ...] = ()
 
 
 def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
@@ -82,9 +90,9 @@ def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contes
     return found
 
 
-def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
-    """Bits per byte of a model, its seeds together."""
-    return float(together([as_trained(record) for record in records]).bits_per_unit)
+def by_layer(looks: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """What was seen of the heads of each layer, one seed after the other."""
+    return [[value for each in looks for value in each[key][index]] for index in range(len(looks[0][key]))]
 
 
 def differences(found: Found, base: str) -> dict[str, Interval]:

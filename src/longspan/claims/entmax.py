@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from longspan.claims.contest import (
     Found,
     as_good,
     bit_figures,
+    by_layer,
     contest,
     differences,
     doubtful,
@@ -105,7 +107,7 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"support-{seed}.json", lambda seed=seed: looked_at(folder, plan, seed)))  # type: ignore[misc]
+        looks.append(kept(folder / f"support-{seed}.json", partial(looked_at, folder, plan, seed)))
         say(f"seed {seed}, alphas: " + "; ".join(_numbers(layer) for layer in looks[-1]["alpha"]))
     return outcome({"models": models, "looks": looks}, plan)
 
@@ -114,13 +116,8 @@ def _numbers(values: list[float], digits: int = 2) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def _by_layer(looks: list[dict[str, Any]], key: str) -> list[list[float]]:
-    """Values of the heads of each layer, one seed after the other."""
-    return [[value for each in looks for value in each[key][index]] for index in range(len(looks[0][key]))]
-
-
 def _figures(models: Found, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
-    alphas, sizes = _by_layer(looks, "alpha"), _by_layer(looks, "sizes")
+    alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
     times = [each["seconds"][LEARNED] / each["seconds"][SOFTMAX] for each in looks]
     return [
         *bit_figures(models, SOFTMAX, {LEARNED: "as good: 26.93 BLEU against 26.02 (EN-DE)"}),
@@ -173,7 +170,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         pictures=[
             head_figure(
                 "entmax",
-                [(Heads(index + 1, 1), layer) for index, layer in enumerate(_by_layer(looks, "alpha"))],
+                [(Heads(index + 1, 1), layer) for index, layer in enumerate(by_layer(looks, "alpha"))],
                 ylabel="learned alpha: 1 is the softmax, 2 the sparsemax",
                 ylim=(0.95, 2.05),
             )

@@ -2,15 +2,16 @@
 
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from longspan.errors import UnsupportedError
+from longspan.process import forget_peak, highest_bytes, resident_bytes
+from longspan.process import peak_bytes as process_peak
 from longspan.report import Picture
 from longspan.report.figures import Series, line_figure, picture
 
@@ -59,32 +60,13 @@ def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
 def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
     torch.set_num_threads(1)
     step = prepare(*given)
-    forgets = forget_peak()
-    before = resident("VmRSS") if forgets else _most()
+    now, most = (resident_bytes, process_peak) if forget_peak() else (highest_bytes, highest_bytes)
+    before = now()
     step()
-    return max((resident("VmHWM") if forgets else _most()) - before, 1)
-
-
-def forget_peak() -> bool:
-    """The peak counts from here, where the system can (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def resident(name: str) -> int:
-    """Bytes resident now ("VmRSS"), or at most since `forget_peak` ("VmHWM"); Linux."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def _most() -> int:
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    after = most()
+    if before is None or after is None:
+        raise UnsupportedError("this system does not say how much memory a process holds")
+    return max(after - before, 1)
 
 
 def growth_picture(name: str, found: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:

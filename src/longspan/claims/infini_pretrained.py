@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import read_toml
+from longspan.process import resident_bytes
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.stream import StreamSession
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
 from longspan.tasks.text import TextConfig, split_texts
 from longspan.train import find_recipe, load_run
-from longspan.train.progress import resident_bytes
 
 POSITIONS = 8192
 """that the original was trained for"""

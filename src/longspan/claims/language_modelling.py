@@ -1,7 +1,7 @@
 """`language-modelling`: every mechanism on the same bytes, at equal parameters, equal tokens and equal time."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,11 @@ def _tokens_per_step(name: str) -> int:
     return int(table["lanes"] * table["segment_length"] * table.get("bptt_segments", 1))
 
 
+def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """Bits per byte of a model, its seeds together."""
+    return float(together([as_trained(record) for record in records]).bits_per_unit)
+
+
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
     """Bits per byte more than dense attention, the seeds that both have together, with an interval over documents."""
     seeds = min(len(ours), len(dense))
@@ -177,7 +182,7 @@ def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Ou
     """A table of all mechanisms in every setting."""
     figures, gains = [], {}
     for setting, by_name in found.items():
-        for name, records in sorted(by_name.items(), key=lambda item: _bits(item[1])):
+        for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
             each = [as_trained(record).bits_per_unit for record in records]
             minus = difference(records, by_name[DENSE])
             short = [record for record in records if record["steps"] < record["wanted"]]
@@ -185,7 +190,7 @@ def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Ou
                 Figure(
                     f"{setting}: {name}",
                     "",
-                    f"{_bits(records):.4f} bits per byte (seeds {min(each):.3f} to {max(each):.3f}); "
+                    f"{bits_of(records):.4f} bits per byte (seeds {min(each):.3f} to {max(each):.3f}); "
                     f"{minus.value:+.4f} [{minus.low:+.4f}, {minus.high:+.4f}] to dense; "
                     f"{np.mean([record['trained_on'] for record in records]):,.0f} bytes read, "
                     f"{records[0]['parameters']:,} parameters" + (", stopped by the clock" if short else ""),
@@ -220,17 +225,13 @@ def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Ou
     )
 
 
-def _bits(records: list[dict[str, Any]]) -> float:
-    return float(together([as_trained(record) for record in records]).bits_per_unit)
-
-
 def _picture(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
     first = next(iter(found.values()))
-    order = sorted(first, key=lambda name: _bits(first[name]))
+    order = sorted(first, key=lambda name: bits_of(first[name]))
     series = [
         Series(
             x=list(range(len(order))),
-            y=[_bits(by_name[name]) for name in order],
+            y=[bits_of(by_name[name]) for name in order],
             low=[min(as_trained(each).bits_per_unit for each in by_name[name]) for name in order],
             high=[max(as_trained(each).bits_per_unit for each in by_name[name]) for name in order],
             label=setting,

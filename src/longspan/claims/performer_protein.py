@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.claims.contest import signed
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.claims.similarity import (
     Agreement,
@@ -178,7 +179,7 @@ def _outcome(
                 Figure(
                     f"bits per residue, {name} minus exact",
                     "below 0" if name.startswith("ReLU") else "about 0",
-                    f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}]".replace("-", "−"),
+                    signed(less),
                 )
             )
     for name in MIXERS:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,13 @@ _LENGTHS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
 _HEADS, _DIM, _FEATURES = 4, 64, 256
 _PAIRS = 3
 _DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attention", "performer"
+
+
+@cache
+def _projection() -> Tensor:
+    return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
+
+
 _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
@@ -27,10 +35,6 @@ _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
 """lengths beyond which the quadratic are not measured"""
-
-
-def _projection() -> Tensor:
-    return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
 
 
 def step_of(name: str, length: int) -> Step:
@@ -58,7 +62,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
     for length in _LENGTHS[size]:
-        for what, values in kept(folder / f"length-{length}.json", lambda n=length: _measured(n)).items():  # type: ignore[misc]
+        for what, values in kept(folder / f"length-{length}.json", partial(_measured, length)).items():
             for name, value in values.items():
                 found[what].setdefault(name, {})[length] = value
         say(

@@ -1,7 +1,8 @@
 """`routing`: half of the heads routed by content, against local heads alone of as many FLOPs; how clusters are used."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from longspan.claims.contest import (
     INTERVALS,
     Contest,
     Found,
+    Plan,
     bit_figures,
     contest,
     differences,
@@ -32,14 +34,6 @@ from longspan.train import load_run
 ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
 PIECE = 2048
 """bytes that a model sees at once; clusters, windows and FLOPs are for it"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Sizes: of the two that are compared, and of others, which are trained with one seed."""
-
-    contest: Contest
-    others: tuple[str, ...] = ()
 
 
 PLANS: dict[str, Plan] = {
@@ -65,6 +59,7 @@ def flops(mixer: Mapping[str, Any]) -> int:
     return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
 
 
+@cache
 def equal_window() -> int:
     """The window of local heads that cost as many FLOPs as routed and local ones."""
     wanted = flops(mixer_of(ROUTED))
@@ -104,7 +99,7 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     shares: list[list[float]] = []
     for seed in range(plan.contest.seeds):
         run = run_folder(folder, ROUTED, seed)
-        shares += kept(run / "usage.json", lambda run=run: _used(run, plan.contest))["shares"]  # type: ignore[misc]
+        shares += kept(run / "usage.json", partial(_used, run, plan.contest))["shares"]
     return outcome(found, shares, plan.contest)
 
 

@@ -20,7 +20,6 @@ from longspan.claims.contest import (
     Found,
     as_good,
     bit_figures,
-    bits_of,
     caution,
     contest,
     differences,
@@ -32,6 +31,7 @@ from longspan.claims.contest import (
     verdict_of,
 )
 from longspan.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
+from longspan.claims.language_modelling import bits_of
 from longspan.claims.runs import kept
 from longspan.config import read_toml
 from longspan.report import Picture

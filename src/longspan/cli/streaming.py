@@ -18,6 +18,7 @@ import torch
 
 from longspan.cli.reading import Encoder, read_some
 from longspan.errors import DataError
+from longspan.process import peak_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from longspan.stream import StreamSession
@@ -83,8 +84,6 @@ class Counter:
 
     def block(self, ids: "Array", losses: "Array") -> Block:
         """Count a block that was fed."""
-        from longspan.train.progress import resident_bytes
-
         count, nats = int(self.tokenizer.sizes[ids].sum()), float(losses.sum(dtype="float64"))
         now = time.perf_counter()
         took, self.last = now - self.last, now
@@ -269,15 +268,3 @@ class Records:
         """Close the files."""
         for file in self._files.values():
             file.close()
-
-
-def peak_bytes() -> int | None:
-    """The most memory this process has held; None where the system does not say.
-
-    Not getrusage, whose figure a process inherits from the one that started it.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration, ValueError):
-        return None

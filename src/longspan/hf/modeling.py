@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
+from longspan.mixers import with_penalties
 from longspan.models import build_model, describe_model
 from longspan.models.tables import as_kind
 
@@ -27,11 +28,6 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
     # a recurrent memory looks at what its backbone returns, which tensors without data cannot say
     with torch.device("cpu"):
         return cast(nn.Module, build_model(table))
-
-
-def _with(loss: Tensor, penalties: list[Tensor] | None) -> Tensor:
-    """The loss and the auxiliary ones."""
-    return loss + torch.stack(penalties).sum() if penalties else loss
 
 
 class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -186,7 +182,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = _with(loss, penalties)
+            loss = with_penalties(loss, penalties)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
@@ -220,7 +216,7 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
         loss = None
         if labels is not None:
-            loss = _with(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), penalties)
+            loss = with_penalties(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), penalties)
         return MaskedLMOutput(loss=loss, logits=logits)
 
 
@@ -258,5 +254,5 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         if labels is not None:
             single = self.config.num_labels == 1
             loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype)) if single else F.cross_entropy(logits, labels)
-            loss = _with(loss, penalties)
+            loss = with_penalties(loss, penalties)
         return SequenceClassifierOutput(loss=loss, logits=logits)

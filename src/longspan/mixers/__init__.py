@@ -1,6 +1,6 @@
 """Mechanisms: each one a function of a sequence and a state, built by name."""
 
-from longspan.mixers.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits
+from longspan.mixers.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
 from longspan.mixers.projections import Projections
 from longspan.mixers.registry import build, examples, names
 from longspan.mixers.rows import Rows, Segments
@@ -18,4 +18,5 @@ __all__ = [
     "build",
     "examples",
     "names",
+    "with_penalties",
 ]

@@ -357,6 +357,11 @@ def sum_nbytes(batch_size: int, dtype: torch.dtype, floats: int, counts: int = 1
     return batch_size * (floats * dtype.itemsize + counts * 8)
 
 
+def with_penalties(loss: Tensor, penalties: list[Tensor] | None, calls: int = 1) -> Tensor:
+    """A loss and the auxiliary ones that `calls` calls have appended: their sum, over so many."""
+    return loss + torch.stack(penalties).sum() / calls if penalties else loss
+
+
 def merge_traits(parts: Sequence[Traits]) -> Traits:
     """The traits of several mechanisms side by side: what all of them promise, the farthest reach of gradients."""
     segments = [part.segment for part in parts if part.segment is not None]

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from longspan.models import RecurrentClassifier, Trace
+from longspan.process import resident_bytes
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind, MemorySample, MemorySplit
-from longspan.train.progress import resident_bytes
 from longspan.train.statistics import Interval
 
 

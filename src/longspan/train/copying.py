@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longspan.config import check_least
 from longspan.errors import ConfigError
+from longspan.mixers import with_penalties
 from longspan.models import Decoder
 from longspan.tasks.synthetic import CopyTask
 from longspan.train.progress import Silent
@@ -116,7 +117,7 @@ class CopyingTrainer(StagedTrainer):
         hidden, _ = self.model.hidden(tokens[:, :-1], penalties=penalties)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        (loss + torch.stack(penalties).sum() if penalties else loss).backward()
+        with_penalties(loss, penalties).backward()
         right = float((logits.argmax(-1) == targets).float().mean())
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.copying.count(right, config.accuracy))
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from longspan import state as states
 from longspan.models import Decoder, StackState
+from longspan.process import resident_bytes
 from longspan.tasks.synthetic import DEPTHS, Passkey, PasskeyTask, score
-from longspan.train.progress import resident_bytes
 
 CHUNK = 4096
 

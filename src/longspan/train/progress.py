@@ -2,33 +2,12 @@
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from longspan.errors import ConfigError
-
-
-def resident_bytes() -> int | None:
-    """Memory this process holds now (its peak where the system does not say); None where neither is known."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, IndexError, ValueError):
-        return _peak_bytes()
-    import resource
-
-    return pages * resource.getpagesize()
-
-
-def _peak_bytes() -> int | None:
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Silent:

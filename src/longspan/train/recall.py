@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.mixers import with_penalties
 from longspan.models import RecurrentClassifier, Trace
 from longspan.tasks import MemoryTask
 from longspan.train.curriculum import Curriculum, CurriculumConfig
@@ -100,7 +101,5 @@ class RecallTrainer(StagedTrainer):
             loss = F.cross_entropy(logits, batch.answers)
             closed, opened = gate_losses(traces, batch, self.config)
             total = loss + self.curriculum.penalty * closed + self.config.gate_open * opened
-            if penalties:
-                total = total + torch.stack(penalties).sum()
-            total.backward()
+            with_penalties(total, penalties).backward()
         return float(loss.detach()), float((logits.argmax(1) == batch.answers).float().mean())

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
+from longspan.mixers import with_penalties
 from longspan.mixers.infini import InfiniCore
 from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
@@ -173,9 +174,7 @@ class RetrievalTrainer(StagedTrainer):
         if config.text:
             other = F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
             total = loss + config.text * other
-        if penalties:
-            total = total + torch.stack(penalties).sum()
-        total.backward()
+        with_penalties(total, penalties).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.retrieval.add(right))

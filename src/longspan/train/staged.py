@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from longspan.config import check_least, check_shares
+from longspan.process import resident_bytes
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position, load_optimizer, optimizer_tensors
 from longspan.train.distributed import Group
 from longspan.train.log import Log
-from longspan.train.progress import Silent, resident_bytes
+from longspan.train.progress import Silent
 from longspan.train.signals import on_interrupt
 from longspan.train.step import DivergedError
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.errors import ConfigError, LongspanError
+from longspan.mixers import with_penalties
 from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
@@ -119,10 +120,7 @@ class Stepper:
         nats = torch.stack(losses).sum()
         # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
         calls = len(batches) * self.config.accumulation * self.group.world_size
-        loss = nats / tokens
-        if penalties:
-            loss = loss + torch.stack(penalties).sum() / calls
-        loss.backward()
+        with_penalties(nats / tokens, penalties, calls).backward()
         # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
         self.carried[index] = None if state is None else states.clone(states.detach(state))
         return float(nats.detach())

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from longspan.process import resident_bytes
 from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
@@ -16,7 +17,7 @@ from longspan.train.distributed import Group
 from longspan.train.evaluate import evaluate_text, first_places
 from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
-from longspan.train.progress import Silent, resident_bytes
+from longspan.train.progress import Silent
 from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
 from longspan.train.signals import on_interrupt
 from longspan.train.step import DivergedError, Stepper, StepResult
