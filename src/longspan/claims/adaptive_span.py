@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -25,7 +25,6 @@ from longspan.claims.contest import (
     run_folder,
     seconds_of,
     seeds_note,
-    signed,
     verdict_of,
 )
 from longspan.claims.growth import in_turn

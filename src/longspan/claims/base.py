@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longspan.report import Picture
+from longspan.train import Interval
 
 Size = Literal["small", "full"]
 Verdict = Literal["holds", "holds in part", "does not hold"]
@@ -68,3 +69,8 @@ class Claim:
     text: str
     run: Callable[[Path, Size, Callable[[str], None]], Outcome]
     minutes: dict[str, float]
+
+
+def signed(interval: Interval) -> str:
+    """A difference with its interval."""
+    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")

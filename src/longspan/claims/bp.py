@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.bp_forms import ANEW, DENSE, PERSIST, compare_forms
 from longspan.claims.contest import (
     EQUAL,
@@ -23,7 +23,6 @@ from longspan.claims.contest import (
     recipe_with,
     seconds_of,
     seeds_note,
-    signed,
     verdict_of,
 )
 from longspan.claims.growth import growth_picture, power

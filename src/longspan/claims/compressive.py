@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size
-from longspan.claims.contest import Contest, Plan, run_folder, signed
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.claims.contest import Contest, Plan, run_folder
 from longspan.claims.runs import trained, trained_seconds
 from longspan.config import read_toml
 from longspan.files import read_tensors, write_tensors

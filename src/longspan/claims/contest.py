@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.claims.base import Figure, Verdict
+from longspan.claims.base import Figure, Verdict, signed
 from longspan.claims.language_modelling import as_trained, bits_of, difference, held_back, recipe_of
 from longspan.claims.runs import trained, trained_seconds
 from longspan.tasks.base import Documents, heads
@@ -115,11 +115,6 @@ def bit_figures(found: Found, base: str, paper: Mapping[str, str], what: str = "
             Figure(f"{what}, {name}", paper.get(name, ""), f"{ours}; {records[0]['parameters']:,} parameters")
         )
     return figures
-
-
-def signed(interval: Interval) -> str:
-    """A difference with its interval."""
-    return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")
 
 
 def as_good(lead: Interval) -> str:

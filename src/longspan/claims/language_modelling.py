@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import read_toml
 from longspan.errors import ConfigError
@@ -24,9 +24,11 @@ DENSE = "full"
 NAMES = (
     *(DENSE, "window", "transformer_xl", "compressive", "infini", "associative", "rmt", "linear", "performer"),
     *("sparse", "adaptive_span", "entmax", "bp", "lsh", "routing", "memorizing"),
+    *("segments", "segments_relative"),
 )
-# those that must beat themselves without memory
-REMEMBER = ("transformer_xl", "compressive", "infini")
+WITHOUT = {"transformer_xl": "segments_relative", "compressive": "segments_relative", "infini": "segments"}
+"""Those that must beat the same model without memory, and that model: as many parameters but for Infini's gates, and
+trained on the same segments, each alone."""
 LIMIT = 4.0
 """minutes after which a run at equal tokens is stopped and reported as such"""
 
@@ -180,7 +182,7 @@ def memory_gain(records: list[dict[str, Any]]) -> Interval:
 
 def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Outcome:
     """A table of all mechanisms in every setting."""
-    figures, gains = [], {}
+    figures, gains, own = [], {}, {}
     for setting, by_name in found.items():
         for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
             each = [as_trained(record).bits_per_unit for record in records]
@@ -191,23 +193,22 @@ def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Ou
                     f"{setting}: {name}",
                     "",
                     f"{bits_of(records):.4f} bits per byte (seeds {min(each):.3f} to {max(each):.3f}); "
-                    f"{minus.value:+.4f} [{minus.low:+.4f}, {minus.high:+.4f}] to dense; "
+                    f"{signed(minus)} to dense; "
                     f"{np.mean([record['trained_on'] for record in records]):,.0f} bytes read, "
                     f"{records[0]['parameters']:,} parameters" + (", stopped by the clock" if short else ""),
                 )
             )
-            if "memory" in records[0] and setting == plan.settings[0]:
-                gains[name] = memory_gain(records)
-    for name, value in gains.items():
-        figures.append(
-            Figure(
-                f"{name}: with memory, to the same weights without",
-                "better",
-                f"{value.value:+.4f} [{value.low:+.4f}, {value.high:+.4f}] bits per byte",
-            )
-        )
-    wanted = [gains[name] for name in REMEMBER if name in gains]
-    held = bool(wanted) and all(value.high < 0 for value in wanted)
+            if setting == plan.settings[0]:
+                if "memory" in records[0]:
+                    gains[name] = memory_gain(records)
+                if WITHOUT.get(name) in by_name:
+                    own[name] = difference(records, by_name[WITHOUT[name]])
+    for what, values in (("the same model trained without", own), ("the same weights without", gains)):
+        figures += [
+            Figure(f"{name}: with memory, to {what}", "better", f"{signed(value)} bits per byte")
+            for name, value in values.items()
+        ]
+    held = bool(own) and all(value.high < 0 for value in own.values())
     records = [record for by_name in found.values() for group in by_name.values() for record in group]
     return Outcome(
         verdict="holds" if held else "holds in part",

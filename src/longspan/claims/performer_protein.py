@@ -9,8 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict
-from longspan.claims.contest import signed
+from longspan.claims.base import Claim, Figure, Outcome, Size, Verdict, signed
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.claims.similarity import (
     Agreement,

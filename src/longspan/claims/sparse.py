@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference, tasks
-from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -27,7 +27,6 @@ from longspan.claims.contest import (
     recipe_with,
     seconds_of,
     seeds_note,
-    signed,
     verdict_of,
 )
 from longspan.claims.growth import Step, growth_picture, in_turn, peak_bytes, power

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.claims.base import Claim, Figure, Outcome, Size
+from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import read_toml
 from longspan.models import build_model, describe_model, load_weights
@@ -143,8 +143,7 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
             Figure(
                 f"bits per byte with a memory of {length:,}",
                 "falls with memory" if length else "",
-                f"{values[-1]:.4f}"
-                + (f" ({minus.value:+.4f} [{minus.low:+.4f}, {minus.high:+.4f}])" if length else ""),
+                f"{values[-1]:.4f}" + (f" ({signed(minus)})" if length else ""),
             )
         )
     rate = found["speed"]["reading anew"] / found["speed"]["streaming"]
