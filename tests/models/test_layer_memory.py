@@ -24,7 +24,8 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
     return model
 
 
-def test_ops_equal_their_definitions_in_values_and_gradients() -> None:
+@pytest.mark.parametrize("damped", [False, True])
+def test_ops_equal_their_definitions_in_values_and_gradients(damped: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -35,7 +36,8 @@ def test_ops_equal_their_definitions_in_values_and_gradients() -> None:
     found = []
     for kind in (ops, reference):
         phi = kind.dpfp(x, 3)
-        after = kind.associative_write(phi, values, strength.sigmoid(), memory, normaliser.square())
+        small = normaliser.square() / 50  # so that pairs overshoot
+        after = kind.associative_write(phi, values, strength.sigmoid(), memory, small, damped=damped)
         read = kind.associative_read(kind.dpfp(x.flip(-2), 3), *after)
         total = read.square().sum() + after[1].sum()
         found.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
@@ -51,6 +53,46 @@ def test_a_key_written_again_replaces_its_value() -> None:
         wanted = torch.tensor([[value]], dtype=torch.float64)
         memory, normaliser = ops.associative_write(key, wanted, one, memory, normaliser)
         torch.testing.assert_close(ops.associative_read(key, memory, normaliser), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_pairs_that_are_written_together_do_not_overshoot() -> None:
+    # found in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
+    generator = torch.Generator().manual_seed(0)
+    key = reference.dpfp(torch.randn(1, 1, 4, generator=generator, dtype=torch.float64))
+    largest = {}
+    for damped in (False, True):
+        memory, normaliser = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
+        half = torch.full((1, 8), 0.5, dtype=torch.float64)
+        for step in range(200):
+            phi = (0.2 if step == 0 else 1.0) * key.expand(1, 8, 24)
+            value = torch.randn(1, 1, 2, generator=generator, dtype=torch.float64).clamp(-2, 2).expand(1, 8, 2)
+            memory, normaliser = ops.associative_write(phi, value, half, memory, normaliser, damped=damped)
+        largest[damped] = float(ops.associative_read(key, memory, normaliser).abs().max())
+    assert largest[True] <= 2
+    assert largest[False] > 1e6
+
+
+def test_a_pair_alone_is_not_damped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    phi, memory = torch.rand(2, 1, 8, generator=generator), torch.rand(2, 8, 3, generator=generator)
+    normaliser = torch.rand(2, 8, generator=generator)
+    values, strength = torch.rand(2, 1, 3, generator=generator), torch.rand(2, 1, generator=generator)
+    found = [ops.associative_write(phi, values, strength, memory, normaliser, damped=each) for each in (True, False)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_zero_features_have_finite_gradients() -> None:
+    # found in training too: nothing was written under such a key, but its gradient was not a number
+    phi = torch.zeros(1, 2, 8, requires_grad=True)
+    normaliser = torch.ones(1, 8, requires_grad=True)
+    after = ops.associative_write(
+        phi, torch.ones(1, 2, 3), torch.ones(1, 2), torch.zeros(1, 8, 3), normaliser, constant_gamma=False, damped=True
+    )
+    (after[0].sum() + after[1].square().sum()).backward()
+    assert phi.grad is not None
+    assert phi.grad.isfinite().all()
+    assert phi.grad.abs().max() < 1e6
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

@@ -27,8 +27,8 @@ NAMES = (
     *("segments", "segments_relative"),
 )
 WITHOUT = {"transformer_xl": "segments_relative", "compressive": "segments_relative", "infini": "segments"}
-"""Those that must beat the same model without memory, and that model: as many parameters but for Infini's gates, and
-trained on the same segments, each alone."""
+"""Those that must beat the same model without memory, and that model: the same parameters on the same bytes in the same
+order, each segment alone."""
 LIMIT = 4.0
 """minutes after which a run at equal tokens is stopped and reported as such"""
 
@@ -199,7 +199,7 @@ def outcome(found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan) -> Ou
                 )
             )
             if setting == plan.settings[0]:
-                if "memory" in records[0]:
+                if "memory" in records[0] and name not in WITHOUT.values():
                     gains[name] = memory_gain(records)
                 if WITHOUT.get(name) in by_name:
                     own[name] = difference(records, by_name[WITHOUT[name]])

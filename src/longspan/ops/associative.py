@@ -12,6 +12,8 @@ from torch import Tensor
 from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 
 EPSILON = 1e-5
+SMALL = 1e-10
+"""square of features below which a key counts as new whatever it shares with others"""
 
 
 def dpfp(x: Tensor, nu: int = 3) -> Tensor:
@@ -54,14 +56,21 @@ def associative_write(
     normaliser: Tensor,
     *,
     constant_gamma: bool = True,
+    damped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All n pairs written at once by the delta rule.
 
         v' = phi_k A / (phi_k . z + 1e-5)      what is stored under the key
         A <- A + sum strength phi_k (v - v')
-        z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1)
+        z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1), 1 where |phi_k|^2 < 1e-10
 
-    so that a key written again replaces its value and adds nothing to the normaliser.
+    so that a key written again replaces its value and adds nothing to the normaliser. All pairs correct the same A at
+    once: where n of them ask alike and z has seen such keys less often than n beta / 2 times, or shorter ones, the
+    correction is more than twice what is wrong, and A grows without bound over segments. `damped` divides every beta by
+
+        max(1, max_i sum_j beta_j phi_i . phi_j / (phi_i . z'))      z': the normaliser after the write
+
+    so that together they never correct more than what is wrong; a pair alone is not changed by it.
 
     Args:
         phi_k: (batch, ..., n, features).
@@ -69,18 +78,24 @@ def associative_write(
         strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normaliser apart.
         memory, normaliser: as in `associative_read`.
         constant_gamma: gamma is not differentiated, as in ARMT.
+        damped: see above; ARMT's are not.
 
     Returns:
         Both, new tensors.
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
-    change = strength[..., None] * (values - associative_read(phi_k, memory, normaliser))
     with torch.autocast(phi_k.device.type, enabled=False):
         known = (phi_k @ normaliser[..., None])[..., 0]
-        added = phi_k.mT @ change
-    gamma = (1 - known / phi_k.square().sum(-1).clamp(min=1e-30)).clamp(0, 1)
-    gamma = gamma.detach() if constant_gamma else gamma
-    return memory + added, normaliser + (gamma[..., None] * phi_k).sum(-2)
+        size = phi_k.square().sum(-1)
+        # zero features have no direction: without the mask the gradient of 0 / 0 is not finite
+        gamma = torch.where(size < SMALL, 1, 1 - known / size.clamp(min=SMALL)).clamp(0, 1)
+        gamma = gamma.detach() if constant_gamma else gamma
+        after = normaliser + (gamma[..., None] * phi_k).sum(-2)
+        if damped:
+            together = (phi_k @ phi_k.mT @ strength[..., None]) / (phi_k @ after[..., None] + EPSILON)
+            strength = strength / together.amax((-2, -1)).clamp(min=1)[..., None]
+        change = strength[..., None] * (values - associative_read(phi_k, memory, normaliser))
+        return memory + phi_k.mT @ change, after
 
 
 class AssociativeMaps(NamedTuple):
@@ -129,7 +144,9 @@ class AssociativeRule(NamedTuple):
         heard_k, heard_v = weights @ k, weights @ v
         beta = (heard_k @ strength).sigmoid()
         phi = dpfp(heard_k @ key, self.maps.nu)
-        return associative_write(phi, heard_v @ value, beta, memory.values, memory.keys, constant_gamma=False)
+        return associative_write(
+            phi, heard_v @ value, beta, memory.values, memory.keys, constant_gamma=False, damped=True
+        )
 
 
 def associative_attention(
@@ -198,5 +215,5 @@ def associative_cost(
     features = 2 * memory_dim * nu
     read = group * length * (head_dim * memory_dim + features * (head_dim + 1)) if length > segment else 0
     write = tokens * (2 * segment * head_dim + head_dim * (memory_dim + head_dim + 1))
-    write += tokens * features * (2 * head_dim + 2)
+    write += tokens * features * (2 * head_dim + 3 + tokens) + tokens**2
     return read + length // segment * write, inside_cost(length, segment)

@@ -32,17 +32,26 @@ def associative_write(
     normaliser: Tensor,
     *,
     constant_gamma: bool = True,
+    damped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Every pair reads the memory as it was before the segment; their changes are added."""
     changed, counted = memory, normaliser
-    for i in range(phi_k.shape[-2]):
-        k, v, beta = phi_k[..., i, :], values[..., i, :], strength[..., i]
-        stored = associative_read(k[..., None, :], memory, normaliser)[..., 0, :]
-        changed = changed + beta[..., None, None] * k[..., :, None] * (v - stored)[..., None, :]
-        overlap = (k * normaliser).sum(-1) / (k * k).sum(-1).clamp(min=1e-30)
-        gamma = (1 - overlap).clamp(0, 1)
+    keys = [phi_k[..., i, :] for i in range(phi_k.shape[-2])]
+    for k in keys:
+        size = (k * k).sum(-1)
+        overlap = (k * normaliser).sum(-1) / size.clamp(min=1e-10)
+        gamma = torch.where(size < 1e-10, torch.ones_like(size), (1 - overlap).clamp(0, 1))
         gamma = gamma.detach() if constant_gamma else gamma
         counted = counted + gamma[..., None] * k
+    if damped:
+        most = torch.ones_like(strength[..., 0])
+        for one in keys:
+            pull = sum((one * other).sum(-1) * strength[..., j] for j, other in enumerate(keys))
+            most = torch.maximum(most, pull / ((one * counted).sum(-1) + 1e-5))
+        strength = strength / most[..., None]
+    for i, k in enumerate(keys):
+        stored = associative_read(k[..., None, :], memory, normaliser)[..., 0, :]
+        changed = changed + strength[..., i, None, None] * k[..., :, None] * (values[..., i, :] - stored)[..., None, :]
     return changed, counted
 
 
@@ -102,4 +111,4 @@ def _hear(k: Tensor, v: Tensor, maps: Any, memory: Tensor, keys: Tensor) -> tupl
     heard_k, heard_v = torch.einsum("hmn,hnd->hmd", weights, k), torch.einsum("hmn,hnd->hmd", weights, v)
     strength = torch.sigmoid((heard_k * maps.strength).sum(-1))
     phi = dpfp(heard_k @ maps.key, maps.nu)
-    return associative_write(phi, heard_v @ maps.value, strength, memory, keys, constant_gamma=False)
+    return associative_write(phi, heard_v @ maps.value, strength, memory, keys, constant_gamma=False, damped=True)
