@@ -20,7 +20,8 @@ TINY = claim.Plan(
     minutes=0.5,
     head=600,
     documents=3,
-    train={"steps": 2, "minutes": None},
+    train={"steps": 2, "minutes": None, "log_every": 1},
+    longer=2,
 )
 
 
@@ -65,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) -> None:
     said: list[str] = []
     outcome = claim.compare(folder, TINY, said.append)
-    assert len(said) == 6
+    assert len(said) == 11
     dense = [outcome.data[setting]["full"][0]["alone"] for setting in TINY.settings]
     assert dense[0] == dense[1]
     record = outcome.data["equal tokens"]["transformer_xl"][0]
@@ -78,9 +79,14 @@ def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) ->
     assert claim.compare(folder, TINY, said.append).figures == outcome.figures
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
     lines = [figure.what for figure in outcome.figures]
-    assert sum(what.startswith("equal tokens:") for what in lines) == 3
-    assert "transformer_xl: with memory, to the same weights without" in lines
-    assert "transformer_xl: with memory, to the same model trained without" in lines
+    assert sum(what.startswith("equal tokens:") for what in lines) == 5
+    assert "equal tokens: transformer_xl, to the same weights read without memory" in lines
+    for name in claim.WITHOUT:
+        assert f"longer: {name}, to the same model trained without memory" in lines
+    assert [each.name for each in outcome.pictures] == ["language-modelling", "language-modelling-memory"]
+    longer = outcome.data["longer"]
+    bytes_read, _ = claim.lead(longer["infini"], longer["segments"], width=1)
+    assert bytes_read == [2048, 4096]
 
 
 def made(nats: float, alone: float) -> dict[str, Any]:
@@ -98,13 +104,26 @@ def made(nats: float, alone: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("without", "verdict"), [(210.0, "holds"), (190.0, "holds in part")])
-def test_the_verdict_follows_the_model_without_memory(without: float, verdict: str) -> None:
-    found = {"equal tokens": {name: [made(200.0, 230.0)] for name in ("full", *claim.WITHOUT)}}
-    # one that is not beaten is enough
-    found["equal tokens"] |= {"segments": [made(without, 0.0)], "segments_relative": [made(240.0, 0.0)]}
-    outcome = claim.outcome(found, claim.Plan(names=(), seeds=1, minutes=1, head=100, settings=("equal tokens",)))
+def test_the_lead_is_smoothed_over_seeds_and_lines() -> None:
+    ours = [{"read": [1, 2, 3], "training": [3.0, 2.0, 1.0]}, {"read": [1, 2, 3], "training": [5.0, 2.0, 1.0]}]
+    alone = [{"read": [1, 2, 3], "training": [2.0, 2.0, 2.0]}] * 2
+    assert claim.lead(ours, alone, width=2) == ([2.0, 3.0], [1.0, -0.5])
+
+
+@pytest.mark.parametrize(
+    ("minute", "longer", "verdict"),
+    [(210.0, 210.0, "holds"), (190.0, 210.0, "holds in part"), (190.0, 190.0, "does not hold")],
+)
+def test_the_verdict_follows_the_models_without_memory(minute: float, longer: float, verdict: str) -> None:
+    curve = {"read": [1, 2], "training": [2.0, 1.0]}
+
+    def contest(without: float) -> dict[str, Any]:
+        found = {name: [made(200.0, 230.0) | curve] for name in ("full", *claim.WITHOUT)}
+        return found | {name: [made(without, 0.0) | curve] for name in ("segments", "segments_relative")}
+
+    plan = claim.Plan(names=(), seeds=1, minutes=1, head=100, settings=("equal tokens",))
+    outcome = claim.outcome({"equal tokens": contest(minute)}, plan, contest(longer))
     assert outcome.verdict == verdict
-    gain = claim.memory_gain(found["equal tokens"]["infini"])
+    gain = claim.memory_gain(contest(210.0)["infini"])
     assert gain.value == pytest.approx((200 - 230) / 100 / np.log(2), rel=0.05)
     assert claim.difference([made(220.0, 0.0)], [made(200.0, 0.0)]).low > 0
