@@ -41,6 +41,7 @@ class ClusteredCore(DrawnCore):
     buffers of the first before each forward, and a checkpoint needs it as little as gradients between two steps.
     """
 
+    counts_forwards = True
     centroids: Tensor
     ema_sum: Tensor
     ema_count: Tensor
