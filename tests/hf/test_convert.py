@@ -266,6 +266,58 @@ def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any
         torch.testing.assert_close(found[1][key], grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+def test_checkpointing_counts_forwards_and_penalties_once(shared: bool) -> None:
+    found: list[dict[str, torch.Tensor]] = []
+    for recompute in (False, True):
+        model, text = make("llama"), ids(2, 20)
+        hf.convert(model, "routing", num_clusters=3, window=4, commitment=0.5, shared=shared)
+        model = model.double().train()
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = model(text, labels=text).loss
+        before = hf.penalties(model)
+        assert len(before) == len(hf.cores(model))
+        (loss + sum(before)).backward()
+        assert len(hf.penalties(model)) == len(before)
+        hf.after_step(model, 1, torch.Generator().manual_seed(0))
+        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+        found[-1] |= dict(model.named_buffers())
+    assert found[0].keys() == found[1].keys()
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, rtol=1e-10, atol=1e-12)
+        assert all(core.draw == 1 for core in hf.cores(model).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "refused"),
+    [
+        ("routing", {"window": 4}, True),
+        ("routing", {"window": 4, "commitment": 0.0}, True),
+        ("performer", {"kind": "bounded", "num_features": 4}, True),
+        ("performer", {"num_features": 4}, False),
+        ("window", {"window": 4}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_is_refused_where_something_would_go_unlearned(
+    name: str, fields: dict[str, Any], refused: bool
+) -> None:
+    model, text = make("llama"), ids(2, 20)
+    hf.convert(model, name, **fields)
+    model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if refused:
+        with pytest.raises(UnsupportedError, match="re-entrant checkpointing loses"):
+            model(text, labels=text)
+    else:
+        model(text, labels=text).loss.backward()
+    with torch.no_grad():
+        model(text)
+    model.eval()(text)
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -119,6 +119,17 @@ class LossOnModule(Tiny):
         return y, past
 
 
+class MeanOfNothing(Tiny):
+    """An auxiliary loss is a mean over real tokens, of which there may be none."""
+
+    def forward(self, x: Tensor, state: Any = None, **keywords: Any) -> tuple[Tensor, Any]:
+        y, state = super().forward(x, state, **keywords)
+        penalties, mask = keywords.get("penalties"), keywords.get("mask")
+        if penalties is not None:
+            penalties.append((y if mask is None else y[mask]).square().mean())
+        return y, state
+
+
 # the contract ------------------------------------------------------------------------------------------------
 
 

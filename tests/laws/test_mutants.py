@@ -101,6 +101,7 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (quiet.check_forward_changes_nothing, q.WritesBuffer, {}),
     (quiet.check_forward_changes_nothing, q.ClampsParameter, {}),
     (quiet.check_forward_changes_nothing, q.LossOnModule, {}),
+    (quiet.check_empty_inputs, q.MeanOfNothing, {}),
 ]
 
 # What the mutants are derived from, with the check that each mutant fails.

@@ -79,6 +79,8 @@ class Rowwise(nn.Module):
         mask = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask
         reset = torch.zeros(batch, length, dtype=torch.bool) if reset is None else reset
         self.begin(x)
+        if not batch:
+            return torch.zeros_like(x), state if self.traits.streams else None
         outs, states = [], []
         for row in range(batch):
             y, past = self.row(x[row], mask[row], reset[row], type(state)(*(t[row : row + 1] for t in state)))

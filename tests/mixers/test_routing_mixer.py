@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers.routing import spherical_kmeans
+from longspan.mixers import kmeans
+from longspan.mixers.kmeans import SAMPLES, STATISTICS, seeded, spherical_kmeans
 
 FIELDS = {"num_clusters": 4, "window": 5}
 
@@ -49,16 +50,21 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
 
 
 def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
-    """mu <- decay mu + (1 - decay) mean of its members, to length one; no members: as it is."""
+    """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; no members: as it is."""
     found = centroids(mixer).clone()
+    sums, counts = (mixer.core.get_buffer(name).clone() for name in ("ema_sum", "ema_count"))
     decay = mixer.core.config.decay
     for head, mean in enumerate(centroids(mixer)):
         vectors = torch.cat([routed(mixer, x)[head] for x in batches])
         nearest = (vectors @ mean.mT).argmax(-1)
         for cluster in range(len(mean)):
-            if (nearest == cluster).any():
-                step = decay * mean[cluster] + (1 - decay) * vectors[nearest == cluster].mean(0)
-                found[head, cluster] = step / step.norm()
+            members = vectors[nearest == cluster]
+            moved = decay * sums[head, cluster] + members.sum(0)
+            assert (
+                decay * counts[head, cluster] + len(members) >= 0.1 * (decay * counts[head] + len(vectors) / 4).mean()
+            )
+            if len(members):
+                found[head, cluster] = moved / moved.norm()
     return found
 
 
@@ -68,7 +74,7 @@ def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_step_moves_the_centroids_as_by_hand(shared: bool, selection: str) -> None:
-    mixer, x = started(shared=shared, selection=selection, decay=0.9), drawn(2, 30, seed=4)
+    mixer, x = started(shared=shared, selection=selection, decay=0.8), drawn(2, 30, seed=4)
     wanted = moved_by_hand(mixer, [x])
     before = centroids(mixer).clone()
     mixer(x)
@@ -107,9 +113,7 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
 
     x = x.requires_grad_()
     (exact,) = torch.autograd.grad(forward(x), x)
-    for name, buffer in mixer.core.named_buffers():
-        if "pending" in name:
-            buffer.zero_()
+    mixer.core.pending = None
     (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False), x)
     assert torch.equal(again, exact)
     mixer.after_step(3)
@@ -144,12 +148,36 @@ def test_the_first_sample_is_filled_over_several_forwards() -> None:
     mixer = build()
     for length in (5, 1, 300):
         mixer(drawn(1, length))
-    filled = mixer.core.get_buffer("pending_filled")
-    assert filled.all()
-    sample = mixer.core.get_buffer("pending_sample")
-    assert torch.equal(sample[:, :5], torch.stack(routed(mixer, drawn(1, 5))))
+    pending = mixer.core.pending
+    assert pending.filled.all()
+    assert torch.equal(pending.sample[:, :5], torch.stack(routed(mixer, drawn(1, 5))))
+    long = torch.stack(routed(mixer, drawn(1, 300)))
+    torch.testing.assert_close(pending.sample[:, 6:], long[:, torch.arange(26) * 300 // 26])
     mixer.after_step(1, torch.Generator().manual_seed(1))
-    assert not any(t.any() for name, t in mixer.core.named_buffers() if "pending" in name)
+    assert mixer.core.pending is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_sample_has_real_vectors_of_every_kind(shared: bool) -> None:
+    mixer, x = build(shared=shared), drawn(2, 30)
+    mask = torch.arange(30) >= torch.tensor([[25], [28]])  # 7 tokens
+    mixer(x, mask=mask)
+    kinds = 1 if shared else 3  # two queries and a key share centroids
+    pending = mixer.core.pending
+    assert pending.filled.sum() == 7 * kinds
+    for sample, vectors in zip(pending.sample[:, : 7 * kinds], routed(mixer, x), strict=True):
+        real = vectors.unflatten(0, (2, kinds, 30)).transpose(1, 2)[mask].flatten(0, 1)
+        torch.testing.assert_close(sample.sort(0).values, real.sort(0).values)
+
+
+def test_more_processes_than_samples_share_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = torch.zeros(SAMPLES * 4, dtype=torch.int64)
+    for rank in range(50):
+        monkeypatch.setattr(kmeans, "_processes", lambda rank=rank: (rank, 50))
+        mixer = build()
+        mixer(drawn(1, 9))
+        filled += mixer.core.pending.filled
+    assert torch.equal(filled, torch.ones_like(filled))
 
 
 def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:
@@ -163,6 +191,157 @@ def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:
     found = spherical_kmeans(equal, random, generator)
     torch.testing.assert_close(found[:, 2:], random[:, 2:])
     assert ((centres[:, :2] @ found[:, :2].mT).max(-1).values > 0.999).all()
+
+
+def test_seeds_are_drawn_where_no_centroid_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.eye(5)[None].repeat_interleave(2, 0)
+    means, dead = axes[:, [0, 1, 2, 0]], torch.tensor([[False, False, True, True], [False, False, False, True]])
+    vectors = torch.cat([axes[:, [0, 1, 1, 3, 4]], torch.zeros(2, 3, 5)], 1)
+    found = seeded(vectors, means, dead, generator)
+    assert torch.equal(found[~dead], means[~dead])
+    assert sorted(found[0, 2:].argmax(-1).tolist()) == [3, 4]
+    assert int(found[1, 3].argmax()) in (3, 4)
+    assert torch.equal(seeded(vectors[:, :3], means, dead, generator), means), "every vector has a centroid"
+
+
+# clusters that lose their members ----------------------------------------------------------------------------
+
+
+def modes(step: int, count: int = 4, each: int = 20) -> tuple[Tensor, Tensor]:
+    """Unit vectors (1, 4 heads, count * each, 4) around `count` directions, and which."""
+    number = torch.arange(count).repeat(each)
+    generator = torch.Generator().manual_seed(step)
+    noise = 0.05 * torch.randn(1, 4, len(number), 4, generator=generator, dtype=torch.float64)
+    return F.normalize(torch.eye(4, dtype=torch.float64)[number] + noise, dim=-1), number
+
+
+def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
+    """Clusters with members, over all heads, at each step."""
+    busy = []
+    for step in range(1, steps + 1):
+        x, _ = modes(step)
+        chosen = ls.ops.routing_clusters(x, centroids(mixer))
+        busy.append(sum(len(head.unique()) for head in chosen[0]))
+        mixer.core.see([(x, chosen)], torch.ones(1, x.shape[2], dtype=torch.bool))
+        mixer.after_step(step)
+    return busy
+
+
+def collapsed(**fields: object) -> ls.mixers.Mixer:
+    """Every centroid but one stands where no vector is."""
+    mixer = build(**fields)
+    core = mixer.core
+    core.draws += 1
+    core.centroids.copy_(-torch.eye(4, dtype=torch.float64) - 2)
+    core.centroids[:, 0] = 0.5
+    core.centroids.copy_(F.normalize(core.centroids, dim=-1))
+    core.ema_sum.copy_(80 * core.centroids)
+    core.ema_count.fill_(80)
+    return mixer
+
+
+def test_clusters_without_members_come_back_where_members_are() -> None:
+    never = learn(collapsed(decay=0.9, reseed=0.0), 60)
+    assert never == [4] * 60
+    mixer = collapsed(decay=0.9)
+    busy = learn(mixer, 60)
+    assert busy[0] == 4
+    assert busy[-1] == 16, "every cluster of every head has members"
+    found = ls.ops.routing_clusters(modes(99)[0], centroids(mixer))
+    for head in found[0]:
+        assert len({(int(c), int(m)) for c, m in zip(head, modes(99)[1], strict=True)}) == 4, "one cluster a direction"
+    assert mixer.draw == 1, "no draw: states go on"
+    again = collapsed(decay=0.9)
+    torch.manual_seed(5)
+    assert learn(again, 60) == busy
+    for name in STATISTICS:
+        assert torch.equal(again.core.get_buffer(name), mixer.core.get_buffer(name)), name
+
+
+def test_a_cluster_begins_anew_at_a_vector_of_the_step_with_an_even_share() -> None:
+    mixer = collapsed(decay=0.5, reseed=0.3)
+    core = mixer.core
+    core.ema_count[:, 2] = 1
+    x, _ = modes(1)
+    chosen = ls.ops.routing_clusters(x, centroids(mixer))
+    core.see([(x, chosen)], torch.ones(1, 80, dtype=torch.bool))
+    mixer.after_step(2)
+    counts = torch.tensor([120.0, 40, 0.5, 40]).double()
+    counts[2] = counts.mean()
+    torch.testing.assert_close(core.ema_count, counts.expand(4, -1))
+    near = (x[0] @ centroids(mixer)[:, 2, :, None])[..., 0].amax(-1)
+    torch.testing.assert_close(near, torch.ones_like(near))
+    torch.testing.assert_close(core.ema_sum[:, 2], counts[2] * centroids(mixer)[:, 2])
+
+
+def test_nothing_seen_and_vectors_of_no_length_move_nothing() -> None:
+    mixer = started(decay=0.5)
+    before = {name: mixer.core.get_buffer(name).clone() for name in STATISTICS}
+    mixer(drawn(2, 6), mask=torch.zeros(2, 6, dtype=torch.bool))
+    mixer.after_step(2)
+    for name, buffer in before.items():
+        assert torch.equal(mixer.core.get_buffer(name), buffer), name
+    with torch.no_grad():
+        mixer.projections.q_proj.weight.zero_()
+    for step in range(3, 60):
+        mixer(drawn(2, 6))
+        mixer.after_step(step)
+    norms = centroids(mixer).norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+# precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_statistics_stay_wide_whatever_the_model_is(dtype: torch.dtype) -> None:
+    mixer = started(decay=0.999, reseed=0.0).float()
+    exact = centroids(mixer).clone()
+    mixer.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {name: mixer.core.get_buffer(name).dtype for name in STATISTICS} == dict.fromkeys(STATISTICS, wide)
+    assert torch.equal(centroids(mixer).float(), exact), "no bit is lost on the way"
+    twin = started(decay=0.999, reseed=0.0).float()
+    x, _ = modes(1)
+    for step in range(2, 40):
+        for each in (mixer, twin):
+            vectors = x.to(each.core.ema_sum.dtype)
+            chosen = ls.ops.routing_clusters(vectors, centroids(each))
+            each.core.see([(vectors, chosen)], torch.ones(1, x.shape[2], dtype=torch.bool))
+            each.after_step(step)
+    torch.testing.assert_close(centroids(mixer).float(), centroids(twin), atol=1e-5, rtol=0)
+    assert (centroids(twin) - exact).abs().max() > 0.01
+    y, _ = mixer(drawn(1, 9).to(dtype))
+    assert y.dtype == dtype
+    mixer.after_step(40)
+
+
+def test_statistics_are_wide_where_the_default_is_narrow() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mixer = ls.mixers.build("routing", dim=16, num_heads=4, **FIELDS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {mixer.core.get_buffer(name).dtype for name in STATISTICS} == {torch.float32}
+    with torch.device("meta"):
+        bare = ls.mixers.build("routing", dim=16, num_heads=4, **FIELDS)
+    bare.to(torch.bfloat16).to_empty(device="cpu")
+    bare.load_state_dict(mixer.state_dict())
+    assert torch.equal(centroids(bare), centroids(mixer))
+
+
+def test_a_narrow_model_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
+    mixers = ({"name": "routing", **FIELDS},)
+    model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, mixers=mixers))
+    model.bfloat16()
+    model(torch.randint(11, (2, 40)))
+    model.after_step(1, torch.Generator().manual_seed(1))
+    ls.save_model(model, tmp_path)
+    again = ls.load_model(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype, name
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_the_first_batch_voids_states_and_later_ones_do_not() -> None:
@@ -229,18 +408,24 @@ folder = sys.argv[1]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-mixer = ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, num_clusters=4, window=5, decay=0.9).double()
-for step in range(1, 4):
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(4, 30, 16, generator=generator, dtype=torch.float64)
-    mixer(x[2 * rank : 2 * rank + 2])
-    mixer.after_step(step, torch.Generator().manual_seed(step))
-torch.save(mixer.core.centroids, f"{folder}/{rank}.pt")
+fields = dict(num_clusters=4, window=5, shared=False, decay=0.1, reseed=0.7)
+mixer = ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, **fields).double()
+wrapped = torch.nn.parallel.DistributedDataParallel(mixer)
+for step in range(1, 5):
+    for part in range(3):  # synchronised forwards: buffers are given to all before each
+        generator = torch.Generator().manual_seed(3 * step + part)
+        x = torch.randn(4, 30, 16, generator=generator, dtype=torch.float64)
+        if step == 4:
+            x = x + 3 * x[:1, :1]  # clusters lose their members
+        wrapped(x[2 * rank : 2 * rank + 2])[0].sum().backward()
+    mixer.after_step(step, torch.Generator().manual_seed(step if step == 1 else rank))
+torch.save(mixer.core.state_dict(), f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
+    """Also inside DistributedDataParallel, several synchronised forwards a step."""
     script = tmp_path / "script.py"
     script.write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -252,12 +437,19 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
         process.wait()
     assert process.returncode == 0, shown
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
-    alone = build(decay=0.9)
-    for step in range(1, 4):
-        alone(drawn(4, 30, seed=step))
+    alone = build(shared=False, decay=0.1, reseed=0.7)
+    for step in range(1, 5):
+        seen = centroids(alone).clone()
+        for part in range(3):
+            x = drawn(4, 30, seed=3 * step + part)
+            alone(x + 3 * x[:1, :1] if step == 4 else x)
         alone.after_step(step, torch.Generator().manual_seed(step))
-    torch.testing.assert_close(first, centroids(alone), atol=1e-10, rtol=0)
+    assert (centroids(alone) - seen).abs().max() > 0.5, "one began anew"
+    for name, tensor in alone.core.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(
+            first[name], tensor, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 # as a layer --------------------------------------------------------------------------------------------------

@@ -62,12 +62,14 @@ class Call:
         before: the state of each converted layer, by its index.
         after: the same behind the call, filled by the layers.
         penalties: auxiliary losses.
+        graph: a graph is built.
     """
 
     rows: Rows
     before: dict[int, Any]
     after: dict[int, Any] = field(default_factory=dict)
     penalties: list[Tensor] = field(default_factory=list)
+    graph: bool = field(default_factory=torch.is_grad_enabled)
 
 
 class Converted:
@@ -85,14 +87,30 @@ class Converted:
             )
         rows, index = longspan_call.rows, self.longspan_index
         q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
+        # what is made again in a backward pass was appended already
+        penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
+        known = len(penalties)
+        out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
+        if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
+            _check_reentry(self.longspan, len(penalties) > known)
         # gates and projections may be of another precision than the model
-        out, following = self.longspan(
-            q, k, v, longspan_call.before.get(index), rows, penalties=longspan_call.penalties
-        )
         if rows.length:
             longspan_call.after[index] = following
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
+
+
+def _check_reentry(core: Core, penalised: bool) -> None:
+    """Refuse what trains without a graph inside a call that has one.
+
+    Raises:
+        UnsupportedError: the mixer counts its training forwards, or has auxiliary losses, which would go unlearned.
+    """
+    if core.counts_forwards or penalised:
+        raise UnsupportedError(
+            "this mixer learns beside the loss, which re-entrant checkpointing loses; call "
+            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
 
 
 def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fields: Any) -> Report:

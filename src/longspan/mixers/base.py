@@ -110,6 +110,8 @@ class Core(nn.Module):
     """The core carries hidden states and projects them again; a converted pretrained model cannot hold it."""
     no_stream: ClassVar[str] = "does not stream"
     """Why a causal form that does not stream does not, for the message that refuses a state."""
+    counts_forwards: ClassVar[bool] = False
+    """A training forward adds to statistics that `after_step` applies."""
     linear_in_values: ClassVar[bool] = True
     """The output is an attention map times the values, so that `attention_map` exists."""
 

@@ -109,6 +109,11 @@ class HeadsCore(Core):
         return any(core.needs_hidden for core in self.cores)
 
     @property
+    def counts_forwards(self) -> bool:  # type: ignore[override]
+        """Whether any part does."""
+        return any(core.counts_forwards for core in self.cores)
+
+    @property
     def linear_in_values(self) -> bool:  # type: ignore[override]
         """Whether all parts are."""
         return all(core.linear_in_values for core in self.cores)

@@ -108,6 +108,11 @@ class PerformerCore(DrawnCore):
         )
 
     @property
+    def counts_forwards(self) -> bool:  # type: ignore[override]
+        """The bound of FAVOR++ is measured."""
+        return self.config.kind == "bounded"
+
+    @property
     def traits(self) -> Traits:
         """Bounded at any length."""
         return Traits(streams=self.shape.causal, bounded=True)

@@ -77,7 +77,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
             raise CheckpointError(
                 f"{where}: {name} is {tuple(weights[name].shape)}, the configuration says {tuple(expected[name].shape)}"
             )
-    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    # statistics in buffers stay wide in a narrow model
+    dtypes = {weights[name].dtype for name, each in model.named_parameters() if each.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)

@@ -117,7 +117,7 @@ def compressive_attention(
         older = [F.pad(t, (0, 0, mem_len - memory, 0)) for t in older]
     final = position + (length - 1) // segment * segment if length else position
     final = closed_slots(final, mem_len=mem_len, ratio=ratio)
-    per_segment = batch * k.shape[1] * dim * (segment + mem_len + compressed_len)
+    per_segment = max(1, batch) * k.shape[1] * dim * (segment + mem_len + compressed_len)
     outs = []
     for part in _batches(
         length, segment, mem_len, compressed_len, ratio, position, max(1, BATCH_ENTRIES // per_segment)
@@ -137,7 +137,7 @@ def compressive_attention(
         query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
         query = query.reshape(batch * count, heads, part.size, dim)
         out = relative_attention(query, keys, values, r, content_bias, position_bias, memory_lengths=held)
-        outs.append(out.transpose(1, 2).reshape(batch, count * part.size, heads, -1))
+        outs.append(out.transpose(1, 2).reshape(batch, count * part.size, heads, v.shape[3]))
     if not outs:
         return q.new_zeros(batch, heads, length, v.shape[3])
     return torch.cat(outs, 1).transpose(1, 2)

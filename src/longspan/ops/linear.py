@@ -264,7 +264,7 @@ def _chunks(
         .reshape(batch, kv_heads, count, group * size, width)
     )
     keys = phi_k.reshape(batch, kv_heads, count, size, width)
-    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).reshape(batch, kv_heads, count, size, -1)
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).reshape(batch, kv_heads, count, size, v.shape[3] + 1)
     place = torch.arange(size, device=v.device)
     seen = place[:, None] >= place  # (C, C)
     own = continues = None
@@ -295,8 +295,8 @@ def _chunks(
     if start is not None:
         inter = inter.masked_fill(~_per_group(inherits[..., None], group), 0)
     total = (scores * _per_group(weights, group)) @ ones + inter
-    out = _divided(total).view(batch, kv_heads, count, group, size, -1).transpose(2, 3)
-    return out.reshape(batch, heads, length, -1), after
+    out = _divided(total).view(batch, kv_heads, count, group, size, v.shape[3]).transpose(2, 3)
+    return out.reshape(batch, heads, length, v.shape[3]), after
 
 
 def _per_group(t: Tensor, group: int) -> Tensor:

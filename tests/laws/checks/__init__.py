@@ -63,6 +63,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         quiet.check_autocast,
         quiet.check_draws_nothing,
         quiet.check_forward_changes_nothing,
+        quiet.check_empty_inputs,
     ),
 }
 

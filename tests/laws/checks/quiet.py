@@ -9,6 +9,7 @@ from longspan.errors import ConfigError, UnsupportedError
 
 from ..tools import (
     BATCH,
+    DIM,
     Make,
     close,
     feed,
@@ -205,3 +206,27 @@ def check_forward_changes_nothing(make: Make) -> None:
         assert list(after) == list(before), "forward adds or removes a parameter or buffer"
         for name, t in before.items():
             same(after[name], t, f"{name} after forward, training={training}")
+
+
+def check_empty_inputs(make: Make) -> None:
+    """No row, no token, or padding alone: outputs of their shape, finite penalties and gradients, in training too."""
+    for training in (False, True)[: 1 + trains(make())]:
+        mixer = make().train(training)
+        for shape, real in (((0, 5, DIM), True), ((2, 0, DIM), True), ((0, 0, DIM), True), ((2, 6, DIM), False)):
+            for begun in (False, True)[: 1 + mixer.traits.streams]:
+                what = f"{shape}{'' if real else ', padding alone'}, training={training}, from init_state={begun}"
+                x = torch.zeros(shape, dtype=torch.float64, requires_grad=training)
+                mask, penalties = None if real else torch.zeros(shape[:2], dtype=torch.bool), []
+                with torch.set_grad_enabled(training):
+                    y, state = mixer(x, mixer.init_state(shape[0]) if begun else None, mask=mask, penalties=penalties)
+                    total = y.sum() + sum(penalties)
+                assert y.shape == x.shape, f"outputs of {what} are {tuple(y.shape)}"
+                assert not y.any(), f"outputs of {what} are not zero"
+                assert torch.isfinite(total), f"penalties of {what} are not finite"
+                for name, t in leaves(state).items():
+                    assert torch.isfinite(t).all(), f"{name} after {what} is not finite"
+                if total.requires_grad:
+                    total.backward()
+                for name, parameter in mixer.named_parameters():
+                    found = parameter.grad is None or torch.isfinite(parameter.grad).all()
+                    assert found, f"gradient of {name} of {what} is not finite"

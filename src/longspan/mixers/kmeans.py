@@ -1,0 +1,260 @@
+"""Clusters of unit vectors that follow what training sees: an online spherical k-means with a revival of dead clusters.
+
+See `routing` for the equations. A core counts its training forwards with `see`; `after_step` applies them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.mixers.draws import DrawnCore
+
+SAMPLES = 8  # vectors a cluster that a step keeps: where centroids begin, and begin again
+ROUNDS = 10  # of k-means over them
+STATISTICS = ("centroids", "ema_sum", "ema_count")
+
+
+class Seen(NamedTuple):
+    """What the training forwards since the last step have seen, in this process.
+
+    Attributes:
+        sums: (heads, clusters, head_dim) of the members.
+        counts: (heads, clusters) int64 members.
+        sample: (heads, SAMPLES * clusters, head_dim) evenly spaced vectors; each process fills its part.
+        filled: (SAMPLES * clusters,) int64, 1 where there is a vector.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    sample: Tensor
+    filled: Tensor
+
+
+class ClusteredCore(DrawnCore):
+    """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
+
+    The centroids and their moving sums are buffers, in fp32 at least, whatever the dtype of the model: in bf16 a small
+    step rounds to none. What waits for `after_step` is no buffer: DistributedDataParallel gives every process the
+    buffers of the first before each forward, and a checkpoint needs it as little as gradients between two steps.
+    """
+
+    counts_forwards = True
+    centroids: Tensor
+    ema_sum: Tensor
+    ema_count: Tensor
+    routed_heads: int
+    pending: Seen | None = None
+
+    def _begin_clusters(self, heads: int, count: int, dim: int) -> None:
+        """Call at the end of construction; `config` has `decay`, `reseed` and `seed`."""
+        self.routed_heads = heads
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        drawn = torch.randn(heads, count, dim, generator=torch.Generator().manual_seed(self.config.seed), dtype=wide)
+        self.register_buffer("centroids", F.normalize(drawn, dim=-1))
+        self.register_buffer("ema_sum", torch.zeros(heads, count, dim, dtype=wide))
+        self.register_buffer("ema_count", torch.zeros(heads, count, dtype=wide))
+        self._count_draws()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As modules do, but statistics never become narrower than fp32."""
+        before = {name: getattr(self, name) for name in STATISTICS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = getattr(self, name)
+            wide = torch.promote_types(new.dtype, torch.float32)
+            if new.dtype != wide:
+                setattr(self, name, old.to(new.device, wide))
+        if self.pending is not None:
+            self.pending = Seen(*(t.to(self.centroids.device) for t in self.pending))
+        return self
+
+    def _nothing(self) -> Seen:
+        heads, count, dim = self.centroids.shape
+        sums, counts = self.centroids.new_zeros, self.draws.new_zeros
+        samples = SAMPLES * count
+        return Seen(sums(heads, count, dim), counts(heads, count), sums(heads, samples, dim), counts(samples))
+
+    def _flat(self, chosen: Tensor) -> Tensor:
+        """Clusters (batch, heads, length) counted through all routed heads; heads a multiple of those."""
+        head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // self.routed_heads)
+        return chosen + head[:, None] * self.centroids.shape[1]
+
+    def _own(self, chosen: Tensor) -> Tensor:
+        """(batch, heads, length, head_dim) the centroid of each token's cluster."""
+        found = self.centroids.flatten(0, 1).index_select(0, self._flat(chosen).flatten())
+        return found.view(*chosen.shape, self.centroids.shape[2])
+
+    @torch.no_grad()
+    def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor) -> None:
+        """Add a training forward to what the next `after_step` learns from.
+
+        Args:
+            seen: vectors (batch, heads, length, head_dim) of length one, heads a multiple of the routed ones, and their
+                clusters (batch, heads, length).
+            real: (batch, length) bool, tokens that count.
+        """
+        if not real.numel():
+            return
+        pending = self.pending
+        if pending is None:
+            pending = self.pending = self._nothing()
+        size = pending.counts.numel()
+        for vectors, chosen in seen:
+            index = self._flat(chosen).masked_fill(~real[:, None], size).flatten()
+            sums = vectors.new_zeros(size + 1, vectors.shape[3])
+            sums.index_add_(0, index, vectors.reshape(-1, vectors.shape[3]))
+            pending.sums.add_(sums[:size].view(pending.sums.shape))
+            count = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
+            count.index_add_(0, index, torch.ones_like(index))
+            pending.counts.add_(count[:size].view(pending.counts.shape))
+        if self.config.reseed or not int(self.draws):
+            self._sample(pending, [vectors for vectors, _ in seen], real)
+
+    def _sample(self, pending: Seen, vectors: list[Tensor], real: Tensor) -> None:
+        """Fill what is left of this process's part of the sample with evenly spaced real vectors."""
+        rank, world = _processes()
+        size, length = len(pending.filled), real.shape[1]
+        part = slice(rank * size // world, (rank + 1) * size // world)
+        slots = torch.arange(part.stop - part.start, device=real.device)
+        # each row's vectors one kind behind the other: those of every head that shares centroids, queries before keys
+        kinds = [(each.unflatten(1, (self.routed_heads, -1)), i) for each in vectors for i in range(self._group(each))]
+        passed = real.repeat(1, len(kinds)).flatten().cumsum(0)
+        total, taken = passed[-1], pending.filled[part].sum()
+        count = torch.minimum(len(slots) - taken, total)
+        number = (slots - taken) * total // count.clamp(min=1)
+        place = torch.searchsorted(passed, number + 1).clamp(max=len(passed) - 1)
+        row, column = place // (len(kinds) * length), place % length
+        kind = place // length % len(kinds)
+        found = torch.zeros_like(pending.sample[:, part])
+        for which, (each, i) in enumerate(kinds):
+            picked = each[row, :, i, column].transpose(0, 1).to(found.dtype)
+            found = torch.where((kind == which)[:, None], picked, found)
+        fits = (slots >= taken) & (slots < taken + count)
+        pending.sample[:, part] = torch.where(fits[:, None], found, pending.sample[:, part])
+        pending.filled[part] = torch.where(fits, 1, pending.filled[part])
+
+    def _group(self, vectors: Tensor) -> int:
+        return vectors.shape[1] // self.routed_heads
+
+    @torch.no_grad()
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Move the centroids to what the training forwards since the last call have seen, in all processes."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            if _processes()[1] == 1:
+                return
+            pending = self._nothing()  # others may have seen something
+        total, count = _summed(pending.sums, pending.counts)
+        if int(self.draws):
+            self._move(total, count)
+            self._revive(pending, step)
+        else:
+            self._begin(pending, count, generator)
+
+    def _begin(self, pending: Seen, count: Tensor, generator: torch.Generator | None) -> None:
+        """Set the centroids by k-means over the sample, as if it were all that the step has seen."""
+        sample, filled = _summed(pending.sample, pending.filled)
+        if not bool(filled.any()):
+            return
+        vectors = sample[:, filled > 0].cpu()
+        found = spherical_kmeans(vectors, self.centroids.cpu(), generator)
+        members = F.one_hot((vectors.to(found.dtype) @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
+        weight = count.sum(1).cpu()[:, None] / vectors.shape[1]
+        self.centroids.copy_(found)
+        self.ema_sum.copy_(members.mT @ vectors * weight[..., None])
+        self.ema_count.copy_(members.sum(1) * weight)
+        self._agree()
+        self.draws += 1
+
+    def _move(self, total: Tensor, count: Tensor) -> None:
+        """Each centroid to the mean of its members, earlier steps weighing `decay` less than the one after them."""
+        decay = torch.where(count.sum() > 0, self.ema_sum.new_full((), self.config.decay), 1.0)
+        self.ema_sum.mul_(decay).add_(total)
+        self.ema_count.mul_(decay).add_(count)
+        norm = self.ema_sum.norm(dim=-1)
+        moves = (count > 0) & (norm > 1e-6 * self.ema_count)  # vectors may cancel out, or be zero
+        moved = self.ema_sum / torch.where(moves, norm, 1.0)[..., None]
+        self.centroids.copy_(torch.where(moves[..., None], moved, self.centroids))
+
+    def _revive(self, pending: Seen, step: int) -> None:
+        """Put clusters that hardly have members where the step's sample is far from all others."""
+        even = self.ema_count.mean(1, keepdim=True)
+        dead = self.ema_count < self.config.reseed * even
+        if not bool(dead.any()):
+            return
+        sample, filled = _summed(pending.sample, pending.filled)
+        if not bool(filled.any()):
+            return
+        # of its own, a function of the step: a resumed run and every process draw the same
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        found = seeded(sample[:, filled > 0].cpu(), self.centroids.cpu(), dead.cpu(), generator).to(self.centroids)
+        self.centroids.copy_(torch.where(dead[..., None], found, self.centroids))
+        self.ema_sum.copy_(torch.where(dead[..., None], found * even[..., None], self.ema_sum))
+        self.ema_count.copy_(torch.where(dead, even, self.ema_count))
+        self._agree()
+
+    def _agree(self) -> None:
+        """The first process's statistics for all: generators may differ, and so may the last bit of a product."""
+        if _processes()[1] > 1:
+            for name in STATISTICS:
+                dist.broadcast(getattr(self, name), 0)
+
+
+def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Centroids of length one, (heads, clusters, head_dim), from `ROUNDS` of k-means seeded by k-means++.
+
+    Args:
+        vectors: (heads, n, head_dim) of length one.
+        fallback: like the result, for clusters that are left over where there are fewer different vectors.
+        generator: draws the seeds; None = torch's.
+    """
+    vectors = vectors.float()
+    every = torch.ones(fallback.shape[:2], dtype=torch.bool)
+    found = seeded(vectors, fallback.float(), every, generator)
+    for _ in range(ROUNDS):
+        nearest = F.one_hot((vectors @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
+        total = nearest.mT @ vectors
+        found = torch.where(nearest.any(1)[..., None], F.normalize(total, dim=-1), found)
+    return found
+
+
+def seeded(vectors: Tensor, centroids: Tensor, wanted: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The centroids with some put anew by k-means++: each at a vector drawn in proportion to 1 - cos to the nearest.
+
+    Args:
+        vectors: (heads, n, head_dim) of length one, or zero and then never drawn.
+        centroids: (heads, clusters, head_dim).
+        wanted: (heads, clusters) bool, those that are put anew; as they are where all vectors have a centroid.
+        generator: draws; None = torch's.
+    """
+    found, vectors = centroids.float().clone(), vectors.float()
+    head = torch.arange(len(found))
+    nearness = (vectors @ found.mT).masked_fill(wanted[:, None], -1).amax(-1)
+    farthest = torch.where(vectors.norm(dim=-1) > 0.5, 1 - nearness, 0.0)
+    for number in wanted.any(0).nonzero()[:, 0].tolist():
+        distance = torch.where(farthest > 1e-5, farthest, 0.0)  # beyond rounding: equal vectors give one seed
+        left = wanted[:, number] & (distance.sum(-1) > 0)
+        chosen = torch.multinomial(torch.where(left[:, None], distance, 1.0), 1, generator=generator)[:, 0]
+        found[:, number] = torch.where(left[:, None], vectors[head, chosen], found[:, number])
+        nearness = (vectors @ found[:, number, :, None])[..., 0]
+        farthest = torch.minimum(farthest, torch.where(left[:, None], 1 - nearness, farthest))
+    return found
+
+
+def _processes() -> tuple[int, int]:
+    """Rank and number of the processes that train together."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _summed(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both summed over all processes."""
+    if _processes()[1] > 1:
+        sums, counts = sums.clone(), counts.clone()
+        dist.all_reduce(sums)
+        dist.all_reduce(counts)
+    return sums, counts
