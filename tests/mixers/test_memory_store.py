@@ -66,6 +66,37 @@ def test_search_against_all_products(added: tuple[int, ...], index: Any, tmp_pat
 
 
 @pytest.mark.parametrize("index", KINDS)
+@pytest.mark.parametrize("later", [400, 700, 1000, 1999], ids="after {}".format)
+def test_queries_near_evicted_pairs(later: int, index: Any, tmp_path: Path) -> None:
+    """Keys lie in two heaps, and most or all of the one that is asked for have been evicted, but are in the graph."""
+    generator = torch.Generator().manual_seed(5)
+
+    def heap(axis: int, count: int) -> Tensor:
+        noise = 0.05 * torch.randn(2, count, 16, generator=generator)
+        return ops.unit_vectors(noise + torch.eye(16)[axis])
+
+    sizes = {**SIZES, "capacity": 1000}
+    values = torch.randn(2, 1000 + later, 16, generator=generator)
+    with MemoryStore(tmp_path, index=index, **sizes) as store:
+        store.add(heap(0, 1000), values[:, :1000])
+        store.add(heap(1, later), values[:, 1000:])
+        # two heads that ask where pairs were evicted, one where none were, one in between
+        near = [heap(0, 50)[0], heap(1, 50)[0], heap(0, 50)[1], ops.unit_vectors(heap(0, 50)[0] + heap(1, 50)[0])]
+        queries = torch.stack(near)
+        assert recall(store, queries, 32) > 0.98
+        found = store.search(queries, 32)
+        assert int(found.numbers.min()) >= later
+        assert bool((found.scores.diff(dim=-1) <= 0).all())
+        for head in range(4):
+            assert torch.equal(found.values[head], values[head // 2][found.numbers[head]])
+        read = memory_store._read(store, 5 * queries, torch.zeros_like(queries), torch.zeros(4), 32)
+        exact = store.search(5 * queries, 32, exact=True)
+        expected = (exact.scores.softmax(-1)[..., None] * exact.values).sum(-2) / 2
+        assert not bool(read.isnan().any())
+        assert float((read - expected).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("index", KINDS)
 def test_a_closed_store_is_opened_again(index: Any, tmp_path: Path) -> None:
     keys, values = pairs(400)
     with MemoryStore(tmp_path, index=index, **SIZES) as store:
