@@ -77,7 +77,7 @@ class Stack(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 of_positions = name.startswith("position_embedding")
-                count = max(1, len(config.position_shape)) if of_positions else 1
+                count = max(1, len(config.position_shape)) if of_positions and not config.position_dims else 1
                 std = 0.125 / (config.dim * count) ** 0.5 if config.init == "sparse" else config.init_std
                 nn.init.normal_(module.weight, std=std)
 
