@@ -264,7 +264,7 @@ class MemorizingCore(Core):
         end = stored[0].shape[2] - rows.length + rows.real_tokens() - rows.live % window
         index = end[:, None] - most + slot
         kept = most - slot <= (rows.live // window * window)[:, None]
-        if bool(kept.all()) and bool((end == end[:1]).all()):
+        if rows.batch and bool(kept.all()) and bool((end == end[:1]).all()):
             first = int(end[0]) - most
             return stored[0][:, :, first : first + most].clone(), stored[1][:, :, first : first + most].clone()
         if not stored[0].shape[2]:
