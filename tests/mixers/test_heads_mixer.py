@@ -40,7 +40,7 @@ def test_a_part_that_does_not_stream_says_why(parts: list[dict[str, Any]], says:
     with pytest.raises(UnsupportedError, match=rf"^{says}.*call it with state=None$"):
         mixer(torch.zeros(1, 3, 16), plain.init_state(1))
     both = ls.mixers.build("heads", dim=16, num_heads=4, causal=False, parts=[WINDOW, SORTED])
-    with pytest.raises(UnsupportedError, match="^heads: a bidirectional mixer sees the future"):
+    with pytest.raises(UnsupportedError, match=r"^heads: a bidirectional mixer sees the future"):
         both.init_state(1)
 
 

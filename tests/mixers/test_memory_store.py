@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,49 @@ def test_a_closed_store_is_opened_again(index: Any, tmp_path: Path) -> None:
         assert recall(store, asked(5), 4) == 1
         store.add(keys[:, :3], values[:, :3])
         assert sorted(store.search(asked(1), 9).numbers[0, 0].tolist()) == [0, 1, 2]
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from longspan import ops
+from longspan.mixers.memory_store import MemoryStore
+
+torch.set_num_threads(1)
+folder, count, room = sys.argv[1], 400_000, 56 << 20
+torch.manual_seed(0)
+keys = ops.unit_vectors(torch.randn(1, 1000, 64))
+store = MemoryStore(folder, kv_heads=1, head_dim=64, capacity=count)
+store.add(keys, keys)
+store.search(keys[:, :4], 4)  # loads what is loaded once
+store.clear()
+held = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + room, resource.RLIM_INFINITY))
+try:
+    torch.ones(count * 64)
+    sys.exit("the limit does not hold")
+except RuntimeError:
+    pass
+sign = [1 - 2 * torch.randint(2, (64,)) for _ in range(count // 1000)]
+for part in sign:
+    store.add(keys * part, keys)
+for again in range(2):
+    asked = keys[:, :8] * sign[123]
+    found = store.search(asked, 16)
+    assert found.numbers[0, :, 0].tolist() == list(range(123_000, 123_008)), found.numbers[0, :, 0]
+    assert torch.equal(found.values[0, :, 0], keys[0, :8])
+    store.close()
+    store = MemoryStore(folder, write=False)
+print(sum(path.stat().st_size for path in Path(folder).glob("*.npy")) / room)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_store_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    """Written, searched exactly, opened again: with private memory for less than a third of its files."""
+    ran = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) > 3
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

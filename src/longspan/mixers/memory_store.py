@@ -1,4 +1,4 @@
-"""Stores of keys and values on disk, for `memorizing`: as large as the disk, searched exactly or with faiss.
+"""Stores of keys and values on disk, for `memorizing`, searched exactly or with faiss.
 
     store = MemoryStore("notes", kv_heads=8, head_dim=64, capacity=10_000_000)    # or index="faiss"
     core.attach(store)                                                            # see MemorizingCore.attach
@@ -6,14 +6,21 @@
         y, state = mixer(x)                                                       # writes and searches the store
     store.close()                                                                 # later: write=False
 
-Keys and values are memory-mapped numpy files, so only what is searched is read. A pair's number counts from the last
-`clear`; pair number i lies in slot i % capacity of both files, so that the oldest pair is the one overwritten. An exact
-search reads every key; faiss (extra `faiss`) keeps an HNSW graph over the keys in RAM and reads few: `recall` says how
-many of the nearest it finds. Source: Wu et al. 2022, section 3.2, who search approximately too.
+Keys and values are memory-mapped numpy files. A pair's number counts from the last `clear`; pair number i lies in slot
+i % capacity of both files, so that the oldest pair is the one overwritten. Source: Wu et al. 2022, section 3.2, who
+search approximately too.
+
+    exact     reads every key from the files, a block at a time, so the store may be larger than RAM
+    faiss     (extra `faiss`) an HNSW graph that holds a copy of every key in RAM, 4 head_dim + about 8 links bytes of
+              it, and up to as many evicted ones; of the files it reads values. A search meets few keys: `recall` says
+              how many of the nearest it finds
+
+`benchmarks/bench_memory_store.py` measures both.
 """
 
 import importlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +60,7 @@ class MemoryStore:
     Args:
         folder: made if it is not there.
         kv_heads, head_dim, capacity: sizes; None = those of the folder, which must be there.
-        index: "exact", or "faiss" for an HNSW graph in RAM, built when the store is opened.
+        index: "exact", or "faiss" for an HNSW graph with all keys in RAM, built when the store is opened.
         write: False = only search; several processes may.
         links: edges of a node of the graph.
         effort: candidates that a search of the graph keeps; more is slower and finds more.
@@ -87,7 +94,8 @@ class MemoryStore:
         """Pairs added since the store was last empty, evicted ones included."""
         if write:
             self._save(closed=False)
-        mode: Any = ("r+" if exists else "w+") if write else "c"
+        # for reading alone never "c", which claims RAM for the whole file
+        mode: Any = ("r+" if exists else "w+") if write else "r"
         shape = (self.kv_heads, self.capacity, self.head_dim)
         self._keys, self._values = (
             np.lib.format.open_memmap(self.folder / f"{name}.npy", mode=mode, dtype=np.float32, shape=shape)
@@ -235,8 +243,7 @@ class MemoryStore:
     def _blocks(self, queries: Tensor, heads: slice) -> Iterator[tuple[int, Tensor]]:
         size = max(256, SCORES // (queries.shape[0] * queries.shape[1]))
         for low in range(0, len(self), size):
-            keys = torch.from_numpy(self._keys[heads, low : min(low + size, len(self))])
-            yield low, queries @ keys.mT
+            yield low, queries @ _mapped(self._keys[heads, low : min(low + size, len(self))]).mT
 
     def _approximate(self, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """As `_exact`, by the graphs, and exactly for the queries of which a graph does not know the answer."""
@@ -367,6 +374,13 @@ def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) 
     weights = found.scores.softmax(-1).to(q.dtype)
     values = (weights[..., None, :] @ found.values.to(q.dtype))[..., 0, :]
     return mixed(values, local, gate, torch.ones((), dtype=torch.bool, device=q.device))
+
+
+def _mapped(array: Any) -> Tensor:
+    """A tensor over the memory of an array; torch warns where that cannot be written, which nobody does here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _faiss() -> Any:
