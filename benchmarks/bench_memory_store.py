@@ -9,6 +9,8 @@ at any time (Linux). The exact search is first held against all products; no fig
 """
 
 import argparse
+import ctypes
+import gc
 import tempfile
 import time
 from pathlib import Path
@@ -42,11 +44,12 @@ def filled(folder: Path, kind: str, count: int, dim: int) -> None:
             store.add(drawn(kind, size, dim, seed), drawn("random", size, dim, -1 - seed))
 
 
-def check(store: MemoryStore, queries: Tensor, k: int) -> None:
+def check(folder: Path, queries: Tensor, k: int) -> None:
     """Hold an exact search against all products with the store's file."""
+    store = MemoryStore(folder, write=False)
     keys = torch.from_numpy(store._keys[:, : len(store)].copy())
     true = (queries @ keys.mT).topk(min(k, len(store)), -1).values
-    found = store.search(queries, k, exact=True).scores
+    found = store.search(queries, k).scores
     difference = float((found - true).abs().max())
     if difference > 1e-5:
         raise SystemExit(f"the exact search is off by {difference:.1e} (bar 1e-5); no figures are shown")
@@ -54,6 +57,10 @@ def check(store: MemoryStore, queries: Tensor, k: int) -> None:
 
 def held() -> tuple[int, int]:
     """Bytes of this process: anonymous ones, and all others."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # what was freed before would be used again, and not count
     anonymous, resident = anonymous_bytes(), resident_bytes()
     if anonymous is None or resident is None:
         raise SystemExit("this system does not say how much memory is anonymous; Linux does")
@@ -66,6 +73,7 @@ def measure(kind: str, count: int, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         filled(folder, kind, count, options.head_dim)
+        check(folder, queries, options.k)
         stores, memory, opened = {}, {}, {}
         for index in ("exact", "faiss"):
             before, begin = held(), time.perf_counter()
@@ -73,7 +81,6 @@ def measure(kind: str, count: int, options: argparse.Namespace) -> None:
             opened[index] = time.perf_counter() - begin
             stores[index].search(queries, options.k)
             memory[index] = [now - then for now, then in zip(held(), before, strict=True)]
-        check(stores["exact"], queries, options.k)
         clock = time.process_time if options.cpu_time else time.perf_counter
         times = compare(
             lambda: stores["exact"].search(queries, options.k),
