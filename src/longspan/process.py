@@ -20,9 +20,18 @@ def peak_bytes() -> int | None:
 
     Not getrusage, whose figure a process inherits from the one that started it.
     """
+    return _status("VmHWM")
+
+
+def anonymous_bytes() -> int | None:
+    """Memory this process holds now that is no file's, so that it must fit into RAM; None where it is not known."""
+    return _status("RssAnon")
+
+
+def _status(name: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
     except (OSError, StopIteration, ValueError):
         return None
 

@@ -60,7 +60,7 @@ class StreamSession:
 
     def __init__(self, model: Decoder | RecurrentMemory, *, chunk: int | None = None) -> None:
         if not model.traits.streams:
-            raise UnsupportedError("a layer of this model does not stream; StreamSession needs every layer to")
+            raise UnsupportedError(f"{model.why_no_stream()}; StreamSession needs a model that streams")
         if not model.traits.causal:
             raise UnsupportedError("StreamSession predicts the next token; this model sees both sides of every token")
         if chunk is not None and chunk < 1:

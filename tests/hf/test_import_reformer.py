@@ -128,10 +128,24 @@ def test_gradients_are_those_of_transformers() -> None:
         ("blocks.3.ffn.down_proj.weight", "reformer.encoder.layers.3.feed_forward.output.dense.weight"),
         ("norm.weight", "reformer.encoder.layer_norm.weight"),
     ]
+    axial = "reformer.embeddings.position_embeddings.weights"
+    pairs += [(f"position_embedding.tables.{axis}.weight", f"{axial}.{axis}") for axis in range(2)]
     for own, name in pairs:
         found, expected = ours.get_parameter(own).grad, model.get_parameter(name).grad
         assert found is not None
+        if name.startswith(axial):
+            expected = expected.flatten(0, -2)
+            assert float(expected.abs().amax()) > 0
+            assert found.shape == expected.shape
         assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), own
+
+
+def test_axial_positions_have_as_many_parameters() -> None:
+    model = reformer()
+    ours = hf.import_checkpoint(model)
+    assert ours.config.position_dims == (5, 11)
+    counts = [sum(p.numel() for name, p in each.named_parameters() if "position" in name) for each in (model, ours)]
+    assert counts == [8 * 5 + 8 * 11] * 2
 
 
 def test_models_folders_and_what_they_become(tmp_path: Path) -> None:
@@ -190,6 +204,16 @@ def test_what_is_refused(more: dict[str, Any], says: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_dropout_of_attention_weights_is_not_taken_over_in_silence() -> None:
+    model, tokens = reformer(), ids(1, 16)
+    config = {**model.config.to_dict(), "local_attention_probs_dropout_prob": 0.05}
+    with pytest.warns(UserWarning, match=r"local_attention_probs_dropout_prob = 0\.05 is not taken over") as caught:
+        ours = hf.import_checkpoint(model.state_dict(), config)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+    assert apart(model, ours, tokens) < 1e-4
+
+
 def test_more_rounds_by_the_same_weights() -> None:
     """The weights know nothing of rounds: one is imported, and more of this library's may be used."""
     model, tokens = reformer(num_hashes=4), ids(1, 32)
@@ -216,6 +240,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         hf.import_checkpoint(weights, {key: value for key, value in config.items() if key != "hidden_size"})
     with pytest.raises(ConfigError, match="does not add up"):
         hf.import_checkpoint(weights, {**config, "axial_pos_embds_dim": (5, 12)})
+    with pytest.raises(ConfigError, match="one for each"):
+        hf.import_checkpoint(weights, {**config, "axial_pos_embds_dim": (5, 6, 5)})
     with pytest.raises(CheckpointError, match="no such file"):
         hf.import_checkpoint(tmp_path)
     model.config.save_pretrained(tmp_path)

@@ -112,6 +112,20 @@ def test_a_document_reads_nothing_of_the_one_before() -> None:
     torch.testing.assert_close(end.store_k, last.store_k, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("length", [0, 1, 4, 5, 23])
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_batch_of_no_rows(length: int, carried: bool) -> None:
+    mixer = build()
+    x = drawn(1, 0, length).requires_grad_()
+    y, state = mixer(x, mixer.init_state(0) if carried else None)
+    assert y.shape == (0, length, 16)
+    for found, expected in zip(state, mixer.init_state(0), strict=True):
+        assert found.shape == expected.shape
+    y.sum().backward()
+    y, _ = mixer(drawn(2, 0, 9), state, reset=torch.zeros(0, 9, dtype=torch.bool))
+    assert y.shape == (0, 9, 16)
+
+
 @torch.no_grad()
 def test_a_session_equals_one_pass() -> None:
     mixers = ({"name": "window", "window": 3}, {"name": "memorizing", **FIELDS})

@@ -2,6 +2,8 @@
 
 import importlib
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,37 @@ def test_search_against_all_products(added: tuple[int, ...], index: Any, tmp_pat
 
 
 @pytest.mark.parametrize("index", KINDS)
+@pytest.mark.parametrize("later", [400, 700, 1000, 1999], ids="after {}".format)
+def test_queries_near_evicted_pairs(later: int, index: Any, tmp_path: Path) -> None:
+    """Keys lie in two heaps, and most or all of the one that is asked for have been evicted, but are in the graph."""
+    generator = torch.Generator().manual_seed(5)
+
+    def heap(axis: int, count: int) -> Tensor:
+        noise = 0.05 * torch.randn(2, count, 16, generator=generator)
+        return ops.unit_vectors(noise + torch.eye(16)[axis])
+
+    sizes = {**SIZES, "capacity": 1000}
+    values = torch.randn(2, 1000 + later, 16, generator=generator)
+    with MemoryStore(tmp_path, index=index, **sizes) as store:
+        store.add(heap(0, 1000), values[:, :1000])
+        store.add(heap(1, later), values[:, 1000:])
+        # two heads that ask where pairs were evicted, one where none were, one in between
+        near = [heap(0, 50)[0], heap(1, 50)[0], heap(0, 50)[1], ops.unit_vectors(heap(0, 50)[0] + heap(1, 50)[0])]
+        queries = torch.stack(near)
+        assert recall(store, queries, 32) > 0.98
+        found = store.search(queries, 32)
+        assert int(found.numbers.min()) >= later
+        assert bool((found.scores.diff(dim=-1) <= 0).all())
+        for head in range(4):
+            assert torch.equal(found.values[head], values[head // 2][found.numbers[head]])
+        read = memory_store._read(store, 5 * queries, torch.zeros_like(queries), torch.zeros(4), 32)
+        exact = store.search(5 * queries, 32, exact=True)
+        expected = (exact.scores.softmax(-1)[..., None] * exact.values).sum(-2) / 2
+        assert not bool(read.isnan().any())
+        assert float((read - expected).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("index", KINDS)
 def test_a_closed_store_is_opened_again(index: Any, tmp_path: Path) -> None:
     keys, values = pairs(400)
     with MemoryStore(tmp_path, index=index, **SIZES) as store:
@@ -88,6 +121,49 @@ def test_a_closed_store_is_opened_again(index: Any, tmp_path: Path) -> None:
         assert recall(store, asked(5), 4) == 1
         store.add(keys[:, :3], values[:, :3])
         assert sorted(store.search(asked(1), 9).numbers[0, 0].tolist()) == [0, 1, 2]
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from longspan import ops
+from longspan.mixers.memory_store import MemoryStore
+
+torch.set_num_threads(1)
+folder, count, room = sys.argv[1], 400_000, 56 << 20
+torch.manual_seed(0)
+keys = ops.unit_vectors(torch.randn(1, 1000, 64))
+store = MemoryStore(folder, kv_heads=1, head_dim=64, capacity=count)
+store.add(keys, keys)
+store.search(keys[:, :4], 4)  # loads what is loaded once
+store.clear()
+held = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + room, resource.RLIM_INFINITY))
+try:
+    torch.ones(count * 64)
+    sys.exit("the limit does not hold")
+except RuntimeError:
+    pass
+sign = [1 - 2 * torch.randint(2, (64,)) for _ in range(count // 1000)]
+for part in sign:
+    store.add(keys * part, keys)
+for again in range(2):
+    asked = keys[:, :8] * sign[123]
+    found = store.search(asked, 16)
+    assert found.numbers[0, :, 0].tolist() == list(range(123_000, 123_008)), found.numbers[0, :, 0]
+    assert torch.equal(found.values[0, :, 0], keys[0, :8])
+    store.close()
+    store = MemoryStore(folder, write=False)
+print(sum(path.stat().st_size for path in Path(folder).glob("*.npy")) / room)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_store_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
+    """Written, searched exactly, opened again: with private memory for less than a third of its files."""
+    ran = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) > 3
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Decoder and Encoder: every option runs, streams and rows agree, cost is what is really done."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
         "position_shape": (5, 4, 3),
         "mixers": ({"name": "sparse", "stride": 4, "summary": 1},),
     },
+    {"positions": "factorised", "position_shape": (5, 12), "position_dims": (9, 15), "mixers": (WINDOW,)},
     {"positions": "none", "num_kv_heads": 1, "head_dim": 6, "mixers": (WINDOW,)},
     {"adaptive_cutoffs": (5, 12), "adaptive_div": 2.0, "output_bias": True, "bias": True, "mixer_bias": False},
     {"adaptive_cutoffs": (9,), "tie_embeddings": False, "final_norm": False, "mixers": (WINDOW,)},
@@ -208,6 +210,42 @@ def test_factorised_positions_are_sums_of_coordinates() -> None:
         model(tokens(1, 31))
     with pytest.raises(ls.ConfigError, match="position_shape"):
         decoder(positions="factorised")
+
+
+def test_axial_positions_stand_side_by_side(tmp_path: Path) -> None:
+    model = decoder(positions="factorised", position_shape=(3, 5, 2), position_dims=(4, 10, 2), dim=16)
+    tables = [table.weight for table in model.position_embedding.tables]
+    assert [tuple(table.shape) for table in tables] == [(3, 4), (5, 10), (2, 2)]
+    assert sum(p.numel() for p in model.position_embedding.parameters()) == 3 * 4 + 5 * 10 + 2 * 2
+    for p in range(30):
+        expected = torch.cat([tables[0][p // 10], tables[1][p // 2 % 5], tables[2][p % 2]])
+        assert torch.equal(model.position_embedding(torch.tensor(p)), expected)
+    at = torch.arange(30).view(2, 15)
+    assert torch.equal(model.position_embedding(at)[1, 3], model.position_embedding(torch.tensor(18)))
+    model.position_embedding(at).square().sum().backward()
+    assert all(bool(table.grad.ne(0).all()) for table in tables)
+    loaded = ls.models.load_model(ls.models.save_model(model, tmp_path))
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded(tokens(1, 30))[0], model.eval()(tokens(1, 30))[0])
+    sparse = {"init": "sparse", "tie_embeddings": False, "dim": 96, "positions": "factorised"}
+    for widths, count in (((), 2), ((32, 64), 1)):
+        table = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding.tables[1]
+        assert table.weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"position_dims": (8, 9)}, r"\[8, 9\]: needs a width .* of the 2 sizes .* dim = 16 together"),
+        ({"position_dims": (16,)}, r"\[16\]: needs a width"),
+        ({"position_dims": (16, 0)}, r"\[16, 0\]: needs a width of at least 1"),
+        ({"position_dims": (8, 8), "positions": "rope"}, "only of positions = 'factorised', here 'rope'"),
+    ],
+    ids=str,
+)
+def test_widths_of_positions_that_do_not_fit(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ls.ConfigError, match=says):
+        decoder(**{"positions": "factorised", "position_shape": (6, 5), "dim": 16, **fields})
 
 
 def test_interleaved_and_by_head() -> None:

@@ -11,7 +11,7 @@ from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, load, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
-from longspan.mixers.base import Core, Traits, merge_traits
+from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.models import Head, StackState
 from longspan.models.head import linear_head
 
@@ -34,8 +34,10 @@ class ConvertedDecoder(nn.Module):
             raise UnsupportedError(
                 f"{len(found.attentions) - len(layers)} layers of this model still keep every key; convert all of them"
             )
-        if not self.traits.streams or not found.family.causal:
-            raise UnsupportedError("a layer of this model does not stream")
+        if not self.traits.streams:
+            raise UnsupportedError(f"{self.why_no_stream()}; a ConvertedDecoder streams in every layer")
+        if not found.family.causal:
+            raise UnsupportedError("this model sees both sides of every token and does not stream")
 
     @property
     def layers(self) -> list[Core]:
@@ -46,6 +48,10 @@ class ConvertedDecoder(nn.Module):
     def traits(self) -> Traits:
         """What all layers promise."""
         return merge_traits([core.traits for core in self.layers])
+
+    def why_no_stream(self) -> str:
+        """Which layer is the first that does not stream, and why; "" where all of them do."""
+        return why_no_stream(self.layers)
 
     @property
     def vocab_size(self) -> int:

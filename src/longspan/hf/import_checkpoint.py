@@ -35,6 +35,9 @@ def import_checkpoint(
         source: the model, its state dict, or a folder with config.json and safetensors or pytorch_model.bin.
         config: a configuration of transformers or a mapping; None = that of the model or of the folder.
 
+    Warns:
+        UserWarning: the configuration drops attention weights in training, which no mixer does.
+
     Raises:
         ConfigError: no configuration, or one that lacks something.
         UnsupportedError: another family, or something in the configuration that this library computes otherwise.

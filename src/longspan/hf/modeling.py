@@ -193,7 +193,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         """A state in the place of keys and values."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if not self.model.traits.streams:
-                raise UnsupportedError("a layer of this model does not stream; generate with use_cache=False")
+                raise UnsupportedError(f"{self.model.why_no_stream()}; generate with use_cache=False")
             model_kwargs["past_key_values"] = StateCache([True])
 
 

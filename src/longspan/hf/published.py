@@ -1,5 +1,6 @@
 """What readers of published weights share: a configuration that says what it lacks, weights that are each used once."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,16 @@ class PublishedConfig:
         if name not in self.config:
             raise ConfigError(f"{self.where}: the config has no {name!r}; give all that transformers writes")
         return self.config[name]
+
+    def warn_of_dropout(self, *names: str) -> None:
+        """Say that dropout of attention weights, under these names, is not taken over; nothing where it is 0."""
+        given = [f"{name} = {self.config[name]}" for name in names if self.config.get(name)]
+        if given:
+            warnings.warn(
+                f"{self.where}: {', '.join(given)} is not taken over, as no mixer drops attention weights: the same "
+                "model in evaluation, less regularised in training",
+                stacklevel=2,
+            )
 
 
 class Renaming:

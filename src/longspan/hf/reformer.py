@@ -3,7 +3,7 @@
     local layer      `window` with blocks: the own chunk and the one before, logits q . k / sqrt(head_dim)
     LSH layer        `lsh`, selection "sorted", shared: keys q / |q|, logits q . k, itself only where nothing else is
     reversible       two streams, both of them into the last norm and an output layer of 2 dim
-    axial positions  factorised: vectors of parts of the width, side by side, are tables with zeros elsewhere
+    axial positions  factorised, with `position_dims`: a vector for each coordinate, side by side
 
 The same function, up to rounding, of the same rotations: transformers draws them anew in every call, in evaluation too,
 unless its configuration has a `hash_seed`; then they are drawn here as they are there and kept. Lengths up to a chunk
@@ -11,7 +11,8 @@ and multiples of all chunk lengths agree; in between transformers pads, and wher
 other lengths its last LSH chunks may be padding alone, which the first chunk then sees in the place of tokens.
 
 The key projection of LSH layers, which the mechanism leaves aside, is a copy of that of queries. `lm_head.bias` is
-added to the logits, as in Reformer's own code; transformers 5 stores it and leaves it out.
+added to the logits, as in Reformer's own code; transformers 5 stores it and leaves it out. Dropout of attention weights
+is not taken over, with a warning.
 """
 
 from collections.abc import Mapping
@@ -73,9 +74,10 @@ def _decoder(table: _Table) -> DecoderConfig:
     if table.config.get("tie_word_embeddings"):
         raise UnsupportedError(f"{_WHERE}: tie_word_embeddings: the output layer is twice as wide as the embeddings")
     layers = list(table["attn_layers"])
+    table.warn_of_dropout(*(f"{kind}_attention_probs_dropout_prob" for kind in sorted(set(layers))))
     positions: dict[str, Any] = {"positions": "learned", "max_positions": int(table["max_position_embeddings"])}
     if table["axial_pos_embds"]:
-        positions = {"positions": "factorised", "position_shape": tuple(table["axial_pos_shape"])}
+        positions = _axial(table)
     return DecoderConfig(
         vocab_size=int(table["vocab_size"]),
         dim=int(table["hidden_size"]),
@@ -96,6 +98,16 @@ def _decoder(table: _Table) -> DecoderConfig:
         streams="both",
         **positions,
     )
+
+
+def _axial(table: _Table) -> dict[str, Any]:
+    """Positions by their coordinates."""
+    dim, shape, widths = int(table["hidden_size"]), tuple(table["axial_pos_shape"]), tuple(table["axial_pos_embds_dim"])
+    if sum(widths) != dim:
+        raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {list(widths)} does not add up to hidden_size = {dim}")
+    if len(widths) != len(shape):
+        raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {list(widths)} is not one for each of axial_pos_shape")
+    return {"positions": "factorised", "position_shape": shape, "position_dims": widths}
 
 
 def _mixer(table: _Table, kind: str, index: int) -> dict[str, Any]:
@@ -172,15 +184,10 @@ class _Mapping(Renaming):
         if not self.table["axial_pos_embds"]:
             self.move("position_embedding.weight", f"{theirs}.embedding.weight")
             return
-        dim, first, widths = int(self.table["hidden_size"]), 0, list(self.table["axial_pos_embds_dim"])
-        if sum(widths) != dim:
-            raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {widths} does not add up to hidden_size = {dim}")
-        for axis, width in enumerate(widths):
+        for axis in range(len(self.table["axial_pos_shape"])):
+            # (1, ..., size, ..., 1, width)
             part = self.take(f"{theirs}.weights.{axis}").flatten(0, -2)
-            whole = part.new_zeros(len(part), dim)
-            whole[:, first : first + width] = part
-            self.ours[f"position_embedding.tables.{axis}.weight"] = whole
-            first += width
+            self.ours[f"position_embedding.tables.{axis}.weight"] = part
 
     def _layer(self, ours: str, theirs: str, kind: str) -> None:
         attention, maps = f"{theirs}.attention", f"{ours}.mixer.projections"

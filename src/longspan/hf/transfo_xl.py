@@ -110,6 +110,7 @@ class _Table(PublishedConfig):
 
 def _decoder(table: _Table) -> DecoderConfig:
     """The same architecture in this library's fields."""
+    table.warn_of_dropout("dropatt")
     mem_len = int(table["mem_len"])
     segment = int(table.config.get("tgt_len") or mem_len)
     if not segment:

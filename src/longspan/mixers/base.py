@@ -178,6 +178,10 @@ class Core(nn.Module):
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Called after each optimiser step: clamps, redraws, statistics. Nothing by default."""
 
+    def why_no_stream(self) -> str:
+        """Why this instance does not stream, where it does not."""
+        return self.no_stream if self.shape.causal else "a bidirectional mixer sees the future and does not stream"
+
     @property
     def draw(self) -> int:
         """How often random projections were redrawn; a state of another draw is void."""
@@ -255,14 +259,11 @@ class Mixer(nn.Module):
 
     def _offset(self, x: Tensor, state: Any) -> Tensor:
         if state is not None and not self.traits.streams:
-            raise UnsupportedError(f"{self.name}: {self._why_no_stream()}; call it with state=None")
+            raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}; call it with state=None")
         offset = states.live(state, x.shape[0], x.device)
         if offset.shape[0] != x.shape[0]:
             raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, the state {offset.shape[0]}")
         return offset
-
-    def _why_no_stream(self) -> str:
-        return self.core.no_stream if self.causal else "a bidirectional mixer sees the future and does not stream"
 
     def mix(self, x: Tensor, state: Any, rows: Rows, penalties: list[Tensor] | None = None) -> tuple[Tensor, Any]:
         """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
@@ -291,7 +292,7 @@ class Mixer(nn.Module):
             UnsupportedError: the mixer does not stream.
         """
         if not self.traits.streams:
-            raise UnsupportedError(f"{self.name}: {self._why_no_stream()}, so it has no state")
+            raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
         like = next(self.parameters())
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
@@ -362,6 +363,14 @@ def sum_nbytes(batch_size: int, dtype: torch.dtype, floats: int, counts: int = 1
 def with_penalties(loss: Tensor, penalties: list[Tensor] | None, calls: int = 1) -> Tensor:
     """A loss and the auxiliary ones that `calls` calls have appended: their sum, over so many."""
     return loss + torch.stack(penalties).sum() / calls if penalties else loss
+
+
+def why_no_stream(cores: Sequence[Core]) -> str:
+    """Which layer of a model is the first that does not stream, and why; "" where all of them do."""
+    for index, core in enumerate(cores):
+        if not core.traits.streams:
+            return f"layer {index} (of 0 to {len(cores) - 1}): {core.why_no_stream()}"
+    return ""
 
 
 def merge_traits(parts: Sequence[Traits]) -> Traits:

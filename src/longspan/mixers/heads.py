@@ -119,6 +119,12 @@ class HeadsCore(Core):
         return all(core.linear_in_values for core in self.cores)
 
     @property
+    def no_stream(self) -> str:  # type: ignore[override]
+        """That of the first part that does not stream."""
+        found = [(index, core.no_stream) for index, core in enumerate(self.cores) if not core.traits.streams]
+        return f"parts[{found[0][0]}]: {found[0][1]}" if found else "does not stream"
+
+    @property
     def traits(self) -> Traits:
         """What all parts promise; the horizon is the farthest of any part, each part keeping its own."""
         return merge_traits([core.traits for core in self.cores])

@@ -7,7 +7,7 @@ Source: Kitaev et al. 2020, "Reformer: The Efficient Transformer", section 2. Qu
 projection of the layer is left aside; with `shared=False` (pretrained models) keys are hashed too and logits are
 q . k / sqrt(head_dim). A token sees itself only where it sees nothing else. RoPE, where the model has it, acts before
 the hash.
-The paper's reversible layers and factorised positions are parts of models, not of this mixer.
+The paper's reversible layers and its code's axial positions are parts of models, not of this mixer.
 
 Two ways to choose, in each round:
 

@@ -1,4 +1,4 @@
-"""Stores of keys and values on disk, for `memorizing`: as large as the disk, searched exactly or with faiss.
+"""Stores of keys and values on disk, for `memorizing`, searched exactly or with faiss.
 
     store = MemoryStore("notes", kv_heads=8, head_dim=64, capacity=10_000_000)    # or index="faiss"
     core.attach(store)                                                            # see MemorizingCore.attach
@@ -6,14 +6,21 @@
         y, state = mixer(x)                                                       # writes and searches the store
     store.close()                                                                 # later: write=False
 
-Keys and values are memory-mapped numpy files, so only what is searched is read. A pair's number counts from the last
-`clear`; pair number i lies in slot i % capacity of both files, so that the oldest pair is the one overwritten. An exact
-search reads every key; faiss (extra `faiss`) keeps an HNSW graph over the keys in RAM and reads few: `recall` says how
-many of the nearest it finds. Source: Wu et al. 2022, section 3.2, who search approximately too.
+Keys and values are memory-mapped numpy files. A pair's number counts from the last `clear`; pair number i lies in slot
+i % capacity of both files, so that the oldest pair is the one overwritten. Source: Wu et al. 2022, section 3.2, who
+search approximately too.
+
+    exact     reads every key from the files, a block at a time, so the store may be larger than RAM
+    faiss     (extra `faiss`) an HNSW graph that holds a copy of every key in RAM, 4 head_dim + about 8 links bytes of
+              it, and up to as many evicted ones; of the files it reads values. A search meets few keys: `recall` says
+              how many of the nearest it finds
+
+`benchmarks/bench_memory_store.py` measures both.
 """
 
 import importlib
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +36,7 @@ from longspan.mixers.rows import Rows
 from longspan.ops.memorizing import mixed, nearest_of_blocks
 
 SCORES = 1 << 23  # of one block of an exact search
+_BLOCK = 1 << 16  # keys that enter a graph at once
 _KIND = "longspan memory store"
 
 
@@ -36,8 +44,8 @@ class Found(NamedTuple):
     """What a search found, nearest first; fewer than asked for where the store holds fewer.
 
     Attributes:
-        scores: (heads, queries, k), -inf where an approximate search found too few.
-        numbers: (heads, queries, k) of the pairs, -1 where the score is -inf.
+        scores: (heads, queries, k).
+        numbers: (heads, queries, k) of the pairs.
         values: (heads, queries, k, head_dim).
     """
 
@@ -52,7 +60,7 @@ class MemoryStore:
     Args:
         folder: made if it is not there.
         kv_heads, head_dim, capacity: sizes; None = those of the folder, which must be there.
-        index: "exact", or "faiss" for an HNSW graph in RAM, built when the store is opened.
+        index: "exact", or "faiss" for an HNSW graph with all keys in RAM, built when the store is opened.
         write: False = only search; several processes may.
         links: edges of a node of the graph.
         effort: candidates that a search of the graph keeps; more is slower and finds more.
@@ -86,7 +94,8 @@ class MemoryStore:
         """Pairs added since the store was last empty, evicted ones included."""
         if write:
             self._save(closed=False)
-        mode: Any = ("r+" if exists else "w+") if write else "c"
+        # for reading alone never "c", which claims RAM for the whole file
+        mode: Any = ("r+" if exists else "w+") if write else "r"
         shape = (self.kv_heads, self.capacity, self.head_dim)
         self._keys, self._values = (
             np.lib.format.open_memmap(self.folder / f"{name}.npy", mode=mode, dtype=np.float32, shape=shape)
@@ -157,13 +166,10 @@ class MemoryStore:
             slots = numbers = scores.long()
         elif self._graphs and not exact:
             scores, numbers = self._approximate(folded, top)
-            slots = (numbers % self.capacity).masked_fill(numbers < 0, 0)
+            slots = numbers % self.capacity
         else:
-            scores, slots = nearest_of_blocks(self._blocks(folded), top)
-            order = scores.argsort(-1, descending=True)
-            scores, slots = scores.gather(-1, order), slots.gather(-1, order)
-            oldest = self.written - len(self)
-            numbers = oldest + (slots - oldest) % self.capacity
+            scores, numbers = self._exact(folded, slice(None), top)
+            slots = numbers % self.capacity
         head = np.arange(self.kv_heads)[:, None, None]
         values = torch.from_numpy(np.asarray(self._values[head, slots.numpy()]))
         shape = heads, count, top
@@ -221,22 +227,34 @@ class MemoryStore:
     def _rebuild(self) -> None:
         """Graphs of the pairs that are held, and of no other."""
         oldest = self.written - len(self)
-        slots = np.arange(oldest, self.written) % self.capacity
         for head, graph in enumerate(self._graphs):
             graph.clear(oldest)
-            graph.add(self._keys[head][slots])
+            for low in range(oldest, self.written, _BLOCK):
+                slots = np.arange(low, min(low + _BLOCK, self.written)) % self.capacity
+                graph.add(self._keys[head, slots])
 
-    def _blocks(self, queries: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _exact(self, queries: Tensor, heads: slice, top: int) -> tuple[Tensor, Tensor]:
+        """Scores and numbers (kv heads, queries, top), nearest first, of queries to the keys of these kv heads."""
+        scores, slots = nearest_of_blocks(self._blocks(queries, heads), top)
+        order = scores.argsort(-1, descending=True)
+        oldest = self.written - len(self)
+        return scores.gather(-1, order), oldest + (slots.gather(-1, order) - oldest) % self.capacity
+
+    def _blocks(self, queries: Tensor, heads: slice) -> Iterator[tuple[int, Tensor]]:
         size = max(256, SCORES // (queries.shape[0] * queries.shape[1]))
         for low in range(0, len(self), size):
-            keys = torch.from_numpy(self._keys[:, low : min(low + size, len(self))])
-            yield low, queries @ keys.mT
+            yield low, queries @ _mapped(self._keys[heads, low : min(low + size, len(self))]).mT
 
     def _approximate(self, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        """As `_exact`, by the graphs, and exactly for the queries of which a graph does not know the answer."""
         oldest = self.written - len(self)
         found = [graph.search(part.numpy(), top, oldest) for graph, part in zip(self._graphs, queries, strict=True)]
         scores, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
-        return scores.masked_fill(numbers < 0, -torch.inf), numbers
+        for head, lacking in enumerate((numbers < 0).any(-1)):
+            if bool(lacking.any()):
+                exact = self._exact(queries[head, lacking][None], slice(head, head + 1), top)
+                scores[head, lacking], numbers[head, lacking] = exact[0][0], exact[1][0]
+        return scores, numbers
 
 
 class _Graph:
@@ -259,14 +277,22 @@ class _Graph:
             self.index.add(np.ascontiguousarray(keys))
 
     def search(self, queries: Any, top: int, oldest: int) -> tuple[Any, Any]:
-        """Scores and numbers (queries, top) of pairs from number `oldest` on, -1 where too few are found."""
-        settings: dict[str, Any] = {"efSearch": max(self.effort, top)}
-        if oldest > self.first:  # evicted pairs are in the graph until it is built anew
-            settings["sel"] = self.faiss.IDSelectorRange(oldest - self.first, self.count)
+        """Scores and numbers (queries, top) of pairs from number `oldest` on, nearest first, -1 where it finds too few.
+
+        Evicted pairs stay in the graph until it is built anew. They are searched for with the others and left out
+        afterwards: only where enough of the nearest of all pairs are held are these the nearest of those held. (A
+        search that skips the evicted ones ends among them where they are the nearest, with what it met on its way.)
+        """
+        evicted, count = oldest - self.first, self.count
+        wide = max(self.effort, 2 * top if evicted else top)
+        wide = min(-(-wide * count // (count - evicted)), count)
         scores, nodes = self.index.search(
-            np.ascontiguousarray(queries), top, params=self.faiss.SearchParametersHNSW(**settings)
+            np.ascontiguousarray(queries), wide, params=self.faiss.SearchParametersHNSW(efSearch=wide)
         )
-        return scores, np.where(nodes < 0, -1, nodes + self.first)
+        # those that are held come first, in their order; `nodes` is -1 where the graph gives no more
+        order = np.argsort(nodes < evicted, axis=-1, kind="stable")[:, :top]
+        scores, nodes = np.take_along_axis(scores, order, -1), np.take_along_axis(nodes, order, -1)
+        return scores, np.where(nodes < evicted, -1, nodes + self.first)
 
 
 def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
@@ -348,6 +374,13 @@ def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) 
     weights = found.scores.softmax(-1).to(q.dtype)
     values = (weights[..., None, :] @ found.values.to(q.dtype))[..., 0, :]
     return mixed(values, local, gate, torch.ones((), dtype=torch.bool, device=q.device))
+
+
+def _mapped(array: Any) -> Tensor:
+    """A tensor over the memory of an array; torch warns where that cannot be written, which nobody does here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _faiss() -> Any:

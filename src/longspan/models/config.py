@@ -30,12 +30,15 @@ class StackConfig:
         final_norm: a norm over what leaves the last block; None = where norm_position is "pre". Pre-norm models of the
             Transformer-XL code have none.
         positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`), "factorised"
-            (the sum of one learned vector for each coordinate in `position_shape`) or "none".
+            (one learned vector for each coordinate in `position_shape`: their sum, or with `position_dims` all side by
+            side) or "none".
         rope_theta: base of RoPE.
         max_positions: size of the learned table.
         position_shape: what positions count through, the last coordinate fastest (Child et al. 2019, section 5.3): (32,
             32, 3) for rows, columns and channels of an image, (n / stride, stride) for text. A recipe may leave it out
             where the task knows it (`tiles`, `music`).
+        position_dims: widths of the vectors of the coordinates, which then stand side by side and are `dim` together
+            (axial positions, as Reformer has them); () = vectors of `dim`, which are summed.
         bias: biases in all linear maps and layer norms.
         mixer_bias: biases in the mixers' linear maps; None = as `bias`. (The Transformer-XL code has none there, but in
             its feed-forward.)
@@ -75,6 +78,7 @@ class StackConfig:
     rope_theta: float = 10000.0
     max_positions: int = 0
     position_shape: tuple[int, ...] = ()
+    position_dims: tuple[int, ...] = ()
     bias: bool = False
     mixer_bias: bool | None = None
     dropout: float = 0.0
@@ -97,13 +101,7 @@ class StackConfig:
         for i, mixer in enumerate(self.mixers):
             if not isinstance(mixer, dict) or not isinstance(mixer.get("name"), str):
                 raise ConfigError(f"{where}.mixers[{i}] = {mixer!r}: expected a table with a name")
-        if self.positions == "learned" and self.max_positions < 1:
-            raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need a table size")
-        if self.positions == "factorised" and (not self.position_shape or min(self.position_shape) < 1):
-            raise ConfigError(
-                f"{where}.position_shape = {self.position_shape}: factorised positions need sizes of at least 1, for "
-                "example [32, 32, 3]"
-            )
+        self._check_positions(where)
         if self.ffn_chunk < 0:
             raise ConfigError(f"{where}.ffn_chunk = {self.ffn_chunk}: tokens at once, or 0 for all")
         if self.reversible and self.norm_position != "pre":
@@ -114,6 +112,23 @@ class StackConfig:
             raise ConfigError(f"{where}.streams = 'both': only reversible blocks have two; set reversible = true")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout = {self.dropout}: must be in [0, 1)")
+
+    def _check_positions(self, where: str) -> None:
+        shape, widths = self.position_shape, self.position_dims
+        if self.positions == "learned" and self.max_positions < 1:
+            raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need a table size")
+        if self.positions == "factorised" and (not shape or min(shape) < 1):
+            raise ConfigError(
+                f"{where}.position_shape = {shape}: factorised positions need sizes of at least 1, for "
+                "example [32, 32, 3]"
+            )
+        if widths and self.positions != "factorised":
+            raise ConfigError(f"{where}.position_dims: only of positions = 'factorised', here {self.positions!r}")
+        if widths and (len(widths) != len(shape) or min(widths) < 1 or sum(widths) != self.dim):
+            raise ConfigError(
+                f"{where}.position_dims = {list(widths)}: needs a width of at least 1 for each of the {len(shape)} "
+                f"sizes in position_shape = {list(shape)}, dim = {self.dim} together"
+            )
 
     @property
     def num_positions(self) -> int:

@@ -22,6 +22,7 @@ _LATER: dict[str, Any] = {
     "adaptive_div": 4.0,
     "embedding_dim": None,
     "tie_projections": "all",
+    "position_dims": [],
 }
 
 

@@ -9,22 +9,29 @@ from longspan.models.config import StackConfig
 
 
 class FactorisedPositions(nn.Module):
-    """The sum of a learned vector for each coordinate: row, column and channel (Child et al. 2019, section 5.3).
+    """A learned vector for each coordinate (row, column, channel): their sum, or all of them side by side.
+
+    Source: the sum, Child et al. 2019, section 5.3. Side by side they are the axial positions of Reformer (Kitaev et
+    al. 2020; its code, not its paper, has them): sum of size * width parameters, where sums take dim for every size.
 
     Args:
         shape: sizes of the coordinates; the last counts fastest, so position p has coordinate p % shape[-1] there.
         dim: width of the vectors.
+        widths: of the part that each coordinate gives, dim together; () = sums.
     """
 
-    def __init__(self, shape: tuple[int, ...], dim: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dim: int, widths: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.shape = shape
-        self.tables = nn.ModuleList(nn.Embedding(size, dim) for size in shape)
+        self.shape, self.beside = shape, bool(widths)
+        each = widths or (dim,) * len(shape)
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in zip(shape, each, strict=True))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions (...) to vectors (..., dim)."""
         coordinates = torch.unravel_index(positions, self.shape)
         parts = [cast(Tensor, table(at)) for table, at in zip(self.tables, coordinates, strict=True)]
+        if self.beside:
+            return torch.cat(parts, -1)
         total = parts[0]
         for part in parts[1:]:
             total = total + part
@@ -36,5 +43,5 @@ def make_positions(config: StackConfig) -> nn.Module | None:
     if config.positions == "learned":
         return nn.Embedding(config.max_positions, config.dim)
     if config.positions == "factorised":
-        return FactorisedPositions(config.position_shape, config.dim)
+        return FactorisedPositions(config.position_shape, config.dim, config.position_dims)
     return None

@@ -133,6 +133,10 @@ class RecurrentMemory(nn.Module):
             horizon=horizon,
         )
 
+    def why_no_stream(self) -> str:
+        """Why this model does not stream, where it does not."""
+        return "" if self.traits.streams else "alignment = 'right' needs the whole text in one call; 'left' streams"
+
     # -- a call ----------------------------------------------------------------------------------------------------
 
     def forward(

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from longspan import state as states
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
-from longspan.mixers.base import merge_traits, special_groups
+from longspan.mixers.base import merge_traits, special_groups, why_no_stream
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
@@ -77,7 +77,7 @@ class Stack(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 of_positions = name.startswith("position_embedding")
-                count = max(1, len(config.position_shape)) if of_positions else 1
+                count = max(1, len(config.position_shape)) if of_positions and not config.position_dims else 1
                 std = 0.125 / (config.dim * count) ** 0.5 if config.init == "sparse" else config.init_std
                 nn.init.normal_(module.weight, std=std)
 
@@ -95,6 +95,10 @@ class Stack(nn.Module):
     def traits(self) -> Traits:
         """What all layers promise."""
         return merge_traits([block.mixer.traits for block in self.layers])
+
+    def why_no_stream(self) -> str:
+        """Which layer is the first that does not stream, and why; "" where all of them do."""
+        return why_no_stream(self.cores())
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ class Stack(nn.Module):
         if tokens is not None and tokens.ndim != 2:
             raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
         if state is not None and not self.traits.streams:
-            raise UnsupportedError("a layer of this model does not stream, so it takes no state")
+            raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         offset = states.live(state, given.shape[0], given.device)
         if offset.shape[0] != given.shape[0]:
             raise ConfigError(f"tokens have {given.shape[0]} rows, the state {offset.shape[0]}")
