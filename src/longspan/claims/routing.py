@@ -139,12 +139,21 @@ def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
         f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
         f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
         note="Holds: better than local heads, the interval of the difference below zero; in part: better, but it "
-        "reaches above zero. After so few steps near tokens are most of what a model knows: dense attention, which "
-        "sees all that local heads see, is behind them too. The routed heads are strict, so that decoding equals "
-        "training; in the paper every cluster takes as many tokens.",
+        f"reaches above zero. {_dense(found)}The routed heads are strict, so that decoding equals training; in the "
+        "paper every cluster takes as many tokens.",
         data={"models": found, "shares": shares},
         pictures=[_picture(shares)],
         seconds=seconds_of(found),
+    )
+
+
+def _dense(found: Found) -> str:
+    """What it means where dense attention, which sees all that local heads see, is behind them."""
+    if DENSE not in found or differences(found, LOCAL)[DENSE].value <= 0:
+        return ""
+    return (
+        "Dense attention, which sees all that local heads see, is behind them too: models of so few steps have "
+        "learned to use near tokens and little else. "
     )
 
 
