@@ -48,11 +48,12 @@ class Plan:
     """fields of `[train]` that are set; with `steps` no clock is asked"""
     longer: int = 0
     """steps of `WITHOUT`'s models in a contest of their own; 0: none"""
+    longer_seeds: int = 1
 
 
 PLANS: dict[str, Plan] = {
     "small": Plan(names=(DENSE, "window", "transformer_xl"), seeds=1, minutes=0.5, head=2048, documents=8),
-    "full": Plan(names=NAMES, seeds=3, minutes=1.0, head=8192, longer=800),
+    "full": Plan(names=NAMES, seeds=3, minutes=1.0, head=8192, longer=800, longer_seeds=2),
 }
 
 
@@ -152,7 +153,7 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
                 found[setting].setdefault(name, []).append(record)
                 _tell(say, f"{setting}, {name}, seed {seed}", record)
     longer: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(plan.seeds if plan.longer else 0):
+    for seed in range(plan.longer_seeds if plan.longer else 0):
         for name in dict.fromkeys([*WITHOUT, *WITHOUT.values()]):
             run = folder / name / "longer" / f"seed-{seed}"
             _train(run, name, seed, {"steps": plan.longer, "minutes": None}, plan)
@@ -241,7 +242,11 @@ def outcome(
                 ),
             ]
     records = [record for by_name in (*found.values(), longer) for group in by_name.values() for record in group]
-    more = f"; longer: {plan.longer:,} steps of 2,048 bytes for models with memory and without" if longer else ""
+    more = (
+        f"; longer: {plan.longer:,} steps of 2,048 bytes for models with memory and without, {plan.longer_seeds} seed(s)"
+        if longer
+        else ""
+    )
     return Outcome(
         verdict=_verdict(own),
         figures=figures,
