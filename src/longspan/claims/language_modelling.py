@@ -243,7 +243,7 @@ def outcome(
             ]
     records = [record for by_name in (*found.values(), longer) for group in by_name.values() for record in group]
     more = (
-        f"; longer: {plan.longer:,} steps of 2,048 bytes for models with memory and without, {plan.longer_seeds} seed(s)"
+        f"; longer: {plan.longer:,} steps of 2,048 bytes with memory and without, {plan.longer_seeds} seed(s)"
         if longer
         else ""
     )
