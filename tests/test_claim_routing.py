@@ -54,3 +54,21 @@ def test_verdict_is_the_interval(outcome: Any) -> None:
         return verdict
 
     assert [shifted(by) for by in (-5.0, 0.0, 5.0)] == ["holds", "does not hold", "does not hold"]
+
+
+def test_the_note_tells_of_collapsed_clusters_and_of_dense_attention_behind(outcome: Any) -> None:
+    found = copy.deepcopy(outcome.data["models"])
+
+    def note(shares: list[list[float]]) -> str:
+        return claim.outcome(found, shares, TINY.contest).note
+
+    even, bad = [1 / 16] * 16, [1 - 4 * 0.05] + [0.05] * 4 + [0.0] * 11
+    assert "collapsed" not in note([even] * 8)
+    assert "collapsed (15.3 of 16 busy, 5 in the worst head)" in note([even] * 15 + [bad])
+    assert "collapsed (10.5 of 16 busy" in note([even, bad])
+    assert "dense" not in note([even])
+    found[claim.DENSE] = copy.deepcopy(found[claim.LOCAL])[:1]
+    for by, behind in ((5.0, True), (-5.0, False)):
+        local = found[claim.LOCAL][0]["alone"]["nats"]
+        found[claim.DENSE][0]["alone"]["nats"] = [nats + by for nats in local]
+        assert ("dense" in note([even])) == behind

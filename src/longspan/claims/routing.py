@@ -138,23 +138,34 @@ def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
         f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
         f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
         f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
-        note="Holds: better than local heads, the interval of the difference below zero; in part: better, but it "
-        f"reaches above zero. {_dense(found)}The routed heads are strict, so that decoding equals training; in the "
-        "paper every cluster takes as many tokens.",
+        note=_note(found, busy, len(shares[0])),
         data={"models": found, "shares": shares},
         pictures=[_picture(shares)],
         seconds=seconds_of(found),
     )
 
 
-def _dense(found: Found) -> str:
-    """What it means where dense attention, which sees all that local heads see, is behind them."""
-    if DENSE not in found or differences(found, LOCAL)[DENSE].value <= 0:
-        return ""
-    return (
-        "Dense attention, which sees all that local heads see, is behind them too: models of so few steps have "
-        "learned to use near tokens and little else. "
+def _note(found: Found, busy: list[int], clusters: int) -> str:
+    """What the verdict means, and what stands in the way of it: clusters that collapsed, a model that is too young."""
+    parts = [
+        "Holds: better than local heads, the interval of the difference below zero; in part: better, but it reaches "
+        "above zero."
+    ]
+    if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
+        parts.append(
+            f"Clusters collapsed ({np.mean(busy):.1f} of {clusters} busy, {min(busy)} in the worst head): these heads "
+            "route less than they could, so the difference says little about routing."
+        )
+    if DENSE in found and differences(found, LOCAL)[DENSE].value > 0:
+        parts.append(
+            "After so few steps near tokens are most of what a model knows: dense attention, which sees all that "
+            "local heads see, is behind them too."
+        )
+    parts.append(
+        "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
+        "tokens."
     )
+    return " ".join(parts)
 
 
 def _window(name: str) -> str:
