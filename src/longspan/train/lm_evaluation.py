@@ -139,7 +139,7 @@ class TextCounts:
     units: Array
     """bytes"""
     characters: Array
-    """of UTF-8"""
+    """of UTF-8, of what the bytes stand for; never more than these"""
     words: Array
     """between white space; with `lines_count`, ends of lines too"""
     sizes: tuple[Array, ...]
@@ -163,6 +163,9 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
     """
     table = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
     spelt = np.array([len(each) for each in table], dtype=np.int64)
+    # a token without bytes (the end of a line, for words) has no character either, though it is written as one
+    begun = np.array([sum(byte & 0xC0 != 0x80 for byte in each) for each in table], dtype=np.int64)
+    begun[tokenizer.sizes == 0] = 0
     counts: list[tuple[int, int, int]] = []
     sizes, owners, spelled = [], [], []
     for item in documents.items:
@@ -177,8 +180,7 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         owners.append(owner[last] if len(owner) else np.zeros(len(ids), dtype=np.int64))
         sizes.append(np.asarray(tokenizer.sizes[ids], dtype=np.int64))
         spelled.append(words)
-        characters = int(((data & 0xC0) != 0x80).sum())
-        counts.append((len(ids), characters, len(words) + (text.count(b"\n") if lines_count else 0)))
+        counts.append((len(ids), int(begun[ids].sum()), len(words) + (text.count(b"\n") if lines_count else 0)))
     columns = np.array(counts, dtype=np.int64).reshape(-1, 3).T
     units = np.array([int(each.sum()) for each in sizes], dtype=np.int64)
     return TextCounts(
