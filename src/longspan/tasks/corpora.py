@@ -6,7 +6,7 @@ None of them is fetched. A corpus is a function from the place of its files to t
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from longspan.errors import DataError
 from longspan.tasks.base import Array
 from longspan.tasks.base import TestedSplit as Split
-from longspan.tasks.sources import Text, file_text, held, read_file
+from longspan.tasks.sources import Text, file_text, files_of, held, read_file
 
 if TYPE_CHECKING:
     from longspan.tasks.text import TextConfig
@@ -44,14 +44,17 @@ class Official(NamedTuple):
 class Corpus:
     """How a corpus is read, and how its words are counted for the perplexity of a word."""
 
-    read: Callable[[str, "TextConfig"], Splits]
+    read: Callable[[str, "TextConfig", Sequence[Path]], Splits]
+    """of the place where it lies, without folders as `find_source` has it"""
+    files: Callable[[Path, Sequence[Path]], Iterable[Path]]
+    """what is read; what does not exist does not matter"""
     lines_count: bool = False
     """the end of a line counts as a word, as in WikiText"""
     official: dict[Split, Official] | None = None
     """counts that its makers publish, to divide by where a split is whole"""
 
 
-def wikipedia(source: str, config: "TextConfig") -> Splits:
+def wikipedia(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """enwik8 and text8: the first 90, the next 5 and the last 5 million bytes of one file, a document each.
 
     Raises:
@@ -75,7 +78,7 @@ def wikipedia(source: str, config: "TextConfig") -> Splits:
 _TITLE = re.compile(rb"(?m)^ ?\n = (?!= )(.+?)(?<! =) = ?\n(?= ?\n)")
 
 
-def wikitext(source: str, config: "TextConfig") -> Splits:
+def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """WikiText-103 and WikiText-2: a folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens` (or
     `.raw`); a document is an article.
 
@@ -102,7 +105,7 @@ def articles(path: Path) -> Iterator[Text]:
             yield held(title, data[first:last])
 
 
-def pg19(source: str, config: "TextConfig") -> Splits:
+def pg19(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """PG-19: the folders `train`, `validation` and `test`, a book in each `.txt`, and `metadata.csv` with the titles.
 
     Raises:
@@ -128,7 +131,7 @@ def _titles(path: Path) -> dict[str, str]:
         return {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
 
 
-def dataset(source: str, config: "TextConfig") -> Splits:
+def dataset(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """A dataset on disk: a folder of `datasets.save_to_disk`, or `.parquet` or `.jsonl` files named after their splits.
 
     A row is a document, in its column `task.field`. Where there is no validation split, the training split is parted as
@@ -138,12 +141,19 @@ def dataset(source: str, config: "TextConfig") -> Splits:
         DataError: nothing that can be read, no such column, or the library that reads it is missing.
     """
     path = Path(source)
-    splits = _saved(path, config.field) if _is_saved(path) else _tables(path, config.field)
+    splits = _saved(path, config.field) if _is_saved(path) else _tables(path, config.field, without)
     if not splits.get("train"):
         raise DataError(
             f"{source}: no rows to train on; a split named train, or files without a split's name, are read"
         )
     return splits
+
+
+def _rows_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    suffixes = ("arrow", "json") if _is_saved(path) else ("parquet", "jsonl")
+    return [each for suffix in suffixes for each in files_of(path, f"*.{suffix}", without)]
 
 
 def _is_saved(path: Path) -> bool:
@@ -184,9 +194,9 @@ def _rows(rows: Any, field: str, split: str, path: Path) -> Iterator[Text]:
         first += len(sizes)
 
 
-def _tables(path: Path, field: str) -> Splits:
+def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
     """Files of rows; of a folder's, each belongs to the split that its folder or the start of its name says."""
-    found = [each for suffix in ("parquet", "jsonl") for each in path.rglob(f"*.{suffix}")] if path.is_dir() else [path]
+    found = _rows_files(path, without)
     splits: Splits = {}
     for each in sorted(found):
         if each.suffix not in (".parquet", ".jsonl") or not each.is_file():
@@ -267,16 +277,17 @@ def _either(folder: Path, split: str) -> Path:
 
 
 CORPORA: dict[str, Corpus] = {
-    "enwik8": Corpus(wikipedia),
-    "text8": Corpus(wikipedia),
-    "wikitext": Corpus(wikitext, lines_count=True),
+    "enwik8": Corpus(wikipedia, lambda path, _: [path, path / "enwik8"]),
+    "text8": Corpus(wikipedia, lambda path, _: [path, path / "text8"]),
+    "wikitext": Corpus(wikitext, lambda path, _: path.glob("wiki.*"), lines_count=True),
     "pg19": Corpus(
         pg19,
+        lambda path, _: [path / "metadata.csv", *path.glob("*/*.txt")],
         official={
             "train": Official(28_602, 1_973_136_207),
             "validation": Official(50, 3_007_061),
             "test": Official(100, 6_966_499),
         },
     ),
-    "dataset": Corpus(dataset),
+    "dataset": Corpus(dataset, _rows_files),
 }
