@@ -8,6 +8,7 @@ import torch
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
+from longspan.cli.show.scaling import read_run
 from longspan.errors import ConfigError
 from longspan.mixers import Rows
 from longspan.mixers.adaptive_span import AdaptiveSpanCore
@@ -186,3 +187,43 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     assert "chinchilla, kaplan or none" in wrong.err
     nothing = longspan("show", "scaling", tmp_path)
     assert "no run here" in nothing.err
+
+
+def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):
+    sizes = ["train.steps=12", "train.eval_every=5", "train.log_every=2", "train.eval_tokens=500"]
+    given = [part for each in sizes for part in ("--set", each)]
+    assert longspan("train", folder / "bytes.toml", *given, "-o", tmp_path / "run").code == 0
+    log = tmp_path / "run" / "log.jsonl"
+    whole = read_run(str(tmp_path / "run"))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert whole["D"] == lines[-1]["tokens"] == 12 * 4 * 16
+
+    def cut(count, without=()):
+        kept = lines[:count]
+        text = [json.dumps({name: value for name, value in line.items() if name not in without}) for line in kept]
+        log.write_text("\n".join(text) + "\n")
+
+    # stopped behind the evaluation of step 10: the last line is that of step 12
+    cut(-1)
+    assert "validation" not in lines[-2]
+    row = read_run(str(tmp_path / "run"))
+    at = next(line for line in reversed(lines[:-1]) if "validation" in line)
+    assert (row["D"], row["loss"]) == (10 * 4 * 16, at["validation"]["loss"])
+    assert row["C"] == pytest.approx(whole["C"] * 10 / 12)
+    # logs that do not say tokens beside a validation: the step line before it
+    for line in lines:
+        if "validation" in line:
+            del line["tokens"]
+    cut(next(index for index, line in enumerate(lines) if "validation" in line) + 2)
+    assert read_run(str(tmp_path / "run"))["D"] == 4 * 4 * 16
+    cut(-1, without=("tokens",))
+    assert "holds no step at or before its evaluation" in longspan("show", "scaling", tmp_path / "run").error
+    cut(2)
+    assert "was never evaluated on held-back documents" in longspan("show", "scaling", tmp_path / "run").error
+
+
+def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subword_run, copied_run):
+    found = longspan("show", "scaling", byte_run, copied_run, subword_run)
+    assert "task.tokenizer = 'subword', of" in found.error
+    (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
+    assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error
