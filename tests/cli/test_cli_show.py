@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
-from longspan.cli.show.scaling import read_run
+from longspan.cli.show.scaling import _joint, read_run
+from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
 from longspan.mixers import Rows
 from longspan.mixers.adaptive_span import AdaptiveSpanCore
@@ -182,11 +184,41 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     assert record["runs"][0]["C"] > 6 * record["runs"][0]["N"] * record["runs"][0]["D"]
     assert set(record["laws"]) == {"compute", "size", "data"}
     assert (tmp_path / "laws" / "figures" / "scaling-compute.png").is_file()
+    assert record["laws"]["compute"]["undetermined"] == []
     wrong = longspan("show", "scaling", *runs, "--form", "cubic")
     assert wrong.code == 2
     assert "chinchilla, kaplan or none" in wrong.err
     nothing = longspan("show", "scaling", tmp_path)
     assert "no run here" in nothing.err
+
+
+def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
+    law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
+    sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "N": n,
+            "D": d,
+            "C": 6 * n * d * (1.1 if n > 1e6 else 1.5),
+            "loss": law.predict(N=n, D=d) * random.normal(1, 0.003),
+        }
+        for n, d in sizes
+    ]
+    blocks, data = [], {"laws": {}}
+    _joint("chinchilla", rows, 1e18, blocks, data)
+    (text,) = (block.text for block in blocks)
+    for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():
+        assert f" {name} = {data['laws']['chinchilla']['parameters'][name]:.4g} [{low:.4g}, {high:.4g}]" in text
+    assert len(data["laws"]["chinchilla"]["intervals"]) == 5
+    assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
+    _joint("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
+    assert "No law in parameters and tokens: runs of 1 different N cannot fix" in blocks[-1].text
+    tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
+    tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
+    _joint("chinchilla", tied, 1e18, blocks, data)
+    assert "(not determined)" in blocks[-1].text
+    assert "No budget can be spent by it" in blocks[-1].text
 
 
 def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):

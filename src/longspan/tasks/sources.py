@@ -101,7 +101,7 @@ def source_files(
 
 
 def files_of(folder: Path, pattern: str, without: Sequence[Path] = ()) -> list[Path]:
-    """The files of a folder, read recursively, that match a pattern, sorted; none of folders in it that are left out."""
+    """The files of a folder, read recursively, that match a pattern, sorted; `without` as in `find_source`."""
     inner = _inner(folder, without)
     paths = (path for path in folder.rglob(pattern) if path.is_file() and not _lies_in(path, inner))
     return sorted(paths, key=lambda path: path.as_posix())

@@ -21,7 +21,7 @@ def scaling(
         str, typer.Option("--form", help="Of the law in parameters and tokens: chinchilla, kaplan, or none.")
     ] = "chinchilla",
     flops: Annotated[
-        float, typer.Option("--flops", min=0, help="A budget to spend; 0: ten times that of the largest run.")
+        float, typer.Option("--flops", min=0, help="A budget to spend, 6 N D; 0: ten times that of the largest run.")
     ] = 0.0,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
@@ -30,8 +30,9 @@ def scaling(
     """Fit scaling laws to trained runs: loss by training FLOPs, by parameters, by tokens, and by both.
 
     Of each run: parameters without embeddings, tokens trained on, FLOPs with the keys that its mechanism attends to,
-    and the loss of its last evaluation on held-back documents, tokens and FLOPs up to then. Laws of one variable are meant for runs that have
-    enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs the extra `scaling`.
+    and the loss of its last evaluation on held-back documents, tokens and FLOPs up to then. Laws of one variable are
+    meant for runs that have enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs
+    the extra `scaling`.
 
     Writes report.html, report.json and figures/.
 
@@ -52,7 +53,7 @@ def scaling(
         if len({row[key] for row in rows}) < 3:
             continue
         law = fit("power", {"x": [row[key] for row in rows], "loss": [row["loss"] for row in rows]})
-        data["laws"][name] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
+        data["laws"][name] = _plain(law)
         blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
     if form != "none":
         _joint(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
@@ -139,9 +140,9 @@ def check_same_text(runs: list[str]) -> None:
 def said(law: "Fit", key: str) -> str:
     """A power law in a line."""
     exponent = law.parameters["a"]
-    low, high = law.intervals.get("a", (exponent, exponent))
+    between = "[{:.4f}, {:.4f}]".format(*law.intervals["a"]) if "a" in law.intervals else "without an interval"
     return (
-        f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent [{low:.4f}, {high:.4f}], "
+        f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent {between}, "
         f"{law.residual:.1%} from the runs"
     )
 
@@ -191,13 +192,40 @@ def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any
     except ConfigError as error:
         blocks.append(Text(f"No law in parameters and tokens: {error}"))
         return
-    best = optimal(law, flops)
-    values = ", ".join(f"{name} = {value:.4g}" for name, value in law.parameters.items())
+    values = ", ".join(_parameter(law, name) for name in law.parameters)
+    said = f"{form}: {values}; {law.residual:.1%} from the runs."
+    data["laws"][form] = _plain(law)
+    try:
+        best = optimal(law, flops)
+    except ConfigError as error:
+        blocks.append(Text(f"{said} No budget can be spent by it: {error}."))
+        return
+    shares = [1 - 6 * row["N"] * row["D"] / row["C"] for row in rows]
     blocks.append(
         Text(
-            f"{form}: {values}; {law.residual:.1%} from the runs. With {flops:.3g} FLOPs: {best.parameters:,.0f} "
-            f"parameters on {best.tokens:,.0f} tokens, expected loss {best.loss:.4f}."
+            f"{said} With {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} tokens, expected "
+            f"loss {best.loss:.4f}. The budget is spent as 6 N D, without the term of the context, which is "
+            f"{min(shares):.0%} to {max(shares):.0%} of these runs' FLOPs."
         )
     )
-    data["laws"][form] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
-    data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss}
+    data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss, "context": "left out"}
+
+
+def _parameter(law: "Fit", name: str) -> str:
+    """A parameter with its interval, where it has one."""
+    value = f"{name} = {law.parameters[name]:.4g}"
+    if name in law.undetermined:
+        return f"{value} (not determined)"
+    return (
+        value if name not in law.intervals else f"{value} [{law.intervals[name][0]:.4g}, {law.intervals[name][1]:.4g}]"
+    )
+
+
+def _plain(law: "Fit") -> dict[str, Any]:
+    """A law as plain data."""
+    return {
+        "parameters": law.parameters,
+        "intervals": law.intervals,
+        "undetermined": list(law.undetermined),
+        "residual": law.residual,
+    }
