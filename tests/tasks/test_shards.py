@@ -204,3 +204,14 @@ def test_the_cache_and_the_run_of_a_corpus_lie_where_they_may(tmp_path):
         TextTask(config).prepare(folder / "run")
         # both splits anew, of other files
         assert len(folders(folder / "cache")) == 4
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "word"])
+def test_the_main_process_writes_before_others_read(corpus, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
+    task_of(corpus, None, tokenizer=tokenizer).prepare(tmp_path / "run")
+    monkeypatch.setattr("longspan.tasks.text.write_shards", None)
+    other = task_of(corpus, None, tokenizer=tokenizer)
+    other.prepare(tmp_path / "run", main=False)
+    assert len(other.documents("train")) == 10
+    assert len(other.documents("validation")) == 2

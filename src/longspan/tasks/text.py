@@ -173,8 +173,8 @@ class TextTask:
         if self.config.tokenizer not in kind:
             raise ConfigError(f"{path}: not the tokenizer that task.tokenizer = {self.config.tokenizer!r} names")
         self._tokenizer = tokenizer
-        if main and (self.config.cache or not isinstance(tokenizer, Bytes)):
-            # other processes find what this one has written; bytes in memory cost nothing to make
+        if main:
+            # other processes find what this one has written
             self.documents("train")
             self.documents("validation")
 
