@@ -186,8 +186,8 @@ def test_cells_that_are_no_text(tmp_path, value, kind):
 
 
 def test_rows_that_are_no_unicode(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"latin.jsonl: line 2 is not UTF-8 at its byte 13"):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xe9t\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.jsonl: line 2 is not UTF-8 at its byte 10"):
         texts("dataset", tmp_path / "latin.jsonl")
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
     with pytest.raises(DataError, match=r"half.jsonl: line 1: 'text' holds half a surrogate pair"):
