@@ -1,13 +1,15 @@
 """`longspan eval --task lm`: figures, table and page."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from longspan.cli.app import run
-from longspan.cli.lm import windows_of
-from longspan.errors import ConfigError
+from longspan.cli.lm import _figure, windows_of
+from longspan.errors import ConfigError, DataError
+from longspan.tasks import TextTask
 from longspan.train.lm_evaluation import Window
 
 
@@ -21,18 +23,18 @@ def test_the_figures_agree_with_the_usual_ones(longspan, byte_run):
     usual = json.loads(longspan("eval", byte_run, "--json").out)
     found = figures(longspan, byte_run, "--contexts", "64:16,512")
     readings = found["readings"]
-    assert list(readings) == ["carried", "segments of 16", "context 64", "context 512"]
+    assert list(readings) == ["carried", "segments of 16", "context 64:16", "context 512:256"]
     for name, other in (("carried", "with_memory"), ("segments of 16", "without_memory")):
         bits = usual[other]["bits_per_byte"]
         assert readings[name]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
         assert readings[name]["bits_per_byte"]["low"] == pytest.approx(usual[other]["interval"]["low"], rel=1e-6)
-    assert (readings["context 64"]["context"], readings["context 64"]["stride"]) == (64, 16)
-    assert "the last 16 scored: a token sees 49 to 64 tokens" in readings["context 64"]["read"]
+    assert (readings["context 64:16"]["context"], readings["context 64:16"]["stride"]) == (64, 16)
+    assert "the last 16 scored: a token sees 49 to 64 tokens" in readings["context 64:16"]["read"]
     assert found["text"]["words_by"] == "counted between white space"
     assert sum(each["amount"] for each in found["by_frequency"]) == found["text"]["words"]
     assert sum(each["amount"] for each in found["by_place"]) == found["text"]["bytes"] == 3000
     # the state of this model reaches no further than its layers x memory, so a long window is as good as carrying
-    assert readings["context 512"]["bits_per_byte"]["value"] == pytest.approx(
+    assert readings["context 512:256"]["bits_per_byte"]["value"] == pytest.approx(
         readings["carried"]["bits_per_byte"]["value"], abs=0.01
     )
 
@@ -111,26 +113,86 @@ def test_the_test_split_and_the_official_count_of_words(longspan, word_run, monk
     assert found["text"]["words_by"] == "counted between white space"
     assert [each["first"] for each in found["by_frequency"]] == [0, 10, 100]
     assert len(list((word_run / "cache").iterdir())) == 3
-    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 410))
+    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 206))
     official = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
-    assert (official["text"]["words"], official["text"]["words_by"]) == (410, "official count")
-    squared = official["readings"]["carried"]["perplexity_per_word"]["value"] ** 2
-    assert squared == pytest.approx(found["readings"]["carried"]["perplexity_per_word"]["value"])
+    assert (official["text"]["words"], official["text"]["words_by"]) == (206, "official count")
+    same = official["readings"]["carried"]["perplexity_per_word"]["value"] ** (206 / 205)
+    assert same == pytest.approx(found["readings"]["carried"]["perplexity_per_word"]["value"])
+    assert official["notes"] == []
+    # as many documents, but not those
+    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 210))
+    other = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
+    assert (other["text"]["words"], other["text"]["words_by"]) == (205, "counted between white space")
+    assert "the official count of 210 words is not used: this text has 205" in other["notes"][0]
     # a part of the split is divided by its own words
     part = figures(longspan, word_run / "run", "--split", "test", "--head", 6, "--contexts", "")
     assert (part["text"]["words"], part["text"]["words_by"]) == (10, "counted between white space")
 
 
 def test_windows_as_they_are_given():
-    assert windows_of("256,1024:128,4096", 3000) == [Window(256, 128), Window(1024, 128)]
-    assert windows_of("", 3000) == []
-    for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x"):
+    assert windows_of("256, 1024:128 ,4096") == [Window(256, 128), Window(1024, 128), Window(4096, 2048)]
+    assert windows_of("") == []
+    for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x", "²", "8:²", "1 2"):
         with pytest.raises(ConfigError, match="tokens, or tokens:stride with a stride of 1 to as many"):
-            windows_of(wrong, 3000)
+            windows_of(wrong)
+
+
+def test_every_window_is_read_or_named(longspan, byte_run):
+    found = longspan("eval", byte_run, "--task", "lm", "--json", "--contexts", "32:8,64,64:8,4096,1500")
+    readings = json.loads(found.out)["readings"]
+    assert list(readings)[2:] == ["context 32:8", "context 64:32", "context 64:8"]
+    assert readings["context 64:32"]["bits_per_byte"] != readings["context 64:8"]["bits_per_byte"]
+    (note,) = json.loads(found.out)["notes"]
+    assert note == "contexts left out: 1,500, 4,096; the longest document has 1,500 tokens"
+    assert found.err == note + "\n"
+
+
+def test_long_segments_are_read_in_calls_of_bounded_size(longspan, byte_run, monkeypatch):
+    from longspan.models import Decoder
+
+    sizes, call = [], Decoder.forward
+
+    def counted(self, tokens, *given, **named):
+        sizes.append(tokens.numel())
+        return call(self, tokens, *given, **named)
+
+    expected = {each: longspan("eval", byte_run, "--json", "--segment", each).out for each in (16, 1400)}
+    monkeypatch.setattr(Decoder, "forward", counted)
+    monkeypatch.setattr("longspan.cli.evaluate.CHUNK", 8)
+    monkeypatch.setattr("longspan.cli.lm.CHUNK", 8)
+    for segment, usual in expected.items():
+        found = json.loads(longspan("eval", byte_run, "--json", "--segment", segment).out)
+        for name in ("with_memory", "without_memory"):
+            assert found[name]["loss"] == pytest.approx(json.loads(usual)[name]["loss"], rel=1e-5)
+        figures(longspan, byte_run, "--segment", segment, "--contexts", "64")
+    assert max(sizes) <= 8 * 16
 
 
 def test_mistakes(longspan, byte_run):
     assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
     assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
+    assert longspan("eval", byte_run, "--contexts", "64").error == "--contexts: with --task lm only"
+    both = longspan("eval", byte_run, "kjv", "--split", "test").error
+    assert both == "--split 'test': of the run's own text; leave it out, or the files"
     assert longspan("eval", byte_run, "--split", "dev").error == "--split 'dev': train, validation or test"
     assert "no test split; task.test_source names one" in longspan("eval", byte_run, "--split", "test").error
+
+
+def test_without_the_training_text_a_line_says_what_is_missing(longspan, byte_run, monkeypatch):
+    def gone(task, split):
+        raise DataError("books: no such file or folder")
+
+    monkeypatch.setattr(TextTask, "texts", gone)
+    found = longspan("eval", byte_run, "--task", "lm", "--contexts", "")
+    assert found.code == 0
+    assert "times in the training text" not in found.out
+    line = "no figures by frequency of words, as the training text cannot be read: books: no such file or folder\n"
+    assert found.err == line
+
+
+def test_perplexities_fit_into_their_column():
+    from longspan.train import Interval
+
+    assert _figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"
+    assert _figure("perplexity_per_word", Interval(999_999.4, 5.0, 6.0)) == "999,999 [5, 6]"
+    assert _figure("perplexity_per_word", Interval(12.345, math.nan, math.nan)) == "12.35"

@@ -232,6 +232,15 @@ def test_a_run_of_pass_keys_is_asked_by_length(longspan, tmp_path):
     records = json.loads(found.out)
     assert [each["length"] for each in records] == [300, 500]
     assert all(each["n"] == 21 for each in records)
-    found = longspan("eval", folder, "--lengths", "many")
-    assert found.code == 2
-    assert "--lengths 'many'" in found.err
+    for wrong in ("many", "²", "300,"):
+        found = longspan("eval", folder, "--lengths", wrong)
+        assert found.code == 2
+        assert f"--lengths '{wrong}'" in found.err
+    for given in (["--task", "lm"], ["--split", "test"], ["--tokens", 9], ["--head", 9], ["--segment", 9]):
+        refused = longspan("eval", folder, *given).error
+        assert refused.endswith(
+            f"a run of pass keys makes its own texts; give --lengths, --count and --set only, not {given[0]}"
+        )
+    changed = longspan("eval", folder, "--lengths", "300", "--json", "--set", "model.mixers.0.segment=16")
+    assert json.loads(changed.out)[0]["length"] == 300
+    assert "unknown field 'nothing'" in longspan("eval", folder, "--set", "model.mixers.0.nothing=16").error

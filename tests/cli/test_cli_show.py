@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
+from longspan.cli.show.scaling import _joint, read_run
+from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
 from longspan.mixers import Rows
 from longspan.mixers.adaptive_span import AdaptiveSpanCore
@@ -181,8 +184,78 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     assert record["runs"][0]["C"] > 6 * record["runs"][0]["N"] * record["runs"][0]["D"]
     assert set(record["laws"]) == {"compute", "size", "data"}
     assert (tmp_path / "laws" / "figures" / "scaling-compute.png").is_file()
+    assert record["laws"]["compute"]["undetermined"] == []
     wrong = longspan("show", "scaling", *runs, "--form", "cubic")
     assert wrong.code == 2
     assert "chinchilla, kaplan or none" in wrong.err
     nothing = longspan("show", "scaling", tmp_path)
     assert "no run here" in nothing.err
+
+
+def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
+    law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
+    sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "N": n,
+            "D": d,
+            "C": 6 * n * d * (1.1 if n > 1e6 else 1.5),
+            "loss": law.predict(N=n, D=d) * random.normal(1, 0.003),
+        }
+        for n, d in sizes
+    ]
+    blocks, data = [], {"laws": {}}
+    _joint("chinchilla", rows, 1e18, blocks, data)
+    (text,) = (block.text for block in blocks)
+    for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():
+        assert f" {name} = {data['laws']['chinchilla']['parameters'][name]:.4g} [{low:.4g}, {high:.4g}]" in text
+    assert len(data["laws"]["chinchilla"]["intervals"]) == 5
+    assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
+    _joint("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
+    assert "No law in parameters and tokens: runs of 1 different N cannot fix" in blocks[-1].text
+    tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
+    tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
+    _joint("chinchilla", tied, 1e18, blocks, data)
+    assert "(not determined)" in blocks[-1].text
+    assert "No budget can be spent by it" in blocks[-1].text
+
+
+def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):
+    sizes = ["train.steps=12", "train.eval_every=5", "train.log_every=2", "train.eval_tokens=500"]
+    given = [part for each in sizes for part in ("--set", each)]
+    assert longspan("train", folder / "bytes.toml", *given, "-o", tmp_path / "run").code == 0
+    log = tmp_path / "run" / "log.jsonl"
+    whole = read_run(str(tmp_path / "run"))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert whole["D"] == lines[-1]["tokens"] == 12 * 4 * 16
+
+    def cut(count, without=()):
+        kept = lines[:count]
+        text = [json.dumps({name: value for name, value in line.items() if name not in without}) for line in kept]
+        log.write_text("\n".join(text) + "\n")
+
+    # stopped behind the evaluation of step 10: the last line is that of step 12
+    cut(-1)
+    assert "validation" not in lines[-2]
+    row = read_run(str(tmp_path / "run"))
+    at = next(line for line in reversed(lines[:-1]) if "validation" in line)
+    assert (row["D"], row["loss"]) == (10 * 4 * 16, at["validation"]["loss"])
+    assert row["C"] == pytest.approx(whole["C"] * 10 / 12)
+    # logs that do not say tokens beside a validation: the step line before it
+    for line in lines:
+        if "validation" in line:
+            del line["tokens"]
+    cut(next(index for index, line in enumerate(lines) if "validation" in line) + 2)
+    assert read_run(str(tmp_path / "run"))["D"] == 4 * 4 * 16
+    cut(-1, without=("tokens",))
+    assert "holds no step at or before its evaluation" in longspan("show", "scaling", tmp_path / "run").error
+    cut(2)
+    assert "was never evaluated on held-back documents" in longspan("show", "scaling", tmp_path / "run").error
+
+
+def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subword_run, copied_run):
+    found = longspan("show", "scaling", byte_run, copied_run, subword_run)
+    assert "task.tokenizer = 'subword', of" in found.error
+    (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
+    assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error

@@ -49,6 +49,47 @@ def test_intervals_hold_the_truth(form: str) -> None:
     assert 0.003 < found.residual < 0.02
 
 
+@pytest.mark.parametrize("form", ["kaplan", "chinchilla"])
+@pytest.mark.parametrize("same", ["N", "D"])
+def test_runs_of_one_size_fix_no_joint_law(form: Any, same: str) -> None:
+    other = "D" if same == "N" else "N"
+    table = {same: [1e6] * 6, other: [1e6, 3e6, 1e7, 3e7, 1e8, 3e8], "loss": [3, 2.7, 2.5, 2.35, 2.25, 2.2]}
+    with pytest.raises(ConfigError, match=f"runs of 1 different {same} cannot fix '{form}': 3 are needed"):
+        scaling.fit(form, table, draws=0)
+    with pytest.raises(ConfigError, match="runs of 1 different x cannot fix 'power': 2 are needed"):
+        scaling.fit("power", {"x": table[same], "loss": table["loss"]}, draws=0)
+
+
+def test_parameters_that_the_runs_do_not_determine_are_named() -> None:
+    # tokens in proportion to parameters: the two terms stand for each other
+    tokens = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9])
+    table = {"N": tokens / 20, "D": tokens}
+    loss = scaling.Fit("chinchilla", LAWS["chinchilla"], {}, 0.0, 0).predict(**table)
+    found = scaling.fit("chinchilla", {**table, "loss": loss}, draws=5)
+    assert {"A", "B"} <= set(found.undetermined)
+    assert found.intervals == {}
+    with pytest.raises(ConfigError, match=r"A, .*B.* of 'chinchilla' not determined by these runs"):
+        scaling.optimal(found, 1e20)
+    # sizes that hardly differ determine their exponent no better than one
+    near = {"N": [1e6, 1.001e6, 1.002e6] * 4, "D": [1e6] * 3 + [1e7] * 3 + [1e8] * 3 + [1e9] * 3}
+    near["loss"] = scaling.Fit("chinchilla", LAWS["chinchilla"], {}, 0.0, 0).predict(**near).tolist()
+    assert {"A", "a"} <= set(scaling.fit("chinchilla", near, draws=0).undetermined)
+    for form in LAWS:
+        assert scaling.fit(form, runs(form, noise=0.01), draws=0).undetermined == ()  # type: ignore[arg-type]
+
+
+def test_draws_look_for_their_least_from_every_start(monkeypatch: Any) -> None:
+    solve, starts = scaling._solve, []
+
+    def counted(form: Any, columns: Any, given: Any, **options: Any) -> Any:
+        starts.append(len(given))
+        return solve(form, columns, given, **options)
+
+    monkeypatch.setattr(scaling, "_solve", counted)
+    scaling.fit("chinchilla", runs("chinchilla", noise=0.01), draws=3)
+    assert starts == [6, 7, 1, 7, 1, 7, 1]
+
+
 def test_one_failed_run_does_not_bend_the_law() -> None:
     table = runs("power")
     table["loss"][7] *= 3

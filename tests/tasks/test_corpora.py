@@ -58,6 +58,16 @@ def test_documents_of_wikitext_are_articles(tmp_path, suffix):
         texts("wikitext", tmp_path)
 
 
+def test_titles_are_found_behind_other_ends_of_lines(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{name}.tokens").write_bytes("".join(ARTICLES).replace("\n", "\r\n").encode())
+    found = texts("wikitext", tmp_path)["train"]
+    assert found == [
+        (name, text.replace("\n", "\r\n"))
+        for name, text in zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True)
+    ]
+
+
 def test_pg19_is_a_folder_of_books(tmp_path):
     for split, numbers in (("train", (10, 9)), ("validation", (5,)), ("test", (7, 8))):
         (tmp_path / split).mkdir()
@@ -117,6 +127,71 @@ def test_files_of_rows(tmp_path):
         texts("dataset", tmp_path / "rows")
     with pytest.raises(DataError, match=r"not a file of .parquet or .jsonl"):
         texts("dataset", tmp_path / "absent")
+
+
+def rows(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def test_splits_are_said_by_any_word_of_a_name(tmp_path):
+    names = {
+        "train": ("Train-00.jsonl", "train/deep/part.jsonl"),
+        "validation": ("c4-validation.00000.jsonl", "EVAL.jsonl", "my_dev_set/a.jsonl"),
+        "test": ("Test.jsonl", "wiki-test.jsonl"),
+    }
+    for split, files in names.items():
+        for name in files:
+            rows(tmp_path / name, f"{split} of {name}")
+    assert {split: {text for _, text in found} for split, found in texts("dataset", tmp_path).items()} == {
+        split: {f"{split} of {name}" for name in files} for split, files in names.items()
+    }
+    rows(tmp_path / "testament.jsonl", "no test")
+    with pytest.raises(DataError, match=r": testament.jsonl: named after no split, as others are"):
+        texts("dataset", tmp_path)
+    (tmp_path / "testament.jsonl").unlink()
+    rows(tmp_path / "train_test.jsonl", "which")
+    with pytest.raises(DataError, match=r"train_test.jsonl: named after two splits, train and test"):
+        texts("dataset", tmp_path)
+    # where none is named, all of it is parted
+    for index in range(4):
+        rows(tmp_path / "plain" / f"{index}.jsonl", f"text {index}")
+    task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "plain"), validation_every=2))
+    assert task.documents("train").names == ["1.jsonl:0", "3.jsonl:0"]
+
+
+def test_splits_of_a_saved_dataset_are_not_dropped(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    one, other = (datasets.Dataset.from_dict({"text": [text] * 4}) for text in "xy")
+    datasets.DatasetDict({"train": one, "eval": other}).save_to_disk(tmp_path / "two")
+    task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "two")))
+    assert task.documents("validation").names == [f"eval:{index}" for index in range(4)]
+    datasets.DatasetDict({"train": one, "more": other}).save_to_disk(tmp_path / "more")
+    with pytest.raises(DataError, match="more: named after no split"):
+        TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "more"))).documents("train")
+    datasets.Dataset.from_dict({"text": [1, 2, 3]}).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(DataError, match="numbers: train, from row 0 on: column 'text' holds int64, not text"):
+        TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "numbers"))).documents("train")
+
+
+@pytest.mark.parametrize(("value", "kind"), [(5, "int"), (0, "int"), (0.5, "float"), (["a"], "list"), (False, "bool")])
+def test_cells_that_are_no_text(tmp_path, value, kind):
+    rows(tmp_path / "rows.jsonl", "text", None, value)
+    with pytest.raises(DataError, match=f"rows.jsonl: line 3: 'text' is of type {kind}, not text; set task.field"):
+        texts("dataset", tmp_path / "rows.jsonl")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": [value]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=f"rows.parquet: row 0: 'text' is of type {kind}, not text"):
+        texts("dataset", tmp_path / "rows.parquet")
+
+
+def test_rows_that_are_no_unicode(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xe9t\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.jsonl: line 2 is not UTF-8 at its byte 10"):
+        texts("dataset", tmp_path / "latin.jsonl")
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"half.jsonl: line 1: 'text' holds half a surrogate pair"):
+        texts("dataset", tmp_path / "half.jsonl")
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

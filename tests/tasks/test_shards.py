@@ -1,7 +1,9 @@
 """Token shards: what is read from the map is what was tokenised, and nothing half written is ever seen."""
 
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -154,3 +156,62 @@ def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_pat
     task.prepare(tmp_path / "bytes")
     task.documents("train")
     assert not (tmp_path / "bytes/tokens").exists()
+
+
+@pytest.mark.parametrize("pattern", ["*.txt", "*"])
+@pytest.mark.parametrize("place", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
+def test_a_cache_or_a_run_inside_the_source_is_no_text(corpus, tmp_path, pattern, place, monkeypatch):
+    plain = [path.name for path in sorted(corpus.iterdir())]
+    for source in (corpus, corpus / "**" / "*"):
+        for start in range(3):
+            if start == 1:
+                monkeypatch.setattr("longspan.tasks.text.write_shards", None)
+            task = task_of(source, tmp_path / place, pattern=pattern, validation_every=2)
+            task.prepare(corpus / "run")
+            (corpus / "run" / "log.jsonl").write_text(f"start {start}")
+            names = sorted([*task.documents("train").names, *task.documents("validation").names])
+            assert [name.rpartition("/")[2] for name in names] == plain
+            assert len(list((tmp_path / place).glob("*-*"))) == 2
+        monkeypatch.undo()
+        for left in (tmp_path / place).glob("*-*"):
+            shutil.rmtree(left)
+
+
+def test_a_file_that_is_not_read_changes_nothing(corpus, tmp_path, monkeypatch):
+    task_of(corpus, tmp_path / "cache").documents("train")
+    (corpus / "notes.md").write_text("not of the pattern")
+    monkeypatch.setattr("longspan.tasks.text.write_shards", None)
+    assert len(task_of(corpus, tmp_path / "cache").documents("train")) == 10
+
+
+def test_the_cache_and_the_run_of_a_corpus_lie_where_they_may(tmp_path):
+    rows = "".join(json.dumps({"text": f"row {index}"}) + "\n" for index in range(20))
+    for name, text in (("wikitext/wiki.{}.tokens", " \n = Title = \n \n text \n"), ("dataset/{}.jsonl", rows)):
+        for split in ("train", "valid", "test"):
+            path = tmp_path / name.format(split)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    for corpus in ("wikitext", "dataset"):
+        folder = tmp_path / corpus
+        for start in range(3):
+            config = TextConfig(source=str(folder), cache=str(folder / "cache"), corpus=corpus)
+            task = TextTask(config)
+            task.prepare(folder / "run")
+            (folder / "run" / "log.jsonl").write_text(f"start {start}")
+            assert len(folders(folder / "cache")) == 2
+        with open(next(folder.glob("*train*")), "a") as file:
+            file.write(rows)
+        TextTask(config).prepare(folder / "run")
+        # both splits anew, of other files
+        assert len(folders(folder / "cache")) == 4
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "word"])
+def test_the_main_process_writes_before_others_read(corpus, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
+    task_of(corpus, None, tokenizer=tokenizer).prepare(tmp_path / "run")
+    monkeypatch.setattr("longspan.tasks.text.write_shards", None)
+    other = task_of(corpus, None, tokenizer=tokenizer)
+    other.prepare(tmp_path / "run", main=False)
+    assert len(other.documents("train")) == 10
+    assert len(other.documents("validation")) == 2

@@ -8,10 +8,12 @@ import torch
 
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.tasks import Documents
+from longspan.tasks.base import heads
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes, Subword
 from longspan.tasks.words import Words
 from longspan.train import evaluate_text, token_nats
+from longspan.train.evaluate import first_places
 from longspan.train.lm_evaluation import (
     Window,
     by_frequency,
@@ -119,9 +121,10 @@ def test_tokens_belong_to_words(kind):
             spelled = tokenizer.decode(ids[owner == number].tolist())
             assert spelled.strip() == word
         assert (np.diff(owner) >= 0).all()
-    if kind != "word":
-        assert counts.units.tolist() == [len(text.encode()) for text in TEXTS]
-        assert counts.characters.tolist() == [len(text) for text in TEXTS]
+    # a tokenizer of words counts single spaces and no ends of lines, in bytes and in characters
+    said = [" ".join(text.split()) + " " for text in TEXTS] if kind == "word" else TEXTS
+    assert counts.units.tolist() == [len(text.encode()) for text in said]
+    assert counts.characters.tolist() == [len(text) for text in said]
     ends = count_text(documents, tokenizer, lines_count=True)
     assert (ends.words - counts.words).tolist() == [2, 0, 0]
 
@@ -163,7 +166,57 @@ def test_places_double_from_64_on():
 
 def test_words_that_a_vocabulary_does_not_hold_count_as_unknown():
     texts = [("a", np.frombuffer(b"the war, the peace <unk>", dtype=np.uint8))]
-    assert count_words(texts, frozenset({b"the"})) == {b"the": 2, b"<unk>": 3}
+    assert count_words(texts, Words.of(["the"])) == {b"the": 2, b"<unk>": 3}
+    assert count_words(texts, Bytes()) == count_words(texts) == {b"the": 2, b"war": 1, b"peace": 1, b"<unk>": 1}
+
+
+def test_words_of_a_vocabulary_part_where_it_parts_them():
+    texts = [("a", np.frombuffer("a\u00a0b a\nb, <unk>".encode(), dtype=np.uint8))]
+    words = Words.train(texts, 0)
+    assert count_words(texts, words) == {b"a": 2, b"b": 2, b"<unk>": 1}
+    with pytest.raises(DataError, match="bad: not UTF-8 at byte 0"):
+        count_words([("bad", np.frombuffer(b"\xff", dtype=np.uint8))], words)
+
+
+def test_the_loss_of_a_document_without_words_is_divided_too():
+    tokenizer = Bytes()
+    texts = (b"one two", b"  \n ", b"three")
+    items = [TextDocument(tokenizer.encode(text), tokenizer) for text in texts]
+    counts = count_text(Documents(items, ["a", "b", "c"]), tokenizer)
+    nats = [np.full(len(text), 0.5, dtype=np.float32) for text in texts]
+    for words in (None, 12):
+        found = summary(nats, counts, words)["perplexity_per_word"]
+        assert found.value == pytest.approx(math.exp(sum(map(len, texts)) / 2 / (words or 3)))
+        assert found.low < found.value < found.high < math.inf
+
+
+def test_a_word_that_is_cut_is_in_no_bucket():
+    tokenizer = Bytes()
+    items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"the union", b"the peace ", b"no war")]
+    documents = heads(first_places(Documents(items, ["a", "b", "c"]), 22), 6)
+    counts = count_text(documents, tokenizer)
+    assert sorted(zip(counts.spelled, counts.cut.tolist(), strict=True)) == [
+        ((b"no", b"war"), False),
+        ((b"the", b"pe"), True),
+        ((b"the", b"un"), True),
+    ]
+    (bucket,) = by_frequency({"one": [np.ones(6, dtype=np.float32)] * 3}, counts, {})
+    # the words no, war, the and the, with the white space behind them
+    assert bucket.amount == 4
+    assert bucket.values["one"].value == pytest.approx((3 + 3 + 4 + 4) / 4 / math.log(2))
+    at_its_end = count_text(heads(documents, 4), tokenizer)
+    assert at_its_end.cut.tolist() == [not words[0].startswith(b"the") for words in at_its_end.spelled]
+
+
+def test_documents_without_a_token():
+    tokenizer = Words.train([("a", np.frombuffer(b"b c", dtype=np.uint8))], 0)
+    items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"  ", b"b c")]
+    counts = count_text(Documents(items, ["a", "b"]), tokenizer)
+    assert (counts.tokens.tolist(), counts.words.tolist(), counts.characters.tolist()) == ([0, 2], [0, 2], [0, 4])
+    nats = [np.zeros(0, dtype=np.float32), np.ones(2, dtype=np.float32)]
+    assert summary(nats, counts)["perplexity_per_word"].value == pytest.approx(math.e)
+    assert [each.amount for each in by_place({"one": nats}, counts)] == [4]
+    assert [each.amount for each in by_frequency({"one": nats}, counts, {b"b": 1})] == [1, 1]
 
 
 def test_documents_without_a_word():

@@ -105,6 +105,16 @@ def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
         ({"task__tokenizer": "subword", "task__vocab_size": 300, "train__carry": False}, 7),
         ({"train__dtype": "bfloat16"}, 17),
         ({"model__mixers": [{"name": "transformer_xl", "segment": 12, "mem_len": 12}], "model__positions": "none"}, 11),
+        (
+            {
+                "model__mixers": [
+                    {"name": "compressive", "segment": 12, "mem_len": 7, "compressed_len": 5, "ratio": 3}
+                ],
+                "model__positions": "none",
+                "train__segment_length": 10,
+            },
+            11,
+        ),
         ({"model__mixers": [{"name": "routing", "num_clusters": 4, "window": 8, "decay": 0.9}]}, 8),
     ],
 )

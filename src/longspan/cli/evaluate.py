@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, interval, print_table
-from longspan.cli.lm import Asked, evaluate_lm
+from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
 from longspan.cli.runs import SET_HELP, open_any_run
 from longspan.errors import ConfigError
 
+SPLIT = "validation"
+CONTEXTS = "256,1024,4096,16384,65536"
 NAMES_OF_SPLITS = {"train": "training", "validation": "held-back", "test": "test"}
 
 if TYPE_CHECKING:
@@ -68,8 +70,8 @@ def evaluate(
         int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
     ] = 64,
     task_: LmOption = "",
-    split: SplitOption = "validation",
-    contexts: ContextsOption = "256,1024,4096,16384,65536",
+    split: SplitOption = SPLIT,
+    contexts: ContextsOption = CONTEXTS,
     output: OutputOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -94,15 +96,16 @@ def evaluate(
     from longspan.tasks.base import heads
     from longspan.train import first_places, load_run
 
-    _check(task_, output)
+    _check(task_, output, contexts, split if files else "")
+    given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
+    given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
-        if files or set_ or tokens or head or task_:
-            raise ConfigError(
-                f"{run}: a run of a memory task makes its own questions; give --segments and --count only"
-            )
+        _refuse(f"{run}: a run of a memory task makes its own questions; give --segments and --count only", given)
         _eval_memory(*load_run(run), segments, count, as_json)
     elif is_passkey_run(run) and not files:
-        _eval_passkeys(*load_run(run), lengths, count, as_json)
+        del given["--set"]
+        _refuse(f"{run}: a run of pass keys makes its own texts; give --lengths, --count and --set only", given)
+        _eval_passkeys(*open_any_run(run, set_ or []), lengths, count, as_json)
     else:
         model, task = open_any_run(run, set_ or [])
         documents = _read(task, files or [], run, split)
@@ -118,11 +121,22 @@ def evaluate(
         _eval_text(model, task, first_places(heads(documents, head), tokens), asked, task_, as_json, output)
 
 
-def _check(task: str, output: str) -> None:
+def _check(task: str, output: str, contexts: str, split: str) -> None:
+    """What does not go together, whatever the run; `split` is empty where no files are given."""
     if task not in ("", "lm"):
         raise ConfigError(f"--task {task!r}: only lm, the figures of a language model; other tasks are told by the run")
     if output and not task:
         raise ConfigError("-o: with --task lm only")
+    if contexts != CONTEXTS and not task:
+        raise ConfigError("--contexts: with --task lm only")
+    if split not in ("", SPLIT):
+        raise ConfigError(f"--split {split!r}: of the run's own text; leave it out, or the files")
+
+
+def _refuse(why: str, given: dict[str, Any]) -> None:
+    """Name options that would be passed over."""
+    if names := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{why}, not {', '.join(names)}")
 
 
 def _eval_text(
@@ -134,7 +148,9 @@ def _eval_text(
     if figures_of:
         evaluate_lm(model, task, documents, asked, as_json=as_json, output=output)
         return
-    options: dict[str, Any] = {"unit": task.unit, "chunk": asked.segment}
+    # of a model that streams, segments of any length are read in calls of this size
+    chunk = min(asked.segment, CHUNK) if model.traits.streams else asked.segment
+    options: dict[str, Any] = {"unit": task.unit, "chunk": chunk}
     found = {"with memory": evaluate_text(model, documents, **options)} if model.traits.streams else {}
     found["without memory"] = evaluate_text(model, documents, **options, memory=False, segment_length=asked.segment)
     if as_json:
@@ -181,9 +197,10 @@ def is_passkey_run(run: str) -> bool:
 
 
 def _numbers(option: str, given: str, example: str) -> list[int]:
-    if not all(part.isdigit() and int(part) for part in given.split(",")):
+    found = [whole_number(part.strip()) for part in given.split(",")]
+    if not all(found):
         raise ConfigError(f"{option} {given!r}: expected whole numbers, for example {example}")
-    return [int(part) for part in given.split(",")]
+    return found
 
 
 def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: bool) -> None:

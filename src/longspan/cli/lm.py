@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longspan.cli.console import console, interval, print_table
+from longspan.cli.console import console, interval, print_table, say
 from longspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from longspan.train.lm_evaluation import Bucket, TextCounts, Window
 
 CARRIED = "carried"
+# tokens of a row in one call; the readings do not depend on it
+CHUNK = 512
+# official counts of words are used for texts whose words are as many, to this share
+NEAR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Found:
         gain: bits per byte of the first reading minus the second, by name of the second.
         by_place: along a document.
         by_frequency: by how often a word stands in the training text; empty where that is not there.
+        notes: what was asked for and not done, in a line each.
     """
 
     asked: Asked
@@ -62,6 +67,7 @@ class Found:
     gain: "dict[str, Interval]" = field(default_factory=dict)
     by_place: "list[Bucket]"
     by_frequency: "list[Bucket]"
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def evaluate_lm(
     if not isinstance(task, TextTask):
         raise ConfigError(f"{asked.run}: --task lm is for text; this is a run of the task {type(task).__name__}")
     found = measure(model, task, documents, asked)
+    for note in found.notes:
+        say(note)
     if output:
         from longspan.cli.lm_page import write_page
 
@@ -111,8 +119,8 @@ def evaluate_lm(
         out.print(f"\n{path}", markup=False, highlight=False)
 
 
-def windows_of(contexts: str, longest: int) -> "list[Window]":
-    """The windows of `N[:STRIDE],...` that are shorter than the longest document.
+def windows_of(contexts: str) -> "list[Window]":
+    """The windows of `N[:STRIDE],...`.
 
     Raises:
         ConfigError: something else.
@@ -120,16 +128,22 @@ def windows_of(contexts: str, longest: int) -> "list[Window]":
     from longspan.train.lm_evaluation import Window
 
     found = []
-    for part in filter(None, contexts.split(",")):
+    for part in filter(None, (each.strip() for each in contexts.split(","))):
         size, colon, stride = part.partition(":")
-        if not size.isdigit() or not int(size) or (colon and not (stride.isdigit() and 1 <= int(stride) <= int(size))):
+        context = whole_number(size)
+        step = whole_number(stride) if colon else max(context // 2, 1)
+        if not 1 <= step <= context:
             raise ConfigError(
                 f"--contexts {part!r}: tokens, or tokens:stride with a stride of 1 to as many, as 4096:512"
             )
-        window = Window(int(size), int(stride) if colon else max(int(size) // 2, 1))
-        if window.context < longest:
-            found.append(window)
+        found.append(Window(context, step))
     return found
+
+
+def whole_number(text: str) -> int:
+    """A number of decimal digits; 0 for anything else."""
+    # isdigit alone holds of a raised 2 too, which is no number
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 def measure(model: Any, task: "TextTask", documents: "Documents", asked: Asked) -> Found:
@@ -141,7 +155,8 @@ def measure(model: Any, task: "TextTask", documents: "Documents", asked: Asked) 
     """
     from longspan.train import lm_evaluation as lm
 
-    windows = windows_of(asked.contexts, int(documents.lengths.max(initial=0)))
+    notes: list[str] = []
+    windows = _shorter(windows_of(asked.contexts), int(documents.lengths.max(initial=0)), notes)
     corpus = task.corpus
     counts = lm.count_text(documents, task.tokenizer, lines_count=corpus is not None and corpus.lines_count)
     nats: dict[str, list[Array]] = {}
@@ -149,18 +164,19 @@ def measure(model: Any, task: "TextTask", documents: "Documents", asked: Asked) 
     if model.traits.streams:
         ways[CARRIED] = None
     ways[f"segments of {asked.segment:,}"] = lm.Window(asked.segment, asked.segment)
-    ways |= {f"context {each.context:,}": each for each in windows}
+    ways |= {f"context {each.context:,}:{each.stride:,}": each for each in windows}
     for name, window in ways.items():
-        nats[name] = lm.place_nats(model, documents, window, chunk=max(asked.segment, 256))
-    words = _words(task, counts, asked)
+        nats[name] = lm.place_nats(model, documents, window, chunk=CHUNK)
+    words = _words(task, counts, asked, notes)
     first, *others = nats
     compared = dict(list(nats.items())[:2]) if model.traits.streams else {first: nats[first]}
-    try:
-        known = _vocabulary(task)
-        rare = lm.by_frequency(compared, counts, lm.count_words(task.texts("train"), known)) if asked.split else []
-    except DataError:
-        # the training text is not here, which an evaluation can do without
-        rare = []
+    rare: list[Bucket] = []
+    if asked.split:
+        try:
+            rare = lm.by_frequency(compared, counts, lm.count_words(task.texts("train"), task.tokenizer))
+        except DataError as error:
+            # an evaluation can do without the training text
+            notes.append(f"no figures by frequency of words, as the training text cannot be read: {error}")
     return Found(
         asked=asked,
         counts=counts,
@@ -169,28 +185,32 @@ def measure(model: Any, task: "TextTask", documents: "Documents", asked: Asked) 
         gain={name: lm.difference(nats[first], nats[name], counts.units) for name in others},
         by_place=lm.by_place(compared, counts),
         by_frequency=rare,
+        notes=notes,
     )
 
 
-def _words(task: "TextTask", counts: "TextCounts", asked: Asked) -> tuple[int, str]:
-    """Words to divide by, and who counted them."""
+def _shorter(windows: "list[Window]", longest: int, notes: list[str]) -> "list[Window]":
+    """Those that some document is longer than; a note names the others, which would all read whole documents."""
+    if left_out := sorted({each.context for each in windows if each.context >= longest}):
+        sizes = ", ".join(f"{each:,}" for each in left_out)
+        notes.append(f"contexts left out: {sizes}; the longest document has {longest:,} tokens")
+    return [each for each in windows if each.context < longest]
+
+
+def _words(task: "TextTask", counts: "TextCounts", asked: Asked, notes: list[str]) -> tuple[int, str]:
+    """Words to divide by, and who counted them; a note where an official count is not that of this text."""
     counted = int(counts.words.sum())
     corpus = task.corpus
     official = (corpus.official or {}).get(asked.split) if corpus and asked.split else None  # type: ignore[call-overload]
     if official is not None and asked.whole and len(counts.names) == official.documents:
-        return official.words, "official count"
+        if abs(counted - official.words) <= NEAR * official.words:
+            return official.words, "official count"
+        notes.append(
+            f"the official count of {official.words:,} words is not used: this text has {counted:,} between white "
+            f"space, so it is not the official one"
+        )
     ends = ", and ends of lines" if corpus is not None and corpus.lines_count else ""
     return counted, f"counted between white space{ends}"
-
-
-def _vocabulary(task: "TextTask") -> "frozenset[bytes] | None":
-    """The words that a tokenizer of words knows; None: it spells any."""
-    from longspan.tasks.words import Words
-
-    tokenizer = task.tokenizer
-    if not isinstance(tokenizer, Words):
-        return None
-    return frozenset(tokenizer.decode([index]).strip() for index in range(tokenizer.vocab_size))
 
 
 def about(found: Found) -> str:
@@ -235,7 +255,9 @@ KEYS = {
 def _figure(key: str, found: "Interval") -> str:
     if key.startswith("bits"):
         return interval(found)
-    value, low, high = (f"{each:,.{0 if found.value >= 1000 else 2}f}" for each in found)
+    # all digits of what a weak model says of words would fill the table
+    digits = ".2e" if found.value >= 1e6 else ",.0f" if found.value >= 1000 else ",.2f"
+    value, low, high = (f"{each:{digits}}" for each in found)
     return value if found.low != found.low else f"{value} [{low}, {high}]"
 
 
@@ -295,6 +317,7 @@ def plain(found: Found) -> dict[str, Any]:
         },
         "by_place": [_plain_bucket(each) for each in found.by_place],
         "by_frequency": [_plain_bucket(each) for each in found.by_frequency],
+        "notes": list(found.notes),
     }
 
 

@@ -25,7 +25,7 @@ def write_page(found: Found, folder: str | Path) -> Path:
     """
     figures, how, places, *rare = tables(found)
     sections = [
-        Section("In one number", [figures, Text(_words(found)), how]),
+        Section("In one number", [figures, Text(_words(found)), how, *map(Text, found.notes)]),
         Section("Along a document", [*_places(found), places]),
     ]
     if (picture := _contexts(found)) is not None:

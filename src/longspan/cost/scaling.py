@@ -24,6 +24,10 @@ from numpy.typing import NDArray
 from longspan.errors import ConfigError, UnsupportedError
 
 Array = NDArray[np.float64]
+# a direction of the parameters that changes the losses so much less than the others is not determined by the runs
+_SINGULAR = 1e-4
+# nor is a parameter that changes them so much less than another
+_SILENT = 1e-6
 PF_DAY = 8.64e19
 """FLOPs of a petaflop/s-day"""
 KAPLAN_CRITICAL = (2e8, 0.21)
@@ -65,9 +69,11 @@ class Fit:
     Attributes:
         form: its name.
         parameters: by name, as in the formulas of the module.
-        intervals: 95 %, by name, from drawing the runs anew; empty where there are too few.
+        intervals: 95 %, by name, from drawing the runs anew; empty where there are too few, or a parameter is not
+            determined.
         residual: root mean square of log(predicted loss / loss).
         runs: how many were fitted.
+        undetermined: parameters that these runs do not determine, as others make up for them.
     """
 
     form: str
@@ -75,6 +81,7 @@ class Fit:
     intervals: dict[str, tuple[float, float]]
     residual: float
     runs: int
+    undetermined: tuple[str, ...] = ()
 
     def predict(self, **at: Any) -> Any:
         """The loss at `x`, or at `N` and `D`; numbers or arrays."""
@@ -88,8 +95,8 @@ class _Form:
     inputs: tuple[str, ...]
     loss: Callable[..., Any]
     starts: Callable[..., list[list[float]]]
-    logarithmic: tuple[bool, ...]
-    """which parameters are fitted by their logarithm"""
+    values: int
+    """different values of each input at least; with fewer, no number of runs determines the parameters"""
 
 
 def _power(p: Sequence[float], x: Array) -> Any:
@@ -143,12 +150,10 @@ def _chinchilla_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
 
 
 _FORMS: dict[str, _Form] = {
-    "power": _Form(("x_c", "a"), ("x",), _power, _power_starts, (True, True)),
-    "floored": _Form(("x_c", "a", "floor"), ("x",), _floored, _floored_starts, (True, True, True)),
-    "kaplan": _Form(("N_c", "a_N", "D_c", "a_D"), ("N", "D"), _kaplan, _kaplan_starts, (True, True, True, True)),
-    "chinchilla": _Form(
-        ("E", "A", "a", "B", "b"), ("N", "D"), _chinchilla, _chinchilla_starts, (True, True, True, True, True)
-    ),
+    "power": _Form(("x_c", "a"), ("x",), _power, _power_starts, 2),
+    "floored": _Form(("x_c", "a", "floor"), ("x",), _floored, _floored_starts, 3),
+    "kaplan": _Form(("N_c", "a_N", "D_c", "a_D"), ("N", "D"), _kaplan, _kaplan_starts, 3),
+    "chinchilla": _Form(("E", "A", "a", "B", "b"), ("N", "D"), _chinchilla, _chinchilla_starts, 3),
 }
 
 
@@ -168,7 +173,8 @@ def fit(
         seed: of the draws.
 
     Raises:
-        ConfigError: columns that are missing, unequal or not positive; fewer runs than parameters.
+        ConfigError: columns that are missing, unequal or not positive; fewer runs than parameters, or too few different
+            values of x, of N or of D for any number of runs to fix them.
         UnsupportedError: scipy is missing.
     """
     if form not in _FORMS:
@@ -178,18 +184,55 @@ def fit(
     count = len(columns[0])
     if count < len(shape.names):
         raise ConfigError(f"{count} runs cannot fix {len(shape.names)} parameters of {form!r}; more runs are needed")
+    for name, column in zip(shape.inputs, columns, strict=False):
+        if (different := len(np.unique(column))) < shape.values:
+            raise ConfigError(
+                f"runs of {different} different {name} cannot fix {form!r}: {shape.values} are needed at least"
+            )
     best, residual = _solve(shape, columns, shape.starts(*columns))
-    generator, drawn = np.random.default_rng(seed), []
-    for _ in range(draws if count > len(shape.names) else 0):
-        chosen = generator.integers(0, count, count)
-        if len(set(chosen.tolist())) >= len(shape.names):
-            drawn.append(_solve(shape, [each[chosen] for each in columns], [best])[0])
+    lost = _undetermined(shape, columns, best)
+    # what is not determined may wander anywhere from draw to draw, and take the other parameters along
+    drawn = _draws(shape, columns, best, draws if count > len(shape.names) and not lost else 0, seed)
     intervals = {}
     if drawn:
         for name, values in zip(shape.names, np.array(drawn).T, strict=True):
             low, high = np.quantile(values, (0.025, 0.975)).tolist()
             intervals[name] = (low, high)
-    return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count)
+    return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count, lost)
+
+
+def _draws(shape: _Form, columns: list[Array], best: list[float], draws: int, seed: int) -> list[list[float]]:
+    """Parameters of runs drawn anew; each from every start, as a draw may have its least elsewhere than all runs."""
+    generator, drawn = np.random.default_rng(seed), []
+    count = len(columns[0])
+    for _ in range(draws):
+        chosen = generator.integers(0, count, count)
+        part = [each[chosen] for each in columns]
+        fixed = all(len(np.unique(each)) >= shape.values for each in part[:-1])
+        if fixed and len(set(chosen.tolist())) >= len(shape.names):
+            # from all starts a little of the way, from the best of them to the end
+            near, _ = _solve(shape, part, [best, *shape.starts(*part)], tolerance=1e-6, evaluations=25)
+            drawn.append(_solve(shape, part, [near], tolerance=1e-10, evaluations=200)[0])
+    return drawn
+
+
+def _undetermined(shape: _Form, columns: list[Array], best: list[float]) -> tuple[str, ...]:
+    """Parameters along whose change, with that of others, the losses of the runs stay as they are."""
+    *inputs, _ = columns
+    at, step = np.log(np.maximum(best, 1e-300)), 1e-5
+
+    def losses(values: Array) -> Array:
+        return np.asarray(np.log(shape.loss(np.exp(values), *inputs)))
+
+    slopes = [(losses(at + each) - losses(at - each)) / (2 * step) for each in step * np.eye(len(best))]
+    jacobian = np.nan_to_num(np.stack(slopes, axis=1))
+    sizes = np.linalg.norm(jacobian, axis=0)
+    silent = sizes <= _SILENT * sizes.max()
+    _, strengths, directions = np.linalg.svd(jacobian[:, ~silent] / sizes[~silent], full_matrices=False)
+    lost = silent.copy()
+    weak = directions[strengths < _SINGULAR * strengths[0]]
+    lost[~silent] = (np.abs(weak) > 0.1).any(axis=0)
+    return tuple(name for name, gone in zip(shape.names, lost.tolist(), strict=True) if gone)
 
 
 def _columns(runs: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[Array]:
@@ -202,7 +245,9 @@ def _columns(runs: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[
     return columns
 
 
-def _solve(form: _Form, columns: list[Array], starts: list[list[float]]) -> tuple[list[float], float]:
+def _solve(
+    form: _Form, columns: list[Array], starts: list[list[float]], tolerance: float = 1e-14, evaluations: int = 2000
+) -> tuple[list[float], float]:
     """The best of several starts, and its residual."""
     try:
         from scipy.optimize import least_squares  # type: ignore[import-untyped]
@@ -220,7 +265,15 @@ def _solve(form: _Form, columns: list[Array], starts: list[list[float]]) -> tupl
     for start in starts:
         origin = np.log(np.maximum(start, 1e-300))
         found = least_squares(
-            error, origin, loss="soft_l1", f_scale=0.1, x_scale="jac", xtol=1e-14, ftol=1e-14, gtol=1e-14, max_nfev=2000
+            error,
+            origin,
+            loss="soft_l1",
+            f_scale=0.1,
+            x_scale="jac",
+            xtol=tolerance,
+            ftol=tolerance,
+            gtol=tolerance,
+            max_nfev=evaluations,
         )
         if best is None or found.cost < best.cost:
             best = found
@@ -244,13 +297,17 @@ class Allocation:
 
 
 def optimal(law: Fit, flops: float) -> Allocation:
-    """The N and D of least loss with 6 N D = `flops`, in closed form.
+    """The N and D of least loss with 6 N D = `flops`, in closed form; the term of the context is left out.
 
     Of Chinchilla's form (Hoffmann et al. 2022, equation 4) and of Kaplan's (from the derivative of equation 1.5).
 
     Raises:
-        ConfigError: a law that knows only one of N and D, or no FLOPs.
+        ConfigError: a law that knows only one of N and D, or whose scales and exponents the runs do not determine; or
+            no FLOPs.
     """
+    # the loss that is left at any size moves no optimum
+    if lost := [name for name in law.undetermined if name != "E"]:
+        raise ConfigError(f"{', '.join(lost)} of {law.form!r} not determined by these runs; vary N and D apart")
     if flops <= 0:
         raise ConfigError(f"flops = {flops}: must be positive")
     p, budget = law.parameters, flops / 6

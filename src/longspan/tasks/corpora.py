@@ -6,7 +6,7 @@ None of them is fetched. A corpus is a function from the place of its files to t
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from longspan.errors import DataError
 from longspan.tasks.base import Array
 from longspan.tasks.base import TestedSplit as Split
-from longspan.tasks.sources import Text, file_text, held, read_file
+from longspan.tasks.sources import Text, file_text, files_of, held, read_file
 
 if TYPE_CHECKING:
     from longspan.tasks.text import TextConfig
@@ -28,7 +28,7 @@ Splits = dict[Split, list[Text]]
 WIKIPEDIA_BYTES = 100_000_000
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "evaluation"),
     "test": ("test",),
 }
 
@@ -44,14 +44,17 @@ class Official(NamedTuple):
 class Corpus:
     """How a corpus is read, and how its words are counted for the perplexity of a word."""
 
-    read: Callable[[str, "TextConfig"], Splits]
+    read: Callable[[str, "TextConfig", Sequence[Path]], Splits]
+    """of the place where it lies, without folders as `find_source` has it"""
+    files: Callable[[Path, Sequence[Path]], Iterable[Path]]
+    """what is read; what does not exist does not matter"""
     lines_count: bool = False
     """the end of a line counts as a word, as in WikiText"""
     official: dict[Split, Official] | None = None
     """counts that its makers publish, to divide by where a split is whole"""
 
 
-def wikipedia(source: str, config: "TextConfig") -> Splits:
+def wikipedia(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """enwik8 and text8: the first 90, the next 5 and the last 5 million bytes of one file, a document each.
 
     Raises:
@@ -72,10 +75,10 @@ def wikipedia(source: str, config: "TextConfig") -> Splits:
 
 
 # a line of white space, a title between single equals signs, and white space again
-_TITLE = re.compile(rb"(?m)^ ?\n = (?!= )(.+?)(?<! =) = ?\n(?= ?\n)")
+_TITLE = re.compile(rb"(?m)^ ?\r?\n = (?!= )(.+?)(?<! =) = ?\r?\n(?= ?\r?\n)")
 
 
-def wikitext(source: str, config: "TextConfig") -> Splits:
+def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """WikiText-103 and WikiText-2: a folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens` (or
     `.raw`); a document is an article.
 
@@ -102,7 +105,7 @@ def articles(path: Path) -> Iterator[Text]:
             yield held(title, data[first:last])
 
 
-def pg19(source: str, config: "TextConfig") -> Splits:
+def pg19(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """PG-19: the folders `train`, `validation` and `test`, a book in each `.txt`, and `metadata.csv` with the titles.
 
     Raises:
@@ -128,7 +131,7 @@ def _titles(path: Path) -> dict[str, str]:
         return {row[0]: row[1] for row in csv.reader(file) if len(row) > 1}
 
 
-def dataset(source: str, config: "TextConfig") -> Splits:
+def dataset(source: str, config: "TextConfig", without: Sequence[Path] = ()) -> Splits:
     """A dataset on disk: a folder of `datasets.save_to_disk`, or `.parquet` or `.jsonl` files named after their splits.
 
     A row is a document, in its column `task.field`. Where there is no validation split, the training split is parted as
@@ -138,12 +141,19 @@ def dataset(source: str, config: "TextConfig") -> Splits:
         DataError: nothing that can be read, no such column, or the library that reads it is missing.
     """
     path = Path(source)
-    splits = _saved(path, config.field) if _is_saved(path) else _tables(path, config.field)
+    splits = _saved(path, config.field) if _is_saved(path) else _tables(path, config.field, without)
     if not splits.get("train"):
         raise DataError(
             f"{source}: no rows to train on; a split named train, or files without a split's name, are read"
         )
     return splits
+
+
+def _rows_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    suffixes = ("arrow", "json") if _is_saved(path) else ("parquet", "jsonl")
+    return [each for suffix in suffixes for each in files_of(path, f"*.{suffix}", without)]
 
 
 def _is_saved(path: Path) -> bool:
@@ -159,42 +169,47 @@ def _saved(path: Path, field: str) -> Splits:
     # one dataset without splits is a list of rows, several are a dict
     named = dict(found) if isinstance(found, dict) else {"train": found}
     splits: Splits = {}
-    for name, rows in named.items():
-        if (split := _split_of(name)) is None:
-            continue
+    for name, split in _splits_of(path, named).items():
+        rows = named[name]
         if field not in rows.column_names:
             raise _no_column(path, field, rows.column_names)
-        splits[split] = list(_rows(rows.select_columns([field]).with_format("arrow"), field, split, path))
+        chosen = rows.select_columns([field]).with_format("arrow")
+        splits.setdefault(split, []).extend(_rows(chosen, field, name, path))
     return splits
 
 
-def _rows(rows: Any, field: str, split: str, path: Path) -> Iterator[Text]:
+def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
     """Rows of a mapped dataset, which stay on disk until they are read."""
     compute = _library("pyarrow.compute", path)
 
     def read(index: int) -> Array:
-        return _bytes(rows[index].column(field)[0].as_py())
+        return _bytes(rows[index].column(field)[0].as_py(), f"{path}: {name}, row {index}", field)
 
     first = 0
     for batch in rows.iter(10_000):
-        sizes = compute.binary_length(batch.column(field)).to_pylist()
+        column = batch.column(field)
+        try:
+            sizes = compute.binary_length(column).to_pylist()
+        except NotImplementedError:
+            raise DataError(
+                f"{path}: {name}, from row {first} on: column {field!r} holds {column.type}, not text; set task.field"
+            ) from None
         for index, size in enumerate(sizes, first):
             if size:
-                yield Text(f"{split}:{index}", size, partial(read, index))
+                yield Text(f"{name}:{index}", size, partial(read, index))
         first += len(sizes)
 
 
-def _tables(path: Path, field: str) -> Splits:
-    """Files of rows; of a folder's, each belongs to the split that its folder or the start of its name says."""
-    found = [each for suffix in ("parquet", "jsonl") for each in path.rglob(f"*.{suffix}")] if path.is_dir() else [path]
-    splits: Splits = {}
-    for each in sorted(found):
+def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
+    """Files of rows; of a folder's, each belongs to the split that its folder or its name says."""
+    names: dict[str, Path] = {}
+    for each in sorted(_rows_files(path, without)):
         if each.suffix not in (".parquet", ".jsonl") or not each.is_file():
             raise DataError(f"{each}: not a file of .parquet or .jsonl")
-        name = each.name if each == path else each.relative_to(path).as_posix()
-        named = (_split_of(re.split(r"[^a-z]", part)[0]) for part in name.split("/"))
-        split: Split = next((split for split in named if split), "train")
-        texts = _parquet(each, field) if each.suffix == ".parquet" else _json_lines(each, field)
+        names[each.name if each == path else each.relative_to(path).as_posix()] = each
+    splits: Splits = {}
+    for name, split in _splits_of(path, names).items():
+        texts = (_parquet if names[name].suffix == ".parquet" else _json_lines)(names[name], field)
         splits.setdefault(split, []).extend(held(f"{name}:{index}", text) for index, text in texts if len(text))
     return splits
 
@@ -208,33 +223,73 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[int, Array]]:
         index = 0
         for batch in file.iter_batches(columns=[field]):
             for value in batch.column(0):
-                yield index, _bytes(value.as_py())
+                yield index, _bytes(value.as_py(), f"{path}: row {index}", field)
                 index += 1
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
-    with open(path, encoding="utf-8") as file:
-        for index, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}: line {index + 1} is not JSON: {error}") from None
-            if not isinstance(row, dict) or field not in row:
-                raise _no_column(path, field, list(row) if isinstance(row, dict) else [])
-            yield index, _bytes(row[field])
+    try:
+        with open(path, "rb") as file:
+            for index, line in enumerate(file):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.decode())
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{path}: line {index + 1} is not UTF-8 at its byte {error.start}") from None
+                except ValueError as error:
+                    raise DataError(f"{path}: line {index + 1} is not JSON: {error}") from None
+                if not isinstance(row, dict) or field not in row:
+                    raise _no_column(path, field, list(row) if isinstance(row, dict) else [])
+                yield index, _bytes(row[field], f"{path}: line {index + 1}", field)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _bytes(value: str | bytes | None) -> Array:
-    data = value.encode() if isinstance(value, str) else value or b""
+def _bytes(value: Any, where: str, field: str) -> Array:
+    """A cell as bytes; none of a missing one.
+
+    Raises:
+        DataError: it is no text; `where` says which file and row.
+    """
+    if not isinstance(value, str | bytes | None):
+        raise DataError(f"{where}: {field!r} is of type {type(value).__name__}, not text; set task.field")
+    try:
+        data = value.encode() if isinstance(value, str) else value or b""
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {field!r} holds half a surrogate pair, which is no text") from None
     return np.frombuffer(data, dtype=np.uint8)
 
 
+def _splits_of(path: Path, names: Iterable[str]) -> dict[str, Split]:
+    """The split of each name; all are of training where none names a split.
+
+    Raises:
+        DataError: some name a split and others do not, or one names two: test data must not be trained on by mistake.
+    """
+    found = {name: _split_of(name) for name in names}
+    known: dict[str, Split] = {name: split for name, split in found.items() if split is not None}
+    if known and len(known) < len(found):
+        unknown = [name for name in found if name not in known]
+        few = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise DataError(f"{path}: {few}: named after no split, as others are (train, validation, test); rename or move")
+    return known or dict.fromkeys(found, "train")
+
+
 def _split_of(name: str) -> Split | None:
-    return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
+    """The split that a name says with any of its words, or the first of its folders that says one."""
+    for part in name.lower().split("/"):
+        words = set(re.split(r"[^a-z]+", part))
+        said = [split for split, names in SPLIT_NAMES.items() if words & set(names)]
+        if len(said) > 1:
+            raise DataError(f"{name}: named after two splits, {' and '.join(said)}; rename it")
+        if said:
+            return said[0]
+    return None
 
 
 def _no_column(path: Path, field: str, known: Sequence[str]) -> DataError:
@@ -267,16 +322,17 @@ def _either(folder: Path, split: str) -> Path:
 
 
 CORPORA: dict[str, Corpus] = {
-    "enwik8": Corpus(wikipedia),
-    "text8": Corpus(wikipedia),
-    "wikitext": Corpus(wikitext, lines_count=True),
+    "enwik8": Corpus(wikipedia, lambda path, _: [path, path / "enwik8"]),
+    "text8": Corpus(wikipedia, lambda path, _: [path, path / "text8"]),
+    "wikitext": Corpus(wikitext, lambda path, _: path.glob("wiki.*"), lines_count=True),
     "pg19": Corpus(
         pg19,
+        lambda path, _: [path / "metadata.csv", *path.glob("*/*.txt")],
         official={
             "train": Official(28_602, 1_973_136_207),
             "validation": Official(50, 3_007_061),
             "test": Official(100, 6_966_499),
         },
     ),
-    "dataset": Corpus(dataset),
+    "dataset": Corpus(dataset, _rows_files),
 }

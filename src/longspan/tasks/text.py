@@ -165,6 +165,7 @@ class TextTask:
             ConfigError: it is not of the kind that the configuration names.
         """
         path = Path(folder) / "tokenizer.json"
+        self._folder = Path(folder)
         if main and not path.exists():
             self.tokenizer.save(path)
         tokenizer = load_tokenizer(path)
@@ -172,9 +173,8 @@ class TextTask:
         if self.config.tokenizer not in kind:
             raise ConfigError(f"{path}: not the tokenizer that task.tokenizer = {self.config.tokenizer!r} names")
         self._tokenizer = tokenizer
-        self._folder = Path(folder)
-        if main and (self.config.cache or not isinstance(tokenizer, Bytes)):
-            # other processes find what this one has written; bytes in memory cost nothing to make
+        if main:
+            # other processes find what this one has written
             self.documents("train")
             self.documents("validation")
 
@@ -240,18 +240,28 @@ class TextTask:
         return write_shards(folder, self._encoded(texts, digest), digest)
 
     def _files(self) -> list[Path] | None:
-        """Every file that the text may be read from; None for standard input."""
+        """Every file that the text is read from; None for standard input."""
+        if self.corpus is not None:
+            assert isinstance(self.config.source, str)
+            return sorted(path for path in self.corpus.files(Path(self.config.source), self._own()) if path.is_file())
         found: list[Path] = []
         for source in (self.config.source, self.config.validation_source, self.config.test_source):
-            files = source_files(source) if source is not None else []
+            options: dict[str, Any] = {"pattern": self.config.pattern, "without": self._own()}
+            files = source_files(source, **options) if source is not None else []
             if files is None:
                 return None
             found += files
         return found
 
+    def _own(self) -> list[Path]:
+        """Folders that are written here, so no text: that of the run, the cache, and what is in the cache."""
+        cache = Path(self.config.cache) if self.config.cache else None
+        kept = [] if cache is None else [cache, *(path.parent for path in cache.glob("*/index.json"))]
+        return kept if self._folder is None else [self._folder, *kept]
+
     def _split(self, split: Split) -> list[Text]:
         if self._texts is None:
-            self._texts = find_splits(self.config)
+            self._texts = find_splits(self.config, self._own())
         if split not in self._texts:
             raise DataError(
                 f"{self.config.source}: no {split} split; task.test_source names one, and so do the corpora "
@@ -269,13 +279,13 @@ def split_texts(config: TextConfig) -> dict[Split, list[tuple[str, Array]]]:
     return {split: [(text.name, text.read()) for text in texts] for split, texts in find_splits(config).items()}
 
 
-def find_splits(config: TextConfig) -> Splits:
-    """The same documents, each read when it is asked for; raises as `split_texts`."""
+def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
+    """The same documents, each read when it is asked for, but for `without` as in `find_source`; raises as above."""
     if config.corpus in CORPORA:
         assert isinstance(config.source, str)
-        splits = CORPORA[config.corpus].read(config.source, config)
+        splits = CORPORA[config.corpus].read(config.source, config, without)
         return splits if "validation" in splits else {**splits, **_parted(splits["train"], config)}
-    options = {"pattern": config.pattern, "separator": config.separator}
+    options: dict[str, Any] = {"pattern": config.pattern, "separator": config.separator, "without": without}
     texts = find_source(config.source, **options)
     splits = (
         _parted(texts, config)

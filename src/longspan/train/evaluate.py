@@ -212,6 +212,7 @@ def _forward(
             alive, part = alive[going], part.at(going)
             state = None if state is None else states.select(state, going.to(device))
         if len(alive):
+            part = part.clipped()
             here = part.to(device)
             out, state = call(here.tokens, state, mask=here.mask, reset=here.reset)
             yield out, part

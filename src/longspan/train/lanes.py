@@ -47,6 +47,13 @@ class Batch(NamedTuple):
         part = Batch(*(None if tensor is None else tensor[index] for tensor in self))  # type: ignore[arg-type]
         return part._replace(mask=None) if part.mask is not None and bool(part.mask.all()) else part
 
+    def clipped(self) -> "Batch":
+        """Without columns that are padding in every lane, which stand behind all others."""
+        if self.mask is None or (width := int(self.mask.sum(1).max())) == self.mask.shape[1]:
+            return self
+        part = Batch(*(None if tensor is None else tensor[:, :width] for tensor in self))  # type: ignore[arg-type]
+        return part._replace(mask=None) if bool(self.mask[:, :width].all()) else part
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]

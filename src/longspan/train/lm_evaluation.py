@@ -21,8 +21,9 @@ import numpy as np
 
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.tasks import Document, Documents, Piece
-from longspan.tasks.base import Array
+from longspan.tasks.base import Array, Head
 from longspan.tasks.tokenizers import Tokenizer
+from longspan.tasks.words import Words
 from longspan.train.distributed import Group
 from longspan.train.evaluate import judge, read_documents
 from longspan.train.loss import adaptive_head
@@ -139,13 +140,15 @@ class TextCounts:
     units: Array
     """bytes"""
     characters: Array
-    """of UTF-8"""
+    """of UTF-8, of what the bytes stand for; never more than these"""
     words: Array
     """between white space; with `lines_count`, ends of lines too"""
     sizes: tuple[Array, ...]
     """(tokens,) bytes of each token, for each document"""
     word_of: tuple[Array, ...]
     """(tokens,) int64 number of the word that each token belongs to, for each document"""
+    cut: Array
+    """bool: the document goes on behind its last byte, which is inside of a word or ends it"""
     spelled: tuple[tuple[bytes, ...], ...]
     """the words of each document"""
 
@@ -163,10 +166,14 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
     """
     table = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
     spelt = np.array([len(each) for each in table], dtype=np.int64)
+    # a token without bytes (the end of a line, for words) has no character either, though it is written as one
+    begun = np.array([sum(byte & 0xC0 != 0x80 for byte in each) for each in table], dtype=np.int64)
+    begun[tokenizer.sizes == 0] = 0
     counts: list[tuple[int, int, int]] = []
-    sizes, owners, spelled = [], [], []
+    sizes, owners, spelled, unfinished = [], [], [], []
     for item in documents.items:
-        ids = np.concatenate([item.cut(at, min(at + _PIECE, len(item))).targets for at in range(0, len(item), _PIECE)])
+        parts = [item.cut(at, min(at + _PIECE, len(item))).targets for at in range(0, len(item), _PIECE)]
+        ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
         text = b"".join(table[index] for index in ids.tolist())
         data = np.frombuffer(text, dtype=np.uint8)
         words = tuple(text.split())
@@ -177,13 +184,30 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         owners.append(owner[last] if len(owner) else np.zeros(len(ids), dtype=np.int64))
         sizes.append(np.asarray(tokenizer.sizes[ids], dtype=np.int64))
         spelled.append(words)
-        characters = int(((data & 0xC0) != 0x80).sum())
-        counts.append((len(ids), characters, len(words) + (text.count(b"\n") if lines_count else 0)))
+        unfinished.append(_goes_on(item) and not text[-1:].isspace())
+        counts.append((len(ids), int(begun[ids].sum()), len(words) + (text.count(b"\n") if lines_count else 0)))
     columns = np.array(counts, dtype=np.int64).reshape(-1, 3).T
     units = np.array([int(each.sum()) for each in sizes], dtype=np.int64)
     return TextCounts(
-        tuple(documents.names), columns[0], units, columns[1], columns[2], tuple(sizes), tuple(owners), tuple(spelled)
+        names=tuple(documents.names),
+        tokens=columns[0],
+        units=units,
+        characters=columns[1],
+        words=columns[2],
+        sizes=tuple(sizes),
+        word_of=tuple(owners),
+        cut=np.array(unfinished, dtype=np.bool_),
+        spelled=tuple(spelled),
     )
+
+
+def _goes_on(item: Document) -> bool:
+    """Whether this is the head of a longer document."""
+    while isinstance(item, Head):
+        if len(item) < len(item.document):
+            return True
+        item = item.document
+    return False
 
 
 def summary(nats: Sequence[Array], counts: TextCounts, words: int | None = None) -> dict[str, Interval]:
@@ -247,6 +271,8 @@ def by_frequency(
 ) -> list[Bucket]:
     """Bits per word by how often the word stands in the training text, after the Compressive Transformer.
 
+    The last word of a document that was cut inside of it is left out: what there is of it is no word.
+
     Args:
         readings: `place_nats` of each.
         counts: of the same documents.
@@ -254,10 +280,12 @@ def by_frequency(
     """
     edges = [*FREQUENCIES, np.inf]
     buckets, words = [], []
-    for spelled in counts.spelled:
+    for spelled, cut in zip(counts.spelled, counts.cut.tolist(), strict=True):
         times = np.array([seen.get(_bare(word), 0) for word in spelled], dtype=np.int64)
         found = np.searchsorted(FREQUENCIES, times, side="right") - 1
-        words.append(np.bincount(found, minlength=len(FREQUENCIES)))
+        if cut:
+            found[-1:] = -1
+        words.append(np.bincount(found[found >= 0], minlength=len(FREQUENCIES)))
         buckets.append(found)
     places = [
         found[owner] if len(found) else np.full(len(owner), -1)
@@ -266,19 +294,28 @@ def by_frequency(
     return _buckets(readings, places, np.array(words, dtype=np.float64), edges)
 
 
-def count_words(texts: Iterable[tuple[str, Array]], known: "frozenset[bytes] | None" = None) -> dict[bytes, int]:
+def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None) -> dict[bytes, int]:
     """How often each word stands in a text, without punctuation around it.
 
     Args:
         texts: documents (name, bytes).
-        known: the words of a vocabulary; all others count as `<unk>`. None: every word counts.
+        tokenizer: one of words counts what it makes of the text, all that it does not know as `<unk>`; other ones spell
+            any word, and with them or None words lie between white space of ASCII.
     """
     counter: Counter[bytes] = Counter()
-    for _, data in texts:
-        counter.update(data.tobytes().split())
+    if isinstance(tokenizer, Words):
+        seen = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for name, data in texts:
+            seen += np.bincount(tokenizer.encode(data, name), minlength=len(seen))
+        for index in np.flatnonzero(seen).tolist():
+            # an end of a line spells no word
+            counter.update(dict.fromkeys(tokenizer.decode([index]).split(), int(seen[index])))
+    else:
+        for _, data in texts:
+            counter.update(data.tobytes().split())
     merged: Counter[bytes] = Counter()
     for word, count in counter.items():
-        merged[_bare(word if known is None or word in known else b"<unk>")] += count
+        merged[_bare(word)] += count
     return dict(merged)
 
 
@@ -324,9 +361,12 @@ def _sums(values: Sequence[Array], places: Sequence[Array], count: int) -> Array
 
 
 def _share(amounts: Array, units: Array) -> Interval:
-    """Per unit, with the interval over those documents that have any."""
-    some = units > 0
-    if not some.any():
+    """Per unit over all documents: also the loss of one without a unit (a word, say) is divided by the others'.
+
+    Documents that hold neither do not count as drawn.
+    """
+    some = (units > 0) | (amounts != 0)
+    if not (units > 0).any():
         raise DataError("nothing to measure: the documents hold no words")
     return share_bootstrap(amounts[some], units[some])
 

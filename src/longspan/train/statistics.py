@@ -67,6 +67,8 @@ def share_bootstrap(
     # in parts, so that many documents need no table of samples x documents
     for first in range(0, samples, 1000):
         counts = generator.multinomial(len(amounts), uniform, size=min(1000, samples - first))
-        drawn.append(counts @ amounts / (counts @ units))
+        divided = counts @ units
+        # of few documents a draw may hold none that has a unit, which says nothing
+        drawn.append((counts @ amounts)[divided > 0] / divided[divided > 0])
     low, high = np.quantile(np.concatenate(drawn), [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))

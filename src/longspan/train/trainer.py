@@ -197,7 +197,13 @@ class Trainer:
             group=self.group,
             unit=self.task.unit,
         ).summary()
-        line = {"step": self.position.step, "seconds": self.position.seconds, "validation": figures}
+        position = self.position
+        line = {
+            "step": position.step,
+            "tokens": position.tokens,
+            "seconds": position.seconds,
+            "validation": figures,
+        }
         if log is not None:
             log.write(line)
         self._show(line)

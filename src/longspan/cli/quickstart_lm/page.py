@@ -200,7 +200,7 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
     model, _ = open_run(str(plan.run), [INFERENCE])
     recipe = read_json(plan.run / "recipe.json")
     config, train = model.config, recipe["train"]
-    last = [line for line in log if "tokens" in line][-1]
+    last = [line for line in log if "tokens_per_second" in line][-1]
     held = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
     records, mixer = streamed.records, config.mixers[0]
     layers = f"{config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"

@@ -21,7 +21,7 @@ def scaling(
         str, typer.Option("--form", help="Of the law in parameters and tokens: chinchilla, kaplan, or none.")
     ] = "chinchilla",
     flops: Annotated[
-        float, typer.Option("--flops", min=0, help="A budget to spend; 0: ten times that of the largest run.")
+        float, typer.Option("--flops", min=0, help="A budget to spend, 6 N D; 0: ten times that of the largest run.")
     ] = 0.0,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
@@ -30,8 +30,9 @@ def scaling(
     """Fit scaling laws to trained runs: loss by training FLOPs, by parameters, by tokens, and by both.
 
     Of each run: parameters without embeddings, tokens trained on, FLOPs with the keys that its mechanism attends to,
-    and the loss of its last evaluation on held-back documents. Laws of one variable are meant for runs that have
-    enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs the extra `scaling`.
+    and the loss of its last evaluation on held-back documents, tokens and FLOPs up to then. Laws of one variable are
+    meant for runs that have enough of the other. Brackets are 95 % intervals, found by drawing the runs anew. Needs
+    the extra `scaling`.
 
     Writes report.html, report.json and figures/.
 
@@ -45,13 +46,14 @@ def scaling(
     from longspan.report import Block, Section, Text, write_report
 
     rows = [read_run(run) for run in runs]
+    check_same_text(runs)
     blocks: list[Block] = [runs_table(rows)]
     data: dict[str, Any] = {"runs": rows, "laws": {}}
     for name, key, label in _LAWS:
         if len({row[key] for row in rows}) < 3:
             continue
         law = fit("power", {"x": [row[key] for row in rows], "loss": [row["loss"] for row in rows]})
-        data["laws"][name] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
+        data["laws"][name] = _plain(law)
         blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
     if form != "none":
         _joint(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
@@ -79,25 +81,68 @@ def read_run(run: str) -> dict[str, Any]:
     model, _ = load_run(run)
     if not isinstance(model, Decoder):
         raise ConfigError(f"{run}: scaling laws are fitted to decoders, this is a {type(model).__name__}")
-    lines = read_log(Path(run) / "log.jsonl")
-    losses = [line["validation"]["loss"] for line in lines if "validation" in line]
-    steps = [line for line in lines if "tokens" in line]
-    if not losses or not steps:
-        raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
+    tokens, loss = evaluated(read_log(Path(run) / "log.jsonl"), run)
     table = read_json(Path(run) / "recipe.json")["train"]
     carried = table["carry"] and model.traits.streams
     length = table["segment_length"] * (8 if carried else 1)
-    tokens = int(steps[-1]["tokens"])
     cost = model_training_flops(model, tokens, length=length)
-    return {"run": run, "N": non_embedding(model), "D": tokens, "C": cost, "loss": float(losses[-1])}
+    return {"run": run, "N": non_embedding(model), "D": tokens, "C": cost, "loss": loss}
+
+
+def evaluated(lines: list[dict[str, Any]], run: str) -> tuple[int, float]:
+    """Tokens trained on and held-back loss at the last evaluation that a log holds.
+
+    A run that is stopped, or still trains, has gone on since: its last tokens belong to no loss. Evaluations of older
+    logs do not say their tokens; those of the step line at or before them do.
+
+    Raises:
+        CheckpointError: no evaluation, or none whose tokens are known.
+    """
+    found, tokens = None, None
+    for line in lines:
+        tokens = line.get("tokens", tokens)
+        if "validation" in line:
+            found = tokens, float(line["validation"]["loss"])
+    if found is None:
+        raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
+    if found[0] is None:
+        raise CheckpointError(f"{run}: its log holds no step at or before its evaluation; set train.log_every lower")
+    return int(found[0]), found[1]
+
+
+def check_same_text(runs: list[str]) -> None:
+    """Losses are compared, so they must be of one text, in one tokenizer's tokens.
+
+    Raises:
+        ConfigError: they are not; names the runs, and the field where it is one.
+    """
+    from longspan.files import read_json
+
+    def read(run: str) -> tuple[dict[str, Any], str]:
+        # where ids are kept changes nothing
+        task = {**read_json(Path(run) / "recipe.json")["task"], "cache": None}
+        tokenizer = Path(run) / "tokenizer.json"
+        return task, tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else ""
+
+    first, known = read(runs[0])
+    for run in runs[1:]:
+        task, spelled = read(run)
+        for name in (*first, *task):
+            if task.get(name) != first.get(name):
+                raise ConfigError(
+                    f"{run}: task.{name} = {task.get(name)!r}, of {runs[0]} it is {first.get(name)!r}; "
+                    "a law is fitted to losses on one text, by one tokenizer"
+                )
+        if spelled != known:
+            raise ConfigError(f"{run}: another tokenizer than that of {runs[0]}; losses of a token are not comparable")
 
 
 def said(law: "Fit", key: str) -> str:
     """A power law in a line."""
     exponent = law.parameters["a"]
-    low, high = law.intervals.get("a", (exponent, exponent))
+    between = "[{:.4f}, {:.4f}]".format(*law.intervals["a"]) if "a" in law.intervals else "without an interval"
     return (
-        f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent [{low:.4f}, {high:.4f}], "
+        f"loss = ({law.parameters['x_c']:.3g} / {key})^{exponent:.4f}, exponent {between}, "
         f"{law.residual:.1%} from the runs"
     )
 
@@ -147,13 +192,40 @@ def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any
     except ConfigError as error:
         blocks.append(Text(f"No law in parameters and tokens: {error}"))
         return
-    best = optimal(law, flops)
-    values = ", ".join(f"{name} = {value:.4g}" for name, value in law.parameters.items())
+    values = ", ".join(_parameter(law, name) for name in law.parameters)
+    said = f"{form}: {values}; {law.residual:.1%} from the runs."
+    data["laws"][form] = _plain(law)
+    try:
+        best = optimal(law, flops)
+    except ConfigError as error:
+        blocks.append(Text(f"{said} No budget can be spent by it: {error}."))
+        return
+    shares = [1 - 6 * row["N"] * row["D"] / row["C"] for row in rows]
     blocks.append(
         Text(
-            f"{form}: {values}; {law.residual:.1%} from the runs. With {flops:.3g} FLOPs: {best.parameters:,.0f} "
-            f"parameters on {best.tokens:,.0f} tokens, expected loss {best.loss:.4f}."
+            f"{said} With {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} tokens, expected "
+            f"loss {best.loss:.4f}. The budget is spent as 6 N D, without the term of the context, which is "
+            f"{min(shares):.0%} to {max(shares):.0%} of these runs' FLOPs."
         )
     )
-    data["laws"][form] = {"parameters": law.parameters, "intervals": law.intervals, "residual": law.residual}
-    data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss}
+    data["optimum"] = {"flops": flops, "N": best.parameters, "D": best.tokens, "loss": best.loss, "context": "left out"}
+
+
+def _parameter(law: "Fit", name: str) -> str:
+    """A parameter with its interval, where it has one."""
+    value = f"{name} = {law.parameters[name]:.4g}"
+    if name in law.undetermined:
+        return f"{value} (not determined)"
+    return (
+        value if name not in law.intervals else f"{value} [{law.intervals[name][0]:.4g}, {law.intervals[name][1]:.4g}]"
+    )
+
+
+def _plain(law: "Fit") -> dict[str, Any]:
+    """A law as plain data."""
+    return {
+        "parameters": law.parameters,
+        "intervals": law.intervals,
+        "undetermined": list(law.undetermined),
+        "residual": law.residual,
+    }
