@@ -39,7 +39,7 @@ RARE = 100
 PLANS: dict[str, Plan] = {
     "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 60})),
     "full": Plan(
-        contest=Contest(seeds=3, head=16_384, train={"steps": 1500}),
+        contest=Contest(seeds=2, head=16_384, train={"steps": 1500}),
         others=("transformer_xl, memory of 64", "compressive, mean"),
     ),
 }
