@@ -63,6 +63,9 @@ def test_verdict_asks_for_all_bytes_and_rare_words(rare: float, frequent: float,
     ours = [np.array([3 + rare, 3 + rare, 3 + frequent, 3 + frequent]) + 0.01 * (index % 3) for index in range(20)]
     seen = {f"rare{index}".encode(): 5 for index in range(20)} | {b"the": 50_000}
     sizes = dict.fromkeys(claim.MIXERS, 1)
-    outcome = claim.outcome({claim.OURS: [ours], claim.PEER: [base]}, counts(), seen, TINY.contest, sizes, 0.0)
+    outcome = claim.outcome(
+        {claim.OURS: [ours], claim.PEER: [base]}, counts(), seen, TINY.contest, sizes, 0.0, [0.1, -0.2]
+    )
     assert outcome.verdict == verdict
-    assert len(outcome.figures) == 4
+    assert len(outcome.figures) == 5
+    assert outcome.figures[2].ours == "+0.100, −0.200 bits per byte"

@@ -16,7 +16,8 @@ from longspan.mixers.registry import core_class
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # transformers keeps the angles of RoPE in fp32, whatever the weights are
 TOLERANCE = dict.fromkeys(CAUSAL, 2e-5) | {"gpt2": 1e-9, "bert": 1e-9}
-CONVERTS = [name for name in mixers.names() if not core_class(name).needs_hidden]
+# a property where only some forms need hidden states; `converted` skips those
+CONVERTS = [name for name in mixers.names() if core_class(name).needs_hidden is not True]
 
 
 def examples() -> list[Any]:
@@ -25,7 +26,6 @@ def examples() -> list[Any]:
         pytest.param(name, fields, id=f"{name}-{place}")
         for name in CONVERTS
         for place, fields in enumerate(core_class(name).examples)
-        if not core_class(name).needs_hidden
     ]
 
 
@@ -48,6 +48,32 @@ def greedy(model: Any, prompt: Tensor, count: int) -> Tensor:
             text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], 1)
         rows.append(text[0])
     return torch.stack(rows)
+
+
+PARTS = [{"name": "window", "num_heads": 2, "window": 64}, {"name": "full", "num_heads": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [("heads", {"parts": PARTS}), ("adaptive_span", {"max_span": 64, "initial": 1.0})]
+)
+@torch.no_grad()
+def test_forms_that_need_no_hidden_states_convert(name: str, fields: dict[str, Any]) -> None:
+    # found by reading: the class says so by a property, which is true whatever it holds
+    model, text = make("llama"), ids(2, 37)
+    before = model(text)[0]
+    hf.convert(model, name, **fields)
+    torch.testing.assert_close(model(text)[0], before, atol=TOLERANCE["llama"], rtol=0)
+    with pytest.raises(UnsupportedError, match="adaptive_span works on hidden states"):
+        hf.convert(make("llama"), "adaptive_span", max_span=8, dynamic=True)
+
+
+def test_parts_of_heads_begin_as_they_do_alone() -> None:
+    model = make("llama")
+    parts = [{"name": "infini", "num_heads": 2, "segment": 8}, {"name": "routing", "num_heads": 2, "window": 4}]
+    hf.convert(model, "heads", parts=parts)
+    one, other = hf.cores(model)[0].cores
+    assert one.gate[0].item() == -4
+    assert not other.shared
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "bert"])

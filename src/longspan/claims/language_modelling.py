@@ -165,8 +165,13 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
 def _record(run: Path, plan: Plan, wanted: int) -> dict[str, Any]:
     made, read = done(run)
     record = measure(run, plan) | {"steps": made, "wanted": wanted, "trained_on": read}
-    curve = {line["tokens"]: line["bits_per_byte"] for line in read_log(run / "log.jsonl") if "bits_per_byte" in line}
-    return record | {"seconds": trained_seconds([run]), "read": list(curve), "training": list(curve.values())}
+    return record | {"seconds": trained_seconds([run]), **curve(run)}
+
+
+def curve(run: Path) -> dict[str, list[float]]:
+    """Training loss in bits per byte (`training`) by bytes read (`read`), from the log of a run."""
+    lines = {line["tokens"]: line["bits_per_byte"] for line in read_log(run / "log.jsonl") if "bits_per_byte" in line}
+    return {"read": list(lines), "training": list(lines.values())}
 
 
 def _tell(say: Callable[[str], None], what: str, record: Mapping[str, Any]) -> None:

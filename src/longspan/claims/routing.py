@@ -38,7 +38,7 @@ PIECE = 2048
 
 PLANS: dict[str, Plan] = {
     "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
-    "full": Plan(contest=Contest(seeds=3, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
+    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
 }
 
 

@@ -135,16 +135,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     """
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
-    cls = core_class(name, "convert")
-    if cls.needs_hidden:
-        raise UnsupportedError(
-            f"{name} carries hidden states and projects them again with relative positions of its own, which the "
-            "weights of a pretrained model do not know; convert to a mixer that works on q, k and v"
-        )
-    if "gate_init" in {each.name for each in dataclasses.fields(cls.Config)}:
-        fields.setdefault("gate_init", _STRONGLY_LOCAL)
-    if "shared" in {each.name for each in dataclasses.fields(cls.Config)}:
-        fields.setdefault("shared", False)
+    fields = _defaults(name, fields)
     taken = [index for index in chosen if isinstance(found.attentions[index], Converted)]
     if taken:
         raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
@@ -153,6 +144,11 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         attention = found.attentions[index]
         like = next(attention.parameters())
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
+        if core.needs_hidden:
+            raise UnsupportedError(
+                f"{name} works on hidden states and weights of its own here, which a pretrained model does not know; "
+                "convert to a mixer, or a form of it, that works on q, k and v"
+            )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
         cores[index] = core.to(like.device)
@@ -162,6 +158,19 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
     return _report(model, name, chosen, record["fields"])
+
+
+def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with what conversions begin from, in the parts of `heads` too."""
+    known = {each.name for each in dataclasses.fields(core_class(name, "convert").Config)}
+    begun = {"gate_init": _STRONGLY_LOCAL, "shared": False}
+    found = {key: value for key, value in begun.items() if key in known} | fields
+    if isinstance(found.get("parts"), list | tuple):
+        found["parts"] = [
+            _defaults(part["name"], part) if isinstance(part, dict) and isinstance(part.get("name"), str) else part
+            for part in found["parts"]
+        ]
+    return found
 
 
 def revert(model: Any) -> None:
