@@ -195,7 +195,7 @@ def test_a_word_that_is_cut_is_in_no_bucket():
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"the union", b"the peace ", b"no war")]
     documents = heads(first_places(Documents(items, ["a", "b", "c"]), 22), 6)
     counts = count_text(documents, tokenizer)
-    assert sorted(zip(counts.spelled, counts.cut.tolist(), strict=True)) == [
+    assert sorted(zip(counts.spelled, counts.cut, strict=True)) == [
         ((b"no", b"war"), False),
         ((b"the", b"pe"), True),
         ((b"the", b"un"), True),
@@ -205,7 +205,7 @@ def test_a_word_that_is_cut_is_in_no_bucket():
     assert bucket.amount == 4
     assert bucket.values["one"].value == pytest.approx((3 + 3 + 4 + 4) / 4 / math.log(2))
     at_its_end = count_text(heads(documents, 4), tokenizer)
-    assert at_its_end.cut.tolist() == [not words[0].startswith(b"the") for words in at_its_end.spelled]
+    assert list(at_its_end.cut) == [not words[0].startswith(b"the") for words in at_its_end.spelled]
 
 
 def test_documents_without_a_token():

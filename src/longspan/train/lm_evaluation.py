@@ -147,10 +147,10 @@ class TextCounts:
     """(tokens,) bytes of each token, for each document"""
     word_of: tuple[Array, ...]
     """(tokens,) int64 number of the word that each token belongs to, for each document"""
-    cut: Array
-    """bool: the document goes on behind its last byte, which is inside of a word or ends it"""
     spelled: tuple[tuple[bytes, ...], ...]
     """the words of each document"""
+    cut: tuple[bool, ...] = ()
+    """whether each document goes on behind its last byte, which is inside of a word or ends it; empty: none does"""
 
 
 def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool = False) -> TextCounts:
@@ -196,8 +196,8 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         words=columns[2],
         sizes=tuple(sizes),
         word_of=tuple(owners),
-        cut=np.array(unfinished, dtype=np.bool_),
         spelled=tuple(spelled),
+        cut=tuple(unfinished),
     )
 
 
@@ -280,7 +280,7 @@ def by_frequency(
     """
     edges = [*FREQUENCIES, np.inf]
     buckets, words = [], []
-    for spelled, cut in zip(counts.spelled, counts.cut.tolist(), strict=True):
+    for spelled, cut in zip(counts.spelled, counts.cut or len(counts.spelled) * (False,), strict=True):
         times = np.array([seen.get(_bare(word), 0) for word in spelled], dtype=np.int64)
         found = np.searchsorted(FREQUENCIES, times, side="right") - 1
         if cut:
