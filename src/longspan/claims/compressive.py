@@ -88,7 +88,8 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
             say(f"{name}, seed {seed}: {bits:.4f} bits per byte")
     assert counts is not None
     curves = [[curve(run_folder(folder, name, seed)) for seed in range(sizes.seeds)] for name in (OURS, PEER)]
-    behind = [float(part.mean()) for part in np.array_split(lead(*curves, width=1)[1], QUARTERS)]
+    apart = lead(*curves, width=1)[1]
+    behind = [float(part.mean()) for part in np.array_split(apart, min(QUARTERS, len(apart)))]
     return outcome(read, counts, seen, sizes, parameters, trained_seconds(runs), behind)
 
 
