@@ -202,7 +202,7 @@ def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
             [series],
             xlabel="times a word stands in the training text",
             ylabel=f"bits per word, to {XL}",
-            marks=[Mark(0.0, XL, horizontal=True)],
+            marks=[Mark(0.0, horizontal=True)],
             xticks={index: _seen(bucket) for index, bucket in enumerate(buckets)},
             theme=theme,
         ),
