@@ -87,8 +87,8 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
             bits = lm.summary(read[name][-1], counts)["bits_per_byte"].value
             say(f"{name}, seed {seed}: {bits:.4f} bits per byte")
     assert counts is not None
-    curves = [[curve(run_folder(folder, name, seed)) for seed in range(sizes.seeds)] for name in (OURS, PEER)]
-    apart = lead(*curves, width=1)[1]
+    ours, peer = ([curve(run_folder(folder, name, seed)) for seed in range(sizes.seeds)] for name in (OURS, PEER))
+    apart = lead(ours, peer, width=1)[1]
     behind = [float(part.mean()) for part in np.array_split(apart, min(QUARTERS, len(apart)))]
     return outcome(read, counts, seen, sizes, parameters, trained_seconds(runs), behind)
 
