@@ -136,7 +136,8 @@ def line_figure(
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
         axes.grid(visible=False, axis="x")
         labels = sum(bool(each.label) for each in series)
-        if labels > LABELS_INSIDE:
+        # whiskers are not seen by what finds a free place
+        if labels > LABELS_INSIDE or (labels > 1 and any(each.kind == "points" for each in series)):
             lines = -(-labels // 2)
             figure.set_size_inches(size[0], size[1] + 0.22 * lines)
             figure.legend(loc="outside lower left", ncols=2)
