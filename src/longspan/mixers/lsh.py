@@ -52,7 +52,8 @@ class LSHConfig:
         num_buckets: an even number; about the usual length / bucket_size / 2, whatever the input.
         selection: "strict", or "sorted" as in the paper; None = strict where causal, else sorted.
         shared: keys are normalised queries, as in the paper; False uses the layer's keys.
-        redraw: optimiser steps between two draws of the rotations; 0 = never.
+        redraw: optimiser steps between two draws of the rotations; 0 = never. What a training run carries from step to
+            step is dropped with every draw, so with `train.carry` take 0 or many steps.
         seed: of the first draw.
     """
 

@@ -36,7 +36,8 @@ class PerformerConfig:
         kind: "positive", "hyperbolic", "trigonometric" (for comparison only), "bounded" (FAVOR++) or a generalised
             kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu", "identity".
         regularised: rows of norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
-        redraw: optimiser steps between two draws of the projection; 0 = never.
+        redraw: optimiser steps between two draws of the projection; 0 = never. What a training run carries from step
+            to step is dropped with every draw.
         seed: of the first draw.
     """
 
