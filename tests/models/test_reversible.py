@@ -1,6 +1,6 @@
 """Reversible blocks: autograd through the same equations is the definition, and memory does not grow with depth."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -205,10 +205,11 @@ def test_choices_come_back_in_their_order_and_type() -> None:
 
 def test_statistics_count_a_step_once() -> None:
     """The first pass builds no graph and the second one repeats it: clusters and bounds count what was read once."""
-    for mixer, name in (
-        ({"name": "routing", "num_clusters": 2, "window": 4}, "pending_count"),
-        ({"name": "performer", "num_features": 4, "kind": "bounded"}, "pending_square"),
-    ):
+    kinds: tuple[tuple[dict[str, Any], Callable[[Any], Tensor]], ...] = (
+        ({"name": "routing", "num_clusters": 2, "window": 4}, lambda core: core.pending.counts),
+        ({"name": "performer", "num_features": 4, "kind": "bounded"}, lambda core: core.pending_square),
+    )
+    for mixer, counted in kinds:
         found = []
         for reversible in (False, True):
             torch.manual_seed(0)
@@ -216,7 +217,7 @@ def test_statistics_count_a_step_once() -> None:
             penalties: list[Tensor] = []
             loss = model(tokens(), penalties=penalties)[0].square().sum()
             (loss + sum(penalties)).backward()
-            found.append(dict(model.named_buffers())[f"blocks.0.mixer.core.{name}"].clone())
+            found.append(counted(model.blocks[0].mixer.core).clone())
         assert float(found[0].abs().sum()) > 0
         torch.testing.assert_close(found[0], found[1])
 

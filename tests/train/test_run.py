@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -149,6 +150,7 @@ def test_ctrl_c_saves_and_resumes(recipe, tmp_path, losses, whole):
 def test_a_second_ctrl_c_stops_at_once(recipe, tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # two at once may be taken for one
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):

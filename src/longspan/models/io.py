@@ -79,7 +79,9 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
                 f"{where}: {name} is {tuple(weights[name].shape)}, the configuration says {tuple(expected[name].shape)}"
             )
     # statistics in buffers stay wide in a narrow model
-    dtypes = {weights[name].dtype for name, each in model.named_parameters() if each.is_floating_point()}
+    # a tuned model's weights are those that learn, without those of its source
+    named = [name for name, each in model.named_parameters() if each.is_floating_point() and name in weights]
+    dtypes = {weights[name].dtype for name in named}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)
