@@ -54,6 +54,11 @@ def test_what_has_no_memory_is_else_the_same_model_on_the_same_bytes() -> None:
         torch.testing.assert_close(before, after, atol=0, rtol=0)
 
 
+def test_every_size_trains_what_its_verdict_is_about() -> None:
+    for plan in claim.PLANS.values():
+        assert any({name, alone} <= set(plan.names) for name, alone in claim.WITHOUT.items())
+
+
 def test_equal_tokens_are_equal() -> None:
     assert {claim._tokens_per_step(name) for name in claim.NAMES} == {2048}
 
