@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained media help quickstart quickstart-lm test test-oldest recorded-logits check format data bench clean
+.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest recorded-logits check format data bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
 	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
-	@echo "make test         all tests"
+	@echo "make test         all tests but the long ones"
+	@echo "make test-long    the long tests; stopped and called again, goes on with what has not passed yet"
 	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
 	@echo "make recorded-logits  record anew what transformers 4.35 says of tiny Transformer-XL models, for the tests of import"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
@@ -62,7 +63,11 @@ quickstart-lm: $(VENV)/.data
 	$(BIN)/longspan quickstart-lm -o out/quickstart-lm
 
 test: $(VENV)/.data $(PROTEINS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not long'
+
+# what `make test` leaves out; stopped and called again, it goes on with what has not passed yet
+test-long: $(VENV)/.data $(PROTEINS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long --resume out/test-long.jsonl
 
 # the oldest transformers and peft that pyproject.toml allows, in a venv of their own
 $(OLDEST)/.installed: pyproject.toml constraints.txt

@@ -1,5 +1,14 @@
-"""One hypothesis profile for all tests, the same examples on every run and machine; one thread, as tensors are tiny."""
+"""Settings of all tests: one hypothesis profile, the same examples on every machine; one thread, as tensors are tiny.
 
+`--resume FILE` notes every passed test with the digest of the sources, and skips what it has noted for these sources.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -15,3 +24,64 @@ settings.register_profile(
 )
 settings.load_profile("longspan")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--resume", type=Path, metavar="FILE", help="go on with the tests that have not passed yet")
+
+
+def _sources_digest(root: Path) -> str:
+    """Of everything that decides what a test says: the package, the tests, the recipes."""
+    digest = hashlib.sha256()
+    for folder in ("src", "tests", "recipes"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file() and path.suffix in (".py", ".toml"):
+                digest.update(str(path.relative_to(root)).encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Resume:
+    """Runs in the process that collects reports, of pytest-xdist's workers too."""
+
+    def __init__(self, path: Path, root: Path) -> None:
+        self.path, self.digest = path, _sources_digest(root)
+
+    def passed(self) -> set[str]:
+        if not self.path.exists():
+            return set()
+        lines = map(json.loads, self.path.read_text().splitlines())
+        return {line["test"] for line in lines if line["sources"] == self.digest}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            line = {"test": report.nodeid, "seconds": round(report.duration, 2), "sources": self.digest}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--resume")
+    if path is None:
+        return
+    resume = _Resume(path, config.rootpath)
+    # every worker leaves out the same tests: those that had passed before the run began
+    config.stash[_passed_key] = resume.passed()
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(resume, "longspan-resume")
+
+
+_passed_key = pytest.StashKey[set[str]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    passed = config.stash.get(_passed_key, None)
+    if passed:
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in passed])
+        items[:] = [item for item in items if item.nodeid not in passed]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and session.config.stash.get(_passed_key, None):
+        session.exitstatus = pytest.ExitCode.OK  # all of them had passed before
