@@ -1,4 +1,4 @@
-"""A device made of Python over CPU data, as strict as a GPU: what runs on it keeps its tensors, kernels and generators apart.
+"""A device made of Python over CPU data, as strict as a GPU about whose tensors, kernels and generators are used.
 
 `with emulated() as device:` makes `torch.device("emulated")` usable. A tensor there is an `Emulated`, whose numbers lie
 in a CPU tensor that nobody else sees. It raises where a tensor of the CPU meets one of the device in an operation
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 NAME = "emulated"
 DEVICE: torch.device | None = None
-WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_assert_async", "unique_consecutive"}
+WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_assert_async"}
 SEEDS = 1 << 40  # seeds of the device's generators begin here, by which they are known
 RESHAPES = {"t_", "transpose_", "squeeze_", "unsqueeze_", "resize_", "set_", "swapdims_"}
 
@@ -171,7 +171,7 @@ class Device(TorchDispatchMode):
         if here and generator is not None and generator.initial_seed() < SEEDS:
             raise RuntimeError(f"{name}: expected a generator of {NAME}, got one of the CPU")
         moves = name in ("_to_copy", "copy_", "_copy_from")
-        if moves and (target is not None and not here or name == "copy_" and not isinstance(tensors[0], Emulated)):
+        if moves and ((target is not None and not here) or (name == "copy_" and not isinstance(tensors[0], Emulated))):
             self.reads.append(name)
         if name in WAITS or (name in ("index", "index_put_") and any(t.dtype == torch.bool for t in ours[1:])):
             self.reads.append(name)

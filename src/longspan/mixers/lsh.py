@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.choices import choose
@@ -121,9 +121,9 @@ class LSHCore(DrawnCore):
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         config = self.config
-        return torch.randn(
-            self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2, generator=generator
-        )
+        shape = self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2
+        drawn = host.normal(*shape, generator=generator, dtype=torch.get_default_dtype())
+        return drawn.to(torch.get_default_device())
 
     @property
     def traits(self) -> Traits:
