@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan.errors import ConfigError
+from longspan.ops import flash
 
 CHUNK = 64
 BLOCK = 2048
@@ -110,7 +111,7 @@ def feature_attention(
 ) -> tuple[Tensor, LinearSums | None]:
     """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]
