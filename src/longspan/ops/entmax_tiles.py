@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.entmax_curve import Curve
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import Plans, new_gradients, new_like_heads
 from longspan.ops.tiles import Block, Plan, Run, band, make_blocks, take, tile_mask
 
@@ -112,8 +113,10 @@ def _exponents(alpha: Tensor) -> list[float]:
     return [value - 1.0 for value in alpha.detach().double().tolist()]
 
 
-class EntmaxTiles(torch.autograd.Function):
+class EntmaxTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "entmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans) -> Tensor:
@@ -124,10 +127,9 @@ class EntmaxTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and alpha."""
-        q, k, v, alpha, thresholds = ctx.saved_tensors
+        q, k, v, alpha, thresholds = saved
         wanted = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
             dq, dk, dv, slope = _backward(grad, q, k, v, alpha, thresholds, ctx.plans, wanted)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
@@ -155,8 +156,10 @@ def relative_forward(q: Tensor, k: Tensor, v: Tensor, r: Tensor, u: Tensor, w: T
     return out
 
 
-class RelativeTiles(torch.autograd.Function):
+class RelativeTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "relative attention"
 
     @staticmethod
     def forward(ctx: Any, spec: Relative, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
@@ -168,10 +171,8 @@ class RelativeTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, r, u, w and of stale k and v."""
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
         with flash.full_precision(grad.device):
             work = _Backward(grad, saved, ctx.spec, len(ctx.stale_dtypes) > 0)
             found = work.run()
