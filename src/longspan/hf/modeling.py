@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
@@ -39,9 +40,12 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     kinds: tuple[str, ...] = ()
+    loss_kind = ""
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
         super().__init__(config)
+        # transformers reads it from the name of the class, which a derived class need not keep
+        self.loss_type = self.loss_kind
         self.model: Any = _built(config, self.kinds) if model is None else model
         self._heads()
         self.post_init()  # type: ignore[no-untyped-call]
@@ -131,7 +135,12 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
+    loss_kind = "ForCausalLM"
     _is_stateful = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        register_causal(cls)
 
     def forward(
         self,
@@ -197,10 +206,24 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             model_kwargs["past_key_values"] = StateCache([True])
 
 
+def register_causal(cls: type[LongspanForCausalLM]) -> None:
+    """Tell the Trainer that a class predicts the next token: with label smoothing (or a loss of the user's own) it
+    takes the labels away, and shifts them itself for models whose class is named in this table only.
+    """
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if cls.__name__ not in known.values():
+        # keys that are no model type of transformers are never looked up
+        known[f"{cls.config_class.model_type}:{cls.__name__}"] = cls.__name__
+
+
+register_causal(LongspanForCausalLM)
+
+
 class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A masked language model."""
 
     kinds = ("masked_lm",)
+    loss_kind = "ForMaskedLM"
 
     def forward(
         self,
@@ -224,6 +247,7 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
     """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder."""
 
     kinds = ("encoder", "decoder")
+    loss_kind = "ForSequenceClassification"
 
     def _heads(self) -> None:
         config = self.config
