@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 from torch import Tensor
 
 import longspan as ls
-from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 
 transformers = pytest.importorskip("transformers")
 from longspan import hf  # noqa: E402
