@@ -45,12 +45,12 @@ def open_any_run(folder: str, assignments: Sequence[str] = ()) -> "tuple[Any, Ta
 
 
 def _open_converted(folder: str) -> "tuple[Any, Task]":
-    from longspan.hf.decoder import load_converted
+    from longspan.hf.decoder import end_tokens, load_converted
     from longspan.tasks import TextTask
     from longspan.tasks.tokenizers import borrow
 
     opened = load_converted(folder)
-    return opened.model, TextTask(tokenizer=borrow(opened.tokenizer))
+    return opened.model, TextTask(tokenizer=borrow(opened.tokenizer, end_tokens(opened.model.inner)))
 
 
 def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":

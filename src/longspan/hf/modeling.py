@@ -54,16 +54,20 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """What a class has beside the model."""
 
     @classmethod
-    def wrap(cls, model: nn.Module, **options: Any) -> Any:
+    def wrap(cls, model: nn.Module, *, tokenizer: Any = None, **options: Any) -> Any:
         """A model of longspan, as it is, as one of transformers.
 
         Args:
             model: a Decoder, a RecurrentMemory over one, a MaskedLM or an Encoder, as the class needs.
+            tokenizer: of longspan, whose begin and end tokens `generate` is to know.
             options: of `LongspanConfig`.
         """
         table = describe_model(model)
         if table["kind"] not in cls.kinds:
             raise ConfigError(f"{cls.__name__} holds a model of kind {' or '.join(cls.kinds)}, not {table['kind']}")
+        if tokenizer is not None:
+            ends = tokenizer.ends[0] if len(tokenizer.ends) == 1 else list(tokenizer.ends)
+            options = {"bos_token_id": tokenizer.begin, "eos_token_id": ends} | options
         return cls(LongspanConfig(model=table, **options), model)
 
     def init_weights(self) -> None:
