@@ -54,7 +54,7 @@ class Bytes:
 
     vocab_size = 256
     begin = 0
-    ends = (0,)
+    ends: tuple[int, ...] = (0,)
     sizes: Array = np.ones(256, dtype=np.int64)
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
