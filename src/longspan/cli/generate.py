@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import harmless, say
+from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.cli.stream import open_session
 from longspan.errors import ConfigError
@@ -43,6 +44,8 @@ def generate(
     ] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> None:
     """Go on writing from a prompt, a file of any length, or a state that was saved.
 
@@ -61,7 +64,7 @@ def generate(
         raise ConfigError("--top-p 0 leaves nothing to draw from; --temperature 0 takes the likeliest token")
     import torch
 
-    model, task = open_run(run, set_ or [])
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state)
     _read_prompt(session, task.tokenizer, prompt, prompt_file)
     out = Writer()

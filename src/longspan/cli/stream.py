@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import StatusLine, say
+from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.errors import ConfigError
 
@@ -49,6 +50,8 @@ def stream(
     ] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> int:
     """Read one text of any length with a run's model, in constant memory, and say how well it is predicted.
 
@@ -70,7 +73,7 @@ def stream(
         raise ConfigError("--chunk: a saved state goes on with the chunks it began with; leave it out")
     from longspan.cli import streaming
 
-    model, task = open_run(run, set_ or [])
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state, chunk)
     if not model.traits.bounded:
         say("this model's state grows with the text; memory will not stay constant")

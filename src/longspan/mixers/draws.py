@@ -1,7 +1,7 @@
 """What cores with a random projection share: redraws every so many steps, which void the states of earlier draws."""
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,20 @@ class DrawnCore(Core):
         """Call at the end of construction."""
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
-    def check_draw(self, drawn: Tensor, live: Tensor) -> None:
+    def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
+        """The draw, and that of the state."""
+        own: dict[Hashable, Tensor] = {(self, "draws"): self.draws}
+        return own if state is None else {**own, (self, "drawn"): state.drawn}
+
+    def check_draw(self, state: Any, rows: Rows) -> None:
         """Refuse a state of another draw; an empty row is of any.
 
         Raises:
             UnsupportedError: it is of another.
         """
-        if bool((drawn[live > 0] != self.draws).any()):
+        read = rows.read(self.layout_inputs(state))
+        drawn, draws = read[self, "drawn"], read[self, "draws"]
+        if drawn is not None and draws is not None and ((drawn != draws) & (rows.offsets > 0)).any():
             name, _, drawing = self.what.partition(": ")
             raise UnsupportedError(
                 f"{name}: the state was made with another draw of the {drawing}; start the stream anew"

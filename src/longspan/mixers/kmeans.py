@@ -88,13 +88,14 @@ class ClusteredCore(DrawnCore):
         return found.view(*chosen.shape, self.centroids.shape[2])
 
     @torch.no_grad()
-    def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor) -> None:
+    def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor, begun: bool | None = None) -> None:
         """Add a training forward to what the next `after_step` learns from.
 
         Args:
             seen: vectors (batch, heads, length, head_dim) of length one, heads a multiple of the routed ones, and their
                 clusters (batch, heads, length).
             real: (batch, length) bool, tokens that count.
+            begun: the centroids have been set by a first batch; None = looked up.
         """
         if not real.numel():
             return
@@ -110,7 +111,7 @@ class ClusteredCore(DrawnCore):
             count = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
             count.index_add_(0, index, torch.ones_like(index))
             pending.counts.add_(count[:size].view(pending.counts.shape))
-        if self.config.reseed or not int(self.draws):
+        if self.config.reseed or not (int(self.draws) if begun is None else begun):
             self._sample(pending, [vectors for vectors, _ in seen], real)
 
     def _sample(self, pending: Seen, vectors: list[Tensor], real: Tensor) -> None:

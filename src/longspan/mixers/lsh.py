@@ -152,7 +152,7 @@ class LSHCore(DrawnCore):
         q, k = self.rotate(q, k, rows)
         rings = None
         if state is not None:
-            self.check_draw(state.drawn, state.live)
+            self.check_draw(state, rows)
             rings = ops.LSHRings(state.k, state.v, state.position)
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
