@@ -71,16 +71,16 @@ def generate(
     if echo and prompt:
         out.write(prompt.encode())
     generator = torch.Generator().manual_seed(seed)
-    begin = task.tokenizer.begin
+    ends = task.tokenizer.ends
     for token in session.stream(
         tokens,
         temperature=temperature,
         top_k=min(top_k, model.vocab_size) or None,
         top_p=top_p if top_p < 1 else None,
         generator=generator,
-        stop=lambda token: token == begin,
+        stop=ends,
     ):
-        if token != begin:
+        if token not in ends:
             out.write(task.tokenizer.decode([token]))
     out.end()
     if save_state is not None:

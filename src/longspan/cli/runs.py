@@ -69,7 +69,7 @@ def is_pretrained_folder(folder: str) -> bool:
 
 
 def _open_pretrained(folder: str, dtype: str) -> "tuple[Any, Task]":
-    from longspan.hf.decoder import load_converted
+    from longspan.hf.decoder import end_tokens_of, load_converted
     from longspan.hf.opening import open_plain
     from longspan.models.io import is_converted
     from longspan.tasks import TextTask
@@ -80,7 +80,7 @@ def _open_pretrained(folder: str, dtype: str) -> "tuple[Any, Task]":
     else:
         opened = open_plain(folder, parse_dtype(dtype))
         say(f"{folder}: not converted; read with its own attention, as a baseline")
-    return opened.model, TextTask(tokenizer=borrow(opened.tokenizer))
+    return opened.model, TextTask(tokenizer=borrow(opened.tokenizer, end_tokens_of(folder)))
 
 
 def reshape(model: "Decoder", assignments: Sequence[str]) -> "Decoder":

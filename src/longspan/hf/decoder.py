@@ -1,5 +1,6 @@
 """A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -214,8 +215,31 @@ def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype 
             config.__dict__.pop(name, None)
         fresh = type(model)(config).to(model.dtype)
         fresh.load_state_dict(model.state_dict())
+        fresh.generation_config = model.generation_config
         model = fresh
     return Opened(model.eval(), tokenizer)
+
+
+def end_tokens_of(source: str | Path) -> tuple[int, ...]:
+    """Ids with which the model in a folder, or of a name on a hub, ends a text: its generation_config.json has one or
+    several, else its configuration; none where neither can be read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    readers: list[Any] = [GenerationConfig, AutoConfig]
+    for reader in readers:
+        # models need not have the first
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if ends := _ends(reader.from_pretrained(source)):
+                return ends
+    return ()
+
+
+def _ends(config: Any) -> tuple[int, ...]:
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return ()
+    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
