@@ -7,6 +7,7 @@ import typer
 
 from longspan.cli.console import console, say
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 
 def convert(
@@ -45,6 +46,7 @@ def convert(
       longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window
       longspan stream out/endless book.txt
     """
+    check_output_folder(output, "--output")
     from longspan import hf
     from longspan.config import override
     from longspan.hf.decoder import open_pretrained

@@ -9,6 +9,7 @@ import typer
 
 from longspan.cli.console import console, say
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 
 def train(
@@ -40,7 +41,7 @@ def train(
     """
     if recipe is None and not (resume and output):
         raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
-    folder = output or Path("runs") / (recipe.stem if recipe else "")
+    folder = check_output_folder(output or Path("runs") / (recipe.stem if recipe else ""), "--output")
     result = _run(recipe, set_ or [], folder, resume)
     name = shlex.quote(str(folder))
     if int(os.environ.get("RANK", "0")) != 0:

@@ -7,6 +7,7 @@ import typer
 
 from longspan.cli.console import console, print_table
 from longspan.cli.runs import open_any_run
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
@@ -30,6 +31,7 @@ def spans(
     Examples:
       longspan show spans runs/first
     """
+    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.mixers.adaptive_span import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report
