@@ -101,8 +101,6 @@ def _check_output(model: str, output: Path) -> None:
     """Refuse a folder that holds something else."""
     from longspan.models.io import is_converted
 
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output}: a file; -o wants a folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if Path(model).exists() and output.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
