@@ -178,7 +178,6 @@ def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
         stores = [_store(tmp_path / f"{folder}{index}") for index in range(2)]
         for layer, store in zip(model.layers, stores, strict=True):
             layer.mixer.core.attach(store)
-        seen: list[Tensor] = []
         reader = ls.StreamSession(model)
         state = None
 
@@ -204,8 +203,7 @@ def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
             with pytest.raises(ValueError):
                 feed(READ[23:24])
             handle.remove()
-        for first in range(23, 36):
-            seen.append(feed(READ[first : first + 1]))
+        seen = [feed(READ[first : first + 1]) for first in range(23, 36)]
         for store in stores:
             store.close()
         return seen

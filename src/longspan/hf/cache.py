@@ -123,7 +123,7 @@ class StateCache(Cache):
     def reset(self) -> None:
         """An empty past."""
         self._take_back()
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the beams that go on."""
