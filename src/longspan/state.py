@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_tensors
 
@@ -114,7 +116,8 @@ def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
     """(batch,) real tokens of each row since its last reset; zeros where `state` is None."""
     if state is None:
-        return torch.zeros(batch_size, dtype=torch.int64, device=device)
+        empty = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return host.remember(empty, np.zeros(batch_size, np.int64))
     return cast(Tensor, state.live)
 
 

@@ -1,6 +1,6 @@
 """One endless sequence through a model: feed, generate, save, load, fork, in constant memory where the mixers allow."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,7 +191,7 @@ class StreamSession:
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-        stop: Callable[[int], bool] | None = None,
+        stop: Callable[[int], bool] | Collection[int] | int | None = None,
     ) -> Iterator[int]:
         """Like `generate`, one token at a time as they come."""
         if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
@@ -199,11 +199,12 @@ class StreamSession:
                 f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
                 "expected temperature >= 0, top_k >= 1, 0 < top_p <= 1"
             )
+        ends = _as_test(stop)
         for _ in range(n):
             token = sample(self.logits, temperature, top_k, top_p, generator)
             self.feed([token])
             yield token
-            if stop is not None and stop(token):
+            if ends(token):
                 return
 
     def generate(
@@ -214,7 +215,7 @@ class StreamSession:
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
-        stop: Callable[[int], bool] | None = None,
+        stop: Callable[[int], bool] | Collection[int] | int | None = None,
     ) -> list[int]:
         """Continue the sequence.
 
@@ -224,7 +225,8 @@ class StreamSession:
             top_k: draw among the k likeliest only.
             top_p: draw among the likeliest that together reach this probability (Holtzman et al. 2020, section 3.1).
             generator: source of randomness; None = torch's own.
-            stop: called with each token; True ends after it.
+            stop: a token that ends the text, several of them, or a function of the token; the ending token is
+                returned too. None: never.
 
         Returns:
             The new tokens; they have been fed too.
@@ -274,6 +276,14 @@ class StreamSession:
         session._settle(state, int(header["position"]))
         session.chunk = int(header["chunk"])
         return session
+
+
+def _as_test(stop: Callable[[int], bool] | Collection[int] | int | None) -> Callable[[int], bool]:
+    """Whether a token ends the text."""
+    if callable(stop):
+        return stop
+    ends = frozenset([stop] if isinstance(stop, int) else stop or ())
+    return lambda token: token in ends
 
 
 def sample(

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
@@ -118,7 +120,7 @@ def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: in
     """
     nearest = 0 if include_self else 1
     farthest = length if window is None else min(length, nearest + window - 1)
-    reach = _reach(torch.tensor(spans), ramp, farthest, len(spans))
+    reach = _reach(host.put(np.asarray(spans, np.float32), torch.device("cpu")), ramp, farthest, len(spans))
     return sum(_plan(length, 0, far, nearest).pairs() for far in reach)
 
 
@@ -132,7 +134,10 @@ def _reach(span: Tensor, ramp: int, farthest: int, heads: int) -> list[int]:
     """The farthest distance computed for every head."""
     if span.ndim > 1:
         return [farthest] * heads
-    ends = (math.ceil(value + ramp) for value in span.detach().double().tolist())
+    read = host.values(span)
+    if read is None:
+        return [farthest] * heads
+    ends = (math.ceil(value + ramp) for value in read.astype(np.float64).tolist())
     return [min(farthest, -(-end // ROUND) * ROUND - 1) for end in ends]
 
 

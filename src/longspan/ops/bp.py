@@ -116,7 +116,7 @@ def bp_attention(
     scale = heads_dim**-0.5 if scale is None else scale
     offset = torch.zeros(batch, dtype=torch.int64, device=q.device) if state is None else state.live
     chunks = make_chunks(batch, length, tile_of(length), lengths=lengths, start=start, offset=offset)
-    used = tree.used(int(chunks.end.max()))
+    used = tree.used(chunks.longest)
     levels = tree.levels if causal else used
     book = make_book(tree, levels, chunks.tile, chunks.total, state is not None, q.device)
     turned_q, turned_k = (q, k) if positioned is None else positioned

@@ -1,12 +1,12 @@
 """The nodes of BP-Transformer's tree from their tokens: inside chunks, beyond them, and on from a state."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
 from longspan.ops.bp_tree import Book, Chunks
 from longspan.ops.first_order import FirstOrder
@@ -146,7 +146,7 @@ def _blocks(keys: Tensor, rows: _Rows) -> Iterator[slice]:
         yield slice(first, min(first + size, keys.shape[0]))
 
 
-@lru_cache(maxsize=64)
+@host.table
 def row_nodes(tile: int, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(rows,) level of each pooled row, and its node within the chunk."""
     rows = [(level, node) for level in range(1, levels + 1) for node in range(max(1, tile >> level))]

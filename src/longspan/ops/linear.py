@@ -13,10 +13,12 @@ backward pass from the state at its border.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops.first_order import FirstOrder
 
@@ -413,9 +415,12 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tens
     here = column.expand(batch, -1) if real is None else torch.where(real, column, -1)
     fresh = (start == column) | (column == 0)
     number = fresh.reshape(-1).cumsum(0).view(batch, length) - 1  # documents, counted through the batch
-    count = int(number[-1, -1]) + 1
     place = column - start.clamp(min=0)
-    longest = int(place.max()) + 1
+    read, counted = host.values(start), np.arange(length)
+    count, longest = batch * length, length
+    if read is not None:
+        count = int(((read == counted) | (counted == 0)).sum())
+        longest = int((counted - read.clip(min=0)).max()) + 1
     index = torch.zeros(count, longest, dtype=torch.int64, device=q.device)
     inside = torch.zeros(count, longest, dtype=torch.bool, device=q.device)
     flat = torch.arange(batch * length, device=q.device).view(batch, length)

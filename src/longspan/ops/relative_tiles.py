@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import new_like_heads
@@ -318,7 +319,10 @@ class _Tile:
             add(0, middle, high)
             return
         first = border[part.rows, start : start + self.run.queries].clamp(low, high)
-        least, most = int(first.min()), int(first.max())
+        read, least, most = host.values(border), low, high
+        if read is not None:
+            read = read[part.rows, start : start + self.run.queries].clip(low, high)
+            least, most = int(read.min()), int(read.max())
         add(2, low, least)
         add(0, most, high)
         if least < most:
