@@ -283,6 +283,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         kwargs["use_cache"] = cache is not None
     before = {}
     if cache is not None:
+        cache.begin()
         before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
     first = next((each for each in before.values() if each is not None), None)
     mask = _mask(kwargs.get("attention_mask"), given)
@@ -328,6 +329,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, StateLayer):
                 layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+        cache.end()
     base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
 

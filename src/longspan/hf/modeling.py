@@ -181,6 +181,8 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         if cache is None and use_cache and self.model.traits.streams:
             cache = StateCache([True])
         mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
+        if cache is not None:
+            cache.begin()
         layer = None if cache is None else cast(StateLayer, cache.layers[0])
         penalties = self._penalties()
         logits, state = self.model(
@@ -192,6 +194,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         )
         if layer is not None:
             layer.advance(state, given.shape[1])
+            cache.end()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -249,6 +249,7 @@ class Mixer(nn.Module):
         """What this instance promises."""
         return self.core.traits
 
+    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,

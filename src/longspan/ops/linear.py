@@ -123,7 +123,7 @@ def feature_attention(
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
-        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)  # type: ignore[no-untyped-call]
+        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)
     return out.to(v.dtype), LinearSums(*after)
 
 
