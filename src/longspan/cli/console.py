@@ -1,10 +1,15 @@
 """What verbs print with: tables, plain lines, and words for numbers."""
 
+import codecs
+import contextlib
+import io
 import math
+import os
+import shutil
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from rich import box
 from rich.console import Console
@@ -53,38 +58,128 @@ def harmless(text: str) -> str:
 
 
 class StatusLine:
-    """A line that is drawn anew on a terminal, and printed now and then elsewhere.
+    """A line that is redrawn on a terminal, cut to its width, and printed now and then elsewhere.
 
     Args:
         quiet: show nothing.
         every: seconds between two plain lines at least; the last one is always printed.
+        errors: on standard error, for what is on the way to the output; it vanishes at the end, and elsewhere than on a
+            terminal nothing is printed of what takes less than `every` seconds.
     """
 
-    def __init__(self, *, quiet: bool = False, every: float = 2.0) -> None:
-        self.quiet, self.every = quiet, every
-        self.live = sys.stdout.isatty()
-        self._printed = -math.inf
+    def __init__(self, *, quiet: bool = False, every: float = 2.0, errors: bool = False) -> None:
+        self.quiet, self.every, self.passing = quiet, every, errors
+        self.where = sys.stderr if errors else sys.stdout
+        self.live = self.where.isatty()
+        self._printed = time.monotonic() if errors else -math.inf
         self._pending = self._shown = ""
 
-    def show(self, text: str) -> None:
-        """The newest state of things."""
+    def show(self, text: str, *shorter: str) -> None:
+        """The newest state of things; on a terminal that `text` is too wide for, the first of `shorter` that fits."""
         if self.quiet or text == self._shown:
             return
         self._shown = text
         if self.live:
+            width = terminal_width(self.where) - 1
+            fitting = next((each for each in (text, *shorter) if len(each) <= width), (text, *shorter)[-1][:width])
             # erased to the end, as the last text may have been longer
-            sys.stdout.write(f"\r{text}\x1b[K")
-            sys.stdout.flush()
+            self.where.write(f"\r{fitting}\x1b[K")
+            self.where.flush()
         elif time.monotonic() - self._printed >= self.every:
-            print(text, flush=True)
+            print(text, file=self.where, flush=True)
             self._printed, self._pending = time.monotonic(), ""
         else:
             self._pending = text
 
     def end(self) -> None:
-        """Leave the last text standing."""
+        """Leave the last text standing, or erase it where it was passing."""
         if self.live and self._shown:
-            print(flush=True)
-        elif self._pending:
+            self.where.write("\r\x1b[K" if self.passing else "\n")
+            self.where.flush()
+        elif self._pending and not self.passing:
             print(self._pending, flush=True)
         self._pending = self._shown = ""
+
+
+@contextlib.contextmanager
+def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[[int, int], None]]:
+    """A function of what is done and all there is, which shows it on standard error with the time that is left.
+
+    Args:
+        what: is done, in words.
+        every: as in `StatusLine`.
+    """
+    status, started = StatusLine(every=every, errors=True), time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        share = done / max(total, 1)
+        left = (time.monotonic() - started) * (1 - share) / share if share else math.nan
+        eta = "" if math.isnan(left) else f", {clock(left)} left"
+        status.show(f"{what}: {share:4.0%}{eta}", f"{share:4.0%}{eta}")
+
+    try:
+        yield show
+    finally:
+        status.end()
+
+
+def clock(seconds: float) -> str:
+    """`1:05`, `2:00:00`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def terminal_width(where: TextIO) -> int:
+    """Columns of the terminal that a file is; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(where.fileno()).columns or 80
+    except (OSError, ValueError):
+        return shutil.get_terminal_size().columns
+
+
+# what other encodings have no character for
+_SPELLED = {
+    "\u2212": "-",
+    "\u2013": "-",
+    "\u2014": "-",
+    "\u2026": "...",
+    "\u00d7": "x",
+    "\u2018": "'",
+    "\u2019": "'",
+    "\u201c": '"',
+    "\u201d": '"',
+    "\u2264": "<=",
+    "\u2265": ">=",
+    "\u2192": "->",
+    "\u00b1": "+-",
+}
+
+
+def _spell(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What is written for a character that an encoding does not have."""
+    assert isinstance(error, UnicodeEncodeError)
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":
+        # a byte of a file's name that was no text, as it was
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return _SPELLED.get(character, "?"), error.start + 1
+
+
+codecs.register_error("longspan.spelled", _spell)
+
+
+@contextlib.contextmanager
+def any_encoding() -> Iterator[None]:
+    """Inside, whatever the encoding of standard output and standard error is, printing to them never fails by it."""
+    changed: list[tuple[io.TextIOWrapper, str]] = []
+    for file in (sys.stdout, sys.stderr):
+        if isinstance(file, io.TextIOWrapper) and file.errors in ("strict", "surrogateescape", "backslashreplace"):
+            changed.append((file, file.errors))
+            file.reconfigure(errors="longspan.spelled")
+    try:
+        yield
+    finally:
+        for file, errors in changed:
+            with contextlib.suppress(OSError, ValueError):
+                file.reconfigure(errors=errors)

@@ -9,6 +9,7 @@ import typer
 from longspan.cli.console import console, say
 from longspan.cli.options import DeviceOption, DtypeOption, parse_dtype
 from longspan.errors import CheckpointError, ConfigError
+from longspan.files import check_output_folder
 
 
 def convert(
@@ -51,6 +52,7 @@ def convert(
       longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window
       longspan stream out/endless book.txt
     """
+    check_output_folder(output, "--output")
     from longspan.config import override
 
     fields: dict[str, Any] = {"segment": segment} if segment else {}
@@ -99,8 +101,6 @@ def _check_output(model: str, output: Path) -> None:
     """Refuse a folder that holds something else."""
     from longspan.models.io import is_converted
 
-    if output.exists() and not output.is_dir():
-        raise CheckpointError(f"{output}: a file; -o wants a folder")
     if not output.exists() or not any(output.iterdir()):
         return
     if Path(model).exists() and output.resolve() in (Path(model).resolve(), Path(model).resolve().parent):

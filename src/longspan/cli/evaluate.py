@@ -11,6 +11,7 @@ from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
 from longspan.cli.options import DeviceOption, DtypeOption, place
 from longspan.cli.runs import SET_HELP, is_pretrained_folder, open_any_run
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 SPLIT = "validation"
 CONTEXTS = "256,1024,4096,16384,65536"
@@ -99,6 +100,8 @@ def evaluate(
     from longspan.tasks.base import heads
     from longspan.train import first_places, load_run
 
+    if output:
+        check_output_folder(output, "--output")
     _check(task_, output, contexts, split if files else "")
     given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}

@@ -8,6 +8,7 @@ import typer
 
 from longspan.cli.console import console, print_table, say
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 
 def reproduce(
@@ -34,6 +35,9 @@ def reproduce(
       longspan reproduce rmt-flops
       longspan reproduce rmt --full --docs docs
     """
+    check_output_folder(output, "--output")
+    if docs is not None:
+        check_output_folder(docs, "--docs")
     from longspan import claims
     from longspan.report import Table
 

@@ -9,6 +9,7 @@ import typer
 
 from longspan.cli.console import console, say
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 
 def train(
@@ -50,7 +51,7 @@ def train(
     """
     if recipe is None and not (resume and output):
         raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
-    folder = output or Path("runs") / (Path(recipe).stem if recipe else "")
+    folder = check_output_folder(output or Path("runs") / (Path(recipe).stem if recipe else ""), "--output")
     assignments = [*(set_ or [])]
     assignments += [f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value]
     result = _run(recipe, assignments, folder, resume)

@@ -3,6 +3,8 @@
 `import longspan.hf` registers `LongspanConfig` and its models: `AutoModelForCausalLM.from_pretrained` finds them.
 """
 
+from typing import TYPE_CHECKING
+
 try:
     import transformers
 except ImportError as error:
@@ -16,6 +18,10 @@ from longspan.hf.convert import Report, after_step, convert, cores, load, parame
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.hf.training import AfterStep, TrainerLoss
+from longspan.lazy import submodules_of
+
+if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+    __getattr__ = submodules_of(__name__)
 
 __all__ = [
     "AfterStep",

@@ -3,14 +3,13 @@
 See `routing` for the equations. A core counts its training forwards with `see`; `after_step` applies them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.mixers.draws import DrawnCore
+from longspan.mixers.draws import DrawnCore, processes, share_first, summed
 
 SAMPLES = 8  # vectors a cluster that a step keeps: where centroids begin, and begin again
 ROUNDS = 10  # of k-means over them
@@ -36,12 +35,11 @@ class Seen(NamedTuple):
 class ClusteredCore(DrawnCore):
     """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
 
-    The centroids and their moving sums are buffers, in fp32 at least, whatever the dtype of the model: in bf16 a small
-    step rounds to none. What waits for `after_step` is no buffer: DistributedDataParallel gives every process the
-    buffers of the first before each forward, and a checkpoint needs it as little as gradients between two steps.
+    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none.
     """
 
     counts_forwards = True
+    wide = STATISTICS
     centroids: Tensor
     ema_sum: Tensor
     ema_count: Tensor
@@ -57,19 +55,6 @@ class ClusteredCore(DrawnCore):
         self.register_buffer("ema_sum", torch.zeros(heads, count, dim, dtype=wide))
         self.register_buffer("ema_count", torch.zeros(heads, count, dtype=wide))
         self._count_draws()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As modules do, but statistics never become narrower than fp32."""
-        before = {name: getattr(self, name) for name in STATISTICS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            wide = torch.promote_types(new.dtype, torch.float32)
-            if new.dtype != wide:
-                setattr(self, name, old.to(new.device, wide))
-        if self.pending is not None:
-            self.pending = Seen(*(t.to(self.centroids.device) for t in self.pending))
-        return self
 
     def _nothing(self) -> Seen:
         heads, count, dim = self.centroids.shape
@@ -116,7 +101,7 @@ class ClusteredCore(DrawnCore):
 
     def _sample(self, pending: Seen, vectors: list[Tensor], real: Tensor) -> None:
         """Fill what is left of this process's part of the sample with evenly spaced real vectors."""
-        rank, world = _processes()
+        rank, world = processes()
         size, length = len(pending.filled), real.shape[1]
         part = slice(rank * size // world, (rank + 1) * size // world)
         slots = torch.arange(part.stop - part.start, device=real.device)
@@ -145,10 +130,10 @@ class ClusteredCore(DrawnCore):
         """Move the centroids to what the training forwards since the last call have seen, in all processes."""
         pending, self.pending = self.pending, None
         if pending is None:
-            if _processes()[1] == 1:
+            if processes()[1] == 1:
                 return
             pending = self._nothing()  # others may have seen something
-        total, count = _summed(pending.sums, pending.counts)
+        total, count = summed(pending.sums, pending.counts)
         if int(self.draws):
             self._move(total, count)
             self._revive(pending, step)
@@ -157,7 +142,7 @@ class ClusteredCore(DrawnCore):
 
     def _begin(self, pending: Seen, count: Tensor, generator: torch.Generator | None) -> None:
         """Set the centroids by k-means over the sample, as if it were all that the step has seen."""
-        sample, filled = _summed(pending.sample, pending.filled)
+        sample, filled = summed(pending.sample, pending.filled)
         if not bool(filled.any()):
             return
         vectors = sample[:, filled > 0].cpu()
@@ -186,7 +171,7 @@ class ClusteredCore(DrawnCore):
         dead = self.ema_count < self.config.reseed * even
         if not bool(dead.any()):
             return
-        sample, filled = _summed(pending.sample, pending.filled)
+        sample, filled = summed(pending.sample, pending.filled)
         if not bool(filled.any()):
             return
         # of its own, a function of the step: a resumed run and every process draw the same
@@ -198,10 +183,8 @@ class ClusteredCore(DrawnCore):
         self._agree()
 
     def _agree(self) -> None:
-        """The first process's statistics for all: generators may differ, and so may the last bit of a product."""
-        if _processes()[1] > 1:
-            for name in STATISTICS:
-                dist.broadcast(getattr(self, name), 0)
+        """The first process's statistics for all."""
+        share_first(*(getattr(self, name) for name in STATISTICS))
 
 
 def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -243,19 +226,3 @@ def seeded(vectors: Tensor, centroids: Tensor, wanted: Tensor, generator: torch.
         nearness = (vectors @ found[:, number, :, None])[..., 0]
         farthest = torch.minimum(farthest, torch.where(left[:, None], 1 - nearness, farthest))
     return found
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of the processes that train together."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _summed(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both summed over all processes."""
-    if _processes()[1] > 1:
-        sums, counts = sums.clone(), counts.clone()
-        dist.all_reduce(sums)
-        dist.all_reduce(counts)
-    return sums, counts

@@ -109,6 +109,7 @@ class LSHCore(DrawnCore):
         "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "lsh: rotations"
+    wide = ("rotations",)
     rotations: Tensor
 
     def __init__(self, shape: Shape, config: LSHConfig) -> None:
@@ -120,10 +121,9 @@ class LSHCore(DrawnCore):
         self._count_draws()
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
-        config = self.config
-        return torch.randn(
-            self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2, generator=generator
-        )
+        config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
+        shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
+        return torch.randn(*shape, generator=generator, dtype=dtype)
 
     @property
     def traits(self) -> Traits:

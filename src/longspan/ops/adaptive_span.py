@@ -11,6 +11,7 @@ from torch import Tensor
 from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import default_scale, new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Block, Plan, Run, Visibility, make_blocks, make_parts, make_plan, take
@@ -251,8 +252,10 @@ def span_forward(
     return out, lse, share
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrder):
     """Saves the inputs, the output and its log-sum-exps; every weight is computed again."""
+
+    what = "attention with adaptive spans"
 
     @staticmethod
     def forward(ctx: Any, spec: Spans, *tensors: Tensor) -> Tensor:
@@ -264,9 +267,8 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, share, *given = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, share, *given = saved
         dtype = flash.working_dtype(*given[:3])
         q, k, v, span, *more = (t.to(dtype) for t in given)
         out, grad = out.to(dtype), grad.to(dtype)

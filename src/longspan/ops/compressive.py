@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
 from longspan.ops.rows import read_call
@@ -289,7 +290,7 @@ def attention_reconstruction(
             # a row without groups sees all, so that it is no NaN before it is dropped
             seen = torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None]
             seen = (seen | (groups == 0)[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
+        return scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
 
     lost = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square()
     lost = lost.view(q.shape).mean((1, 3), dtype=torch.promote_types(q.dtype, torch.float32))

@@ -12,6 +12,7 @@ from longspan.ops import flash
 from longspan.ops.decode import is_decode
 from longspan.ops.entmax_curve import dense_slopes, dense_weights
 from longspan.ops.entmax_tiles import entmax_forward, entmax_tiles, tile_queries
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import Plans, default_scale
 from longspan.ops.tiles import Plan, make_plan, trim_plan
@@ -54,21 +55,24 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     return out.movedim(-1, dim)
 
 
-class _Entmax(torch.autograd.Function):
+class _Entmax(FirstOrder):
+    what = "entmax"
+
     @staticmethod
     def forward(ctx: Any, z: Tensor, alpha: Tensor, most: float) -> Tensor:
         dtype = flash.working_dtype(z)
         a = (alpha.double() - 1).to(dtype)
         with flash.full_precision(z.device):
             p = dense_weights(z.to(dtype), a, most)
-        ctx.save_for_backward(p, a)
+        out = p.to(z.dtype)
+        # the output says what p was computed from
+        ctx.save_for_backward(p, a, out)
         ctx.dtypes = z.dtype, alpha.dtype
-        return p.to(z.dtype)
+        return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        p, a = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, a, _ = saved
         grad = grad.to(p.dtype)
         w, rate = dense_slopes(p, a)
         total = w.sum(-1, keepdim=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from longspan import host
 from longspan.ops import flash
 from longspan.ops.entmax_curve import Curve, dense_weights
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import Plans, new_gradients, new_like_heads
 from longspan.ops.tiles import Block, Plan, Run, band, make_blocks, take, tile_mask
 
@@ -134,8 +135,10 @@ def _without_values(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans
     return out
 
 
-class EntmaxTiles(torch.autograd.Function):
+class EntmaxTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "entmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans) -> Tensor:
@@ -146,10 +149,9 @@ class EntmaxTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and alpha."""
-        q, k, v, alpha, thresholds = ctx.saved_tensors
+        q, k, v, alpha, thresholds = saved
         wanted = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
             dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.plans, wanted)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan.errors import ConfigError
+from longspan.ops.first_order import FirstOrder
 
 CHUNK = 64
 BLOCK = 2048
@@ -133,12 +134,14 @@ def empty_sums(
     return LinearSums(values, values[..., 0].clone(), torch.full((batch, kv_heads), EMPTY, device=device, dtype=dtype))
 
 
-class _Blocked(torch.autograd.Function):
+class _Blocked(FirstOrder):
     """The causal call block by block; kept are inputs, output and the sums at block borders.
 
     The backward pass runs each block again, from the last to the first, and writes its gradients where they belong.
     Maxima are units, in which nothing that is computed depends on them: they are constants to it.
     """
+
+    what = "linear attention"
 
     @staticmethod
     def forward(
@@ -157,8 +160,8 @@ class _Blocked(torch.autograd.Function):
         return out, *(t.clone() if any(t is given for given in sums) else t for t in carried)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *d_sums: Any) -> Any:
-        q, k, v, *flat = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, *d_sums: Any) -> Any:
+        q, k, v, *flat = saved
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         d_values, d_keys = d_sums[:2]
         for first in reversed(range(0, q.shape[2], BLOCK)):

@@ -22,6 +22,7 @@ from longspan import host
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_positive
 from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import make_parts
@@ -268,8 +269,10 @@ def _gathered(x: Tensor, columns: Tensor) -> Tensor:
     return x.view(-1, x.shape[2]).index_select(0, (columns + item).flatten()).view(-1, columns.shape[2], x.shape[2])
 
 
-class _Retrieve(torch.autograd.Function):
+class _Retrieve(FirstOrder):
     """Keeps the columns and weights of what was retrieved; keys and values are gathered again."""
+
+    what = "retrieval from memories"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, search: Search) -> Tensor:
@@ -279,9 +282,8 @@ class _Retrieve(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        q, k, v, columns, weights = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, columns, weights = saved
         with flash.full_precision(q.device):
             return _backward(grad.to(q.dtype), q, k, v, columns, weights, ctx.search), None, None, None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan import host
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
@@ -156,8 +157,10 @@ def relative_forward(q: Tensor, k: Tensor, v: Tensor, r: Tensor, u: Tensor, w: T
     return out
 
 
-class RelativeTiles(torch.autograd.Function):
+class RelativeTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "relative attention"
 
     @staticmethod
     def forward(ctx: Any, spec: Relative, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
@@ -169,10 +172,8 @@ class RelativeTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, r, u, w and of stale k and v."""
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
         with flash.full_precision(grad.device):
             work = _Backward(grad, saved, ctx.spec, len(ctx.stale_dtypes) > 0)
             found = work.run()

@@ -5,13 +5,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
+from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.full import attend_call, full_cost
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.sparse_fixed import FORWARD_TILE as FIXED_TILE
@@ -252,7 +252,7 @@ def _masked(call: Call, seen: Tensor, scale: float) -> Tensor:
         seen = seen | call.dead[:, None, :, None]
     dtype = flash.working_dtype(q, k, v)
     with flash.full_precision(q.device):
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.to(q.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call
 from longspan.ops.tiled import new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Part, Visibility, make_parts
@@ -239,8 +240,10 @@ def fixed_attention(call: Call, spec: Fixed) -> Tensor:
     return fixed_forward(q, k, v, spec)
 
 
-class _Fixed(torch.autograd.Function):
+class _Fixed(FirstOrder):
     """Saves the inputs and the output; every weight is computed again, from the last block to the first."""
+
+    what = "sparse attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Fixed) -> Tensor:
@@ -250,9 +253,8 @@ class _Fixed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = saved
         dtype = flash.working_dtype(q, k, v)
         dq, dk, dv = new_gradients(q, k, v, dtype)
         given = [t.to(dtype) for t in (q, k, v, out, grad)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import (
     Block,
     Part,
@@ -93,8 +94,10 @@ def tiled_forward(
     return out
 
 
-class _Tiled(torch.autograd.Function):
+class _Tiled(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "softmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
@@ -104,9 +107,8 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = saved
         with flash.full_precision(q.device):
             dq, dk, dv = tiled_backward(grad, q, k, v, out, ctx.plans)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

@@ -20,6 +20,9 @@ class Silent:
         """A line of the log was written; besides it `line` holds `fraction`, `eta` (seconds or None), `unit`, and,
         along a curriculum, `stage` (two short texts)."""
 
+    def evaluating(self, read: int, total: int) -> None:
+        """Held-back documents are being read: so many tokens of so many."""
+
     def message(self, text: str) -> None:
         """Something to know, in one line."""
 

@@ -8,6 +8,7 @@ import typer
 
 from longspan.cli.tour import Clock, finish, say_step
 from longspan.errors import CheckpointError, ConfigError
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.tasks import MemoryTask
@@ -46,6 +47,7 @@ def quickstart(
       longspan quickstart --set task.kind=reasoning --set train.minutes=20 -o out/reasoning
       longspan quickstart --reuse --longest 256
     """
+    check_output_folder(output, "--output")
     from longspan.cli.quickstart import measure, page
     from longspan.cli.training_table import RECALL, TrainingTable
     from longspan.config import override, read_toml

@@ -9,6 +9,7 @@ import typer
 
 from longspan.cli.console import console, print_table
 from longspan.errors import ConfigError
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,7 @@ def patterns(
       longspan show patterns sparse --set pattern=strided --set stride=16 --length 256
       longspan show patterns window --set window=9 --both-sides
     """
+    check_output_folder(output, "--output")
     from longspan import mixers as registry
     from longspan.config import override
     from longspan.mixers.registry import core_class

@@ -7,6 +7,7 @@ import typer
 
 from longspan.cli.console import console, print_table
 from longspan.errors import CheckpointError, ConfigError
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.cost.scaling import Fit
@@ -42,6 +43,7 @@ def scaling(
     """
     if form not in ("chinchilla", "kaplan", "none"):
         raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
+    check_output_folder(output, "--output")
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 

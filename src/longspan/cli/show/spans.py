@@ -8,6 +8,7 @@ import typer
 from longspan.cli.console import console, print_table
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.runs import open_any_run
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
@@ -34,6 +35,7 @@ def spans(
       longspan train lm/adaptive_span -o runs/spans
       longspan show spans runs/spans
     """
+    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.mixers.adaptive_span import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report

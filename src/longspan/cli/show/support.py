@@ -8,6 +8,7 @@ import typer
 from longspan.cli.console import console, print_table
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.runs import open_any_run
+from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.report import Block
@@ -38,6 +39,7 @@ def support(
       longspan show support runs/entmax
       longspan show support runs/entmax --tokens 20000 --head 2048
     """
+    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.cli.show.reading import chosen
     from longspan.mixers.entmax import EntmaxCore
