@@ -99,7 +99,8 @@ class Converted:
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
-        out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
+        before = self.longspan.fit(longspan_call.before.get(index), k)
+        out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         # gates and projections may be of another precision than the model
