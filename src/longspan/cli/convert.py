@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, say
+from longspan.cli.console import console, print_command, say
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
-from longspan.files import check_output_folder
 
 
 def convert(
@@ -61,7 +61,7 @@ def convert(
     console().print(str(report), markup=False)
     if not report.bounded:
         say("the state of this model grows with the text")
-    console().print(f"next: longspan stream {output} FILE | longspan generate {output} -p TEXT", markup=False)
+    print_command(f"next: longspan stream {output} FILE | longspan generate {output} -p TEXT")
 
 
 def _numbers(layers: str) -> list[int] | None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
-from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
