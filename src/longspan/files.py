@@ -22,6 +22,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         CheckpointError: the disk is full or not writable; names the file and says that the earlier one still stands.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"{path}: could not be saved: it is a folder; give the name of a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,20 +10,26 @@ has any names them by a method `accumulators()`, so that they stay what they are
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = [
     "State",
+    "Undo",
+    "all_or_nothing",
     "append",
     "clone",
     "detach",
@@ -32,6 +38,7 @@ __all__ = [
     "load",
     "may_overwrite",
     "nbytes",
+    "on_failure",
     "owned",
     "recomputing",
     "replace",
@@ -139,7 +146,8 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
     """(batch,) real tokens of each row since its last reset; zeros where `state` is None."""
     if state is None:
-        return torch.zeros(batch_size, dtype=torch.int64, device=device)
+        empty = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return host.remember(empty, np.zeros(batch_size, np.int64))
     return cast(Tensor, state.live)
 
 
@@ -186,20 +194,80 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
     return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 
 
+class Undo:
+    """What a call writes in place, and how each write is taken back where the call does not come to its end.
+
+    Whoever commits to the state behind the call drops this; whoever goes on from the state before it runs this first.
+    Steps set values, so that running one again does no harm: a run that is interrupted too may be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], Any]] = []
+
+    def record(self, step: Callable[[], Any]) -> None:
+        """Before a write: what takes it back."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Take everything back, the last write first."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+
 _owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_owned", default=False)
+_undo: contextvars.ContextVar[Undo | None] = contextvars.ContextVar("longspan_state_undo", default=None)
 
 
 @contextlib.contextmanager
-def owned() -> Iterator[None]:
+def owned(undo: Undo | None = None) -> Iterator[None]:
     """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
 
-    For `StreamSession`; anyone who keeps, forks or shares states must not use it.
+    For `StreamSession`; anyone who keeps, forks or shares states must not use it. Where the block is left by an
+    exception, whatever it is, the states that were given up are as they were.
+
+    Args:
+        undo: holds what the block writes in place until the caller has taken up the next state, so that nothing is
+            lost between the end of the block and that moment.
     """
-    token = _owned.set(True)
+    undo = Undo() if undo is None else undo
+    undo.run()
+    tokens = _undo.set(undo), _owned.set(True)
     try:
         yield
+    except BaseException:
+        undo.run()
+        raise
     finally:
-        _owned.reset(token)
+        _owned.reset(tokens[1])
+        _undo.reset(tokens[0])
+
+
+def all_or_nothing(function: Function) -> Function:
+    """Makes of a function one that takes back what it wrote outside its state (stores on disk) when it raises."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _undo.get() is not None:
+            return function(*args, **kwargs)
+        undo = Undo()
+        token = _undo.set(undo)
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            undo.run()
+            raise
+        finally:
+            _undo.reset(token)
+
+    return cast(Function, call)
+
+
+def on_failure(step: Callable[[], Any]) -> None:
+    """Record what takes a write back that is about to be made, for the case that the call around it fails."""
+    undo = _undo.get()
+    if undo is not None:
+        undo.record(step)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
-from longspan.hf.training import AfterStep
+from longspan.hf.training import AfterStep, TrainerLoss
 from longspan.lazy import submodules_of
 
 if not TYPE_CHECKING:  # a checker of types shall see misspelled names
@@ -32,6 +32,7 @@ __all__ = [
     "Report",
     "StateCache",
     "StateLayer",
+    "TrainerLoss",
     "after_step",
     "convert",
     "cores",

@@ -7,6 +7,8 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 
 import contextlib
 import dataclasses
+import functools
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from longspan.config import to_dict
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.families import Family, Found, find
+from longspan.hf.penalties import LastPenalties
+from longspan.hf.wrappers import unwrapped
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.registry import build_core, core_class
@@ -78,6 +82,11 @@ class Converted:
     longspan: Core
     longspan_family: Family
     longspan_index: int
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the original class; the converted one is made of it again where they are read."""
+        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (original_class(self),), *rest)
 
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
@@ -187,7 +196,7 @@ def revert(model: Any) -> None:
     for attention in converted:
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
-        attention.__class__ = type(attention).__mro__[2]
+        _turn(attention, original_class(attention))
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
     del model.config.longspan
@@ -195,7 +204,7 @@ def revert(model: Any) -> None:
 
 def cores(model: Any) -> dict[int, Core]:
     """The cores of a converted model, by layer; empty where it is not converted."""
-    found = find(_unwrapped(model))
+    found = find(unwrapped(model))
     return {
         index: attention.longspan
         for index, attention in enumerate(found.attentions)
@@ -212,10 +221,32 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    own = type(attention)
-    attention.__class__ = type(f"Longspan{own.__name__}", (Converted, own), {"__module__": own.__module__})
+    _turn(attention, converted_class(type(attention)))
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
+
+
+@functools.cache
+def converted_class(original: type) -> type:
+    """The class of converted attention modules of a class; one and the same for all of them."""
+    return type(f"Longspan{original.__name__}", (Converted, original), {"__module__": __name__})
+
+
+def original_class(attention: Any) -> type:
+    """The class that a converted attention module had before."""
+    return type(attention).__mro__[2]
+
+
+def _blank(original: type) -> Any:
+    cls: Any = converted_class(original)
+    return cls.__new__(cls)
+
+
+def _turn(attention: Any, cls: Any) -> None:
+    """Change the class of a module, and what hooks of accelerate wrap as its own forward."""
+    attention.__class__ = cls
+    if "_old_forward" in attention.__dict__:
+        attention._old_forward = types.MethodType(cls.forward, attention)
 
 
 def _hook(base: Any) -> None:
@@ -253,6 +284,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         kwargs["use_cache"] = cache is not None
     before = {}
     if cache is not None:
+        cache.begin()
         before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
     first = next((each for each in before.values() if each is not None), None)
     mask = _mask(kwargs.get("attention_mask"), given)
@@ -298,24 +330,24 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, StateLayer):
                 layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
-    base.__dict__["longspan_penalties"] = call.penalties
+        cache.end()
+    base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
 
 def penalties(model: Any) -> list[Tensor]:
-    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss."""
-    found = find(_unwrapped(model))
-    return list(found.family.base(_unwrapped(model)).__dict__.get("longspan_penalties", []))
+    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss.
+
+    They can be trained through while the call's output, or a loss made of it, exists; later their values are left.
+    """
+    inner = unwrapped(model)
+    last: LastPenalties | None = find(inner).family.base(inner).__dict__.get("longspan_penalties")
+    return [] if last is None else last.read()
 
 
 def after_step(model: Any, step: int, generator: torch.Generator | None = None) -> None:
     """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
     for core in cores(model).values():
         core.after_step(step, generator)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model of transformers inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, Any]) -> Report:

@@ -1,6 +1,6 @@
 """What cores with random projections or statistics share: buffers of their own type, redraws that void older states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -48,13 +48,20 @@ class DrawnCore(Core):
         """Call at the end of construction."""
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
-    def check_draw(self, drawn: Tensor, live: Tensor) -> None:
+    def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
+        """The draw, and that of the state."""
+        own: dict[Hashable, Tensor] = {(self, "draws"): self.draws}
+        return own if state is None else {**own, (self, "drawn"): state.drawn}
+
+    def check_draw(self, state: Any, rows: Rows) -> None:
         """Refuse a state of another draw; an empty row is of any.
 
         Raises:
             UnsupportedError: it is of another.
         """
-        if bool((drawn[live > 0] != self.draws).any()):
+        read = rows.read(self.layout_inputs(state))
+        drawn, draws = read[self, "drawn"], read[self, "draws"]
+        if drawn is not None and draws is not None and ((drawn != draws) & (rows.offsets > 0)).any():
             name, _, drawing = self.what.partition(": ")
             raise UnsupportedError(
                 f"{name}: the state was made with another draw of the {drawing}; start the stream anew"

@@ -4,6 +4,7 @@ q, k and v are projected once and split over the cores by heads; their outputs a
 of a layer may look near and half far, as in Routing Transformer (Roy et al. 2021, section 4) and BigBird-like mixes.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +156,13 @@ class HeadsCore(Core):
             outs.append(out)
             nexts.append(after)
         return torch.cat(outs, 1), HeadsState(tuple(nexts), rows.live)
+
+    def layout_inputs(self, state: HeadsState | None) -> dict[Hashable, Tensor]:
+        """Those of all parts."""
+        inputs: dict[Hashable, Tensor] = {}
+        for index, core in enumerate(self.cores):
+            inputs |= core.layout_inputs(None if state is None else state.parts[index])
+        return inputs
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> HeadsState:
         """The empty states of all parts."""

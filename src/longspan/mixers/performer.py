@@ -151,7 +151,7 @@ class PerformerCore(DrawnCore):
             self._measure(q, k, rows)
         before = None
         if state is not None:
-            self.check_draw(state.drawn, state.live)
+            self.check_draw(state, rows)
             before = ops.LinearSums(state.values, state.keys, state.maximum)
         out, sums = ops.favor_attention(
             q,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.mixers.base import Core, Hidden
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
@@ -94,9 +94,8 @@ class SegmentCore(Core):
         segment, before = self.segment, None
         if state is not None:
             before = ops.SegmentMemory(state.values, state.keys, rows.offset // segment)
-        opened = rows.offset % segment
-        if rows.origin is None and int(opened.max() if rows.batch else 0) + rows.length <= segment:
-            out, memory = self._inside(q, k, v, state, before, rows, opened)
+        if rows.inside(segment):
+            out, memory = self._inside(q, k, v, state, before, rows)
         elif rows.plain and rows.aligned(segment):
             local = self._turned(q, k)
             out, memory = self.attend(q, k, v, state=before, local=local, real=None, begins=None)
@@ -111,9 +110,7 @@ class SegmentCore(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
     ) -> tuple[Tensor, ops.SegmentMemory]:
         layout = rows.segments(self.segment)
-        inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-        position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * inside)[..., None])
-        begins = position[:, :: self.segment, 0] == 1
+        begins = rows.cached(("begins", self.segment), lambda: host.put(layout.begins(), rows.device))
         q = layout.spread(q)
         k = layout.spread(k, None if state is None else state.k)
         v = layout.spread(v, None if state is None else state.v)
@@ -137,7 +134,6 @@ class SegmentCore(Core):
         state: SegmentState | None,
         before: ops.SegmentMemory | None,
         rows: Rows,
-        opened: Tensor,
     ) -> tuple[Tensor, ops.SegmentMemory]:
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
@@ -153,8 +149,8 @@ class SegmentCore(Core):
             state=before,
             local=local,
             lengths=rows.lengths,
-            memory_lengths=opened if older else None,
-            closes=opened + rows.real_tokens() == self.segment,
+            memory_lengths=rows.opened(self.segment) if older else None,
+            closes=rows.closes(self.segment),
         )
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:

@@ -187,6 +187,7 @@ class RecurrentMemory(nn.Module):
         """
         return self.adapter.head()
 
+    @states.all_or_nothing
     def run(
         self,
         tokens: Tensor,

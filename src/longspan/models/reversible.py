@@ -25,13 +25,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from longspan import state as states
 from longspan.mixers import Rows
 from longspan.mixers.choices import Choices
 from longspan.models.blocks import Block
+from longspan.ops.first_order import FirstOrder
 
 
 class Streamed(NamedTuple):
@@ -64,7 +64,7 @@ def run_reversible(
     wide = h if h.element_size() >= 4 else h.float()
     given = call.given()
     if states.needs_grad(h, *given):
-        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))  # type: ignore[no-untyped-call]
+        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))
         y1, y2, losses, following = call.sort_out(found)
     else:
         y1 = y2 = wide
@@ -166,7 +166,9 @@ class _Call:
             yield
 
 
-class _TwoStreams(torch.autograd.Function):
+class _TwoStreams(FirstOrder):
+    what = "a reversible stack"
+
     @staticmethod
     def forward(ctx: Any, call: _Call, h: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         y1 = y2 = h
@@ -191,10 +193,9 @@ class _TwoStreams(torch.autograd.Function):
         return y1, y2, *rest
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        y1, y2, *given = ctx.saved_tensors
+        y1, y2, *given = saved
         d1, d2 = (torch.zeros_like(y1) if d is None else d for d in gradients[:2])
         rest, wanted = list(gradients[2:]), list(ctx.needs_input_grad[2:])
         found: list[Tensor | None] = []

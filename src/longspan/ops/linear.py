@@ -13,11 +13,15 @@ backward pass from the state at its border.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from longspan import host
 from longspan.errors import ConfigError
+from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 
 CHUNK = 64
 BLOCK = 2048
@@ -108,7 +112,7 @@ def feature_attention(
 ) -> tuple[Tensor, LinearSums | None]:
     """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]
@@ -119,7 +123,7 @@ def feature_attention(
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
-        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)  # type: ignore[no-untyped-call]
+        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)
     return out.to(v.dtype), LinearSums(*after)
 
 
@@ -131,12 +135,14 @@ def empty_sums(
     return LinearSums(values, values[..., 0].clone(), torch.full((batch, kv_heads), EMPTY, device=device, dtype=dtype))
 
 
-class _Blocked(torch.autograd.Function):
+class _Blocked(FirstOrder):
     """The causal call block by block; kept are inputs, output and the sums at block borders.
 
     The backward pass runs each block again, from the last to the first, and writes its gradients where they belong.
     Maxima are units, in which nothing that is computed depends on them: they are constants to it.
     """
+
+    what = "linear attention"
 
     @staticmethod
     def forward(
@@ -155,8 +161,8 @@ class _Blocked(torch.autograd.Function):
         return out, *(t.clone() if any(t is given for given in sums) else t for t in carried)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor, *d_sums: Any) -> Any:
-        q, k, v, *flat = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, *d_sums: Any) -> Any:
+        q, k, v, *flat = saved
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
         d_values, d_keys = d_sums[:2]
         for first in reversed(range(0, q.shape[2], BLOCK)):
@@ -410,9 +416,12 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tens
     here = column.expand(batch, -1) if real is None else torch.where(real, column, -1)
     fresh = (start == column) | (column == 0)
     number = fresh.reshape(-1).cumsum(0).view(batch, length) - 1  # documents, counted through the batch
-    count = int(number[-1, -1]) + 1
     place = column - start.clamp(min=0)
-    longest = int(place.max()) + 1
+    read, counted = host.values(start), np.arange(length)
+    count, longest = batch * length, length
+    if read is not None:
+        count = int(((read == counted) | (counted == 0)).sum())
+        longest = int((counted - read.clip(min=0)).max()) + 1
     index = torch.zeros(count, longest, dtype=torch.int64, device=q.device)
     inside = torch.zeros(count, longest, dtype=torch.bool, device=q.device)
     flat = torch.arange(batch * length, device=q.device).view(batch, length)

@@ -4,12 +4,15 @@ A call goes over its segments; each is read before it is written, and written wh
 is read and written, is a `Rule`.
 """
 
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
+from longspan.ops import flash
 from longspan.ops.full import full_attention, full_cost
 
 
@@ -91,7 +94,7 @@ def attend_segments(
             memory = emptied(memory, layout.begins[:, index])
         if left is not None:
             memory = cut(memory, layout.horizon, left[:, index])
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
             if (index + 1) * size <= length:
                 full = None if layout.real is None else layout.real[:, columns].all(1)
@@ -120,16 +123,17 @@ def attend_open(
         out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, v.dtype)
     else:
         memory = cut(state, layout.horizon, torch.ones_like(state.written))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             out = rule.read(q, memory, inside)
-    if closes is not None and bool(closes.any()):
+    closing = None if closes is None else host.values(closes)
+    if closes is not None and (closing is None or closing.any()):
         # the segment's keys are the last columns of the rows that close it
         older, size, segment = k.shape[2] - q.shape[2], q.shape[2], layout.segment
         ends = older + (torch.full_like(memory.written, size) if lengths is None else lengths)
         index = ends[:, None] - segment + torch.arange(segment, device=k.device)
         index = index.clamp(min=0)[:, None, :, None]
         keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             memory = written(memory, keys, values, closes, rule)
     return out.to(v.dtype), memory
 
@@ -145,10 +149,17 @@ def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[
             continue
         count = (last - first) // part
         rows = [t[:, :, first:last].unflatten(2, (count, part)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
-        real = None if layout.real is None else layout.real[:, first:last].reshape(-1, part).sum(1)
+        real = None
+        if layout.real is not None:
+            real = host.derive(partial(_filled, first=first, last=last, size=part), layout.real)
         out = full_attention(*rows, causal=True, lengths=real)
         outs.append(out.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3))
     return torch.cat(outs, 2) if len(outs) != 1 else outs[0]
+
+
+def _filled(real: Any, *, first: int, last: int, size: int) -> Any:
+    """How many columns of each segment of `size` are real, of a tensor or an array (batch, length)."""
+    return real[:, first:last].reshape(-1, size).sum(1)
 
 
 def segments_left(layout: Layout, batch: int, length: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def scaling(
     """
     if form not in ("chinchilla", "kaplan", "none"):
         raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
+    check_output_folder(output, "--output")
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 
