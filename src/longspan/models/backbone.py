@@ -82,8 +82,10 @@ class Backbone:
         """
         return linear_head(None)
 
-    def init_state(self, batch_size: int) -> Any:
-        """The backbone's empty state, where it carries one."""
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The backbone's empty state, where it carries one; device and dtype default to those of the parameters."""
         return None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
@@ -194,9 +196,11 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
 
-    def init_state(self, batch_size: int) -> Any:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
         """See `Backbone`."""
-        return self.stack.init_state(batch_size) if self.streams else None
+        return self.stack.init_state(batch_size, device=device, dtype=dtype) if self.streams else None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """See `Backbone`."""
