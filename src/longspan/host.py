@@ -137,3 +137,21 @@ def table(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs) if alone else remembered(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be on a device; those of Apple's GPUs cannot."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Normal numbers on the CPU, drawn where the generator is; None = torch's own for the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = dtype if has_float64(device) else torch.float32
+    return torch.randn(*shape, generator=generator, dtype=drawn, device=device).to("cpu", dtype)

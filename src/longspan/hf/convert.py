@@ -99,7 +99,8 @@ class Converted:
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
-        out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
+        before = self.longspan.fit(longspan_call.before.get(index), k)
+        out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         # gates and projections may be of another precision than the model
@@ -283,6 +284,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         kwargs["use_cache"] = cache is not None
     before = {}
     if cache is not None:
+        cache.begin()
         before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
     first = next((each for each in before.values() if each is not None), None)
     mask = _mask(kwargs.get("attention_mask"), given)
@@ -328,6 +330,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, StateLayer):
                 layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+        cache.end()
     base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
 

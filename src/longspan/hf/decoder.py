@@ -15,6 +15,7 @@ from longspan.hf.families import find
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.models import Head, StackState
 from longspan.models.head import linear_head
+from longspan.state import all_or_nothing
 
 
 class ConvertedDecoder(nn.Module):
@@ -150,6 +151,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
         return out.logits[:, -1], following
 
+    @all_or_nothing
     def _run(
         self,
         model: Any,

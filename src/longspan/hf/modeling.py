@@ -234,6 +234,8 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         if cache is None and use_cache and self.model.traits.streams:
             cache = StateCache([True])
         mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
+        if cache is not None:
+            cache.begin()
         layer = None if cache is None else cast(StateLayer, cache.layers[0])
         penalties = self._penalties()
         h, state, rows, hidden_states = self._run(
@@ -246,6 +248,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         )
         if layer is not None:
             layer.advance(state, given.shape[1])
+            cache.end()
         loss, columns = None, kept_columns(logits_to_keep)
         if labels is None:
             logits = self._logits(rows.scatter(h)[:, columns], None if mask is None else mask[:, columns])

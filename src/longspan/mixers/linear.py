@@ -50,6 +50,10 @@ class LinearState(NamedTuple):
     keys: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
+
 
 class LinearCore(Core):
     """See the module."""

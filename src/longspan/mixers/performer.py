@@ -74,6 +74,10 @@ class PerformerState(NamedTuple):
     drawn: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys", "maximum"
+
 
 class PerformerCore(DrawnCore):
     """See the module."""

@@ -33,6 +33,10 @@ class SegmentState(NamedTuple):
     v: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
+
 
 Local = tuple[Tensor, Tensor] | None
 

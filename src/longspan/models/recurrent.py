@@ -180,6 +180,7 @@ class RecurrentMemory(nn.Module):
         """
         return self.adapter.head()
 
+    @states.all_or_nothing
     def run(
         self,
         tokens: Tensor,

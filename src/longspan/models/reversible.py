@@ -67,7 +67,7 @@ def run_reversible(
     wide = h if h.element_size() >= 4 else h.float()
     given = call.given()
     if inputs is None and states.needs_grad(h, *given):
-        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))  # type: ignore[no-untyped-call]
+        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))
         y1, y2, losses, following = call.sort_out(found)
     else:
         y1 = y2 = wide

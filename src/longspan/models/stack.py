@@ -123,6 +123,7 @@ class Stack(nn.Module):
             h = h + self.position_embedding(rows.positions.clamp(0, maximum))
         return cast(Tensor, self.dropout(h))
 
+    @states.all_or_nothing
     def run(
         self,
         tokens: Tensor | None,

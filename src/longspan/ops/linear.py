@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan.errors import ConfigError
+from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 
 CHUNK = 64
@@ -111,7 +112,7 @@ def feature_attention(
 ) -> tuple[Tensor, LinearSums | None]:
     """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]
@@ -122,7 +123,7 @@ def feature_attention(
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
-        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)  # type: ignore[no-untyped-call]
+        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)
     return out.to(v.dtype), LinearSums(*after)
 
 
