@@ -116,8 +116,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         stack = self._stack
         stack.config = dataclasses.replace(stack.config, vocab_size=size)
         if getattr(stack, "output_bias", None) is not None:
-            old = stack.output_bias.data
-            stack.output_bias = nn.Parameter(F.pad(old, (0, max(size - len(old), 0)))[:size])
+            old = stack.output_bias
+            padded = F.pad(old.data, (0, max(size - len(old), 0)))[:size].clone()
+            stack.output_bias = nn.Parameter(padded, requires_grad=old.requires_grad)
         return found
 
     @property
