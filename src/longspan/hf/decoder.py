@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
-from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
+from longspan.hf.loading import load
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.models import Head, StackState
 from longspan.models.head import linear_head
