@@ -7,6 +7,7 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.families import Family, Found, find
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
@@ -142,7 +144,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = found.attentions[index]
-        like = next(attention.parameters())
+        like = place_of(attention)
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
         if core.needs_hidden:
             raise UnsupportedError(
@@ -187,6 +189,7 @@ def revert(model: Any) -> None:
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
         attention.__class__ = type(attention).__mro__[2]
+        _rebind(attention)
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
     del model.config.longspan
@@ -213,8 +216,17 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
     own = type(attention)
     attention.__class__ = type(f"Longspan{own.__name__}", (Converted, own), {"__module__": own.__module__})
+    _rebind(attention)
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
+
+
+def _rebind(attention: Any) -> None:
+    """Let accelerate's hooks (device maps, offloading) call the forward of the class that the module has now: they hold
+    the one that it had when they were put there.
+    """
+    if "_old_forward" in attention.__dict__:
+        attention._old_forward = types.MethodType(type(attention).forward, attention)
 
 
 def _hook(base: Any) -> None:

@@ -1,7 +1,7 @@
 """The library's own models as models of transformers: `generate`, `Trainer`, `pipeline`, `save_pretrained`."""
 
 import dataclasses
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
     kinds: tuple[str, ...] = ()
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
@@ -74,9 +75,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._stack.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output map, where it is one of its own and a plain one."""
+        """The output map, where it is one of its own and a linear one."""
         output = getattr(self._stack, "output", None)
-        return output if isinstance(output, nn.Linear) else None
+        return output if isinstance(output, nn.Module) and hasattr(output, "out_features") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Another output map."""

@@ -101,14 +101,14 @@ class Piece(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for."""
+    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for, no `r` of folded ones."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     x: Tensor
     project: Project
-    r: Tensor
+    r: Tensor | None
     loss: AuxiliaryLoss | None
 
 
@@ -201,10 +201,12 @@ class CompressiveCore(RelativeCore):
         segment, loss = self.config.segment, None
         if penalties is not None and self._learns():
             loss = AuxiliaryLoss(self.compressor, self.config.loss)
-        r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
-        given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
         opened = int((rows.offset % segment).max()) if rows.batch else 0
         inside = rows.origin is None and opened + rows.length <= segment
+        distances = self._distances(rows)
+        folded = inside and not self.counts_usage and self.folds(q, distances, k, v)
+        r = None if folded else self.relative(distances, rows)
+        given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
         if inside:
             out, state = self._inside(given, state, rows)
         elif rows.plain or self.counts_usage:
@@ -268,8 +270,12 @@ class CompressiveCore(RelativeCore):
         if past is not None:
             old_k, old_v = project(past)
             k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        biases = r, self.content_bias, self.position_bias
         seen: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        if r is None:
+            scores = self.position_scores(q, k.shape[2], rows)
+            out = ops.relative_decode(q, k, v, scores, self.content_bias, **seen)
+            return out, self._next(given, state, None, rows)
+        biases = r, self.content_bias, self.position_bias
         out = ops.relative_attention(q, k, v, *biases, **seen)
         usage = ops.attention_usage(q, k, *biases, **seen) if self.counts_usage else None
         return out, self._next(given, state, usage, rows)
@@ -306,6 +312,7 @@ class CompressiveCore(RelativeCore):
     def _aligned(self, given: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """Several segments at once, from a border on, the rows laid out alike: slots are made of inputs alone."""
         q, k, v, x, project, r, loss = given
+        assert r is not None, "only a call within the open segment folds queries"
         config, first, stale = self.config, rows.offset_range[0], None
         new, spans = self._all_slots(state, x, rows, trains=loss is not None)
         before, last = self.sizes.closed(first), first + (rows.length - 1) // config.segment * config.segment
@@ -344,6 +351,7 @@ class CompressiveCore(RelativeCore):
     def _in_parts(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """Rows laid out unlike each other, over segment borders and documents, all segments at once."""
         q, k, v, x, project, r, loss = given
+        assert r is not None, "only a call within the open segment folds queries"
         if state is None:
             state = self.init_state(rows.batch, x.device, x.dtype)
         context, sizes = self.compressor.context, self.sizes
