@@ -34,6 +34,20 @@ class SessionState(NamedTuple):
         return self.model.live
 
 
+class _Place(NamedTuple):
+    """Where a session is. It moves by one assignment, so that no interruption finds it half-way.
+
+    Attributes:
+        state: what it keeps.
+        position: tokens since the last reset.
+        undo: what the call that is under way has written into `state`.
+    """
+
+    state: SessionState
+    position: int
+    undo: states.Undo
+
+
 class Scores(NamedTuple):
     """Of tokens that were read.
 
@@ -72,8 +86,7 @@ class StreamSession:
         self.chunk = chunk or segment * -(-256 // segment)
         vocabulary = model.vocab_size
         like = next(model.parameters())
-        self._state = SessionState(model.init_state(1), like.new_zeros(1, vocabulary))
-        self._position = 0
+        self._settle(SessionState(model.init_state(1), like.new_zeros(1, vocabulary)), 0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -110,8 +123,8 @@ class StreamSession:
         if losses:
             return self._score(tokens, likeliest=False).nats
         for part in self._parts(tokens):
-            with states.owned():
-                last, following = self.model.last(part, self._state.model)
+            with states.owned(self._place.undo):
+                last, following = self.model.last(part, self._place.state.model)
             self._advance(following, last, part.shape[1])
         return self._state.logits[0]
 
@@ -123,13 +136,13 @@ class StreamSession:
     def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
         nats, found = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
-            with states.owned():
-                logits, following = self.model(part, self._state.model)
+            with states.owned(self._place.undo):
+                logits, following = self.model(part, self._place.state.model)
                 for first in range(0, part.shape[1], _SCORED):
                     # of a large vocabulary a few rows at a time, so that no copy of all logits is made
                     wanted = part[0, first : first + _SCORED]
                     rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
-                    before = rows if first else torch.cat([self._state.logits, rows])
+                    before = rows if first else torch.cat([self._place.state.logits, rows])
                     nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
                     if likeliest:
                         found.append(before.argmax(-1) == wanted)
@@ -151,13 +164,24 @@ class StreamSession:
             first += count
 
     def _advance(self, state: Any, logits: Tensor, count: int) -> None:
-        self._state = SessionState(state, logits)
-        self._position += count
+        self._settle(SessionState(state, logits), self._place.position + count)
+
+    def _settle(self, state: SessionState, position: int) -> None:
+        self._place = _Place(state, position, states.Undo())
+
+    @property
+    def _state(self) -> SessionState:
+        # an interruption may have come behind a call and before the session moved
+        self._place.undo.run()
+        return self._place.state
+
+    @property
+    def _position(self) -> int:
+        return self._place.position
 
     def reset(self) -> None:
         """Begin a new document: everything carried is emptied."""
-        self._state = SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits))
-        self._position = 0
+        self._settle(SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits)), 0)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +240,7 @@ class StreamSession:
     def fork(self) -> "StreamSession":
         """An independent session at the same place."""
         twin = StreamSession(self.model, chunk=self.chunk)
-        twin._state, twin._position = states.clone(self._state), self._position
+        twin._settle(states.clone(self._state), self._position)
         return twin
 
     def save(self, path: str | Path) -> Path:
@@ -251,7 +275,8 @@ class StreamSession:
                 raise CheckpointError(
                     f"{path}: the state of another model: {what}: {header.get(key)} there, {ours} here"
                 )
-        session._state, session._position, session.chunk = state, int(header["position"]), int(header["chunk"])
+        session._settle(state, int(header["position"]))
+        session.chunk = int(header["chunk"])
         return session
 
 

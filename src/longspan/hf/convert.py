@@ -5,13 +5,11 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, Found, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.wrappers import unwrapped
@@ -29,7 +28,6 @@ from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
-CORE = "longspan"
 _STRONGLY_LOCAL = -4.0
 
 
@@ -99,7 +97,8 @@ class Converted:
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
-        out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
+        before = self.longspan.fit(longspan_call.before.get(index), k)
+        out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         # gates and projections may be of another precision than the model
@@ -142,6 +141,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
+    model = unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -151,7 +151,6 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = found.attentions[index]
-        like = next(attention.parameters())
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
         if core.needs_hidden:
             raise UnsupportedError(
@@ -160,13 +159,24 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
-        cores[index] = core.to(like.device)
+        cores[index] = core.to(_device(attention))
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
-    model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
+    mark(model.config, record)
     return _report(model, name, chosen, record["fields"])
+
+
+def _device(attention: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or where accelerate brings them."""
+    device = next(attention.parameters()).device
+    for module in attention.modules() if device.type == "meta" else ():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return device
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -188,6 +198,7 @@ def revert(model: Any) -> None:
     Raises:
         ConfigError: the model is not converted.
     """
+    model = unwrapped(model)
     found = find(model)
     converted = [each for each in found.attentions if isinstance(each, Converted)]
     if not converted:
@@ -198,7 +209,7 @@ def revert(model: Any) -> None:
         _turn(attention, original_class(attention))
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    del model.config.longspan
+    unmark(model.config)
 
 
 def cores(model: Any) -> dict[int, Core]:
@@ -283,6 +294,7 @@ def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         kwargs["use_cache"] = cache is not None
     before = {}
     if cache is not None:
+        cache.begin()
         before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
     first = next((each for each in before.values() if each is not None), None)
     mask = _mask(kwargs.get("attention_mask"), given)
@@ -328,6 +340,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, StateLayer):
                 layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+        cache.end()
     base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
 
@@ -354,57 +367,6 @@ def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, An
     kept = [each for each in found.attentions if not isinstance(each, Converted)]
     traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
     return Report(name, layers, fields, new, traits.bounded and not kept)
-
-
-def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
-    """A converted model that `save_pretrained` wrote: the model, its conversion, its new parameters.
-
-    Args:
-        folder: that holds config.json and safetensors.
-        auto: class that loads the original; default `AutoModelForCausalLM`, or `AutoModel` for encoders.
-        options: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: the folder holds no converted model, or lacks parameters of it.
-    """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    records = getattr(config, CORE, None)
-    if not records:
-        raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
-    del config.longspan
-    if auto is None:
-        encoder = config.model_type in ("bert", "roberta")
-        auto = AutoModel if encoder else AutoModelForCausalLM
-    with _expected(auto, config):
-        model = auto.from_pretrained(folder, config=config, **options)
-    for record in records:
-        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= {key: value for key, value in load_file(path).items() if f".{CORE}." in key}
-    missing = [key for key in model.state_dict() if f".{CORE}." in key and key not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing")
-    # as they were stored: gates are fp32 beside weights of any type
-    model.load_state_dict(stored, strict=False, assign=True)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _expected(auto: Any, config: Any) -> Iterator[None]:
-    """Keep transformers from reporting the parameters of mechanisms, which it does not load, as unexpected."""
-    known = getattr(auto, "_model_mapping", {})
-    cls = known.get(type(config), auto)
-    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{CORE}\."]
-    try:
-        yield
-    finally:
-        cls._keys_to_ignore_on_load_unexpected = before
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

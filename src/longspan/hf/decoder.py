@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
-from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
+from longspan.hf.loading import load
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.models import Head, StackState
 from longspan.models.head import linear_head
+from longspan.state import all_or_nothing
 
 
 class ConvertedDecoder(nn.Module):
@@ -150,6 +152,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
         return out.logits[:, -1], following
 
+    @all_or_nothing
     def _run(
         self,
         model: Any,

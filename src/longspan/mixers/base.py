@@ -167,6 +167,16 @@ class Core(nn.Module):
         """The state of an empty past."""
         raise NotImplementedError
 
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model).
+
+        Args:
+            state: as in `forward`.
+            k: this call's keys.
+            hidden: as in `forward`.
+        """
+        return states.fit(state, k.dtype)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """Exact bytes of the state after `length` live tokens."""
         raise NotImplementedError
@@ -249,6 +259,7 @@ class Mixer(nn.Module):
         """What this instance promises."""
         return self.core.traits
 
+    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,
@@ -288,6 +299,7 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
+from longspan import state as states
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
@@ -85,6 +86,10 @@ class CompressiveState(NamedTuple):
     compressed: Tensor
     usage: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
 
 
 class Piece(NamedTuple):
@@ -457,6 +462,10 @@ class CompressiveCore(RelativeCore):
         usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
         hidden, compressed = (zeros(n, self.shape.dim) for n in (self.capacity, self.config.compressed_len))
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
+
+    def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
+        """See `Core.fit`; what is carried are hidden states."""
+        return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""

@@ -117,7 +117,7 @@ class Frozen(FirstOrder):
 
 def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of x whose gradients reach x and not the parameters of `project`."""
-    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)  # type: ignore[no-untyped-call]
+    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)
     return projected
 
 

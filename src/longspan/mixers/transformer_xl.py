@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.relative import RelativeCore
@@ -213,6 +214,10 @@ class TransformerXLCore(RelativeCore):
         return TransformerXLState(
             torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
         )
+
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """See `Core.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` slots and one count a row, whatever the length."""

@@ -87,7 +87,7 @@ def _nats(part: Softmax, chunk: int) -> Tensor:
     if not chunk:
         return token_nats(functional.linear(part.hidden, part.weight, part.bias)[None], part.targets[None])[0]
     given = part.hidden, part.weight, part.bias, part.targets, chunk
-    nats: Tensor = _ChunkedNats.apply(*given)  # type: ignore[no-untyped-call]
+    nats: Tensor = _ChunkedNats.apply(*given)
     return nats
 
 
