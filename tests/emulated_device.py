@@ -38,6 +38,9 @@ class Module:
     def current_device(self) -> int:
         return 0
 
+    def device(self, device: Any) -> Any:
+        return contextlib.nullcontext()
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
