@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.emulated_device import Device, emulated
+from tests.field.models import FIELDS, HEADS, NAMES, VOCAB, converted, own, tokens
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops
-from tests.emulated_device import Device, emulated
-from tests.field.models import FIELDS, HEADS, NAMES, VOCAB, converted, own, tokens
 
 TOLERANCE = 1e-4
 
@@ -177,8 +177,8 @@ def test_the_device_is_strict() -> None:
             torch.randn(3, device=device.device, generator=torch.Generator())
         with pytest.raises(TypeError, match="float64"):
             there.double()
+        q = torch.zeros(1, 1, 2, 4, device=device.device)
         with pytest.raises(NotImplementedError, match="CPU alone"):
-            q = torch.zeros(1, 1, 2, 4, device=device.device)
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q)
         assert not device.reads
         there.tolist()

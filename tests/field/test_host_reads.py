@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.emulated_device import emulated
+from tests.field.models import NAMES, own, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import longspan as ls
 from longspan.errors import UnsupportedError
-from tests.emulated_device import emulated
-from tests.field.models import NAMES, own, tokens
 
 BOUNDED = [name for name in NAMES if own(name).traits.bounded]
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}

@@ -25,6 +25,7 @@ from longspan.hf.penalties import LastPenalties
 from longspan.hf.wrappers import unwrapped
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
@@ -83,8 +84,8 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class; the converted one is made of it again where they are read."""
-        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, (original_class(self),), *rest)
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (original_class(self),), *reduced[2:])
 
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
@@ -159,24 +160,13 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
-        cores[index] = core.to(_device(attention))
+        cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
     return _report(model, name, chosen, record["fields"])
-
-
-def _device(attention: nn.Module) -> torch.device:
-    """Where a module computes: where its parameters are, or where accelerate brings them."""
-    device = next(attention.parameters()).device
-    for module in attention.modules() if device.type == "meta" else ():
-        hook: Any = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", [hook]):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
-    return device
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +221,8 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    _turn(attention, converted_class(type(attention)))
+    original: Any = type(attention)
+    _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
 

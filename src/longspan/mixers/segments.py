@@ -97,8 +97,8 @@ class SegmentCore(Core):
         """See `Core.forward`."""
         segment, before = self.segment, None
         if state is not None:
-            kept = (t.to(self.memory_dtype(k.device, k.dtype)) for t in (state.values, state.keys))
-            before = ops.SegmentMemory(*kept, rows.offset // segment)
+            dtype = self.memory_dtype(k.device, k.dtype)
+            before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
         if rows.inside(segment):
             out, memory = self._inside(q, k, v, state, before, rows)
         elif rows.plain and rows.aligned(segment):

@@ -159,7 +159,8 @@ def orthogonal_projection(
     norms = host.normal(num_features, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
     if regularised:
         norms = torch.full_like(norms, dim**0.5)
-    return (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
+    projections: Tensor = (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
+    return projections
 
 
 def bounded_constant(square: Tensor, dim: int) -> Tensor:
