@@ -53,8 +53,9 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
 
 
 def sums_dtype(device: torch.device | str | None) -> torch.dtype:
-    """What sums over a whole stream are carried in: fp64, or fp32 where the device (mps) has none."""
-    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    """What sums over a whole stream are carried in: fp64, or fp32 where the device (as Apple's GPUs) has none."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return torch.float64 if host.has_float64(where) else torch.float32
 
 
 class LinearSums(NamedTuple):
