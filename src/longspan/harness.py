@@ -54,7 +54,12 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token between documents."""
+        """The token after which a text is over; where there are several, the tokenizer's own."""
+        return self.task_tokenizer.ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context: with it every document begins."""
         return self.task_tokenizer.begin
 
     @property
@@ -79,7 +84,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     def _context(self, tokens: list[int]) -> list[int]:
         """Without the token that stands for an empty context: every session begins with it."""
-        return tokens[1:] if tokens[:1] == [self.eot_token_id] else tokens
+        return tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens
 
     def _read(self, contexts: Sequence[list[int]]) -> Iterator[tuple[int, StreamSession]]:
         """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
@@ -126,7 +131,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
             top_p=options.get("top_p"),
             generator=torch.Generator().manual_seed(0),
         ):
-            if token == self.eot_token_id:
+            if token in self.task_tokenizer.ends:
                 break
             tokens.append(token)
             text = self._text(tokens)

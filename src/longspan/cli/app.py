@@ -18,6 +18,7 @@ from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
+from longspan.cli.recipes import recipes
 from longspan.cli.reproduce import reproduce
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
@@ -32,7 +33,7 @@ HELP = """Train long-context Transformers and read text of any length with them,
 
 A typical path, from a recipe to a model that goes on writing:
 
-  longspan train recipes/quickstart-lm.toml -o runs/first
+  longspan train quickstart-lm -o runs/first
   longspan eval runs/first book.txt
   longspan stream runs/first book.txt --save-state book.state
   longspan generate runs/first --load-state book.state --tokens 200
@@ -64,6 +65,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "convert": convert,
     "mixers": mixers,
+    "recipes": recipes,
     "reproduce": reproduce,
     "quickstart": quickstart,
     "quickstart-lm": quickstart_lm,

@@ -8,8 +8,9 @@ import typer
 
 from longspan.cli.console import console, interval, print_table, reading_progress
 from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
+from longspan.cli.options import DeviceOption, DtypeOption, place
 from longspan.cli.outputs import check_output_folder
-from longspan.cli.runs import SET_HELP, open_any_run
+from longspan.cli.runs import SET_HELP, is_pretrained_folder, open_any_run
 from longspan.errors import ConfigError
 
 SPLIT = "validation"
@@ -75,6 +76,8 @@ def evaluate(
     contexts: ContextsOption = CONTEXTS,
     output: OutputOption = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> None:
     """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
 
@@ -91,7 +94,7 @@ def evaluate(
       longspan eval runs/first
       longspan eval runs/first book.txt letters/ --tokens 500000
       longspan eval runs/first --head 4096 --set model.mixers.0.mem_len=512
-      longspan eval runs/first --task lm --split test -o out/figures
+      longspan eval runs/first --task lm -o out/figures
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
     from longspan.tasks.base import heads
@@ -105,13 +108,14 @@ def evaluate(
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
         _refuse(f"{run}: a run of a memory task makes its own questions; give --segments and --count only", given)
-        _eval_memory(*load_run(run), segments, count, as_json)
+        model, task = load_run(run)
+        _eval_memory(place(model, device, dtype), task, segments, count, as_json)
     elif is_passkey_run(run) and not files:
         del given["--set"]
         _refuse(f"{run}: a run of pass keys makes its own texts; give --lengths, --count and --set only", given)
-        _eval_passkeys(*open_any_run(run, set_ or []), lengths, count, as_json)
+        _eval_passkeys(*open_any_run(run, set_ or [], device=device, dtype=dtype), lengths, count, as_json)
     else:
-        model, task = open_any_run(run, set_ or [])
+        model, task = open_any_run(run, set_ or [], device=device, dtype=dtype)
         documents = _read(task, files or [], run, split)
         asked = Asked(
             run=run,
@@ -295,9 +299,8 @@ def _segment(run: str, model: Any) -> int:
     from pathlib import Path
 
     from longspan.files import read_json
-    from longspan.models.io import is_converted
 
-    if is_converted(run):
+    if is_pretrained_folder(run):
         return int(model.traits.segment or 1024)
     value = read_json(Path(run) / "recipe.json").get("train", {}).get("segment_length", 0)
     if not isinstance(value, int) or value < 1:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, cast
 import typer
 
 from longspan.cli.console import harmless, reading_progress, say
+from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_file
 from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
@@ -53,6 +54,8 @@ def generate(
     errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> int:
     """Go on writing from a prompt, a file of any length, or a state that was saved.
 
@@ -77,7 +80,7 @@ def generate(
 
     from longspan.cli import streaming
 
-    model, task = open_run(run, set_ or [])
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state)
     stop = streaming.Stop()
     with stop.listening():
@@ -89,7 +92,7 @@ def generate(
             top_k=min(top_k, model.vocab_size) or None,
             top_p=top_p if top_p < 1 else None,
             generator=torch.Generator().manual_seed(seed),
-            stop=lambda token: token == task.tokenizer.begin,
+            stop=task.tokenizer.ends,
         )
         try:
             if not stop.asked:
@@ -111,7 +114,7 @@ def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, s
     if prompt:
         out.write(_bytes(prompt))
     for token in drawn:
-        if token != tokenizer.begin:
+        if token not in tokenizer.ends:
             out.write(tokenizer.decode([token]))
         if stop.asked:
             break

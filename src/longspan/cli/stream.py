@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import StatusLine, say
+from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_file, check_output_folder
 from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
@@ -52,6 +53,8 @@ def stream(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
     errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> int:
     """Read one text of any length with a run's model, in constant memory, and say how well it is predicted.
 
@@ -80,7 +83,7 @@ def stream(
             check_output_folder(path.parent, option)
     from longspan.cli import streaming
 
-    model, task = open_run(run, set_ or [])
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state, chunk)
     if not model.traits.bounded:
         say("this model's state grows with the text; memory will not stay constant")

@@ -7,13 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.mixers import with_penalties
-from longspan.models import build_model, describe_model
+from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
+from longspan.hf.outputs import (
+    LongspanCausalOutput,
+    LongspanClassifierOutput,
+    LongspanMaskedOutput,
+    auxiliary,
+    kept_columns,
+    take_options,
+)
+from longspan.mixers import Rows
+from longspan.models import RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 
 
@@ -38,10 +47,17 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
     kinds: tuple[str, ...] = ()
+    loss_kind = ""
+    _flush = False
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
         super().__init__(config)
+        # transformers reads it from the name of the class, which a derived class need not keep
+        self.loss_type = self.loss_kind
         self.model: Any = _built(config, self.kinds) if model is None else model
         self._heads()
         self.post_init()  # type: ignore[no-untyped-call]
@@ -50,16 +66,20 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """What a class has beside the model."""
 
     @classmethod
-    def wrap(cls, model: nn.Module, **options: Any) -> Any:
+    def wrap(cls, model: nn.Module, *, tokenizer: Any = None, **options: Any) -> Any:
         """A model of longspan, as it is, as one of transformers.
 
         Args:
             model: a Decoder, a RecurrentMemory over one, a MaskedLM or an Encoder, as the class needs.
+            tokenizer: of longspan, whose begin and end tokens `generate` is to know.
             options: of `LongspanConfig`.
         """
         table = describe_model(model)
         if table["kind"] not in cls.kinds:
             raise ConfigError(f"{cls.__name__} holds a model of kind {' or '.join(cls.kinds)}, not {table['kind']}")
+        if tokenizer is not None:
+            ends = tokenizer.ends[0] if len(tokenizer.ends) == 1 else list(tokenizer.ends)
+            options = {"bos_token_id": tokenizer.begin, "eos_token_id": ends} | options
         return cls(LongspanConfig(model=table, **options), model)
 
     def init_weights(self) -> None:
@@ -74,9 +94,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._stack.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output map, where it is one of its own and a plain one."""
+        """The output map, where it is one of its own and a linear one."""
         output = getattr(self._stack, "output", None)
-        return output if isinstance(output, nn.Linear) else None
+        return output if isinstance(output, nn.Module) and hasattr(output, "out_features") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Another output map."""
@@ -97,8 +117,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         stack = self._stack
         stack.config = dataclasses.replace(stack.config, vocab_size=size)
         if getattr(stack, "output_bias", None) is not None:
-            old = stack.output_bias.data
-            stack.output_bias = nn.Parameter(F.pad(old, (0, max(size - len(old), 0)))[:size])
+            old = stack.output_bias
+            padded = F.pad(old.data, (0, max(size - len(old), 0)))[:size].clone()
+            stack.output_bias = nn.Parameter(padded, requires_grad=old.requires_grad)
         return found
 
     @property
@@ -106,12 +127,44 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """The embeddings and blocks, below a recurrent memory too."""
         return getattr(self.model, "backbone", self.model)
 
-    def _penalties(self, labels: Tensor | None) -> list[Tensor] | None:
-        """A list for auxiliary losses, where this call trains."""
-        return [] if self.training and labels is not None else None
+    def _penalties(self) -> list[Tensor] | None:
+        """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
+        return [] if self.training else None
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: Any = None,
+        *,
+        mask: Tensor | None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None,
+        hidden_states: bool,
+    ) -> tuple[Tensor, Any, Rows, tuple[Tensor, ...] | None]:
+        """The model without its head: last hidden states (B, N, dim), gathered, the next state, the rows, and, if they
+        are wanted, the hidden states (B, N, dim) before each layer and at the end, zeros at padding.
+        """
+        if isinstance(self.model, RecurrentMemory):
+            if input_ids is None:
+                raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
+            if hidden_states:
+                raise UnsupportedError(
+                    "output_hidden_states: a recurrent memory runs its layers once a segment, memory tokens included; "
+                    "model.model.hidden(tokens) gives the last hidden states"
+                )
+            (h, seen), following, rows = self.model.run(
+                input_ids, state, mask=mask, reset=reset, penalties=penalties, flush=self._flush, traces=None
+            )
+            return (h if seen is None else h.masked_fill(~seen, 0)), following, rows, None
+        inputs: list[Tensor] | None = [] if hidden_states else None
+        h, following, rows = self.model.run(input_ids, state, mask, reset, penalties, inputs_embeds, inputs=inputs)
+        layers = None if inputs is None else (*(rows.scatter(each) for each in inputs), rows.scatter(h))
+        return h, following, rows, layers
 
     def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
+        if not self._stack.config.reversible:  # whose blocks are recomputed in any case
+            self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute blocks in the backward pass (always without re-entry)."""
@@ -124,14 +177,24 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed."""
-        return bool(self._stack.config.checkpoint)
+        return bool(self._stack.config.checkpoint or self._stack.config.reversible)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same, by its newer name."""
+        return self.is_gradient_checkpointing
 
 
 class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
+    loss_kind = "ForCausalLM"
     _is_stateful = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)  # type: ignore[no-untyped-call]
+        register_causal(cls)
 
     def forward(
         self,
@@ -141,9 +204,9 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> LongspanCausalOutput | tuple[Any, ...]:
         """As causal models of transformers are called.
 
         Args:
@@ -154,8 +217,13 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             labels: (batch, length), predicted from the tokens before them; -100 is left out. Auxiliary losses of the
                 mixers are part of the loss in training.
             use_cache: return the state; default: where no labels are given.
-            logits_to_keep: only so many of the last columns' logits; 0 = all.
+            logits_to_keep: only so many of the last columns' logits; 0 = all. Or the indices (columns,) of those that
+                are wanted.
+
+        `output_hidden_states=True` returns the hidden states before each layer and after the last norm, and
+        `return_dict=False` a plain tuple.
         """
+        options = take_options(kwargs, self.config)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ConfigError("give input_ids or inputs_embeds")
@@ -168,24 +236,44 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         if cache is None and use_cache and self.model.traits.streams:
             cache = StateCache([True])
         mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
+        if cache is not None:
+            cache.begin()
         layer = None if cache is None else cast(StateLayer, cache.layers[0])
-        penalties = self._penalties(labels)
-        logits, state = self.model(
+        penalties = self._penalties()
+        h, state, rows, hidden_states = self._run(
             input_ids,
+            inputs_embeds,
             None if layer is None else layer.state,
             mask=mask,
             penalties=penalties,
-            **({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}),
+            hidden_states=options.hidden_states,
         )
         if layer is not None:
             layer.advance(state, given.shape[1])
-        loss = None
-        if labels is not None:
+            cache.end()
+        loss, columns = None, kept_columns(logits_to_keep)
+        if labels is None:
+            logits = self._logits(rows.scatter(h)[:, columns], None if mask is None else mask[:, columns])
+        else:
+            logits = rows.scatter(self._logits(h))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = with_penalties(loss, penalties)
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+            scored = next_labels(labels, kwargs.get("shift_labels"))
+            loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
+            logits = logits[:, columns]
+        output = LongspanCausalOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=hidden_states,
+            aux_loss=auxiliary(penalties),
+        )
+        return output.to_tuple() if options.as_tuple else output
+
+    def _logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
+        """Hidden states (B, N, dim) to logits, zeros where `real` (B, N) is False."""
+        memory = isinstance(self.model, RecurrentMemory)
+        logits: Tensor = self.model.adapter.output(h) if memory else self.model.logits(h)
+        return logits if real is None else logits.masked_fill(~real[..., None], 0)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -197,10 +285,24 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             model_kwargs["past_key_values"] = StateCache([True])
 
 
+def register_causal(cls: type[LongspanForCausalLM]) -> None:
+    """Tell the Trainer that a class predicts the next token: with label smoothing (or a loss of the user's own) it
+    takes the labels away, and shifts them itself for models whose class is named in this table only.
+    """
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if cls.__name__ not in known.values():
+        # keys that are no model type of transformers are never looked up
+        known[f"{cls.config_class.model_type}:{cls.__name__}"] = cls.__name__
+
+
+register_causal(LongspanForCausalLM)
+
+
 class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A masked language model."""
 
     kinds = ("masked_lm",)
+    loss_kind = "ForMaskedLM"
 
     def forward(
         self,
@@ -209,21 +311,31 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> LongspanMaskedOutput | tuple[Any, ...]:
         """Logits at every place; the loss over the places whose label is not -100."""
+        options = take_options(kwargs, self.config)
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties = self._penalties(labels)
-        logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
+        penalties = self._penalties()
+        h, _, rows, hidden_states = self._run(
+            input_ids, inputs_embeds, mask=mask, penalties=penalties, hidden_states=options.hidden_states
+        )
+        logits = rows.scatter(self.model.logits(h))
         loss = None
         if labels is not None:
-            loss = with_penalties(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), penalties)
-        return MaskedLMOutput(loss=loss, logits=logits)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, kwargs.get("num_items_in_batch")))
+        output = LongspanMaskedOutput(
+            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
+        )
+        return output.to_tuple() if options.as_tuple else output
 
 
 class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder."""
 
     kinds = ("encoder", "decoder")
+    _flush = True
+    loss_kind = "ForSequenceClassification"
 
     def _heads(self) -> None:
         config = self.config
@@ -239,20 +351,28 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels); the loss is cross entropy, or the squared error where there is one label."""
+    ) -> LongspanClassifierOutput | tuple[Any, ...]:
+        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`."""
+        options = take_options(kwargs, self.config)
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties = self._penalties(labels)
-        h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
-        inside = torch.arange(h.shape[1], device=h.device) < rows.real_tokens()[:, None]
-        if self.model.causal:
-            inside = inside & (torch.arange(h.shape[1], device=h.device) == rows.real_tokens()[:, None] - 1)
-        weight = inside.to(h.dtype)[..., None]
-        pooled = (h.masked_fill(~inside[..., None], 0)).sum(1) / weight.sum(1).clamp(min=1)
-        logits = self.score(self.dropout(pooled))
+        penalties = self._penalties()
+        h, _, rows, hidden_states = self._run(
+            input_ids, inputs_embeds, mask=mask, penalties=penalties, hidden_states=options.hidden_states
+        )
+        logits = self.score(self.dropout(self._pooled(h, rows)))
         loss = None
         if labels is not None:
-            single = self.config.num_labels == 1
-            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype)) if single else F.cross_entropy(logits, labels)
-            loss = with_penalties(loss, penalties)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            count = kwargs.get("num_items_in_batch")
+            loss = classification_loss(self.loss_function, logits, labels, self.config, count)
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, count))
+        output = LongspanClassifierOutput(
+            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
+        )
+        return output.to_tuple() if options.as_tuple else output
+
+    def _pooled(self, h: Tensor, rows: Rows) -> Tensor:
+        """What the head reads (batch, hidden_dim); zeros where a row has no real token."""
+        columns, count = torch.arange(h.shape[1], device=h.device), rows.real_tokens()[:, None]
+        inside = columns == count - 1 if self._stack.causal else columns < count
+        total = h.masked_fill(~inside[..., None], 0).sum(1)
+        return total / inside.sum(1, keepdim=True).clamp(min=1).to(h.dtype)

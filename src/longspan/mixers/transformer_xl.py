@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.relative import RelativeCore
@@ -130,19 +131,14 @@ class TransformerXLCore(RelativeCore):
                 old_k, old_v = hidden.project(past.detach())
             stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
             border = self._border(rows, memory)
-        out = ops.relative_attention(
-            q,
-            own_k,
-            own_v,
-            self.relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
-            self.content_bias,
-            self.position_bias,
-            lengths=rows.lengths,
-            memory_lengths=rows.memory_lengths(memory),
-            border=border,
-            stale=stale,
-            **self._visible(rows, memory),
-        )
+        distances = max(1, min(self.reach, memory + rows.length))
+        seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
+        if self.folds(q, distances, own_k, own_v):
+            scores = self.position_scores(q, distances, rows)
+            out = ops.relative_decode(q, own_k, own_v, scores, self.content_bias, **seen)
+        else:
+            r, biases = self.relative(distances, rows), (self.content_bias, self.position_bias)
+            out = ops.relative_attention(q, own_k, own_v, r, *biases, border=border, stale=stale, **seen)
         return out, self._next(state, k, v, hidden.x, rows)
 
     def _past(
@@ -165,7 +161,7 @@ class TransformerXLCore(RelativeCore):
 
     def _border(self, rows: Rows, memory: int) -> int | Tensor:
         segment = self.config.segment
-        return segment if rows.aligned(segment) else rows.segment_start(segment, memory).expand(rows.batch, -1)
+        return segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
 
     def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
@@ -178,8 +174,10 @@ class TransformerXLCore(RelativeCore):
             return {}  # the visible columns of the state were cut to just what the segment sees
 
         def first_key() -> Tensor:
-            first = (rows.segment_start(config.segment, memory) - config.mem_len).clamp(min=0).expand(rows.batch, -1)
-            return first if start is None else torch.maximum(first, start)
+            start_of = rows.segment_start(config.segment, memory)
+            first = host.derive(lambda begin: (begin - config.mem_len).clip(min=0), start_of)
+            first = host.expand(first, rows.batch)
+            return first if start is None else host.maximum(first, start)
 
         return {"window": self.reach, "start": rows.cached(("xl", config.segment, config.mem_len, memory), first_key)}
 
@@ -195,9 +193,8 @@ class TransformerXLCore(RelativeCore):
             # what lies before the open segment is memory: it is read, not trained through
             slot = torch.arange(self.capacity, device=x.device)
             is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-            joined = (
-                torch.where(is_open[..., None], joined, joined.detach()) if bool(is_open.any()) else joined.detach()
-            )
+            some = self.capacity > 0 and (rows.lives % self.config.segment).any()
+            joined = torch.where(is_open[..., None], joined, joined.detach()) if some else joined.detach()
         return TransformerXLState(joined, rows.live)
 
     def init_state(
@@ -213,6 +210,10 @@ class TransformerXLCore(RelativeCore):
             torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
         )
 
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """See `Core.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` slots and one count a row, whatever the length."""
         width = self.shape.dim if self.config.memory == "hidden" else 2 * self.shape.num_kv_heads * self.shape.head_dim
@@ -223,7 +224,7 @@ class TransformerXLCore(RelativeCore):
         config, width = self.config, self.shape.num_heads * self.shape.head_dim
         segment = None if config.same_length else config.segment
         content, position = ops.relative_cost(length, window=config.mem_len, segment=segment)
-        projected = 2 * min(self.reach, length) * self.shape.dim * width
+        projected = 2 * self.different_distances(min(self.reach, length)) * self.shape.dim * width
         return batch_size * (4 * content + 2 * position) * width + projected
 
     def pairs(self, length: int) -> int:

@@ -182,7 +182,7 @@ def _run_reserved(
         pretrained.write_tokenizer(resolved["model"], folder)
     task = _prepared_task(resolved["task"], folder, group)
     _fit_vocabulary(resolved["model"], task)
-    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     model = model.to(group.device, DTYPES[config.dtype])
@@ -229,7 +229,7 @@ def _run_staged_reserved(
     task = _prepared_task(resolved["task"], folder, Group())
     _fit_vocabulary(resolved["model"], task)
     _check_staged(resolved, config)
-    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     trainer: StagedTrainer
@@ -350,6 +350,14 @@ def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
         raise ConfigError(
             f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
         )
+
+
+def _resumed_checkpoint(folder: Path, display: Silent) -> Checkpoint | None:
+    """The newest sound checkpoint; says where there is none, so that the run begins at step 0."""
+    checkpoint = _newest_sound(folder / "checkpoints", display)
+    if checkpoint is None:
+        display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
+    return checkpoint
 
 
 def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
