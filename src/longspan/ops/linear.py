@@ -439,7 +439,7 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
     phi, _ = features(q, False)
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
-    return out.view(batch, heads, length, -1)
+    return out.view(batch, heads, length, total.shape[-1] - 1)
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
