@@ -5,13 +5,11 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +17,18 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, Found, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.wrappers import unwrapped
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
-CORE = "longspan"
 _STRONGLY_LOCAL = -4.0
 
 
@@ -85,8 +84,8 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class; the converted one is made of it again where they are read."""
-        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, (original_class(self),), *rest)
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (original_class(self),), *reduced[2:])
 
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
@@ -143,6 +142,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
+    model = unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -152,7 +152,6 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = found.attentions[index]
-        like = next(attention.parameters())
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
         if core.needs_hidden:
             raise UnsupportedError(
@@ -161,12 +160,12 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
-        cores[index] = core.to(like.device)
+        cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
-    model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
+    mark(model.config, record)
     return _report(model, name, chosen, record["fields"])
 
 
@@ -189,6 +188,7 @@ def revert(model: Any) -> None:
     Raises:
         ConfigError: the model is not converted.
     """
+    model = unwrapped(model)
     found = find(model)
     converted = [each for each in found.attentions if isinstance(each, Converted)]
     if not converted:
@@ -199,7 +199,7 @@ def revert(model: Any) -> None:
         _turn(attention, original_class(attention))
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    del model.config.longspan
+    unmark(model.config)
 
 
 def cores(model: Any) -> dict[int, Core]:
@@ -221,7 +221,8 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    _turn(attention, converted_class(type(attention)))
+    original: Any = type(attention)
+    _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
 
@@ -357,57 +358,6 @@ def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, An
     kept = [each for each in found.attentions if not isinstance(each, Converted)]
     traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
     return Report(name, layers, fields, new, traits.bounded and not kept)
-
-
-def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
-    """A converted model that `save_pretrained` wrote: the model, its conversion, its new parameters.
-
-    Args:
-        folder: that holds config.json and safetensors.
-        auto: class that loads the original; default `AutoModelForCausalLM`, or `AutoModel` for encoders.
-        options: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: the folder holds no converted model, or lacks parameters of it.
-    """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    records = getattr(config, CORE, None)
-    if not records:
-        raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
-    del config.longspan
-    if auto is None:
-        encoder = config.model_type in ("bert", "roberta")
-        auto = AutoModel if encoder else AutoModelForCausalLM
-    with _expected(auto, config):
-        model = auto.from_pretrained(folder, config=config, **options)
-    for record in records:
-        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= {key: value for key, value in load_file(path).items() if f".{CORE}." in key}
-    missing = [key for key in model.state_dict() if f".{CORE}." in key and key not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing")
-    # as they were stored: gates are fp32 beside weights of any type
-    model.load_state_dict(stored, strict=False, assign=True)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _expected(auto: Any, config: Any) -> Iterator[None]:
-    """Keep transformers from reporting the parameters of mechanisms, which it does not load, as unexpected."""
-    known = getattr(auto, "_model_mapping", {})
-    cls = known.get(type(config), auto)
-    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{CORE}\."]
-    try:
-        yield
-    finally:
-        cls._keys_to_ignore_on_load_unexpected = before
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -49,6 +49,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     supports_gradient_checkpointing = True
     # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
     _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
     kinds: tuple[str, ...] = ()
     loss_kind = ""
     _flush = False
@@ -93,9 +94,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._stack.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output map, where it is one of its own and a plain one."""
+        """The output map, where it is one of its own and a linear one."""
         output = getattr(self._stack, "output", None)
-        return output if isinstance(output, nn.Linear) else None
+        return output if isinstance(output, nn.Module) and hasattr(output, "out_features") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Another output map."""

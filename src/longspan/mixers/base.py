@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 
@@ -314,7 +315,7 @@ class Mixer(nn.Module):
         """
         if not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
-        like = next(self.parameters())
+        like = place_of(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

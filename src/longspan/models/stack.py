@@ -12,6 +12,7 @@ from longspan import state as states
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
 from longspan.mixers.base import merge_traits, special_groups, why_no_stream
+from longspan.mixers.maps import place_of
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
@@ -236,7 +237,7 @@ class Stack(nn.Module):
     ) -> StackState:
         """The state of an empty past; device and dtype default to those of the parameters."""
         layers = tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.layers)
-        where = device or next(self.parameters()).device
+        where = device or place_of(self).device
         return StackState(layers, torch.zeros(batch_size, dtype=torch.int64, device=where))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
