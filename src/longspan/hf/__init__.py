@@ -15,7 +15,7 @@ from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
-from longspan.hf.training import AfterStep
+from longspan.hf.training import AfterStep, TrainerLoss
 
 __all__ = [
     "AfterStep",
@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "StateCache",
     "StateLayer",
+    "TrainerLoss",
     "after_step",
     "convert",
     "cores",

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.mixers import with_penalties
-from longspan.models import build_model, describe_model
+from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
+from longspan.hf.outputs import LongspanCausalOutput, LongspanClassifierOutput, LongspanMaskedOutput, auxiliary
+from longspan.models import RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 
 
@@ -39,9 +40,12 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     kinds: tuple[str, ...] = ()
+    loss_kind = ""
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
         super().__init__(config)
+        # transformers reads it from the name of the class, which a derived class need not keep
+        self.loss_type = self.loss_kind
         self.model: Any = _built(config, self.kinds) if model is None else model
         self._heads()
         self.post_init()  # type: ignore[no-untyped-call]
@@ -106,9 +110,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """The embeddings and blocks, below a recurrent memory too."""
         return getattr(self.model, "backbone", self.model)
 
-    def _penalties(self, labels: Tensor | None) -> list[Tensor] | None:
-        """A list for auxiliary losses, where this call trains."""
-        return [] if self.training and labels is not None else None
+    def _penalties(self) -> list[Tensor] | None:
+        """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
+        return [] if self.training else None
 
     def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
@@ -131,7 +135,12 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
+    loss_kind = "ForCausalLM"
     _is_stateful = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)  # type: ignore[no-untyped-call]
+        register_causal(cls)
 
     def forward(
         self,
@@ -143,7 +152,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> LongspanCausalOutput:
         """As causal models of transformers are called.
 
         Args:
@@ -169,7 +178,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             cache = StateCache([True])
         mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
         layer = None if cache is None else cast(StateLayer, cache.layers[0])
-        penalties = self._penalties(labels)
+        penalties = self._penalties()
         logits, state = self.model(
             input_ids,
             None if layer is None else layer.state,
@@ -182,10 +191,16 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = with_penalties(loss, penalties)
+            scored = next_labels(labels, kwargs.get("shift_labels"))
+            loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return LongspanCausalOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            aux_loss=auxiliary(penalties),
+        )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -197,10 +212,24 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             model_kwargs["past_key_values"] = StateCache([True])
 
 
+def register_causal(cls: type[LongspanForCausalLM]) -> None:
+    """Tell the Trainer that a class predicts the next token: with label smoothing (or a loss of the user's own) it
+    takes the labels away, and shifts them itself for models whose class is named in this table only.
+    """
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if cls.__name__ not in known.values():
+        # keys that are no model type of transformers are never looked up
+        known[f"{cls.config_class.model_type}:{cls.__name__}"] = cls.__name__
+
+
+register_causal(LongspanForCausalLM)
+
+
 class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A masked language model."""
 
     kinds = ("masked_lm",)
+    loss_kind = "ForMaskedLM"
 
     def forward(
         self,
@@ -209,21 +238,23 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput:
+    ) -> LongspanMaskedOutput:
         """Logits at every place; the loss over the places whose label is not -100."""
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties = self._penalties(labels)
+        penalties = self._penalties()
         logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
         loss = None
         if labels is not None:
-            loss = with_penalties(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()), penalties)
-        return MaskedLMOutput(loss=loss, logits=logits)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, kwargs.get("num_items_in_batch")))
+        return LongspanMaskedOutput(loss=loss, logits=logits, aux_loss=auxiliary(penalties))
 
 
 class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder."""
 
     kinds = ("encoder", "decoder")
+    loss_kind = "ForSequenceClassification"
 
     def _heads(self) -> None:
         config = self.config
@@ -239,20 +270,36 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput:
-        """Logits (batch, num_labels); the loss is cross entropy, or the squared error where there is one label."""
+    ) -> LongspanClassifierOutput:
+        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`."""
         mask = None if attention_mask is None else attention_mask.bool()
-        penalties = self._penalties(labels)
-        h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
-        inside = torch.arange(h.shape[1], device=h.device) < rows.real_tokens()[:, None]
-        if self.model.causal:
-            inside = inside & (torch.arange(h.shape[1], device=h.device) == rows.real_tokens()[:, None] - 1)
-        weight = inside.to(h.dtype)[..., None]
-        pooled = (h.masked_fill(~inside[..., None], 0)).sum(1) / weight.sum(1).clamp(min=1)
+        penalties = self._penalties()
+        pooled = self._pooled(input_ids, mask, penalties, inputs_embeds)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
-            single = self.config.num_labels == 1
-            loss = F.mse_loss(logits[:, 0], labels.to(logits.dtype)) if single else F.cross_entropy(logits, labels)
-            loss = with_penalties(loss, penalties)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            count = kwargs.get("num_items_in_batch")
+            loss = classification_loss(self.loss_function, logits, labels, self.config, count)
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, count))
+        return LongspanClassifierOutput(loss=loss, logits=logits, aux_loss=auxiliary(penalties))
+
+    def _pooled(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        penalties: list[Tensor] | None,
+        inputs_embeds: Tensor | None,
+    ) -> Tensor:
+        """What the head reads (batch, hidden_dim); zeros where a row has no real token."""
+        if isinstance(self.model, RecurrentMemory):
+            if input_ids is None:
+                raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
+            (h, _), _, rows = self.model.run(
+                input_ids, None, mask=mask, reset=None, penalties=penalties, flush=True, traces=None
+            )
+        else:
+            h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
+        columns, count = torch.arange(h.shape[1], device=h.device), rows.real_tokens()[:, None]
+        inside = columns == count - 1 if self._stack.causal else columns < count
+        total = h.masked_fill(~inside[..., None], 0).sum(1)
+        return total / inside.sum(1, keepdim=True).clamp(min=1).to(h.dtype)
