@@ -6,16 +6,30 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateCache, StateLayer, on_device, own_cache, take_cache
 from longspan.hf.config import LongspanConfig
+from longspan.hf.generation import StateGeneration
+from longspan.hf.keywords import known_keywords, settle_keywords
 from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
 from longspan.hf.outputs import LongspanCausalOutput, LongspanClassifierOutput, LongspanMaskedOutput, auxiliary
+from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.models import RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+
+# what the loss functions of transformers take, and what its models are asked to return
+_BESIDE = (
+    "num_items_in_batch",
+    "ignore_index",
+    "shift_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+)
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -114,6 +128,32 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
         return [] if self.training else None
 
+    def _documents(
+        self, inputs: Tensor | None, keywords: dict[str, Any], past: Past | None = None, **arguments: Any
+    ) -> Documents:
+        """Padding and documents of a call; unknown keywords are refused.
+
+        Args:
+            inputs: token ids or embeddings.
+            keywords: those of the call that its signature does not name; what is read here is taken out.
+            past: what the rows hold already; None = nothing.
+            arguments: attention_mask, mask, reset and position_ids.
+        """
+        if inputs is None:
+            raise ConfigError("give input_ids or inputs_embeds")
+        arguments |= {name: keywords.pop(name) for name in PACKING if name in keywords}
+        settle_keywords(keywords, {*known_keywords(type(self).forward), *_BESIDE}, type(self).__name__)
+        if past is None:
+            past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
+        packed = documents(inputs, past, arguments)
+        learned = getattr(self._stack.config, "positions", None) in ("learned", "factorised")
+        if packed.ahead and learned:
+            raise UnsupportedError(
+                "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
+                "leave position_ids out, or begin at 0 (padding goes by attention_mask)"
+            )
+        return packed
+
     def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
@@ -131,7 +171,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return bool(self._stack.config.checkpoint)
 
 
-class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration):  # type: ignore[no-untyped-call]
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
@@ -151,6 +191,11 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> LongspanCausalOutput:
         """As causal models of transformers are called.
@@ -158,36 +203,50 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         Args:
             input_ids: (batch, length).
             attention_mask: (batch, length) or (batch, past + length), 1 for real tokens; padding anywhere.
-            past_key_values: what the last call returned.
+            past_key_values, cache: what the last call returned, by either name.
             inputs_embeds: (batch, length, dim) in place of input_ids.
             labels: (batch, length), predicted from the tokens before them; -100 is left out. Auxiliary losses of the
                 mixers are part of the loss in training.
             use_cache: return the state; default: where no labels are given.
             logits_to_keep: only so many of the last columns' logits; 0 = all.
+            position_ids: (batch, length); a 0 among real tokens starts a document (packed rows), every other one must
+                follow the one before it. For `cu_seq_lens_q` and `seq_idx` see `longspan.hf.positions`.
+            mask: (batch, length) bool, True = real token: `attention_mask` as the library calls it.
+            reset: (batch, length) bool, True = a new document starts here.
+
+        Raises:
+            ConfigError: an unknown keyword, shapes that do not fit, or a cache of another model.
+            UnsupportedError: the model does not stream, and a cache is passed or `use_cache` is True.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ConfigError("give input_ids or inputs_embeds")
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, StateCache):
-            if cache.get_seq_length():
-                raise ConfigError("past_key_values: this model carries a longspan state, not keys and values")
-            cache = None
-        use_cache = (labels is None and self.config.use_cache) if use_cache is None else use_cache
-        if cache is None and use_cache and self.model.traits.streams:
-            cache = StateCache([True])
-        mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
-        layer = None if cache is None else cast(StateLayer, cache.layers[0])
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        states_before = self._cache(take_cache({"cache": cache, "past_key_values": past_key_values}), use_cache, labels)
+        layer = None if states_before is None else cast(StateLayer, states_before.layers[0])
+        packed = self._documents(
+            inputs,
+            kwargs,
+            None if states_before is None or inputs is None else self._past(states_before, inputs),
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
+        assert inputs is not None
+        if inputs_embeds is not None and isinstance(self.model, RecurrentMemory):
+            raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
         penalties = self._penalties()
         logits, state = self.model(
             input_ids,
-            None if layer is None else layer.state,
-            mask=mask,
+            None if layer is None else on_device(layer.state, inputs.device),
+            mask=packed.mask,
+            reset=packed.reset,
             penalties=penalties,
             **({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}),
         )
-        if layer is not None:
-            layer.advance(state, given.shape[1])
+        if states_before is not None and layer is not None:
+            layer.advance(state, inputs.shape[1])
+            states_before.shift = packed.shift
+            if states_before.offloading:
+                layer.offload()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -195,21 +254,30 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
             loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
-        return LongspanCausalOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache if use_cache else None,
-            aux_loss=auxiliary(penalties),
-        )
+        returned = self._default_use_cache(labels) if use_cache is None else use_cache
+        kept = {CACHE: states_before} if returned else {}
+        return LongspanCausalOutput(loss=loss, logits=logits, aux_loss=auxiliary(penalties), **kept)
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
-        """A state in the place of keys and values."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if not self.model.traits.streams:
-                raise UnsupportedError(f"{self.model.why_no_stream()}; generate with use_cache=False")
-            model_kwargs["past_key_values"] = StateCache([True])
+    def _default_use_cache(self, labels: Tensor | None) -> bool:
+        return labels is None and bool(self.config.use_cache)
+
+    def _cache(self, cache: Any, use_cache: bool | None, labels: Tensor | None) -> StateCache | None:
+        """The state that a call begins with and fills; None: it begins with an empty past and keeps nothing."""
+        if not self.model.traits.streams:
+            if cache is not None or use_cache:
+                raise UnsupportedError(
+                    f"{self.model.why_no_stream()}; call the model, and generate, with use_cache=False"
+                )
+            return None
+        if cache is None and not (self._default_use_cache(labels) if use_cache is None else use_cache):
+            return None
+        return own_cache(cache, lambda: StateCache([True]))
+
+    def _past(self, cache: StateCache, inputs: Tensor) -> Past:
+        live = states.live(cast(StateLayer, cache.layers[0]).state, inputs.shape[0], inputs.device)
+        if live.shape[0] != inputs.shape[0]:
+            raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
+        return Past(live.to(inputs.device), cache.get_seq_length(), cache.shift)
 
 
 def register_causal(cls: type[LongspanForCausalLM]) -> None:
@@ -237,12 +305,28 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
     ) -> LongspanMaskedOutput:
-        """Logits at every place; the loss over the places whose label is not -100."""
-        mask = None if attention_mask is None else attention_mask.bool()
+        """Logits at every place; the loss over the places whose label is not -100.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
-        logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
+        logits, _ = self.model(
+            input_ids, mask=packed.mask, reset=packed.reset, penalties=penalties, inputs_embeds=inputs_embeds
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -269,12 +353,26 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
     ) -> LongspanClassifierOutput:
-        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`."""
-        mask = None if attention_mask is None else attention_mask.bool()
+        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
-        pooled = self._pooled(input_ids, mask, penalties, inputs_embeds)
+        pooled = self._pooled(input_ids, packed, penalties, inputs_embeds)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -286,7 +384,7 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
     def _pooled(
         self,
         input_ids: Tensor | None,
-        mask: Tensor | None,
+        packed: Documents,
         penalties: list[Tensor] | None,
         inputs_embeds: Tensor | None,
     ) -> Tensor:
@@ -295,10 +393,10 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
             if input_ids is None:
                 raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
             (h, _), _, rows = self.model.run(
-                input_ids, None, mask=mask, reset=None, penalties=penalties, flush=True, traces=None
+                input_ids, None, mask=packed.mask, reset=packed.reset, penalties=penalties, flush=True, traces=None
             )
         else:
-            h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
+            h, _, rows = self.model.run(input_ids, None, packed.mask, packed.reset, penalties, inputs_embeds)
         columns, count = torch.arange(h.shape[1], device=h.device), rows.real_tokens()[:, None]
         inside = columns == count - 1 if self._stack.causal else columns < count
         total = h.masked_fill(~inside[..., None], 0).sum(1)

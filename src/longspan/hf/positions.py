@@ -29,12 +29,14 @@ class Documents(NamedTuple):
         positions: (batch, length) int64, as the caller counts them, the model's first one on padding; None = not given.
         shift: (batch,) int64, by how much the caller's position of a row's next token is ahead of the state's; None =
             by nothing.
+        ahead: a row that held nothing begins behind the first position.
     """
 
     mask: Tensor | None
     reset: Tensor | None
     positions: Tensor | None
     shift: Tensor | None
+    ahead: bool = False
 
 
 class Past(NamedTuple):
@@ -191,7 +193,9 @@ def _from_positions(positions: Tensor, past: Past, mask: Tensor | None, reset: T
     if reset is not None and mask is not None:
         # one behind the last real token: what comes next begins anew
         shift = shift.masked_fill(count[:, -1] > count.gather(1, latest[:, -1:] + 1)[:, 0], 0)
-    bad, packed, shifted = torch.stack([wrong.any(), starts.any(), (shift != 0).any()]).tolist()
+    anywhere = opens & ~told & (positions > first)
+    flags = torch.stack([wrong.any(), starts.any(), (shift != 0).any(), anywhere.any()])
+    bad, packed, shifted, ahead = flags.tolist()
     if bad:
         row, place = (int(index) for index in wrong.nonzero()[0])
         at, goes_on = int(positions[row, place]), int(before[row, place]) + 1
@@ -202,4 +206,4 @@ def _from_positions(positions: Tensor, past: Past, mask: Tensor | None, reset: T
     if packed:
         reset = starts if reset is None else reset | starts
     plain = positions if mask is None else positions.masked_fill(~mask, first)
-    return Documents(mask, reset, plain, shift if shifted else None)
+    return Documents(mask, reset, plain, shift if shifted else None, ahead)
