@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan import state as states
@@ -171,7 +171,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return bool(self._stack.config.checkpoint)
 
 
-class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration):  # type: ignore[no-untyped-call]
+# transformers looks for GenerationMixin among the direct bases
+class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)

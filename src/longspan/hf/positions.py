@@ -75,7 +75,9 @@ def documents(inputs: Tensor, past: Past, arguments: Mapping[str, Any], first: i
     positions = arguments.get("position_ids")
     if positions is None or not inputs.shape[0] or not inputs.shape[1]:
         return Documents(mask, reset, None, _shift_without_positions(past, mask, reset))
-    return _from_positions(_positions(positions, inputs), past, mask, reset, first)
+    return _from_positions(
+        _positions(positions, inputs), _recounted(past, positions, arguments, first), mask, reset, first
+    )
 
 
 def _table(given: Any, name: str, inputs: Tensor) -> Tensor | None:
