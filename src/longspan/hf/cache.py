@@ -165,6 +165,28 @@ class StateCache(Cache):
         self.offloading = offloading
         self.shift, self.first_columns = None, None
 
+    _open: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
+
+    def begin(self) -> None:
+        """Before a call: where the last one did not come to its end, go back to before it."""
+        self._take_back()
+        rest = {name: value for name, value in self.__dict__.items() if name not in ("layers", "_open")}
+        # layers replace what they hold and write into nothing, so that no copy is needed
+        self._open = rest, [dict(layer.__dict__) for layer in self.layers]
+
+    def end(self) -> None:
+        """Behind a call that has come to its end, in one step."""
+        self._open = None
+
+    def _take_back(self) -> None:
+        if self._open is not None:
+            rest, layers = self._open
+            self.__dict__.update(rest)
+            for layer, fields in zip(self.layers, layers, strict=True):
+                layer.__dict__.clear()
+                layer.__dict__.update(fields)
+            self._open = None
+
     @property
     def is_compileable(self) -> bool:
         """Shapes grow, or states are replaced."""
@@ -194,21 +216,25 @@ class StateCache(Cache):
 
     def reset(self) -> None:
         """An empty past."""
-        super().reset()
+        self._take_back()
+        super().reset()  # type: ignore[no-untyped-call]
         self.shift, self.first_columns = None, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the beams that go on."""
+        self._take_back()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some rows."""
+        self._take_back()
         super().batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
+        self._take_back()
         super().batch_repeat_interleave(repeats)
         for name in ("shift", "first_columns"):
             rows = getattr(self, name)

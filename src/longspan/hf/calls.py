@@ -149,7 +149,9 @@ def _cache(base: Any, found: Found, keywords: dict[str, Any], cache: Any) -> Sta
     if cache is None and not use:
         return None
     layers = [is_converted(attention) for attention in found.attentions]
-    return own_cache(cache, lambda: StateCache(layers, base.config))
+    carried = own_cache(cache, lambda: StateCache(layers, base.config))
+    carried.begin()
+    return carried
 
 
 def _lay_out(

@@ -5,11 +5,11 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+import functools
+import types
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import on_device, take_cache
 from longspan.hf.calls import Call, check_caches, prepare_call
+from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
+from longspan.hf.penalties import LastPenalties
+from longspan.hf.wrappers import unwrapped
 from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
-CORE = "longspan"
 _STRONGLY_LOCAL = -4.0
 
 
@@ -60,6 +62,11 @@ class Converted:
     longspan_family: Family
     longspan_index: int
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the original class; the converted one is made of it again where they are read."""
+        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (original_class(self),), *rest)
+
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
         if longspan_call is None:
@@ -73,6 +80,7 @@ class Converted:
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
+        before = self.longspan.fit(before, k)
         out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
@@ -115,6 +123,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
+    model = unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -124,7 +133,6 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = found.attentions[index]
-        like = next(attention.parameters())
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
         if core.needs_hidden:
             raise UnsupportedError(
@@ -133,13 +141,24 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
-        cores[index] = core.to(like.device)
+        cores[index] = core.to(_device(attention))
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
-    model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
+    mark(model.config, record)
     return _report(model, name, chosen, record["fields"])
+
+
+def _device(attention: nn.Module) -> torch.device:
+    """Where a module computes: where its parameters are, or where accelerate brings them."""
+    device = next(attention.parameters()).device
+    for module in attention.modules() if device.type == "meta" else ():
+        hook: Any = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook]):
+            if getattr(each, "execution_device", None) is not None:
+                return torch.device(each.execution_device)
+    return device
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +180,7 @@ def revert(model: Any) -> None:
     Raises:
         ConfigError: the model is not converted.
     """
+    model = unwrapped(model)
     found = find(model)
     converted = [each for each in found.attentions if isinstance(each, Converted)]
     if not converted:
@@ -168,15 +188,15 @@ def revert(model: Any) -> None:
     for attention in converted:
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
-        attention.__class__ = type(attention).__mro__[2]
+        _turn(attention, original_class(attention))
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    del model.config.longspan
+    unmark(model.config)
 
 
 def cores(model: Any) -> dict[int, Core]:
     """The cores of a converted model, by layer; empty where it is not converted."""
-    found = find(_unwrapped(model))
+    found = find(unwrapped(model))
     return {
         index: attention.longspan
         for index, attention in enumerate(found.attentions)
@@ -193,10 +213,32 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    own = type(attention)
-    attention.__class__ = type(f"Longspan{own.__name__}", (Converted, own), {"__module__": own.__module__})
+    _turn(attention, converted_class(type(attention)))
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
+
+
+@functools.cache
+def converted_class(original: type) -> type:
+    """The class of converted attention modules of a class; one and the same for all of them."""
+    return type(f"Longspan{original.__name__}", (Converted, original), {"__module__": __name__})
+
+
+def original_class(attention: Any) -> type:
+    """The class that a converted attention module had before."""
+    return type(attention).__mro__[2]
+
+
+def _blank(original: type) -> Any:
+    cls: Any = converted_class(original)
+    return cls.__new__(cls)
+
+
+def _turn(attention: Any, cls: Any) -> None:
+    """Change the class of a module, and what hooks of accelerate wrap as its own forward."""
+    attention.__class__ = cls
+    if "_old_forward" in attention.__dict__:
+        attention._old_forward = types.MethodType(cls.forward, attention)
 
 
 def _hook(base: Any) -> None:
@@ -213,24 +255,24 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     cache = take_cache(dict(kwargs))
     if cache is not None:
         call.advance(cache)
-    base.__dict__["longspan_penalties"] = call.penalties
+        cache.end()
+    base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
 
 def penalties(model: Any) -> list[Tensor]:
-    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss."""
-    found = find(_unwrapped(model))
-    return list(found.family.base(_unwrapped(model)).__dict__.get("longspan_penalties", []))
+    """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss.
+
+    They can be trained through while the call's output, or a loss made of it, exists; later their values are left.
+    """
+    inner = unwrapped(model)
+    last: LastPenalties | None = find(inner).family.base(inner).__dict__.get("longspan_penalties")
+    return [] if last is None else last.read()
 
 
 def after_step(model: Any, step: int, generator: torch.Generator | None = None) -> None:
     """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
     for core in cores(model).values():
         core.after_step(step, generator)
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model of transformers inside a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, Any]) -> Report:
@@ -240,57 +282,6 @@ def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, An
     kept = [each for each in found.attentions if not isinstance(each, Converted)]
     traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
     return Report(name, layers, fields, new, traits.bounded and not kept)
-
-
-def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
-    """A converted model that `save_pretrained` wrote: the model, its conversion, its new parameters.
-
-    Args:
-        folder: that holds config.json and safetensors.
-        auto: class that loads the original; default `AutoModelForCausalLM`, or `AutoModel` for encoders.
-        options: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: the folder holds no converted model, or lacks parameters of it.
-    """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    records = getattr(config, CORE, None)
-    if not records:
-        raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
-    del config.longspan
-    if auto is None:
-        encoder = config.model_type in ("bert", "roberta")
-        auto = AutoModel if encoder else AutoModelForCausalLM
-    with _expected(auto, config):
-        model = auto.from_pretrained(folder, config=config, **options)
-    for record in records:
-        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= {key: value for key, value in load_file(path).items() if f".{CORE}." in key}
-    missing = [key for key in model.state_dict() if f".{CORE}." in key and key not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing")
-    # as they were stored: gates are fp32 beside weights of any type
-    model.load_state_dict(stored, strict=False, assign=True)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _expected(auto: Any, config: Any) -> Iterator[None]:
-    """Keep transformers from reporting the parameters of mechanisms, which it does not load, as unexpected."""
-    known = getattr(auto, "_model_mapping", {})
-    cls = known.get(type(config), auto)
-    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{CORE}\."]
-    try:
-        yield
-    finally:
-        cls._keys_to_ignore_on_load_unexpected = before
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -184,6 +184,11 @@ class Bert(Family):
 _FAMILIES: tuple[Family, ...] = (Llama(), GPT2(), Bert())
 
 
+def model_types() -> tuple[str, ...]:
+    """The types of models that convert, as transformers calls them."""
+    return tuple(kind for family in _FAMILIES for kind in family.model_types)
+
+
 @dataclass(frozen=True)
 class Found:
     """A family, and the attention modules of a model of it."""
@@ -202,5 +207,5 @@ def find(model: Any) -> Found:
     for family in _FAMILIES:
         if kind in family.model_types:
             return Found(family, list(family.attentions(model)))
-    known = ", ".join(each for family in _FAMILIES for each in family.model_types)
+    known = ", ".join(model_types())
     raise UnsupportedError(f"a model of type {kind!r} does not convert; these do: {known}")

@@ -6,14 +6,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationMixin
 
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import CACHE, StateCache, take_cache
+from longspan.hf.cache import CACHE, StateCache, own_cache, take_cache
+from longspan.hf.positions import Past
 
 
 class StateGeneration(GenerationMixin):
     """What transformers' generation asks of a model, for one that carries a state."""
 
     model: Any
+
+    def _carried(self, cache: Any, wanted: bool, use_cache: bool | None) -> StateCache | None:
+        """The state that a call begins with and fills; None: it begins with an empty past and keeps nothing."""
+        if not self.model.traits.streams:
+            if cache is not None or use_cache:
+                raise UnsupportedError(
+                    f"{self.model.why_no_stream()}; call the model, and generate, with use_cache=False"
+                )
+            return None
+        if cache is None and not wanted:
+            return None
+        carried = own_cache(cache, lambda: StateCache([True]))
+        carried.begin()
+        return carried
+
+    def _past(self, cache: StateCache, inputs: Tensor) -> Past:
+        """What the rows of a call hold already."""
+        live = states.live(cache.state_layers[0].state, inputs.shape[0], inputs.device)
+        if live.shape[0] != inputs.shape[0]:
+            raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
+        return Past(live.to(inputs.device), cache.get_seq_length(), cache.shift)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; `mask` and `reset` (batch, length) act as in a call."""

@@ -75,9 +75,8 @@ def documents(inputs: Tensor, past: Past, arguments: Mapping[str, Any], first: i
     positions = arguments.get("position_ids")
     if positions is None or not inputs.shape[0] or not inputs.shape[1]:
         return Documents(mask, reset, None, _shift_without_positions(past, mask, reset))
-    return _from_positions(
-        _positions(positions, inputs), _recounted(past, positions, arguments, first), mask, reset, first
-    )
+    read = _read_before(past, arguments.get("attention_mask"))
+    return _from_positions(_positions(positions, inputs), past, read, mask, reset, first)
 
 
 def _table(given: Any, name: str, inputs: Tensor) -> Tensor | None:
@@ -168,7 +167,16 @@ def _shift_without_positions(past: Past, mask: Tensor | None, reset: Tensor | No
     return past.shift.masked_fill(reset.any(1), 0)
 
 
-def _from_positions(positions: Tensor, past: Past, mask: Tensor | None, reset: Tensor | None, first: int) -> Documents:
+def _read_before(past: Past, mask: Tensor | None) -> Tensor:
+    """(batch,) tokens of earlier calls that the mask of this one calls real."""
+    if mask is None or mask.shape[1] <= past.columns:
+        return torch.full_like(past.live, past.columns)
+    return mask[:, : past.columns].bool().sum(1).to(past.live.device)
+
+
+def _from_positions(
+    positions: Tensor, past: Past, read: Tensor, mask: Tensor | None, reset: Tensor | None, first: int
+) -> Documents:
     """See `documents`; all rows at once, and one read of the device."""
     batch, length = positions.shape
     column = torch.arange(length, device=positions.device).expand(batch, -1)
@@ -176,6 +184,11 @@ def _from_positions(positions: Tensor, past: Past, mask: Tensor | None, reset: T
     # the column of the real token before each one; -1 = it is in the state
     previous = torch.cat([latest.new_full((batch, 1), -1), latest[:, :-1]], 1)
     shift = torch.zeros_like(past.live) if past.shift is None else past.shift
+    # `generate` counts all that its mask calls real, whatever documents began in between
+    recounts = (previous < 0) & (positions == (read + first)[:, None]) & (read > 0)[:, None]
+    if mask is not None:
+        recounts = recounts & mask
+    shift = torch.where(recounts.any(1), read - past.live, shift)
     behind = past.live + shift + (first - 1)
     before = torch.where(previous < 0, behind[:, None], positions.gather(1, previous.clamp(min=0)))
     starts = (positions == first) & (positions != before + 1)

@@ -11,8 +11,8 @@ and multiples of all chunk lengths agree; in between transformers pads, and wher
 other lengths its last LSH chunks may be padding alone, which the first chunk then sees in the place of tokens.
 
 The key projection of LSH layers, which the mechanism leaves aside, is a copy of that of queries. `lm_head.bias` is
-added to the logits, as in Reformer's own code; transformers 5 before 5.24 stores it and leaves it out. Dropout of attention weights
-is not taken over, with a warning.
+added to the logits, as in Reformer's own code; transformers 5 before 5.24 stores it and leaves it out. Dropout of
+attention weights is not taken over, with a warning.
 """
 
 from collections.abc import Mapping

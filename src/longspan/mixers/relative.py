@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan import host
 from longspan.mixers.base import Core, Shape
 from longspan.mixers.rows import Rows
 
 
 def sinusoid(distances: int, dim: int, clamp: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(distances, dim): sines then cosines of distance * 10000 ** (-2 i / dim), computed in fp64."""
-    frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    distance = torch.arange(distances, dtype=torch.float64, device=device)
+    where = device if host.has_float64(device) else torch.device("cpu")
+    frequency = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=where) / dim)
+    distance = torch.arange(distances, dtype=torch.float64, device=where)
     angles = (distance.clamp(max=clamp) if clamp else distance)[:, None] * frequency
-    return torch.cat([angles.sin(), angles.cos()], 1)[:, :dim].to(dtype)
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :dim].to(dtype).to(device)
 
 
 class RelativeCore(Core):

@@ -10,6 +10,7 @@ from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead, Head
 from longspan.models.stack import Stack, StackState
+from longspan.state import all_or_nothing
 
 
 class Decoder(Stack):
@@ -52,6 +53,7 @@ class Decoder(Stack):
             nn.init.normal_(output.weight, std=config.init_std)
         return output
 
+    @all_or_nothing
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -90,6 +92,7 @@ class Decoder(Stack):
         h, following, rows = self.run(tokens, state, mask, reset, penalties)
         return rows.scatter(h), following
 
+    @all_or_nothing
     def last(
         self,
         tokens: Tensor,

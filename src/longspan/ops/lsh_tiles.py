@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import HIDDEN
 
 ENTRIES = 1 << 19  # scores of one step: they stay in cache through all passes over them
@@ -105,8 +106,10 @@ def union_sums(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], 
     return out, lse.view(q.shape[:3])
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrder):
     """Saves the inputs, the output, the log-sum-exps and the lists."""
+
+    what = "attention to lists of keys (lsh, routing)"
 
     @staticmethod
     def forward(ctx: Any, union: Union, count: int, q: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +120,8 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, *tensors = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
+        q, out, lse, *tensors = saved
         keys, values = tensors[: ctx.count], tensors[ctx.count :]
         with flash.full_precision(q.device):
             dq, dk, dv = _backward(grad, sums, q, keys, values, out, lse, ctx.union)
