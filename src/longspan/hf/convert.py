@@ -21,8 +21,10 @@ from longspan.config import to_dict
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.families import Family, Found, find
+from longspan.hf.resting import Resting, put_aside, wake
 from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
@@ -74,7 +76,7 @@ class Call:
     graph: bool = field(default_factory=torch.is_grad_enabled)
 
 
-class Converted:
+class Converted(Resting):
     """Stands before the class of a converted attention module; see `convert`."""
 
     longspan: Core
@@ -88,13 +90,14 @@ class Converted:
                 "a converted attention module was called outside its model; call the model, or longspan.hf.revert it"
             )
         rows, index = longspan_call.rows, self.longspan_index
-        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
+        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states), self.longspan.uses_keys)
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
         out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
+        out = with_gradients(out, self.longspan)
         # gates and projections may be of another precision than the model
         if rows.length:
             longspan_call.after[index] = following
@@ -186,9 +189,10 @@ def revert(model: Any) -> None:
     if not converted:
         raise ConfigError("revert: this model is not converted")
     for attention in converted:
+        wake(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
-        attention.__class__ = type(attention).__mro__[2]
+        attention.__class__ = type(attention).__bases__[1]
         _rebind(attention)
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
@@ -218,6 +222,8 @@ def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
     attention.__class__ = type(f"Longspan{own.__name__}", (Converted, own), {"__module__": own.__module__})
     _rebind(attention)
     attention.add_module(CORE, core)
+    if not core.uses_keys:
+        put_aside(attention, family.key_maps)
     attention.longspan_family, attention.longspan_index = family, index
 
 

@@ -13,7 +13,8 @@ from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
 from longspan.mixers import with_penalties
-from longspan.models import build_model, describe_model
+from longspan.mixers.gradients import with_gradients
+from longspan.models import Decoder, build_model, describe_model
 from longspan.models.tables import as_kind
 
 
@@ -38,6 +39,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # of mechanisms whose keys are their queries, as earlier versions saved them
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"projections\.k_proj\."]
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     kinds: tuple[str, ...] = ()
 
@@ -250,6 +253,8 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
             inside = inside & (torch.arange(h.shape[1], device=h.device) == rows.real_tokens()[:, None] - 1)
         weight = inside.to(h.dtype)[..., None]
         pooled = (h.masked_fill(~inside[..., None], 0)).sum(1) / weight.sum(1).clamp(min=1)
+        if isinstance(self.model, Decoder):
+            pooled = with_gradients(pooled, self.model.output_parameters())  # nothing makes logits of tokens
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:

@@ -132,7 +132,9 @@ class CompressiveCore(RelativeCore):
         super().__init__(shape, config)
         if not shape.causal:
             raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
-        self.compressor = Compressor(config.compression, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
+        # with no slots nothing is compressed, and a function without parameters stands for what would do it
+        how = config.compression if config.compressed_len else "mean"
+        self.compressor = Compressor(how, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
         self.fields = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
         self.reach = config.segment + config.mem_len + config.compressed_len
         waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0

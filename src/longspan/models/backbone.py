@@ -83,6 +83,10 @@ class Backbone:
         """
         return linear_head(None)
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """What `output` needs and `run` does not."""
+        return []
+
     def init_state(self, batch_size: int) -> Any:
         """The backbone's empty state, where it carries one."""
         return None
@@ -194,6 +198,10 @@ class OwnBackbone(Backbone):
     def head(self) -> Head | CalledHead | AdaptiveHead:
         """See `Backbone`."""
         return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """See `Backbone`."""
+        return self.stack.output_parameters() if isinstance(self.stack, Decoder) else []
 
     def init_state(self, batch_size: int) -> Any:
         """See `Backbone`."""
@@ -312,6 +320,11 @@ class HuggingFaceBackbone(Backbone):
         layer = self.output_layer
         found: Tensor = hidden if layer is None else layer(hidden)
         return found
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """See `Backbone`."""
+        layer = self.output_layer
+        return [] if layer is None else list(layer.parameters())
 
     def head(self) -> Head | CalledHead:
         """See `Backbone`."""
