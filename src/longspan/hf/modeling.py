@@ -1,7 +1,7 @@
 """The library's own models as models of transformers: `generate`, `Trainer`, `pipeline`, `save_pretrained`."""
 
 import dataclasses
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # of mechanisms whose keys are their queries, as earlier versions saved them
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"projections\.k_proj\."]
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _keys_to_ignore_on_load_unexpected = [r"projections\.k_proj\."]  # noqa: RUF012
+    _no_split_modules = ["Block"]  # noqa: RUF012
     kinds: tuple[str, ...] = ()
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:

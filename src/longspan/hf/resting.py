@@ -20,20 +20,20 @@ class Resting(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for module in self._asleep.values():
-            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, module in self._asleep.items():
             module.state_dict(destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, module in self._asleep.items():
-            module._load_from_state_dict(state_dict, f"{prefix}{name}.", *args)  # type: ignore[no-untyped-call]
+            module._load_from_state_dict(state_dict, f"{prefix}{name}.", *args)
         starts = tuple(f"{prefix}{name}." for name in self._asleep)
         rest = {key: value for key, value in state_dict.items() if not (starts and key.startswith(starts))}
-        super()._load_from_state_dict(rest, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(rest, prefix, *args)
 
 
 def put_aside(attention: Any, names: tuple[str, ...]) -> None:
