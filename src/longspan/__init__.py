@@ -1,7 +1,10 @@
 """longspan: long-context Transformers that are exact, causal, streaming and trainable."""
 
+from typing import TYPE_CHECKING
+
 from longspan import errors, mixers, models, ops, reference, state
 from longspan.errors import CheckpointError, ConfigError, DataError, LongspanError, UnsupportedError
+from longspan.lazy import submodules_of
 from longspan.models import (
     Decoder,
     DecoderConfig,
@@ -14,6 +17,9 @@ from longspan.models import (
 )
 from longspan.stream import StreamSession
 from longspan.version import __version__
+
+if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+    __getattr__ = submodules_of(__name__)
 
 __all__ = [
     "CheckpointError",

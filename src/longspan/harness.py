@@ -6,8 +6,11 @@
     lm_eval.simple_evaluate(LongspanLM("runs/xl"), tasks=["lambada_openai"])
 
 Contexts are read by sessions, so their length is free and their state constant where the mixers allow; what requests
-have in common is read once. Rolling likelihoods are of the whole text, never of windows. The harness finds the name
-`longspan` (`--model longspan --model_args run=runs/xl`) once this module is imported.
+have in common is read once. Rolling likelihoods are of the whole text, never of windows.
+
+On the command line it is `--model longspan --model_args run=runs/xl`: of `lm_eval` where the release looks for plugins
+(the entry point `longspan` of the group `lm_eval.models`), of `longspan-lm-eval`, or `python -m longspan.harness`, with
+any release (0.4.13 looks for none).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,7 @@ from longspan.errors import UnsupportedError
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
-    from lm_eval.api.registry import register_model  # type: ignore[import-untyped]
+    from lm_eval.api.registry import model_registry  # type: ignore[import-untyped]
 except ImportError as error:
     raise UnsupportedError("longspan.harness needs lm-eval; pip install 'longspan[eval]'") from error
 
@@ -29,7 +32,6 @@ from longspan.cli.runs import open_run
 from longspan.stream import StreamSession
 
 
-@register_model("longspan")
 class LongspanLM(TemplateLM):  # type: ignore[misc]
     """A model of this library, or one it converted, as the harness calls it.
 
@@ -52,7 +54,12 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The token between documents."""
+        """The token after which a text is over; where there are several, the tokenizer's own."""
+        return self.task_tokenizer.ends[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands for an empty context: with it every document begins."""
         return self.task_tokenizer.begin
 
     @property
@@ -77,7 +84,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     def _context(self, tokens: list[int]) -> list[int]:
         """Without the token that stands for an empty context: every session begins with it."""
-        return tokens[1:] if tokens[:1] == [self.eot_token_id] else tokens
+        return tokens[1:] if tokens[:1] == [self.prefix_token_id] else tokens
 
     def _read(self, contexts: Sequence[list[int]]) -> Iterator[tuple[int, StreamSession]]:
         """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
@@ -124,7 +131,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
             top_p=options.get("top_p"),
             generator=torch.Generator().manual_seed(0),
         ):
-            if token == self.eot_token_id:
+            if token in self.task_tokenizer.ends:
                 break
             tokens.append(token)
             text = self._text(tokens)
@@ -142,3 +149,21 @@ def _common(one: list[int], other: list[int]) -> int:
         if first != second:
             return index
     return min(len(one), len(other))
+
+
+def main() -> None:
+    """The harness's own command line, with the model `longspan` known to it; a console script, and `python -m` this.
+
+    Releases of lm-eval that look for plugins find the model by its entry point, so that `lm_eval` itself is enough.
+    """
+    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
+
+    cli_evaluate()
+
+
+# a release that looks for plugins has the entry point there already, which is what has imported this module
+if "longspan" not in model_registry:
+    model_registry.register("longspan")(LongspanLM)
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,23 @@
-"""How much memory this process holds."""
+"""This process: how much memory it holds, and the signals that ask it to end."""
 
+import signal
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def stop_signals() -> list[int]:
+    """Signals that ask for an orderly end: SIGINT, SIGTERM, and SIGHUP unless it is ignored, as nohup has it."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
+    return numbers
+
+
+def handle_signal(number: int, handler: Any) -> Any:
+    """Set a signal's handler, and return the earlier one; None stands for one that Python did not set, which stays."""
+    return signal.getsignal(number) if handler is None else signal.signal(number, handler)
 
 
 def resident_bytes() -> int | None:

@@ -173,7 +173,7 @@ def test_a_sample_has_real_vectors_of_every_kind(shared: bool) -> None:
 def test_more_processes_than_samples_share_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     filled = torch.zeros(SAMPLES * 4, dtype=torch.int64)
     for rank in range(50):
-        monkeypatch.setattr(kmeans, "_processes", lambda rank=rank: (rank, 50))
+        monkeypatch.setattr(kmeans, "processes", lambda rank=rank: (rank, 50))
         mixer = build()
         mixer(drawn(1, 9))
         filled += mixer.core.pending.filled

@@ -20,7 +20,9 @@ HEAD = "X:{number}\nT:{title}\nM:6/8\nK:G\n"
 
 
 def missing(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package}: `make media` installs it")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} is not installed: `make media`"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_a_file_that_is_no_image(tmp_path):
 def test_missing_packages_are_named(monkeypatch, source, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = package.replace("scikit-image", "skimage")
-    with pytest.raises(DataError, match=f"'{module}'.*`make media` installs it"):
+    with pytest.raises(DataError, match=f"'{module}'.*pip install --no-deps {package}"):
         tasks.build({"name": source}).documents("train")
 
 

@@ -196,7 +196,7 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     grown = _by_length(kept(folder / "growth.json", lambda: growth(plan, say)))
     found: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
     if importlib.util.find_spec("skimage") is None:
-        say("no images: `make media` fetches them")
+        say("no images: pip install --no-deps scikit-image brings them")
     else:
         found["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
         found["frequencies"] = kept(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})["bits"]
@@ -292,7 +292,8 @@ def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
     ]
     if len(leads) == 1:
         parts.append(
-            "Images were not there (`make media`), so that part of the claim is open and it cannot hold whole."
+            "Images were not there (pip install --no-deps scikit-image), so that part of the claim is open and it "
+            "cannot hold whole."
         )
     else:
         parts.append(f"Strided on images as good as dense: {as_good(leads[1])}, {signed(leads[1])}.")

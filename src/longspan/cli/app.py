@@ -1,24 +1,30 @@
 """The verbs in one application, and the one place where errors become a line and an exit code."""
 
+import contextlib
 import inspect
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from longspan.cli.console import any_encoding
 from longspan.cli.convert import convert
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
 from longspan.cli.quickstart import quickstart
 from longspan.cli.quickstart_lm import quickstart_lm
+from longspan.cli.recipes import recipes
 from longspan.cli.reproduce import reproduce
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
+from longspan.process import handle_signal, stop_signals
 from longspan.version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -27,7 +33,7 @@ HELP = """Train long-context Transformers and read text of any length with them,
 
 A typical path, from a recipe to a model that goes on writing:
 
-  longspan train recipes/quickstart-lm.toml -o runs/first
+  longspan train quickstart-lm -o runs/first
   longspan eval runs/first book.txt
   longspan stream runs/first book.txt --save-state book.state
   longspan generate runs/first --load-state book.state --tokens 200
@@ -48,7 +54,6 @@ Each verb explains itself: longspan stream --help
 """
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,6 +65,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "convert": convert,
     "mixers": mixers,
+    "recipes": recipes,
     "reproduce": reproduce,
     "quickstart": quickstart,
     "quickstart-lm": quickstart_lm,
@@ -131,6 +137,46 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """The exit code of a command; errors are printed as one line on standard error."""
+    with any_encoding(), orderly_end():
+        code = _run(arguments)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _leave_output()
+        except OSError as error:
+            # a full disk, known only now, as small output waits in a buffer
+            _leave_output()
+            if code == 0:
+                print(f"longspan: error: standard output: {error.strerror or error}", file=sys.stderr)
+                code = USER_ERROR
+        return code
+
+
+def _leave_output() -> None:
+    """Nothing more can be written to standard output, and nothing is to be tried when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def orderly_end() -> Iterator[None]:
+    """SIGTERM, and SIGHUP when the terminal is closed, end a verb as Ctrl-C does: files and display are left in order.
+
+    Verbs that save when they are stopped have handlers of their own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [each for each in stop_signals() if signal.getsignal(each) is signal.SIG_DFL]
+    earlier = {number: handle_signal(number, signal.default_int_handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            handle_signal(number, handler)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code; an error of the library's own is raised."""
     # wherever it is typed, as one adds it to a command that has just failed
     debug = "--debug" in arguments or os.environ.get("LONGSPAN_DEBUG", "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -140,7 +186,7 @@ def run(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # the reader of our output has left, as in `longspan stream ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_output()
         return 0
     except Exception as error:
         if debug:

@@ -1,19 +1,24 @@
 """`longspan convert`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, say
-from longspan.errors import ConfigError
+from longspan.cli.console import console, print_command, say
+from longspan.cli.options import DeviceOption, DtypeOption, parse_dtype
+from longspan.cli.outputs import check_output_folder
+from longspan.errors import CheckpointError, ConfigError
 
 
 def convert(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A causal model of transformers: a folder, or a name on the hub.", show_default=False
+            metavar="MODEL",
+            help="A causal model of transformers: a folder, a GGUF file, or a name on the hub.",
+            show_default=False,
         ),
     ],
     to: Annotated[str, typer.Option("--to", metavar="MIXER", help="See `longspan mixers`.", show_default=False)],
@@ -31,35 +36,76 @@ def convert(
         str, typer.Option("--layers", metavar="N,...", help="Only these; negative ones count from the end.")
     ] = "all",
     gguf: Annotated[
-        str | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file in MODEL that holds the weights.")
+        str | None, typer.Option("--gguf", metavar="FILE", help="Which GGUF file in MODEL, where there are several.")
     ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "",
 ) -> None:
     """Put another mechanism into the place of a pretrained model's attention, weights kept.
 
     DIR is a folder of transformers that every verb takes: stream, eval and generate read texts longer than the model
     was trained for, with a state that does not grow (where the mixer's does not). New parameters, such as gates, begin
-    where the model stays nearly the same; a short training teaches them.
+    where the model stays nearly the same; a short training teaches them. Weights keep the precision of MODEL.
 
     Examples:
       longspan convert ./SmolLM2-135M --to infini --segment 2048 -o out/endless
       longspan convert ./SmolLM2-135M --to window --set window=1024 -o out/window
       longspan stream out/endless book.txt
     """
-    from longspan import hf
+    check_output_folder(output, "--output")
     from longspan.config import override
-    from longspan.hf.decoder import open_pretrained
 
     fields: dict[str, Any] = {"segment": segment} if segment else {}
     for assignment in set_ or []:
         fields = override(fields, assignment)
-    opened = open_pretrained(model, gguf=gguf)
-    report = hf.convert(opened.model, to, layers=_numbers(layers), **fields)
-    opened.model.save_pretrained(output)
-    opened.tokenizer.save_pretrained(output)
+    numbers = _numbers(layers)
+    # what can be wrong is told before weights are loaded, which may take minutes
+    _check_fields(to, fields)
+    _check_output(model, output)
+    from longspan import hf
+    from longspan.hf.decoder import open_pretrained
+    from longspan.hf.opening import locate_weights
+    from longspan.train.distributed import choose_device
+    from longspan.train.folders import write_folder
+
+    weights = locate_weights(model, gguf)
+    opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))
+    opened.model.to(choose_device(device, what="--device"))
+    report = hf.convert(opened.model, to, layers=numbers, **fields)
+
+    def save(folder: Path) -> None:
+        opened.model.save_pretrained(folder)
+        opened.tokenizer.save_pretrained(folder)
+
+    write_folder(output, save)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("the state of this model grows with the text")
-    console().print(f"next: longspan stream {output} FILE | longspan generate {output} -p TEXT", markup=False)
+    name = shlex.quote(str(output))
+    print_command(
+        f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
+        f"longspan train pretrained --set model.source={name}",
+    )
+
+
+def _check_fields(name: str, fields: dict[str, Any]) -> None:
+    """Refuse an unknown mixer or field."""
+    from longspan.config import from_dict
+    from longspan.mixers.registry import core_class
+
+    from_dict(core_class(name, "convert").Config, fields, f"convert to {name}")
+
+
+def _check_output(model: str, output: Path) -> None:
+    """Refuse a folder that holds something else."""
+    from longspan.models.io import is_converted
+
+    if not output.exists() or not any(output.iterdir()):
+        return
+    if Path(model).exists() and output.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+        raise CheckpointError(f"{output}: the model itself is there; choose another folder with -o")
+    if not is_converted(output):
+        raise CheckpointError(f"{output}: holds something that `longspan convert` did not write; choose another folder")
 
 
 def _numbers(layers: str) -> list[int] | None:

@@ -1,18 +1,28 @@
 """`longspan generate`."""
 
 import codecs
+import contextlib
+import io
+import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO, cast
 
 import typer
 
-from longspan.cli.console import harmless, say
+from longspan.cli.console import harmless, reading_progress, say
+from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_file
+from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.cli.stream import open_session
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from longspan.cli.streaming import Stop
     from longspan.stream import StreamSession
     from longspan.tasks.tokenizers import Tokenizer
 
@@ -41,12 +51,16 @@ def generate(
     save_state: Annotated[
         Path | None, typer.Option("--save-state", metavar="STATE", help="Save where the text ends.")
     ] = None,
+    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
-) -> None:
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
+) -> int:
     """Go on writing from a prompt, a file of any length, or a state that was saved.
 
-    Standard output gets the new text alone, as it comes.
+    Standard output gets the new text alone, as it comes. Ctrl-C ends it; with --save-state what was read and written
+    is saved then too.
 
     Examples:
       longspan generate runs/first --prompt "My fellow citizens, "
@@ -59,45 +73,106 @@ def generate(
         raise ConfigError("nothing to go on from: give --prompt TEXT, --prompt-file FILE or --load-state STATE")
     if top_p == 0:
         raise ConfigError("--top-p 0 leaves nothing to draw from; --temperature 0 takes the likeliest token")
+    check_errors(errors)
+    if save_state is not None:
+        check_output_file(save_state, "--save-state")
     import torch
 
-    model, task = open_run(run, set_ or [])
+    from longspan.cli import streaming
+
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state)
-    _read_prompt(session, task.tokenizer, prompt, prompt_file)
+    stop = streaming.Stop()
+    with stop.listening():
+        plan = Prompt(text=prompt, file=prompt_file, errors=errors, save_state=save_state)
+        _read_prompt(session, task.tokenizer, plan, stop)
+        drawn = session.stream(
+            tokens,
+            temperature=temperature,
+            top_k=min(top_k, model.vocab_size) or None,
+            top_p=top_p if top_p < 1 else None,
+            generator=torch.Generator().manual_seed(seed),
+            stop=task.tokenizer.ends,
+        )
+        try:
+            if not stop.asked:
+                _write(drawn, task.tokenizer, prompt if echo else None, stop)
+        except OSError:
+            # the reader of the output has left, or the disk is full
+            if save_state is not None:
+                session.save(save_state)
+            raise
+        if save_state is not None:
+            session.save(save_state)
+            say(f"saved {save_state}")
+    return 130 if stop.asked else 0
+
+
+def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, stop: "Stop") -> None:
+    """Write the prompt, where there is one, and tokens as they come, until Ctrl-C."""
     out = Writer()
-    if echo and prompt:
-        out.write(prompt.encode())
-    generator = torch.Generator().manual_seed(seed)
-    begin = task.tokenizer.begin
-    for token in session.stream(
-        tokens,
-        temperature=temperature,
-        top_k=min(top_k, model.vocab_size) or None,
-        top_p=top_p if top_p < 1 else None,
-        generator=generator,
-        stop=lambda token: token == begin,
-    ):
-        if token != begin:
-            out.write(task.tokenizer.decode([token]))
+    if prompt:
+        out.write(_bytes(prompt))
+    for token in drawn:
+        if token not in tokenizer.ends:
+            out.write(tokenizer.decode([token]))
+        if stop.asked:
+            break
     out.end()
-    if save_state is not None:
-        session.save(save_state)
-        say(f"saved {save_state}")
 
 
-def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", text: str | None, file: str | None) -> None:
-    import io
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is read first; fields as the options of the verb."""
 
+    text: str | None
+    file: str | None
+    errors: str
+    save_state: Path | None
+
+
+def _bytes(text: str) -> bytes:
+    """What the shell could not decode goes back to the bytes it was."""
+    return text.encode("utf-8", errors="surrogateescape")
+
+
+def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", prompt: Prompt, stop: "Stop") -> None:
+    """Read it to its end, or to Ctrl-C.
+
+    Raises:
+        DataError: what cannot be read; all before it has been, and is saved where that is wanted.
+    """
     from longspan.cli import reading, streaming
 
     streaming.begin(session, tokenizer)
-    if file is not None:
-        with reading.open_bytes(file) as opened:
-            streaming.read_all(session, opened, tokenizer, reading.encoder(tokenizer, file))
-    elif text:
-        # what the shell could not decode goes back to the bytes it was
-        data = text.encode("utf-8", errors="surrogateescape")
-        streaming.read_all(session, io.BytesIO(data), tokenizer, reading.encoder(tokenizer, "--prompt"))
+    if prompt.file is None:
+        size, text = 0, cast(BinaryIO, io.BytesIO(_bytes(prompt.text or "")))
+        opened: contextlib.AbstractContextManager[BinaryIO] = contextlib.nullcontext(text)
+    else:
+        size, opened = _size_of(prompt.file), reading.open_bytes(prompt.file)
+    encoder = reading.encoder(tokenizer, prompt.file or "--prompt", errors=prompt.errors)
+    with opened as file, reading_progress("reading the prompt") as show:
+        end, problem = streaming.read_all(
+            session, file, encoder, stop=stop, progress=lambda read: show(read, size) if size else None
+        )
+    if problem is None and not stop.asked:
+        return
+    further = ""
+    if prompt.save_state is not None and prompt.file is not None:
+        session.save(prompt.save_state)
+        state = shlex.quote(str(prompt.save_state))
+        further = (
+            f"; the first {end:,} bytes are read and saved: longspan stream RUN FILE --load-state {state} --skip {end}"
+        )
+    if problem is not None:
+        raise DataError(f"{problem}{further}") from None
+    say(f"stopped while the prompt was read{further}")
+
+
+def _size_of(file: str) -> int:
+    """Bytes of a file; 0 where it does not say, as a pipe."""
+    path = Path(file)
+    return path.stat().st_size if path.is_file() else 0
 
 
 class Writer:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from longspan.errors import DataError
+from longspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from longspan.tasks.base import Array
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # characters in a piece that subwords are looked for in: as `Subword.encode` cuts, so that a stream gives its tokens
 PIECE = 1 << 16
+ERRORS_HELP = "Of bytes that are not UTF-8, where a run reads subwords: stop there, or read U+FFFD in their place."
 # a text without newlines is cut here, or it would have to be held whole
 LONGEST = 4 * PIECE
 
@@ -60,9 +61,15 @@ class Encoder(Protocol):
     def flush(self, *, end: bool = True) -> "Array":
         """(tokens,) ids of all that was held back; unless it is the end, half a character may still be."""
 
+    @property
+    def held_back(self) -> int:
+        """Bytes that no token stands for yet."""
+
 
 class ByteEncoder:
     """Every byte is a token at once."""
+
+    held_back = 0
 
     def __init__(self, tokenizer: "Tokenizer", name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
@@ -77,50 +84,94 @@ class ByteEncoder:
 
 
 class SubwordEncoder:
-    """Subwords of pieces that end in a newline after 65,536 characters, as encoding the whole text would give them."""
+    """Subwords of pieces that end in a newline after 65,536 characters, as encoding the whole text would give them.
 
-    def __init__(self, tokenizer: "Tokenizer", name: str) -> None:
+    Args:
+        tokenizer: of the model.
+        name: what errors call the text.
+        errors: of bytes that are not UTF-8: `"strict"` raises, and what stands before them can still be flushed;
+            `"replace"` reads U+FFFD in their place.
+        start: the place of the first byte in the text, for errors.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", name: str, errors: str = "strict", start: int = 0) -> None:
         self.tokenizer, self.name = tokenizer, name
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        # a surrogate stands for one byte, so that bytes can be counted until they are replaced
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape" if errors == "replace" else "strict")
         self._text = ""
-        self._read = 0
+        self._read = start
+        self._refused = b""
 
     def push(self, data: bytes) -> "Array":
         """Ids of the pieces that are complete."""
         self._decode(data, end=False)
-        pieces = []
-        while (border := self._border()) > 0:
-            pieces.append(self._text[:border])
-            self._text = self._text[border:]
-        return self._encode(pieces)
+        return self._encode(self._pieces())
 
     def flush(self, *, end: bool = True) -> "Array":
         """Ids of the rest."""
         self._decode(b"", end=end)
+        pieces = self._pieces()
         rest, self._text = self._text, ""
-        return self._encode([rest] if rest else [])
+        return self._encode([*pieces, rest] if rest else pieces)
+
+    @property
+    def held_back(self) -> int:
+        """Bytes that no token stands for yet: the start of a character, or those that were refused."""
+        return len(_bytes(self._text)) + len(self._decoder.getstate()[0]) + len(self._refused)
+
+    def _pieces(self) -> list[str]:
+        pieces = []
+        while (border := self._border()) > 0:
+            pieces.append(self._text[:border])
+            self._text = self._text[border:]
+        return pieces
 
     def _border(self) -> int:
         border = self._text.find("\n", PIECE) + 1
         return border if border or len(self._text) < LONGEST else LONGEST
 
     def _decode(self, data: bytes, *, end: bool) -> None:
+        waiting = len(self._decoder.getstate()[0])
         try:
             self._text += self._decoder.decode(data, final=end)
         except UnicodeDecodeError as error:
-            place = self._read + error.start
-            raise DataError(f"{self.name}: not UTF-8 near byte {place:,}, and this run reads subwords") from None
+            self._text += error.object[: error.start].decode()
+            self._refused = error.object[error.start :]
+            self._decoder.reset()
+            place = self._read - waiting + error.start
+            raise DataError(
+                f"{self.name}: not UTF-8 at byte {place:,}, and this run reads subwords; --errors replace reads U+FFFD "
+                "in its place"
+            ) from None
         self._read += len(data)
 
     def _encode(self, pieces: list[str]) -> "Array":
         import numpy as np
 
-        ids = [self.tokenizer.encode(piece.encode(), self.name) for piece in pieces]
+        texts = [_bytes(piece).decode(errors="replace").encode() for piece in pieces]
+        ids = [self.tokenizer.encode(text, self.name) for text in texts]
         return np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)
 
 
-def encoder(tokenizer: "Tokenizer", name: str) -> Encoder:
-    """The encoder for a tokenizer; `name` is what errors call the text."""
+def _bytes(text: str) -> bytes:
+    """The bytes that a text was decoded from."""
+    return text.encode(errors="surrogateescape")
+
+
+def encoder(tokenizer: "Tokenizer", name: str, *, errors: str = "strict", start: int = 0) -> Encoder:
+    """The encoder for a tokenizer; see `SubwordEncoder`. A run that reads bytes takes any."""
     from longspan.tasks.tokenizers import Bytes
 
-    return ByteEncoder(tokenizer, name) if isinstance(tokenizer, Bytes) else SubwordEncoder(tokenizer, name)
+    if isinstance(tokenizer, Bytes):
+        return ByteEncoder(tokenizer, name)
+    return SubwordEncoder(tokenizer, name, errors, start)
+
+
+def check_errors(errors: str) -> None:
+    """What `--errors` may be.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if errors not in ("strict", "replace"):
+        raise ConfigError(f"--errors {errors!r}: strict or replace")

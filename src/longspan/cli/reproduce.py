@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from longspan.cli.console import console, print_table, say
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
 
@@ -34,6 +35,9 @@ def reproduce(
       longspan reproduce rmt-flops
       longspan reproduce rmt --full --docs docs
     """
+    check_output_folder(output, "--output")
+    if docs is not None:
+        check_output_folder(docs, "--docs")
     from longspan import claims
     from longspan.report import Table
 

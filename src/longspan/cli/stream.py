@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import StatusLine, say
+from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_file, check_output_folder
+from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, DataError, LongspanError
 
 if TYPE_CHECKING:
     from longspan.cli.streaming import Block, Records
@@ -23,7 +26,7 @@ def stream(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file, or - for standard input.", show_default=False)],
     save_state: Annotated[
         Path | None,
-        typer.Option("--save-state", metavar="STATE", help="Save where the stream ends, or is stopped by Ctrl-C."),
+        typer.Option("--save-state", metavar="STATE", help="Save where the stream ends, or is stopped, as by Ctrl-C."),
     ] = None,
     load_state: Annotated[
         Path | None, typer.Option("--load-state", metavar="STATE", help="Go on from a saved state with FILE.")
@@ -48,7 +51,10 @@ def stream(
         int, typer.Option("--chunk", min=0, help="Tokens the model computes at once; 0: as suits the model.")
     ] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> int:
     """Read one text of any length with a run's model, in constant memory, and say how well it is predicted.
 
@@ -68,13 +74,29 @@ def stream(
         raise ConfigError(f"--save-at {save_at} lies beyond --limit {limit}")
     if chunk and load_state:
         raise ConfigError("--chunk: a saved state goes on with the chunks it began with; leave it out")
+    check_errors(errors)
+    if save_state is not None:
+        check_output_file(save_state, "--save-state")
+    for path, option in ((log, "--log"), (losses, "--losses")):
+        if path is not None:
+            # their folders are made
+            check_output_folder(path.parent, option)
     from longspan.cli import streaming
 
-    model, task = open_run(run, set_ or [])
+    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
     session = open_session(model, load_state, chunk)
     if not model.traits.bounded:
         say("this model's state grows with the text; memory will not stay constant")
-    plan = Plan(file=file, skip=skip, limit=limit, block=block, save_state=save_state, save_at=save_at, quiet=quiet)
+    plan = Plan(
+        file=file,
+        skip=skip,
+        limit=limit,
+        block=block,
+        save_state=save_state,
+        save_at=save_at,
+        errors=errors,
+        quiet=quiet,
+    )
     records = streaming.Records(log, losses)
     try:
         return _read(session, task.tokenizer, plan, records)
@@ -92,6 +114,7 @@ class Plan:
     block: int
     save_state: Path | None
     save_at: int
+    errors: str
     quiet: bool
 
 
@@ -114,7 +137,7 @@ def _read(session: "StreamSession", tokenizer: "Tokenizer", plan: Plan, records:
     """Read, show, record and save; the exit code."""
     from longspan.cli import reading, streaming
 
-    status, last = StatusLine(quiet=plan.quiet), None
+    status, last, saved = StatusLine(quiet=plan.quiet), None, False
     name = "standard input" if plan.file == "-" else plan.file
     stop = streaming.Stop()
     with reading.open_bytes(plan.file, plan.skip) as opened, stop.listening():
@@ -123,40 +146,69 @@ def _read(session: "StreamSession", tokenizer: "Tokenizer", plan: Plan, records:
             session,
             opened,
             tokenizer,
-            reading.encoder(tokenizer, name),
+            reading.encoder(tokenizer, name, errors=plan.errors, start=plan.skip),
             block=plan.block,
             cuts=[plan.save_at],
             limit=plan.limit,
             stop=stop,
         )
-        for last, nats in blocks:
-            records.write(last, nats)
-            status.show(last.line())
-            if plan.save_state is not None and plan.save_at == last.bytes:
-                session.save(plan.save_state)
+        try:
+            for last, nats in blocks:
+                if plan.save_state is not None and plan.save_at == last.read and not saved:
+                    session.save(plan.save_state)
+                    saved = True
+                records.write(last, nats)
+                status.show(*last.lines())
+        except (LongspanError, OSError) as error:
+            # text that cannot be read on, a full disk, a reader of the output that has left
+            raise _kept(error, last, session, plan, saved) from None
+        if plan.save_state is not None and not saved and (stop.asked or not plan.save_at):
+            # before anything is printed, as the terminal may be gone
+            session.save(plan.save_state)
+            saved = True
     status.end()
-    if plan.save_state is not None and not plan.save_at:
-        session.save(plan.save_state)
-    _say_end(last, session, plan)
+    _say_end(last, session, plan, saved)
     return 130 if stop.asked else 0
 
 
-def _say_end(last: "Block | None", session: "StreamSession", plan: Plan) -> None:
+def _kept(
+    error: LongspanError | OSError, last: "Block | None", session: "StreamSession", plan: Plan, saved: bool
+) -> Exception:
+    """The error that ended a stream, after what was read is saved."""
+    if plan.save_state is None or saved:
+        return error
+    session.save(plan.save_state)
+    hint = f"what was read before is saved: {_further(last, plan)}"
+    if isinstance(error, BrokenPipeError):
+        say(hint)
+        return error
+    if isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+        return DataError(f"{text}; {hint}")
+    return type(error)(f"{error}; {hint}")
+
+
+def _further(last: "Block | None", plan: Plan) -> str:
+    """How to go on from the state that was saved."""
+    state = shlex.quote(str(plan.save_state))
+    return f"go on with --load-state {state} (in the same file: --skip {plan.skip + (last.end if last else 0)})"
+
+
+def _say_end(last: "Block | None", session: "StreamSession", plan: Plan, saved: bool) -> None:
     from longspan.report import si_bytes
 
-    if plan.save_at and (last is None or last.bytes < plan.save_at):
+    if plan.save_at and not saved:
         say(f"the text ended before --save-at {plan.save_at}; nothing was saved")
     if plan.quiet:
         return
     if last is None:
         say("nothing to read")
-        return
-    speed = last.bytes / max(last.seconds, 1e-9)
-    print(
-        f"{last.bytes:,} bytes, {last.tokens:,} tokens: {last.mean_bits_per_byte:.4f} bits per byte, "
-        f"{speed:,.0f} bytes/s, state {si_bytes(session.nbytes)}",
-        flush=True,
-    )
-    if plan.save_state is not None and not plan.save_at:
-        state = shlex.quote(str(plan.save_state))
-        say(f"saved {state}; go on with --load-state {state} (in the same file: --skip {plan.skip + last.bytes})")
+    else:
+        speed = last.bytes / max(last.seconds, 1e-9)
+        print(
+            f"{last.bytes:,} bytes, {last.tokens:,} tokens: {last.mean_bits_per_byte:.4f} bits per byte, "
+            f"{speed:,.0f} bytes/s, state {si_bytes(session.nbytes)}",
+            flush=True,
+        )
+    if saved and (not plan.save_at or last is None or last.read < plan.save_at):
+        say(f"saved {shlex.quote(str(plan.save_state))}; {_further(last, plan)}")

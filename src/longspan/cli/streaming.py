@@ -6,10 +6,9 @@ Imported by the verbs when they run, as it needs torch.
 import contextlib
 import json
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,7 +17,7 @@ import torch
 
 from longspan.cli.reading import Encoder, read_some
 from longspan.errors import DataError
-from longspan.process import peak_bytes, resident_bytes
+from longspan.process import handle_signal, peak_bytes, resident_bytes, stop_signals
 
 if TYPE_CHECKING:
     from longspan.stream import StreamSession
@@ -44,6 +43,8 @@ class Block:
         resident: bytes of memory that the process holds; None where the system does not say.
         peak: the most it has ever held.
         state_bytes: of the model's state.
+        read: bytes taken from the file.
+        held_back: of them, bytes that no token stands for yet: the start of a character.
     """
 
     bytes: int
@@ -56,16 +57,22 @@ class Block:
     resident: int | None
     peak: int | None
     state_bytes: int
+    read: int
+    held_back: int
 
-    def line(self) -> str:
-        """In words, of even width."""
+    @property
+    def end(self) -> int:
+        """Bytes of the file that the state knows; what goes on begins there."""
+        return self.read - self.held_back
+
+    def lines(self) -> tuple[str, ...]:
+        """In words, of even width, for 80 columns; then shorter, for fewer."""
         from longspan.report import si_bytes
 
-        memory = "" if self.resident is None else f"  {si_bytes(self.resident):>10} held"
-        return (
-            f"{self.bytes:>13,} bytes  {self.bits_per_byte:6.4f} bits/byte (all {self.mean_bits_per_byte:6.4f})  "
-            f"{self.bytes_per_second:>9,.0f} bytes/s{memory}"
-        )
+        begin = f"{self.bytes:>11,} bytes  {self.bits_per_byte:6.4f} bits/byte"
+        whole = f"{begin} (all {self.mean_bits_per_byte:6.4f})  {self.bytes_per_second:>7,.0f} bytes/s"
+        memory = () if self.resident is None else (f"{whole}  {si_bytes(self.resident):>9}",)
+        return (*memory, whole, f"{begin}  {self.bytes_per_second:>7,.0f}/s", begin, f"{self.bytes:,} bytes")
 
     def record(self) -> dict[str, Any]:
         """As plain data for a log."""
@@ -82,8 +89,8 @@ class Counter:
         self.nats = 0.0
         self.started = self.last = time.perf_counter()
 
-    def block(self, ids: "Array", losses: "Array") -> Block:
-        """Count a block that was fed."""
+    def block(self, ids: "Array", losses: "Array", read: int, held_back: int) -> Block:
+        """Count a block that was fed; the rest as in `Block`."""
         count, nats = int(self.tokenizer.sizes[ids].sum()), float(losses.sum(dtype="float64"))
         now = time.perf_counter()
         took, self.last = now - self.last, now
@@ -101,13 +108,15 @@ class Counter:
             resident=resident_bytes(),
             peak=peak_bytes(),
             state_bytes=self.session.nbytes,
+            read=read,
+            held_back=held_back,
         )
 
 
 class Stop:
     """Ctrl-C interrupts the waiting for input and is otherwise only noted, so that state and records stay whole.
 
-    The second one ends it all.
+    So do SIGTERM and SIGHUP. The second one ends it all.
     """
 
     def __init__(self) -> None:
@@ -116,15 +125,16 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen to SIGINT, where this is the main thread."""
+        """Listen to SIGINT, SIGTERM and SIGHUP, where this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        earlier = signal.signal(signal.SIGINT, self._ask)
+        earlier = {number: handle_signal(number, self._ask) for number in stop_signals()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, earlier)
+            for number, handler in earlier.items():
+                handle_signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         again, self.asked = self.asked, True
@@ -163,32 +173,45 @@ def feed(
 
     Yields:
         After each block what is known, and (tokens,) float32 nats of its tokens.
+
+    Raises:
+        DataError: bytes that the encoder refuses; all before them have been read, and yielded.
+        OSError: the file cannot be read on; as above.
     """
     stop = stop or Stop()
     counter = Counter(session, tokenizer)
     places = sorted({cut for cut in (*cuts, limit) if cut > 0})
     read = begun = 0
     done = False
+    problem: Exception | None = None
     found: list[tuple[Array, Array]] = []
     while not done:
         border = min([begun + block, *(place for place in places if place > read)])
         wanted = min(border - read, _until_chunk(session))
-        data = _read(file, wanted, stop)
-        read += len(data)
-        done = not data or read == limit
-        ids = encoder.push(data)
-        if done or read in places:
-            ids = _join([ids, encoder.flush(end=not data and not stop.asked)])
+        data = b""
+        try:
+            data = _read(file, wanted, stop)
+            read += len(data)
+            done = not data or read == limit
+            ids = encoder.push(data)
+            if done or read in places:
+                ids = _join([ids, encoder.flush(end=not data and not stop.asked)])
+        except (DataError, OSError) as error:
+            # what stands before it is read all the same
+            problem, done = error, True
+            ids = encoder.flush(end=False)
         if len(ids):
             nats = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
             found.append((ids, nats))
         # a short read is an input that pauses: what is known is shown
-        if found and (read == border or len(data) < wanted):
+        if found and (read == border or len(data) < wanted or problem is not None):
             ids, nats = (_join(list(part)) for part in zip(*found, strict=True))
-            yield counter.block(ids, nats), nats
+            yield counter.block(ids, nats, read, encoder.held_back), nats
             found, begun = [], read
         elif read == border:
             begun = read
+    if problem is not None:
+        raise problem
 
 
 def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:
@@ -217,18 +240,44 @@ def _join(parts: "list[Array]") -> "Array":
 
 
 def read_all(
-    session: "StreamSession", file: BinaryIO, tokenizer: "Tokenizer", encoder: Encoder, *, block: int = 1 << 16
-) -> int:
-    """Read a file to its end without asking what it cost; the number of tokens."""
-    tokens = 0
-    while True:
-        data = read_some(file, block)
-        ids = encoder.push(data) if data else encoder.flush()
+    session: "StreamSession",
+    file: BinaryIO,
+    encoder: Encoder,
+    *,
+    stop: Stop,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[int, Exception | None]:
+    """Read a file to its end without asking what it cost, or until Ctrl-C.
+
+    Args:
+        session: reads; `begin` it first.
+        file: what is read.
+        encoder: fresh.
+        stop: listens to Ctrl-C.
+        progress: called with the bytes taken from the file.
+
+    Returns:
+        Bytes of the file that the session knows, and what has ended the reading before the file's end, an error of the
+        encoder or the file, or None.
+    """
+    read = 0
+    problem: Exception | None = None
+    while problem is None:
+        data = b""
+        try:
+            data = _read(file, _until_chunk(session), stop)
+            read += len(data)
+            ids = encoder.push(data) if data else encoder.flush(end=not stop.asked)
+        except (DataError, OSError) as error:
+            problem = error
+            ids = encoder.flush(end=False)
         if len(ids):
             session.feed(torch.from_numpy(ids.astype("int64")))
-        tokens += len(ids)
+        if progress is not None:
+            progress(read)
         if not data:
-            return tokens
+            break
+    return read - encoder.held_back, problem
 
 
 class Records:
@@ -265,6 +314,7 @@ class Records:
             raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what a full disk did not take is lost, as `write` has said."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

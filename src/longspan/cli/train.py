@@ -7,14 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, say
+from longspan.cli.console import console, print_command, say
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
 
 def train(
     recipe: Annotated[
-        Path | None,
-        typer.Argument(metavar="RECIPE", help="A TOML file with the tables model, task and train.", show_default=False),
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A TOML file with the tables model, task and train, or a name of `longspan recipes`.",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -27,6 +32,12 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="The same as --set train.device=NAME.", show_default=False)
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="The same as --set train.dtype=TYPE.", show_default=False)
+    ] = "",
 ) -> int:
     """Train a model from a recipe.
 
@@ -34,14 +45,16 @@ def train(
     --resume goes on as if nothing had happened. Start one of several processes each with torchrun.
 
     Examples:
-      longspan train recipes/quickstart-lm.toml
-      longspan train recipes/quickstart-lm.toml --set train.minutes=20 --set model.dim=256 -o runs/larger
+      longspan train tiny
+      longspan train quickstart-lm --set train.minutes=20 --set model.dim=256 -o runs/larger
       longspan train --resume -o runs/larger
     """
     if recipe is None and not (resume and output):
         raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
-    folder = output or Path("runs") / (recipe.stem if recipe else "")
-    result = _run(recipe, set_ or [], folder, resume)
+    folder = check_output_folder(output or Path("runs") / (Path(recipe).stem if recipe else ""), "--output")
+    assignments = [*(set_ or [])]
+    assignments += [f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value]
+    result = _run(recipe, assignments, folder, resume)
     name = shlex.quote(str(folder))
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
@@ -52,13 +65,18 @@ def train(
     return 0
 
 
-def _run(recipe: Path | None, assignments: list[str], folder: Path, resume: bool) -> Any:
+def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool) -> Any:
     from longspan.config import override, read_toml
-    from longspan.train import run
+    from longspan.train import locate_recipe, run
 
-    data = {} if recipe is None else read_toml(recipe)
+    data = {} if recipe is None else read_toml(locate_recipe(recipe))
     for assignment in assignments:
         data = override(data, assignment)
+    missing = [name for name in ("model", "task") if recipe is not None and not resume and not data.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{recipe}: the table [{missing[0]}] is missing or empty; `longspan recipes --show tiny` prints a recipe"
+        )
     return run(data, folder, resume=resume)
 
 
@@ -78,4 +96,4 @@ def _print_result(result: Any, name: str) -> None:
         "memory": f"longspan eval {name} --segments 1,16,256",
         "text": f"longspan eval {name} | longspan stream {name} FILE | longspan generate {name}",
     }
-    out.print(f"next: {further.get(kind, f'longspan eval {name}')}", markup=False)
+    print_command(f"next: {further.get(kind, f'longspan eval {name}')}")

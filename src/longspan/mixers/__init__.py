@@ -1,9 +1,17 @@
 """Mechanisms: each one a function of a sequence and a state, built by name."""
 
+from typing import TYPE_CHECKING
+
+from longspan.lazy import submodules_of
 from longspan.mixers.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
 from longspan.mixers.projections import Projections
 from longspan.mixers.registry import build, examples, names
 from longspan.mixers.rows import Rows, Segments
+
+if TYPE_CHECKING:
+    from longspan.mixers import probe
+else:
+    __getattr__ = submodules_of(__name__)
 
 __all__ = [
     "Core",
@@ -18,5 +26,6 @@ __all__ = [
     "build",
     "examples",
     "names",
+    "probe",
     "with_penalties",
 ]

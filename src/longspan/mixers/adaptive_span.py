@@ -16,17 +16,21 @@ spans are computed at max_span. A state from before spans grew is extended by em
 the paper's own relative positions are not part of the mixer.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
+from longspan.host import Array
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
+from longspan.ops import flash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +133,18 @@ class AdaptiveSpanCore(Core):
     @property
     def capacity(self) -> int:
         """Older keys that some head can see."""
+        return self._capacity(None if self.config.dynamic else np.asarray(self.spans))
+
+    def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
+        """The spans: how far back keys are read and kept. How many keys the state has."""
+        spans: dict[Hashable, Tensor] = {} if self.config.dynamic else {(self, "span"): self.span}
+        return spans if state is None else {**spans, (self, "held"): state.held}
+
+    def _capacity(self, spans: Array | None) -> int:
+        """Older keys that some head can see, all that one may ever see where the spans are not known."""
         config = self.config
-        return max(0, ops.span_reach(self.spans, config.ramp, config.max_span, config.include_self))
+        reach = [float(config.max_span)] if spans is None else spans.tolist()
+        return max(0, ops.span_reach(reach, config.ramp, config.max_span, config.include_self))
 
     def _tokens(self) -> Tensor:
         """(heads,) spans in tokens, fp32 at least: whole tokens of a long span are lost in half precision."""
@@ -150,11 +164,18 @@ class AdaptiveSpanCore(Core):
     ) -> tuple[Tensor, AdaptiveSpanState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        span = self.token_spans(hidden) if self.config.dynamic else self._tokens()
+        read = rows.read(self.layout_inputs(state))
+        shares, held = read.get((self, "span")), read.get((self, "held"))
+        spans = None if shares is None else self.config.max_span * shares.clip(0, 1)
+        span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._tokens(), spans)
         if penalties is not None and self.config.penalty:
             penalties.append(self.config.penalty * self._mean(span, rows))
         all_k, all_v, memory = join(state, k, v, grows=False)
-        memory_lengths = state.held.clamp(max=memory) if state is not None and memory else None
+        memory_lengths = None
+        if state is not None and memory:
+            memory_lengths = host.remember(
+                state.held.clamp(max=memory), None if held is None else held.clip(max=memory)
+            )
         out = ops.adaptive_span_attention(
             q,
             all_k,
@@ -168,13 +189,14 @@ class AdaptiveSpanCore(Core):
             start=rows.first_visible(memory),
             memory_lengths=memory_lengths,
         )
-        kept = carried(state, k, v, (all_k, all_v), rows, self.capacity)
-        return out, AdaptiveSpanState(*kept, *self._counts(state, rows))
+        capacity = self._capacity(spans)
+        kept = carried(state, k, v, (all_k, all_v), rows, capacity)
+        return out, AdaptiveSpanState(*kept, *self._counts(state, rows, capacity))
 
     def token_spans(self, hidden: Hidden | None) -> Tensor:
         """(batch, heads, length) dynamic spans in tokens, fp32 at least."""
         assert hidden is not None, "dynamic spans are read off the hidden states"
-        with torch.autocast(hidden.x.device.type, enabled=False):
+        with flash.full_precision(hidden.x.device):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT
@@ -186,13 +208,13 @@ class AdaptiveSpanCore(Core):
         real = torch.arange(rows.length, device=span.device) < rows.real_tokens()[:, None]
         return (span.mean(1) * real).sum() / real.sum().clamp(min=1)
 
-    def _counts(self, state: AdaptiveSpanState | None, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _counts(self, state: AdaptiveSpanState | None, rows: Rows, capacity: int) -> tuple[Tensor, Tensor]:
         """`held` and `live` of the next state."""
         tokens, held = rows.real_tokens(), rows.live
         if state is not None:
             goes_on = rows.live == rows.offset + tokens
             held = torch.where(goes_on, state.held + tokens, rows.live)
-        return held.clamp(max=self.capacity), rows.live
+        return held.clamp(max=capacity), rows.live
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Clamp z' to [0, 1]: the optimiser knows no bounds."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -159,9 +159,27 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
+    def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
+        """Small tensors (spans, draws, counts of a state) whose values the host needs to lay a call out, by names.
+
+        A model reads those of all its layers in one transfer, as `Rows(..., reads=...)`; `forward` gets the values by
+        `rows.read(self.layout_inputs(state))`. None by default.
+        """
+        return {}
+
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> Any:
         """The state of an empty past."""
         raise NotImplementedError
+
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model).
+
+        Args:
+            state: as in `forward`.
+            k: this call's keys.
+            hidden: as in `forward`.
+        """
+        return states.fit(state, k.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """Exact bytes of the state after `length` live tokens."""
@@ -245,6 +263,7 @@ class Mixer(nn.Module):
         """What this instance promises."""
         return self.core.traits
 
+    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,
@@ -257,7 +276,8 @@ class Mixer(nn.Module):
         """See the class."""
         if x.ndim != 3 or x.shape[-1] != self.shape.dim:
             raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
-        rows = Rows(self._offset(x, state), x.shape[1], mask, reset)
+        offset = self._offset(x, state)
+        rows = Rows(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
         y, state = self.mix(rows.gather(x), state, rows, penalties)
         return rows.scatter(y), state
 
@@ -283,8 +303,10 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
-        out = with_gradients(out, self.core)
+        unread = () if out.numel() else (q, k, v)
+        out = with_gradients(out, [*self.core.parameters(), *unread])
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 

@@ -72,6 +72,10 @@ class BPState(NamedTuple):
     open_mass: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "open_k", "open_v", "open_mass"
+
 
 class BPCore(Core):
     """See the module."""
@@ -118,7 +122,7 @@ class BPCore(Core):
             positioned=None if self.shape.rope is None else self.rotate(q, k, rows),
             lengths=rows.lengths,
             start=rows.origin,
-            state=None if state is None else ops.TreeNodes(*state),
+            state=None if state is None else ops.TreeNodes(*state)._replace(live=rows.offset),
         )
         if nodes is None:
             return out, None

@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
+from longspan import state as states
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
@@ -84,6 +86,10 @@ class CompressiveState(NamedTuple):
     compressed: Tensor
     usage: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
 
 
 class Piece(NamedTuple):
@@ -166,21 +172,21 @@ class CompressiveCore(RelativeCore):
                 end = min(rows.length, column + segment - (first + column) % segment)
                 if (first + column) % segment == 0 and not self.counts_usage:
                     end = rows.length  # without usage, segments do not wait for each other
-                pieces.append(Piece(slice(column, end), None, Rows(rows.offset + column, end - column)))
+                offset = host.remember(rows.offset + column, rows.offsets + column)
+                pieces.append(Piece(slice(column, end), None, Rows(offset, end - column)))
                 column = end
             return pieces
 
         def spread() -> list[Piece]:
             layout = rows.segments(segment)
-            inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-            position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * inside)[..., None])[..., 0]
-            offset, pieces = rows.offset, []
+            position, live, pieces = layout.spread_positions(), rows.offsets, []
             for column in range(0, layout.columns, segment):
                 here = slice(column, column + segment)
                 begins = position[:, column] == 1
-                part = Rows(offset.masked_fill(begins, 0), segment, position[:, here] > 0)
-                pieces.append(Piece(here, begins if bool(begins.any()) else None, part))
-                offset = part.live
+                offset = host.put(np.where(begins, 0, live), rows.device)
+                part = Rows(offset, segment, host.put(position[:, here] > 0, rows.device))
+                pieces.append(Piece(here, host.put(begins, rows.device) if begins.any() else None, part))
+                live = part.lives
             return pieces
 
         return rows.cached(("compressive", segment, self.counts_usage), plain if rows.plain else spread)
@@ -203,8 +209,7 @@ class CompressiveCore(RelativeCore):
         segment, loss = self.config.segment, None
         if penalties is not None and self._learns():
             loss = AuxiliaryLoss(self.compressor, self.config.loss)
-        opened = int((rows.offset % segment).max()) if rows.batch else 0
-        inside = rows.origin is None and opened + rows.length <= segment
+        inside = rows.inside(segment)
         distances = self._distances(rows)
         folded = inside and not self.counts_usage and self.folds(q, distances, k, v)
         r = None if folded else self.relative(distances, rows)
@@ -297,13 +302,13 @@ class CompressiveCore(RelativeCore):
             return (torch.cat([state.compressed[:, -slots:], near], 1) if slots else near), None
 
         def layout() -> tuple[Tensor, Tensor]:
-            opened = rows.offset % segment
-            slots, older = self.sizes.seen(rows.offset - opened)
+            opened = rows.offsets % segment
+            slots, older = self.sizes.seen(rows.offsets - opened)
             near, count = older + opened, slots + older + opened
-            back = torch.arange(int(count.max()), 0, -1, device=rows.device)
+            back = np.arange(count.max(), 0, -1)
             far = self.config.compressed_len + near[:, None] - back  # among the slots
-            place = torch.where(back <= near[:, None], self.config.compressed_len + capacity - back, far)
-            return place.clamp(min=0), count
+            place = np.where(back <= near[:, None], self.config.compressed_len + capacity - back, far)
+            return host.put(place.clip(min=0), rows.device), host.put(count, rows.device)
 
         place, count = rows.cached(("compressive past", self.sizes), layout)
         if not place.shape[1]:
@@ -409,10 +414,10 @@ class CompressiveCore(RelativeCore):
         segment, x = self.config.segment, given.x
         if state is None:
             state = self.init_state(rows.batch, x.device, x.dtype)
-        closes = rows.offset % segment + rows.real_tokens() == segment
+        closes = rows.closes(segment)
         usage = state.usage if received is None else count_usage(state.usage, received, closes, rows, self.sizes)
         compressed = state.compressed
-        if self.config.compressed_len and bool(closes.any()):
+        if self.config.compressed_len and (rows.offsets % segment + rows.lengths_read == segment).any():
             compressed = self._compress(given, state, usage, closes, rows)
         carried = self._carry_hidden(state, x, rows)
         if received is not None:
@@ -427,14 +432,15 @@ class CompressiveCore(RelativeCore):
             return carried
         slot = torch.arange(self.capacity, device=x.device)
         is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-        some = bool(is_open.any())
+        some = self.capacity > 0 and (rows.lives % self.config.segment).any()
         return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
 
     def _compress(self, given: Inputs, state: CompressiveState, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
         """The compressed memory after the segments that end here."""
         config, context, loss = self.config, self.compressor.context, given.loss
-        before, groups = self.sizes.groups(closes, rows)
-        most = int(groups.max())
+        before, groups = self.sizes.groups(closes, rows.offset)
+        closing = rows.offsets % config.segment + rows.lengths_read == config.segment
+        most = int(self.sizes.groups(closing, rows.offsets)[1].max())
         if not most:
             return state.compressed
         joined = torch.cat([state.hidden, given.x], 1).detach()
@@ -467,6 +473,10 @@ class CompressiveCore(RelativeCore):
         usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
         hidden, compressed = (zeros(n, self.shape.dim) for n in (self.capacity, self.config.compressed_len))
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
+
+    def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
+        """See `Core.fit`; what is carried are hidden states."""
+        return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""

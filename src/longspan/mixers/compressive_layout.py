@@ -7,10 +7,11 @@ of positions alone, once for all layers; parts of about one size are one batch, 
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.mixers.rows import Rows
 
 QUERIES, KEYS = 64, 128  # parts whose sizes round up to the same multiples of these are one batch
@@ -27,22 +28,22 @@ class Sizes(NamedTuple):
     capacity: int
 
     def closed(self, border: Any) -> Any:
-        """Slots made in a document when a segment ends at `border`, an int or a tensor."""
+        """Slots made in a document when a segment ends at `border`, an int, an array or a tensor."""
         if not self.compressed_len:
             return border * 0
         left = border - self.mem_len
-        return (left.clamp(min=0) if isinstance(left, Tensor) else max(0, left)) // self.ratio
+        return (max(0, left) if isinstance(left, int) else left.clip(min=0)) // self.ratio
 
     def seen(self, border: Any) -> tuple[Any, Any]:
         """Slots and positions of memory that a segment which begins at `border` sees."""
         slots, most = self.closed(border), self.compressed_len
-        if isinstance(border, Tensor):
-            return slots.clamp(max=most), border.clamp(max=self.mem_len)
-        return min(slots, most), min(border, self.mem_len)
+        if isinstance(border, int):
+            return min(slots, most), min(border, self.mem_len)
+        return slots.clip(max=most), border.clip(max=self.mem_len)
 
-    def groups(self, closes: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """(batch,) slots made before the open segment, and how many its end adds where it `closes`."""
-        border = rows.offset - rows.offset % self.segment
+    def groups(self, closes: Any, offset: Any) -> tuple[Any, Any]:
+        """(batch,) slots made before the open segment, and how many its end adds where it `closes`; all of one kind."""
+        border = offset - offset % self.segment
         before = self.closed(border)
         return before, (self.closed(border + self.segment) - before) * closes
 
@@ -99,13 +100,10 @@ class _Part(NamedTuple):
 
 def _parts(rows: Rows, segment: int) -> list[_Part]:
     """Rows cut where a segment (or a document) begins."""
-    column = torch.arange(rows.length, device=rows.device)
-    position = rows.positions.expand(rows.batch, -1)
-    real = rows.real_tokens()
-    begins = ((position % segment == 0) | (column == 0)) & (column < real[:, None])
-    at = begins.nonzero()
-    first, ends = position[begins].tolist(), real.tolist()
-    starts = at.tolist()
+    column = np.arange(rows.length)
+    position = np.broadcast_to(rows.positions_read, (rows.batch, rows.length))
+    begins = ((position % segment == 0) | (column == 0)) & (column < rows.lengths_read[:, None])
+    starts, first, ends = np.argwhere(begins).tolist(), position[begins].tolist(), rows.lengths_read.tolist()
     found = []
     for number, ((row, start), live) in enumerate(zip(starts, first, strict=True)):
         follows = number + 1 < len(starts) and starts[number + 1][0] == row
@@ -123,7 +121,7 @@ def make_layout(rows: Rows, sizes: Sizes) -> Layout:
     closing, most = [p for p, n in zip(parts, made, strict=True) if n], max([*made, 0])
     nothing = rows.batch * slots_of + len(closing) * most
     held: list[list[int]] = []
-    for row, live in enumerate(rows.offset.tolist()):
+    for row, live in enumerate(rows.offsets.tolist()):
         last = (row + 1) * slots_of
         held.append(list(range(last - min(slots_of, sizes.closed(live - live % sizes.segment)), last)))
     seen: list[list[int]] = []
@@ -137,20 +135,20 @@ def make_layout(rows: Rows, sizes: Sizes) -> Layout:
             held[part.row] = (held[part.row] + list(range(first, first + count)))[-slots_of:]
             number += 1
     if rows.emptied is not None:
-        held = [[] if gone else each for each, gone in zip(held, rows.emptied.tolist(), strict=True)]
+        held = [[] if not live else each for each, live in zip(held, rows.lives.tolist(), strict=True)]
     carried = [[nothing] * (slots_of - len(each)) + each for each in held]
     batches, order = _batches(rows, parts, seen, sizes, nothing)
-    old = torch.full((len(closing), sizes.context + most * sizes.ratio), -1, device=device)
+    old = np.full((len(closing), sizes.context + most * sizes.ratio), -1)
     for number, part in enumerate(closing):
         zero = part.row * width + sizes.capacity + part.column - part.place - part.border  # of position 0
         begin = sizes.closed(part.border) * sizes.ratio - sizes.context
-        position = torch.arange(begin, begin + old.shape[1], device=device)
+        position = np.arange(begin, begin + old.shape[1])
         last = part.border + sizes.segment - 1
-        old[number] = torch.where(position >= 0, zero + position.clamp(max=last), -1)
+        old[number] = np.where(position >= 0, zero + position.clip(max=last), -1)
     return Layout(
         batches,
         order,
-        old,
+        host.put(old, device),
         torch.tensor([n for n in made if n], dtype=torch.int64, device=device),
         _ranges([p.row * rows.length + p.column for p in closing], [p.tokens for p in closing], device),
         torch.tensor([p.tokens for p in closing], dtype=torch.int64, device=device),
@@ -177,28 +175,28 @@ def _batches(
     past = [len(s) + o + p.place for s, o, p in zip(seen, older, parts, strict=True)]
     for number, part in enumerate(parts):
         alike.setdefault((-(-part.tokens // QUERIES), -(-past[number] // KEYS)), []).append(number)
-    out, at, batches = torch.zeros(rows.batch * rows.length, dtype=torch.int64, device=device), 0, []
+    out, at, batches = np.zeros(rows.batch * rows.length, np.int64), 0, []
     for members in alike.values():
         most, before = max(parts[n].tokens for n in members), max(past[n] for n in members)
-        index = torch.zeros(len(members), before + most, dtype=torch.int64)
+        index = np.zeros((len(members), before + most), np.int64)
         for line, number in enumerate(members):
             part, token = parts[number], parts[number].row * width + sizes.capacity + parts[number].column
             begin = token - part.place
-            index[line, before - past[number] : before + part.tokens] = torch.cat(
+            index[line, before - past[number] : before + part.tokens] = np.concatenate(
                 [
-                    torch.tensor(seen[number], dtype=torch.int64),
-                    torch.arange(stale + begin - older[number], stale + begin),
-                    torch.arange(own + begin, own + token + part.tokens),
+                    np.array(seen[number], np.int64),
+                    np.arange(stale + begin - older[number], stale + begin),
+                    np.arange(own + begin, own + token + part.tokens),
                 ]
             )
             first = part.row * rows.length + part.column
-            out[first : first + part.tokens] = torch.arange(at + line * most, at + line * most + part.tokens)
+            out[first : first + part.tokens] = np.arange(at + line * most, at + line * most + part.tokens)
         counts = [parts[n].tokens for n in members]
         queries = _ranges([parts[n].row * rows.length + parts[n].column for n in members], counts, device)
-        lengths, memory = (torch.tensor(t, device=device) for t in (counts, [past[n] for n in members]))
-        batches.append(Batch(queries, index.to(device), lengths, memory))
+        lengths, memory = (host.put(np.array(t), device) for t in (counts, [past[n] for n in members]))
+        batches.append(Batch(queries, host.put(index, device), lengths, memory))
         at += len(members) * most
-    return batches, out
+    return batches, host.put(out, device)
 
 
 def attend(
@@ -267,8 +265,9 @@ def carry_usage(usage: Tensor, closes: Tensor, rows: Rows, sizes: Sizes) -> Tens
     """What the next state holds: nothing of groups that are full, nothing of the memory where a segment opens."""
     old, new = usage[:, : sizes.capacity, None], usage[:, sizes.capacity :, None]
     carried = rows.carry(old, new, sizes.capacity)[..., 0]
-    before, groups = sizes.groups(closes, rows)
+    before, groups = sizes.groups(closes, rows.offset)
     position = rows.live[:, None] - sizes.capacity + torch.arange(sizes.capacity, device=usage.device)
     kept = position >= ((before + groups) * sizes.ratio)[:, None]
     left = (rows.live - sizes.mem_len)[:, None]
-    return carried * (kept & (~closes[:, None] | (position < left)))
+    usage_left: Tensor = carried * (kept & (~closes[:, None] | (position < left)))
+    return usage_left

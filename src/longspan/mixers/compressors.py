@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longspan import ops
 from longspan.mixers.maps import CalledParameters
+from longspan.ops.first_order import FirstOrder
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -108,20 +109,23 @@ class Compressor(nn.Module):
         return 4 * slots * evaluated * self.dim**2
 
 
-class Frozen(torch.autograd.Function):
+class Frozen(FirstOrder):
     """A projection to keys and values through which gradients reach its input and not its parameters."""
 
+    what = "the loss of a compressor"
+
     @staticmethod
-    def forward(ctx: Any, project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`project(x)`, its graph kept apart."""
+    def forward(ctx: Any, project: Project, given: Tensor) -> tuple[Tensor, Tensor]:
+        """`project(given)`, its graph kept apart."""
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = given.detach().requires_grad_()
             k, v = project(x)
         ctx.inner = x, k, v
+        ctx.save_for_backward(given)
         return k.detach(), v.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[None, Tensor]:
         """The gradient of x alone."""
         x, *projected = ctx.inner
         return None, torch.autograd.grad(projected, x, grads, retain_graph=True)[0]
@@ -129,7 +133,7 @@ class Frozen(torch.autograd.Function):
 
 def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of x whose gradients reach x and not the parameters of `project`."""
-    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)  # type: ignore[no-untyped-call]
+    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)
     return projected
 
 

@@ -4,6 +4,7 @@ q, k and v are projected once and split over the cores by heads; their outputs a
 of a layer may look near and half far, as in Routing Transformer (Roy et al. 2021, section 4) and BigBird-like mixes.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,10 +162,24 @@ class HeadsCore(Core):
             nexts.append(after)
         return torch.cat(outs, 1), HeadsState(tuple(nexts), rows.live)
 
+    def layout_inputs(self, state: HeadsState | None) -> dict[Hashable, Tensor]:
+        """Those of all parts."""
+        inputs: dict[Hashable, Tensor] = {}
+        for index, core in enumerate(self.cores):
+            inputs |= core.layout_inputs(None if state is None else state.parts[index])
+        return inputs
+
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> HeadsState:
         """The empty states of all parts."""
         parts = tuple(core.init_state(batch_size, device, dtype) for core in self.cores)
         return HeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    def fit(self, state: HeadsState | None, k: Tensor, hidden: Hidden | None = None) -> HeadsState | None:
+        """See `Core.fit`."""
+        if state is None:
+            return None
+        pairs = zip(self.cores, state.parts, strict=True)
+        return HeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The sum over the parts, and one count a row."""

@@ -50,8 +50,8 @@ def carried(
     """
     memory = 0 if state is None else state.k.shape[2]
     if capacity is None:
-        if rows.plain and rows.emptied is None and memory == rows.offset_range[0]:
+        if rows.plain and rows.emptied is None and (memory == rows.offset_range[0] or rows.shapes_only):
             return joined
-        capacity = int(rows.live.max()) if rows.batch else 0
+        capacity = int(rows.lives.max(initial=0))
     old_k, old_v = (None, None) if state is None else (state.k, state.v)
     return rows.carry(old_k, k, capacity), rows.carry(old_v, v, capacity)

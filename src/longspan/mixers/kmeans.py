@@ -3,14 +3,14 @@
 See `routing` for the equations. A core counts its training forwards with `see`; `after_step` applies them.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.mixers.draws import DrawnCore
+from longspan import host
+from longspan.mixers.draws import DrawnCore, processes, share_first, summed
 
 SAMPLES = 8  # vectors a cluster that a step keeps: where centroids begin, and begin again
 ROUNDS = 10  # of k-means over them
@@ -36,12 +36,11 @@ class Seen(NamedTuple):
 class ClusteredCore(DrawnCore):
     """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
 
-    The centroids and their moving sums are buffers, in fp32 at least, whatever the dtype of the model: in bf16 a small
-    step rounds to none. What waits for `after_step` is no buffer: DistributedDataParallel gives every process the
-    buffers of the first before each forward, and a checkpoint needs it as little as gradients between two steps.
+    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none.
     """
 
     counts_forwards = True
+    wide = STATISTICS
     centroids: Tensor
     ema_sum: Tensor
     ema_count: Tensor
@@ -52,24 +51,12 @@ class ClusteredCore(DrawnCore):
         """Call at the end of construction; `config` has `decay`, `reseed` and `seed`."""
         self.routed_heads = heads
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        drawn = torch.randn(heads, count, dim, generator=torch.Generator().manual_seed(self.config.seed), dtype=wide)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = host.normal(heads, count, dim, generator=generator, dtype=wide).to(torch.get_default_device())
         self.register_buffer("centroids", F.normalize(drawn, dim=-1))
         self.register_buffer("ema_sum", torch.zeros(heads, count, dim, dtype=wide))
         self.register_buffer("ema_count", torch.zeros(heads, count, dtype=wide))
         self._count_draws()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """As modules do, but statistics never become narrower than fp32."""
-        before = {name: getattr(self, name) for name in STATISTICS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = getattr(self, name)
-            wide = torch.promote_types(new.dtype, torch.float32)
-            if new.dtype != wide:
-                setattr(self, name, old.to(new.device, wide))
-        if self.pending is not None:
-            self.pending = Seen(*(t.to(self.centroids.device) for t in self.pending))
-        return self
 
     def _nothing(self) -> Seen:
         heads, count, dim = self.centroids.shape
@@ -88,13 +75,14 @@ class ClusteredCore(DrawnCore):
         return found.view(*chosen.shape, self.centroids.shape[2])
 
     @torch.no_grad()
-    def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor) -> None:
+    def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor, begun: bool | None = None) -> None:
         """Add a training forward to what the next `after_step` learns from.
 
         Args:
             seen: vectors (batch, heads, length, head_dim) of length one, heads a multiple of the routed ones, and their
                 clusters (batch, heads, length).
             real: (batch, length) bool, tokens that count.
+            begun: the centroids have been set by a first batch; None = looked up.
         """
         if not real.numel():
             return
@@ -110,12 +98,12 @@ class ClusteredCore(DrawnCore):
             count = torch.zeros(size + 1, dtype=torch.int64, device=index.device)
             count.index_add_(0, index, torch.ones_like(index))
             pending.counts.add_(count[:size].view(pending.counts.shape))
-        if self.config.reseed or not int(self.draws):
+        if self.config.reseed or not (int(self.draws) if begun is None else begun):
             self._sample(pending, [vectors for vectors, _ in seen], real)
 
     def _sample(self, pending: Seen, vectors: list[Tensor], real: Tensor) -> None:
         """Fill what is left of this process's part of the sample with evenly spaced real vectors."""
-        rank, world = _processes()
+        rank, world = processes()
         size, length = len(pending.filled), real.shape[1]
         part = slice(rank * size // world, (rank + 1) * size // world)
         slots = torch.arange(part.stop - part.start, device=real.device)
@@ -144,10 +132,10 @@ class ClusteredCore(DrawnCore):
         """Move the centroids to what the training forwards since the last call have seen, in all processes."""
         pending, self.pending = self.pending, None
         if pending is None:
-            if _processes()[1] == 1:
+            if processes()[1] == 1:
                 return
             pending = self._nothing()  # others may have seen something
-        total, count = _summed(pending.sums, pending.counts)
+        total, count = summed(pending.sums, pending.counts)
         if int(self.draws):
             self._move(total, count)
             self._revive(pending, step)
@@ -156,7 +144,7 @@ class ClusteredCore(DrawnCore):
 
     def _begin(self, pending: Seen, count: Tensor, generator: torch.Generator | None) -> None:
         """Set the centroids by k-means over the sample, as if it were all that the step has seen."""
-        sample, filled = _summed(pending.sample, pending.filled)
+        sample, filled = summed(pending.sample, pending.filled)
         if not bool(filled.any()):
             return
         vectors = sample[:, filled > 0].cpu()
@@ -185,7 +173,7 @@ class ClusteredCore(DrawnCore):
         dead = self.ema_count < self.config.reseed * even
         if not bool(dead.any()):
             return
-        sample, filled = _summed(pending.sample, pending.filled)
+        sample, filled = summed(pending.sample, pending.filled)
         if not bool(filled.any()):
             return
         # of its own, a function of the step: a resumed run and every process draw the same
@@ -197,10 +185,8 @@ class ClusteredCore(DrawnCore):
         self._agree()
 
     def _agree(self) -> None:
-        """The first process's statistics for all: generators may differ, and so may the last bit of a product."""
-        if _processes()[1] > 1:
-            for name in STATISTICS:
-                dist.broadcast(getattr(self, name), 0)
+        """The first process's statistics for all."""
+        share_first(*(getattr(self, name) for name in STATISTICS))
 
 
 def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -212,7 +198,7 @@ def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generat
         generator: draws the seeds; None = torch's.
     """
     vectors = vectors.float()
-    every = torch.ones(fallback.shape[:2], dtype=torch.bool)
+    every = torch.ones(fallback.shape[:2], dtype=torch.bool, device=fallback.device)
     found = seeded(vectors, fallback.float(), every, generator)
     for _ in range(ROUNDS):
         nearest = F.one_hot((vectors @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
@@ -231,30 +217,16 @@ def seeded(vectors: Tensor, centroids: Tensor, wanted: Tensor, generator: torch.
         generator: draws; None = torch's.
     """
     found, vectors = centroids.float().clone(), vectors.float()
-    head = torch.arange(len(found))
+    head = torch.arange(len(found), device=found.device)
+    source = found.device if generator is None else generator.device
     nearness = (vectors @ found.mT).masked_fill(wanted[:, None], -1).amax(-1)
     farthest = torch.where(vectors.norm(dim=-1) > 0.5, 1 - nearness, 0.0)
     for number in wanted.any(0).nonzero()[:, 0].tolist():
         distance = torch.where(farthest > 1e-5, farthest, 0.0)  # beyond rounding: equal vectors give one seed
         left = wanted[:, number] & (distance.sum(-1) > 0)
-        chosen = torch.multinomial(torch.where(left[:, None], distance, 1.0), 1, generator=generator)[:, 0]
+        shares = torch.where(left[:, None], distance, 1.0).to(source)
+        chosen = torch.multinomial(shares, 1, generator=generator)[:, 0].to(found.device)
         found[:, number] = torch.where(left[:, None], vectors[head, chosen], found[:, number])
         nearness = (vectors @ found[:, number, :, None])[..., 0]
         farthest = torch.minimum(farthest, torch.where(left[:, None], 1 - nearness, farthest))
     return found
-
-
-def _processes() -> tuple[int, int]:
-    """Rank and number of the processes that train together."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _summed(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Both summed over all processes."""
-    if _processes()[1] > 1:
-        sums, counts = sums.clone(), counts.clone()
-        dist.all_reduce(sums)
-        dist.all_reduce(counts)
-    return sums, counts

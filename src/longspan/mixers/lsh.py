@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.choices import choose
@@ -109,6 +109,7 @@ class LSHCore(DrawnCore):
         "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "lsh: rotations"
+    wide = ("rotations",)
     rotations: Tensor
 
     def __init__(self, shape: Shape, config: LSHConfig) -> None:
@@ -120,10 +121,9 @@ class LSHCore(DrawnCore):
         self._count_draws()
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
-        config = self.config
-        return torch.randn(
-            self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2, generator=generator
-        )
+        config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
+        shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
+        return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @property
     def uses_keys(self) -> bool:  # type: ignore[override]
@@ -157,7 +157,7 @@ class LSHCore(DrawnCore):
         q, k = self.rotate(q, k[:, :0] if self.config.shared else k, rows)
         rings = None
         if state is not None:
-            self.check_draw(state.drawn, state.live)
+            self.check_draw(state, rows)
             rings = ops.LSHRings(state.k, state.v, state.position)
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)

@@ -90,9 +90,10 @@ def place_of(module: nn.Module) -> Place:
             return Place(parameter.device, dtype)
     if floats:
         for each in module.modules():
-            hook = getattr(each, "_hf_hook", None)
-            device = getattr(hook, "execution_device", None)
-            if device is not None:
-                return Place(torch.device(device), dtype)
+            hook: Any = getattr(each, "_hf_hook", None)
+            for part in getattr(hook, "hooks", [hook]):
+                device = getattr(part, "execution_device", None)
+                if device is not None:
+                    return Place(torch.device(device), dtype)
         return Place(floats[0].device, dtype)
     return Place(torch.get_default_device(), dtype)

@@ -23,16 +23,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan.config import check_least
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import join
 from longspan.mixers.memory_store import MemoryStore, read_and_write
 from longspan.mixers.rows import Rows
+from longspan.ops import flash
 from longspan.state import needs_grad
 
 
@@ -165,11 +167,11 @@ class MemorizingCore(Core):
         window = self.config.window
         near_k, near_v, near = join(state, k, v, grows=False)
         local = self._local(q, near_k, near_v, near, rows)
-        opened = rows.offset % window
-        inside = rows.origin is None and (int(opened.max()) if rows.batch else 0) + rows.length <= window
+        inside = rows.inside(window)
         older = stored = None
-        if not inside or bool((opened + rows.real_tokens() == window).any()) or rows.emptied is not None:
-            older = self._older(state, rows, opened)
+        closing = (rows.offsets % window + rows.lengths_read == window).any()
+        if not inside or closing or rows.emptied is not None:
+            older = self._older(state, rows)
             stored = self._joined(older, k, v)
         if self.attached:
             out = self._attached(q, near_k, near_v, near, local, rows)
@@ -210,34 +212,41 @@ class MemorizingCore(Core):
 
         def bounds() -> tuple[Tensor, Tensor]:
             if older is None:
-                closed = (rows.offset // window * window).clamp(max=most)[:, None]
-                return most - closed, torch.full_like(closed, most)
-            column = torch.arange(older, older + rows.length, device=rows.device)
-            border = column - rows.positions % window
-            first = torch.maximum(border - most, column - rows.positions).clamp(min=0)
-            hidden = column - older >= rows.real_tokens()[:, None]
-            return first, border.expand(rows.batch, -1).masked_fill(hidden, 0) if rows.lengths is not None else border
+                first = host.derive(
+                    lambda offset: most - (offset // window * window).clip(max=most)[:, None], rows.offset
+                )
+                return first, host.remember(torch.full_like(first, most), np.full((rows.batch, 1), most))
+            column = np.arange(older, older + rows.length)
+            border = column - rows.positions_read % window
+            begin = np.maximum(border - most, column - rows.positions_read).clip(min=0)
+            end = (
+                np.where(column - older >= rows.lengths_read[:, None], 0, border)
+                if rows.lengths is not None
+                else border
+            )
+            return host.put(begin, rows.device), host.put(end, rows.device)
 
         first, last = rows.cached(("memorizing", window, most, older), bounds)
         return ops.memorizing_attention(
             q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
         )
 
-    def _older(self, state: MemorizingState | None, rows: Rows, opened: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _older(self, state: MemorizingState | None, rows: Rows) -> tuple[Tensor, Tensor] | None:
         """The store and the open segment side by side, newest last, with nothing between them in any row."""
         if state is None:
             return None
         window, most = self.config.window, self.config.max_memories
         recent_k = ops.unit_vectors(state.k.detach()).to(state.store_k.dtype)
         recent_v = state.v.detach().to(state.store_v.dtype)
-        low, high = (int(opened.min()), int(opened.max())) if rows.batch else (0, 0)
-        if low == high:
-            behind = window - 1 - low
+        places = set((rows.offsets % window).tolist())
+        if len(places) <= 1:
+            behind = window - 1 - next(iter(places), 0)
             return (
                 torch.cat([state.store_k, recent_k[:, :, behind:]], 2),
                 torch.cat([state.store_v, recent_v[:, :, behind:]], 2),
             )
         distance = torch.arange(most + window - 1, 0, -1, device=rows.device)  # to the first token of the call
+        opened = rows.opened(window)
         inside = distance <= opened[:, None]
         index = torch.where(inside, most + window - 1 - distance, most + opened[:, None] - distance).clamp(min=0)
         return (
@@ -264,8 +273,9 @@ class MemorizingCore(Core):
         end = stored[0].shape[2] - rows.length + rows.real_tokens() - rows.live % window
         index = end[:, None] - most + slot
         kept = most - slot <= (rows.live // window * window)[:, None]
-        if rows.batch and bool(kept.all()) and bool((end == end[:1]).all()):
-            first = int(end[0]) - most
+        ends = stored[0].shape[2] - rows.length + rows.lengths_read - rows.lives % window
+        if rows.batch and (rows.lives // window * window >= most).all() and (ends == ends[:1]).all():
+            first = int(ends[0]) - most
             return stored[0][:, :, first : first + most].clone(), stored[1][:, :, first : first + most].clone()
         if not stored[0].shape[2]:
             return self._next(None, None, k, rows)
@@ -280,7 +290,7 @@ class MemorizingCore(Core):
         if len(self.attached) != rows.batch:
             raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
         config = self.config
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             asked = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
             kept = ops.unit_vectors(k)
             return read_and_write(

@@ -21,7 +21,7 @@ from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.choices import recording
-from longspan.mixers.draws import DrawnCore
+from longspan.mixers.draws import DrawnCore, processes, summed
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 from longspan.state import recomputing
@@ -58,12 +58,12 @@ class PerformerConfig:
 
 
 class PerformerState(NamedTuple):
-    """Sums over the live tokens, fp32 at least, in units of exp(maximum).
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum).
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
         keys: (batch, kv_heads, features).
-        maximum: (batch, kv_heads), largest log-scale of a key.
+        maximum: (batch, kv_heads), largest log-scale of a key, fp32 at least.
         drawn: (batch,) int64, the draw of the projection that made them.
         live: (batch,) live tokens.
     """
@@ -73,6 +73,10 @@ class PerformerState(NamedTuple):
     maximum: Tensor
     drawn: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys", "maximum"
 
 
 class PerformerCore(DrawnCore):
@@ -90,6 +94,8 @@ class PerformerCore(DrawnCore):
     projection: Tensor
     bound: Tensor
     pending_square: Tensor
+    """(2,): the sum, over the steps since the last redraw, of the mean of |x + y|^2, and the number of those steps."""
+    pending: Tensor | None
 
     def __init__(self, shape: Shape, config: PerformerConfig) -> None:
         super().__init__(shape, config)
@@ -99,9 +105,9 @@ class PerformerCore(DrawnCore):
         self._count_draws()
         if config.kind == "bounded":
             # of queries and keys of unit variance, until training has seen some
-            square = torch.tensor(2.0 * shape.head_dim**0.5)
+            square = torch.tensor(2.0 * shape.head_dim**0.5, dtype=self.projection.dtype)
             self.register_buffer("bound", ops.bounded_constant(square, shape.head_dim))
-            self.register_buffer("pending_square", torch.zeros(2))
+            self.register_buffer("pending_square", torch.zeros(2, dtype=square.dtype))
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         return ops.orthogonal_projection(
@@ -109,9 +115,14 @@ class PerformerCore(DrawnCore):
         )
 
     @property
+    def wide(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The projection, and the bound of FAVOR++ with what it is made of."""
+        return ("projection", "bound", "pending_square") if self.config.kind == "bounded" else ("projection",)
+
+    @property
     def counts_forwards(self) -> bool:  # type: ignore[override]
-        """The bound of FAVOR++ is measured."""
-        return self.config.kind == "bounded"
+        """The bound of FAVOR++ is measured, where a redraw will want it."""
+        return self.config.kind == "bounded" and self.config.redraw > 0
 
     @property
     def traits(self) -> Traits:
@@ -136,11 +147,11 @@ class PerformerCore(DrawnCore):
         """
         q, k = self.rotate(q, k, rows)
         bounded = self.config.kind == "bounded"
-        if bounded and self.training and (torch.is_grad_enabled() or recording()):
+        if self.counts_forwards and self.training and (torch.is_grad_enabled() or recording()):
             self._measure(q, k, rows)
         before = None
         if state is not None:
-            self.check_draw(state.drawn, state.live)
+            self.check_draw(state, rows)
             before = ops.LinearSums(state.values, state.keys, state.maximum)
         out, sums = ops.favor_attention(
             q,
@@ -166,23 +177,46 @@ class PerformerCore(DrawnCore):
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
-        """Add the mean of |x + y|^2 of this call to what the next redraw calibrates the bound with."""
+        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of."""
         if recomputing():
             return
+        dtype = torch.promote_types(q.dtype, torch.float32)
         real = torch.arange(rows.length, device=q.device) < rows.real_tokens()[:, None]
-        x, y = (t.float().transpose(1, 2)[real].flatten(0, 1) * self.shape.head_dim**-0.25 for t in (q, k))
-        if len(x):
-            square = x.square().sum(-1).mean() + y.square().sum(-1).mean() + 2 * (x.mean(0) * y.mean(0)).sum()
-            self.pending_square += torch.stack([square, torch.ones_like(square)])
+        counts, squares, sums = [], [], []
+        for t in (q, k):
+            t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)
+            counts.append((real.sum() * t.shape[1]).to(dtype)[None])
+            squares.append(t.square().sum()[None])
+            sums.append(t.sum((0, 1, 2)))
+        counted = torch.cat([*counts, *squares, *sums]).to(self.pending_square.dtype)
+        self.pending = counted if self.pending is None else self.pending + counted
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Draw the projection anew every `redraw` steps, and with it FAVOR++'s bound."""
+        """Apply what was measured, and every `redraw` steps draw the projection, and FAVOR++'s bound with it, anew."""
+        if self.counts_forwards:
+            self._apply_measured()
         if not self.redraw_at(step, self.config.redraw, self.projection, lambda: self._drawn(generator)):
             return
         if self.config.kind == "bounded" and float(self.pending_square[1]) > 0:
             square = self.pending_square[0] / self.pending_square[1]
             self.bound.copy_(ops.bounded_constant(square, self.shape.head_dim))
             self.pending_square.zero_()
+
+    @torch.no_grad()
+    def _apply_measured(self) -> None:
+        """Add E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y over all that the processes have seen in this step."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            if processes()[1] == 1:
+                return
+            pending = self.pending_square.new_zeros(4 + 2 * self.shape.head_dim)  # others may have seen something
+        (total,) = summed(pending)
+        counts, squares, sums = total[:2], total[2:4], total[4:].view(2, -1)
+        counts = counts.clamp(min=1)
+        square = (squares / counts).sum() + 2 * (sums / counts[:, None]).prod(0).sum()
+        # an overflow, which loss scaling steps over, is no measurement
+        counts_here = (total[0] > 0) & square.isfinite()
+        self.pending_square += torch.where(counts_here, torch.stack([square, torch.ones_like(square)]), 0.0)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:
         """Nothing summed."""
@@ -193,9 +227,9 @@ class PerformerCore(DrawnCore):
         return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S, z and the maximum of every key head and two counts a row, whatever the length."""
-        size, width = max(dtype.itemsize, 4), self.features * (self.shape.head_dim + 1) + 1
-        return batch_size * (self.shape.num_kv_heads * width * size + 16)
+        """S and z in fp64 and the maximum of every key head, and two counts a row, whatever the length."""
+        width = self.features * (self.shape.head_dim + 1) * 8 + max(dtype.itemsize, 4)
+        return batch_size * (self.shape.num_kv_heads * width + 16)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Features of queries and keys, and the products of `ops.linear_attention`."""

@@ -170,7 +170,7 @@ class RoutingCore(ClusteredCore):
             UnsupportedError: the state is older than the centroids.
         """
         if state is not None:
-            self.check_draw(state.drawn, state.live)
+            self.check_draw(state, rows)
         committed = penalties is not None and self.config.commitment > 0
         learns = self.training and (torch.is_grad_enabled() or recording())
         with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
@@ -179,7 +179,8 @@ class RoutingCore(ClusteredCore):
         if committed or learns or self.strict:
             clusters = self._clusters(asked, held)
         if clusters is not None and learns and not recomputing():
-            self.see(self._vectors(asked, held, clusters), self._real(rows, asked.device))
+            begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
+            self.see(self._vectors(asked, held, clusters), self._real(rows, asked.device), bool(begun))
         if clusters is not None and penalties is not None and committed:
             penalties.append(self.config.commitment * self._distance(asked, held, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)

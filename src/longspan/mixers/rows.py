@@ -9,13 +9,16 @@ Legend: B batch, N gathered columns (the most real tokens of any row), M columns
 last); a *key column* counts older keys first: the token in column t stands at key column M + t.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
+from longspan.host import Array
 
 T = TypeVar("T")
 
@@ -32,10 +35,30 @@ class Rows:
             before the call; None = no reset in the call, every token goes on with what the state holds.
         emptied: (B,) bool, rows whose last reset lies behind their last real token; None = no row.
         live: (B,) int64, live tokens of each row after the call.
+        offsets, lengths_read, lives: the values of `offset`, of the real tokens and of `live` on the host.
+        shapes_only: there are no values (meta or fake tensors with a state): the call is laid out for its shapes alone.
+
+    The host reads masks, resets, offsets and what else decides the layout (`reads`) once, when the call is laid out;
+    whatever layers ask of `Rows` needs no device afterwards.
+
+    Args:
+        offset: live tokens before the call.
+        columns: of the call.
+        mask: (B, columns) bool, True = real; None = all.
+        reset: (B, columns) bool, True = a document starts; None = none.
+        reads: more small tensors whose values are wanted on the host, by names; see `read`.
     """
 
-    def __init__(self, offset: Tensor, columns: int, mask: Tensor | None = None, reset: Tensor | None = None) -> None:
-        self.batch, self.columns, self.offset = offset.shape[0], columns, offset
+    def __init__(
+        self,
+        offset: Tensor,
+        columns: int,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        reads: Mapping[Hashable, Tensor] | None = None,
+    ) -> None:
+        self.batch, self.columns = offset.shape[0], columns
         self.device = offset.device
         self._cache: dict[Any, Any] = {}
         for name, given in (("mask", mask), ("reset", reset)):
@@ -44,54 +67,93 @@ class Rows:
                     f"{name}: expected a bool tensor of shape {(self.batch, columns)}, "
                     f"got {str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
                 )
-        self._mask = None if mask is None or bool(mask.all()) else mask
+        reads = reads or {}
+        offsets, real, begins, *others = host.read([offset, mask, reset, *reads.values()])
+        self._read = dict(zip(reads, others, strict=True))
+        self._settle(offset, offsets, mask, real, reset, begins)
+
+    def _settle(
+        self,
+        offset: Tensor,
+        offsets: Array | None,
+        mask: Tensor | None,
+        real: Array | None,
+        reset: Tensor | None,
+        begins: Array | None,
+    ) -> None:
+        """Lay the call out by what was read; without values as if nothing came before it and every token were real."""
+        self.shapes_only = offsets is None
+        for what, tensor, array in (("state", offset, offsets), ("mask", mask, real), ("reset", reset, begins)):
+            if tensor is not None and array is None:
+                host.refuse_export(what)
+        self.offsets = np.zeros(self.batch, np.int64) if offsets is None else offsets
+        # of its own, as the state's tensor does not know its values
+        self.offset = host.remember(offset.view_as(offset), offsets)
+        self._mask = None if real is None or real.all() else mask
         self._rank: Tensor | None = None
         self._index: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.length = columns
+        self.length = self.columns
+        index: Array | None = None
+        tokens: Array | None = None
         if self._mask is not None:
-            self._gather_index(self._mask)
+            assert real is not None
+            tokens = real.sum(1)
+            self.length = int(tokens.max(initial=0))
+            self.lengths = host.put(tokens, self.device)
+            self._rank = host.put((real.cumsum(1) - 1).clip(min=0), self.device)
+            # real columns first, in their order
+            index = np.argsort(~real, axis=1, kind="stable")[:, : self.length]
+            self._index = host.put(index, self.device)
+        self.lengths_read = np.full(self.batch, self.length) if tokens is None else tokens
         self.origin: Tensor | None = None
         self.emptied: Tensor | None = None
-        if reset is not None and bool(reset.any()):
-            self._place_resets(reset)
-        self.live = self._live()
+        origin = emptied = None
+        if begins is not None and begins.any():
+            origin, emptied = self._places(begins, index)
+        live = self._live(origin, emptied)
+        if origin is not None and not (origin == -self.offsets[:, None]).all():
+            self.origin = host.put(origin, self.device)
+        if emptied is not None and emptied.any():
+            self.emptied = host.put(emptied, self.device)
+        self.lives = live
+        alike = self.lengths is None and self.origin is None and self.emptied is None
+        self.live = self.offset + self.length if alike else torch.tensor(live, device=self.device)
 
-    def _gather_index(self, mask: Tensor) -> None:
-        self.lengths = mask.sum(1)
-        self.length = int(self.lengths.max()) if self.batch else 0
-        self._rank = (mask.cumsum(1) - 1).clamp_(min=0)
-        # real columns first, in their order
-        self._index = torch.sort(~mask, dim=1, stable=True).indices[:, : self.length]
-
-    def _place_resets(self, reset: Tensor) -> None:
+    def _places(self, reset: Array, index: Array | None) -> tuple[Array, Array | None]:
+        """`origin`, and `emptied` where there is padding."""
         seen = reset.cumsum(1)
-        column = torch.arange(self.length, device=self.device).expand(self.batch, -1)
-        at = seen if self._index is None else seen.gather(1, self._index)
-        before = torch.cat([at.new_zeros(self.batch, 1), at[:, :-1]], 1) if self.length else at
-        starts = at > before
-        origin = torch.where(starts, column, -1).cummax(1).values if self.length else column.clone()
-        origin = torch.where(origin >= 0, origin, -self.offset[:, None])
-        if self._mask is not None:
-            assert self.lengths is not None
-            padded = torch.cat([at.new_zeros(self.batch, 1), at], 1)
-            emptied = seen[:, -1] > padded.gather(1, self.lengths[:, None])[:, 0]
-            self.emptied = emptied if bool(emptied.any()) else None
-        if not torch.equal(origin, (-self.offset)[:, None].expand_as(origin)):
-            self.origin = origin
+        at = seen if index is None else np.take_along_axis(seen, index, 1)
+        before = np.concatenate([np.zeros((self.batch, 1), at.dtype), at[:, :-1]], 1) if self.length else at
+        column = np.arange(self.length)
+        origin = np.maximum.accumulate(np.where(at > before, column, -1), 1) if self.length else at
+        origin = np.where(origin >= 0, origin, -self.offsets[:, None])
+        if index is None:
+            return origin, None
+        padded = np.concatenate([np.zeros((self.batch, 1), at.dtype), at], 1)
+        return origin, seen[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
 
-    def _live(self) -> Tensor:
-        lengths = self.length if self.lengths is None else self.lengths
-        live = self.offset + lengths
-        if self.origin is not None and self.length:
-            last = (self.real_tokens() - 1).clamp(min=0)
-            since = self.real_tokens() - self.origin.gather(1, last[:, None])[:, 0]
-            live = torch.where(self.real_tokens() > 0, since, self.offset)
-        return live if self.emptied is None else live.masked_fill(self.emptied, 0)
+    def _live(self, origin: Array | None, emptied: Array | None) -> Array:
+        live = self.offsets + self.lengths_read
+        if origin is not None and self.length:
+            last = (self.lengths_read - 1).clip(min=0)
+            since = self.lengths_read - np.take_along_axis(origin, last[:, None], 1)[:, 0]
+            live = np.where(self.lengths_read > 0, since, self.offsets)
+        return live if emptied is None else np.where(emptied, 0, live)
+
+    def read(self, wanted: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
+        """Values of tensors by the names under which they were `reads`; read now where they were not."""
+        if all(name in self._read for name in wanted):
+            return {name: self._read[name] for name in wanted}
+        return dict(zip(wanted, host.read(list(wanted.values())), strict=True))
 
     def real_tokens(self) -> Tensor:
         """(B,) real tokens of each row in this call."""
-        return torch.full_like(self.offset, self.length) if self.lengths is None else self.lengths
+        if self.lengths is not None:
+            return self.lengths
+        return self.cached(
+            "tokens", lambda: host.remember(torch.full_like(self.offset, self.length), self.lengths_read)
+        )
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
@@ -105,9 +167,9 @@ class Rows:
     @property
     def offset_range(self) -> tuple[int, int]:
         """The least and the largest offset of any row."""
-        return self.cached(
-            "offsets", lambda: (int(self.offset.min()), int(self.offset.max())) if self.batch else (0, 0)
-        )
+        if not self.batch:
+            return 0, 0
+        return self.cached("offsets", lambda: (int(self.offsets.min()), int(self.offsets.max())))
 
     @property
     def plain(self) -> bool:
@@ -133,22 +195,64 @@ class Rows:
         """The largest position of any real token of this call; -1 where there is none."""
         if not self.length or not self.batch:
             return -1
-        column = torch.arange(self.length, device=self.device)
-        real = column < self.real_tokens()[:, None]
-        return int(self.positions.expand(self.batch, -1).masked_fill(~real, -1).max())
+        real = np.arange(self.length) < self.lengths_read[:, None]
+        return int(np.where(real, self.positions_read, -1).max())
+
+    @property
+    def positions_read(self) -> Array:
+        """The values of `positions` on the host, (B, N) or (1, N)."""
+
+        def make() -> Array:
+            column = np.arange(self.length)
+            if self.origin is not None:
+                return column - self._origin_read
+            low, high = self.offset_range
+            return column + (self.offsets[:1, None] if low == high else self.offsets[:, None])
+
+        return self.cached("positions read", make)
+
+    @property
+    def _origin_read(self) -> Array:
+        assert self.origin is not None
+        array = host.values(self.origin)
+        assert array is not None
+        return array
+
+    def opened(self, size: int) -> Tensor:
+        """(B,) tokens of each row's open segment of `size` positions before the call."""
+        return self.cached(("opened", size), lambda: host.derive(lambda offset: offset % size, self.offset))
+
+    def most_opened(self, size: int) -> int:
+        """The most tokens that any row's open segment has before the call."""
+        return int((self.offsets % size).max(initial=0))
+
+    def inside(self, size: int) -> bool:
+        """The call stays within the open segment of `size` positions of every row; it may close it."""
+        return self.origin is None and self.most_opened(size) + self.length <= size
+
+    def closes(self, size: int) -> Tensor:
+        """(B,) bool: a call that stays `inside` ends with the last position of the row's segment."""
+        return self.cached(
+            ("closes", size),
+            lambda: host.derive(lambda offset, tokens: offset % size + tokens == size, self.offset, self.real_tokens()),
+        )
 
     def first_visible(self, memory: int) -> Tensor | None:
         """(B, N) first key column of each token's document behind `memory` older keys; None = no reset in the call."""
         if self.origin is None:
             return None
         origin = self.origin
-        return self.cached(("first_visible", memory), lambda: (origin + memory).clamp(min=0))
+        return self.cached(
+            ("first_visible", memory), lambda: host.derive(lambda begin: (begin + memory).clip(min=0), origin)
+        )
 
     def memory_lengths(self, memory: int) -> Tensor | None:
         """(B,) how many of `memory` older key columns are real; None = all of them."""
         if memory == 0 or self.offset_range[0] >= memory:
             return None
-        return self.cached(("memory_lengths", memory), lambda: self.offset.clamp(max=memory))
+        return self.cached(
+            ("memory_lengths", memory), lambda: host.derive(lambda offset: offset.clip(max=memory), self.offset)
+        )
 
     def segment_start(self, size: int, memory: int) -> Tensor:
         """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of each token begins.
@@ -159,14 +263,17 @@ class Rows:
 
         def make() -> Tensor:
             column = torch.arange(memory, memory + self.length, device=self.device)
-            return column - self.positions % size
+            begin = column - self.positions % size
+            if self.shapes_only:
+                return begin
+            return host.remember(begin, np.arange(memory, memory + self.length) - self.positions_read % size)
 
         return self.cached(("segment_start", size, memory), make)
 
     def aligned(self, size: int) -> bool:
         """Column 0 is a segment border for every row, and no document starts inside the call."""
         low, high = self.offset_range
-        return self.origin is None and low % size == 0 and (low == high or not bool((self.offset % size).any()))
+        return self.origin is None and low % size == 0 and (low == high or not (self.offsets % size).any())
 
     # -- moving things ---------------------------------------------------------------------------------------------
 
@@ -248,26 +355,43 @@ class Segments:
 
     def __init__(self, rows: Rows, size: int) -> None:
         self.rows, self.size = rows, size
-        self.open = rows.offset % size
-        column = torch.arange(rows.length, device=rows.device)
-        place = self.open[:, None] + column
+        self.open = rows.opened(size)
+        opened = rows.offsets % size
+        column = np.arange(rows.length)
+        place = opened[:, None] + column
         if rows.origin is not None:
-            position = rows.positions
-            before = torch.cat([rows.offset[:, None], position[:, :-1] + 1], 1)
-            holes = torch.where(rows.origin == column, -before % size, 0)
-            place = place + holes.cumsum(1)
-        self.place = place
-        inside = column < rows.real_tokens()[:, None]
-        last = int(torch.where(inside, place, -1).max()) + 1 if place.numel() else 0
-        last = max(last, int(self.open.max()) if rows.batch else 0)
+            position, origin = rows.positions_read, host.values(rows.origin)
+            before = np.concatenate([rows.offsets[:, None], position[:, :-1] + 1], 1)
+            place = place + np.where(origin == column, -before % size, 0).cumsum(1)
+        inside = column < rows.lengths_read[:, None]
+        last = int(np.where(inside, place, -1).max(initial=-1)) + 1
+        last = max(last, int(opened.max(initial=0)))
         self.columns = -(-last // size) * size
         # one column more than needed takes the padding behind a row's real tokens
-        index = place.new_full((rows.batch, self.columns + 1), -1)
-        index.scatter_(1, torch.where(inside, place, self.columns), column.expand(rows.batch, -1))
-        self._index = index[:, :-1]
-        opened = torch.arange(self.columns, device=rows.device) < self.open[:, None]
-        self.real = (self._index >= 0) | opened
+        index = np.full((rows.batch, self.columns + 1), -1)
+        np.put_along_axis(index, np.where(inside, place, self.columns), np.broadcast_to(column, place.shape), 1)
+        self._read = index[:, :-1]
+        self._index = host.put(self._read, rows.device)
+        self.place = host.put(place, rows.device)
+        self.real = host.put((self._read >= 0) | (np.arange(self.columns) < opened[:, None]), rows.device)
         self._views = bool((place == column).all()) and rows.lengths is None and self.columns == rows.length
+
+    def spread_positions(self) -> Array:
+        """(B, C) on the host: 1 + the position of each token of the call, 0 elsewhere."""
+        positions = np.broadcast_to(self.rows.positions_read, (self.rows.batch, self.rows.length))
+        real = np.arange(self.rows.length) < self.rows.lengths_read[:, None]
+        return self.spread_read((positions + 1) * real)
+
+    def begins(self) -> Array:
+        """(B, segments) bool, on the host: a document begins with the segment."""
+        begin: Array = self.spread_positions()[:, :: self.size] == 1
+        return begin
+
+    def spread_read(self, new: Array) -> Array:
+        """What `spread` makes of numbers (B, N) of this call, on the host: (B, C), 0 in holes."""
+        if not new.shape[1]:
+            return np.zeros((new.shape[0], self.columns), new.dtype)
+        return np.where(self._read >= 0, np.take_along_axis(new, self._read.clip(min=0), 1), new.dtype.type(0))
 
     def spread(self, new: Tensor, old: Tensor | None = None) -> Tensor:
         """(B, ..., N, dim) to (B, ..., C, dim), zeros in holes.

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.mixers.base import Core, Hidden
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
@@ -20,8 +20,8 @@ class SegmentState(NamedTuple):
     """The memory, and the keys of the open segment.
 
     Attributes:
-        values: (batch, kv_heads, features, head_dim), fp32 at least.
-        keys: (batch, kv_heads, features), fp32 at least.
+        values: (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`.
+        keys: (batch, kv_heads, features), the same.
         k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
         v: like k.
         live: (batch,) live tokens.
@@ -32,6 +32,10 @@ class SegmentState(NamedTuple):
     k: Tensor
     v: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
 
 
 Local = tuple[Tensor, Tensor] | None
@@ -45,6 +49,10 @@ class SegmentCore(Core):
 
     segment: int
     features: int
+
+    def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
+        """What the memory is held in where activations are of `dtype`: fp32 at least."""
+        return torch.promote_types(dtype, torch.float32)
 
     @abstractmethod
     def attend(
@@ -89,10 +97,10 @@ class SegmentCore(Core):
         """See `Core.forward`."""
         segment, before = self.segment, None
         if state is not None:
-            before = ops.SegmentMemory(state.values, state.keys, rows.offset // segment)
-        opened = rows.offset % segment
-        if rows.origin is None and int(opened.max() if rows.batch else 0) + rows.length <= segment:
-            out, memory = self._inside(q, k, v, state, before, rows, opened)
+            dtype = self.memory_dtype(k.device, k.dtype)
+            before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
+        if rows.inside(segment):
+            out, memory = self._inside(q, k, v, state, before, rows)
         elif rows.plain and rows.aligned(segment):
             local = self._turned(q, k)
             out, memory = self.attend(q, k, v, state=before, local=local, real=None, begins=None)
@@ -107,9 +115,7 @@ class SegmentCore(Core):
         self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
     ) -> tuple[Tensor, ops.SegmentMemory]:
         layout = rows.segments(self.segment)
-        inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-        position = layout.spread(((rows.positions + 1).expand(rows.batch, -1) * inside)[..., None])
-        begins = position[:, :: self.segment, 0] == 1
+        begins = rows.cached(("begins", self.segment), lambda: host.put(layout.begins(), rows.device))
         q = layout.spread(q)
         k = layout.spread(k, None if state is None else state.k)
         v = layout.spread(v, None if state is None else state.v)
@@ -133,7 +139,6 @@ class SegmentCore(Core):
         state: SegmentState | None,
         before: ops.SegmentMemory | None,
         rows: Rows,
-        opened: Tensor,
     ) -> tuple[Tensor, ops.SegmentMemory]:
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
@@ -149,20 +154,21 @@ class SegmentCore(Core):
             state=before,
             local=local,
             lengths=rows.lengths,
-            memory_lengths=opened if older else None,
-            closes=opened + rows.real_tokens() == self.segment,
+            memory_lengths=rows.opened(self.segment) if older else None,
+            closes=rows.closes(self.segment),
         )
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
         """Nothing written, nothing open."""
         kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, dtype)
+        wide = self.memory_dtype(device, dtype)
+        memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, wide)
         k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
         return SegmentState(memory.values, memory.keys, k, k.clone(), memory.written)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""
         shape = self.shape
-        memory = self.features * (shape.head_dim + 1) * max(dtype.itemsize, 4)
+        memory = self.features * (shape.head_dim + 1) * self.memory_dtype(None, dtype).itemsize
         local = 2 * (self.segment - 1) * shape.head_dim * dtype.itemsize
         return batch_size * (shape.num_kv_heads * (memory + local) + 8)

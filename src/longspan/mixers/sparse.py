@@ -17,10 +17,11 @@ section 7.1); strided is for what has a period, as images have rows. RoPE where 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
@@ -145,9 +146,8 @@ class SparseCore(Core):
         q, k = self.rotate(q, k, rows)
         if not self.fixed:
             return self._strided(q, k, v, state, rows)
-        opened = rows.offset % self.config.stride
-        if rows.origin is None and int(opened.max() if rows.batch else 0) + rows.length <= self.config.stride:
-            out = self._inside(q, k, v, state, rows, opened)
+        if rows.inside(self.config.stride):
+            out = self._inside(q, k, v, state, rows)
         elif rows.plain and rows.aligned(self.config.stride):
             out = self._whole(q, k, v, state, rows)
         else:
@@ -175,7 +175,7 @@ class SparseCore(Core):
 
     # -- fixed -----------------------------------------------------------------------------------------------------
 
-    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows, opened: Tensor) -> Tensor:
+    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
         """A call within the open block of every row: the summary columns, the open block and the call side by side."""
         if state is None:
             return ops.sparse_attention(q, k, v, **self.fields, lengths=rows.lengths)
@@ -186,7 +186,9 @@ class SparseCore(Core):
             older_k = torch.cat([state.summary_k[:, :, first:], state.k[:, :, cut:], k], 2)
             older_v = torch.cat([state.summary_v[:, :, first:], state.v[:, :, cut:], v], 2)
             return ops.sparse_attention(q, older_k, older_v, **self.fields, open_block=size, lengths=rows.lengths)
-        counts = rows.offset // self.config.stride * self.kept + opened
+        stride, summary = self.config.stride, self.kept
+        opened = rows.opened(stride)
+        counts = host.derive(lambda offset: offset // stride * summary + offset % stride, rows.offset)
         index = self._older_columns(state, counts, opened)
         older_k, older_v = (
             torch.cat([_columns(torch.cat(each, 2), index), new], 2)
@@ -205,7 +207,8 @@ class SparseCore(Core):
     def _older_columns(self, state: SparseState, counts: Tensor, opened: Tensor) -> Tensor:
         """(batch, columns) of [summary columns, open block] moved together, newest last; negative where none."""
         summaries, cap = state.summary_k.shape[2], state.k.shape[2]
-        most = int(counts.max())
+        read = host.values(counts)
+        most = 0 if read is None else int(read.max())
         back = torch.arange(most, 0, -1, device=counts.device).expand(len(counts), -1)  # 1 = the newest
         in_block = back <= opened[:, None]
         column = torch.where(in_block, summaries + cap - back, summaries - (back - opened[:, None]))
@@ -233,9 +236,10 @@ class SparseCore(Core):
         if rows.origin is not None:
             start = rows.cached(("block_start", self.config.stride, memory), lambda: self._first_key(rows, memory))
         if rows.lengths is not None:
-            lengths = layout.real.sum(1) if rows.origin is None else None
+            lengths = host.derive(lambda real: real.sum(1), layout.real) if rows.origin is None else None
         if memory:
-            memory_lengths = rows.offset // self.config.stride * self.kept
+            stride, summary = self.config.stride, self.kept
+            memory_lengths = host.derive(lambda offset: offset // stride * summary, rows.offset)
         out = ops.sparse_attention(
             q, spread_k, spread_v, **self.fields, lengths=lengths, start=start, memory_lengths=memory_lengths
         )
@@ -246,8 +250,10 @@ class SparseCore(Core):
         layout = rows.segments(self.config.stride)
         # a document began where its position was 0; one that began before the call sees everything
         assert rows.origin is not None
-        began = torch.where(rows.origin < 0, 0, memory + layout.place - rows.positions)
-        return layout.spread(began[..., None])[..., 0]
+        origin, place = host.values(rows.origin), host.values(layout.place)
+        assert origin is not None
+        assert place is not None
+        return host.put(layout.spread_read(np.where(origin < 0, 0, memory + place - rows.positions_read)), rows.device)
 
     def _next(self, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> SparseState:
         old_k, old_v = (None, None) if state is None else (state.k, state.v)
@@ -258,6 +264,8 @@ class SparseCore(Core):
         summary_k, summary_v = (nothing, nothing) if state is None else (state.summary_k, state.summary_v)
         if rows.plain and rows.emptied is None:
             low = rows.offset_range[0]
+            if rows.shapes_only:  # blocks that left columns have been
+                low = summary_k.shape[2] // self.kept * self.config.stride
             exact = summary_k.shape[2] == self.state_columns(low)
             if exact and self.state_columns(low) == self.state_columns(low + rows.length):
                 return SparseState(*carried, summary_k, summary_v, rows.live)  # no block closes
@@ -284,7 +292,7 @@ class SparseCore(Core):
         """(batch, kv_heads, columns) of [summary columns, carried tokens, the call], negative where there is none."""
         stride, device = self.config.stride, rows.device
         closed = rows.live // stride
-        most = int(closed.max()) if rows.batch else 0
+        most = int((rows.lives // stride).max(initial=0))
         block = torch.arange(most, device=device) - (most - closed[:, None])  # (batch, blocks), newest last
         goes_on = rows.live == rows.offset + rows.real_tokens()
         before = torch.where(goes_on, rows.offset // stride, 0)

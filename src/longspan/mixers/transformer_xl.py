@@ -17,7 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.relative import RelativeCore
@@ -160,7 +161,7 @@ class TransformerXLCore(RelativeCore):
 
     def _border(self, rows: Rows, memory: int) -> int | Tensor:
         segment = self.config.segment
-        return segment if rows.aligned(segment) else rows.segment_start(segment, memory).expand(rows.batch, -1)
+        return segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
 
     def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
@@ -173,8 +174,10 @@ class TransformerXLCore(RelativeCore):
             return {}  # the visible columns of the state were cut to just what the segment sees
 
         def first_key() -> Tensor:
-            first = (rows.segment_start(config.segment, memory) - config.mem_len).clamp(min=0).expand(rows.batch, -1)
-            return first if start is None else torch.maximum(first, start)
+            start_of = rows.segment_start(config.segment, memory)
+            first = host.derive(lambda begin: (begin - config.mem_len).clip(min=0), start_of)
+            first = host.expand(first, rows.batch)
+            return first if start is None else host.maximum(first, start)
 
         return {"window": self.reach, "start": rows.cached(("xl", config.segment, config.mem_len, memory), first_key)}
 
@@ -190,9 +193,8 @@ class TransformerXLCore(RelativeCore):
             # what lies before the open segment is memory: it is read, not trained through
             slot = torch.arange(self.capacity, device=x.device)
             is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-            joined = (
-                torch.where(is_open[..., None], joined, joined.detach()) if bool(is_open.any()) else joined.detach()
-            )
+            some = self.capacity > 0 and (rows.lives % self.config.segment).any()
+            joined = torch.where(is_open[..., None], joined, joined.detach()) if some else joined.detach()
         return TransformerXLState(joined, rows.live)
 
     def init_state(
@@ -207,6 +209,10 @@ class TransformerXLCore(RelativeCore):
         return TransformerXLState(
             torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
         )
+
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """See `Core.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` slots and one count a row, whatever the length."""

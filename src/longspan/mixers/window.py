@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
@@ -105,9 +105,10 @@ class WindowCore(Core):
         return out, WindowState(*carried(state, k, v, (all_k, all_v), rows, self.capacity), rows.live)
 
     def _first_key(self, rows: Rows, start: Tensor | None, memory: int) -> Tensor:
-        first = (rows.segment_start(self.config.window, memory) - self.config.window).clamp(min=0)
-        first = first.expand(rows.batch, -1)
-        return first if start is None else torch.maximum(first, start)
+        window = self.config.window
+        first = host.derive(lambda begin: (begin - window).clip(min=0), rows.segment_start(window, memory))
+        first = host.expand(first, rows.batch)
+        return first if start is None else host.maximum(first, start)
 
     def _both_sides(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         window, blocks, origin = self.config.window, self.config.blocks, rows.first_visible(0)
@@ -117,7 +118,9 @@ class WindowCore(Core):
             )
         # documents inside the rows: give each its own blocks; a hole belongs to no document
         spread = rows.segments(window)
-        document = spread.spread((origin + 1)[..., None].to(torch.float64)).squeeze(-1).to(torch.int64) - 1
+        begins = host.values(origin)
+        assert begins is not None
+        document = host.put(spread.spread_read(begins + 1) - 1, rows.device)
         q, k, v = (spread.spread(t) for t in (q, k, v))
         out = ops.window_attention(q, k, v, window=window, causal=False, blocks=True, start=document)
         return spread.collect(out)

@@ -40,7 +40,6 @@ class Backbone:
         causal: decoder form (write tokens behind the segment) or encoder form (memory in front, read and written).
         dim: width of embeddings and hidden states.
         num_layers: of the model.
-        vocab_size: token ids are below it.
         streams: the model carries a state, so an open segment need not be read again.
     """
 
@@ -48,8 +47,12 @@ class Backbone:
     causal: bool
     dim: int
     num_layers: int
-    vocab_size: int
     streams = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it; read from the model, whose embeddings may be resized."""
+        raise NotImplementedError
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, length) to embeddings (batch, length, dim)."""
@@ -87,8 +90,10 @@ class Backbone:
         """What `output` needs and `run` does not."""
         return []
 
-    def init_state(self, batch_size: int) -> Any:
-        """The backbone's empty state, where it carries one."""
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The backbone's empty state, where it carries one; device and dtype default to those of the parameters."""
         return None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
@@ -161,8 +166,13 @@ class OwnBackbone(Backbone):
             )
         self.module = self.stack = module
         self.causal, self.dim = module.causal, module.config.dim
-        self.num_layers, self.vocab_size = module.config.num_layers, module.vocab_size
+        self.num_layers = module.config.num_layers
         self.streams = isinstance(module, Decoder) and module.traits.streams
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Backbone`."""
+        return self.stack.vocab_size
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`; refuses ids outside the vocabulary."""
@@ -203,9 +213,11 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return self.stack.output_parameters() if isinstance(self.stack, Decoder) else []
 
-    def init_state(self, batch_size: int) -> Any:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
         """See `Backbone`."""
-        return self.stack.init_state(batch_size) if self.streams else None
+        return self.stack.init_state(batch_size, device=device, dtype=dtype) if self.streams else None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """See `Backbone`."""
@@ -268,22 +280,29 @@ class HuggingFaceBackbone(Backbone):
         config = getattr(module, "config", None)
         bidirectional = getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size")
         self.causal = not bidirectional and _output_layer(module) is not None
-        self.vocab_size, self.dim = (int(size) for size in self.embedding.weight.shape)
+        self.dim = int(self.embedding.weight.shape[1])
         taken = inspect.signature(module.forward).parameters
         self.layers = _layers(module, int(getattr(config, "num_hidden_layers", 0)))
         self.num_layers = len(self.layers)
         self.extras = {name for name in ("position_ids", "use_cache", "logits_to_keep") if name in taken}
 
-    @property
-    def output_layer(self) -> Any:
-        """Of a causal model; looked up at each use, as adapters and resizing put other modules there."""
-        return _output_layer(self.module) if self.causal else None
+    # looked up in every call: resizing and adapters put other modules in their places
 
     @property
     def embedding(self) -> Any:
-        """Of tokens; looked up as the output layer is."""
+        """The token embedding."""
         get_embedding: Any = self.module.get_input_embeddings
         return get_embedding()
+
+    @property
+    def output_layer(self) -> Any:
+        """The output layer of a causal model."""
+        return _output_layer(self.module) if self.causal else None
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Backbone`."""
+        return int(self.embedding.weight.shape[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`."""

@@ -11,6 +11,7 @@ from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead, CalledHead, Head, head_of
 from longspan.models.stack import Stack, StackState
+from longspan.state import all_or_nothing
 
 
 class Decoder(Stack):
@@ -53,6 +54,7 @@ class Decoder(Stack):
             nn.init.normal_(output.weight, std=config.init_std)
         return output
 
+    @all_or_nothing
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -107,6 +109,7 @@ class Decoder(Stack):
         out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
         return cast("tuple[Tensor, StackState | None]", out)
 
+    @all_or_nothing
     def last(
         self,
         tokens: Tensor,

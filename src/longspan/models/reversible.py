@@ -25,13 +25,13 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from longspan import state as states
 from longspan.mixers import Rows
 from longspan.mixers.choices import Choices
 from longspan.models.blocks import Block
+from longspan.ops.first_order import FirstOrder
 
 
 class Streamed(NamedTuple):
@@ -49,6 +49,7 @@ def run_reversible(
     rows: Rows,
     collect: bool,
     streams: Literal["mean", "both"] = "mean",
+    inputs: list[Tensor] | None = None,
 ) -> Streamed:
     """All blocks, by two streams.
 
@@ -59,24 +60,31 @@ def run_reversible(
         rows: the layout of the call.
         collect: gather auxiliary losses.
         streams: what of them is returned: their mean, or both side by side, y1 first.
+        inputs: what each block begins with is appended in the same form; activations are then stored, as they are
+            outputs.
     """
     call = _Call(blocks, [None] * len(blocks) if before is None else list(before), rows, collect, h.dtype)
     wide = h if h.element_size() >= 4 else h.float()
     given = call.given()
-    if states.needs_grad(h, *given):
-        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))  # type: ignore[no-untyped-call]
+    if inputs is None and states.needs_grad(h, *given):
+        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))
         y1, y2, losses, following = call.sort_out(found)
     else:
         y1 = y2 = wide
         losses, following = [], []
         for index, block in enumerate(blocks):
+            if inputs is not None:
+                inputs.append(_joined(y1, y2, streams).to(h.dtype))
             f, after, penalties = block.attend(y2.to(h.dtype), call.before[index], rows, collect)
             y1 = y1 + f
             y2 = y2 + block.feed(y1.to(h.dtype))
             following.append(after)
             losses += penalties
-    hidden = torch.cat([y1, y2], -1) if streams == "both" else (y1 + y2) / 2
-    return Streamed(hidden.to(h.dtype), following, losses)
+    return Streamed(_joined(y1, y2, streams).to(h.dtype), following, losses)
+
+
+def _joined(y1: Tensor, y2: Tensor, streams: Literal["mean", "both"]) -> Tensor:
+    return torch.cat([y1, y2], -1) if streams == "both" else (y1 + y2) / 2
 
 
 class _Replay:
@@ -166,7 +174,9 @@ class _Call:
             yield
 
 
-class _TwoStreams(torch.autograd.Function):
+class _TwoStreams(FirstOrder):
+    what = "a reversible stack"
+
     @staticmethod
     def forward(ctx: Any, call: _Call, h: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         y1 = y2 = h
@@ -191,10 +201,9 @@ class _TwoStreams(torch.autograd.Function):
         return y1, y2, *rest
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        y1, y2, *given = ctx.saved_tensors
+        y1, y2, *given = saved
         d1, d2 = (torch.zeros_like(y1) if d is None else d for d in gradients[:2])
         rest, wanted = list(gradients[2:]), list(ctx.needs_input_grad[2:])
         found: list[Tensor | None] = []

@@ -1,11 +1,13 @@
 """What Decoder and Encoder share: embeddings, positions, blocks, cost, initialisation, parameter groups."""
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan import host
 from longspan import state as states
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
@@ -122,6 +124,7 @@ class Stack(nn.Module):
             h = h + self.position_embedding(rows.positions.clamp(0, maximum))
         return cast(Tensor, self.dropout(h))
 
+    @states.all_or_nothing
     def run(
         self,
         tokens: Tensor | None,
@@ -131,8 +134,10 @@ class Stack(nn.Module):
         penalties: list[Tensor] | None,
         inputs_embeds: Tensor | None = None,
         around: "Around | None" = None,
+        inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None, Rows]:
-        """All layers on gathered rows; `around` acts before and after each.
+        """All layers on gathered rows; `around` acts before and after each. The input of each layer (B, N, dim),
+        gathered, is appended to `inputs`, where there is such a list.
 
         Returns:
             Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
@@ -147,16 +152,24 @@ class Stack(nn.Module):
         offset = states.live(state, given.shape[0], given.device)
         if offset.shape[0] != given.shape[0]:
             raise ConfigError(f"tokens have {given.shape[0]} rows, the state {offset.shape[0]}")
-        rows = Rows(offset, given.shape[1], mask, reset)
+        layers = None if state is None else state.layers
+        rows = Rows(offset, given.shape[1], mask, reset, reads=self._reads(layers))
         gathered = rows.gather(given)
         if tokens is not None:
             self.check_tokens(gathered)
             h = self.embed(gathered, rows)
         else:
             h = self.place(gathered, rows)
-        h, following = self._blocks(h, None if state is None else state.layers, rows, penalties, around)
+        h, following = self._blocks(h, layers, rows, penalties, around, inputs)
         following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
         return self.norm(h), following_state, rows
+
+    def _reads(self, layers: tuple[Any, ...] | None) -> dict[Hashable, Tensor]:
+        """What the layers want to know of their parameters and states when the call is laid out."""
+        reads: dict[Hashable, Tensor] = {}
+        for index, core in enumerate(self.cores()):
+            reads |= core.layout_inputs(None if layers is None else layers[index])
+        return reads
 
     def _blocks(
         self,
@@ -165,13 +178,14 @@ class Stack(nn.Module):
         rows: Rows,
         penalties: list[Tensor] | None,
         around: "Around | None",
+        inputs: list[Tensor] | None,
     ) -> tuple[Tensor, list[Any]]:
         """All blocks: hidden states (B, N, hidden_dim) and a state a layer."""
         if self.config.reversible:
             if around is not None:
                 raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
             h, following, losses = run_reversible(
-                self.layers, h, state, rows, penalties is not None, self.config.streams
+                self.layers, h, state, rows, penalties is not None, self.config.streams, inputs
             )
             if penalties is not None:
                 penalties.extend(losses)
@@ -181,6 +195,8 @@ class Stack(nn.Module):
             before = None if state is None else state[index]
             if around is not None:
                 h = around.before(index, h)
+            if inputs is not None:
+                inputs.append(h)
             h, after, losses = self._block(block, h, before, rows, penalties is not None)
             if around is not None:
                 around.after(index, rows.scatter(h))
@@ -203,7 +219,10 @@ class Stack(nn.Module):
         if tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise DataError(f"tokens are {tokens.dtype}, expected whole numbers")
         if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(t) for t in tokens.aminmax())
+            read = host.values(tokens)
+            if read is None:
+                return
+            low, high = int(read.min()), int(read.max())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise DataError(

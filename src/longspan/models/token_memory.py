@@ -136,7 +136,13 @@ class TokenMemory(nn.Module):
         mass = torch.zeros(batch, self.config.num_memory_tokens, device=weight.device)
         if self.config.accumulate:
             return weight.new_zeros(batch, self.columns, self.dim, dtype=dtype), mass
-        return weight.to(dtype).expand(batch, -1, -1), mass
+        memory = weight.to(dtype).expand(batch, -1, -1)
+        # without a graph a view of a parameter claims to have one, which hooks (torch's counter of FLOPs) stumble over
+        return memory if torch.is_grad_enabled() else memory.detach(), mass
+
+    def fit(self, memory: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the types of the parameters, whatever precision has left them behind."""
+        return memory.to(self.tokens.weight.dtype), mass.float()
 
     def state_nbytes(self, batch_size: int, itemsize: int) -> int:
         """Bytes of memory and mass."""
@@ -175,6 +181,7 @@ class TokenMemory(nn.Module):
         return Stepped(hidden, Carried(memory, mass, written, following), trace)
 
     def _write(self, carried: Carried, new: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor | None]:
+        new = new.to(carried.memory.dtype)  # under autocast the backbone's may be narrower
         if self.config.accumulate:
             kept = carried.memory[:, self.config.num_memory_tokens :]
             memory, mass, logits = torch.cat([kept, new], 1), carried.mass, None

@@ -32,7 +32,16 @@ from longspan.ops.favor import (
 from longspan.ops.full import full_attention, full_cost
 from longspan.ops.groups import group_attention, group_attention_cost
 from longspan.ops.infini import infini_attention, infini_cost, infini_open
-from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
+from longspan.ops.linear import (
+    EMPTY,
+    LinearSums,
+    elu_features,
+    empty_sums,
+    group_cost,
+    linear_attention,
+    linear_cost,
+    sums_dtype,
+)
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
@@ -70,6 +79,7 @@ __all__ = [
     "compressive_attention",
     "compressive_cost",
     "dpfp",
+    "elu_features",
     "empty_memory",
     "empty_nodes",
     "empty_sums",
@@ -108,6 +118,7 @@ __all__ = [
     "span_reach",
     "sparse_attention",
     "sparse_cost",
+    "sums_dtype",
     "unit_vectors",
     "window_attention",
     "window_cost",

@@ -4,11 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import default_scale, new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Block, Plan, Run, Visibility, make_blocks, make_parts, make_plan, take
@@ -117,7 +120,7 @@ def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: in
     """
     nearest = 0 if include_self else 1
     farthest = length if window is None else min(length, nearest + window - 1)
-    reach = _reach(torch.tensor(spans), ramp, farthest, len(spans))
+    reach = _reach(host.put(np.asarray(spans, np.float32), torch.device("cpu")), ramp, farthest, len(spans))
     return sum(_plan(length, 0, far, nearest).pairs() for far in reach)
 
 
@@ -131,7 +134,10 @@ def _reach(span: Tensor, ramp: int, farthest: int, heads: int) -> list[int]:
     """The farthest distance computed for every head."""
     if span.ndim > 1:
         return [farthest] * heads
-    ends = (math.ceil(value + ramp) for value in span.detach().double().tolist())
+    read = host.values(span)
+    if read is None:
+        return [farthest] * heads
+    ends = (math.ceil(value + ramp) for value in read.astype(np.float64).tolist())
     return [min(farthest, -(-end // ROUND) * ROUND - 1) for end in ends]
 
 
@@ -246,8 +252,10 @@ def span_forward(
     return out, lse, share
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrder):
     """Saves the inputs, the output and its log-sum-exps; every weight is computed again."""
+
+    what = "attention with adaptive spans"
 
     @staticmethod
     def forward(ctx: Any, spec: Spans, *tensors: Tensor) -> Tensor:
@@ -259,9 +267,8 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, share, *given = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, share, *given = saved
         dtype = flash.working_dtype(*given[:3])
         q, k, v, span, *more = (t.to(dtype) for t in given)
         out, grad = out.to(dtype), grad.to(dtype)

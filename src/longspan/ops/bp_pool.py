@@ -1,14 +1,15 @@
 """The nodes of BP-Transformer's tree from their tokens: inside chunks, beyond them, and on from a state."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
 from longspan.ops.bp_tree import Book, Chunks
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import HIDDEN
 
 ENTRIES = 1 << 18
@@ -97,8 +98,10 @@ class _Rows(NamedTuple):
         return weights, rows.amax(-1) - weights.amax(-1).log()
 
 
-class _Pool(torch.autograd.Function):
+class _Pool(FirstOrder):
     """Keeps inputs and means; the backward pass makes the weights again."""
+
+    what = "bp attention"
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, values: Tensor, logits: Tensor, rows: _Rows) -> Any:
@@ -115,9 +118,8 @@ class _Pool(torch.autograd.Function):
         return k, v, mass
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dk: Tensor, dv: Tensor, dmass: Tensor) -> Any:
-        keys, values, logits, k, v = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], dk: Tensor, dv: Tensor, dmass: Tensor) -> Any:
+        keys, values, logits, k, v = saved
         rows: _Rows = ctx.rows
         dkeys, dvalues, dlogits = (torch.empty_like(t) for t in (keys, values, logits))
         level = torch.arange(logits.shape[3], device=keys.device)
@@ -144,7 +146,7 @@ def _blocks(keys: Tensor, rows: _Rows) -> Iterator[slice]:
         yield slice(first, min(first + size, keys.shape[0]))
 
 
-@lru_cache(maxsize=64)
+@host.table
 def row_nodes(tile: int, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(rows,) level of each pooled row, and its node within the chunk."""
     rows = [(level, node) for level in range(1, levels + 1) for node in range(max(1, tile >> level))]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.bp_tree import Reading
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import HIDDEN
 from longspan.state import needs_grad
 
@@ -95,7 +96,9 @@ def _forward(
     return out
 
 
-class _Table(torch.autograd.Function):
+class _Table(FirstOrder):
+    what = "bp attention"
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, bare: Tensor | None, keys: Tensor, values: Tensor, relative: Tensor | None, spec: Spec
@@ -106,9 +109,8 @@ class _Table(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        given = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> Any:
+        given = saved
         dtype = flash.working_dtype(*(t for t in given if t is not None))
         q, bare, keys, values, relative, out = (None if t is None else t.to(dtype) for t in given)
         assert q is not None

@@ -13,12 +13,13 @@ larger ones and what the state brings are rows of one table; each chunk reads a 
 alone.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from longspan import host
 
 
 class Tree(NamedTuple):
@@ -103,7 +104,7 @@ def count_columns(tree: Tree, tile: int, used: int) -> int:
     return sum(width for _, _, width in column_counts(tree, tile, used))
 
 
-@lru_cache(maxsize=64)
+@host.table
 def make_columns(tree: Tree, tile: int, used: int, device: torch.device) -> Columns:
     """See `Columns`."""
     k, rows = tree.nearest, []
@@ -133,6 +134,7 @@ class Chunks(NamedTuple):
         last: (R, C) the last chunk of a chunk's document.
         end: (R, C) tokens of a chunk's document up to the end of the call.
         final: (R,) the chunk of a row's last token; 0 where it has none.
+        longest: the most tokens of any document up to the end of the call.
     """
 
     tile: int
@@ -146,6 +148,7 @@ class Chunks(NamedTuple):
     last: Tensor
     end: Tensor
     final: Tensor
+    longest: int
 
     @property
     def shift(self) -> int:
@@ -183,8 +186,12 @@ def make_chunks(
         offset: (batch,) tokens of each row's document before the call.
     """
     device = offset.device
-    low, high = int(offset.min()), int(offset.max())
-    if lengths is None and start is None and low == high:
+    of_lengths, of_start, of_offset = host.read([lengths, start, offset])
+    low, high = (0, 0) if of_offset is None else (int(of_offset.min()), int(of_offset.max()))
+    alike = lengths is None and start is None and low == high
+    # without values (fake tensors) as if all rows were alike
+    missing = of_offset is None or (of_lengths is None) != (lengths is None) or (of_start is None) != (start is None)
+    if alike or missing:
         front = low % tile
         count = -(-(front + length) // tile)
         chunk = torch.arange(count, device=device)[None]
@@ -205,11 +212,16 @@ def make_chunks(
             whole,
             torch.full_like(chunk, low + length),
             whole[:, 0],
+            low + length,
         )
-    return _ragged(batch, length, tile, lengths, start, offset)
+    lengths_here, start_here = (None if each is None else torch.from_numpy(each) for each in (of_lengths, of_start))
+    chunks = _ragged(batch, length, tile, lengths_here, start_here, torch.from_numpy(of_offset))
+    fields: Any = (field.to(device) if isinstance(field, Tensor) else field for field in chunks)
+    return Chunks(*fields)
 
 
 def _ragged(batch: int, length: int, tile: int, lengths: Tensor | None, start: Tensor | None, offset: Tensor) -> Chunks:
+    """`make_chunks` of tensors on the CPU where rows are laid out unlike each other."""
     device = offset.device
     token = torch.arange(length, device=device).expand(batch, -1)
     lengths = torch.full_like(offset, length) if lengths is None else lengths
@@ -220,7 +232,7 @@ def _ragged(batch: int, length: int, tile: int, lengths: Tensor | None, start: T
     ahead = torch.cat([offset[:, None], position[:, :-1] + 1], 1)
     holes = torch.where((start == token) & inside, -ahead % tile, 0)
     place = opened[:, None] + token + holes.cumsum(1)
-    most = int(torch.where(inside, place, opened[:, None] - 1).max()) + 1
+    most = int(torch.where(inside, place, opened[:, None] - 1).numpy().max()) + 1
     count = max(1, -(-most // tile))
     index = token.new_full((batch, count * tile + 1), -1)
     index.scatter_(1, torch.where(inside, place, count * tile), token)
@@ -243,7 +255,8 @@ def _ragged(batch: int, length: int, tile: int, lengths: Tensor | None, start: T
     final = torch.where(lengths > 0, place.gather(1, newest_token)[:, 0] // tile, 0)
     real = (index >= 0).view(batch, count, tile)
     place = torch.where(inside, place, 0)
-    return Chunks(tile, count, 0, index, place, real, begin, before, last, end, final)
+    longest = int(end.numpy().max())
+    return Chunks(tile, count, 0, index, place, real, begin, before, last, end, final, longest)
 
 
 class Book(NamedTuple):
@@ -268,7 +281,7 @@ class Book(NamedTuple):
     total: int
 
 
-@lru_cache(maxsize=64)
+@host.table
 def make_book(tree: Tree, levels: int, tile: int, count: int, with_state: bool, device: torch.device) -> Book:
     """The table of `count` chunks and levels 0 .. `levels`."""
     shift = tile.bit_length() - 1
@@ -290,7 +303,7 @@ def make_book(tree: Tree, levels: int, tile: int, count: int, with_state: bool, 
     return Book(first_row, step_, end, pooled, row, inside, slots + count * (tile + row))
 
 
-@lru_cache(maxsize=64)
+@host.table
 def make_slots(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
     """(slots,) the level of each node of a state, and how far it is from its level's end, 1 = the newest."""
     rows = [(level, back) for level in range(tree.levels + 1) for back in range(tree.capacity(level), 0, -1)]

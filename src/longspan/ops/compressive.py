@@ -8,12 +8,15 @@ few batches of their own. How many each sees depends on positions alone.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
 from longspan.ops.rows import read_call
@@ -133,7 +136,7 @@ def compressive_attention(
         )
         seen = [min(each, compressed_len) + min(at, mem_len) for each, at in zip(closed, begins, strict=True)]
         ragged = min(seen) < part.slots + part.older
-        held = torch.tensor(seen, device=q.device).repeat(batch) if ragged else None
+        held = host.put(np.tile(np.array(seen), batch), q.device) if ragged else None
         query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
         query = query.reshape(batch * count, heads, part.size, dim)
         out = relative_attention(query, keys, values, r, content_bias, position_bias, memory_lengths=held)
@@ -289,7 +292,7 @@ def attention_reconstruction(
             # a row without groups sees all, so that it is no NaN before it is dropped
             seen = torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None]
             seen = (seen | (groups == 0)[:, None])[:, None, None]
-        return F.scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
+        return scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
 
     lost = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square()
     lost = lost.view(q.shape).mean((1, 3), dtype=torch.promote_types(q.dtype, torch.float32))

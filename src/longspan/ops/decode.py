@@ -31,7 +31,7 @@ def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
     grouped = q.reshape(batch, k.shape[1], -1, dim)
     mask = None if bias is None else bias.reshape(batch, k.shape[1], -1, k.shape[2])
     if call.visibility is not None:
-        query, key, equal, _ = call.visibility
+        query, key, equal = call.visibility[:3]
         key = key.transpose(-1, -2)
         seen = key == query if equal else key >= query
         mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.decode import is_decode
 from longspan.ops.entmax_curve import dense_slopes, dense_weights
 from longspan.ops.entmax_tiles import entmax_forward, entmax_tiles, tile_queries
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.tiled import Plans, default_scale
 from longspan.ops.tiles import Plan, make_plan, trim_plan
@@ -35,7 +37,8 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
         ConfigError: alpha outside [1, 2], or of a shape that does not fit.
     """
     if not isinstance(alpha, Tensor):
-        alpha = torch.tensor(float(alpha), dtype=torch.float64, device=scores.device)
+        wide = torch.float64 if host.has_float64(scores.device) else torch.float32
+        alpha = torch.tensor(float(alpha), dtype=wide, device=scores.device)
     alpha = alpha.expand([1] * scores.ndim) if alpha.ndim == 0 else alpha
     alpha = alpha[(None,) * (scores.ndim - alpha.ndim)]
     fits = alpha.ndim == scores.ndim and all(
@@ -46,34 +49,37 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
         raise ConfigError(
             f"alpha {tuple(alpha.shape)} must be broadcastable to scores {tuple(scores.shape)}, size 1 at dim {dim}"
         )
-    _check_range(alpha)
+    most = _check_range(alpha)
     if scores.numel() == 0:
         return scores.clone()
-    out = _entmax(scores.movedim(dim, -1), alpha.movedim(dim, -1))
+    out = _entmax(scores.movedim(dim, -1), alpha.movedim(dim, -1), most)
     return out.movedim(-1, dim)
 
 
-class _Entmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, alpha: Tensor) -> Tensor:
-        dtype = flash.working_dtype(z)
-        a = (alpha.double() - 1).to(dtype)
-        with flash.full_precision(z.device):
-            p = dense_weights(z.to(dtype), a)
-        ctx.save_for_backward(p, a)
-        ctx.dtypes = z.dtype, alpha.dtype
-        return p.to(z.dtype)
+class _Entmax(FirstOrder):
+    what = "entmax"
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        p, a = ctx.saved_tensors
+    def forward(ctx: Any, z: Tensor, alpha: Tensor, most: float) -> Tensor:
+        dtype = flash.working_dtype(z)
+        a = (alpha - 1).to(dtype)  # exact in any type
+        with flash.full_precision(z.device):
+            p = dense_weights(z.to(dtype), a, most)
+        out = p.to(z.dtype)
+        # the output says what p was computed from
+        ctx.save_for_backward(p, a, out)
+        ctx.dtypes = z.dtype, alpha.dtype
+        return out
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        p, a, _ = saved
         grad = grad.to(p.dtype)
         w, rate = dense_slopes(p, a)
         total = w.sum(-1, keepdim=True)
         grad = grad - (w * grad).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
         slope = (rate * grad).sum_to_size(a.shape)
-        return (w * grad).to(ctx.dtypes[0]), slope.to(ctx.dtypes[1])
+        return (w * grad).to(ctx.dtypes[0]), slope.to(ctx.dtypes[1]), None
 
 
 _entmax: Callable[..., Tensor] = _Entmax.apply
@@ -118,7 +124,7 @@ def entmax_attention(
     """
     if alpha.shape != q.shape[1:2]:
         raise ConfigError(f"alpha must be (heads,) = ({q.shape[1]},), got {tuple(alpha.shape)}")
-    _check_range(alpha)
+    most = _check_range(alpha)
     if window is not None:
         check_positive("window", window)
     keep = None if window is None else window - 1
@@ -127,7 +133,7 @@ def entmax_attention(
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if is_decode(call, alpha):
-        return _decode(call, alpha, scale)
+        return _decode(call, alpha, scale, most)
     plan = _plan(q.shape[2], call.memory, window, causal)
     if call.visibility is not None and causal and window is None:
         plan = trim_plan(plan, call.visibility)
@@ -159,12 +165,18 @@ def _plan(length: int, memory: int, window: int | None, causal: bool) -> Plan:
     return make_plan(length, memory, tile=tile_queries(reach), causal=causal, window=window)
 
 
-def _check_range(alpha: Tensor) -> None:
-    if alpha.numel() and not bool(((alpha >= 1) & (alpha <= 2)).all()):
-        raise ConfigError(f"alpha must be in [1, 2], got {float(alpha.min())} to {float(alpha.max())}")
+def _check_range(alpha: Tensor) -> float:
+    """The largest alpha less 1; 1 where its values are not known."""
+    read = host.values(alpha)
+    if read is None or not read.size:
+        return 1.0
+    least, most = float(read.min()), float(read.max())
+    if not 1 <= least <= most <= 2:
+        raise ConfigError(f"alpha must be in [1, 2], got {least} to {most}")
+    return most - 1
 
 
-def _decode(call: Call, alpha: Tensor, scale: float) -> Tensor:
+def _decode(call: Call, alpha: Tensor, scale: float, most: float) -> Tensor:
     """One query per row without gradients: all heads at once, no tiles."""
     q, k, v = call.q, call.k, call.v
     (batch, heads, _, dim), kv_heads, dtype = q.shape, k.shape[1], flash.working_dtype(q, k, v)
@@ -172,9 +184,9 @@ def _decode(call: Call, alpha: Tensor, scale: float) -> Tensor:
         grouped = q.to(dtype).reshape(batch, kv_heads, heads // kv_heads, dim)
         scores = (grouped * scale) @ k.to(dtype).mT
         if call.visibility is not None:
-            query, key, equal, _ = call.visibility
+            query, key, equal = call.visibility[:3]
             key = key.transpose(-1, -2)
             scores = scores.masked_fill(~(key == query if equal else key >= query), float("-inf"))
-        a = (alpha.double() - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
-        out = dense_weights(scores, a) @ v.to(dtype)
+        a = (alpha - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
+        out = dense_weights(scores, a, most) @ v.to(dtype)
     return call.finish(out.reshape(batch, heads, 1, v.shape[-1]).to(call.q.dtype))

@@ -145,8 +145,10 @@ def series(x: Tensor, y: Tensor) -> Tensor:
     return factor.mul_(x).mul_(x).neg_()
 
 
-def dense_weights(z: Tensor, a: Tensor) -> Tensor:
+def dense_weights(z: Tensor, a: Tensor, most: float) -> Tensor:
     """alpha-entmax of the rows of z (..., keys) for a = alpha - 1 broadcastable to (..., 1); without autograd.
+
+    `most` is the largest entry of a, or an upper bound.
 
     -inf hides a key; a row that sees none gives zeros.
     """
@@ -162,7 +164,7 @@ def dense_weights(z: Tensor, a: Tensor) -> Tensor:
         p = log.exp()
         return p, torch.where(p > 0, ((1 - a) * log.clamp(min=-1e4)).exp(), 0.0)
 
-    steps = max(num_steps(value, z.dtype) for value in (0.0, float(a.max())))
+    steps = max(num_steps(value, z.dtype) for value in (0.0, most))
     p = weigh(solve(weigh, torch.zeros_like(top + a), z.shape[-1], a, steps))[0]
     return (p / p.sum(-1, keepdim=True)).masked_fill(blank, 0.0)
 

@@ -7,11 +7,14 @@ are served in turn. Kept for the backward pass: q, k, v and one threshold a row.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
-from longspan.ops.entmax_curve import Curve
+from longspan.ops.entmax_curve import Curve, dense_weights
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiled import Plans, new_gradients, new_like_heads
 from longspan.ops.tiles import Block, Plan, Run, band, make_blocks, take, tile_mask
 
@@ -87,7 +90,10 @@ def entmax_forward(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
     thresholds = q.new_empty(*q.shape[:3], 1) if keep else None
-    sheet, exponents = Sheet(plan, q.shape[0], 5, q), _exponents(alpha)
+    exponents = _exponents(alpha)
+    if exponents is None:
+        return _without_values(q, k, v, alpha, plans, out), thresholds
+    sheet = Sheet(plan, q.shape[0], 5, q)
     with flash.full_precision(q.device):
         for run in plan.runs:
             pattern = band(plan, run, dtype=dtype, device=q.device)
@@ -107,30 +113,48 @@ def entmax_forward(
     return out, thresholds
 
 
-def _exponents(alpha: Tensor) -> list[float]:
-    """alpha - 1 of each head, exact: parameters may decide what is computed."""
-    return [value - 1.0 for value in alpha.detach().double().tolist()]
+def _exponents(alpha: Tensor) -> list[float] | None:
+    """alpha - 1 of each head, exact: parameters may decide what is computed; None where they are not known."""
+    read = host.values(alpha)
+    return None if read is None else [value - 1.0 for value in read.astype(np.float64).tolist()]
 
 
-class EntmaxTiles(torch.autograd.Function):
+def _without_values(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans, out: Tensor) -> Tensor:
+    """`entmax_forward` where the alphas are not known beforehand, as in an exported graph: more steps, more buffers."""
+    group, exponents = q.shape[1] // k.shape[1], (alpha.to(q.dtype) - 1).unbind()
+    with flash.full_precision(q.device):
+        for run in plans.forward.runs:
+            pattern = band(plans.forward, run, dtype=q.dtype, device=q.device)
+            for block in make_blocks(run, q.shape[0], most_items(run, q.shape[0])):
+                tile = Tile(run, block, _mask(plans, run, block, pattern, q.dtype))
+                queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
+                for head, a in enumerate(exponents):
+                    scores = torch.bmm(queries[:, head] * plans.scale, keys[:, head // group].mT)
+                    scores = scores if tile.mask is None else scores + tile.mask
+                    outs[:, head].copy_(torch.bmm(dense_weights(scores, a, 1.0), values[:, head // group]))
+    return out
+
+
+class EntmaxTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "entmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans) -> Tensor:
         """`entmax_forward`, its thresholds kept."""
         out, thresholds = entmax_forward(q, k, v, alpha, plans, keep=True)
         ctx.save_for_backward(q, k, v, alpha, thresholds)
-        ctx.plans = plans
+        ctx.plans, ctx.exponents = plans, _exponents(alpha)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and alpha."""
-        q, k, v, alpha, thresholds = ctx.saved_tensors
+        q, k, v, alpha, thresholds = saved
         wanted = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
-            dq, dk, dv, slope = _backward(grad, q, k, v, alpha, thresholds, ctx.plans, wanted)
+            dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.plans, wanted)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), slope.to(alpha.dtype) if wanted else None, None
 
 
@@ -138,13 +162,22 @@ entmax_tiles: Callable[..., Tensor] = EntmaxTiles.apply
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, thresholds: Tensor, plans: Plans, wanted: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    exponents: list[float] | None,
+    thresholds: Tensor,
+    plans: Plans,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan, dtype, group = plans.backward, thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = new_gradients(q, k, v, dtype)
-    exponents, slopes = _exponents(alpha), [q.new_zeros(()) for _ in range(q.shape[1])]
+    slopes = [q.new_zeros(()) for _ in range(q.shape[1])]
+    if exponents is None:  # a tensor without values: shapes are all there is
+        return dq, dk, dv, torch.stack(slopes)
     sheet = Sheet(plan, q.shape[0], 6, q)
     for run in plan.runs:
         pattern, most = band(plan, run, dtype=dtype, device=q.device), most_items(run, q.shape[0])

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
+from longspan.ops.first_order import FirstOrder, scaled_dot_product_attention
 from longspan.ops.rows import Call, read_call
 from longspan.ops.tiled import Plans, default_scale, new_like_heads, tiled_attention
 from longspan.ops.tiles import make_plan, trim_plan
@@ -94,9 +94,7 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
     target = q.dtype
     q, k, v = _upcast(q, k, v)
     with flash.full_precision(q.device):
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.to(target)
 
 
@@ -115,7 +113,9 @@ def _extend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return flash.merge(old, old_lse, new, new_lse)
 
 
-class _Extend(torch.autograd.Function):
+class _Extend(FirstOrder):
+    what = "softmax attention"
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         out, lse = _extend_forward(q, k, v, scale)
@@ -125,9 +125,7 @@ class _Extend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         lse = saved[4]
         q, k, v, out, grad = _upcast(*saved[:4], grad)
         memory = k.shape[2] - q.shape[2]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longspan.errors import ConfigError
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_positive, check_shapes
 from longspan.ops.tiled import Plans, default_scale, tiled_backward, tiled_forward
 from longspan.ops.tiles import ALIGN, HIDDEN, Plan, Visibility, make_plan
@@ -286,8 +287,10 @@ def groups_backward(
     return dq, dk, dv
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrder):
     """Saves the inputs, the output and the order; sorts and computes every weight again."""
+
+    what = "attention in groups"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Groups) -> Tensor:
@@ -298,9 +301,8 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = saved
         with flash.full_precision(q.device):
             grad = grad.masked_fill(ctx.spec.dead[..., None], 0)
             dq, dk, dv = groups_backward(grad, q, k, v, out, ctx.spec)

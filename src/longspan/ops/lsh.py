@@ -15,6 +15,7 @@ from longspan.ops.lsh_lists import (
     check_streams,
     chunks_of,
     circle_round,
+    count_documents,
     documents_of,
     finished,
     reach_blocks,
@@ -174,7 +175,7 @@ def _circles(
     document = torch.zeros(batch, length, dtype=torch.int64, device=queried.device)
     if start is not None:
         document = documents_of(start)
-    documents = 1 if start is None else int(document.max()) + 1
+    documents = 1 if start is None else count_documents(start)
     if real is not None:
         document = document.masked_fill(~real, documents)
     document = document.repeat_interleave(heads, 0)

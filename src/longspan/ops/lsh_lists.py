@@ -7,10 +7,12 @@ its block is its rank in the bucket: later tokens move buckets, never a token in
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import UnsupportedError
 from longspan.ops.lsh_tiles import Round
 
@@ -266,7 +268,7 @@ def strict_rounds(
     elif start is not None:  # a bucket of each document
         document = documents_of(start)[:, None, None]
         queried, kept = (t + document * count for t in (queried, kept))
-        count = count * (int(document.max()) + 1)
+        count = count * count_documents(start)
     if real is not None:
         queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
     for number in range(queried.shape[2]):
@@ -325,6 +327,14 @@ def documents_of(start: Tensor) -> Tensor:
     return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
 
 
+def count_documents(start: Tensor) -> int:
+    """Documents of the row that has most; as many as there are columns where the values of `start` are not known."""
+    read = host.values(start)
+    if read is None:
+        return max(1, start.shape[1])
+    return int((read[:, 1:] != read[:, :-1]).sum(1).max(initial=0)) + 1
+
+
 def by_heads(x: Tensor, heads: int) -> Tensor:
     """x (batch, kv_heads, ...) for every query head."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
@@ -341,7 +351,10 @@ def check_streams(name: str, rings: Sequence[Tensor] | None, streams: bool) -> N
 
 def real_columns(q: Tensor, lengths: Tensor | None) -> Tensor | None:
     """(batch, length) which columns of q (batch, heads, length, head_dim) are real; None = all."""
-    return None if lengths is None else torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+    if lengths is None:
+        return None
+    read, real = host.values(lengths), torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+    return host.remember(real, None if read is None else np.arange(q.shape[2]) < read[:, None])
 
 
 def finished(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:

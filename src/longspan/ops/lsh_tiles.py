@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import HIDDEN
 
 ENTRIES = 1 << 19  # scores of one step: they stay in cache through all passes over them
@@ -105,8 +106,10 @@ def union_sums(q: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], 
     return out, lse.view(q.shape[:3])
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(FirstOrder):
     """Saves the inputs, the output, the log-sum-exps and the lists."""
+
+    what = "attention to lists of keys (lsh, routing)"
 
     @staticmethod
     def forward(ctx: Any, union: Union, count: int, q: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,9 +120,8 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, *tensors = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor, sums: Tensor) -> tuple[Tensor | None, ...]:
+        q, out, lse, *tensors = saved
         keys, values = tensors[: ctx.count], tensors[ctx.count :]
         with flash.full_precision(q.device):
             dq, dk, dv = _backward(grad, sums, q, keys, values, out, lse, ctx.union)
@@ -140,13 +142,14 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _by_slot(x: Tensor, each: Round, heads: int) -> Tensor:
-    """x (batch, kv_heads, columns, dim) in the order of the slots (blocks, block, dim), of any value where empty."""
+    """x (batch, kv_heads, columns, dim) in the order of the slots (blocks, block, dim), zeros where empty."""
     index, (_, kv_heads, columns, _) = each.key.clamp(min=0), x.shape
     if heads != kv_heads:
         row = index // columns
         kv_row = row // heads * kv_heads + row % heads // (heads // kv_heads)
         index = index + (kv_row - row) * columns
-    return _rows(_flat(x), index)
+    # zeros: a weight of zero hides no NaN that another row may hold
+    return _rows(_flat(x), index).masked_fill_((each.key < 0)[..., None], 0)
 
 
 def _picked(x: Tensor, index: Tensor, empty: int) -> Tensor:

@@ -14,11 +14,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
+from longspan.host import Array
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_positive
 from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import make_parts
@@ -73,12 +77,11 @@ def memorizing_attention(
         )
     with flash.full_precision(q.device):
         shape = q.shape[0], q.shape[2]
-        first, last = _alike(first.broadcast_to(shape), last.broadcast_to(shape))
-        search = Search(top, first, last)
+        search = _searched(top, first, last, shape)
         asked = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
         k, v = k.detach(), v.detach()
         found = _apply(asked, k, v, search) if needs_grad(asked) else _retrieve(asked, k, v, search)[0]
-        filled = (last > first)[:, None, :, None]
+        filled = (search.last > search.first)[:, None, :, None]
         return mixed(found, local, gate, filled)
 
 
@@ -89,11 +92,16 @@ def mixed(found: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
 
 
 class Search(NamedTuple):
-    """How many keys a query takes of columns first .. last - 1; both (rows, length), rows = 1 where all are alike."""
+    """How many keys a query takes of columns first .. last - 1; both (rows, length), rows = 1 where all are alike.
+
+    `begin` and `end` are their values on the host; None = not known.
+    """
 
     top: int
     first: Tensor
     last: Tensor
+    begin: Array | None = None
+    end: Array | None = None
 
 
 class Tile(NamedTuple):
@@ -142,30 +150,36 @@ def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[T
     return values, columns
 
 
-def _alike(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """One row where all rows are alike."""
-    if len(first) > 1 and bool((first == first[:1]).all()) and bool((last == last[:1]).all()):
-        return first[:1], last[:1]
-    return first, last
+def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> Search:
+    """The search of queries (batch, length); one row where all rows are alike."""
+    begin, end = host.read([first, last])
+    first, last = first.broadcast_to(shape), last.broadcast_to(shape)
+    if begin is None or end is None:
+        return Search(top, first, last)
+    begin, end = np.broadcast_to(begin, shape), np.broadcast_to(end, shape)
+    if shape[0] > 1 and (begin == begin[:1]).all() and (end == end[:1]).all():
+        first, last, begin, end = first[:1], last[:1], begin[:1], end[:1]
+    return Search(top, first, last, begin, end)
 
 
-def _tiles(search: Search, group: int) -> list[list[Tile]]:
+def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
     """Tiles of every row: they depend on what queries may see, never on contents."""
     rows, length = search.first.shape
     size = min(max(1, ROWS // group), max(length, 1))
     count = -(-length // size)
-    end = (torch.arange(1, count + 1) * size).clamp(max=length).tolist()
-    shown = search.last > search.first
-    low = torch.where(shown, search.first, torch.iinfo(torch.int64).max)
-    high = torch.where(shown, search.last, 0)
-    extra = (0, count * size - length)
-    low, high = (torch.nn.functional.pad(t, extra, mode="replicate") if extra[1] else t for t in (low, high))
-    low, high = low.view(rows, count, size), high.view(rows, count, size)
+    ends = [min(index * size, length) for index in range(1, count + 1)]
+    first, last = search.begin, search.end
+    if first is None or last is None:
+        return [[Tile(index * size, end, 0, columns, False) for index, end in enumerate(ends)]] * rows
+    shown = last > first
+    low, high = np.where(shown, first, np.iinfo(np.int64).max), np.where(shown, last, 0)
+    extra = ((0, 0), (0, count * size - length))
+    low, high = (np.pad(t, extra, mode="edge").reshape(rows, count, size) for t in (low, high))
     whole = (low == low[..., :1]).all(-1) & (high == high[..., :1]).all(-1)
-    least, most = low.amin(-1).tolist(), high.amax(-1).tolist()
+    least, most = low.min(-1).tolist(), high.max(-1).tolist()
     return [
         [
-            Tile(index * size, end[index], least[row][index], most[row][index], bool(alike[index]))
+            Tile(index * size, ends[index], least[row][index], most[row][index], alike[index])
             for index in range(count)
             if most[row][index]
         ]
@@ -185,7 +199,7 @@ class _Part(NamedTuple):
 def _parts(q: Tensor, k: Tensor, search: Search) -> Iterator[_Part]:
     group = q.shape[1] // k.shape[1]
     size = max(group, min(ROWS, group * q.shape[2])) * min(KEYS, max(k.shape[2], 1))
-    tiles = _tiles(search, group)
+    tiles = _tiles(search, group, k.shape[2])
     for part in make_parts(q.shape[0], k.shape[1], size, ENTRIES, one_row=len(tiles) > 1):
         heads = slice(part.heads.start * group, part.heads.stop * group)
         yield _Part(part.rows, part.heads, heads, tiles[part.rows.start if len(tiles) > 1 else 0])
@@ -255,8 +269,10 @@ def _gathered(x: Tensor, columns: Tensor) -> Tensor:
     return x.view(-1, x.shape[2]).index_select(0, (columns + item).flatten()).view(-1, columns.shape[2], x.shape[2])
 
 
-class _Retrieve(torch.autograd.Function):
+class _Retrieve(FirstOrder):
     """Keeps the columns and weights of what was retrieved; keys and values are gathered again."""
+
+    what = "retrieval from memories"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, search: Search) -> Tensor:
@@ -266,9 +282,8 @@ class _Retrieve(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        q, k, v, columns, weights = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, columns, weights = saved
         with flash.full_precision(q.device):
             return _backward(grad.to(q.dtype), q, k, v, columns, weights, ctx.search), None, None, None
 
@@ -304,10 +319,11 @@ def memorizing_cost(length: int, *, window: int, max_memories: int, top: int, gr
         top: as in `memorizing_attention`.
         group: query heads of a kv head.
     """
-    last = torch.arange(length)[None] // window * window
-    search = Search(top, (last - max_memories).clamp(min=0), last)
+    end = np.arange(length)[None] // window * window
+    begin = (end - max_memories).clip(min=0)
+    first, last = (torch.empty(1, length, device="meta") for _ in range(2))  # their values are enough
     scores = values = 0
-    for tile in _tiles(search, group)[0] if length else ():
+    for tile in _tiles(Search(top, first, last, begin, end), group, length)[0] if length else ():
         queries, width = tile.end - tile.begin, tile.high - tile.low
         scores += queries * width
         values += queries * min(top, width)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
@@ -70,7 +71,8 @@ def relative_attention(
             moved = call.q + position_bias.to(q.dtype)[:, None]
             return _decode(call, torch.matmul(moved, r[:, : call.k.shape[2]].to(q.dtype).mT), content_bias, scale)
     if isinstance(border, Tensor):
-        border = border - call.dropped
+        dropped, read = call.dropped, host.values(border)
+        border = host.remember(border - dropped, None if read is None else read - dropped)
     cut = border if older and isinstance(border, int) else None
     size = q.shape[2], call.memory, window, segment
     forward, backward = _plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size, cut=cut)

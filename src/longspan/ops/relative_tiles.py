@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
-from longspan.ops.tiled import new_like_heads
+from longspan.ops.first_order import FirstOrder
+from longspan.ops.tiled import is_view, new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
 FORWARD_ENTRIES = 1 << 20  # position scores of one kernel call
@@ -155,8 +157,10 @@ def relative_forward(q: Tensor, k: Tensor, v: Tensor, r: Tensor, u: Tensor, w: T
     return out
 
 
-class RelativeTiles(torch.autograd.Function):
+class RelativeTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "relative attention"
 
     @staticmethod
     def forward(ctx: Any, spec: Relative, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
@@ -168,10 +172,8 @@ class RelativeTiles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, r, u, w and of stale k and v."""
-        saved: tuple[Tensor, ...] = ctx.saved_tensors
         with flash.full_precision(grad.device):
             work = _Backward(grad, saved, ctx.spec, len(ctx.stale_dtypes) > 0)
             found = work.run()
@@ -217,7 +219,7 @@ class _Backward:
         for run in self.plan.runs:
             _Tile(self, run, rows, heads, views, totals).run_all(part)
         for slot, total in zip(slots, totals, strict=True):
-            if total.data_ptr() != slot.data_ptr():
+            if not is_view(slot):
                 slot.copy_(total.view(slot.shape))
 
     def _slots(self, part: Part, heads: slice) -> list[tuple[Tensor, slice]]:
@@ -317,7 +319,10 @@ class _Tile:
             add(0, middle, high)
             return
         first = border[part.rows, start : start + self.run.queries].clamp(low, high)
-        least, most = int(first.min()), int(first.max())
+        read, least, most = host.values(border), low, high
+        if read is not None:
+            read = read[part.rows, start : start + self.run.queries].clip(low, high)
+            least, most = int(read.min()), int(read.max())
         add(2, low, least)
         add(0, most, high)
         if least < most:

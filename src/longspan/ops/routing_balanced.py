@@ -6,11 +6,13 @@ scattered back. How many tokens a list has follows from lengths and documents al
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops.lsh_lists import by_heads, documents_of
+from longspan import host
+from longspan.ops.lsh_lists import by_heads, count_documents, documents_of
 from longspan.ops.lsh_tiles import ENTRIES, Round, Union, union_attention
 
 
@@ -91,15 +93,28 @@ def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None
         zeros = torch.zeros(batch, length, dtype=torch.int64, device=q.device)
         return Documents(zeros, zeros, zeros + length, 1, min(window, length), True)
     number = torch.zeros(batch, length, dtype=torch.int64, device=q.device) if start is None else documents_of(start)
-    count = 1 if start is None else int(number.max()) + 1
+    count = 1 if start is None else count_documents(start)
     if real is not None:
         number = number.masked_fill(~real, count)
     members = torch.zeros(batch, count + 1, dtype=torch.int64, device=q.device)
     members.scatter_add_(1, number, torch.ones_like(number))
     end = members.cumsum(1)
     begin = (end - members).gather(1, number)
-    taken = int(members[:, :count].clamp(max=window).sum(1).max())
-    return Documents(number, begin, end.gather(1, number), count, max(1, taken), False)
+    return Documents(number, begin, end.gather(1, number), count, _taken(real, start, count, window, length), False)
+
+
+def _taken(real: Tensor | None, start: Tensor | None, count: int, window: int, length: int) -> int:
+    """Tokens of the longest list; its bound where the values of `real` and `start` are not known."""
+    filled, begin = host.read([real, start])
+    if (real is not None and filled is None) or (start is not None and begin is None):
+        return max(1, min(length, count * window))
+    shape = next(array.shape for array in (filled, begin) if array is not None)
+    number = np.zeros(shape, np.int64)
+    if begin is not None:
+        number[:, 1:] = (begin[:, 1:] != begin[:, :-1]).cumsum(1)
+    number += np.arange(len(number))[:, None] * count
+    members = np.bincount(number[True if filled is None else filled].ravel(), minlength=len(number) * count)
+    return max(1, int(members.reshape(-1, count).clip(max=window).sum(1).max(initial=0)))
 
 
 def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
@@ -110,15 +125,12 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
     window = min(window, length)
     if documents.total == 1:
         near = near if whole else near.masked_fill(~inside, float("-inf"))
-        nearest = near.topk(window, sorted=False).values
-        least = nearest.amin(-1, keepdim=True)
-        if whole:
-            column = (near >= least).flatten(0, 2).nonzero()[:, 1]
-            if len(column) == nearest.numel():  # nobody else is as near as the last one taken
-                return column.view(nearest.shape)
-        room = window - (nearest > least).sum(-1, keepdim=True)
-        equal = near == least
-        chosen = ((near > least) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))) & inside
+        least = near.topk(window, sorted=False).values.amin(-1, keepdim=True)
+        beyond, equal = near > least, near == least
+        # of those as near as the last one taken, the first
+        room = window - beyond.sum(-1, keepdim=True, dtype=torch.int32)
+        chosen = beyond | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+        chosen = chosen if whole else chosen & inside
     else:
         order = near.sort(dim=-1, descending=True, stable=True).indices
         ordered, again = number.expand_as(order).gather(3, order).sort(dim=-1, stable=True)
@@ -127,12 +139,10 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
         rank = torch.arange(length, device=near.device) - begin
         chosen = torch.zeros_like(near, dtype=torch.bool)
         chosen.scatter_(3, order, (rank < window) & (ordered < documents.total))
-    rows = chosen.flatten(0, 2)
-    row, column = rows.nonzero(as_tuple=True)
-    first = F.pad(rows.sum(1).cumsum(0), (1, 0))
-    found = torch.full((len(rows), documents.taken), -1, dtype=torch.int64, device=near.device)
-    found[row, torch.arange(len(row), device=near.device) - first[row]] = column
-    return found.view(*near.shape[:3], documents.taken)
+    # the place of each in its list; what is not chosen goes behind the last one
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, documents.taken)
+    found = torch.full((*near.shape[:3], documents.taken + 1), -1, dtype=torch.int64, device=near.device)
+    return found.scatter_(3, place, torch.arange(length, device=near.device).expand_as(place))[..., :-1].contiguous()
 
 
 def _round(asked: Tensor, held: Tensor, documents: Documents, *, causal: bool, itself: bool) -> Round:

@@ -1,10 +1,13 @@
 """Arguments shared by the attention ops: shape checks, and which keys of each batch row are real."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops.tiles import Visibility
 
@@ -94,45 +97,73 @@ def read_call(
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if q.numel() == 0 or (lengths is None and start is None and memory_lengths is None):
         return Call(q, k, v, memory, dropped, None, None)
-    if memory_lengths is not None and (memory == 0 or bool((memory_lengths >= memory).all())):
-        memory_lengths = None
-    if lengths is not None and bool((lengths >= length).all()):
-        lengths = None
+    of_lengths, of_start, of_memory = host.read([lengths, start, memory_lengths])
+    if memory == 0 or (of_memory is not None and (of_memory >= memory).all()):
+        memory_lengths = of_memory = None
+    if of_lengths is not None and (of_lengths >= length).all():
+        lengths = of_lengths = None
     if causal:
-        visibility, dead = _causal_rows(q, memory, dropped, lengths, start, memory_lengths)
+        limits, read = _Limits(lengths, start, memory_lengths), _Limits(of_lengths, of_start, of_memory)
+        whole = all((tensor is None) == (array is None) for tensor, array in zip(limits, read, strict=True))
+        visibility, dead = _causal_rows(q, memory, dropped, limits, read if whole else None)
     else:
         visibility, dead = _free_rows(q, memory, dropped, lengths, start, memory_lengths)
     return Call(q, k, v, memory, dropped, visibility, dead)
 
 
+class _Limits(NamedTuple):
+    """What hides keys of each row, as `read_call` takes it: tensors, or their values on the host."""
+
+    lengths: Any
+    start: Any
+    memory_lengths: Any
+
+    def causal(self, own: Any, memory: int, dropped: int, maximum: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+        """(batch, length or 1) first visible key columns and (batch, length) queries that see none; None = no limit.
+
+        Args:
+            own: (length,) the key column of each query.
+            memory: older key columns that are left.
+            dropped: those that were cut off.
+            maximum: of tensors, or of arrays.
+        """
+        first = dead = None
+        if self.memory_lengths is not None:
+            first = (memory - self.memory_lengths).clip(min=0)[:, None]
+        if self.start is not None:
+            begin = self.start - dropped
+            first = begin if first is None else maximum(first, begin)
+            dead = first > own
+        if self.lengths is not None:
+            late = own >= (memory + self.lengths)[:, None]
+            dead = late if dead is None else dead | late
+        return first, dead
+
+
 def _causal_rows(
-    q: Tensor,
-    memory: int,
-    dropped: int,
-    lengths: Tensor | None,
-    start: Tensor | None,
-    memory_lengths: Tensor | None,
+    q: Tensor, memory: int, dropped: int, limits: _Limits, read: _Limits | None
 ) -> tuple[Visibility | None, Tensor | None]:
-    """Causal: a real query sees no later key, so only the first visible column matters."""
+    """Causal: a real query sees no later key, so only the first visible column matters.
+
+    `read` are the limits on the host; None where they are not known.
+    """
     batch, length = q.shape[0], q.shape[2]
+    top, least = memory + length, None
+    if read is not None:
+        first, dead = read.causal(np.arange(memory, memory + length), memory, dropped, np.maximum)
+        top = 0 if first is None else int(first.max())
+        blind = dead is not None and bool(dead.any())
+        if top <= 0 and not blind:
+            return None, None
+        least = None if first is None else np.broadcast_to(first.min(0), length)
     own = torch.arange(memory, memory + length, device=q.device)
-    first = dead = None
-    if memory_lengths is not None:
-        first = (memory - memory_lengths).clamp_(min=0)[:, None].expand(batch, length)
-    if start is not None:
-        begin = start - dropped
-        first = begin if first is None else torch.maximum(first, begin)
-        dead = first > own
-    if lengths is not None:
-        late = own >= (memory + lengths)[:, None]
-        dead = late if dead is None else dead | late
-    if dead is not None and not bool(dead.any()):
+    first, dead = limits.causal(own, memory, dropped, torch.maximum)
+    if read is not None and not blind:
         dead = None
-    top = 0 if first is None else int(first.max())
     if first is None or top <= 0:
         return None, dead
     key = torch.arange(memory + length, device=q.device)[None, None, :, None].expand(batch, 1, -1, 1)
-    return Visibility(first[:, None, :, None], key, False, top), dead
+    return Visibility(first.expand(batch, length)[:, None, :, None], key, False, top, least), dead
 
 
 def _free_rows(

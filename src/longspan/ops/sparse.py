@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
+from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.full import attend_call, full_cost
 from longspan.ops.rows import Call, check_positive, read_call
 from longspan.ops.sparse_fixed import FORWARD_TILE as FIXED_TILE
@@ -202,7 +204,8 @@ def _without_older(call: Call) -> Call:
     visibility = call.visibility
     if visibility is not None:
         query, key = visibility.query - first, visibility.key[:, :, first:] - first
-        visibility = visibility._replace(query=query, key=key, top=max(0, visibility.top - first))
+        least = None if visibility.least is None else visibility.least - first
+        visibility = visibility._replace(query=query, key=key, top=max(0, visibility.top - first), least=least)
     return call._replace(k=call.k[:, :, first:], v=call.v[:, :, first:], memory=0, visibility=visibility)
 
 
@@ -217,7 +220,8 @@ def _open(
 ) -> Tensor:
     """All queries in the block that the older keys left open: few queries, and every key that is left is of use."""
     length, memory = call.q.shape[2], call.memory
-    most = open_block if isinstance(open_block, int) else int(open_block.max())
+    opened = np.asarray(open_block) if isinstance(open_block, int) else host.values(open_block)
+    most = 0 if opened is None else int(opened.max())
     if most + length > stride or most > memory:
         raise ConfigError(
             f"open_block = {most} with {length} queries and {memory} older keys: queries must stay inside the block of "
@@ -225,8 +229,8 @@ def _open(
         )
     if part == "union":
         return attend_call(call, causal=True, scale=scale)
-    opened = torch.as_tensor(open_block, device=call.q.device).reshape(-1, 1, 1, 1)
-    place = torch.arange(-memory, length, device=call.q.device) + opened  # (batch or 1, 1, 1, columns)
+    before = torch.as_tensor(open_block, device=call.q.device).reshape(-1, 1, 1, 1)
+    place = torch.arange(-memory, length, device=call.q.device) + before  # (batch or 1, 1, 1, columns)
     if part == "local":
         seen = place >= 0
     else:
@@ -248,7 +252,7 @@ def _masked(call: Call, seen: Tensor, scale: float) -> Tensor:
         seen = seen | call.dead[:, None, :, None]
     dtype = flash.working_dtype(q, k, v)
     with flash.full_precision(q.device):
-        out = F.scaled_dot_product_attention(
+        out = scaled_dot_product_attention(
             q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.to(q.dtype)

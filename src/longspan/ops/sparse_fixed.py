@@ -7,10 +7,13 @@ written behind them, used, and overwritten by its own summary columns. So each t
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call
 from longspan.ops.tiled import new_gradients, new_like_heads
 from longspan.ops.tiles import HIDDEN, Part, Visibility, make_parts
@@ -184,7 +187,7 @@ class _Masks:
             key, query = key[tile.place :], query
             seen = (key <= query)[None]
         else:
-            last = spec.stride - torch.tensor(spec.offsets[:1] if spec.alike else spec.offsets, device=device)
+            last = spec.stride - host.put(np.array(spec.offsets[:1] if spec.alike else spec.offsets), device)
             place, last = key % spec.stride, last[:, None, None]
             seen = (place >= last - spec.summary) & (place < last) | (key == query)
             if spec.local:
@@ -239,8 +242,10 @@ def fixed_attention(call: Call, spec: Fixed) -> Tensor:
     return fixed_forward(q, k, v, spec)
 
 
-class _Fixed(torch.autograd.Function):
+class _Fixed(FirstOrder):
     """Saves the inputs and the output; every weight is computed again, from the last block to the first."""
+
+    what = "sparse attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Fixed) -> Tensor:
@@ -250,9 +255,8 @@ class _Fixed(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = saved
         dtype = flash.working_dtype(q, k, v)
         dq, dk, dv = new_gradients(q, k, v, dtype)
         given = [t.to(dtype) for t in (q, k, v, out, grad)]

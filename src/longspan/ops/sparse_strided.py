@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call
 from longspan.ops.tiled import Plans, new_gradients, new_like_heads, tiled_backward, tiled_forward
 from longspan.ops.tiles import HIDDEN, Visibility
@@ -162,8 +163,10 @@ def strided_attention(call: Call, spec: Strided) -> Tensor:
     return strided_forward(q, k, v, spec)[0].to(q.dtype)
 
 
-class _Strided(torch.autograd.Function):
+class _Strided(FirstOrder):
     """Saves the inputs, the output and its log-sum-exps; every weight is computed again."""
+
+    what = "sparse attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Strided) -> Tensor:
@@ -174,9 +177,8 @@ class _Strided(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse, share = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse, share = saved
         with flash.full_precision(q.device):
             dq, dk, dv = _backward(grad, q, k, v, out, lse, share, ctx.spec)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.first_order import FirstOrder
 from longspan.ops.tiles import (
     Block,
     Part,
@@ -93,8 +94,10 @@ def tiled_forward(
     return out
 
 
-class _Tiled(torch.autograd.Function):
+class _Tiled(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+
+    what = "softmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: Plans) -> Tensor:
@@ -104,9 +107,8 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out = saved
         with flash.full_precision(q.device):
             dq, dk, dv = tiled_backward(grad, q, k, v, out, ctx.plans)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
@@ -154,6 +156,11 @@ def _scratch(tensor: Tensor) -> Tensor:
     return tensor[0] if tensor.shape[0] == 1 else tensor.flatten(0, 1)
 
 
+def is_view(slot: Tensor) -> bool:
+    """Whether `_scratch` gives the slot itself."""
+    return slot.shape[0] == 1 or slot.shape[1] == 1 or slot.stride(0) == slot.shape[1] * slot.stride(1)
+
+
 def _part_backward(
     part: Part,
     views: list[Tensor],
@@ -194,7 +201,7 @@ def _part_backward(
             dk[:, there].baddbmm_(scores.mT, qt)
             dq[:, here] = torch.bmm(scores, k[:, there]).view(-1, run.queries, q.shape[-1])
     for slot, total in zip(slots, (dq, dk, dv), strict=True):
-        if total.data_ptr() != slot.data_ptr():
+        if not is_view(slot):
             slot.copy_(total.view(slot.shape))
 
 

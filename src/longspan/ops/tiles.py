@@ -13,8 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.host import Array
+
 ALIGN = 16  # rows of scores start on 64-byte borders where a key more or less is masked anyway
-HIDDEN = -1e30  # for keys hidden row by row: finite, so that a row that sees nothing is no NaN before it is zeroed
+# for keys hidden row by row: finite, so that a row that sees nothing is no NaN before it is zeroed; half of what fp32
+# holds, so that whatever finite score it is added to stays far below every visible one
+HIDDEN = -1.7e38
 
 
 class Run(NamedTuple):
@@ -109,7 +113,9 @@ def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
 
     Which keys a tile reads then depends on where documents start, never on what they contain.
     """
-    first = visibility.query[:, 0, :, 0].amin(0).tolist()
+    if visibility.least is None:
+        return plan
+    first = visibility.least.tolist()
     tiles = []
     for run in plan.runs:
         for tile in range(run.tiles):
@@ -172,12 +178,14 @@ class Visibility(NamedTuple):
     """Which keys are hidden row by row, beyond the pattern: key >= query, or key == query where `equal`.
 
     query is (batch, 1, length, 1), key (batch, 1, columns, 1); key columns from `top` on are hidden from nobody.
+    `least` (length,), on the host, is the least of `query` in any row where keys before it are hidden; None = unknown.
     """
 
     query: Tensor
     key: Tensor
     equal: bool
     top: int
+    least: Array | None = None
 
     def seen(self, run: Run, block: Block) -> Tensor | None:
         """(rows * tiles, 1, queries, keys), True = visible; None where all are."""

@@ -205,7 +205,7 @@ class MusicTask(ByteTask):
 
     def _files(self, source: str | Sequence[str]) -> Named:
         if source == "music":
-            folder = package_folder("music21", "these tunes", "media") / "corpus"
+            folder = package_folder("music21", "these tunes") / "corpus"
             return read_source([str(folder / name) for name in TUNES], pattern="*.abc")
         return read_source(source, pattern=self.config.pattern)
 
@@ -275,7 +275,7 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
     from PIL import Image
 
     if source == "images":
-        folder = package_folder("skimage", "these images", "media") / "data"
+        folder = package_folder("skimage", "these images", "scikit-image") / "data"
         files = read_source([str(folder / name) for name in IMAGES])
     else:
         files = [each for each in read_source(source, pattern="*") if each[0].lower().endswith(SUFFIXES)]

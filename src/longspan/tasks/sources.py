@@ -226,8 +226,8 @@ def _proteins() -> Path:
         if path.is_file():
             return path
     raise DataError(
-        "the protein sequences (of Debian's package mmseqs2-examples) are not here: `make data` fetches them where "
-        "apt-get is, without root; elsewhere give a FASTA file as task.source"
+        "the protein sequences are not here: give any FASTA file as task.source, or take those of Debian's package "
+        f"mmseqs2-examples: apt-get install mmseqs2-examples, or unpack its DB.fasta.gz to {PROTEINS[0]}"
     )
 
 

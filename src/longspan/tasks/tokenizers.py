@@ -31,6 +31,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     begin: int
     """the token every document begins with"""
+    ends: tuple[int, ...]
+    """tokens after which a text is over, at least one; where a tokenizer has none of its own, `begin`"""
     sizes: Array
     """(vocab_size,) int64: bytes each token stands for"""
 
@@ -52,6 +54,7 @@ class Bytes:
 
     vocab_size = 256
     begin = 0
+    ends: tuple[int, ...] = (0,)
     sizes: Array = np.ones(256, dtype=np.int64)
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
@@ -78,9 +81,12 @@ class Subword:
         engine: of the library.
         begin: the token that begins a document; those of pretrained models have their own name for it.
         also: other tokens that stand for no bytes.
+        ends: ids after which a text is over; none: the token that begins the next document.
     """
 
-    def __init__(self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = ()) -> None:
+    def __init__(
+        self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = (), ends: Iterable[int] = ()
+    ) -> None:
         also = tuple(also)
         # a text that spells out the begin token must not be taken for one
         engine.encode_special_tokens = True
@@ -90,6 +96,7 @@ class Subword:
         if found is None:
             raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
         self.begin: int = found
+        self.ends = tuple(dict.fromkeys(int(end) for end in ends)) or (found,)
         self._specials = (begin, sorted(also))
         tokens = [engine.id_to_token(index) or "" for index in range(self.vocab_size)]
         silent = {begin, *also}
@@ -135,17 +142,22 @@ class Subword:
     def text(self) -> str:
         """The JSON of the `tokenizers` library; around that of a pretrained model, what its tokens are for."""
         begin, also = self._specials
-        if (begin, also) == (BEGIN, []):
+        if (begin, also, self.ends) == (BEGIN, [], (self.begin,)):
             return str(self.engine.to_str())
-        return json.dumps({"longspan": "model", "begin": begin, "also": also, "engine": self.engine.to_str()})
+        known = {"longspan": "model", "begin": begin, "also": also, "ends": list(self.ends)}
+        return json.dumps({**known, "engine": self.engine.to_str()})
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
         write_text(path, self.text())
 
 
-def borrow(tokenizer: Any) -> Subword:
+def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
     """A tokenizer of transformers as one of longspan: text as bytes, exact byte counts.
+
+    Args:
+        tokenizer: of transformers. A document begins with its `bos_token`, or `eos_token` where it has no other.
+        ends: ids with which the model ends a text, beside the tokenizer's `eos_token`.
 
     Raises:
         UnsupportedError: it is not byte-level BPE, or has no token to begin a document with.
@@ -160,7 +172,8 @@ def borrow(tokenizer: Any) -> Subword:
             f"{type(tokenizer).__name__}: streams count bytes, so they need byte-level BPE and a token that begins a "
             "document; use the model through transformers"
         )
-    return Subword(Engine.from_str(text), begin, tokenizer.all_special_tokens)
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Subword(Engine.from_str(text), begin, tokenizer.all_special_tokens, [*own, *ends])
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -180,7 +193,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
             return Words(Engine.from_str(data["engine"]))
         if isinstance(data, dict) and data.get("longspan") == "model":
-            return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"])
+            return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"], data.get("ends", ()))
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
     except Exception as error:
         # the library raises bare Exception for a file it cannot read

@@ -47,6 +47,8 @@ class Words:
         self.engine = engine
         self.vocab_size = engine.get_vocab_size()
         self.begin, self.unknown, self.end = 0, 1, 2
+        # `end` ends a line, not a text
+        self.ends: tuple[int, ...] = (self.begin,)
         words = [(engine.id_to_token(index) or "").encode() for index in range(self.vocab_size)]
         self._spelled = [b"", UNKNOWN.encode() + b" ", b"\n", *(word + b" " for word in words[len(SPECIALS) :])]
         self.sizes: Array = np.array([len(word) for word in self._spelled], dtype=np.int64)

@@ -9,7 +9,7 @@ from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
 from longspan.train.progress import Live, Plain, Silent
-from longspan.train.recipes import find_recipe
+from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
 from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import load_run, resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
@@ -41,9 +41,11 @@ __all__ = [
     "find_recipe",
     "first_places",
     "load_run",
+    "locate_recipe",
     "next_token_loss",
     "paired_bootstrap",
     "read_log",
+    "recipe_names",
     "resolve",
     "run",
     "seeds_interval",

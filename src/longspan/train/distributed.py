@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longspan import host
 from longspan.errors import ConfigError
 
 
@@ -33,7 +34,8 @@ class Group:
         """The sums over all processes, in fp64."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        device = self.device if host.has_float64(self.device) else torch.device("cpu")
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         result: list[float] = tensor.tolist()
         return result
@@ -95,8 +97,8 @@ def join_group(device: str = "auto") -> Group:
         ConfigError: torch does not know the device or cannot reach it.
     """
     if "RANK" not in os.environ and not dist.is_initialized():
-        return Group(device=_device(device, 0))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", "0")))
+        return Group(device=choose_device(device))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
@@ -110,12 +112,22 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, what: str = "train.device") -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: `"auto"` (CUDA where there is one), or what torch calls it.
+        local_rank: which CUDA device `"cuda"` and `"auto"` mean.
+        what: the setting, for the message.
+
+    Raises:
+        ConfigError: torch does not know the device or cannot reach it.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device = {name!r}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{what} = {name!r}: {str(error).splitlines()[0]}") from None
     return device

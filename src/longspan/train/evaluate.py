@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,15 @@ from longspan.train.loss import adaptive_head, head_nats, token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.windows import windows
 
+Progress = Callable[[int, int], bool | None]
+"""Called after every call of the model with the tokens that this process has read and is to read; False ends it."""
 _TOTALS = ("nats", "tokens", "units", "correct")
 # rows of the distribution of an adaptive softmax, whose vocabulary is large, that exist at once
 _ROWS = 256
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was ended by its `progress`, in one of the processes that share it; raised in all of them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ def evaluate_text(
     segment_length: int | None = None,
     group: Group | None = None,
     unit: str = "byte",
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Loss of every document, read in chunks with the carried state, or in separate segments without it.
 
@@ -126,9 +133,11 @@ def evaluate_text(
         segment_length: of reading without memory; default `chunk`.
         group: processes that share the work; each gets the totals of all.
         unit: what `Evaluation.unit` says.
+        progress: see `Progress`.
 
     Raises:
         UnsupportedError: evaluation with memory of a model that does not stream.
+        EvaluationStopped: `progress` has ended it.
     """
     if memory and not model.traits.streams:
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
@@ -137,9 +146,19 @@ def evaluate_text(
     totals = np.zeros((4, len(documents)))
     head = adaptive_head(model)
     calls: dict[str, Any] = {"chunk": chunk, "batch": batch, "restart": restart, "group": group}
-    for out, part in read_documents(model, documents, **calls, hidden=head is not None):
-        totals += _totals(out, part, len(documents), head)
-    summed = np.array(group.sum(*totals.ravel().tolist())).reshape(totals.shape)
+    read, total, going = 0, -(-int(documents.lengths.sum()) // group.world_size), True
+    with contextlib.closing(read_documents(model, documents, **calls, hidden=head is not None)) as outputs:
+        for out, part in outputs:
+            totals += _totals(out, part, len(documents), head)
+            read += int((part.document >= 0).sum())
+            if progress is not None and progress(min(read, total), total) is False:
+                going = False
+                break
+    # that it is ended is said with the totals, so that no process waits for another one's
+    *sums, ended = group.sum(*totals.ravel().tolist(), float(not going))
+    if ended:
+        raise EvaluationStopped
+    summed = np.array(sums).reshape(totals.shape)
     nats, tokens, units, correct = summed
     return Evaluation(
         tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
@@ -155,7 +174,7 @@ def read_documents(
     restart: int | None = None,
     group: Group,
     hidden: bool = False,
-) -> Iterator[tuple[Tensor, Batch]]:
+) -> Generator[tuple[Tensor, Batch]]:
     """Logits and what was read, call after call; of each document in order, where the model streams.
 
     Args:

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import UnsupportedError
 from longspan.models import AdaptiveHead, Head
 from longspan.models.head import CalledHead, Softmax
+from longspan.ops.first_order import FirstOrder
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _nats(part: Softmax, chunk: int) -> Tensor:
     if not chunk:
         return token_nats(functional.linear(part.hidden, part.weight, part.bias)[None], part.targets[None])[0]
     given = part.hidden, part.weight, part.bias, part.targets, chunk
-    nats: Tensor = _ChunkedNats.apply(*given)  # type: ignore[no-untyped-call]
+    nats: Tensor = _ChunkedNats.apply(*given)
     return nats
 
 
@@ -110,8 +110,10 @@ def _called_nats(call: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tens
     return torch.cat([cast(Tensor, checkpoint(nats, *part, use_reentrant=False)) for part in parts])
 
 
-class _ChunkedNats(torch.autograd.Function):
+class _ChunkedNats(FirstOrder):
     """(rows,) nats in fp32 at least; kept are the inputs and one number a row."""
+
+    what = "the loss in chunks"
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
@@ -132,9 +134,8 @@ class _ChunkedNats(torch.autograd.Function):
         return nats
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, scale = ctx.saved_tensors
+    def gradients(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, scale = saved
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         wide, product = scale.dtype, ctx.product
         d_hidden = torch.empty_like(hidden) if of_hidden else None

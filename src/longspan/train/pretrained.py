@@ -53,7 +53,7 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
         CheckpointError: it cannot be read.
         UnsupportedError: it is not one that counts bytes.
     """
-    from longspan.hf.decoder import open_tokenizer
+    from longspan.hf.decoder import end_tokens_of, open_tokenizer
     from longspan.tasks.tokenizers import borrow
 
     source = model["source"]
@@ -64,7 +64,7 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
         )
     path = folder / "tokenizer.json"
     if not path.exists():
-        borrow(open_tokenizer(source)).save(path)
+        borrow(open_tokenizer(source), end_tokens_of(source)).save(path)
 
 
 def publish(model: Any, folder: Path) -> None:

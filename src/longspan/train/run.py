@@ -4,7 +4,10 @@ FOLDER/recipe.json      the recipe with every default filled in
 FOLDER/log.jsonl        one line per logged step and per evaluation
 FOLDER/tokenizer.json   what text is cut into
 FOLDER/checkpoints/     see `longspan.train.checkpoint`
-FOLDER/model/           the trained model, once the run is over
+FOLDER/model/           the trained model, once the training is over
+
+A folder belongs to one training at a time (`longspan.train.lock`), and holds nothing before task, tokenizer and model
+fit.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ from longspan.train.config import TrainConfig
 from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, join_group
+from longspan.train.lock import Start, reserved
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
 from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
@@ -136,18 +140,49 @@ def run(
         return _run(resolved, config, folder, resume, group, display)
 
 
+@contextlib.contextmanager
+def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
+    """The folder for this run alone; an error of the main process ends the others too."""
+    with contextlib.ExitStack() as stack:
+        start, problem = Start(), None
+        if group.main:
+            try:
+                start = stack.enter_context(reserved(folder, resume=resume))
+                if not resume:
+                    _refuse_run(folder)
+            except CheckpointError as error:
+                problem = error
+        if group.any(problem is not None):
+            raise problem or CheckpointError(f"{folder}: the main process cannot begin here")
+        yield start
+
+
+def _refuse_run(folder: Path) -> None:
+    if checkpoints.found(folder / "checkpoints") or (folder / "model").is_dir():
+        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
+
+
 def _run(
     resolved: dict[str, Any], config: TrainConfig, folder: Path, resume: bool, group: Group, display: Silent
 ) -> Result:
-    if group.any(not resume and bool(checkpoints.found(folder / "checkpoints"))):
-        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
-    if group.main:
-        _clear(folder, resume)
+    with _reserved(folder, resume, group) as start:
+        return _run_reserved(resolved, config, folder, resume, group, display, start)
+
+
+def _run_reserved(
+    resolved: dict[str, Any],
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    group: Group,
+    display: Silent,
+    start: Start,
+) -> Result:
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
     task = _prepared_task(resolved["task"], folder, group)
     _fit_vocabulary(resolved["model"], task)
-    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     model = model.to(group.device, DTYPES[config.dtype])
@@ -158,28 +193,43 @@ def _run(
     if config.carry and model.traits.streams and not model.traits.bounded:
         display.message("this model's state grows with a document's length; train.carry = false cuts it at segments")
     if group.main:
-        write_json(folder / "recipe.json", resolved)
-        if (folder / "model").is_dir():
-            # of an earlier end of this run; until the next end the newest checkpoint is the model
-            folders.remove(folder / "model")
-    result = trainer.fit()
-    if result.interrupted:
+        _begin(folder, resolved, start)
+
+    def publish() -> None:
+        try:
+            folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled), folders.seal)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; {checkpoints.last_good(folder / 'checkpoints')} and holds the trained model; make room and "
+                "resume"
+            ) from None
+
+    # adapters become part of the weights that are published, so models that have them are evaluated first
+    early = not hasattr(model, "export")
+    result = trainer.fit(publish if early else None)
+    if not early and group.main and trainer.trained:
+        publish()
+    if result.interrupted and trainer.trained:
+        display.message(f"trained to step {result.step}, saved in {folder}; resume it for the final evaluation")
+    elif result.interrupted:
         display.message(f"stopped at step {result.step}, saved in {folder}; resume it to go on")
-    elif group.main:
-        folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled))
     group.barrier()
     return result
 
 
 def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, resume: bool, display: Silent) -> Result:
     """The same along a curriculum, in one process."""
-    if not resume and checkpoints.found(folder / "checkpoints"):
-        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
-    _clear(folder, resume)
+    with _reserved(folder, resume, Group()) as start:
+        return _run_staged_reserved(resolved, config, folder, resume, display, start)
+
+
+def _run_staged_reserved(
+    resolved: dict[str, Any], config: StagedConfig, folder: Path, resume: bool, display: Silent, start: Start
+) -> Result:
     task = _prepared_task(resolved["task"], folder, Group())
     _fit_vocabulary(resolved["model"], task)
     _check_staged(resolved, config)
-    checkpoint = _newest_sound(folder / "checkpoints", display) if resume else None
+    checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     trainer: StagedTrainer
@@ -192,15 +242,22 @@ def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, re
         trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    write_json(folder / "recipe.json", resolved)
-    if (folder / "model").is_dir():
-        folders.remove(folder / "model")
+    _begin(folder, resolved, start)
     position, interrupted = trainer.position, trainer.fit()
     if interrupted:
         display.message(f"stopped at step {position.step}, saved in {folder}; resume it to go on")
     else:
-        folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
+        folders.write_folder(folder / "model", lambda filled: save_model(model, filled), folders.seal)
     return Result(folder, position.step, position.tokens, position.seconds, None, interrupted)
+
+
+def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
+    """Everything fits: from here on the folder is that of a run."""
+    write_json(folder / "recipe.json", resolved)
+    start.begin()
+    if (folder / "model").is_dir():
+        # of an earlier end of this run; until the next end the newest checkpoint is the model
+        folders.remove(folder / "model")
 
 
 def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
@@ -231,6 +288,7 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
     task.prepare(folder, main=False)
     if pretrained.is_pretrained(recipe):
         pretrained.make_known()
+    folders.check_sealed(folder / "model")
     if is_converted(folder / "model"):
         from longspan.hf.decoder import load_converted
 
@@ -253,6 +311,8 @@ def _stored_recipe(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.json").exists():
         raise CheckpointError(f"{folder}: no run here (recipe.json is missing); start one without resuming")
     stored: dict[str, Any] = read_json(folder / "recipe.json")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
+        raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
     return stored
 
 
@@ -273,18 +333,6 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _clear(folder: Path, resume: bool) -> None:
-    """Remove what a kill left half written, and what a failed start left behind."""
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        for each in (folder, folder / "checkpoints"):
-            folders.remove_leftovers(each)
-        if not resume:
-            (folder / "tokenizer.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
-
-
 def _prepared_task(table: dict[str, Any], folder: Path, group: Group) -> Task:
     task = tasks.build(table)
     if group.main:
@@ -302,6 +350,14 @@ def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
         raise ConfigError(
             f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
         )
+
+
+def _resumed_checkpoint(folder: Path, display: Silent) -> Checkpoint | None:
+    """The newest sound checkpoint; says where there is none, so that the run begins at step 0."""
+    checkpoint = _newest_sound(folder / "checkpoints", display)
+    if checkpoint is None:
+        display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
+    return checkpoint
 
 
 def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:

@@ -1,16 +1,20 @@
-"""An orderly end on Ctrl-C and SIGTERM."""
+"""An orderly end on Ctrl-C, on SIGTERM, and when the terminal is closed."""
 
 import contextlib
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from longspan.process import handle_signal, stop_signals
+
 
 @contextlib.contextmanager
 def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first SIGINT or SIGTERM; a second one does what it always did. In the main thread only."""
+    """Call `stop` at the first SIGINT, SIGTERM or SIGHUP; a second one does what it always did.
+
+    In the main thread only. A SIGHUP that is ignored, as nohup has it, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -18,14 +22,14 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
     def restore() -> None:
         for number, handler in earlier.items():
-            signal.signal(number, handler)
+            handle_signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop()
         restore()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        earlier[number] = signal.signal(number, handle)
+    for number in stop_signals():
+        earlier[number] = handle_signal(number, handle)
     try:
         yield
     finally:

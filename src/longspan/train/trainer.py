@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
-from longspan.train.evaluate import evaluate_text, first_places
+from longspan.train.evaluate import EvaluationStopped, evaluate_text, first_places
 from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
 from longspan.train.progress import Silent
@@ -37,7 +38,8 @@ class Result:
     evaluation: dict[str, Any] | None
     """figures on the held-back documents, of `Evaluation.summary`; None where interrupted"""
     interrupted: bool = False
-    """stopped by Ctrl-C or SIGTERM; a checkpoint was saved"""
+    """stopped by Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved. Where `step` is the last of the schedule, the final
+    evaluation alone is missing; resuming the run makes it"""
 
 
 class Trainer:
@@ -73,6 +75,8 @@ class Trainer:
         )
         self._saved_step: int | None = None
         self._stop = False
+        self.trained = False
+        """whether the schedule has ended and the model is saved"""
 
     @property
     def checkpoints(self) -> Path:
@@ -91,8 +95,13 @@ class Trainer:
         self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
         self._saved_step = self.position.step
 
-    def fit(self) -> Result:
+    def fit(self, publish: Callable[[], None] | None = None) -> Result:
         """Train to the end of the schedule, or until interrupted.
+
+        What was trained is in a checkpoint before anything else happens, the final evaluation included.
+
+        Args:
+            publish: called in the main process between that checkpoint and the final evaluation.
 
         Raises:
             DivergedError: the loss is no number any more; says at which step and what to go back to.
@@ -103,7 +112,14 @@ class Trainer:
         try:
             with on_interrupt(self._stop_soon):
                 interrupted = self._loop(log)
-            evaluation = None if interrupted else self._finish(log)
+                evaluation = None
+                if not interrupted:
+                    self._save(log)
+                    self.trained = True
+                    if publish is not None and self.group.main:
+                        publish()
+                    evaluation = self._final_evaluation(log)
+                    interrupted = evaluation is None
         finally:
             self.display.stop()
             if log is not None:
@@ -121,27 +137,41 @@ class Trainer:
     def _loop(self, log: Log | None) -> bool:
         """Steps until the end; True where interrupted."""
         config, position = self.config, self.position
+        if self._saved_step == position.step and self._evaluates_at(position.step) and self._logged() is None:
+            # Ctrl-C has ended it
+            self._evaluate(log, config.eval_tokens)
         while not is_done(config, position.step, position.seconds):
             if self.group.any(self._stop):
                 self._save(log)
                 return True
             self._train_step(log)
             done = is_done(config, position.step, position.seconds)
-            if not done and config.eval_every and position.step % config.eval_every == 0:
+            if self._evaluates_at(position.step):
+                # None: Ctrl-C has ended the evaluation, and the loop ends with a checkpoint
                 self._evaluate(log, config.eval_tokens)
             if not done and config.checkpoint_every and position.step % config.checkpoint_every == 0:
                 self._save(log)
         return False
 
-    def _finish(self, log: Log | None) -> dict[str, Any]:
-        """The last evaluation and the last checkpoint; of a run that was over already, what it logged."""
-        if self._saved_step == self.position.step:
-            logged = [line["validation"] for line in read_log(self.folder / "log.jsonl") if "validation" in line]
-            if logged:
-                return cast(dict[str, Any], logged[-1])
+    def _final_evaluation(self, log: Log | None) -> dict[str, Any] | None:
+        """Figures on the held-back documents, of a run that was over already what it logged; None where interrupted."""
+        if (logged := self._logged()) is not None:
+            return logged
         figures = self._evaluate(log, self.config.final_eval_tokens)
-        self._save(log)
+        if figures is not None and log is not None:
+            log.sync()
         return figures
+
+    def _evaluates_at(self, step: int) -> bool:
+        """Whether an evaluation on the way is due."""
+        every = self.config.eval_every
+        return bool(step and every and step % every == 0 and not is_done(self.config, step, self.position.seconds))
+
+    def _logged(self) -> dict[str, Any] | None:
+        """The figures that the log holds of this step."""
+        lines = [line for line in read_log(self.folder / "log.jsonl") if "validation" in line]
+        found = [line["validation"] for line in lines if line["step"] == self.position.step]
+        return cast(dict[str, Any], found[-1]) if found else None
 
     def _train_step(self, log: Log | None) -> None:
         position = self.position
@@ -187,16 +217,23 @@ class Trainer:
             log.write(line)
         self._show(line)
 
-    def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any]:
-        figures = evaluate_text(
-            self.model,
-            first_places(self.task.documents("validation"), tokens, self.config.seed),
-            chunk=self.config.segment_length,
-            batch=self.config.lanes,
-            memory=self.stepper.carry,
-            group=self.group,
-            unit=self.task.unit,
-        ).summary()
+    def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any] | None:
+        """The figures, logged and shown; None where Ctrl-C has ended it."""
+        try:
+            figures = evaluate_text(
+                self.model,
+                first_places(self.task.documents("validation"), tokens, self.config.seed),
+                chunk=self.config.segment_length,
+                batch=self.config.lanes,
+                memory=self.stepper.carry,
+                group=self.group,
+                unit=self.task.unit,
+                progress=self._show_evaluation,
+            ).summary()
+        except EvaluationStopped:
+            # another process may have been told alone
+            self._stop = True
+            return None
         position = self.position
         line = {
             "step": position.step,
@@ -251,9 +288,15 @@ class Trainer:
             'train.clip or train.dtype = "float32"'
         )
 
+    def _show_evaluation(self, read: int, total: int) -> bool:
+        self.display.evaluating(read, total)
+        return not self._stop
+
     def _stop_soon(self) -> None:
         self._stop = True
-        self.display.message("stopping after this step; again to stop at once, without saving")
+        after = "without the final evaluation; the trained model is saved" if self.trained else "after this step"
+        again = "again to stop at once" if self.trained else "again to stop at once, without saving"
+        self.display.message(f"stopping {after}; {again}")
 
 
 def bits(nats: float, units: float) -> float:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.tour import Clock, finish, say_step
 from longspan.errors import CheckpointError, ConfigError
 
@@ -46,6 +47,7 @@ def quickstart(
       longspan quickstart --set task.kind=reasoning --set train.minutes=20 -o out/reasoning
       longspan quickstart --reuse --longest 256
     """
+    check_output_folder(output, "--output")
     from longspan.cli.quickstart import measure, page
     from longspan.cli.training_table import RECALL, TrainingTable
     from longspan.config import override, read_toml

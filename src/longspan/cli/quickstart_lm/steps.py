@@ -173,8 +173,11 @@ def write_on(plan: Plan) -> Written:
     (plan.folder / "prompt.txt").write_text(prompt, encoding="utf-8")
     session = StreamSession(model)
     session.feed([task.tokenizer.begin, *task.tokenizer.encode(prompt.encode()).tolist()])
-    tokens = session.generate(WRITTEN, temperature=0.7, top_p=0.95, generator=torch.Generator().manual_seed(0))
-    text = harmless(task.tokenizer.decode(tokens).decode(errors="replace"))
+    ends = task.tokenizer.ends
+    generator = torch.Generator().manual_seed(0)
+    tokens = session.generate(WRITTEN, temperature=0.7, top_p=0.95, generator=generator, stop=ends)
+    written = task.tokenizer.decode(token for token in tokens if token not in ends)
+    text = harmless(written.decode(errors="replace"))
     out = console()
     out.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
     out.print(f">>> {text}", markup=False, soft_wrap=True)

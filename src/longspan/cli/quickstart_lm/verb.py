@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.tour import Clock, finish, say_step
 
 RECIPE = "quickstart-lm.toml"
@@ -41,6 +42,7 @@ def quickstart_lm(
       longspan quickstart-lm
       longspan quickstart-lm --text war-and-peace.txt --set train.minutes=10 -o out/longer
     """
+    check_output_folder(output, "--output")
     from longspan.cli.quickstart_lm import checks, page, steps
     from longspan.cli.quickstart_lm.plan import make_plan
     from longspan.config import override, read_toml

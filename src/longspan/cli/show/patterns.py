@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def patterns(
       longspan show patterns sparse --set pattern=strided --set stride=16 --length 256
       longspan show patterns window --set window=9 --both-sides
     """
+    check_output_folder(output, "--output")
     from longspan import mixers as registry
     from longspan.config import override
     from longspan.mixers.registry import core_class

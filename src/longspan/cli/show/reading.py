@@ -25,15 +25,15 @@ def chosen(model: Any, task: Any, run: str, *, tokens: int, head: int) -> "tuple
         ConfigError: a run that has no documents of its own.
     """
     from longspan.cli.evaluate import is_memory_run
+    from longspan.cli.runs import is_pretrained_folder
     from longspan.files import read_json
-    from longspan.models.io import is_converted
     from longspan.tasks.base import heads
     from longspan.train import first_places
 
     if is_memory_run(run) or not hasattr(task, "documents"):
         raise ConfigError(f"{run}: a run of a memory task has no held-back documents to read here")
-    if is_converted(run):
-        raise ConfigError(f"{run}: a converted model has no held-back documents of its own to read here")
+    if is_pretrained_folder(run):
+        raise ConfigError(f"{run}: a pretrained model has no held-back documents of its own to read here")
     chunk = _CHUNK
     if not model.traits.streams:
         from pathlib import Path

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
@@ -22,20 +24,24 @@ def spans(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figure go.")
     ] = Path("out/spans"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> None:
     """Show how far each head of a trained model has learned to look, in tokens.
 
     Of a run with layers of adaptive_span. Writes report.html, report.json and figures/spans.png.
 
     Examples:
-      longspan show spans runs/first
+      longspan train lm/adaptive_span -o runs/spans
+      longspan show spans runs/spans
     """
+    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.mixers.adaptive_span import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
 
-    model, task = open_any_run(run)
+    model, task = open_any_run(run, device=device, dtype=dtype)
     found = find(model, AdaptiveSpanCore, run, "adaptive_span")
     dynamic = [each for each in found if each.core.config.dynamic]
     read = _dynamic_spans(model, task, run, dynamic, tokens) if dynamic else {}

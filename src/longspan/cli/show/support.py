@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ def support(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
     ] = Path("out/support"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "",
 ) -> None:
     """Show how sparse each head of a trained model has become: its alpha, and how many keys get a weight at all.
 
@@ -31,9 +35,11 @@ def support(
     Writes report.html, report.json and figures.
 
     Examples:
-      longspan show support runs/first
-      longspan show support runs/first --tokens 20000 --head 2048
+      longspan train lm/entmax -o runs/entmax
+      longspan show support runs/entmax
+      longspan show support runs/entmax --tokens 20000 --head 2048
     """
+    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.cli.show.reading import chosen
     from longspan.mixers.entmax import EntmaxCore
@@ -41,7 +47,7 @@ def support(
     from longspan.report.heads import head_figure, head_table
     from longspan.train.watching import head_supports
 
-    model, task = open_any_run(run)
+    model, task = open_any_run(run, device=device, dtype=dtype)
     found = find(model, EntmaxCore, run, "entmax")
     documents, chunk = chosen(model, task, run, tokens=tokens, head=head)
     read, counted = head_supports(model, documents, [each.core for each in found], chunk=chunk, unit=task.unit)

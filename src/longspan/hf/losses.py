@@ -1,0 +1,113 @@
+"""Losses of the library's own models, as transformers defines them, over one call or over a whole optimiser step.
+
+The Trainer gives `num_items_in_batch`, the labels of all calls of a step, and then does not divide by the number of
+calls: a loss must be a sum over its call divided by that number, and an auxiliary loss, which has no labels, takes the
+share of its call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ConfigError, DataError
+
+_IGNORED = -100
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def with_auxiliary(loss: Tensor, penalties: list[Tensor] | None, share: Tensor | float) -> Tensor:
+    """A loss and the auxiliary ones of its call, of which only a share counts."""
+    if not penalties:
+        return loss
+    auxiliary = torch.stack(penalties).sum()
+    return loss + (auxiliary * (share.to(auxiliary.device) if isinstance(share, Tensor) else share)).to(loss.device)
+
+
+def share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """Which part of a step's labels those of one call are; 1 where a call is the whole step.
+
+    Args:
+        labels: those that count in this call; -100 is left out.
+        num_items_in_batch: of the step; None = the call is the whole step.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(labels.device)
+    return (labels != _IGNORED).sum() / num_items_in_batch
+
+
+def next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
+    """The labels that a causal model is scored on."""
+    return labels[..., 1:] if shift_labels is None else shift_labels
+
+
+def classification_loss(
+    loss_function: Callable[..., Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    config: Any,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of a classifier by `config.problem_type`, which the first labels decide where it is None: squared error
+    if there is one label, one binary decision per label for numbers or bools in a row of `num_labels`, and else cross
+    entropy.
+
+    Args:
+        loss_function: `ForSequenceClassificationLoss` of transformers.
+        logits: (batch, num_labels).
+        labels: regression (batch,) or (batch, num_labels); single label (batch,) or (batch, 1), -100 is left out;
+            several labels (batch, num_labels) of 0 and 1.
+        config: its `problem_type` is set.
+        num_items_in_batch: of the step.
+
+    Raises:
+        ConfigError: an unknown `problem_type`.
+        DataError: labels of another shape, or class numbers that do not exist.
+    """
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        config.problem_type = _problem(labels, config.num_labels)
+    problem = config.problem_type
+    if problem not in _PROBLEMS:
+        raise ConfigError(f"problem_type = {problem!r}: must be {', '.join(_PROBLEMS[:-1])} or {_PROBLEMS[-1]}")
+    _check_shape(labels, logits, problem)
+    wide = logits if logits.element_size() >= 4 else logits.float()
+    if problem == "single_label_classification":
+        return loss_function(
+            labels=labels.long(), pooled_logits=wide, config=config, num_items_in_batch=num_items_in_batch
+        )
+    mean = loss_function(labels=labels.reshape(logits.shape).to(wide.dtype), pooled_logits=wide, config=config)
+    return mean * share_of_step(labels, num_items_in_batch)
+
+
+def _problem(labels: Tensor, num_labels: int) -> str:
+    """As transformers decides it; whole numbers of one column a label can only be several labels a row, too."""
+    if num_labels == 1:
+        return "regression"
+    several = labels.ndim == 2 and labels.shape[1] == num_labels
+    if labels.is_floating_point() or labels.dtype == torch.bool or several:
+        return "multi_label_classification"
+    return "single_label_classification"
+
+
+def _check_shape(labels: Tensor, logits: Tensor, problem: str) -> None:
+    rows, width = logits.shape
+    single = problem == "single_label_classification"
+    # one number a row may stand in a column of its own
+    column = single or width == 1
+    allowed = [(rows,), (rows, 1)] if column else [(rows, width)]
+    if tuple(labels.shape) not in allowed:
+        hint = "; set problem_type = 'multi_label_classification' for several labels a row" if single else ""
+        raise DataError(f"labels are {tuple(labels.shape)}, expected {allowed[0]} for {problem}{hint}")
+    if not single:
+        return
+    if labels.is_floating_point():
+        raise DataError(f"labels are {labels.dtype}, expected whole numbers for {problem}")
+    if labels.device.type == "cpu" and labels.numel():
+        # on another device this would wait for it
+        bad = (labels != _IGNORED) & ((labels < 0) | (labels >= width))
+        if bool(bad.any()):
+            raise DataError(f"label {int(labels[bad][0])} is outside of {width} classes; num_labels is {width}")

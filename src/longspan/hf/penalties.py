@@ -1,0 +1,62 @@
+"""Auxiliary losses of a converted model's last call, for as long as its output can still be trained through."""
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class _Losses(list[Tensor]):
+    """A list that can be referred to weakly."""
+
+
+class LastPenalties:
+    """The auxiliary losses of one call.
+
+    Their graph hangs on the graph of the call's output: while a loss made of that output exists, so do they; when it
+    is gone, their values stay. So a model holds no graph from step to step, and can be copied and pickled at any time.
+
+    Args:
+        losses: of the call, scalars.
+        output: of the call, (batch, length, dim).
+    """
+
+    def __init__(self, losses: Sequence[Tensor], output: Tensor) -> None:
+        self.values = tuple(each.detach() for each in losses)
+        self._losses: Any = _nothing
+        node = output.grad_fn
+        if node is None or not any(each.requires_grad for each in losses):
+            return
+        graph = _Losses(losses)
+        if any(each.grad_fn is node for each in losses):
+            # made by one compiled function with the output: losses that hang on its node would keep themselves alive
+            self._losses = functools.partial(_itself, graph)
+            return
+        metadata: Any = node.metadata
+        metadata["longspan_penalties"] = graph
+        self._losses = weakref.ref(graph)
+
+    def read(self) -> list[Tensor]:
+        """The losses, with their graph where there still is one."""
+        graph = self._losses()
+        return list(self.values if graph is None else graph)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has values alone: the graph is that of the model it was made with."""
+        return _without_graph, (self.values,)
+
+
+def _without_graph(values: tuple[Tensor, ...]) -> LastPenalties:
+    copy = LastPenalties.__new__(LastPenalties)
+    copy.values, copy._losses = values, _nothing
+    return copy
+
+
+def _itself(graph: _Losses) -> _Losses:
+    return graph
+
+
+def _nothing() -> None:
+    """Stands where a reference to a graph would."""

@@ -1,0 +1,157 @@
+"""Values on the host of the small tensors that lay a call out: offsets, lengths, masks, spans.
+
+How a call is computed (which tiles, which views) depends on such values, and reading them from a device waits for all
+that was queued on it. So they are read once a call, together, and tensors made of them remember theirs: `values` then
+needs no device. Tensors without values (of the meta device, fake ones, those of a graph being exported) have None.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.errors import UnsupportedError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Function = Callable[..., Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NAME = "_longspan_values"
+
+
+def remember(tensor: Tensor, array: Array | None) -> Tensor:
+    """The tensor, knowing its values; it must not be written to afterwards."""
+    if array is not None:
+        setattr(tensor, _NAME, array)
+    return tensor
+
+
+def put(array: Array, device: torch.device) -> Tensor:
+    """A tensor of its own with these values, which it knows."""
+    return remember(torch.tensor(array, device=device), array)
+
+
+def derive(function: Function, *tensors: Tensor) -> Tensor:
+    """`function` of tensors, which knows its values where they do; it must mean the same for arrays as for tensors."""
+    out: Tensor = function(*tensors)
+    known = [getattr(tensor, _NAME, None) for tensor in tensors]
+    return out if any(array is None for array in known) else remember(out, np.asarray(function(*known)))
+
+
+def maximum(one: Tensor, other: Tensor) -> Tensor:
+    """The larger of two tensors, knowing its values where both do."""
+    first, second = (getattr(tensor, _NAME, None) for tensor in (one, other))
+    out = torch.maximum(one, other)
+    return out if first is None or second is None else remember(out, np.maximum(first, second))
+
+
+def expand(tensor: Tensor, rows: int) -> Tensor:
+    """(1 or rows, n) to (rows, n), knowing its values where the tensor does."""
+    array = getattr(tensor, _NAME, None)
+    out = tensor.expand(rows, -1)
+    return out if array is None else remember(out, np.broadcast_to(array, tuple(out.shape)))
+
+
+def values(tensor: Tensor) -> Array | None:
+    """The values of one tensor: remembered ones, else read; None where there are none."""
+    return read([tensor])[0]
+
+
+def read(tensors: Sequence[Tensor | None]) -> list[Array | None]:
+    """The values of several tensors by at most one transfer a device; None for None and where there are no values.
+
+    Half-precision numbers come as float32. Arrays are copies, so later writes to the tensors do not reach them.
+    """
+    arrays: list[Array | None] = [None if t is None else getattr(t, _NAME, None) for t in tensors]
+    waiting: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor is not None and arrays[index] is None and tensor.device.type != "meta":
+            waiting.setdefault(tensor.device, []).append(index)
+    for device, indices in waiting.items():
+        parts = [_plain(tensors[index]) for index in indices]
+        if device.type == "cpu" or len(parts) == 1:
+            found = [_array(part.cpu()) for part in parts]
+        else:
+            found = _together(parts)
+        for index, array in zip(indices, found, strict=True):
+            arrays[index] = array
+    return arrays
+
+
+def _plain(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _array(tensor: Tensor) -> Array | None:
+    """The values of a tensor on the CPU; None where it has none (a fake tensor, one that is being traced)."""
+    if type(tensor) is not Tensor:
+        return None
+    array: Array = tensor.numpy().copy()
+    return array
+
+
+def _together(parts: list[Tensor]) -> list[Array | None]:
+    """One transfer of several tensors, as bytes."""
+    flat = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts]).cpu()
+    if type(flat) is not Tensor:
+        return [None] * len(parts)
+    raw, first, found = flat.numpy().tobytes(), 0, list[Array | None]()
+    for part in parts:
+        last = first + part.numel() * part.element_size()
+        dtype = torch.empty(0, dtype=part.dtype, device="cpu").numpy().dtype
+        found.append(np.frombuffer(raw[first:last], dtype).reshape(tuple(part.shape)).copy())
+        first = last
+    return found
+
+
+def refuse_export(what: str) -> None:
+    """Raise where a graph is being exported that would depend on values which are not there.
+
+    Raises:
+        UnsupportedError: says what was given.
+    """
+    if torch.compiler.is_exporting():
+        raise UnsupportedError(
+            f"{what}: the layout of a call depends on its values, which an exported program does not know; export "
+            "whole sequences of a fixed length, without mask, reset and state"
+        )
+
+
+def table(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of hashable arguments that makes tensors, each made once.
+
+    Fake tensors and those of inference mode are made for their call alone, as other calls could not use them.
+    """
+    remembered = lru_cache(maxsize=64)(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        probe = torch.empty(0, device="cpu")
+        alone = type(probe) is not Tensor or probe.is_inference()
+        return function(*args, **kwargs) if alone else remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be on a device; those of Apple's GPUs cannot."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Normal numbers on the CPU, drawn where the generator is; None = torch's own for the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = dtype if has_float64(device) else torch.float32
+    return torch.randn(*shape, generator=generator, dtype=drawn, device=device).to("cpu", dtype)

@@ -1,0 +1,51 @@
+"""Names that the documents write as a path exist after the import that they tell (a report on `ls.mixers.probe`)."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longspan as ls
+
+ROOT = Path(__file__).parents[2]
+TEXT = "\n".join(
+    path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+)
+PATHS = sorted(set(re.findall(r"(?<![\w./])((?:ls|hf|cost|harness)(?:\.[A-Za-z_]\w*)+)", TEXT)))
+
+
+def resolves(path: str) -> str:
+    """ "" where `path` leads to something, else what is missing; `ls` after `import longspan as ls` alone."""
+    first, *rest = path.split(".")
+    at = ls if first == "ls" else importlib.import_module(f"longspan.{first}")
+    for place, name in enumerate(rest):
+        if not hasattr(at, name):
+            return f"{'.'.join([first, *rest[:place]])} has no {name}"
+        at = getattr(at, name)
+    return ""
+
+
+def test_documented_paths_exist_in_a_new_process() -> None:
+    pytest.importorskip("transformers")
+    assert {"ls.mixers.probe.influence", "hf.tuned", "cost.scaling.fit"} <= set(PATHS)
+    code = f"""
+import sys
+import longspan as ls
+from tests.field.test_documented_names import resolves
+for path in {PATHS!r}:
+    print(resolves(path), end="")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("package", "name"), [("longspan", "packages"), ("longspan.mixers", "keys")])
+def test_submodules_are_there_and_misspelled_names_are_not(package: str, name: str) -> None:
+    code = f"import longspan; print({package}.{name}.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.stdout == f"{package}.{name}\n", done.stderr
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'mixer_probe'"):
+        _ = importlib.import_module(package).mixer_probe
