@@ -21,7 +21,7 @@ class Resting(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for module in self._asleep.values():
             module._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
