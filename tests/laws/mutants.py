@@ -374,6 +374,29 @@ class KeepsGraph(Tiny):
 # law 7 -------------------------------------------------------------------------------------------------------
 
 
+class UnusedWhenShort(Tiny):
+    """A gate that only calls of more than a token need."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.gate = torch.nn.Parameter(torch.ones(()))
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return (y * self.gate if len(x) > 1 else y), past
+
+
+class KeepsWeights(Tiny):
+    """What is made of a weight is made once."""
+
+    kept: Tensor | None = None
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        self.kept = self.o.weight.detach().square().sum() if self.kept is None else self.kept
+        return y * self.kept, past
+
+
 class FivePercent(Tiny):
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         return round(1.05 * super().flops(length, batch_size=batch_size))

@@ -24,6 +24,7 @@ def name_of(check: Callable[[Make], None]) -> str:
 
 BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (contract.check_forms, q.AcceptsState, {}),
+    (contract.check_changed_weights, m.KeepsWeights, {}),
     # 1
     (causality.check_causality, m.ChunkMaximum, {}),
     (causality.check_causality_of_long_calls, m.ChunkMaximum, {}),
@@ -85,6 +86,7 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (gradients.check_reach, m.CutEverywhere, {"horizon": 3}),
     (gradients.check_numeric_gradients, m.WrongBackward, {}),
     (gradients.check_detach, m.KeepsGraph, {}),
+    (gradients.check_every_parameter, m.UnusedWhenShort, {}),
     # 7
     (cost.check_flops, m.FivePercent, {}),
     (cost.check_flops, m.TriangleOnly, {}),

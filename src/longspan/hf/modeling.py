@@ -25,7 +25,8 @@ from longspan.hf.outputs import (
 )
 from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
-from longspan.models import RecurrentMemory, build_model, describe_model
+from longspan.mixers.gradients import with_gradients
+from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 
 # what the loss functions of transformers take
@@ -53,6 +54,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # of mechanisms whose keys are their queries, as earlier versions saved them
+    _keys_to_ignore_on_load_unexpected = [r"projections\.k_proj\."]  # noqa: RUF012
     # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
@@ -433,7 +436,10 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
             penalties=penalties,
             hidden_states=options.hidden_states,
         )
-        logits = self.score(self.dropout(self._pooled(h, rows)))
+        pooled = self._pooled(h, rows)
+        if isinstance(self._stack, Decoder):
+            pooled = with_gradients(pooled, self._stack.output_parameters())  # nothing makes logits of tokens
+        logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
