@@ -24,7 +24,7 @@ from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.wrappers import unwrapped
-from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.base import Core, merge_traits, special_groups, with_graph
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
@@ -85,6 +85,8 @@ class Converted:
         out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
+        if not out.numel():
+            out = with_graph(out, self.longspan, q, k, v)
         longspan_call.finish(index, following, hidden_states.device)
         # gates and projections may be of another precision than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))

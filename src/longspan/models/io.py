@@ -57,12 +57,10 @@ def load_model(folder: str | Path) -> Any:
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
     weights, header = read_tensors(folder / "model.safetensors")
+    load_weights(model, weights, folder / "model.safetensors")
     # earlier versions did not write it
     if header.get("config", written) != written:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: damaged: not the configuration that the weights were saved with"
-        )
-    load_weights(model, weights, folder / "model.safetensors")
+        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved with it")
     return model.eval()
 
 

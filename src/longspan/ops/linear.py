@@ -53,8 +53,9 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
 
 
 def sums_dtype(device: torch.device | str | None) -> torch.dtype:
-    """What sums over a whole stream are carried in: fp64, or fp32 where the device (mps) has none."""
-    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    """What sums over a whole stream are carried in: fp64, or fp32 where the device (as Apple's GPUs) has none."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return torch.float64 if host.has_float64(where) else torch.float32
 
 
 class LinearSums(NamedTuple):
@@ -438,7 +439,7 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
     phi, _ = features(q, False)
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
-    return out.view(batch, heads, length, -1)
+    return out.view(batch, heads, length, total.shape[-1] - 1)
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
