@@ -317,12 +317,13 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             scored = next_labels(labels, kwargs.get("shift_labels"))
             loss = with_auxiliary(loss, penalties, share_of_step(scored, **counting(kwargs)))
             logits = logits[:, columns]
+        returned: dict[str, Any] = {CACHE: carried} if wanted else {}
         output = LongspanCausalOutput(
             loss=loss,
             logits=logits,
             hidden_states=hidden_states,
             aux_loss=auxiliary(penalties),
-            **({CACHE: carried} if wanted else {}),
+            **returned,
         )
         return output.to_tuple() if options.as_tuple else output
 
