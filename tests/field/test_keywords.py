@@ -53,7 +53,7 @@ OURS = ["causal", "memory", "masked", "classifier", "converted", "partly", "bert
 @pytest.mark.parametrize("kind", OURS)
 def test_unknown_ones_raise_with_the_nearest_name(kind: str) -> None:
     model, text = make(kind), tokens(2, 5)
-    for wrong, near in (("atention_mask", "attention_mask"), ("resett", "reset"), ("positon_ids", "position_ids")):
+    for wrong, near in (("atention_mask", "attention_mask"), ("re_set", "reset"), ("positon_ids", "position_ids")):
         with pytest.raises(ConfigError, match=f"unknown keyword '{wrong}'; did you mean '{near}'"):
             model(text, **{wrong: None})
     with pytest.raises(UnsupportedError, match="is_causal"):
@@ -97,8 +97,8 @@ def test_mask_and_reset_act(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "memory", "converted"])
 def test_generate_refuses_what_it_does_not_know(kind: str) -> None:
-    with pytest.raises((ValueError, ConfigError), match="resett"):
-        make(kind).generate(tokens(1, 4), max_new_tokens=2, resett=torch.zeros(1, 4))
+    with pytest.raises((ValueError, ConfigError), match="re_set"):
+        make(kind).generate(tokens(1, 4), max_new_tokens=2, re_set=torch.zeros(1, 4))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
