@@ -172,3 +172,26 @@ def test_a_stored_state_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
     floats = state._replace(live=state.live.float())
     with pytest.raises(CheckpointError, match=r"another model: live is torch.int64, expected torch.float32"):
         ls.state.load(path, like=floats)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_empty_state_has_the_type_and_the_device_that_are_named(form: str) -> None:
+    name, fields = FORMS[form]
+    model = own(mixers=({"name": name, **fields},))
+    for each in (model, model.blocks[0].mixer):
+        for dtype in (*TYPES, torch.float32):
+            named = each.init_state(3, device="meta", dtype=dtype)
+            assert types(named) == types(copy.deepcopy(each).to(dtype).init_state(3))
+            assert {tensor.device.type for tensor in ls.state.tensors(named).values()} == {"meta"}
+            assert ls.state.nbytes(named) == each.state_nbytes(3, 0, dtype)
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_so_has_that_of_a_converted_model(name: str) -> None:
+    from longspan.hf.decoder import ConvertedDecoder
+
+    model = ConvertedDecoder(converted(name)).eval()
+    for dtype in (torch.bfloat16, torch.float64):
+        named = model.init_state(3, device="meta", dtype=dtype)
+        assert {tensor.device.type for tensor in ls.state.tensors(named).values()} == {"meta"}
+        assert ls.state.nbytes(named) == model.state_nbytes(3, 0, dtype)
