@@ -1,5 +1,6 @@
 """Files that survive a kill at any instant: written under a temporary name, flushed to disk, then renamed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,11 +9,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from longspan.errors import CheckpointError
 
-HEADER = "longspan"
+HEADER, DIGEST = "longspan", "longspan.digest"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -83,7 +85,23 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
     # safetensors refuses tensors that share memory or have gaps
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {HEADER: json.dumps(dict(header))}
+    metadata[DIGEST] = tensors_digest(plain, metadata[HEADER])
     return write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], header: str) -> str:
+    """Digest of names, types, shapes and bytes of tensors, and of a file's header."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def data_digest(data: Any) -> str:
+    """Digest of plain data, the same however it is laid out as JSON."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -100,6 +118,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # copies: the file's own memory is not aligned, and matrix products round differently on such tensors
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[HEADER])
+        # files of earlier versions have no digest, and nothing else in its place either
+        if metadata.keys() != {HEADER} and metadata.get(DIGEST) != tensors_digest(tensors, metadata[HEADER]):
+            raise CheckpointError(f"{path}: damaged: its contents are not what was written")
     except KeyError:
         raise CheckpointError(f"{path}: a safetensors file, but not one that longspan wrote") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:

@@ -44,9 +44,9 @@ def derive(function: Function, *tensors: Tensor) -> Tensor:
 
 def maximum(one: Tensor, other: Tensor) -> Tensor:
     """The larger of two tensors, knowing its values where both do."""
-    arrays = [getattr(tensor, _NAME, None) for tensor in (one, other)]
+    first, second = (getattr(tensor, _NAME, None) for tensor in (one, other))
     out = torch.maximum(one, other)
-    return out if any(array is None for array in arrays) else remember(out, np.maximum(*arrays))
+    return out if first is None or second is None else remember(out, np.maximum(first, second))
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.models import Decoder, RecurrentMemory, RecurrentState, StackState, model_hash
 from longspan.version import __version__
 
@@ -85,8 +86,9 @@ class StreamSession:
         segment = model.traits.segment or 256
         self.chunk = chunk or segment * -(-256 // segment)
         vocabulary = model.vocab_size
-        like = next(model.parameters())
-        self._settle(SessionState(model.init_state(1), like.new_zeros(1, vocabulary)), 0)
+        device, dtype = place_of(model)
+        logits = torch.zeros(1, vocabulary, device=device, dtype=dtype)
+        self._settle(SessionState(model.init_state(1), logits), 0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def evaluate(
     if output:
         check_output_folder(output, "--output")
     _check(task_, output, contexts, split if files else "")
+    _check_files(files or [])
     given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
@@ -138,6 +139,21 @@ def _check(task: str, output: str, contexts: str, split: str) -> None:
         raise ConfigError("--contexts: with --task lm only")
     if split not in ("", SPLIT):
         raise ConfigError(f"--split {split!r}: of the run's own text; leave it out, or the files")
+
+
+def _check_files(files: list[str]) -> None:
+    """A second run is no text.
+
+    Raises:
+        ConfigError: a file is a folder of a run or of a model.
+    """
+    from pathlib import Path
+
+    from longspan.models.io import is_converted
+
+    for file in files:
+        if (Path(file) / "recipe.json").is_file() or is_converted(file):
+            raise ConfigError(f"{file}: a run, not a text; one run is evaluated at a time: longspan eval {file}")
 
 
 def _refuse(why: str, given: dict[str, Any]) -> None:

@@ -124,8 +124,8 @@ class AdaptiveSpanCore(Core):
 
     @property
     def spans(self) -> list[float]:
-        """Each head's span in tokens; max_span where spans are dynamic."""
-        if self.config.dynamic:
+        """Each head's span in tokens; max_span where spans are dynamic, or not at hand outside a call (offloaded)."""
+        if self.config.dynamic or self.span.is_meta:
             return [float(self.config.max_span)] * self.shape.num_heads
         found: list[float] = self._tokens().detach().tolist()
         return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 
@@ -219,6 +220,14 @@ class Core(nn.Module):
         return ops.rotate(q, *table), ops.rotate(k, *table)
 
 
+def with_graph(out: Tensor, core: Core, *inputs: Tensor) -> Tensor:
+    """An output without elements that depends on what it was made of: no rows give gradients of zero, not none."""
+    if not torch.is_grad_enabled():
+        return out
+    zeros = [t.sum() for t in inputs] + [p.sum() * 0 for p in core.parameters() if p.requires_grad]
+    return out + torch.stack([zero.to(out.dtype) for zero in zeros]).sum()
+
+
 class Mixer(nn.Module):
     """One mechanism as a layer: a function of a sequence and a state.
 
@@ -301,6 +310,8 @@ class Mixer(nn.Module):
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        if not out.numel():
+            out = with_graph(out, self.core, q, k, v)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 
@@ -314,7 +325,7 @@ class Mixer(nn.Module):
         """
         if not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
-        like = next(self.parameters())
+        like = place_of(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

@@ -131,19 +131,14 @@ class TransformerXLCore(RelativeCore):
                 old_k, old_v = hidden.project(past.detach())
             stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
             border = self._border(rows, memory)
-        out = ops.relative_attention(
-            q,
-            own_k,
-            own_v,
-            self.relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
-            self.content_bias,
-            self.position_bias,
-            lengths=rows.lengths,
-            memory_lengths=rows.memory_lengths(memory),
-            border=border,
-            stale=stale,
-            **self._visible(rows, memory),
-        )
+        distances = max(1, min(self.reach, memory + rows.length))
+        seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
+        if self.folds(q, distances, own_k, own_v):
+            scores = self.position_scores(q, distances, rows)
+            out = ops.relative_decode(q, own_k, own_v, scores, self.content_bias, **seen)
+        else:
+            r, biases = self.relative(distances, rows), (self.content_bias, self.position_bias)
+            out = ops.relative_attention(q, own_k, own_v, r, *biases, border=border, stale=stale, **seen)
         return out, self._next(state, k, v, hidden.x, rows)
 
     def _past(
@@ -229,7 +224,7 @@ class TransformerXLCore(RelativeCore):
         config, width = self.config, self.shape.num_heads * self.shape.head_dim
         segment = None if config.same_length else config.segment
         content, position = ops.relative_cost(length, window=config.mem_len, segment=segment)
-        projected = 2 * min(self.reach, length) * self.shape.dim * width
+        projected = 2 * self.different_distances(min(self.reach, length)) * self.shape.dim * width
         return batch_size * (4 * content + 2 * position) * width + projected
 
     def pairs(self, length: int) -> int:

@@ -26,6 +26,7 @@ from torch.func import functional_call, vmap
 from longspan import ops
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
+from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.memory_update import PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
@@ -110,6 +111,10 @@ class LayerMemory(nn.Module):
         self.update = PaperUpdate()
         self._tried: dict[Any, bool] = {}
 
+    def _tokens(self) -> Tensor:
+        """(num_memory_tokens, dim)."""
+        return table_of(self.tokens, self.config.num_memory_tokens)
+
     def layer(self, index: int) -> Associative:
         """The maps of a layer."""
         found = self.maps[index]
@@ -118,7 +123,7 @@ class LayerMemory(nn.Module):
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
-        weight = self.tokens.weight
+        weight = self._tokens()
         dtype = torch.promote_types(weight.dtype if like is None else like.dtype, torch.float32)
         memory = torch.zeros(batch, self.layers, self.features, self.dim, dtype=dtype, device=weight.device)
         return memory, memory[..., 0].clone()
@@ -146,7 +151,7 @@ class LayerMemory(nn.Module):
     def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
         """Read, run and write one segment."""
         text = backbone.embed(segment.ids)
-        write = self.tokens.weight.to(text.dtype).expand(text.shape[0], -1, -1)
+        write = self._tokens().to(text.dtype).expand(text.shape[0], -1, -1)
         around = _Around(self, carried, segment)
         around.place = text.shape[1]
         if backbone.causal:
@@ -249,7 +254,7 @@ class LayerMemory(nn.Module):
             active = range(max(0, diagonal - count + 1), min(layers, diagonal + 1))
             if diagonal < count:
                 text = backbone.embed(segments[diagonal].ids)
-                write = self.tokens.weight.to(text.dtype).expand(batch, -1, -1)
+                write = self._tokens().to(text.dtype).expand(batch, -1, -1)
                 inner[0] = stack.place(torch.cat([text, write], 1), rows)
             for layer in active:
                 self._cut(memories, normalisers, layer, left[diagonal - layer], horizon)

@@ -29,8 +29,9 @@ from longspan import state as states
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
+from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
-from longspan.models.head import AdaptiveHead, Head
+from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
@@ -179,7 +180,7 @@ class RecurrentMemory(nn.Module):
         )
         return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
 
-    def head(self) -> Head | AdaptiveHead:
+    def head(self) -> Head | CalledHead | AdaptiveHead:
         """The backbone's output layer.
 
         Raises:
@@ -215,7 +216,7 @@ class RecurrentMemory(nn.Module):
         self._penalise(found, penalties)
         if not segments:
             return (
-                (self.memory.weight.new_zeros(*ids.shape, self.adapter.dim), None),
+                (carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype), None),
                 self._next(state, carried, ids, rows),
                 rows,
             )
@@ -256,7 +257,7 @@ class RecurrentMemory(nn.Module):
             assert left is not None
             carried = self._cut(self._begin(segment, carried), left[index])
             if not (segment.whole or bool((segment.closed | segment.shown).any())):
-                shown.append(self.memory.weight.new_zeros(*segment.ids.shape, self.adapter.dim))
+                shown.append(carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=place_of(self).dtype))
                 continue
             if not index and not bool(segment.resumed.any()):
                 carried = carried._replace(backbone=None)  # nothing of an open segment is in it
@@ -335,7 +336,7 @@ class RecurrentMemory(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RecurrentState:
         """The state of an empty past; device and dtype default to those of the parameters."""
-        weight = self.memory.weight
+        weight = table_of(self.memory, self.config.num_memory_tokens)
         memory, mass = self.cell.empty(batch_size, weight.to(device=device, dtype=dtype))
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device or weight.device)
         tokens = zeros.new_zeros(batch_size, self.config.segment_length - 1)

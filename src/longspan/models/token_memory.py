@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
@@ -130,7 +131,7 @@ class TokenMemory(nn.Module):
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memory and mass of an empty past: the learned initial memory, or room for summaries."""
-        weight = self.tokens.weight
+        weight = table_of(self.tokens, self.config.num_memory_tokens)
         dtype = weight.dtype if like is None else like.dtype
         mass = torch.zeros(batch, self.config.num_memory_tokens, device=weight.device)
         if self.config.accumulate:
@@ -202,7 +203,9 @@ class TokenMemory(nn.Module):
         if accumulate:
             column = torch.arange(columns, device=memory.device)
             readable = column >= columns - self.config.num_memory_tokens * carried.written[:, None]
-        write = self.tokens.weight.to(memory.dtype).expand(batch, -1, -1) if accumulate else memory
+        write = memory
+        if accumulate:
+            write = table_of(self.tokens, self.config.num_memory_tokens).to(memory.dtype).expand(batch, -1, -1)
         if backbone.causal:
             inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
             ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)

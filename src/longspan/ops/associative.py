@@ -128,6 +128,10 @@ class AssociativeRule(NamedTuple):
         """Rows of the memory."""
         return 2 * self.maps.key.shape[1] * self.maps.nu
 
+    def memory_dtype(self, v: Tensor) -> torch.dtype:
+        """Fp32 at least: the delta rule corrects, and the normaliser counts no key twice, so that neither runs away."""
+        return torch.promote_types(v.dtype, torch.float32)
+
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """The local attention, and what the memory answers to each query."""
         batch, heads, size, dim = q.shape

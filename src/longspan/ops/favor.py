@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longspan import host
 from longspan.errors import ConfigError
-from longspan.ops.linear import LinearSums, check_call, feature_attention
+from longspan.ops.linear import LinearSums, check_call, elu_features, feature_attention
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -34,7 +34,7 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "cos": torch.cos,
     "sin": torch.sin,
     "square": lambda x: x.relu().square(),
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": elu_features,
     "identity": lambda x: x,
 }
 """Generalised kernels (section 2.1): f of f(w . x) + 0.001."""
@@ -159,7 +159,8 @@ def orthogonal_projection(
     norms = host.normal(num_features, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
     if regularised:
         norms = torch.full_like(norms, dim**0.5)
-    return (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
+    projections: Tensor = (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
+    return projections
 
 
 def bounded_constant(square: Tensor, dim: int) -> Tensor:
