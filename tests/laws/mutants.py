@@ -1,7 +1,7 @@
 """Small mixers that break one law each. The matrix is worth what it catches: see test_mutants.py."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,34 @@ class HiddenState(Tiny):
 
     def positions(self, length: int, past: Keys) -> Tensor:
         return super().positions(length, past) * (1 + 0.01 * self.calls)
+
+
+class KeepsTheTypeOfThePast(Tiny):
+    """A state that was lowered once stays lowered."""
+
+    def taken_up(self, past: Keys, dtype: torch.dtype) -> Keys:
+        self.kind = past.k.dtype
+        return super().taken_up(past, dtype)
+
+    def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
+        return super().keep(k.to(self.kind), v.to(self.kind), count)
+
+
+class Unmarked(NamedTuple):
+    memory: Tensor
+    total: Tensor
+    count: Tensor
+
+
+class AccumulatorsSink(TinySegments):
+    """Nothing says which fields are accumulators."""
+
+    def document(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        y, past = super().document(x, past)
+        return y, Unmarked(*past)
+
+    def init_state(self, *args: Any, **keywords: Any) -> Any:
+        return Unmarked(*super().init_state(*args, **keywords))
 
 
 class SingleAngles(Tiny):

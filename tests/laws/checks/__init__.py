@@ -27,6 +27,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         stream.check_cuts,
         stream.check_token_by_token,
         stream.check_saved_state,
+        stream.check_moved_state,
         stream.check_far_positions,
         stream.check_state_functions,
     ),
