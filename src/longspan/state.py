@@ -3,10 +3,14 @@
 A state is what a mechanism or a model carries from one call to the next: a typed NamedTuple of batch-first tensors,
 nested where a model has layers or a mixer has parts. Offsets and counts are tensors too, one entry a row, so that
 every function here treats them alike. A state is a value: mixers never write into the one they are given.
+
+Sums that go on for as long as the stream are *accumulators*: fp32 at least, whatever the activations are. A state that
+has any names them by a method `accumulators()`, so that they stay what they are where a state changes its type.
 """
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -20,16 +24,21 @@ from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = [
     "State",
+    "Undo",
+    "all_or_nothing",
     "append",
     "clone",
     "detach",
+    "fit",
     "live",
     "load",
     "may_overwrite",
     "nbytes",
+    "on_failure",
     "owned",
     "recomputing",
     "replace",
@@ -100,12 +109,38 @@ def select(state: S, index: Tensor) -> S:
 
 
 def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
-    """The state on another device or in another floating-point type; counts keep their integer type."""
+    """The state on another device or in another floating-point type: what `init_state` of that type would be made of.
 
-    def convert(_: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    Accumulators stay in fp32 at least, counts keep their integer type; what fits already is not copied.
+    """
+    return cast(S, _converted(state, None if device is None else torch.device(device), dtype, False))
 
-    return _map(convert, state)
+
+def fit(state: S, dtype: torch.dtype) -> S:
+    """`to` that type of activations: how a core takes up a state that another precision has left behind."""
+    return cast(S, _converted(state, None, dtype, False))
+
+
+def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, wide: bool) -> Any:
+    """`to`; `wide`: all of this is accumulators. The same object where nothing changes."""
+    if isinstance(state, Tensor):
+        if dtype is None or not state.is_floating_point():
+            return state if device is None else state.to(device)
+        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        if device is None:
+            return state if state.dtype == kind else state.to(kind)
+        return state.to(device, kind)
+    if state is None:
+        return None
+    fields = getattr(state, "_fields", None)
+    sums = state.accumulators() if fields is not None and hasattr(state, "accumulators") else ()
+    parts = [
+        _converted(part, device, dtype, wide or (fields is not None and fields[place] in sums))
+        for place, part in enumerate(state)
+    ]
+    if all(new is old for new, old in zip(parts, state, strict=True)):
+        return state
+    return type(state)(*parts) if fields is not None else tuple(parts)
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
@@ -130,10 +165,11 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
 
     Args:
         path: the file.
-        like: any state of the same model (`model.init_state(1)`), for the structure; batch and columns may differ.
+        like: any state of the same model (`model.init_state(1)`), for the structure, the types and the device; batch
+            and columns may differ.
 
     Returns:
-        The state and the header.
+        The state and the header. Numbers that were stored in another floating-point type come in that of `like`.
 
     Raises:
         CheckpointError: missing, damaged, or of another structure; says what differs.
@@ -151,23 +187,87 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
         if found.ndim != tensor.ndim or (tensor.ndim > 1 and found.shape[-1] != tensor.shape[-1]):
             shapes = f"{tuple(found.shape)}, expected one like {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
-    return _map(lambda name, tensor: stored[name].to(tensor.device), like), header
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: the state of another model: {name} is {found.dtype}, expected {tensor.dtype}"
+            )
+    return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
+
+
+class Undo:
+    """What a call writes in place, and how each write is taken back where the call does not come to its end.
+
+    Whoever commits to the state behind the call drops this; whoever goes on from the state before it runs this first.
+    Steps set values, so that running one again does no harm: a run that is interrupted too may be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], Any]] = []
+
+    def record(self, step: Callable[[], Any]) -> None:
+        """Before a write: what takes it back."""
+        self._steps.append(step)
+
+    def run(self) -> None:
+        """Take everything back, the last write first."""
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
 
 
 _owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_owned", default=False)
+_undo: contextvars.ContextVar[Undo | None] = contextvars.ContextVar("longspan_state_undo", default=None)
 
 
 @contextlib.contextmanager
-def owned() -> Iterator[None]:
+def owned(undo: Undo | None = None) -> Iterator[None]:
     """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
 
-    For `StreamSession`; anyone who keeps, forks or shares states must not use it.
+    For `StreamSession`; anyone who keeps, forks or shares states must not use it. Where the block is left by an
+    exception, whatever it is, the states that were given up are as they were.
+
+    Args:
+        undo: holds what the block writes in place until the caller has taken up the next state, so that nothing is
+            lost between the end of the block and that moment.
     """
-    token = _owned.set(True)
+    undo = Undo() if undo is None else undo
+    undo.run()
+    tokens = _undo.set(undo), _owned.set(True)
     try:
         yield
+    except BaseException:
+        undo.run()
+        raise
     finally:
-        _owned.reset(token)
+        _owned.reset(tokens[1])
+        _undo.reset(tokens[0])
+
+
+def all_or_nothing(function: Function) -> Function:
+    """Makes of a function one that takes back what it wrote outside its state (stores on disk) when it raises."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _undo.get() is not None:
+            return function(*args, **kwargs)
+        undo = Undo()
+        token = _undo.set(undo)
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            undo.run()
+            raise
+        finally:
+            _undo.reset(token)
+
+    return cast(Function, call)
+
+
+def on_failure(step: Callable[[], Any]) -> None:
+    """Record what takes a write back that is about to be made, for the case that the call around it fails."""
+    undo = _undo.get()
+    if undo is not None:
+        undo.record(step)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.models import RecurrentState, StackState, model_hash
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.version import __version__
@@ -35,12 +36,28 @@ class SessionState(NamedTuple):
         return self.model.live
 
 
+class _Place(NamedTuple):
+    """Where a session is. It moves by one assignment, so that no interruption finds it half-way.
+
+    Attributes:
+        state: what it keeps.
+        position: tokens since the last reset.
+        undo: what the call that is under way has written into `state`.
+    """
+
+    state: SessionState
+    position: int
+    undo: states.Undo
+
+
 class Scores(NamedTuple):
     """Of tokens that were read.
 
     Attributes:
         nats: (n,) what each cost given all before it (the first of a stream: given nothing, log(vocab_size)).
         likeliest: (n,) bool, whether no other token was likelier.
+
+    Both are on the model's device.
     """
 
     nats: Tensor
@@ -92,9 +109,9 @@ class StreamSession:
         segment = model.traits.segment or 256
         self.chunk = chunk or segment * -(-256 // segment)
         vocabulary = model.vocab_size
-        like = next(model.parameters())
-        self._state = SessionState(model.init_state(1), like.new_zeros(1, vocabulary))
-        self._position = 0
+        device, dtype = place_of(model)
+        logits = torch.zeros(1, vocabulary, device=device, dtype=dtype)
+        self._settle(SessionState(model.init_state(1), logits), 0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -131,8 +148,8 @@ class StreamSession:
         if losses:
             return self._score(tokens, likeliest=False).nats
         for part in self._parts(tokens):
-            with states.owned():
-                last, following = self.model.last(part, self._state.model)
+            with states.owned(self._place.undo):
+                last, following = self.model.last(part, self._place.state.model)
             self._advance(following, last, part.shape[1])
         return self._state.logits[0]
 
@@ -142,18 +159,18 @@ class StreamSession:
 
     @torch.no_grad()
     def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
-        nats, found = [self._state.logits.new_zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        nats, found = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
-            with states.owned():
-                logits, following = self.model(part, self._state.model)
+            with states.owned(self._place.undo):
+                logits, following = self.model(part, self._place.state.model)
                 for first in range(0, part.shape[1], _SCORED):
                     # of a large vocabulary a few rows at a time, so that no copy of all logits is made
                     wanted = part[0, first : first + _SCORED]
                     rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
-                    before = rows if first else torch.cat([self._state.logits, rows])
+                    before = rows if first else torch.cat([self._place.state.logits, rows])
                     nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
                     if likeliest:
-                        found.append((before.argmax(-1) == wanted).cpu())
+                        found.append(before.argmax(-1) == wanted)
                 last = logits[:, -1].clone()
             self._advance(following, last, part.shape[1])
         return Scores(torch.cat(nats), torch.cat(found))
@@ -172,13 +189,24 @@ class StreamSession:
             first += count
 
     def _advance(self, state: Any, logits: Tensor, count: int) -> None:
-        self._state = SessionState(state, logits)
-        self._position += count
+        self._settle(SessionState(state, logits), self._place.position + count)
+
+    def _settle(self, state: SessionState, position: int) -> None:
+        self._place = _Place(state, position, states.Undo())
+
+    @property
+    def _state(self) -> SessionState:
+        # an interruption may have come behind a call and before the session moved
+        self._place.undo.run()
+        return self._place.state
+
+    @property
+    def _position(self) -> int:
+        return self._place.position
 
     def reset(self) -> None:
         """Begin a new document: everything carried is emptied."""
-        self._state = SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits))
-        self._position = 0
+        self._settle(SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits)), 0)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +265,7 @@ class StreamSession:
     def fork(self) -> "StreamSession":
         """An independent session at the same place."""
         twin = StreamSession(self.model, chunk=self.chunk)
-        twin._state, twin._position = states.clone(self._state), self._position
+        twin._settle(states.clone(self._state), self._position)
         return twin
 
     def save(self, path: str | Path) -> Path:
@@ -273,7 +301,8 @@ class StreamSession:
                 raise CheckpointError(
                     f"{path}: the state of another model: {what}: {header.get(key)} there, {ours} here"
                 )
-        session._state, session._position, session.chunk = state, int(header["position"]), int(header["chunk"])
+        session._settle(state, int(header["position"]))
+        session.chunk = int(header["chunk"])
         return session
 
 
@@ -302,4 +331,6 @@ def sample(
         weights = weights.masked_fill(weights.cumsum(0) - weights >= top_p, 0)
     if top_k is not None:
         weights[top_k:] = 0
-    return int(tokens[torch.multinomial(weights, 1, generator=generator)])
+    # drawn where the generator is; None = the one of the logits' device
+    place = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
+    return int(tokens[place.to(tokens.device)])

@@ -30,7 +30,7 @@ _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
     _OURS: lambda q, k, v: ops.favor_attention(q, k, v, _projection())[0],
     "performer, both sides": lambda q, k, v: ops.favor_attention(q, k, v, _projection(), causal=False)[0],
-    "linear": lambda q, k, v: ops.linear_attention(F.elu(q) + 1, F.elu(k) + 1, v)[0],
+    "linear": lambda q, k, v: ops.linear_attention(ops.elu_features(q), ops.elu_features(k), v)[0],
     _NONE: lambda q, k, v: q + k + v,
 }
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}

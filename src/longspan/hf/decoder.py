@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
+from longspan.mixers.maps import place_of
 from longspan.models import Head, StackState
-from longspan.models.head import linear_head
+from longspan.models.head import CalledHead, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped
+from longspan.state import all_or_nothing
 
 
 class ConvertedDecoder(nn.Module):
@@ -89,7 +91,7 @@ class ConvertedDecoder(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StackState:
         """The state of an empty past."""
-        like = next(self.inner.parameters())
+        like = place_of(self.inner)
         where = torch.device(device or like.device)
         states = tuple(core.init_state(batch_size, where, dtype or like.dtype) for core in self.layers)
         return StackState(states, torch.zeros(batch_size, dtype=torch.int64, device=where))
@@ -133,7 +135,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(base, tokens, state, mask, reset, penalties)
         return out.last_hidden_state, following
 
-    def head(self) -> Head:
+    def head(self) -> Head | CalledHead:
         """The language-model head.
 
         Raises:
@@ -155,6 +157,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
         return out.logits[:, -1], following
 
+    @all_or_nothing
     def _run(
         self,
         model: Any,
@@ -176,9 +179,9 @@ class ConvertedDecoder(nn.Module):
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
-            past_key_values=cache,
             use_cache=True,
-            longspan_reset=reset,
+            reset=reset,
+            **{CACHE: cache},
             **options,
         )
         if penalties is not None:

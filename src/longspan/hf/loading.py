@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.models.auto import auto_factory, modeling_auto
 
 from longspan.errors import CheckpointError
-from longspan.hf.convert import CORE, convert
-from longspan.hf.converted_config import CONVERTED, unmark
+from longspan.hf.convert import convert
+from longspan.hf.converted_config import CONVERTED, CORE, unmark
 
 # options of from_pretrained that say which files are meant
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -139,8 +139,10 @@ def _dtype(stored: torch.dtype, wanted: Any) -> torch.dtype:
 def _stored(folder: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     """What the files of a folder, or of a name on the hub, hold for mechanisms."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
+    from transformers.utils import hub
+
+    cached_file: Any = hub.cached_file
+    get_checkpoint_shard_files: Any = hub.get_checkpoint_shard_files
 
     place = {key: options[key] for key in _PLACE if options.get(key) is not None}
     variant = f".{options['variant']}" if options.get("variant") else ""
@@ -164,7 +166,8 @@ def _expected(auto: Any, config: Any) -> Iterator[None]:
     known = getattr(auto, "_model_mapping", None)
     cls = auto if known is None else known.get(type(config), auto)
     if isinstance(cls, tuple | list):
-        cls = auto_factory._get_model_class(config, known)
+        get_model_class: Any = auto_factory._get_model_class
+        cls = get_model_class(config, known)
     before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
     cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"(^|\.){CORE}\."]
     try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 
@@ -167,6 +168,16 @@ class Core(nn.Module):
         """The state of an empty past."""
         raise NotImplementedError
 
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model).
+
+        Args:
+            state: as in `forward`.
+            k: this call's keys.
+            hidden: as in `forward`.
+        """
+        return states.fit(state, k.dtype)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """Exact bytes of the state after `length` live tokens."""
         raise NotImplementedError
@@ -209,6 +220,14 @@ class Core(nn.Module):
         return ops.rotate(q, *table), ops.rotate(k, *table)
 
 
+def with_graph(out: Tensor, core: Core, *inputs: Tensor) -> Tensor:
+    """An output without elements that depends on what it was made of: no rows give gradients of zero, not none."""
+    if not torch.is_grad_enabled():
+        return out
+    zeros = [t.sum() for t in inputs] + [p.sum() * 0 for p in core.parameters() if p.requires_grad]
+    return out + torch.stack([zero.to(out.dtype) for zero in zeros]).sum()
+
+
 class Mixer(nn.Module):
     """One mechanism as a layer: a function of a sequence and a state.
 
@@ -249,6 +268,7 @@ class Mixer(nn.Module):
         """What this instance promises."""
         return self.core.traits
 
+    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,
@@ -288,7 +308,10 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        if not out.numel():
+            out = with_graph(out, self.core, q, k, v)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 
@@ -302,7 +325,7 @@ class Mixer(nn.Module):
         """
         if not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
-        like = next(self.parameters())
+        like = place_of(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

@@ -4,7 +4,7 @@ Equations in `longspan.ops.infini`. Segments are positions modulo `segment`; the
 and written when a segment closes, so inside an open segment decoding reads local keys. RoPE, where the model has it,
 acts in the local part only. One gate per head, in fp32, in a parameter group of its own with a learning rate at which
 it can move (with the usual one it never leaves one half) and no weight decay, which would pull it back. One memory per
-kv head.
+kv head, in fp64, so that 10^8 tokens are summed like the first.
 """
 
 from dataclasses import dataclass
@@ -81,6 +81,10 @@ class InfiniCore(SegmentCore):
         """Bounded; causal only."""
         config = self.config
         return Traits(bidirectional=False, bounded=True, segment=config.segment, horizon=config.bptt_segments)
+
+    def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
+        """Sums over the whole stream: fp64, whatever the activations are."""
+        return ops.sums_dtype(device)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The gates: their own learning rate, no weight decay."""

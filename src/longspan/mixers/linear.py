@@ -4,14 +4,14 @@
 
 over the keys that i sees; phi is elu(x) + 1 (Katharopoulos et al. 2020, section 3.2) or DPFP (Schlag et al. 2021,
 section 5.3). No factor head_dim ** -0.5. RoPE, where the model has it, acts before the feature map. The state is S and
-z of every key head: as large as head_dim + 1 keys of elu features, at any length.
+z of every key head, in fp64, so that 10^8 tokens are summed like the first: as large as 2 (head_dim + 1) keys of elu
+features in fp32, at any length.
 """
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops
@@ -38,7 +38,7 @@ class LinearConfig:
 
 
 class LinearState(NamedTuple):
-    """Sums over the live tokens, fp32 at least.
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are.
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
@@ -49,6 +49,10 @@ class LinearState(NamedTuple):
     values: Tensor
     keys: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
 
 
 class LinearCore(Core):
@@ -67,9 +71,9 @@ class LinearCore(Core):
         """Bounded at any length; DPFP features of a query and a key may have no place in common."""
         return Traits(streams=self.shape.causal, bounded=True, sparse=self.config.feature == "dpfp")
 
-    def feature(self, x: Tensor) -> Tensor:
-        """phi(x), (..., head_dim) to (..., features)."""
-        return ops.dpfp(x, self.config.nu) if self.config.feature == "dpfp" else F.elu(x) + 1
+    def feature(self, x: Tensor, *, queries: bool = False) -> Tensor:
+        """phi(x), (..., head_dim) to (..., features); `queries` as in `ops.elu_features`."""
+        return ops.dpfp(x, self.config.nu) if self.config.feature == "dpfp" else ops.elu_features(x, queries=queries)
 
     def forward(
         self,
@@ -87,9 +91,9 @@ class LinearCore(Core):
         dtype = torch.promote_types(q.dtype, torch.float32)
         before = None
         if state is not None:
-            before = ops.LinearSums(state.values, state.keys, state.keys.new_zeros(state.keys.shape[:2]))
+            before = ops.LinearSums(state.values, state.keys, q.new_zeros(state.keys.shape[:2], dtype=dtype))
         out, sums = ops.linear_attention(
-            self.feature(q.to(dtype)),
+            self.feature(q.to(dtype), queries=True),
             self.feature(k.to(dtype)),
             v,
             causal=self.shape.causal,
@@ -115,9 +119,8 @@ class LinearCore(Core):
         return LinearState(sums.values, sums.keys, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S and z of every key head and one count a row, whatever the length."""
-        size = max(dtype.itemsize, 4)
-        return batch_size * (self.shape.num_kv_heads * self.features * (self.shape.head_dim + 1) * size + 8)
+        """S and z of every key head in fp64 and one count a row, whatever the length."""
+        return batch_size * (self.shape.num_kv_heads * self.features * (self.shape.head_dim + 1) * 8 + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The products of `ops.linear_attention`."""

@@ -18,6 +18,7 @@ search approximately too.
 `benchmarks/bench_memory_store.py` measures both.
 """
 
+import functools
 import importlib
 import itertools
 import warnings
@@ -34,6 +35,7 @@ from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.files import read_json, write_json
 from longspan.mixers.rows import Rows
 from longspan.ops.memorizing import mixed, nearest_of_blocks
+from longspan.state import on_failure
 
 SCORES = 1 << 23  # of one block of an exact search
 _BLOCK = 1 << 16  # keys that enter a graph at once
@@ -137,6 +139,7 @@ class MemoryStore:
         kept = min(count, self.capacity)
         slots = np.arange(self.written + count - kept, self.written + count) % self.capacity
         numbers = [t[:, count - kept :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
+        on_failure(functools.partial(self._put_back, self.written, slots, self._keys[:, slots], self._values[:, slots]))
         self._keys[:, slots], self._values[:, slots] = numbers
         self.written += count
         if kept < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
@@ -184,7 +187,15 @@ class MemoryStore:
         """
         if not self.write:
             raise ConfigError(f"{self.folder}: opened with write=False")
+        on_failure(functools.partial(self._put_back, self.written))
         self.written = 0
+        self._rebuild()
+
+    def _put_back(self, written: int, slots: Any = None, keys: Any = None, values: Any = None) -> None:
+        """As it was before a call that failed: so many pairs written, and what its slots held."""
+        if slots is not None:
+            self._keys[:, slots], self._values[:, slots] = keys, values
+        self.written = written
         self._rebuild()
 
     def close(self) -> None:

@@ -58,12 +58,12 @@ class PerformerConfig:
 
 
 class PerformerState(NamedTuple):
-    """Sums over the live tokens, fp32 at least, in units of exp(maximum).
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum).
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
         keys: (batch, kv_heads, features).
-        maximum: (batch, kv_heads), largest log-scale of a key.
+        maximum: (batch, kv_heads), largest log-scale of a key, fp32 at least.
         drawn: (batch,) int64, the draw of the projection that made them.
         live: (batch,) live tokens.
     """
@@ -73,6 +73,10 @@ class PerformerState(NamedTuple):
     maximum: Tensor
     drawn: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys", "maximum"
 
 
 class PerformerCore(DrawnCore):
@@ -223,9 +227,9 @@ class PerformerCore(DrawnCore):
         return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S, z and the maximum of every key head and two counts a row, whatever the length."""
-        size, width = max(dtype.itemsize, 4), self.features * (self.shape.head_dim + 1) + 1
-        return batch_size * (self.shape.num_kv_heads * width * size + 16)
+        """S and z in fp64 and the maximum of every key head, and two counts a row, whatever the length."""
+        width = self.features * (self.shape.head_dim + 1) * 8 + max(dtype.itemsize, 4)
+        return batch_size * (self.shape.num_kv_heads * width + 16)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Features of queries and keys, and the products of `ops.linear_attention`."""

@@ -20,8 +20,8 @@ class SegmentState(NamedTuple):
     """The memory, and the keys of the open segment.
 
     Attributes:
-        values: (batch, kv_heads, features, head_dim), fp32 at least.
-        keys: (batch, kv_heads, features), fp32 at least.
+        values: (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`.
+        keys: (batch, kv_heads, features), the same.
         k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
         v: like k.
         live: (batch,) live tokens.
@@ -32,6 +32,10 @@ class SegmentState(NamedTuple):
     k: Tensor
     v: Tensor
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
 
 
 Local = tuple[Tensor, Tensor] | None
@@ -45,6 +49,10 @@ class SegmentCore(Core):
 
     segment: int
     features: int
+
+    def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
+        """What the memory is held in where activations are of `dtype`: fp32 at least."""
+        return torch.promote_types(dtype, torch.float32)
 
     @abstractmethod
     def attend(
@@ -89,7 +97,8 @@ class SegmentCore(Core):
         """See `Core.forward`."""
         segment, before = self.segment, None
         if state is not None:
-            before = ops.SegmentMemory(state.values, state.keys, rows.offset // segment)
+            dtype = self.memory_dtype(k.device, k.dtype)
+            before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
         if rows.inside(segment):
             out, memory = self._inside(q, k, v, state, before, rows)
         elif rows.plain and rows.aligned(segment):
@@ -152,13 +161,14 @@ class SegmentCore(Core):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
         """Nothing written, nothing open."""
         kv_heads, dim = self.shape.num_kv_heads, self.shape.head_dim
-        memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, dtype)
+        wide = self.memory_dtype(device, dtype)
+        memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, wide)
         k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
         return SegmentState(memory.values, memory.keys, k, k.clone(), memory.written)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""
         shape = self.shape
-        memory = self.features * (shape.head_dim + 1) * max(dtype.itemsize, 4)
+        memory = self.features * (shape.head_dim + 1) * self.memory_dtype(None, dtype).itemsize
         local = 2 * (self.segment - 1) * shape.head_dim * dtype.itemsize
         return batch_size * (shape.num_kv_heads * (memory + local) + 8)

@@ -32,11 +32,20 @@ from longspan.ops.favor import (
 from longspan.ops.full import full_attention, full_cost
 from longspan.ops.groups import group_attention, group_attention_cost
 from longspan.ops.infini import infini_attention, infini_cost, infini_open
-from longspan.ops.linear import EMPTY, LinearSums, empty_sums, group_cost, linear_attention, linear_cost
+from longspan.ops.linear import (
+    EMPTY,
+    LinearSums,
+    elu_features,
+    empty_sums,
+    group_cost,
+    linear_attention,
+    linear_cost,
+    sums_dtype,
+)
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
-from longspan.ops.relative import relative_attention, relative_cost
+from longspan.ops.relative import relative_attention, relative_cost, relative_decode
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
@@ -70,6 +79,7 @@ __all__ = [
     "compressive_attention",
     "compressive_cost",
     "dpfp",
+    "elu_features",
     "empty_memory",
     "empty_nodes",
     "empty_sums",
@@ -99,6 +109,7 @@ __all__ = [
     "push_token",
     "relative_attention",
     "relative_cost",
+    "relative_decode",
     "rotary_table",
     "rotate",
     "routing_attention",
@@ -107,6 +118,7 @@ __all__ = [
     "span_reach",
     "sparse_attention",
     "sparse_cost",
+    "sums_dtype",
     "unit_vectors",
     "window_attention",
     "window_cost",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.ops import flash
 from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 
 EPSILON = 1e-5
@@ -44,7 +45,7 @@ def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tenso
         (batch, ..., n, dim) in the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
-    with torch.autocast(phi_q.device.type, enabled=False):
+    with flash.full_precision(phi_q.device):
         return (phi_q @ memory) / ((phi_q @ normaliser[..., None]) + EPSILON)
 
 
@@ -84,7 +85,7 @@ def associative_write(
         Both, new tensors.
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
-    with torch.autocast(phi_k.device.type, enabled=False):
+    with flash.full_precision(phi_k.device):
         known = (phi_k @ normaliser[..., None])[..., 0]
         size = phi_k.square().sum(-1)
         # zero features have no direction: without the mask the gradient of 0 / 0 is not finite
@@ -126,6 +127,10 @@ class AssociativeRule(NamedTuple):
     def features(self) -> int:
         """Rows of the memory."""
         return 2 * self.maps.key.shape[1] * self.maps.nu
+
+    def memory_dtype(self, v: Tensor) -> torch.dtype:
+        """Fp32 at least: the delta rule corrects, and the normaliser counts no key twice, so that neither runs away."""
+        return torch.promote_types(v.dtype, torch.float32)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """The local attention, and what the memory answers to each query."""

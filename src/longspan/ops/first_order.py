@@ -52,7 +52,7 @@ class FirstOrder(torch.autograd.Function):
                 f"{cls.what} does not work inside torch.func (grad, vjp, vmap, hessian, ...); use backward() or "
                 "torch.autograd.grad"
             )
-        return super().apply(*args, **kwargs)
+        return super().apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops.linear import SMALLEST
+from longspan.ops import flash
+from longspan.ops.linear import elu_features, smallest, sums_dtype
 from longspan.ops.segments import Layout, SegmentMemory, attend_inside, attend_open, attend_segments, inside_cost
 
 BUDGET = 64 * 2**20
@@ -67,7 +68,7 @@ def infini_attention(
     memory = state or SegmentMemory(*rule.nothing(k, v))
     inside = attend_inside(q, k, v, layout, local)
     parts = [t[:, :, :whole] for t in (q, k, v, inside)]
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         out, memory = _together(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
         if whole < q.shape[2]:
             out = torch.cat([out, rule.read(q[:, :, whole:], memory, inside[:, :, whole:])], 2)
@@ -132,35 +133,39 @@ class InfiniRule(NamedTuple):
         """Segments only add to the memory, so their sums can be made at once."""
         return self.update == "linear" and self.normaliser == "paper"
 
+    def memory_dtype(self, v: Tensor) -> torch.dtype:
+        """Both are sums over the stream."""
+        return sums_dtype(v.device)
+
     def nothing(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """An empty memory for these keys."""
-        dtype = torch.promote_types(v.dtype, torch.float32)
-        values = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=dtype)
+        values = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=self.memory_dtype(v))
         return values, values[..., 0].clone(), torch.zeros(len(k), dtype=torch.int64, device=k.device)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """One segment."""
-        joined = torch.cat([memory.values, memory.keys[..., None]], -1)[:, :, None]
-        found = _read(_feature(q)[:, :, None], joined)
+        phi = _feature(q, queries=True)
+        joined = torch.cat([memory.values, memory.keys[..., None]], -1)[:, :, None].to(phi.dtype)
+        found = _read(phi[:, :, None], joined)
         return _gated(found, self.gate, inside[:, :, None], (memory.written > 0)[:, None])[:, :, 0]
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
         """A full segment, against the memory as it was before it."""
-        phi, v = _feature(k), v.to(memory.values.dtype)
-        counted = phi
+        phi = _feature(k)
+        v, counted = v.to(phi.dtype), phi
         if not self.adds:
-            known = (phi @ memory.keys[..., None])[..., 0]
+            known = (phi @ memory.keys[..., None].to(phi.dtype))[..., 0]
             if self.update == "delta":
-                v = v - (phi @ memory.values) / known.clamp(min=SMALLEST)[..., None]
+                v = v - (phi @ memory.values.to(phi.dtype)) / known.clamp(min=smallest(phi.dtype))[..., None]
             if self.normaliser == "gamma":
-                gamma = (1 - known / phi.square().sum(-1).clamp(min=SMALLEST)).clamp(0, 1)
+                gamma = (1 - known / phi.square().sum(-1).clamp(min=smallest(phi.dtype))).clamp(0, 1)
                 counted = phi * gamma[..., None]
-        return memory.values + phi.mT @ v, memory.keys + counted.sum(-2)
+        wide = self.memory_dtype(v)
+        return memory.values.to(wide) + phi.mT @ v, memory.keys.to(wide) + counted.sum(-2)
 
 
-def _feature(x: Tensor) -> Tensor:
-    found: Tensor = F.elu(x.to(torch.promote_types(x.dtype, torch.float32))) + 1
-    return found
+def _feature(x: Tensor, *, queries: bool = False) -> Tensor:
+    return elu_features(x.to(torch.promote_types(x.dtype, torch.float32)), queries=queries)
 
 
 def _together(
@@ -168,19 +173,20 @@ def _together(
 ) -> tuple[Tensor, SegmentMemory]:
     """The linear update over full segments: sums over the segments before each, in groups within the budget."""
     count = q.shape[2] // segment
-    phi_q, phi_k = (_feature(t).unflatten(2, (count, segment)) for t in (q, k))
-    values = v.unflatten(2, (count, segment)).to(memory.values.dtype)
+    phi_q = _feature(q, queries=True).unflatten(2, (count, segment))
+    phi_k = _feature(k).unflatten(2, (count, segment))
+    values = v.unflatten(2, (count, segment)).to(phi_k.dtype)
     inside = inside.unflatten(2, (count, segment))
     batch, kv_heads, dim = phi_k.shape[0], phi_k.shape[1], phi_k.shape[4]
-    group = max(1, BUDGET // (batch * kv_heads * dim * (dim + 1) * values.element_size()))
-    now = torch.cat([memory.values, memory.keys[..., None]], -1)
+    group = max(1, BUDGET // max(1, batch * kv_heads * dim * (dim + 1) * values.element_size()))
+    now = torch.cat([memory.values, memory.keys[..., None]], -1).to(rule.memory_dtype(v))
     written, outs = memory.written, []
     for first in range(0, count, group):
         part = slice(first, first + group)
         keys = phi_k[:, :, part]
         added = torch.cat([keys.mT @ values[:, :, part], keys.sum(-2)[..., None]], -1)
-        before = torch.cat([now[:, :, None], added[:, :, :-1]], 2).cumsum(2)
-        now = before[:, :, -1] + added[:, :, -1]
+        before = now.to(added.dtype)[:, :, None] + F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
+        now = now + added.sum(2, dtype=now.dtype)
         index = written[:, None] + torch.arange(added.shape[2], device=keys.device)
         outs.append(_gated(_read(phi_q[:, :, part], before), rule.gate, inside[:, :, part], index > 0))
         written = written + added.shape[2]
@@ -194,7 +200,7 @@ def _read(phi_q: Tensor, joined: Tensor) -> Tensor:
     group = heads // joined.shape[1]
     rows = phi_q.view(batch, joined.shape[1], group, count, size, dim).transpose(2, 3).flatten(3, 4)
     total = rows @ joined
-    lower = total[..., -1:].clamp(min=SMALLEST)
+    lower = total[..., -1:].clamp(min=smallest(total.dtype))
     out: Tensor = (total[..., :-1] / lower).unflatten(3, (group, size)).transpose(2, 3)
     return out.reshape(batch, heads, count, size, total.shape[-1] - 1)
 

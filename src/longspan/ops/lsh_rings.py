@@ -1,5 +1,6 @@
 """What a stream of LSH attention carries: a ring of the last tokens for every bucket of every round of hashing."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from longspan.ops import flash
 from longspan.ops.lsh_lists import stable_sort
 from longspan.ops.tiles import HIDDEN
+from longspan.state import on_failure
 
 
 class LSHRings(NamedTuple):
@@ -88,7 +90,8 @@ def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position:
         v: like k.
         buckets: (batch, the rings' heads, rounds, 1).
         position: (batch or 1, 1).
-        in_place: write into `rings`, whose owner has given them up.
+        in_place: write into `rings`, whose owner has given them up (`longspan.state.owned`) and gets them back as they
+            were where its call fails.
     """
     batch, heads, rounds = rings.k.shape[:3]
     index = _ring(buckets, rings.k.shape[3])
@@ -96,7 +99,10 @@ def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position:
     for old, new in ((rings.k, k), (rings.v, v), (rings.position[..., None], position.view(-1, 1, 1, 1))):
         flat = old.reshape(-1, *old.shape[4:]) if in_place else old.flatten(0, 3).clone()
         new = new[:, :, None].expand(batch, heads, rounds, 1, -1).flatten(0, 2)
-        flat.index_copy_(0, index, torch.cat([flat[index, 1:], new.to(flat.dtype)], 1))
+        before = flat[index]
+        if in_place:
+            on_failure(functools.partial(flat.index_copy_, 0, index, before))
+        flat.index_copy_(0, index, torch.cat([before[:, 1:], new.to(flat.dtype)], 1))
         found.append(flat.view(old.shape))
     return LSHRings(found[0], found[1], found[2][..., 0])
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.ops import flash
 from longspan.ops.full import full_attention, full_cost
 
 
 class SegmentMemory(NamedTuple):
-    """What segments leave behind, fp32 at least.
+    """What segments leave behind, fp32 at least; what only grows, in fp64 (`ops.sums_dtype`).
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
@@ -39,6 +40,9 @@ class Rule(Protocol):
     def features(self) -> int:
         """Rows of the memory."""
 
+    def memory_dtype(self, v: Tensor) -> torch.dtype:
+        """Of values and normaliser, for these values."""
+
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """q and inside (batch, heads, size, dim) to the output of a segment."""
 
@@ -49,7 +53,7 @@ class Rule(Protocol):
 def empty_memory(
     batch: int, kv_heads: int, features: int, head_dim: int, device: torch.device | None, dtype: torch.dtype
 ) -> SegmentMemory:
-    """The memory of no segment."""
+    """The memory of no segment, fp32 at least."""
     dtype = torch.promote_types(dtype, torch.float32)
     values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=dtype)
     return SegmentMemory(values, values[..., 0].clone(), torch.zeros(batch, dtype=torch.int64, device=device))
@@ -83,7 +87,7 @@ def attend_segments(
 ) -> tuple[Tensor, SegmentMemory]:
     """Column 0 opens a segment; the output (batch, heads, length, head_dim) and the memory after all full segments."""
     batch, length, size = q.shape[0], q.shape[2], layout.segment
-    memory = state or empty_memory(batch, k.shape[1], rule.features, v.shape[3], q.device, v.dtype)
+    memory = state or empty_memory(batch, k.shape[1], rule.features, v.shape[3], q.device, rule.memory_dtype(v))
     inside, count = attend_inside(q, k, v, layout, local), -(-length // size)
     left = segments_left(layout, batch, length, q.device) if layout.horizon is not None else None
     outs = []
@@ -93,7 +97,7 @@ def attend_segments(
             memory = emptied(memory, layout.begins[:, index])
         if left is not None:
             memory = cut(memory, layout.horizon, left[:, index])
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
             if (index + 1) * size <= length:
                 full = None if layout.real is None else layout.real[:, columns].all(1)
@@ -119,10 +123,11 @@ def attend_open(
     local_q, local_k = (q, k) if local is None else local
     inside = full_attention(local_q, local_k, v, causal=True, lengths=lengths, memory_lengths=memory_lengths)
     if state is None:
-        out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, v.dtype)
+        dtype = rule.memory_dtype(v)
+        out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, dtype)
     else:
         memory = cut(state, layout.horizon, torch.ones_like(state.written))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             out = rule.read(q, memory, inside)
     closing = None if closes is None else host.values(closes)
     if closes is not None and (closing is None or closing.any()):
@@ -132,7 +137,7 @@ def attend_open(
         index = ends[:, None] - segment + torch.arange(segment, device=k.device)
         index = index.clamp(min=0)[:, None, :, None]
         keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             memory = written(memory, keys, values, closes, rule)
     return out.to(v.dtype), memory
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from longspan.host import Array
 
 ALIGN = 16  # rows of scores start on 64-byte borders where a key more or less is masked anyway
-HIDDEN = -1e30  # for keys hidden row by row: finite, so that a row that sees nothing is no NaN before it is zeroed
+# for keys hidden row by row: finite, so that a row that sees nothing is no NaN before it is zeroed; half of what fp32
+# holds, so that whatever finite score it is added to stays far below every visible one
+HIDDEN = -1.7e38
 
 
 class Run(NamedTuple):

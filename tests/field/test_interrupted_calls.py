@@ -1,0 +1,262 @@
+"""A call that does not come to its end leaves a session, a cache and stores on disk as they were before it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import longspan as ls
+from longspan.mixers.memory_store import MemoryStore
+
+from .models import CONVERTIBLE, DIM, FIELDS, HEADS, NAMES, converted, llama, own, tokens
+
+LAYERS = 3
+READ = tokens(1, 40)[0]
+
+
+class Interrupting(TorchFunctionMode):
+    """Raises in place of the torch calls with certain numbers, and counts them all."""
+
+    def __init__(self, *at: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        super().__init__()
+        self.at, self.error, self.count = at, error, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count in self.at:
+            raise self.error("interrupted")
+        return func(*args, **(kwargs or {}))
+
+
+def _session(model: Any) -> ls.StreamSession:
+    session = ls.StreamSession(model)
+    session.feed(READ[:21])
+    for token in READ[21:25]:
+        session.feed(token[None])
+    return session
+
+
+def _places(session: ls.StreamSession, count: int) -> Iterator[int]:
+    """Torch calls evenly spaced over a session's next token, the first and the last before it moves included."""
+    twin, last = session.fork(), 0
+    counting = Interrupting()
+    advance = twin._advance
+
+    def move(*args: Any) -> None:
+        nonlocal last
+        last = counting.count
+        advance(*args)
+
+    twin._advance = move  # type: ignore[method-assign]
+    with counting:
+        twin.feed(READ[25:26])
+    for step in range(count):
+        yield 1 + step * (last - 1) // (count - 1)
+
+
+def _goes_on_alike(session: ls.StreamSession, expected: list[Tensor]) -> None:
+    assert session.position == 25
+    for token, logits in zip(READ[25:30], expected, strict=True):
+        assert torch.equal(session.feed(token[None]), logits)
+
+
+def _uninterrupted(model: Any) -> list[Tensor]:
+    session = _session(model)
+    return [session.feed(token[None]).clone() for token in READ[25:30]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_interrupted_anywhere(name: str) -> None:
+    model = own(name, layers=LAYERS)
+    expected, session = _uninterrupted(model), _session(model)
+    errors = [KeyboardInterrupt, RuntimeError, MemoryError]
+    for index, place in enumerate(_places(session, 9)):
+        error = errors[index % len(errors)]
+        with pytest.raises(error), Interrupting(place, error=error):
+            session.feed(READ[25:26])
+    _goes_on_alike(session, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str, error: type[BaseException]) -> None:
+    model = own(name, layers=LAYERS)
+    expected, session = _uninterrupted(model), _session(model)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    for layer in model.layers:
+        for place in (layer.mixer_norm, layer.mixer.projections.o_proj, layer.ffn_norm, layer.ffn):
+            handle = place.register_forward_pre_hook(fail)
+            for count in (1, 3):
+                with pytest.raises(error):
+                    session.feed(READ[25 : 25 + count])
+            handle.remove()
+    _goes_on_alike(session, expected)
+
+
+@pytest.mark.parametrize("name", ["lsh", "routing", "full", "linear", "memorizing"])
+def test_an_interruption_between_the_call_and_the_move_of_the_session(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = own(name, layers=LAYERS)
+    expected, session = _uninterrupted(model), _session(model)
+    for method in ("_advance", "_settle"):
+        with monkeypatch.context() as patch:
+            patch.setattr(session, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                session.feed(READ[25:26])
+    assert torch.equal(session.fork().feed(READ[25:26]), expected[0])
+    _goes_on_alike(session, expected)
+
+
+@pytest.mark.parametrize("name", ["lsh", "routing"])
+def test_an_interruption_of_the_undoing_too(name: str) -> None:
+    model = own(name, layers=LAYERS)
+    expected, session = _uninterrupted(model), _session(model)
+    for place in _places(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 1, place + 2):
+            session.feed(READ[25:26])
+        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 2):
+            session.score(READ[25:26])
+    _goes_on_alike(session, expected)
+
+
+@pytest.mark.parametrize("name", ["lsh", "routing", "full", "sparse", "window"])
+def test_saved_and_forked_after_an_interruption(name: str, tmp_path: Path) -> None:
+    model = own(name, layers=LAYERS)
+    expected, session = _uninterrupted(model), _session(model)
+    handle = model.layers[-1].ffn.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        session.feed(READ[25:26])
+    handle.remove()
+    session.save(tmp_path / "state")
+    _goes_on_alike(session.fork(), expected)
+    _goes_on_alike(ls.StreamSession.load(model, tmp_path / "state"), expected)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("name", ["full", "lsh", "linear"])
+def test_recurrent_memory(name: str, per_layer: bool) -> None:
+    backbone = own(name, layers=2)
+    torch.manual_seed(1)
+    model = ls.RecurrentMemory(backbone, segment_length=7, num_memory_tokens=2, per_layer=per_layer).eval()
+    expected, session = _uninterrupted(model), _session(model)
+    for place in _places(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+            session.feed(READ[25:26])
+    _goes_on_alike(session, expected)
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_sessions_of_converted_models(name: str) -> None:
+    from longspan.hf.decoder import ConvertedDecoder
+
+    model = ConvertedDecoder(converted(name, layers=2))
+    expected, session = _uninterrupted(model), _session(model)
+    for place in _places(session, 5):
+        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+            session.feed(READ[25:26])
+    _goes_on_alike(session, expected)
+
+
+def _store(folder: Path, index: str = "exact") -> MemoryStore:
+    return MemoryStore(folder, kv_heads=HEADS, head_dim=DIM // HEADS, capacity=10, index=index)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
+    """Segments of 4: the call interrupted closes one, in a store that is full and overwrites its oldest pairs."""
+    model = own("memorizing", layers=2)
+
+    def read(folder: str, interrupt: bool) -> list[Tensor]:
+        stores = [_store(tmp_path / f"{folder}{index}") for index in range(2)]
+        for layer, store in zip(model.layers, stores, strict=True):
+            layer.mixer.core.attach(store)
+        reader = ls.StreamSession(model)
+        state = None
+
+        @torch.no_grad()
+        def feed(part: Tensor) -> Tensor:
+            nonlocal state
+            if session:
+                return reader.feed(part).clone()
+            logits, state = model(part[None], state)
+            return logits[0, -1]
+
+        feed(READ[:23])
+        if interrupt:
+            for place in (3, 40, 90, 140, 200, 300):
+                with Interrupting(place) as counting:
+                    try:
+                        feed(READ[23:24])
+                        raise AssertionError(f"only {counting.count} calls")
+                    except KeyboardInterrupt:
+                        pass
+            assert [store.written for store in stores] == [20, 20]
+            handle = model.layers[-1].ffn.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError))
+            with pytest.raises(ValueError):
+                feed(READ[23:24])
+            handle.remove()
+        seen = [feed(READ[first : first + 1]) for first in range(23, 36)]
+        for store in stores:
+            store.close()
+        return seen
+
+    for mine, whole in zip(read("a", True), read("b", False), strict=True):
+        assert torch.equal(mine, whole)
+
+
+def _generate(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    name = "past_key_values"
+    with torch.no_grad():
+        logits: Tensor = model(ids, **{name: cache}, use_cache=True).logits
+    return logits
+
+
+@pytest.mark.parametrize("partly", [False, True])
+@pytest.mark.parametrize("name", ["lsh", "window", "linear"])
+def test_caches_of_converted_models(name: str, partly: bool) -> None:
+    """In a partly converted model the layers that keep their keys go back too."""
+    import longspan.hf as hf
+    from longspan.hf.cache import StateCache
+
+    model = llama(layers=3)
+    hf.convert(model, name, layers=[1] if partly else None, **FIELDS[name])
+    inner = model.model.layers
+
+    def cache() -> Any:
+        made = StateCache([not partly or index == 1 for index in range(3)])
+        _generate(model, made, READ[None, :20])
+        return made
+
+    whole, cut = cache(), cache()
+    expected = [_generate(model, whole, READ[None, i : i + 1]) for i in range(20, 24)]
+    for layer in inner:
+        for place in (layer.self_attn.q_proj, layer.mlp):
+            handle = place.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                _generate(model, cut, READ[None, 20:21])
+            handle.remove()
+    for i, logits in zip(range(20, 24), expected, strict=True):
+        assert torch.equal(_generate(model, cut, READ[None, i : i + 1]), logits)
+
+
+def test_a_cache_that_is_reset_after_an_interruption_is_empty() -> None:
+    model = converted("window", layers=2)
+    from longspan.hf.cache import StateCache
+
+    cache: Any = StateCache([True, True])
+    _generate(model, cache, READ[None, :20])
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        _generate(model, cache, READ[None, 20:21])
+    handle.remove()
+    cache.reset()
+    fresh = StateCache([True, True])
+    assert torch.equal(_generate(model, cache, READ[None, :9]), _generate(model, fresh, READ[None, :9]))
