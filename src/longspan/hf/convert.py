@@ -30,6 +30,7 @@ from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
+from longspan.models.wrappers import inside, unwrapped
 
 _STRONGLY_LOCAL = -4.0
 
@@ -112,8 +113,8 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     """Put a mixer into the place of a pretrained model's attention.
 
     Args:
-        model: of transformers, with or without a head: Llama, Mistral, Qwen2, Qwen3, SmolLM, GPT-2, BERT and those
-            built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
+        model: of transformers, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
+            GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
         name: of the mixer. Those that carry hidden states (`transformer_xl`) cannot be used: they need projections of
             their own training.
         layers: which; negative ones count from the end; None = all.
@@ -128,7 +129,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
-    model = unwrapped(model)
+    outside, model = model, unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -152,7 +153,30 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
-    return _report(model, name, chosen, record["fields"])
+    report = _report(model, name, chosen, record["fields"])
+    _save_with_adapters(outside, [found.attentions[index] for index in chosen])
+    return report
+
+
+def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
+    """Let PEFT train and save new parameters with the adapters that stand around them already."""
+    while model is not None and not hasattr(type(model), "get_base_model"):
+        model = inside(model)
+    # draws and statistics count too
+    attentions = [each for each in attentions if each.longspan.state_dict()]
+    if model is None or not attentions:
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    adapters = list(model.peft_config)
+    for settings in model.peft_config.values():
+        settings.modules_to_save = sorted({*(settings.modules_to_save or ()), CORE})
+    for attention in attentions:
+        wrapper: Any = ModulesToSaveWrapper(attention.longspan, adapters[0])
+        for adapter in adapters[1:]:
+            wrapper.update(adapter)
+        wrapper.set_adapter(model.active_adapter)
+        setattr(attention, CORE, wrapper)
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -32,11 +32,14 @@ from longspan.mixers import Rows, Traits
 from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
+from longspan.models.decoder import Decoder
+from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
 from longspan.models.token_memory import Carried, TokenMemory, Trace, where_rows
+from longspan.models.wrappers import unwrapped
 
 
 class RecurrentState(NamedTuple):
@@ -93,7 +96,10 @@ class RecurrentMemory(nn.Module):
         super().__init__()
         given = from_dict(RecurrentConfig, fields, "RecurrentMemory")
         self.config = given if config is None else replace(config, **fields)
-        self.backbone = backbone
+        # what stands around a model stays outside: its adapters act inside, its own face knows no segments
+        backbone = unwrapped(backbone)
+        inner = getattr(backbone, "model", None)
+        backbone = self.backbone = inner if isinstance(inner, (Decoder, Encoder)) else backbone
         self._adapter = [wrap_backbone(backbone)]  # in a list, so that it is no second owner of the parameters
         self.cell: TokenMemory | LayerMemory
         if self.config.per_layer:
