@@ -112,7 +112,7 @@ class TrainingTable(Silent):
         """The columns that a terminal has room for: memory and speed are left out first."""
         shown = list(range(len(self.columns)))
         for least in ("memory", "tokens/s", "tokens each"):
-            if sum(self.columns[index][1] + 1 for index in shown) > width:
+            if sum(self.columns[index][1] + 2 for index in shown) > width:
                 shown = [index for index in shown if self.columns[index][0] != least]
         return shown
 
