@@ -116,7 +116,7 @@ def test_a_flipped_byte_in_the_model_of_a_run(folder, tmp_path, staged):
     run(CURRICULUM if staged else recipe_of(folder), tmp_path, progress="none")
     for path in sorted((tmp_path / "model").iterdir()):
         flip(path, path.stat().st_size // 2)
-        with pytest.raises(CheckpointError, match="damaged|missing"):
+        with pytest.raises(CheckpointError, match=r"damaged|missing"):
             load_run(tmp_path)
         flip(path, path.stat().st_size // 2)
     (tmp_path / "model" / "digests.json").unlink()

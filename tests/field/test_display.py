@@ -32,18 +32,19 @@ class Terminal:
     def __init__(self, columns: int) -> None:
         self.columns = columns
         self.master, slave = pty.openpty()
-        os.set_blocking(self.master, False)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         self.file = os.fdopen(slave, "w", encoding="utf-8")
 
     def text(self) -> str:
         """What was written, closed."""
-        self.file.flush()
-        try:
-            data = os.read(self.master, 1 << 16)
-        except BlockingIOError:
-            data = b""
         self.file.close()
+        data = b""
+        while True:
+            try:
+                data += os.read(self.master, 1 << 16)
+            except OSError:
+                # nothing is left, and nobody writes any more
+                break
         os.close(self.master)
         return data.decode()
 
