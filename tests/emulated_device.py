@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 NAME = "emulated"
 DEVICE: torch.device | None = None
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_assert_async"}
-SEEDS = 1 << 40  # seeds of the device's generators begin here, by which they are known
+SEEDS = 1 << 60  # seeds of the device's generators begin here, by which they are known
 RESHAPES = {"t_", "transpose_", "squeeze_", "unsqueeze_", "resize_", "set_", "swapdims_"}
 
 
@@ -37,6 +37,9 @@ class Module:
 
     def current_device(self) -> int:
         return 0
+
+    def device(self, device: Any) -> Any:
+        return contextlib.nullcontext()
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]

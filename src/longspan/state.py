@@ -121,22 +121,32 @@ def fit(state: S, dtype: torch.dtype) -> S:
     return cast(S, _converted(state, None, dtype, False))
 
 
-def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, wide: bool) -> Any:
-    """`to`; `wide`: all of this is accumulators. The same object where nothing changes."""
+def _converted(
+    state: Any, device: torch.device | None, dtype: torch.dtype | None, wide: bool, summed: bool = False
+) -> Any:
+    """`to`; `wide`: all of this is accumulators, `summed`: sums over a whole stream, which are never narrowed where the
+    device has fp64. The same object where nothing changes.
+    """
     if isinstance(state, Tensor):
-        if dtype is None or not state.is_floating_point():
+        if not state.is_floating_point() or (dtype is None and not summed):
             return state if device is None else state.to(device)
-        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        kind = state.dtype if dtype is None else dtype
+        kind = torch.promote_types(kind, torch.float32) if wide else kind
+        if summed:
+            widest = torch.promote_types(kind, state.dtype)
+            kind = widest if host.has_float64(device or state.device) else torch.float32
         if device is None:
             return state if state.dtype == kind else state.to(kind)
         return state.to(device, kind)
     if state is None:
         return None
     fields = getattr(state, "_fields", None)
-    sums = state.accumulators() if fields is not None and hasattr(state, "accumulators") else ()
+    accumulators = state.accumulators() if hasattr(state, "accumulators") else ()
+    sums = state.sums() if hasattr(state, "sums") else ()
+    names = fields or [""] * len(state)
     parts = [
-        _converted(part, device, dtype, wide or (fields is not None and fields[place] in sums))
-        for place, part in enumerate(state)
+        _converted(part, device, dtype, wide or name in accumulators, summed or name in sums)
+        for name, part in zip(names, state, strict=True)
     ]
     if all(new is old for new, old in zip(parts, state, strict=True)):
         return state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
@@ -175,9 +175,9 @@ class ConvertedDecoder(nn.Module):
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
-            past_key_values=cache,
             use_cache=True,
-            longspan_reset=reset,
+            reset=reset,
+            **{CACHE: cache},
             **options,
         )
         if penalties is not None:

@@ -41,6 +41,10 @@ class Family:
         """Learned positions there are; None = positions are turned or left out, and there is no end."""
         return None
 
+    def first_position(self, model: Any) -> int:
+        """The position that a document's first token has."""
+        return 0
+
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim), before positions."""
         raise NotImplementedError
@@ -51,7 +55,7 @@ class Family:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
 
 
 def _check_scaling(scaling: float, head_dim: int, what: str) -> None:
@@ -160,6 +164,11 @@ class Bert(Family):
         if getattr(model.config, "is_decoder", False):
             raise UnsupportedError(f"{model.config.model_type}: built as a decoder; only the encoder form converts")
         return Shape(dim=heads * head_dim, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, causal=False)
+
+    def first_position(self, model: Any) -> int:
+        """RoBERTa counts from behind the id of its padding."""
+        roberta = model.config.model_type == "roberta"
+        return int(self.base(model).embeddings.padding_idx) + 1 if roberta else 0
 
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""

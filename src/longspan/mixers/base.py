@@ -220,6 +220,14 @@ class Core(nn.Module):
         return ops.rotate(q, *table), ops.rotate(k, *table)
 
 
+def with_graph(out: Tensor, core: Core, *inputs: Tensor) -> Tensor:
+    """An output without elements that depends on what it was made of: no rows give gradients of zero, not none."""
+    if not torch.is_grad_enabled():
+        return out
+    zeros = [t.sum() for t in inputs] + [p.sum() * 0 for p in core.parameters() if p.requires_grad]
+    return out + torch.stack([zero.to(out.dtype) for zero in zeros]).sum()
+
+
 class Mixer(nn.Module):
     """One mechanism as a layer: a function of a sequence and a state.
 
@@ -302,6 +310,8 @@ class Mixer(nn.Module):
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        if not out.numel():
+            out = with_graph(out, self.core, q, k, v)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 

@@ -54,6 +54,10 @@ class LinearState(NamedTuple):
         """Fields that are fp32 at least."""
         return "values", "keys"
 
+    def sums(self) -> tuple[str, ...]:
+        """Fields that add up a whole stream, in fp64 where there is fp64."""
+        return "values", "keys"
+
 
 class LinearCore(Core):
     """See the module."""

@@ -37,6 +37,10 @@ class SegmentState(NamedTuple):
         """Fields that are fp32 at least."""
         return "values", "keys"
 
+    def sums(self) -> tuple[str, ...]:
+        """Fields that add up a whole stream, in fp64 where there is fp64."""
+        return "values", "keys"
+
 
 Local = tuple[Tensor, Tensor] | None
 

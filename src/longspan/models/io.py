@@ -60,9 +60,7 @@ def load_model(folder: str | Path) -> Any:
     load_weights(model, weights, folder / "model.safetensors")
     # earlier versions did not write it
     if header.get("config", written) != written:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: damaged: not the configuration that the weights were saved with"
-        )
+        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved with it")
     return model.eval()
 
 

@@ -34,8 +34,12 @@ EMPTY = -1e30
 
 
 def smallest(dtype: torch.dtype) -> float:
-    """Denominators below it are none: the smallest number of a type with all its digits."""
-    return float(torch.finfo(dtype).tiny)
+    """Denominators below it count as none: 4e-31 in fp32, 6e-247 in fp64.
+
+    Far above the smallest number of the type, as gradients are divided by a denominator too: by the smallest number
+    they would overflow, and infinity times an empty memory is NaN.
+    """
+    return float(torch.finfo(dtype).tiny) ** 0.8
 
 
 def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
@@ -53,8 +57,9 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
 
 
 def sums_dtype(device: torch.device | str | None) -> torch.dtype:
-    """What sums over a whole stream are carried in: fp64, or fp32 where the device (mps) has none."""
-    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    """What sums over a whole stream are carried in: fp64, or fp32 where the device (as Apple's GPUs) has none."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return torch.float64 if host.has_float64(where) else torch.float32
 
 
 class LinearSums(NamedTuple):
@@ -438,7 +443,7 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
     phi, _ = features(q, False)
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
-    return out.view(batch, heads, length, -1)
+    return out.view(batch, heads, length, total.shape[-1] - 1)
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
