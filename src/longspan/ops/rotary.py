@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from longspan.ops.rows import check_floating
+
 
 def rotary_table(
     positions: Tensor, head_dim: int, *, base: "float | tuple[float, ...]" = 10000.0, dtype: torch.dtype = torch.float32
@@ -32,5 +34,6 @@ def rotary_table(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (batch, heads, length, head_dim) with each pair (i, i + head_dim / 2) turned by its angle."""
+    check_floating(x=x)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
