@@ -1,5 +1,6 @@
 """Files that survive a kill at any instant: written under a temporary name, flushed to disk, then renamed."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,50 +9,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from longspan.errors import CheckpointError
 
-HEADER = "longspan"
-
-
-def check_output_file(path: str | Path, option: str = "") -> Path:
-    """Check that a file can be written, before the work whose outcome it is to hold.
-
-    Args:
-        path: of the file; its folder must be there.
-        option: named in errors, such as `--save-state`.
-
-    Raises:
-        CheckpointError: a folder, no name at all, a folder that is missing, or a place that is not writable.
-    """
-    path, named = Path(path), f"{option} {path}" if option else str(path)
-    if path.is_dir():
-        raise CheckpointError(f"{named}: cannot be written: it is a folder; give the name of a file")
-    if not path.parent.exists():
-        raise CheckpointError(f"{named}: cannot be written: there is no folder {path.parent}; make it first")
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{named}: cannot be written: {path.parent} is not a folder")
-    # what is there already is replaced, so its folder decides; a pipe or a device is written to
-    place = path if path.exists() and not path.is_file() else path.parent
-    if not os.access(place, os.W_OK):
-        raise CheckpointError(f"{named}: cannot be written: {place} is not writable")
-    return path
-
-
-def check_output_folder(path: str | Path, option: str = "") -> Path:
-    """The same of a folder, which need not be there.
-
-    Raises:
-        CheckpointError: a file stands there or in the way, or the place is not writable.
-    """
-    path, named = Path(path), f"{option} {path}" if option else str(path)
-    there = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
-    if not there.is_dir():
-        raise CheckpointError(f"{named}: cannot be written: {there} is not a folder; choose another place")
-    if not os.access(there, os.W_OK):
-        raise CheckpointError(f"{named}: cannot be written: {there} is not writable")
-    return path
+HEADER, DIGEST = "longspan", "longspan.digest"
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -122,7 +85,23 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mappi
     # safetensors refuses tensors that share memory or have gaps
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {HEADER: json.dumps(dict(header))}
+    metadata[DIGEST] = tensors_digest(plain, metadata[HEADER])
     return write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], header: str) -> str:
+    """Digest of names, types, shapes and bytes of tensors, and of a file's header."""
+    digest = hashlib.blake2b(header.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def data_digest(data: Any) -> str:
+    """Digest of plain data, the same however it is laid out as JSON."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -139,6 +118,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # copies: the file's own memory is not aligned, and matrix products round differently on such tensors
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         header = json.loads(metadata[HEADER])
+        # files of earlier versions have no digest, and nothing else in its place either
+        if metadata.keys() != {HEADER} and metadata.get(DIGEST) != tensors_digest(tensors, metadata[HEADER]):
+            raise CheckpointError(f"{path}: damaged: its contents are not what was written")
     except KeyError:
         raise CheckpointError(f"{path}: a safetensors file, but not one that longspan wrote") from None
     except (safetensors.SafetensorError, ValueError, OSError) as error:

@@ -6,8 +6,11 @@
     lm_eval.simple_evaluate(LongspanLM("runs/xl"), tasks=["lambada_openai"])
 
 Contexts are read by sessions, so their length is free and their state constant where the mixers allow; what requests
-have in common is read once. Rolling likelihoods are of the whole text, never of windows. The harness finds the name
-`longspan` (`--model longspan --model_args run=runs/xl`) once this module is imported.
+have in common is read once. Rolling likelihoods are of the whole text, never of windows.
+
+On the command line it is `--model longspan --model_args run=runs/xl`: of `lm_eval` where the release looks for plugins
+(the entry point `longspan` of the group `lm_eval.models`), of `longspan-lm-eval`, or `python -m longspan.harness`, with
+any release (0.4.13 looks for none).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,7 @@ from longspan.errors import UnsupportedError
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
-    from lm_eval.api.registry import register_model  # type: ignore[import-untyped]
+    from lm_eval.api.registry import model_registry  # type: ignore[import-untyped]
 except ImportError as error:
     raise UnsupportedError("longspan.harness needs lm-eval; pip install 'longspan[eval]'") from error
 
@@ -29,7 +32,6 @@ from longspan.cli.runs import open_run
 from longspan.stream import StreamSession
 
 
-@register_model("longspan")
 class LongspanLM(TemplateLM):  # type: ignore[misc]
     """A model of this library, or one it converted, as the harness calls it.
 
@@ -147,3 +149,21 @@ def _common(one: list[int], other: list[int]) -> int:
         if first != second:
             return index
     return min(len(one), len(other))
+
+
+def main() -> None:
+    """The harness's own command line, with the model `longspan` known to it; a console script, and `python -m` this.
+
+    Releases of lm-eval that look for plugins find the model by its entry point, so that `lm_eval` itself is enough.
+    """
+    from lm_eval.__main__ import cli_evaluate  # type: ignore[import-untyped]
+
+    cli_evaluate()
+
+
+# a release that looks for plugins has the entry point there already, which is what has imported this module
+if "longspan" not in model_registry:
+    model_registry.register("longspan")(LongspanLM)
+
+if __name__ == "__main__":
+    main()

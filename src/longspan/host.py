@@ -44,9 +44,9 @@ def derive(function: Function, *tensors: Tensor) -> Tensor:
 
 def maximum(one: Tensor, other: Tensor) -> Tensor:
     """The larger of two tensors, knowing its values where both do."""
-    arrays = [getattr(tensor, _NAME, None) for tensor in (one, other)]
+    first, second = (getattr(tensor, _NAME, None) for tensor in (one, other))
     out = torch.maximum(one, other)
-    return out if any(array is None for array in arrays) else remember(out, np.maximum(*arrays))
+    return out if first is None or second is None else remember(out, np.maximum(first, second))
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:
@@ -137,3 +137,21 @@ def table(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs) if alone else remembered(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether tensors of float64 can be on a device; those of Apple's GPUs cannot."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def normal(*shape: int, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Normal numbers on the CPU, drawn where the generator is; None = torch's own for the CPU."""
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = dtype if has_float64(device) else torch.float32
+    return torch.randn(*shape, generator=generator, dtype=drawn, device=device).to("cpu", dtype)

@@ -3,6 +3,10 @@
 A state is what a mechanism or a model carries from one call to the next: a typed NamedTuple of batch-first tensors,
 nested where a model has layers or a mixer has parts. Offsets and counts are tensors too, one entry a row, so that
 every function here treats them alike. A state is a value: mixers never write into the one they are given.
+
+Sums that go on for as long as the stream are *accumulators*: fp32 at least, whatever the activations are. A state that
+has any names them by a method `accumulators()`, so that they stay what they are where a state changes its type. Those
+that only grow are in fp64 where the device has it, and named by a method `sums()` too.
 """
 
 import contextlib
@@ -30,6 +34,7 @@ __all__ = [
     "append",
     "clone",
     "detach",
+    "fit",
     "live",
     "load",
     "may_overwrite",
@@ -105,12 +110,44 @@ def select(state: S, index: Tensor) -> S:
 
 
 def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> S:
-    """The state on another device or in another floating-point type; counts keep their integer type."""
+    """The state on another device or in another floating-point type: what `init_state` of that type would be made of.
 
-    def convert(_: str, tensor: Tensor) -> Tensor:
-        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    Accumulators stay in fp32 at least, counts keep their integer type; what fits already is not copied.
+    """
+    return cast(S, _converted(state, None if device is None else torch.device(device), dtype, None))
 
-    return _map(convert, state)
+
+def fit(state: S, dtype: torch.dtype) -> S:
+    """`to` that type of activations: how a core takes up a state that another precision has left behind."""
+    return cast(S, _converted(state, None, dtype, None))
+
+
+def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, least: torch.dtype | None) -> Any:
+    """`to`; `least`: all of this is accumulators, of that type at least. The same object where nothing changes."""
+    if isinstance(state, Tensor):
+        if not state.is_floating_point():
+            return state if device is None else state.to(device)
+        kind = dtype or state.dtype
+        kind = kind if least is None else torch.promote_types(kind, least)
+        if kind == torch.float64 and not host.has_float64(device or state.device):
+            kind = torch.float32
+        if device is None:
+            return state if state.dtype == kind else state.to(kind)
+        return state.to(device, kind)
+    if state is None:
+        return None
+    fields = getattr(state, "_fields", None)
+    floor: dict[str, torch.dtype] = {}
+    for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
+        if fields is not None and hasattr(state, method):
+            floor |= dict.fromkeys(getattr(state, method)(), kind)
+    parts = [
+        _converted(part, device, dtype, least or (floor.get(fields[place]) if fields is not None else None))
+        for place, part in enumerate(state)
+    ]
+    if all(new is old for new, old in zip(parts, state, strict=True)):
+        return state
+    return type(state)(*parts) if fields is not None else tuple(parts)
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
@@ -135,10 +172,11 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
 
     Args:
         path: the file.
-        like: any state of the same model (`model.init_state(1)`), for the structure; batch and columns may differ.
+        like: any state of the same model (`model.init_state(1)`), for the structure, the types and the device; batch
+            and columns may differ.
 
     Returns:
-        The state and the header.
+        The state and the header. Numbers that were stored in another floating-point type come in that of `like`.
 
     Raises:
         CheckpointError: missing, damaged, or of another structure; says what differs.
@@ -156,7 +194,11 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
         if found.ndim != tensor.ndim or (tensor.ndim > 1 and found.shape[-1] != tensor.shape[-1]):
             shapes = f"{tuple(found.shape)}, expected one like {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
-    return _map(lambda name, tensor: stored[name].to(tensor.device), like), header
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: the state of another model: {name} is {found.dtype}, expected {tensor.dtype}"
+            )
+    return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 
 
 class Undo:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.models import Decoder, RecurrentMemory, RecurrentState, StackState, model_hash
 from longspan.version import __version__
 
@@ -54,6 +55,8 @@ class Scores(NamedTuple):
     Attributes:
         nats: (n,) what each cost given all before it (the first of a stream: given nothing, log(vocab_size)).
         likeliest: (n,) bool, whether no other token was likelier.
+
+    Both are on the model's device.
     """
 
     nats: Tensor
@@ -83,8 +86,9 @@ class StreamSession:
         segment = model.traits.segment or 256
         self.chunk = chunk or segment * -(-256 // segment)
         vocabulary = model.vocab_size
-        like = next(model.parameters())
-        self._settle(SessionState(model.init_state(1), like.new_zeros(1, vocabulary)), 0)
+        device, dtype = place_of(model)
+        logits = torch.zeros(1, vocabulary, device=device, dtype=dtype)
+        self._settle(SessionState(model.init_state(1), logits), 0)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -132,7 +136,7 @@ class StreamSession:
 
     @torch.no_grad()
     def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
-        nats, found = [self._state.logits.new_zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+        nats, found = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
             with states.owned(self._place.undo):
                 logits, following = self.model(part, self._place.state.model)
@@ -143,7 +147,7 @@ class StreamSession:
                     before = rows if first else torch.cat([self._place.state.logits, rows])
                     nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
                     if likeliest:
-                        found.append((before.argmax(-1) == wanted).cpu())
+                        found.append(before.argmax(-1) == wanted)
                 last = logits[:, -1].clone()
             self._advance(following, last, part.shape[1])
         return Scores(torch.cat(nats), torch.cat(found))
@@ -303,4 +307,6 @@ def sample(
         weights = weights.masked_fill(weights.cumsum(0) - weights >= top_p, 0)
     if top_k is not None:
         weights[top_k:] = 0
-    return int(tokens[torch.multinomial(weights, 1, generator=generator)])
+    # drawn where the generator is; None = the one of the logits' device
+    place = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
+    return int(tokens[place.to(tokens.device)])

@@ -88,7 +88,7 @@ def test_carried_memory_holds_no_graph_and_the_open_segment_does() -> None:
     assert not mixer(x[:, :4])[1].hidden.requires_grad, "a closed segment keeps nothing of the graph alive"
 
 
-def test_the_kept_distances_follow_the_weights() -> None:
+def test_distances_follow_the_weights() -> None:
     mixer = build(segment=4, mem_len=4)
     x = torch.randn(1, 8, 16, dtype=torch.float64)
     with torch.no_grad():
@@ -101,8 +101,8 @@ def test_the_kept_distances_follow_the_weights() -> None:
         assert torch.equal(mixer(x, state)[0], before)
 
 
-def test_the_kept_distances_follow_a_fused_optimiser() -> None:
-    """Fused optimisers leave `_version` as it is; a training forward therefore forgets what was kept."""
+def test_distances_follow_a_fused_optimiser() -> None:
+    """Fused optimisers leave `_version` as it is."""
     mixer = build(segment=4, mem_len=4)
     optimiser = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
     x = torch.randn(1, 8, 16, dtype=torch.float64)

@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -24,21 +25,79 @@ _PLAIN_WIDTH = 120
 
 
 def console() -> Console:
-    """A console on standard output; wide enough for whole lines where that is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    """A console on standard output; where that is no terminal, lines are never broken, and tables are 120 wide."""
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, width=None if terminal else _PLAIN_WIDTH, soft_wrap=not terminal)
+
+
+def print_command(text: str) -> None:
+    """Print a line with commands, which is never broken, so that it can be copied."""
+    console().print(text, markup=False, soft_wrap=True)
 
 
 def print_table(table: "Table", where: Console | None = None) -> None:
-    """Print a table of `longspan.report`."""
-    shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, title=table.caption or None, title_justify="left")
+    """Print a table of `longspan.report`, without a word cut: where columns are too narrow, row below row."""
+    out = where or console()
+    options: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    shown = RichTable(**options, title=table.caption or None, title_justify="left")
     for index, name in enumerate(table.columns):
         shown.add_column(name, justify="right" if index in table.right else "left", overflow="fold")
     for index, row in enumerate(table.rows):
-        state = table.state[index] if table.state else ""
         cells = [Text(cell) for cell in row]
-        cells[-1].stylize(_STYLES.get(state, ""))
+        cells[-1].stylize(_style(table, index))
         shown.add_row(*cells)
-    (where or console()).print(shown)
+    columns = [[name, *(row[index] for row in table.rows)] for index, name in enumerate(table.columns)]
+    # two edges, and two spaces between columns
+    room = out.width - 2 - 2 * (len(columns) - 1)
+    # figures and their units stay together where there is room for that
+    widths = column_widths(columns, room, whole=table.right) or column_widths(columns, room)
+    if widths is None:
+        _print_rows(table, out)
+        return
+    for column, width in zip(shown.columns, widths, strict=True):
+        column.width = width
+    out.print(shown, soft_wrap=False)
+
+
+def column_widths(columns: Sequence[Sequence[str]], room: int, whole: Sequence[int] = ()) -> list[int] | None:
+    """A width for each column, in `room` together, that no word is wider than; None where there is no room for that.
+
+    Args:
+        columns: of each the heading, then the cells.
+        room: for all columns together.
+        whole: columns whose cells are not broken between words either.
+    """
+    least = [max((len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
+    for index in whole:
+        least[index] = max(least[index], *(len(cell) for cell in columns[index][1:]), 1)
+    most = [max((len(line) for cell in cells for line in cell.splitlines()), default=1) for cells in columns]
+    widths, free = list(least), room - sum(least)
+    if free < 0:
+        return None
+    while free > 0 and (growing := [index for index, width in enumerate(widths) if width < most[index]]):
+        # the narrowest first, as they need least to hold a cell in one line
+        chosen = min(growing, key=lambda index: widths[index])
+        widths[chosen] += 1
+        free -= 1
+    return widths
+
+
+def _style(table: "Table", row: int) -> str:
+    return _STYLES.get(table.state[row] if table.state else "", "")
+
+
+def _print_rows(table: "Table", out: Console) -> None:
+    """A table whose columns do not fit: each row as lines of its own."""
+    if table.caption:
+        out.print(Text(table.caption, style="italic"))
+    for index, row in enumerate(table.rows):
+        first, *others = row
+        out.print(Text(first or "-", style="bold" if others else _style(table, index)))
+        for number, (name, cell) in enumerate(zip(table.columns[1:], others, strict=True)):
+            if cell:
+                text = Text(f"{name}: {cell}" if name else cell, overflow="fold")
+                text.stylize(_style(table, index) if number == len(others) - 1 else "")
+                out.print(Padding(text, (0, 0, 0, 2)))
 
 
 def say(text: str) -> None:
@@ -55,6 +114,13 @@ def interval(values: Sequence[float], digits: int = 4) -> str:
 def harmless(text: str) -> str:
     """Text without what a terminal would obey or a page may not hold, as a model may write anything."""
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
+
+
+class Progress(Protocol):
+    """Shows how far something is."""
+
+    def __call__(self, done: float, total: float = 1.0) -> None:
+        """So much of so much is done."""
 
 
 class StatusLine:
@@ -102,7 +168,7 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[[int, int], None]]:
+def reading_progress(what: str, *, every: float = 10.0) -> Iterator["Progress"]:
     """A function of what is done and all there is, which shows it on standard error with the time that is left.
 
     Args:
@@ -111,7 +177,7 @@ def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[[in
     """
     status, started = StatusLine(every=every, errors=True), time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: float, total: float = 1.0) -> None:
         share = done / max(total, 1)
         left = (time.monotonic() - started) * (1 - share) / share if share else math.nan
         eta = "" if math.isnan(left) else f", {clock(left)} left"

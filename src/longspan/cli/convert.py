@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, say
+from longspan.cli.console import console, print_command, say
 from longspan.cli.options import DeviceOption, DtypeOption, parse_dtype
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import check_output_folder
 
 
 def convert(
@@ -82,10 +82,9 @@ def convert(
     if not report.bounded:
         say("the state of this model grows with the text")
     name = shlex.quote(str(output))
-    console().print(
+    print_command(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
         f"longspan train pretrained --set model.source={name}",
-        markup=False,
     )
 
 

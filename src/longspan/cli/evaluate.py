@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, interval, print_table
+from longspan.cli.console import console, interval, print_table, reading_progress
 from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
 from longspan.cli.options import DeviceOption, DtypeOption, place
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import SET_HELP, is_pretrained_folder, open_any_run
 from longspan.errors import ConfigError
-from longspan.files import check_output_folder
 
 SPLIT = "validation"
 CONTEXTS = "256,1024,4096,16384,65536"
@@ -103,6 +103,7 @@ def evaluate(
     if output:
         check_output_folder(output, "--output")
     _check(task_, output, contexts, split if files else "")
+    _check_files(files or [])
     given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
@@ -140,6 +141,21 @@ def _check(task: str, output: str, contexts: str, split: str) -> None:
         raise ConfigError(f"--split {split!r}: of the run's own text; leave it out, or the files")
 
 
+def _check_files(files: list[str]) -> None:
+    """A second run is no text.
+
+    Raises:
+        ConfigError: a file is a folder of a run or of a model.
+    """
+    from pathlib import Path
+
+    from longspan.models.io import is_converted
+
+    for file in files:
+        if (Path(file) / "recipe.json").is_file() or is_converted(file):
+            raise ConfigError(f"{file}: a run, not a text; one run is evaluated at a time: longspan eval {file}")
+
+
 def _refuse(why: str, given: dict[str, Any]) -> None:
     """Name options that would be passed over."""
     if names := [name for name, value in given.items() if value]:
@@ -158,8 +174,13 @@ def _eval_text(
     # of a model that streams, segments of any length are read in calls of this size
     chunk = min(asked.segment, CHUNK) if model.traits.streams else asked.segment
     options: dict[str, Any] = {"unit": task.unit, "chunk": chunk}
-    found = {"with memory": evaluate_text(model, documents, **options)} if model.traits.streams else {}
-    found["without memory"] = evaluate_text(model, documents, **options, memory=False, segment_length=asked.segment)
+    found = {}
+    if model.traits.streams:
+        with reading_progress("reading with memory") as show_progress:
+            found["with memory"] = evaluate_text(model, documents, **options, progress=show_progress)
+    options |= {"memory": False, "segment_length": asked.segment}
+    with reading_progress("reading without memory") as show_progress:
+        found["without memory"] = evaluate_text(model, documents, **options, progress=show_progress)
     if as_json:
         print(json.dumps(figures(found), indent=2))
     else:
@@ -220,7 +241,10 @@ def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: boo
     records = []
     for length in _numbers("--lengths", lengths, "5000,131072"):
         longer = type(task)(dataclasses.replace(task.config, length=length))
-        records.append(evaluate_depths(model, longer, depths=DEPTHS, count=-(-count // len(DEPTHS))).record())
+        with reading_progress(f"asking in {length:,} bytes") as show_progress:
+            rows_each = -(-count // len(DEPTHS))
+            found = evaluate_depths(model, longer, depths=DEPTHS, count=rows_each, progress=show_progress)
+        records.append(found.record())
     rows = [
         (
             f"{each['length']:,}",
@@ -238,10 +262,11 @@ def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool
     from longspan.train import evaluate_answers
 
     kind = task.config.kind
-    records = [
-        evaluate_answers(model, task, segments=number, count=count, kinds=(kind,))[kind].record()
-        for number in _numbers("--segments", segments, "1,16,256")
-    ]
+    records = []
+    for number in _numbers("--segments", segments, "1,16,256"):
+        with reading_progress(f"asking after {number:,} segments") as show_progress:
+            options: dict[str, Any] = {"segments": number, "count": count, "kinds": (kind,), "progress": show_progress}
+            records.append(evaluate_answers(model, task, **options)[kind].record())
     rows = [
         (
             f"{each['segments']:,}",

@@ -13,11 +13,11 @@ import typer
 
 from longspan.cli.console import harmless, reading_progress, say
 from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_file
 from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.cli.stream import open_session
 from longspan.errors import ConfigError, DataError
-from longspan.files import check_output_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from longspan.cli.console import console, interval, print_table, say
+from longspan.cli.console import console, interval, print_table, reading_progress, say
 from longspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -166,7 +166,8 @@ def measure(model: Any, task: "TextTask", documents: "Documents", asked: Asked) 
     ways[f"segments of {asked.segment:,}"] = lm.Window(asked.segment, asked.segment)
     ways |= {f"context {each.context:,}:{each.stride:,}": each for each in windows}
     for name, window in ways.items():
-        nats[name] = lm.place_nats(model, documents, window, chunk=CHUNK)
+        with reading_progress(f"reading, {name}") as show:
+            nats[name] = lm.place_nats(model, documents, window, chunk=CHUNK, progress=show)
     words = _words(task, counts, asked, notes)
     first, *others = nats
     compared = dict(list(nats.items())[:2]) if model.traits.streams else {first: nats[first]}

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from longspan.cli.console import console, print_table, say
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
-from longspan.files import check_output_folder
 
 
 def reproduce(

@@ -9,10 +9,10 @@ import typer
 
 from longspan.cli.console import StatusLine, say
 from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_file, check_output_folder
 from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, open_run
 from longspan.errors import ConfigError, DataError, LongspanError
-from longspan.files import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from longspan.cli.streaming import Block, Records
@@ -158,7 +158,7 @@ def _read(session: "StreamSession", tokenizer: "Tokenizer", plan: Plan, records:
                     session.save(plan.save_state)
                     saved = True
                 records.write(last, nats)
-                status.show(last.line())
+                status.show(*last.lines())
         except (LongspanError, OSError) as error:
             # text that cannot be read on, a full disk, a reader of the output that has left
             raise _kept(error, last, session, plan, saved) from None

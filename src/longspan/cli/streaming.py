@@ -65,15 +65,14 @@ class Block:
         """Bytes of the file that the state knows; what goes on begins there."""
         return self.read - self.held_back
 
-    def line(self) -> str:
-        """In words, of even width."""
+    def lines(self) -> tuple[str, ...]:
+        """In words, of even width, for 80 columns; then shorter, for fewer."""
         from longspan.report import si_bytes
 
-        memory = "" if self.resident is None else f"  {si_bytes(self.resident):>10} held"
-        return (
-            f"{self.bytes:>13,} bytes  {self.bits_per_byte:6.4f} bits/byte (all {self.mean_bits_per_byte:6.4f})  "
-            f"{self.bytes_per_second:>9,.0f} bytes/s{memory}"
-        )
+        begin = f"{self.bytes:>11,} bytes  {self.bits_per_byte:6.4f} bits/byte"
+        whole = f"{begin} (all {self.mean_bits_per_byte:6.4f})  {self.bytes_per_second:>7,.0f} bytes/s"
+        memory = () if self.resident is None else (f"{whole}  {si_bytes(self.resident):>9}",)
+        return (*memory, whole, f"{begin}  {self.bytes_per_second:>7,.0f}/s", begin, f"{self.bytes:,} bytes")
 
     def record(self) -> dict[str, Any]:
         """As plain data for a log."""
@@ -315,6 +314,7 @@ class Records:
             raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what a full disk did not take is lost, as `write` has said."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, say
+from longspan.cli.console import console, print_command, say
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
-from longspan.files import check_output_folder
 
 
 def train(
@@ -96,4 +96,4 @@ def _print_result(result: Any, name: str) -> None:
         "memory": f"longspan eval {name} --segments 1,16,256",
         "text": f"longspan eval {name} | longspan stream {name} FILE | longspan generate {name}",
     }
-    out.print(f"next: {further.get(kind, f'longspan eval {name}')}", markup=False)
+    print_command(f"next: {further.get(kind, f'longspan eval {name}')}")

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from longspan.cli.console import console
+from longspan.cli.console import console, terminal_width
 from longspan.train import Silent
 
 Columns = Sequence[tuple[str, int]]
@@ -34,6 +34,7 @@ class TrainingTable(Silent):
         self._fraction = 0.0
         self._pinned = time.monotonic()
         self._live: Live | None = None
+        self._evaluation = ""
 
     def start(self, title: str) -> None:
         """Print the title and the headings."""
@@ -54,6 +55,12 @@ class TrainingTable(Silent):
             self._fraction = line["fraction"]
             if time.monotonic() - self._pinned >= self.every:
                 self._pin()
+        if self._live is not None:
+            self._live.update(self._draw())
+
+    def evaluating(self, read: int, total: int) -> None:
+        """Say how far an evaluation is, below the table."""
+        self._evaluation = f"reading held-back documents: {read / max(total, 1):.0%}" if read < total else ""
         if self._live is not None:
             self._live.update(self._draw())
 
@@ -89,13 +96,25 @@ class TrainingTable(Silent):
 
     def _draw(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name, width in self.columns:
-            table.add_column(name, justify="right", min_width=width)
+        width = terminal_width(sys.stdout)
+        shown = self._fitting(width)
+        for index in shown:
+            name, least = self.columns[index]
+            table.add_column(name, justify="right", min_width=least, no_wrap=True)
         for row in self._rows[-20:]:
-            table.add_row(*row)
+            table.add_row(*(row[index] for index in shown))
         if self._last:
-            table.add_row(*(Text(cell, style="bold") for cell in self._last))
-        return Group(table, ProgressBar(total=1.0, completed=self._fraction, width=60))
+            table.add_row(*(Text(self._last[index], style="bold") for index in shown))
+        bar = ProgressBar(total=1.0, completed=self._fraction, width=min(60, width - 1))
+        return Group(table, bar, *([Text(self._evaluation, no_wrap=True)] if self._evaluation else []))
+
+    def _fitting(self, width: int) -> list[int]:
+        """The columns that a terminal has room for: memory and speed are left out first."""
+        shown = list(range(len(self.columns)))
+        for least in ("memory", "tokens/s", "tokens each"):
+            if sum(self.columns[index][1] + 1 for index in shown) > width:
+                shown = [index for index in shown if self.columns[index][0] != least]
+        return shown
 
 
 def cells(line: dict[str, Any]) -> list[str]:

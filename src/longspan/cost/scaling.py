@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 _SINGULAR = 1e-4
 # nor is a parameter that changes them so much less than another
 _SILENT = 1e-6
+# logarithm of a parameter; beyond it there are no more numbers
+_LARGEST = 700.0
 PF_DAY = 8.64e19
 """FLOPs of a petaflop/s-day"""
 KAPLAN_CRITICAL = (2e8, 0.21)
@@ -86,7 +88,9 @@ class Fit:
     def predict(self, **at: Any) -> Any:
         """The loss at `x`, or at `N` and `D`; numbers or arrays."""
         form = _FORMS[self.form]
-        return form.loss([self.parameters[name] for name in form.names], *(np.asarray(at[key]) for key in form.inputs))
+        with np.errstate(over="ignore"):
+            values = [self.parameters[name] for name in form.names]
+            return form.loss(values, *(np.asarray(at[key]) for key in form.inputs))
 
 
 @dataclass(frozen=True)
@@ -222,12 +226,15 @@ def _undetermined(shape: _Form, columns: list[Array], best: list[float]) -> tupl
     at, step = np.log(np.maximum(best, 1e-300)), 1e-5
 
     def losses(values: Array) -> Array:
-        return np.asarray(np.log(shape.loss(np.exp(values), *inputs)))
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            return np.asarray(np.log(shape.loss(np.exp(values), *inputs)))
 
     slopes = [(losses(at + each) - losses(at - each)) / (2 * step) for each in step * np.eye(len(best))]
-    jacobian = np.nan_to_num(np.stack(slopes, axis=1))
+    jacobian = np.nan_to_num(np.stack(slopes, axis=1), posinf=0.0, neginf=0.0)
     sizes = np.linalg.norm(jacobian, axis=0)
     silent = sizes <= _SILENT * sizes.max()
+    if silent.all():
+        return shape.names
     _, strengths, directions = np.linalg.svd(jacobian[:, ~silent] / sizes[~silent], full_matrices=False)
     lost = silent.copy()
     weak = directions[strengths < _SINGULAR * strengths[0]]
@@ -258,7 +265,7 @@ def _solve(
 
     def error(values: Array) -> Array:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            found = np.log(form.loss(np.exp(np.clip(values, -700, 700)), *inputs)) - target
+            found = np.log(form.loss(np.exp(np.clip(values, -_LARGEST, _LARGEST)), *inputs)) - target
         return np.asarray(np.nan_to_num(found, nan=1e3, posinf=1e3, neginf=-1e3))
 
     best: Any = None
@@ -277,7 +284,8 @@ def _solve(
         )
         if best is None or found.cost < best.cost:
             best = found
-    values = [float(value) for value in np.exp(best.x)]
+    # of runs that are nearly alike the scale may lie beyond all numbers, which it then has no part in
+    values = [float(value) for value in np.exp(np.clip(best.x, -_LARGEST, _LARGEST))]
     return values, float(np.sqrt(np.mean(error(best.x) ** 2)))
 
 

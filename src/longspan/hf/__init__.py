@@ -1,6 +1,7 @@
 """Hugging Face: the library's models as models of transformers, pretrained models converted. Needs the extra `hf`.
 
-`import longspan.hf` registers `LongspanConfig` and its models: `AutoModelForCausalLM.from_pretrained` finds them.
+`import longspan.hf` registers `LongspanConfig` and its models, and the folders of converted models:
+`AutoModelForCausalLM.from_pretrained` finds them.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +15,9 @@ except ImportError as error:
 
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.hf.convert import Report, after_step, convert, cores, load, parameter_groups, penalties, revert
+from longspan.hf.convert import Report, after_step, convert, cores, parameter_groups, penalties, revert
 from longspan.hf.import_checkpoint import import_checkpoint
+from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.hf.training import AfterStep, TrainerLoss
 from longspan.lazy import submodules_of
@@ -49,3 +51,4 @@ transformers.AutoModelForMaskedLM.register(LongspanConfig, LongspanForMaskedLM, 
 transformers.AutoModelForSequenceClassification.register(
     LongspanConfig, LongspanForSequenceClassification, exist_ok=True
 )
+register()

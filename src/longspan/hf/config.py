@@ -21,7 +21,8 @@ class LongspanConfig(PreTrainedConfig):
     """
 
     model_type = "longspan"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # a list, as the Trainer adds to it; "cache" is the name from transformers 5.24 on
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     model: dict[str, Any] | None = None
     vocab_size: int = 256

@@ -5,13 +5,11 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import contextlib
 import dataclasses
 import functools
 import types
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +17,18 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.errors import CheckpointError, ConfigError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
-from longspan.hf.families import Family, Found, find
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.hf.cache import on_device, take_cache
+from longspan.hf.calls import Call, check_caches, prepare_call
+from longspan.hf.converted_config import CORE, mark, unmark
+from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.wrappers import unwrapped
-from longspan.mixers import Rows
 from longspan.mixers.base import Core, merge_traits, special_groups, with_graph
+from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
 
-CORE = "longspan"
 _STRONGLY_LOCAL = -4.0
 
 
@@ -57,25 +56,6 @@ class Report:
         return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
 
 
-@dataclass
-class Call:
-    """One call of a converted model, handed from layer to layer.
-
-    Attributes:
-        rows: where the real tokens are.
-        before: the state of each converted layer, by its index.
-        after: the same behind the call, filled by the layers.
-        penalties: auxiliary losses.
-        graph: a graph is built.
-    """
-
-    rows: Rows
-    before: dict[int, Any]
-    after: dict[int, Any] = field(default_factory=dict)
-    penalties: list[Tensor] = field(default_factory=list)
-    graph: bool = field(default_factory=torch.is_grad_enabled)
-
-
 class Converted:
     """Stands before the class of a converted attention module; see `convert`."""
 
@@ -85,8 +65,8 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class; the converted one is made of it again where they are read."""
-        _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return (_blank, (original_class(self),), *rest)
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return (_blank, (original_class(self),), *reduced[2:])
 
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
@@ -94,19 +74,21 @@ class Converted:
             raise UnsupportedError(
                 "a converted attention module was called outside its model; call the model, or longspan.hf.revert it"
             )
+        check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
         q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
-        out, following = self.longspan(q, k, v, longspan_call.before.get(index), rows, penalties=penalties)
+        before = on_device(longspan_call.before.get(index), hidden_states.device)
+        before = self.longspan.fit(before, k)
+        out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         if not out.numel():
             out = with_graph(out, self.longspan, q, k, v)
+        longspan_call.finish(index, following, hidden_states.device)
         # gates and projections may be of another precision than the model
-        if rows.length:
-            longspan_call.after[index] = following
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
 
@@ -144,6 +126,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
+    model = unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -153,7 +136,6 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = found.attentions[index]
-        like = next(attention.parameters())
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
         if core.needs_hidden:
             raise UnsupportedError(
@@ -162,12 +144,12 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             )
         if core.traits.bidirectional is False and not found.family.causal:
             raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
-        cores[index] = core.to(like.device)
+        cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
-    model.config.longspan = [*(getattr(model.config, "longspan", None) or []), record]
+    mark(model.config, record)
     return _report(model, name, chosen, record["fields"])
 
 
@@ -190,6 +172,7 @@ def revert(model: Any) -> None:
     Raises:
         ConfigError: the model is not converted.
     """
+    model = unwrapped(model)
     found = find(model)
     converted = [each for each in found.attentions if isinstance(each, Converted)]
     if not converted:
@@ -200,7 +183,7 @@ def revert(model: Any) -> None:
         _turn(attention, original_class(attention))
     for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
-    del model.config.longspan
+    unmark(model.config)
 
 
 def cores(model: Any) -> dict[int, Core]:
@@ -222,7 +205,8 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
 
 
 def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    _turn(attention, converted_class(type(attention)))
+    original: Any = type(attention)
+    _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
     attention.longspan_family, attention.longspan_index = family, index
 
@@ -253,84 +237,17 @@ def _turn(attention: Any, cls: Any) -> None:
 def _hook(base: Any) -> None:
     if "longspan_hooks" not in base.__dict__:
         base.__dict__["longspan_hooks"] = [
-            base.register_forward_pre_hook(_before, with_kwargs=True),
+            base.register_forward_pre_hook(prepare_call, with_kwargs=True),
             base.register_forward_hook(_after, with_kwargs=True),
         ]
 
 
-def _given(kwargs: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
-    given: Tensor | None = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    if given is None and args:
-        given = args[0]
-    if given is None:
-        raise ConfigError("give input_ids or inputs_embeds to a converted model by name")
-    return given
-
-
-def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Lay out the call, and hand it to the layers; a cache that holds keys becomes one that holds states."""
-    given, found = _given(kwargs, args), find(base)
-    converted = [isinstance(each, Converted) for each in found.attentions]
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        # training reads segments without a past; a cache would keep their graphs alive
-        use_cache = getattr(base.config, "use_cache", False) and not base.training
-    cache = kwargs.get("past_key_values")
-    if found.family.causal and not isinstance(cache, StateCache) and (use_cache or cache is not None):
-        if cache is not None and cache.get_seq_length():
-            raise ConfigError("past_key_values come from the model before it was converted; start anew")
-        cache = kwargs["past_key_values"] = StateCache(converted) if _streams(found) else None
-    if found.family.causal:
-        kwargs["use_cache"] = cache is not None
-    before = {}
-    if cache is not None:
-        cache.begin()
-        before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
-    first = next((each for each in before.values() if each is not None), None)
-    mask = _mask(kwargs.get("attention_mask"), given)
-    offset = states.live(first, given.shape[0], given.device)
-    rows = Rows(offset, given.shape[1], mask, kwargs.pop("longspan_reset", None))
-    most = found.family.max_positions(base)
-    if most is not None and rows.batch and int(rows.live.max()) > most:
-        raise UnsupportedError(
-            f"position {int(rows.live.max()) - 1} is past the {most} learned positions of this "
-            f"{base.config.model_type}; cut the text there, or convert a model with RoPE"
-        )
-    kwargs["longspan_call"] = Call(rows, before)
-    if all(converted):
-        # nobody reads it, and for a long padded batch it would be a matrix of its length squared
-        kwargs["attention_mask"] = None
-        if found.family.causal and kwargs.get("position_ids") is None:
-            # without the mask transformers would count padding
-            positions = rows.positions.expand(rows.batch, -1)
-            kwargs["position_ids"] = rows.scatter(positions[..., None])[..., 0]
-    return args, kwargs
-
-
-def _streams(found: Found) -> bool:
-    return all(each.longspan.traits.streams for each in found.attentions if isinstance(each, Converted))
-
-
-def _mask(mask: Tensor | None, given: Tensor) -> Tensor | None:
-    """The columns of this call, of a mask that may cover earlier ones."""
-    if mask is None:
-        return None
-    if mask.ndim != 2:
-        raise UnsupportedError(
-            f"attention_mask of shape {tuple(mask.shape)}: a converted model takes (batch, length), 1 for real tokens"
-        )
-    real = mask[:, -given.shape[1] :].bool()
-    return None if bool(real.all()) else real
-
-
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Keep the states, where there is a cache."""
-    cache, call = kwargs.get("past_key_values"), kwargs["longspan_call"]
-    if isinstance(cache, StateCache):
-        for index, layer in enumerate(cache.layers):
-            if isinstance(layer, StateLayer):
-                layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+    call: Call = kwargs["longspan_call"]
+    cache = take_cache(dict(kwargs))
+    if cache is not None:
+        call.advance(cache)
         cache.end()
     base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 
@@ -358,57 +275,6 @@ def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, An
     kept = [each for each in found.attentions if not isinstance(each, Converted)]
     traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
     return Report(name, layers, fields, new, traits.bounded and not kept)
-
-
-def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
-    """A converted model that `save_pretrained` wrote: the model, its conversion, its new parameters.
-
-    Args:
-        folder: that holds config.json and safetensors.
-        auto: class that loads the original; default `AutoModelForCausalLM`, or `AutoModel` for encoders.
-        options: of `from_pretrained`.
-
-    Raises:
-        CheckpointError: the folder holds no converted model, or lacks parameters of it.
-    """
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
-    records = getattr(config, CORE, None)
-    if not records:
-        raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
-    del config.longspan
-    if auto is None:
-        encoder = config.model_type in ("bert", "roberta")
-        auto = AutoModel if encoder else AutoModelForCausalLM
-    with _expected(auto, config):
-        model = auto.from_pretrained(folder, config=config, **options)
-    for record in records:
-        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
-    stored: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        stored |= {key: value for key, value in load_file(path).items() if f".{CORE}." in key}
-    missing = [key for key in model.state_dict() if f".{CORE}." in key and key not in stored]
-    if missing:
-        raise CheckpointError(f"{folder}: {missing[0]} is missing")
-    # as they were stored: gates are fp32 beside weights of any type
-    model.load_state_dict(stored, strict=False, assign=True)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def _expected(auto: Any, config: Any) -> Iterator[None]:
-    """Keep transformers from reporting the parameters of mechanisms, which it does not load, as unexpected."""
-    known = getattr(auto, "_model_mapping", {})
-    cls = known.get(type(config), auto)
-    before = cls.__dict__.get("_keys_to_ignore_on_load_unexpected")
-    cls._keys_to_ignore_on_load_unexpected = [*(before or []), rf"\.{CORE}\."]
-    try:
-        yield
-    finally:
-        cls._keys_to_ignore_on_load_unexpected = before
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

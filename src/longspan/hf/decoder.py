@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
-from longspan.hf.convert import after_step, cores, load, parameter_groups
+from longspan.hf.cache import CACHE, StateCache, StateLayer
+from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
+from longspan.hf.loading import load
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
+from longspan.mixers.maps import place_of
 from longspan.models import Head, StackState
-from longspan.models.head import linear_head
+from longspan.models.head import CalledHead, linear_head
 from longspan.state import all_or_nothing
 
 
@@ -85,7 +87,7 @@ class ConvertedDecoder(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StackState:
         """The state of an empty past."""
-        like = next(self.inner.parameters())
+        like = place_of(self.inner)
         where = torch.device(device or like.device)
         states = tuple(core.init_state(batch_size, where, dtype or like.dtype) for core in self.layers)
         return StackState(states, torch.zeros(batch_size, dtype=torch.int64, device=where))
@@ -129,7 +131,7 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(base, tokens, state, mask, reset, penalties)
         return out.last_hidden_state, following
 
-    def head(self) -> Head:
+    def head(self) -> Head | CalledHead:
         """The language-model head.
 
         Raises:
@@ -173,9 +175,9 @@ class ConvertedDecoder(nn.Module):
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
-            past_key_values=cache,
             use_cache=True,
-            longspan_reset=reset,
+            reset=reset,
+            **{CACHE: cache},
             **options,
         )
         if penalties is not None:

@@ -41,6 +41,10 @@ class Family:
         """Learned positions there are; None = positions are turned or left out, and there is no end."""
         return None
 
+    def first_position(self, model: Any) -> int:
+        """The position that a document's first token has."""
+        return 0
+
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim), before positions."""
         raise NotImplementedError
@@ -51,7 +55,7 @@ class Family:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
 
 
 def _check_scaling(scaling: float, head_dim: int, what: str) -> None:
@@ -161,6 +165,11 @@ class Bert(Family):
             raise UnsupportedError(f"{model.config.model_type}: built as a decoder; only the encoder form converts")
         return Shape(dim=heads * head_dim, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, causal=False)
 
+    def first_position(self, model: Any) -> int:
+        """RoBERTa counts from behind the id of its padding."""
+        roberta = model.config.model_type == "roberta"
+        return int(self.base(model).embeddings.padding_idx) + 1 if roberta else 0
+
     def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
         maps, head_dim = (attention.query, attention.key, attention.value), attention.attention_head_size
@@ -173,6 +182,11 @@ class Bert(Family):
 
 
 _FAMILIES: tuple[Family, ...] = (Llama(), GPT2(), Bert())
+
+
+def model_types() -> tuple[str, ...]:
+    """The types of models that convert, as transformers calls them."""
+    return tuple(kind for family in _FAMILIES for kind in family.model_types)
 
 
 @dataclass(frozen=True)
@@ -193,5 +207,5 @@ def find(model: Any) -> Found:
     for family in _FAMILIES:
         if kind in family.model_types:
             return Found(family, list(family.attentions(model)))
-    known = ", ".join(each for family in _FAMILIES for each in family.model_types)
+    known = ", ".join(model_types())
     raise UnsupportedError(f"a model of type {kind!r} does not convert; these do: {known}")

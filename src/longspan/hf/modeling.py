@@ -10,12 +10,26 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
+from longspan.hf.generation import StateGeneration
+from longspan.hf.keywords import known_keywords, settle_keywords
 from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
-from longspan.hf.outputs import LongspanCausalOutput, LongspanClassifierOutput, LongspanMaskedOutput, auxiliary
+from longspan.hf.outputs import (
+    LongspanCausalOutput,
+    LongspanClassifierOutput,
+    LongspanMaskedOutput,
+    auxiliary,
+    kept_columns,
+    take_options,
+)
+from longspan.hf.positions import PACKING, Documents, Past, documents
+from longspan.mixers import Rows
 from longspan.models import RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+
+# what the loss functions of transformers take
+_LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -39,8 +53,12 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
     kinds: tuple[str, ...] = ()
     loss_kind = ""
+    _flush = False
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
         super().__init__(config)
@@ -82,9 +100,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         self._stack.embedding = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The output map, where it is one of its own and a plain one."""
+        """The output map, where it is one of its own and a linear one."""
         output = getattr(self._stack, "output", None)
-        return output if isinstance(output, nn.Linear) else None
+        return output if isinstance(output, nn.Module) and hasattr(output, "out_features") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Another output map."""
@@ -105,8 +123,9 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         stack = self._stack
         stack.config = dataclasses.replace(stack.config, vocab_size=size)
         if getattr(stack, "output_bias", None) is not None:
-            old = stack.output_bias.data
-            stack.output_bias = nn.Parameter(F.pad(old, (0, max(size - len(old), 0)))[:size])
+            old = stack.output_bias
+            padded = F.pad(old.data, (0, max(size - len(old), 0)))[:size].clone()
+            stack.output_bias = nn.Parameter(padded, requires_grad=old.requires_grad)
         return found
 
     @property
@@ -118,8 +137,65 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
         return [] if self.training else None
 
+    def _documents(
+        self, inputs: Tensor | None, keywords: dict[str, Any], past: Past | None = None, **arguments: Any
+    ) -> Documents:
+        """Padding and documents of a call; unknown keywords are refused.
+
+        Args:
+            inputs: token ids or embeddings.
+            keywords: those of the call that its signature does not name; what is read here is taken out.
+            past: what the rows hold already; None = nothing.
+            arguments: attention_mask, mask, reset and position_ids.
+        """
+        if inputs is None:
+            raise ConfigError("give input_ids or inputs_embeds")
+        arguments |= {name: keywords.pop(name) for name in PACKING if name in keywords}
+        settle_keywords(keywords, {*known_keywords(type(self).forward), *_LOSS_KEYWORDS}, type(self).__name__)
+        if past is None:
+            past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
+        packed = documents(inputs, past, arguments)
+        if packed.ahead and getattr(self._stack.config, "positions", None) in ("learned", "factorised"):
+            raise UnsupportedError(
+                "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
+                "leave position_ids out, or begin at 0 (padding goes by attention_mask)"
+            )
+        return packed
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        state: Any = None,
+        *,
+        mask: Tensor | None,
+        reset: Tensor | None = None,
+        penalties: list[Tensor] | None,
+        hidden_states: bool,
+    ) -> tuple[Tensor, Any, Rows, tuple[Tensor, ...] | None]:
+        """The model without its head: last hidden states (B, N, dim), gathered, the next state, the rows, and, if they
+        are wanted, the hidden states (B, N, dim) before each layer and at the end, zeros at padding.
+        """
+        if isinstance(self.model, RecurrentMemory):
+            if input_ids is None:
+                raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
+            if hidden_states:
+                raise UnsupportedError(
+                    "output_hidden_states: a recurrent memory runs its layers once a segment, memory tokens included; "
+                    "model.model.hidden(tokens) gives the last hidden states"
+                )
+            (h, seen), following, rows = self.model.run(
+                input_ids, state, mask=mask, reset=reset, penalties=penalties, flush=self._flush, traces=None
+            )
+            return (h if seen is None else h.masked_fill(~seen, 0)), following, rows, None
+        inputs: list[Tensor] | None = [] if hidden_states else None
+        h, following, rows = self.model.run(input_ids, state, mask, reset, penalties, inputs_embeds, inputs=inputs)
+        layers = None if inputs is None else (*(rows.scatter(each) for each in inputs), rows.scatter(h))
+        return h, following, rows, layers
+
     def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
+        if not self._stack.config.reversible:  # whose blocks are recomputed in any case
+            self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
         """Recompute blocks in the backward pass (always without re-entry)."""
@@ -132,10 +208,16 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether blocks are recomputed."""
-        return bool(self._stack.config.checkpoint)
+        return bool(self._stack.config.checkpoint or self._stack.config.reversible)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same, by its newer name."""
+        return self.is_gradient_checkpointing
 
 
-class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+# transformers looks for GenerationMixin among the direct bases
+class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
@@ -154,69 +236,89 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> LongspanCausalOutput:
+    ) -> LongspanCausalOutput | tuple[Any, ...]:
         """As causal models of transformers are called.
 
         Args:
             input_ids: (batch, length).
             attention_mask: (batch, length) or (batch, past + length), 1 for real tokens; padding anywhere.
-            past_key_values: what the last call returned.
+            past_key_values, cache: what the last call returned, by either name.
             inputs_embeds: (batch, length, dim) in place of input_ids.
             labels: (batch, length), predicted from the tokens before them; -100 is left out. Auxiliary losses of the
                 mixers are part of the loss in training.
             use_cache: return the state; default: where no labels are given.
-            logits_to_keep: only so many of the last columns' logits; 0 = all.
+            logits_to_keep: only so many of the last columns' logits; 0 = all. Or the indices (columns,) of those that
+                are wanted.
+            position_ids: (batch, length); a 0 among real tokens starts a document (packed rows), every other one must
+                follow the one before it. For `cu_seq_lens_q` and `seq_idx` see `longspan.hf.positions`.
+            mask: (batch, length) bool, True = real token: `attention_mask` as the library calls it.
+            reset: (batch, length) bool, True = a new document starts here.
+
+        `output_hidden_states=True` returns the hidden states before each layer and after the last norm, and
+        `return_dict=False` a plain tuple.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ConfigError("give input_ids or inputs_embeds")
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, StateCache):
-            if cache.get_seq_length():
-                raise ConfigError("past_key_values: this model carries a longspan state, not keys and values")
-            cache = None
-        use_cache = (labels is None and self.config.use_cache) if use_cache is None else use_cache
-        if cache is None and use_cache and self.model.traits.streams:
-            cache = StateCache([True])
-        mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
-        if cache is not None:
-            cache.begin()
-        layer = None if cache is None else cast(StateLayer, cache.layers[0])
-        penalties = self._penalties()
-        logits, state = self.model(
-            input_ids,
-            None if layer is None else layer.state,
+        options = take_options(kwargs, self.config)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        wanted = labels is None and bool(self.config.use_cache) if use_cache is None else use_cache
+        carried = self._carried(take_cache({"cache": cache, "past_key_values": past_key_values}), wanted, use_cache)
+        packed = self._documents(
+            inputs,
+            kwargs,
+            None if carried is None or inputs is None else self._past(carried, inputs),
+            attention_mask=attention_mask,
             mask=mask,
-            penalties=penalties,
-            **({} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}),
+            reset=reset,
+            position_ids=position_ids,
         )
-        if layer is not None:
-            layer.advance(state, given.shape[1])
-            cache.end()
-        loss = None
-        if labels is not None:
+        assert inputs is not None
+        layer = None if carried is None else cast(StateLayer, carried.layers[0])
+        penalties = self._penalties()
+        h, state, rows, hidden_states = self._run(
+            input_ids,
+            inputs_embeds,
+            None if layer is None else on_device(layer.state, inputs.device),
+            mask=packed.mask,
+            reset=packed.reset,
+            penalties=penalties,
+            hidden_states=options.hidden_states,
+        )
+        if carried is not None and layer is not None:
+            layer.advance(state, inputs.shape[1])
+            carried.shift = packed.shift
+            if carried.offloading:
+                layer.offload()
+            carried.end()
+        loss, columns = None, kept_columns(logits_to_keep)
+        if labels is None:
+            real = None if packed.mask is None else packed.mask[:, columns]
+            logits = self._logits(rows.scatter(h)[:, columns], real)
+        else:
+            logits = rows.scatter(self._logits(h))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             scored = next_labels(labels, kwargs.get("shift_labels"))
             loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
-        if logits_to_keep:
-            logits = logits[:, -logits_to_keep:]
-        return LongspanCausalOutput(
+            logits = logits[:, columns]
+        output = LongspanCausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
+            hidden_states=hidden_states,
             aux_loss=auxiliary(penalties),
+            **({CACHE: carried} if wanted else {}),
         )
+        return output.to_tuple() if options.as_tuple else output
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
-        """A state in the place of keys and values."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if not self.model.traits.streams:
-                raise UnsupportedError(f"{self.model.why_no_stream()}; generate with use_cache=False")
-            model_kwargs["past_key_values"] = StateCache([True])
+    def _logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
+        """Hidden states (B, N, dim) to logits, zeros where `real` (B, N) is False."""
+        memory = isinstance(self.model, RecurrentMemory)
+        logits: Tensor = self.model.adapter.output(h) if memory else self.model.logits(h)
+        return logits if real is None else logits.masked_fill(~real[..., None], 0)
 
 
 def register_causal(cls: type[LongspanForCausalLM]) -> None:
@@ -244,23 +346,50 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
-    ) -> LongspanMaskedOutput:
-        """Logits at every place; the loss over the places whose label is not -100."""
-        mask = None if attention_mask is None else attention_mask.bool()
+    ) -> LongspanMaskedOutput | tuple[Any, ...]:
+        """Logits at every place; the loss over the places whose label is not -100.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
+        options = take_options(kwargs, self.config)
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
-        logits, _ = self.model(input_ids, mask=mask, penalties=penalties, inputs_embeds=inputs_embeds)
+        h, _, rows, hidden_states = self._run(
+            input_ids,
+            inputs_embeds,
+            mask=packed.mask,
+            reset=packed.reset,
+            penalties=penalties,
+            hidden_states=options.hidden_states,
+        )
+        logits = rows.scatter(self.model.logits(h))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = with_auxiliary(loss, penalties, share_of_step(labels, kwargs.get("num_items_in_batch")))
-        return LongspanMaskedOutput(loss=loss, logits=logits, aux_loss=auxiliary(penalties))
+        output = LongspanMaskedOutput(
+            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
+        )
+        return output.to_tuple() if options.as_tuple else output
 
 
 class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
     """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder."""
 
     kinds = ("encoder", "decoder")
+    _flush = True
     loss_kind = "ForSequenceClassification"
 
     def _heads(self) -> None:
@@ -276,36 +405,47 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
-    ) -> LongspanClassifierOutput:
-        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`."""
-        mask = None if attention_mask is None else attention_mask.bool()
+    ) -> LongspanClassifierOutput | tuple[Any, ...]:
+        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
+        options = take_options(kwargs, self.config)
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
-        pooled = self._pooled(input_ids, mask, penalties, inputs_embeds)
-        logits = self.score(self.dropout(pooled))
+        h, _, rows, hidden_states = self._run(
+            input_ids,
+            inputs_embeds,
+            mask=packed.mask,
+            reset=packed.reset,
+            penalties=penalties,
+            hidden_states=options.hidden_states,
+        )
+        logits = self.score(self.dropout(self._pooled(h, rows)))
         loss = None
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
             loss = classification_loss(self.loss_function, logits, labels, self.config, count)
             loss = with_auxiliary(loss, penalties, share_of_step(labels, count))
-        return LongspanClassifierOutput(loss=loss, logits=logits, aux_loss=auxiliary(penalties))
+        output = LongspanClassifierOutput(
+            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
+        )
+        return output.to_tuple() if options.as_tuple else output
 
-    def _pooled(
-        self,
-        input_ids: Tensor | None,
-        mask: Tensor | None,
-        penalties: list[Tensor] | None,
-        inputs_embeds: Tensor | None,
-    ) -> Tensor:
+    def _pooled(self, h: Tensor, rows: Rows) -> Tensor:
         """What the head reads (batch, hidden_dim); zeros where a row has no real token."""
-        if isinstance(self.model, RecurrentMemory):
-            if input_ids is None:
-                raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
-            (h, _), _, rows = self.model.run(
-                input_ids, None, mask=mask, reset=None, penalties=penalties, flush=True, traces=None
-            )
-        else:
-            h, _, rows = self.model.run(input_ids, None, mask, None, penalties, inputs_embeds)
         columns, count = torch.arange(h.shape[1], device=h.device), rows.real_tokens()[:, None]
         inside = columns == count - 1 if self._stack.causal else columns < count
         total = h.masked_fill(~inside[..., None], 0).sum(1)

@@ -34,7 +34,8 @@ class LastPenalties:
             # made by one compiled function with the output: losses that hang on its node would keep themselves alive
             self._losses = functools.partial(_itself, graph)
             return
-        node.metadata["longspan_penalties"] = graph
+        metadata: Any = node.metadata
+        metadata["longspan_penalties"] = graph
         self._losses = weakref.ref(graph)
 
     def read(self) -> list[Tensor]:

@@ -11,8 +11,8 @@ and multiples of all chunk lengths agree; in between transformers pads, and wher
 other lengths its last LSH chunks may be padding alone, which the first chunk then sees in the place of tokens.
 
 The key projection of LSH layers, which the mechanism leaves aside, is a copy of that of queries. `lm_head.bias` is
-added to the logits, as in Reformer's own code; transformers 5 stores it and leaves it out. Dropout of attention weights
-is not taken over, with a warning.
+added to the logits, as in Reformer's own code; transformers 5 before 5.24 stores it and leaves it out. Dropout of
+attention weights is not taken over, with a warning.
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,9 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     table = _Table(_WHERE, config)
     model = Decoder(_decoder(table))
     given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
-    # two names of one thing in earlier versions
-    given.pop("lm_head.decoder.bias", None)
+    # two names of one tensor in transformers 4; where they differ (5.24 on), the logits take this one
+    if "lm_head.decoder.bias" in given:
+        given["lm_head.bias"] = given.pop("lm_head.decoder.bias")
     ours = _Mapping(given, model, table).run()
     load_weights(model, ours, _WHERE)
     return model

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from longspan.config import check_least, to_dict
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.convert import CORE, load
+from longspan.hf.converted_config import CORE
 from longspan.hf.decoder import ConvertedDecoder, open_pretrained, open_tokenizer
 from longspan.hf.families import find
+from longspan.hf.loading import load
 from longspan.models.io import is_converted
 from longspan.models.tables import register_kind
 

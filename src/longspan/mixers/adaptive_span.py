@@ -30,6 +30,7 @@ from longspan.host import Array
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
+from longspan.ops import flash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,8 @@ class AdaptiveSpanCore(Core):
 
     @property
     def spans(self) -> list[float]:
-        """Each head's span in tokens; max_span where spans are dynamic."""
-        if self.config.dynamic:
+        """Each head's span in tokens; max_span where spans are dynamic, or not at hand outside a call (offloaded)."""
+        if self.config.dynamic or self.span.is_meta:
             return [float(self.config.max_span)] * self.shape.num_heads
         found: list[float] = self._tokens().detach().tolist()
         return found
@@ -195,7 +196,7 @@ class AdaptiveSpanCore(Core):
     def token_spans(self, hidden: Hidden | None) -> Tensor:
         """(batch, heads, length) dynamic spans in tokens, fp32 at least."""
         assert hidden is not None, "dynamic spans are read off the hidden states"
-        with torch.autocast(hidden.x.device.type, enabled=False):
+        with flash.full_precision(hidden.x.device):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 
@@ -167,6 +168,16 @@ class Core(nn.Module):
         """The state of an empty past."""
         raise NotImplementedError
 
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model).
+
+        Args:
+            state: as in `forward`.
+            k: this call's keys.
+            hidden: as in `forward`.
+        """
+        return states.fit(state, k.dtype)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """Exact bytes of the state after `length` live tokens."""
         raise NotImplementedError
@@ -297,6 +308,7 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
         if not out.numel():
             out = with_graph(out, self.core, q, k, v)
@@ -313,7 +325,7 @@ class Mixer(nn.Module):
         """
         if not self.traits.streams:
             raise UnsupportedError(f"{self.name}: {self.core.why_no_stream()}, so it has no state")
-        like = next(self.parameters())
+        like = place_of(self)
         return self.core.init_state(batch_size, torch.device(device or like.device), dtype or like.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

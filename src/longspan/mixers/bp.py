@@ -72,6 +72,10 @@ class BPState(NamedTuple):
     open_mass: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "open_k", "open_v", "open_mass"
+
 
 class BPCore(Core):
     """See the module."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
+from longspan import state as states
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
@@ -86,6 +87,10 @@ class CompressiveState(NamedTuple):
     usage: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
+
 
 class Piece(NamedTuple):
     """A part of a call: within one segment of every row, or many segments of rows laid out alike, from a border on.
@@ -102,14 +107,14 @@ class Piece(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for."""
+    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for, no `r` of folded ones."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     x: Tensor
     project: Project
-    r: Tensor
+    r: Tensor | None
     loss: AuxiliaryLoss | None
 
 
@@ -172,14 +177,14 @@ class CompressiveCore(RelativeCore):
 
         def spread() -> list[Piece]:
             layout = rows.segments(segment)
-            position, offset, pieces = layout.spread_positions(), rows.offsets, []
+            position, live, pieces = layout.spread_positions(), rows.offsets, []
             for column in range(0, layout.columns, segment):
                 here = slice(column, column + segment)
                 begins = position[:, column] == 1
-                offset = host.put(np.where(begins, 0, offset), rows.device)
+                offset = host.put(np.where(begins, 0, live), rows.device)
                 part = Rows(offset, segment, host.put(position[:, here] > 0, rows.device))
                 pieces.append(Piece(here, host.put(begins, rows.device) if begins.any() else None, part))
-                offset = part.lives
+                live = part.lives
             return pieces
 
         return rows.cached(("compressive", segment, self.counts_usage), plain if rows.plain else spread)
@@ -202,9 +207,12 @@ class CompressiveCore(RelativeCore):
         segment, loss = self.config.segment, None
         if penalties is not None and self._learns():
             loss = AuxiliaryLoss(self.compressor, self.config.loss)
-        r = self.relative(self._distances(rows), reuse=state is not None, like=q, rows=rows)
+        inside = rows.inside(segment)
+        distances = self._distances(rows)
+        folded = inside and not self.counts_usage and self.folds(q, distances, k, v)
+        r = None if folded else self.relative(distances, rows)
         given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
-        if rows.inside(segment):
+        if inside:
             out, state = self._inside(given, state, rows)
         elif rows.plain or self.counts_usage:
             out, state = self._in_pieces(given, state, rows)
@@ -267,8 +275,12 @@ class CompressiveCore(RelativeCore):
         if past is not None:
             old_k, old_v = project(past)
             k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        biases = r, self.content_bias, self.position_bias
         seen: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        if r is None:
+            scores = self.position_scores(q, k.shape[2], rows)
+            out = ops.relative_decode(q, k, v, scores, self.content_bias, **seen)
+            return out, self._next(given, state, None, rows)
+        biases = r, self.content_bias, self.position_bias
         out = ops.relative_attention(q, k, v, *biases, **seen)
         usage = ops.attention_usage(q, k, *biases, **seen) if self.counts_usage else None
         return out, self._next(given, state, usage, rows)
@@ -305,6 +317,7 @@ class CompressiveCore(RelativeCore):
     def _aligned(self, given: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """Several segments at once, from a border on, the rows laid out alike: slots are made of inputs alone."""
         q, k, v, x, project, r, loss = given
+        assert r is not None, "only a call within the open segment folds queries"
         config, first, stale = self.config, rows.offset_range[0], None
         new, spans = self._all_slots(state, x, rows, trains=loss is not None)
         before, last = self.sizes.closed(first), first + (rows.length - 1) // config.segment * config.segment
@@ -343,6 +356,7 @@ class CompressiveCore(RelativeCore):
     def _in_parts(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """Rows laid out unlike each other, over segment borders and documents, all segments at once."""
         q, k, v, x, project, r, loss = given
+        assert r is not None, "only a call within the open segment folds queries"
         if state is None:
             state = self.init_state(rows.batch, x.device, x.dtype)
         context, sizes = self.compressor.context, self.sizes
@@ -457,6 +471,10 @@ class CompressiveCore(RelativeCore):
         usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
         hidden, compressed = (zeros(n, self.shape.dim) for n in (self.capacity, self.config.compressed_len))
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
+
+    def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
+        """See `Core.fit`; what is carried are hidden states."""
+        return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""

@@ -269,4 +269,5 @@ def carry_usage(usage: Tensor, closes: Tensor, rows: Rows, sizes: Sizes) -> Tens
     position = rows.live[:, None] - sizes.capacity + torch.arange(sizes.capacity, device=usage.device)
     kept = position >= ((before + groups) * sizes.ratio)[:, None]
     left = (rows.live - sizes.mem_len)[:, None]
-    return carried * (kept & (~closes[:, None] | (position < left)))
+    usage_left: Tensor = carried * (kept & (~closes[:, None] | (position < left)))
+    return usage_left

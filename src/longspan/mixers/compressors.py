@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import ops
+from longspan.mixers.maps import CalledParameters
 from longspan.ops.first_order import FirstOrder
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -41,26 +42,32 @@ class Compressor(nn.Module):
         self.context = 2**layers - ratio if layers else 0
         self.learns = how in ("conv", "dilated")
         # parameters and no `nn.Linear`: models draw the weights of those anew
-        self.layers = nn.ParameterList(torch.zeros(dim, 2 * dim) for _ in range(layers))
+        self.layers = CalledParameters(torch.zeros(dim, 2 * dim) for _ in range(layers))
         self.conv = nn.Parameter(torch.eye(dim).repeat(1, ratio) / ratio) if how == "conv" else None
         self.decoder = nn.Parameter(torch.eye(dim).repeat(ratio, 1)) if decode and self.learns else None
 
-    def forward(self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+    def forward(
+        self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None, *, decode: bool = False
+    ) -> Tensor:
         """Compress.
 
         Args:
             vectors: (batch, context + slots * ratio, dim).
             usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
             groups: (batch,) how many groups are real, the first ones; of "most_used" only.
+            decode: see `decode`, of which it is the call.
 
         Returns:
             (batch, slots, dim).
         """
+        if decode:
+            assert self.decoder is not None, "built without a decoder"
+            return F.linear(vectors, self.decoder).view(vectors.shape[0], -1, self.dim)
         if usage is not None and groups is not None:
             return self._most_used(vectors, usage, groups)
         if self.how == "dilated":
             h = vectors.unfold(1, self.context + self.ratio, self.ratio).transpose(2, 3)
-            for layer in self.layers:
+            for layer in self.layers():
                 pairs = h.unflatten(2, (-1, 2))
                 h = pairs.mean(3) + F.linear(F.gelu(pairs.flatten(3)), layer)
             ends: Tensor = h[:, :, 0]
@@ -82,8 +89,8 @@ class Compressor(nn.Module):
 
     def decode(self, slots: Tensor) -> Tensor:
         """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
-        assert self.decoder is not None, "built without a decoder"
-        return F.linear(slots, self.decoder).view(slots.shape[0], -1, self.dim)
+        found: Tensor = self(slots, decode=True)
+        return found
 
     def flops(self, slots: int) -> int:
         """Of one row's compression to so many slots."""

@@ -12,13 +12,14 @@ alpha best where it matters, near 1. Time is quadratic in the length, as of full
 both are bounded by it.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
@@ -105,7 +106,9 @@ class EntmaxCore(Core):
     ) -> tuple[Tensor, EntmaxState | None]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        causal, window, alpha = self.shape.causal, self.config.window, self.alpha
+        causal, window = self.shape.causal, self.config.window
+        read = rows.read(self.layout_inputs(state))[self, "alpha"]
+        alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
         all_k, all_v, memory = join(state, k, v, grows=window is None)
         out = ops.entmax_attention(
             q,
@@ -122,6 +125,10 @@ class EntmaxCore(Core):
             return out, None
         capacity = None if window is None else window - 1
         return out, EntmaxState(*carried(state, k, v, (all_k, all_v), rows, capacity), rows.live)
+
+    def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
+        """The alphas: a head's is served by the formula that is fastest for it."""
+        return {(self, "alpha"): self.alpha_minus_one}
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> EntmaxState:
         """Full capacity where there is a window, else no columns yet."""

@@ -169,6 +169,13 @@ class HeadsCore(Core):
         parts = tuple(core.init_state(batch_size, device, dtype) for core in self.cores)
         return HeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
+    def fit(self, state: HeadsState | None, k: Tensor, hidden: Hidden | None = None) -> HeadsState | None:
+        """See `Core.fit`."""
+        if state is None:
+            return None
+        pairs = zip(self.cores, state.parts, strict=True)
+        return HeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The sum over the parts, and one count a row."""
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.cores)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.mixers.draws import DrawnCore, processes, share_first, summed
 
 SAMPLES = 8  # vectors a cluster that a step keeps: where centroids begin, and begin again
@@ -50,7 +51,8 @@ class ClusteredCore(DrawnCore):
         """Call at the end of construction; `config` has `decay`, `reseed` and `seed`."""
         self.routed_heads = heads
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        drawn = torch.randn(heads, count, dim, generator=torch.Generator().manual_seed(self.config.seed), dtype=wide)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = host.normal(heads, count, dim, generator=generator, dtype=wide).to(torch.get_default_device())
         self.register_buffer("centroids", F.normalize(drawn, dim=-1))
         self.register_buffer("ema_sum", torch.zeros(heads, count, dim, dtype=wide))
         self.register_buffer("ema_count", torch.zeros(heads, count, dtype=wide))
@@ -196,7 +198,7 @@ def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generat
         generator: draws the seeds; None = torch's.
     """
     vectors = vectors.float()
-    every = torch.ones(fallback.shape[:2], dtype=torch.bool)
+    every = torch.ones(fallback.shape[:2], dtype=torch.bool, device=fallback.device)
     found = seeded(vectors, fallback.float(), every, generator)
     for _ in range(ROUNDS):
         nearest = F.one_hot((vectors @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
@@ -215,13 +217,15 @@ def seeded(vectors: Tensor, centroids: Tensor, wanted: Tensor, generator: torch.
         generator: draws; None = torch's.
     """
     found, vectors = centroids.float().clone(), vectors.float()
-    head = torch.arange(len(found))
+    head = torch.arange(len(found), device=found.device)
+    source = found.device if generator is None else generator.device
     nearness = (vectors @ found.mT).masked_fill(wanted[:, None], -1).amax(-1)
     farthest = torch.where(vectors.norm(dim=-1) > 0.5, 1 - nearness, 0.0)
     for number in wanted.any(0).nonzero()[:, 0].tolist():
         distance = torch.where(farthest > 1e-5, farthest, 0.0)  # beyond rounding: equal vectors give one seed
         left = wanted[:, number] & (distance.sum(-1) > 0)
-        chosen = torch.multinomial(torch.where(left[:, None], distance, 1.0), 1, generator=generator)[:, 0]
+        shares = torch.where(left[:, None], distance, 1.0).to(source)
+        chosen = torch.multinomial(shares, 1, generator=generator)[:, 0].to(found.device)
         found[:, number] = torch.where(left[:, None], vectors[head, chosen], found[:, number])
         nearness = (vectors @ found[:, number, :, None])[..., 0]
         farthest = torch.minimum(farthest, torch.where(left[:, None], 1 - nearness, farthest))

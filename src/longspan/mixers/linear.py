@@ -50,6 +50,14 @@ class LinearState(NamedTuple):
     keys: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
+
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
 
 class LinearCore(Core):
     """See the module."""

@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.choices import choose
@@ -123,7 +123,7 @@ class LSHCore(DrawnCore):
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
         shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
-        return torch.randn(*shape, generator=generator, dtype=dtype)
+        return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @property
     def traits(self) -> Traits:

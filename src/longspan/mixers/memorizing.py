@@ -34,6 +34,7 @@ from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, su
 from longspan.mixers.keys import join
 from longspan.mixers.memory_store import MemoryStore, read_and_write
 from longspan.mixers.rows import Rows
+from longspan.ops import flash
 from longspan.state import needs_grad
 
 
@@ -289,7 +290,7 @@ class MemorizingCore(Core):
         if len(self.attached) != rows.batch:
             raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
         config = self.config
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             asked = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
             kept = ops.unit_vectors(k)
             return read_and_write(

@@ -74,6 +74,14 @@ class PerformerState(NamedTuple):
     drawn: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys", "maximum"
+
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
 
 class PerformerCore(DrawnCore):
     """See the module."""

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.mixers.maps import is_plain
+
 
 class Projections(nn.Module):
     """The four linear maps of an attention layer.
@@ -32,8 +34,11 @@ class Projections(nn.Module):
 
     def keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, dim) to k and v (B, kv_heads, M, head_dim), of all kv heads or of a slice of them."""
-        if kv_heads is None:
-            return self._heads(self.k_proj(x), self.num_kv_heads), self._heads(self.v_proj(x), self.num_kv_heads)
+        if kv_heads is None or not (is_plain(self.k_proj) and is_plain(self.v_proj)):
+            # a part of what an adapter, a hook or a quantized map gives is a part of its output
+            part = slice(None) if kv_heads is None else kv_heads
+            k, v = (self._heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
+            return k, v
         first, last, _ = kv_heads.indices(self.num_kv_heads)
         part = slice(first * self.head_dim, last * self.head_dim)
         k, v = (

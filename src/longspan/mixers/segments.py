@@ -33,6 +33,10 @@ class SegmentState(NamedTuple):
     v: Tensor
     live: Tensor
 
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys"
+
 
 Local = tuple[Tensor, Tensor] | None
 
@@ -43,6 +47,7 @@ class SegmentCore(Core):
     A subclass sets `segment` and `features`, and writes `attend` and `attend_open`.
     """
 
+    State = SegmentState
     segment: int
     features: int
 
@@ -93,8 +98,8 @@ class SegmentCore(Core):
         """See `Core.forward`."""
         segment, before = self.segment, None
         if state is not None:
-            kept = (t.to(self.memory_dtype(k.device, k.dtype)) for t in (state.values, state.keys))
-            before = ops.SegmentMemory(*kept, rows.offset // segment)
+            dtype = self.memory_dtype(k.device, k.dtype)
+            before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
         if rows.inside(segment):
             out, memory = self._inside(q, k, v, state, before, rows)
         elif rows.plain and rows.aligned(segment):
@@ -105,7 +110,7 @@ class SegmentCore(Core):
         values, keys = emptied_rows(rows, memory.values), emptied_rows(rows, memory.keys)
         old_k, old_v = (None, None) if state is None else (state.k, state.v)
         carried_k, carried_v = rows.carry(old_k, k, segment - 1), rows.carry(old_v, v, segment - 1)
-        return out, SegmentState(values, keys, carried_k, carried_v, rows.live)
+        return out, self.State(values, keys, carried_k, carried_v, rows.live)
 
     def _spread(
         self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
@@ -160,7 +165,7 @@ class SegmentCore(Core):
         wide = self.memory_dtype(device, dtype)
         memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, wide)
         k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
-        return SegmentState(memory.values, memory.keys, k, k.clone(), memory.written)
+        return self.State(memory.values, memory.keys, k, k.clone(), memory.written)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""

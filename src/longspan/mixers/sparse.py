@@ -264,6 +264,8 @@ class SparseCore(Core):
         summary_k, summary_v = (nothing, nothing) if state is None else (state.summary_k, state.summary_v)
         if rows.plain and rows.emptied is None:
             low = rows.offset_range[0]
+            if rows.shapes_only:  # blocks that left columns have been
+                low = summary_k.shape[2] // self.kept * self.config.stride
             exact = summary_k.shape[2] == self.state_columns(low)
             if exact and self.state_columns(low) == self.state_columns(low + rows.length):
                 return SparseState(*carried, summary_k, summary_v, rows.live)  # no block closes

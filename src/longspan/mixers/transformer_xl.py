@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
+from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
 from longspan.mixers.relative import RelativeCore
@@ -130,19 +131,14 @@ class TransformerXLCore(RelativeCore):
                 old_k, old_v = hidden.project(past.detach())
             stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
             border = self._border(rows, memory)
-        out = ops.relative_attention(
-            q,
-            own_k,
-            own_v,
-            self.relative(max(1, min(self.reach, memory + rows.length)), reuse=state is not None, like=q, rows=rows),
-            self.content_bias,
-            self.position_bias,
-            lengths=rows.lengths,
-            memory_lengths=rows.memory_lengths(memory),
-            border=border,
-            stale=stale,
-            **self._visible(rows, memory),
-        )
+        distances = max(1, min(self.reach, memory + rows.length))
+        seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
+        if self.folds(q, distances, own_k, own_v):
+            scores = self.position_scores(q, distances, rows)
+            out = ops.relative_decode(q, own_k, own_v, scores, self.content_bias, **seen)
+        else:
+            r, biases = self.relative(distances, rows), (self.content_bias, self.position_bias)
+            out = ops.relative_attention(q, own_k, own_v, r, *biases, border=border, stale=stale, **seen)
         return out, self._next(state, k, v, hidden.x, rows)
 
     def _past(
@@ -214,6 +210,10 @@ class TransformerXLCore(RelativeCore):
             torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
         )
 
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """See `Core.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
+
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """`capacity` slots and one count a row, whatever the length."""
         width = self.shape.dim if self.config.memory == "hidden" else 2 * self.shape.num_kv_heads * self.shape.head_dim
@@ -224,7 +224,7 @@ class TransformerXLCore(RelativeCore):
         config, width = self.config, self.shape.num_heads * self.shape.head_dim
         segment = None if config.same_length else config.segment
         content, position = ops.relative_cost(length, window=config.mem_len, segment=segment)
-        projected = 2 * min(self.reach, length) * self.shape.dim * width
+        projected = 2 * self.different_distances(min(self.reach, length)) * self.shape.dim * width
         return batch_size * (4 * content + 2 * position) * width + projected
 
     def pairs(self, length: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError
+from longspan.mixers.maps import CalledParameters, is_hooked, table_of, weight_of
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead
 
@@ -88,12 +89,12 @@ class AdaptiveEmbedding(nn.Module):
     def weights(self) -> list[Tensor]:
         """The table (tokens, width) of each cluster."""
         if self.clusters.alike:
-            return list(cast(nn.Embedding, self.tables[0]).weight.split(self.clusters.sizes))
-        return [cast(nn.Embedding, table).weight for table in self.tables]
+            return list(table_of(self.tables[0], self.clusters.cuts[-1]).split(self.clusters.sizes))
+        return [table_of(table, size) for table, size in zip(self.tables, self.clusters.sizes, strict=True)]
 
     def maps(self) -> list[Tensor | None]:
         """The map of each cluster turned round: (width, dim) or None."""
-        turned: list[Tensor | None] = [cast(nn.Linear, projection).weight.T for projection in self.projections]
+        turned: list[Tensor | None] = [weight_of(projection).T for projection in self.projections]
         return (turned or [None]) * len(self.clusters.sizes) if self.clusters.alike else turned
 
     def flops(self, positions: int) -> int:
@@ -121,7 +122,7 @@ class AdaptiveSoftmax(nn.Module):
         own = {"none": range(count), "rare": range(1), "all": range(0)}[tied if clusters.mapped else "all"]
         self.projections = nn.ModuleDict({str(i): nn.Linear(config.dim, widths[i], bias=False) for i in own})
         self.cluster = nn.Linear(widths[0], count - 1, bias=False) if count > 1 else None
-        self.biases = nn.ParameterList(torch.zeros(size) for size in clusters.sizes if config.output_bias)
+        self.biases = CalledParameters(torch.zeros(size) for size in clusters.sizes if config.output_bias)
         self.cluster_bias = nn.Parameter(torch.zeros(count - 1)) if config.output_bias and count > 1 else None
         self._initialise(config)
 
@@ -137,16 +138,21 @@ class AdaptiveSoftmax(nn.Module):
 
     def head(self, embedding: AdaptiveEmbedding) -> AdaptiveHead:
         """The output layer, with what it takes of the embedding."""
-        weights = [cast(nn.Linear, table).weight for table in self.tables] or embedding.weights()
+        weights = [weight_of(table) for table in self.tables] or embedding.weights()
         maps = embedding.maps()
         for index, projection in self.projections.items():
-            maps[int(index)] = cast(nn.Linear, projection).weight
+            maps[int(index)] = weight_of(projection)
+        found: AdaptiveHead = (self if is_hooked(self) else self.forward)(weights, maps)
+        return found
+
+    def forward(self, weights: list[Tensor], maps: list[Tensor | None]) -> AdaptiveHead:
+        """The output layer of the weights and maps of all clusters."""
         return AdaptiveHead(
             self.clusters.cuts,
             tuple(weights),
-            tuple(self.biases) or (None,) * len(weights),
+            self.biases() or (None,) * len(weights),
             tuple(maps),
-            None if self.cluster is None else self.cluster.weight,
+            None if self.cluster is None else weight_of(self.cluster),
             self.cluster_bias,
         )
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.maps import is_hooked, place_of
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
-from longspan.models.head import AdaptiveHead, Head, linear_head
+from longspan.models.head import AdaptiveHead, CalledHead, Head, linear_head
 from longspan.models.stack import Around, Stack
 
 
@@ -39,7 +40,6 @@ class Backbone:
         causal: decoder form (write tokens behind the segment) or encoder form (memory in front, read and written).
         dim: width of embeddings and hidden states.
         num_layers: of the model.
-        vocab_size: token ids are below it.
         streams: the model carries a state, so an open segment need not be read again.
     """
 
@@ -47,8 +47,12 @@ class Backbone:
     causal: bool
     dim: int
     num_layers: int
-    vocab_size: int
     streams = False
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it; read from the model, whose embeddings may be resized."""
+        raise NotImplementedError
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, length) to embeddings (batch, length, dim)."""
@@ -74,7 +78,7 @@ class Backbone:
         """Hidden states to what the model returns: logits, or the hidden states themselves."""
         raise NotImplementedError
 
-    def head(self) -> Head | AdaptiveHead:
+    def head(self) -> Head | CalledHead | AdaptiveHead:
         """What makes logits of hidden states.
 
         Raises:
@@ -82,8 +86,10 @@ class Backbone:
         """
         return linear_head(None)
 
-    def init_state(self, batch_size: int) -> Any:
-        """The backbone's empty state, where it carries one."""
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The backbone's empty state, where it carries one; device and dtype default to those of the parameters."""
         return None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
@@ -156,8 +162,13 @@ class OwnBackbone(Backbone):
             )
         self.module = self.stack = module
         self.causal, self.dim = module.causal, module.config.dim
-        self.num_layers, self.vocab_size = module.config.num_layers, module.vocab_size
+        self.num_layers = module.config.num_layers
         self.streams = isinstance(module, Decoder) and module.traits.streams
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Backbone`."""
+        return self.stack.vocab_size
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`; refuses ids outside the vocabulary."""
@@ -170,7 +181,7 @@ class OwnBackbone(Backbone):
         if isinstance(self.stack.embedding, nn.Embedding):
             return float(self.stack.embedding.weight.detach().float().std())
         with torch.no_grad():
-            common = torch.arange(min(self.vocab_size, 4096), device=next(self.stack.parameters()).device)
+            common = torch.arange(min(self.vocab_size, 4096), device=place_of(self.stack).device)
             return float(self.stack.embedding(common).float().std())
 
     def run(
@@ -190,13 +201,15 @@ class OwnBackbone(Backbone):
         """See `Backbone`."""
         return self.stack.logits(hidden) if isinstance(self.stack, Decoder) else hidden
 
-    def head(self) -> Head | AdaptiveHead:
+    def head(self) -> Head | CalledHead | AdaptiveHead:
         """See `Backbone`."""
         return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
 
-    def init_state(self, batch_size: int) -> Any:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
         """See `Backbone`."""
-        return self.stack.init_state(batch_size) if self.streams else None
+        return self.stack.init_state(batch_size, device=device, dtype=dtype) if self.streams else None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """See `Backbone`."""
@@ -235,7 +248,16 @@ class OwnBackbone(Backbone):
         """Whether all layers are of one make and can run as a batch: recomputation inside a layer cannot."""
         if self.stack.config.ffn_chunk:
             return False
+        if not all(_batches(block) for block in self.stack.blocks):
+            return False
         return len(self.stack.config.mixers) == 1 or len({str(each) for each in self.stack.config.mixers}) == 1
+
+
+def _batches(block: nn.Module) -> bool:
+    """Whether a layer is its parameters and buffers and nothing else: adapters, quantized maps and hooks are not."""
+    modules = list(block.modules())
+    known = all(type(each).__module__.startswith(("torch.nn.modules.", "longspan.")) for each in modules)
+    return known and not any(is_hooked(each) for each in modules) and not any(p.is_meta for p in block.parameters())
 
 
 class HuggingFaceBackbone(Backbone):
@@ -247,19 +269,32 @@ class HuggingFaceBackbone(Backbone):
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        get_head: Any = getattr(module, "get_output_embeddings", None)
-        head = None if get_head is None else get_head()
         config = getattr(module, "config", None)
         bidirectional = getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size")
-        self.causal = head is not None and not bidirectional
-        self.output_layer = head if self.causal else None
-        get_embedding: Any = module.get_input_embeddings
-        self.embedding: Any = get_embedding()
-        self.vocab_size, self.dim = (int(size) for size in self.embedding.weight.shape)
+        self.causal = not bidirectional and _output_layer(module) is not None
+        self.dim = int(self.embedding.weight.shape[1])
         taken = inspect.signature(module.forward).parameters
         self.layers = _layers(module, int(getattr(config, "num_hidden_layers", 0)))
         self.num_layers = len(self.layers)
         self.extras = {name for name in ("position_ids", "use_cache", "logits_to_keep") if name in taken}
+
+    # looked up in every call: resizing and adapters put other modules in their places
+
+    @property
+    def embedding(self) -> Any:
+        """The token embedding."""
+        get_embedding: Any = self.module.get_input_embeddings
+        return get_embedding()
+
+    @property
+    def output_layer(self) -> Any:
+        """The output layer of a causal model."""
+        return _output_layer(self.module) if self.causal else None
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Backbone`."""
+        return int(self.embedding.weight.shape[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `Backbone`."""
@@ -293,12 +328,18 @@ class HuggingFaceBackbone(Backbone):
 
     def output(self, hidden: Tensor) -> Tensor:
         """See `Backbone`."""
-        found: Tensor = hidden if self.output_layer is None else self.output_layer(hidden)
+        layer = self.output_layer
+        found: Tensor = hidden if layer is None else layer(hidden)
         return found
 
-    def head(self) -> Head:
+    def head(self) -> Head | CalledHead:
         """See `Backbone`."""
         return linear_head(self.output_layer)
+
+
+def _output_layer(module: nn.Module) -> Any:
+    get_head: Any = getattr(module, "get_output_embeddings", None)
+    return None if get_head is None else get_head()
 
 
 def _layers(module: nn.Module, count: int) -> list[nn.Module]:

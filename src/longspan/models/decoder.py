@@ -1,14 +1,15 @@
 """The causal language model."""
 
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from longspan.mixers import Rows
+from longspan.mixers.maps import is_hooked, table_of
 from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
-from longspan.models.head import AdaptiveHead, Head
+from longspan.models.head import AdaptiveHead, CalledHead, Head, head_of
 from longspan.models.stack import Stack, StackState
 from longspan.state import all_or_nothing
 
@@ -63,21 +64,32 @@ class Decoder(Stack):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, StackState | None]:
-        """See the class."""
+        give: Literal["logits", "last", "hidden", "head"] = "logits",
+    ) -> Any:
+        """See the class; `give` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
+        if give == "head":
+            return self._head()
         h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
-        return rows.scatter(self.logits(h)), following
+        if give == "hidden":
+            return rows.scatter(h), following
+        if give == "last":
+            return self._head().logits(last_of_each_row(h, rows)), following
+        return rows.scatter(self._head().logits(h)), following
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
         return self.head().logits(h)
 
-    def head(self) -> Head | AdaptiveHead:
+    def head(self) -> Head | CalledHead | AdaptiveHead:
         """The output layer: the embedding's weights where they are tied."""
+        return cast("Head | CalledHead | AdaptiveHead", self(give="head")) if is_hooked(self) else self._head()
+
+    def _head(self) -> Head | CalledHead | AdaptiveHead:
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.head(cast(AdaptiveEmbedding, self.embedding))
-        layer = cast("nn.Embedding | nn.Linear", self.embedding if self.output is None else self.output)
-        return Head(layer.weight, self.output_bias)
+        if self.output is None:
+            return Head(table_of(self.embedding, self.config.vocab_size), self.output_bias)
+        return head_of(self.output, self.output_bias)
 
     def hidden(
         self,
@@ -89,8 +101,8 @@ class Decoder(Stack):
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None]:
         """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
-        h, following, rows = self.run(tokens, state, mask, reset, penalties)
-        return rows.scatter(h), following
+        out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
+        return cast("tuple[Tensor, StackState | None]", out)
 
     @all_or_nothing
     def last(
@@ -104,8 +116,8 @@ class Decoder(Stack):
         """Like a call, but only the logits (batch, vocab_size) of each row's last real token: those of the others are
         never computed. Zeros where a row has no real token in this call.
         """
-        h, following, rows = self.run(tokens, state, mask, reset, None)
-        return self.logits(last_of_each_row(h, rows)), following
+        out = self(tokens, state, mask=mask, reset=reset, give="last")
+        return cast("tuple[Tensor, StackState | None]", out)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an

@@ -1,12 +1,14 @@
 """What makes logits of hidden states, and losses without them: the output layer of a language model."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.errors import UnsupportedError
+from longspan.mixers.maps import is_plain
 
 
 class Softmax(NamedTuple):
@@ -18,13 +20,15 @@ class Softmax(NamedTuple):
         bias: (classes,) or None.
         targets: (rows,) int64, the class of each row.
         rows: (rows,) int64, which rows of the head's hidden states these are; None: all, in order.
+        call: what makes logits of hidden states in the place of `weight` and `bias`, which are then None.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     targets: Tensor
     rows: Tensor | None = None
+    call: Callable[[Tensor], Tensor] | None = None
 
 
 class Head(NamedTuple):
@@ -45,6 +49,32 @@ class Head(NamedTuple):
     def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
         """The softmaxes whose losses add up to that of targets (rows,) after hidden states (rows, dim): one."""
         return [Softmax(hidden, self.weight, self.bias, targets)]
+
+
+class CalledHead:
+    """A `Head` whose linear map is called, as its weight is not all of it: adapters, hooks, quantized maps.
+
+    Args:
+        linear: hidden states (..., dim) to logits (..., vocab_size).
+        bias: (vocab_size,) added to them, or None.
+    """
+
+    def __init__(self, linear: nn.Module, bias: Tensor | None = None) -> None:
+        self.linear, self.bias = linear, bias
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) to logits (..., vocab_size)."""
+        found: Tensor = self.linear(hidden)
+        return found if self.bias is None else found + self.bias
+
+    def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
+        """See `Head`."""
+        return [Softmax(hidden, None, None, targets, call=self.logits)]
+
+
+def head_of(linear: nn.Module, bias: Tensor | None = None) -> "Head | CalledHead":
+    """The head of a linear map: its weight where that is all of it, so that products and losses may be fused."""
+    return Head(cast(Tensor, linear.weight), bias) if is_plain(linear) else CalledHead(linear, bias)
 
 
 class AdaptiveHead(NamedTuple):
@@ -124,13 +154,15 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def linear_head(module: Any) -> Head:
-    """The head of a foreign model.
+def linear_head(module: Any) -> Head | CalledHead:
+    """The head of a foreign model, with whatever adapters stand beside it.
 
     Raises:
-        UnsupportedError: it has none, or one that is no plain linear map.
+        UnsupportedError: it has none, or one that is no linear map.
     """
-    if type(module) is not nn.Linear:
+    if not (isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")):
         found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
         raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
-    return Head(module.weight, module.bias)
+    if not is_plain(module):
+        return CalledHead(module)
+    return Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))

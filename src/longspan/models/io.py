@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import read_json, read_tensors, write_json, write_tensors
+from longspan.files import data_digest, read_json, read_tensors, write_json, write_tensors
 from longspan.models.tables import build_model, describe_model
 
 # fields that came after the first saved states, as they were before
@@ -35,8 +35,11 @@ def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     described = describe_model(model)
-    write_tensors(folder / "model.safetensors", model.state_dict(), {"kind": "model"})
+    header = {"kind": "model", "config": data_digest(described)}
+    write_tensors(folder / "model.safetensors", model.state_dict(), header)
     write_json(folder / "config.json", described)
+    # of what stood here before
+    (folder / "digests.json").unlink(missing_ok=True)
     return folder
 
 
@@ -48,12 +51,16 @@ def load_model(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     described = read_json(folder / "config.json")
+    written = data_digest(described)
     try:
         model = build_model(described, str(folder / "config.json"))
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
-    weights, _ = read_tensors(folder / "model.safetensors")
+    weights, header = read_tensors(folder / "model.safetensors")
     load_weights(model, weights, folder / "model.safetensors")
+    # earlier versions did not write it
+    if header.get("config", written) != written:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved with it")
     return model.eval()
 
 

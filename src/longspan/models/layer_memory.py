@@ -14,7 +14,9 @@ Layer l of segment s needs layer l - 1 of segment s and layer l of segment s - 1
 l + s can run together (diagonal batching, Sivtsov et al. 2025): `diagonals` runs each as one batch over layers.
 """
 
+import copy
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from torch.func import functional_call, vmap
 from longspan import ops
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
+from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.memory_update import PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
@@ -106,6 +109,11 @@ class LayerMemory(nn.Module):
         nn.init.normal_(self.tokens.weight, std=backbone.embedding_std())
         self.maps = nn.ModuleList(Associative(self.dim, config.memory_dim, config.dpfp) for _ in range(self.layers))
         self.update = PaperUpdate()
+        self._tried: dict[Any, bool] = {}
+
+    def _tokens(self) -> Tensor:
+        """(num_memory_tokens, dim)."""
+        return table_of(self.tokens, self.config.num_memory_tokens)
 
     def layer(self, index: int) -> Associative:
         """The maps of a layer."""
@@ -115,10 +123,15 @@ class LayerMemory(nn.Module):
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
-        weight = self.tokens.weight
+        weight = self._tokens()
         dtype = torch.promote_types(weight.dtype if like is None else like.dtype, torch.float32)
         memory = torch.zeros(batch, self.layers, self.features, self.dim, dtype=dtype, device=weight.device)
         return memory, memory[..., 0].clone()
+
+    def fit(self, memory: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the type of an empty past, whatever precision has left them behind."""
+        dtype = torch.promote_types(self.tokens.weight.dtype, torch.float32)
+        return memory.to(dtype), mass.to(dtype)
 
     def state_nbytes(self, batch_size: int, itemsize: int) -> int:
         """Bytes of memories and normalisers: fp32 at least."""
@@ -138,7 +151,7 @@ class LayerMemory(nn.Module):
     def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
         """Read, run and write one segment."""
         text = backbone.embed(segment.ids)
-        write = self.tokens.weight.to(text.dtype).expand(text.shape[0], -1, -1)
+        write = self._tokens().to(text.dtype).expand(text.shape[0], -1, -1)
         around = _Around(self, carried, segment)
         around.place = text.shape[1]
         if backbone.causal:
@@ -159,12 +172,54 @@ class LayerMemory(nn.Module):
 
     # -- diagonals -------------------------------------------------------------------------------------------------
 
-    def can_batch(self, backbone: Backbone, segments: list[Segment]) -> bool:
-        """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document."""
+    def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
+        """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
+        the mechanism's kernels run for several layers at once. Those that do not go segment by segment.
+
+        Args:
+            backbone: of the memory.
+            segments: of the call.
+            penalised: auxiliary losses are wanted.
+        """
         if not isinstance(backbone, OwnBackbone) or len(segments) < 2 or not backbone.alike():
             return False
         full = all(bool(segment.real.all() & segment.closed.all()) for segment in segments)
-        return full and not any(bool(segment.begins.any() | segment.resumed.any()) for segment in segments[1:])
+        if not full or any(bool(segment.begins.any() | segment.resumed.any()) for segment in segments[1:]):
+            return False
+        return can_stack(list(backbone.stack.blocks)) and self._runs_batched(
+            backbone, segments[0].ids.shape[1], penalised
+        )
+
+    def _runs_batched(self, backbone: OwnBackbone, size: int, penalised: bool) -> bool:
+        """Whether the first layer, stacked with itself, runs as a batch of layers, backward too, and adds no auxiliary
+        losses that are wanted; tried on a copy once for each kind of call.
+        """
+        if any(core.counts_forwards for core in backbone.stack.cores()):
+            return False
+        weight, graph = self.tokens.weight, (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        kind = weight.device.type
+        narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (size, penalised, graph, weight.dtype, weight.device, narrow, str(backbone.stack.config))
+        if key not in self._tried:
+            try:
+                self._tried[key] = self._try_batch(backbone, size, penalised)
+            except Exception:  # whatever a transform does not know; an error of the mechanism itself comes again
+                self._tried[key] = False
+        return self._tried[key]
+
+    def _try_batch(self, backbone: OwnBackbone, size: int, penalised: bool) -> bool:
+        block, maps = (copy.deepcopy(each).eval() for each in (backbone.stack.blocks[0], _Both(self.layer(0))))
+        width = size + self.config.num_memory_tokens
+        h = self.tokens.weight.detach().new_zeros(2, 1, width, self.dim).requires_grad_(torch.is_grad_enabled())
+        memory, normaliser = (torch.stack([t[:, 0], t[:, 0]]) for t in self.empty(1))
+        rows = Rows(torch.zeros(1, dtype=torch.int64, device=h.device), width)
+        if penalised and block(h[0].detach(), None, rows, True)[2]:
+            return False
+        weights = (_stacked([block] * 2), _stacked([maps] * 2))
+        out = _batched(_cell(block, maps, rows, size), weights, h, memory, normaliser)
+        if h.requires_grad:
+            torch.autograd.grad(torch.stack([t.float().sum() for t in out]).sum(), h)
+        return True
 
     def diagonals(
         self, backbone: Backbone, segments: list[Segment], carried: Carried, left: Tensor, horizon: int | None
@@ -191,12 +246,7 @@ class LayerMemory(nn.Module):
         rows = Rows(torch.zeros(batch, dtype=torch.int64, device=left.device), size + self.config.num_memory_tokens)
         template, maps_of = blocks[0], _Both(self.layer(0))
 
-        def cell(parts: Any, h: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            weight, own = parts
-            h = functional_call(maps_of, own, ("read", h, memory, normaliser))
-            h = functional_call(template, weight, (h, None, rows, False))[0]
-            return h, *functional_call(maps_of, own, ("write", h[:, size:], memory, normaliser))
-
+        cell = _cell(template, maps_of, rows, size)
         memories, normalisers = list(carried.memory.unbind(1)), list(carried.mass.unbind(1))
         inner: dict[int, Tensor] = {}
         done: list[Tensor] = []
@@ -204,17 +254,14 @@ class LayerMemory(nn.Module):
             active = range(max(0, diagonal - count + 1), min(layers, diagonal + 1))
             if diagonal < count:
                 text = backbone.embed(segments[diagonal].ids)
-                write = self.tokens.weight.to(text.dtype).expand(batch, -1, -1)
+                write = self._tokens().to(text.dtype).expand(batch, -1, -1)
                 inner[0] = stack.place(torch.cat([text, write], 1), rows)
             for layer in active:
                 self._cut(memories, normalisers, layer, left[diagonal - layer], horizon)
             pick = slice(active.start, active.stop)
             parts = tuple({name: t[pick] for name, t in group.items()} for group in (weights, maps))
             args = [torch.stack([each[layer] for layer in active]) for each in (inner, memories, normalisers)]
-            with warnings.catch_warnings():
-                # of kernels without a rule for the batch of layers, which run layer by layer
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                h, memory, normaliser = vmap(cell)(parts, *args)
+            h, memory, normaliser = _batched(cell, parts, *args)
             for place, layer in enumerate(active):
                 inner[layer + 1], memories[layer], normalisers[layer] = h[place], memory[place], normaliser[place]
             if active.stop == layers:
@@ -246,6 +293,47 @@ class _Both(nn.Module):
     def forward(self, what: str, x: Tensor, memory: Tensor, normaliser: Tensor) -> Any:
         """See the class."""
         return (self.inner.read if what == "read" else self.inner.write)(x, memory, normaliser)
+
+
+Cell = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _cell(template: nn.Module, maps: nn.Module, rows: Rows, size: int) -> Cell:
+    """One layer of one segment, with weights given: ((of the block, of the maps), h, memory, normaliser)."""
+
+    def cell(parts: Any, h: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, own = parts
+        h = functional_call(maps, own, ("read", h, memory, normaliser))
+        h = functional_call(template, weight, (h, None, rows, False))[0]
+        return h, *functional_call(maps, own, ("write", h[:, size:], memory, normaliser))
+
+    return cell
+
+
+def _batched(cell: Cell, parts: Any, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A cell for several layers at once, which lead every tensor."""
+    with warnings.catch_warnings():
+        # of kernels without a rule for the batch of layers, which run layer by layer
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        found: tuple[Tensor, Tensor, Tensor] = vmap(cell, randomness="different")(parts, *args)
+    return found
+
+
+def can_stack(modules: list[nn.Module]) -> bool:
+    """Whether modules are of one make and nothing but their parameters and buffers tells them apart."""
+    made = []
+    for module in modules:
+        parts = list(module.modules())
+        for part in parts:
+            foreign = type(part).__module__.startswith("torch.ao") or hasattr(part, "_hf_hook")
+            if foreign or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+                return False
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        if any(tensor.is_meta for tensor in tensors.values()):
+            return False
+        shapes = [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
+        made.append(([type(part) for part in parts], shapes))
+    return all(each == made[0] for each in made)
 
 
 def _stacked(modules: list[nn.Module]) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
 """The masked language model: tokens are hidden, and said from both sides."""
 
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.errors import UnsupportedError
+from longspan.mixers.maps import is_hooked, table_of
 from longspan.models.blocks import make_norm
 from longspan.models.config import EncoderConfig
-from longspan.models.head import Head
+from longspan.models.head import CalledHead, Head, head_of
 from longspan.models.stack import Stack, StackState
 
 
@@ -59,24 +60,32 @@ class MaskedLM(Stack):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        """See the class."""
+        give: Literal["logits", "hidden", "head"] = "logits",
+    ) -> Any:
+        """See the class; `give` is for `hidden` and `head`, which are calls too so that hooks see them."""
+        if give == "head":
+            return self._head()
         _refuse(state)
         h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
-        return rows.scatter(self.logits(h)), None
+        h = self._transformed(h)
+        return rows.scatter(h if give == "hidden" else self._head().logits(h)), None
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
-        return F.linear(self._transformed(h), *self.head())
+        return self.head().logits(self._transformed(h))
 
     def _transformed(self, h: Tensor) -> Tensor:
         found: Tensor = self.transform_norm(F.gelu(self.transform(h)))
         return found
 
-    def head(self) -> Head:
+    def head(self) -> Head | CalledHead:
         """The output layer, behind the map, gelu and norm that `hidden` ends with."""
-        layer = cast("nn.Embedding | nn.Linear", self.embedding if self.output is None else self.output)
-        return Head(layer.weight, self.output_bias)
+        return cast("Head | CalledHead", self(give="head")) if is_hooked(self) else self._head()
+
+    def _head(self) -> Head | CalledHead:
+        if self.output is None:
+            return Head(table_of(self.embedding, self.config.vocab_size), self.output_bias)
+        return head_of(self.output, self.output_bias)
 
     def hidden(
         self,
@@ -88,9 +97,8 @@ class MaskedLM(Stack):
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, None]:
         """Like a call, but what logits are made of: (batch, length, dim), zeros at padding."""
-        _refuse(state)
-        h, _, rows = self.run(tokens, None, mask, reset, penalties)
-        return rows.scatter(self._transformed(h)), None
+        out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
+        return cast("tuple[Tensor, None]", out)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
         """FLOPs (2 per multiply-add) of one forward of `length` tokens, logits included."""

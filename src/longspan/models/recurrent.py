@@ -29,8 +29,9 @@ from longspan import state as states
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
+from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
-from longspan.models.head import AdaptiveHead, Head
+from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
@@ -57,6 +58,10 @@ class RecurrentState(NamedTuple):
     tokens: Tensor
     backbone: Any
     live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least: with `per_layer` the memories too."""
+        return ("memory", "mass") if self.memory.ndim == 4 else ("mass",)
 
 
 class RecurrentMemory(nn.Module):
@@ -94,6 +99,9 @@ class RecurrentMemory(nn.Module):
             self.cell = LayerMemory(self.config, self.adapter)
         else:
             self.cell = TokenMemory(self.config, self.adapter.dim, self.adapter.embedding_std())
+        like = next((p for p in backbone.parameters() if p.is_floating_point()), None)
+        if like is not None:  # a memory is read as embeddings are
+            self.cell.to(like.device, like.dtype)
 
     @property
     def adapter(self) -> Backbone:
@@ -172,7 +180,7 @@ class RecurrentMemory(nn.Module):
         )
         return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
 
-    def head(self) -> Head | AdaptiveHead:
+    def head(self) -> Head | CalledHead | AdaptiveHead:
         """The backbone's output layer.
 
         Raises:
@@ -208,7 +216,7 @@ class RecurrentMemory(nn.Module):
         self._penalise(found, penalties)
         if not segments:
             return (
-                (self.memory.weight.new_zeros(*ids.shape, self.adapter.dim), None),
+                (carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype), None),
                 self._next(state, carried, ids, rows),
                 rows,
             )
@@ -240,16 +248,16 @@ class RecurrentMemory(nn.Module):
         """Segment after segment, or along diagonals: hidden states, what is carried on, what the memory did."""
         active = [segment.fresh.any(1) | segment.closed for segment in segments]
         left = torch.stack(active).long().flip(0).cumsum(0).flip(0) if active else None
-        if self.config.diagonal and isinstance(self.cell, LayerMemory) and self.cell.can_batch(self.adapter, segments):
-            assert left is not None
-            return self.cell.diagonals(self.adapter, segments, carried, left, self.config.bptt_segments)
+        cell = self.cell if self.config.diagonal and isinstance(self.cell, LayerMemory) else None
+        if cell is not None and left is not None and cell.can_batch(self.adapter, segments, penalties is not None):
+            return cell.diagonals(self.adapter, segments, carried, left, self.config.bptt_segments)
         shown: list[Tensor] = []
         found: list[Trace] = []
         for index, segment in enumerate(segments):
             assert left is not None
             carried = self._cut(self._begin(segment, carried), left[index])
             if not (segment.whole or bool((segment.closed | segment.shown).any())):
-                shown.append(self.memory.weight.new_zeros(*segment.ids.shape, self.adapter.dim))
+                shown.append(carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=place_of(self).dtype))
                 continue
             if not index and not bool(segment.resumed.any()):
                 carried = carried._replace(backbone=None)  # nothing of an open segment is in it
@@ -319,7 +327,8 @@ class RecurrentMemory(nn.Module):
 
     def _carried(self, state: RecurrentState | None, batch: int) -> Carried:
         if state is not None:
-            return Carried(state.memory, state.mass, state.written, state.backbone)
+            memory, mass = self.cell.fit(state.memory, state.mass)
+            return Carried(memory, mass, state.written, state.backbone)
         memory, mass = self.cell.empty(batch)
         return Carried(memory, mass, torch.zeros(batch, dtype=torch.int64, device=memory.device), None)
 
@@ -327,11 +336,11 @@ class RecurrentMemory(nn.Module):
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> RecurrentState:
         """The state of an empty past; device and dtype default to those of the parameters."""
-        weight = self.memory.weight
+        weight = table_of(self.memory, self.config.num_memory_tokens)
         memory, mass = self.cell.empty(batch_size, weight.to(device=device, dtype=dtype))
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device or weight.device)
         tokens = zeros.new_zeros(batch_size, self.config.segment_length - 1)
-        backbone = self.adapter.init_state(batch_size)
+        backbone = self.adapter.init_state(batch_size, device=device, dtype=dtype)
         return RecurrentState(memory.to(zeros.device), mass.to(zeros.device), zeros, tokens, backbone, zeros.clone())
 
     def _next(self, state: RecurrentState | None, carried: Carried, ids: Tensor, rows: Rows) -> RecurrentState | None:
@@ -379,12 +388,17 @@ class RecurrentMemory(nn.Module):
         """The cost of all segments, given that of a run over so many columns."""
         count, rest = divmod(length, self.config.segment_length)
         causal, size = self.adapter.causal, self.config.segment_length
+        total = opened = 0
+        if rest and self.config.alignment == "right":
+            # the remainder comes first, and closes as the others do
+            total, opened = cost(sum(self.cell.widths(causal, 0)) + rest), 1
+        last = opened + count
         # accumulated summaries are read as they come; from `steady` on every segment is alike
-        steady = min(count, self.config.max_summaries if self.config.accumulate else 0)
-        total = sum(cost(sum(self.cell.widths(causal, index)) + size) for index in range(steady))
-        if count > steady:
-            total += (count - steady) * cost(sum(self.cell.widths(causal, count)) + size)
-        if rest:
+        steady = max(opened, min(last, self.config.max_summaries if self.config.accumulate else 0))
+        total += sum(cost(sum(self.cell.widths(causal, index)) + size) for index in range(opened, steady))
+        if last > steady:
+            total += (last - steady) * cost(sum(self.cell.widths(causal, last)) + size)
+        if rest and not opened:
             front, back = self.cell.widths(causal, count)
             total += cost(front + rest + (0 if causal else back))
         return total

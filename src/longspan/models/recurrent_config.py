@@ -30,6 +30,7 @@ class RecurrentConfig:
         memory_dim: width of keys and queries of `per_layer`.
         dpfp: nu of its feature map.
         diagonal: `per_layer` over several segments at once, layer by layer along diagonals: the same result, reordered.
+            Mechanisms whose kernels do not run for several layers at once go segment by segment all the same.
     """
 
     num_memory_tokens: int = 10

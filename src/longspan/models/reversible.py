@@ -49,6 +49,7 @@ def run_reversible(
     rows: Rows,
     collect: bool,
     streams: Literal["mean", "both"] = "mean",
+    inputs: list[Tensor] | None = None,
 ) -> Streamed:
     """All blocks, by two streams.
 
@@ -59,24 +60,31 @@ def run_reversible(
         rows: the layout of the call.
         collect: gather auxiliary losses.
         streams: what of them is returned: their mean, or both side by side, y1 first.
+        inputs: what each block begins with is appended in the same form; activations are then stored, as they are
+            outputs.
     """
     call = _Call(blocks, [None] * len(blocks) if before is None else list(before), rows, collect, h.dtype)
     wide = h if h.element_size() >= 4 else h.float()
     given = call.given()
-    if states.needs_grad(h, *given):
+    if inputs is None and states.needs_grad(h, *given):
         found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))
         y1, y2, losses, following = call.sort_out(found)
     else:
         y1 = y2 = wide
         losses, following = [], []
         for index, block in enumerate(blocks):
+            if inputs is not None:
+                inputs.append(_joined(y1, y2, streams).to(h.dtype))
             f, after, penalties = block.attend(y2.to(h.dtype), call.before[index], rows, collect)
             y1 = y1 + f
             y2 = y2 + block.feed(y1.to(h.dtype))
             following.append(after)
             losses += penalties
-    hidden = torch.cat([y1, y2], -1) if streams == "both" else (y1 + y2) / 2
-    return Streamed(hidden.to(h.dtype), following, losses)
+    return Streamed(_joined(y1, y2, streams).to(h.dtype), following, losses)
+
+
+def _joined(y1: Tensor, y2: Tensor, streams: Literal["mean", "both"]) -> Tensor:
+    return torch.cat([y1, y2], -1) if streams == "both" else (y1 + y2) / 2
 
 
 class _Replay:

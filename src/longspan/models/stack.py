@@ -12,6 +12,7 @@ from longspan import state as states
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
 from longspan.mixers.base import merge_traits, special_groups, why_no_stream
+from longspan.mixers.maps import place_of
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
@@ -133,8 +134,10 @@ class Stack(nn.Module):
         penalties: list[Tensor] | None,
         inputs_embeds: Tensor | None = None,
         around: "Around | None" = None,
+        inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, StackState | None, Rows]:
-        """All layers on gathered rows; `around` acts before and after each.
+        """All layers on gathered rows; `around` acts before and after each. The input of each layer (B, N, dim),
+        gathered, is appended to `inputs`, where there is such a list.
 
         Returns:
             Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
@@ -157,7 +160,7 @@ class Stack(nn.Module):
             h = self.embed(gathered, rows)
         else:
             h = self.place(gathered, rows)
-        h, following = self._blocks(h, layers, rows, penalties, around)
+        h, following = self._blocks(h, layers, rows, penalties, around, inputs)
         following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
         return self.norm(h), following_state, rows
 
@@ -175,13 +178,14 @@ class Stack(nn.Module):
         rows: Rows,
         penalties: list[Tensor] | None,
         around: "Around | None",
+        inputs: list[Tensor] | None,
     ) -> tuple[Tensor, list[Any]]:
         """All blocks: hidden states (B, N, hidden_dim) and a state a layer."""
         if self.config.reversible:
             if around is not None:
                 raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
             h, following, losses = run_reversible(
-                self.layers, h, state, rows, penalties is not None, self.config.streams
+                self.layers, h, state, rows, penalties is not None, self.config.streams, inputs
             )
             if penalties is not None:
                 penalties.extend(losses)
@@ -191,6 +195,8 @@ class Stack(nn.Module):
             before = None if state is None else state[index]
             if around is not None:
                 h = around.before(index, h)
+            if inputs is not None:
+                inputs.append(h)
             h, after, losses = self._block(block, h, before, rows, penalties is not None)
             if around is not None:
                 around.after(index, rows.scatter(h))
@@ -231,7 +237,7 @@ class Stack(nn.Module):
     ) -> StackState:
         """The state of an empty past; device and dtype default to those of the parameters."""
         layers = tuple(block.mixer.init_state(batch_size, device=device, dtype=dtype) for block in self.layers)
-        where = device or next(self.parameters()).device
+        where = device or place_of(self).device
         return StackState(layers, torch.zeros(batch_size, dtype=torch.int64, device=where))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
@@ -130,12 +131,18 @@ class TokenMemory(nn.Module):
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memory and mass of an empty past: the learned initial memory, or room for summaries."""
-        weight = self.tokens.weight
+        weight = table_of(self.tokens, self.config.num_memory_tokens)
         dtype = weight.dtype if like is None else like.dtype
         mass = torch.zeros(batch, self.config.num_memory_tokens, device=weight.device)
         if self.config.accumulate:
             return weight.new_zeros(batch, self.columns, self.dim, dtype=dtype), mass
-        return weight.to(dtype).expand(batch, -1, -1), mass
+        memory = weight.to(dtype).expand(batch, -1, -1)
+        # without a graph a view of a parameter claims to have one, which hooks (torch's counter of FLOPs) stumble over
+        return memory if torch.is_grad_enabled() else memory.detach(), mass
+
+    def fit(self, memory: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in the types of the parameters, whatever precision has left them behind."""
+        return memory.to(self.tokens.weight.dtype), mass.float()
 
     def state_nbytes(self, batch_size: int, itemsize: int) -> int:
         """Bytes of memory and mass."""
@@ -174,6 +181,7 @@ class TokenMemory(nn.Module):
         return Stepped(hidden, Carried(memory, mass, written, following), trace)
 
     def _write(self, carried: Carried, new: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor | None]:
+        new = new.to(carried.memory.dtype)  # under autocast the backbone's may be narrower
         if self.config.accumulate:
             kept = carried.memory[:, self.config.num_memory_tokens :]
             memory, mass, logits = torch.cat([kept, new], 1), carried.mass, None
@@ -195,7 +203,9 @@ class TokenMemory(nn.Module):
         if accumulate:
             column = torch.arange(columns, device=memory.device)
             readable = column >= columns - self.config.num_memory_tokens * carried.written[:, None]
-        write = self.tokens.weight.to(memory.dtype).expand(batch, -1, -1) if accumulate else memory
+        write = memory
+        if accumulate:
+            write = table_of(self.tokens, self.config.num_memory_tokens).to(memory.dtype).expand(batch, -1, -1)
         if backbone.causal:
             inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
             ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)

@@ -45,7 +45,7 @@ from longspan.ops.linear import (
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
-from longspan.ops.relative import relative_attention, relative_cost
+from longspan.ops.relative import relative_attention, relative_cost, relative_decode
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
@@ -109,6 +109,7 @@ __all__ = [
     "push_token",
     "relative_attention",
     "relative_cost",
+    "relative_decode",
     "rotary_table",
     "rotate",
     "routing_attention",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.ops import flash
 from longspan.ops.rows import check_floating
 from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 
@@ -46,7 +47,7 @@ def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tenso
         (batch, ..., n, dim) in the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
-    with torch.autocast(phi_q.device.type, enabled=False):
+    with flash.full_precision(phi_q.device):
         return (phi_q @ memory) / ((phi_q @ normaliser[..., None]) + EPSILON)
 
 
@@ -86,7 +87,7 @@ def associative_write(
         Both, new tensors.
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
-    with torch.autocast(phi_k.device.type, enabled=False):
+    with flash.full_precision(phi_k.device):
         known = (phi_k @ normaliser[..., None])[..., 0]
         size = phi_k.square().sum(-1)
         # zero features have no direction: without the mask the gradient of 0 / 0 is not finite

@@ -14,9 +14,11 @@ every layer makes them anew, with a learned query u_l a level. So an open node i
 is bounded. The paper's form is in `longspan.reference.bp`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.bp_pool import Pooled, TreeNodes, join, pool
@@ -114,7 +116,7 @@ def bp_attention(
             batch, k.shape[1], heads_dim, nearest, tree.levels, q.device, k.dtype
         )
     scale = heads_dim**-0.5 if scale is None else scale
-    offset = torch.zeros(batch, dtype=torch.int64, device=q.device) if state is None else state.live
+    offset = host.put(np.zeros(batch, np.int64), q.device) if state is None else state.live
     chunks = make_chunks(batch, length, tile_of(length), lengths=lengths, start=start, offset=offset)
     used = tree.used(chunks.longest)
     levels = tree.levels if causal else used

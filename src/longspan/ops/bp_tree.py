@@ -13,7 +13,7 @@ larger ones and what the state brings are rows of one table; each chunk reads a 
 alone.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -214,9 +214,10 @@ def make_chunks(
             whole[:, 0],
             low + length,
         )
-    on_host = (None if each is None else torch.from_numpy(each) for each in (of_lengths, of_start, of_offset))
-    chunks = _ragged(batch, length, tile, *on_host)
-    return Chunks(*(each.to(device) if isinstance(each, Tensor) else each for each in chunks))
+    lengths_here, start_here = (None if each is None else torch.from_numpy(each) for each in (of_lengths, of_start))
+    chunks = _ragged(batch, length, tile, lengths_here, start_here, torch.from_numpy(of_offset))
+    fields: Any = (field.to(device) if isinstance(field, Tensor) else field for field in chunks)
+    return Chunks(*fields)
 
 
 def _ragged(batch: int, length: int, tile: int, lengths: Tensor | None, start: Tensor | None, offset: Tensor) -> Chunks:

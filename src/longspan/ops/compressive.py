@@ -8,10 +8,12 @@ few batches of their own. How many each sees depends on positions alone.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.first_order import scaled_dot_product_attention
@@ -134,7 +136,7 @@ def compressive_attention(
         )
         seen = [min(each, compressed_len) + min(at, mem_len) for each, at in zip(closed, begins, strict=True)]
         ragged = min(seen) < part.slots + part.older
-        held = torch.tensor(seen, device=q.device).repeat(batch) if ragged else None
+        held = host.put(np.tile(np.array(seen), batch), q.device) if ragged else None
         query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
         query = query.reshape(batch * count, heads, part.size, dim)
         out = relative_attention(query, keys, values, r, content_bias, position_bias, memory_lengths=held)

@@ -38,7 +38,8 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     """
     check_floating(scores=scores)
     if not isinstance(alpha, Tensor):
-        alpha = torch.tensor(float(alpha), dtype=torch.float64, device=scores.device)
+        wide = torch.float64 if host.has_float64(scores.device) else torch.float32
+        alpha = torch.tensor(float(alpha), dtype=wide, device=scores.device)
     alpha = alpha.expand([1] * scores.ndim) if alpha.ndim == 0 else alpha
     alpha = alpha[(None,) * (scores.ndim - alpha.ndim)]
     fits = alpha.ndim == scores.ndim and all(
@@ -62,7 +63,7 @@ class _Entmax(FirstOrder):
     @staticmethod
     def forward(ctx: Any, z: Tensor, alpha: Tensor, most: float) -> Tensor:
         dtype = flash.working_dtype(z)
-        a = (alpha.double() - 1).to(dtype)
+        a = (alpha - 1).to(dtype)  # exact in any type
         with flash.full_precision(z.device):
             p = dense_weights(z.to(dtype), a, most)
         out = p.to(z.dtype)
@@ -187,6 +188,6 @@ def _decode(call: Call, alpha: Tensor, scale: float, most: float) -> Tensor:
             query, key, equal = call.visibility[:3]
             key = key.transpose(-1, -2)
             scores = scores.masked_fill(~(key == query if equal else key >= query), float("-inf"))
-        a = (alpha.double() - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
+        a = (alpha - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
         out = dense_weights(scores, a, most) @ v.to(dtype)
     return call.finish(out.reshape(batch, heads, 1, v.shape[-1]).to(call.q.dtype))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops.linear import LinearSums, check_call, elu_features, feature_attention
 from longspan.ops.rows import check_floating
@@ -139,27 +140,29 @@ def orthogonal_projection(
 ) -> Tensor:
     """(num_features, dim) fp32: blocks of orthogonal directions, each Haar distributed, with the norms of normal rows.
 
+    On torch's default device, wherever the generator is.
+
     The orthogonal matrix of a QR decomposition is Haar only with the signs of R's diagonal moved into it; without them
     positive features are biased.
 
     Args:
         num_features: rows; whole blocks of `dim` and a part of one.
         dim: of queries and keys.
-        generator: draws; None = torch's.
+        generator: draws, on any device; None = torch's.
         regularised: norms sqrt(dim) in place of chi-distributed ones: biased low, less variance (SMREG).
     """
     blocks = []
     for first in range(0, num_features, dim):
-        normal = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        normal = host.normal(dim, dim, generator=generator, dtype=torch.float64)
         q, r = torch.linalg.qr(normal)
         q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
         blocks.append(q.mT[: min(dim, num_features - first)])
     directions = torch.cat(blocks)
-    norms = torch.randn(num_features, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
+    norms = host.normal(num_features, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
     if regularised:
         norms = torch.full_like(norms, dim**0.5)
-    projection: Tensor = (directions * norms[:, None]).float()
-    return projection
+    projections: Tensor = (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
+    return projections
 
 
 def bounded_constant(square: Tensor, dim: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.ops import flash
 from longspan.ops.linear import elu_features, smallest, sums_dtype
 from longspan.ops.segments import Layout, SegmentMemory, attend_inside, attend_open, attend_segments, inside_cost
 
@@ -67,7 +68,7 @@ def infini_attention(
     memory = state or SegmentMemory(*rule.nothing(k, v))
     inside = attend_inside(q, k, v, layout, local)
     parts = [t[:, :, :whole] for t in (q, k, v, inside)]
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         out, memory = _together(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
         if whole < q.shape[2]:
             out = torch.cat([out, rule.read(q[:, :, whole:], memory, inside[:, :, whole:])], 2)

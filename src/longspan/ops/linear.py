@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan.errors import ConfigError
+from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating
 
@@ -54,8 +55,9 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
 
 
 def sums_dtype(device: torch.device | str | None) -> torch.dtype:
-    """What sums over a whole stream are carried in: fp64, or fp32 where the device (mps) has none."""
-    return torch.float32 if device is not None and torch.device(device).type == "mps" else torch.float64
+    """What sums over a whole stream are carried in: fp64, or fp32 where the device (as Apple's GPUs) has none."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return torch.float64 if host.has_float64(where) else torch.float32
 
 
 class LinearSums(NamedTuple):
@@ -142,7 +144,7 @@ def feature_attention(
 ) -> tuple[Tensor, LinearSums | None]:
     """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with flash.full_precision(q.device):
         q, k, values = (t.to(dtype) for t in (q, k, v))
         column = torch.arange(v.shape[2], device=v.device)
         real = None if lengths is None else column < lengths[:, None]

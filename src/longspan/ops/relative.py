@@ -67,7 +67,9 @@ def relative_attention(
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     older: tuple[Tensor, ...] = () if stale is None or border is None else stale
     if is_decode(call, r, content_bias, position_bias, *older):
-        return _decode(call, r, content_bias, position_bias, scale)
+        with flash.full_precision(q.device):
+            moved = call.q + position_bias.to(q.dtype)[:, None]
+            return _decode(call, torch.matmul(moved, r[:, : call.k.shape[2]].to(q.dtype).mT), content_bias, scale)
     if isinstance(border, Tensor):
         dropped, read = call.dropped, host.values(border)
         border = host.remember(border - dropped, None if read is None else read - dropped)
@@ -140,14 +142,45 @@ def farthest_first(r: Tensor, distances: int) -> Tensor:
     return near.flip(1)
 
 
-def _decode(call: Call, r: Tensor, content_bias: Tensor, position_bias: Tensor, scale: float) -> Tensor:
+def relative_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    *,
+    window: int | None = None,
+    segment: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """`relative_attention` of one query per row, given its position scores; no gradient.
+
+    Args:
+        q: (batch, heads, 1, head_dim).
+        k, v: see `relative_attention`.
+        position: (batch, heads, 1, distances), (q + position_bias) . r_t for distance t, before `scale`.
+        content_bias: (heads, head_dim).
+        window, segment, scale, lengths, start, memory_lengths: see `relative_attention`.
+
+    Returns:
+        (batch, heads, 1, head_dim) in q's dtype; zeros where a query sees no key.
+    """
+    keep = None if window is None else (window - 1 if segment is None else window)
+    call = read_call(q, k, v, causal=True, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    if call.empty:
+        return q.new_zeros(*q.shape[:3], v.shape[-1])
+    with flash.full_precision(q.device):
+        return _decode(call, position.to(q.dtype), content_bias, default_scale(q, scale))
+
+
+def _decode(call: Call, position: Tensor, content_bias: Tensor, scale: float) -> Tensor:
+    """position: (batch, heads, 1, distances) by distance, before `scale`; beyond the last distance it repeats."""
     keys = call.k.shape[2]
-    with flash.full_precision(call.q.device):
-        dtype = call.q.dtype
-        position = (call.q + position_bias.to(dtype)[:, None]).mul_(scale)
-        near = r[:, :keys].to(dtype)
-        bias = torch.matmul(position, near.mT)
-        if near.shape[1] < keys:
-            bias = torch.cat([bias, bias[..., -1:].expand(*bias.shape[:3], keys - near.shape[1])], -1)
-        moved = call._replace(q=call.q + content_bias.to(dtype)[:, None])
-        return decode(moved, scale=scale, bias=bias.flip(-1))
+    bias = position[..., :keys] * scale
+    if bias.shape[-1] < keys:
+        bias = torch.cat([bias, bias[..., -1:].expand(*bias.shape[:3], keys - bias.shape[-1])], -1)
+    moved = call._replace(q=call.q + content_bias.to(call.q.dtype)[:, None])
+    return decode(moved, scale=scale, bias=bias.flip(-1))

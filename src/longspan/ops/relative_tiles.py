@@ -17,7 +17,7 @@ from torch import Tensor
 from longspan import host
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
-from longspan.ops.tiled import new_like_heads
+from longspan.ops.tiled import is_view, new_like_heads
 from longspan.ops.tiles import ALIGN, HIDDEN, Block, Part, Plan, Run, Visibility, make_blocks, make_parts, take
 
 FORWARD_ENTRIES = 1 << 20  # position scores of one kernel call
@@ -219,7 +219,7 @@ class _Backward:
         for run in self.plan.runs:
             _Tile(self, run, rows, heads, views, totals).run_all(part)
         for slot, total in zip(slots, totals, strict=True):
-            if total.data_ptr() != slot.data_ptr():
+            if not is_view(slot):
                 slot.copy_(total.view(slot.shape))
 
     def _slots(self, part: Part, heads: slice) -> list[tuple[Tensor, slice]]:

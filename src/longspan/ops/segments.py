@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.ops import flash
 from longspan.ops.full import full_attention, full_cost
 
 
@@ -96,7 +97,7 @@ def attend_segments(
             memory = emptied(memory, layout.begins[:, index])
         if left is not None:
             memory = cut(memory, layout.horizon, left[:, index])
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
             if (index + 1) * size <= length:
                 full = None if layout.real is None else layout.real[:, columns].all(1)
@@ -126,7 +127,7 @@ def attend_open(
         out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, dtype)
     else:
         memory = cut(state, layout.horizon, torch.ones_like(state.written))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             out = rule.read(q, memory, inside)
     closing = None if closes is None else host.values(closes)
     if closes is not None and (closing is None or closing.any()):
@@ -136,7 +137,7 @@ def attend_open(
         index = ends[:, None] - segment + torch.arange(segment, device=k.device)
         index = index.clamp(min=0)[:, None, :, None]
         keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
-        with torch.autocast(q.device.type, enabled=False):
+        with flash.full_precision(q.device):
             memory = written(memory, keys, values, closes, rule)
     return out.to(v.dtype), memory
 

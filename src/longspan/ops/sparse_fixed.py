@@ -7,9 +7,11 @@ written behind them, used, and overwritten by its own summary columns. So each t
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call
@@ -185,7 +187,7 @@ class _Masks:
             key, query = key[tile.place :], query
             seen = (key <= query)[None]
         else:
-            last = spec.stride - torch.tensor(spec.offsets[:1] if spec.alike else spec.offsets, device=device)
+            last = spec.stride - host.put(np.array(spec.offsets[:1] if spec.alike else spec.offsets), device)
             place, last = key % spec.stride, last[:, None, None]
             seen = (place >= last - spec.summary) & (place < last) | (key == query)
             if spec.local:

@@ -156,6 +156,11 @@ def _scratch(tensor: Tensor) -> Tensor:
     return tensor[0] if tensor.shape[0] == 1 else tensor.flatten(0, 1)
 
 
+def is_view(slot: Tensor) -> bool:
+    """Whether `_scratch` gives the slot itself."""
+    return slot.shape[0] == 1 or slot.shape[1] == 1 or slot.stride(0) == slot.shape[1] * slot.stride(1)
+
+
 def _part_backward(
     part: Part,
     views: list[Tensor],
@@ -196,7 +201,7 @@ def _part_backward(
             dk[:, there].baddbmm_(scores.mT, qt)
             dq[:, here] = torch.bmm(scores, k[:, there]).view(-1, run.queries, q.shape[-1])
     for slot, total in zip(slots, (dq, dk, dv), strict=True):
-        if total.data_ptr() != slot.data_ptr():
+        if not is_view(slot):
             slot.copy_(total.view(slot.shape))
 
 

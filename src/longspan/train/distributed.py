@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from longspan import host
 from longspan.errors import ConfigError
 
 
@@ -33,7 +34,8 @@ class Group:
         """The sums over all processes, in fp64."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        device = self.device if host.has_float64(self.device) else torch.device("cpu")
+        tensor = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(tensor)
         result: list[float] = tensor.tolist()
         return result

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longspan.errors import CheckpointError
-from longspan.files import sync_folder
+from longspan.files import read_json, sync_folder, write_json
 from longspan.train.distributed import Group
 
 HIDDEN = ".tmp"
+DIGESTS = "digests.json"
 
 
 def hidden_name(path: Path) -> Path:
@@ -83,6 +84,34 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def seal(folder: Path) -> None:
+    """Write the digests of all files in a folder beside them."""
+    files = {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    write_json(folder / DIGESTS, {"files": files})
+
+
+def check_sealed(folder: Path) -> None:
+    """Check the digests that `seal` wrote; nothing where there are none, as of earlier versions.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; names it.
+    """
+    if not (folder / DIGESTS).is_file():
+        return
+    files = read_json(folder / DIGESTS)
+    if not isinstance(files, dict) or not isinstance(files.get("files"), dict):
+        raise CheckpointError(f"{folder / DIGESTS}: damaged")
+    for name, expected in files["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if digest(path) != expected:
+            raise CheckpointError(
+                f"{path}: damaged: its contents are not what was written; if you have changed the file yourself, "
+                f"delete {folder / DIGESTS}"
+            )
 
 
 def digest(path: Path) -> str:

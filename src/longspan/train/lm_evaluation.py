@@ -25,7 +25,7 @@ from longspan.tasks.base import Array, Head
 from longspan.tasks.tokenizers import Tokenizer
 from longspan.tasks.words import Words
 from longspan.train.distributed import Group
-from longspan.train.evaluate import judge, read_documents
+from longspan.train.evaluate import Progress, judge, read_documents
 from longspan.train.loss import adaptive_head
 from longspan.train.statistics import Interval, share_bootstrap
 
@@ -57,6 +57,7 @@ def place_nats(
     *,
     chunk: int = 512,
     batch: int = 16,
+    progress: Progress | None = None,
 ) -> list[Array]:
     """(length,) fp32 loss of every place of every document, in nats.
 
@@ -66,6 +67,7 @@ def place_nats(
         window: None: carried.
         chunk: tokens of a row in one call; memory and speed, not the result.
         batch: rows.
+        progress: called with the tokens read and all there are; what it returns is not looked at.
 
     Raises:
         ConfigError: a stride that is not from 1 to the context.
@@ -87,6 +89,8 @@ def place_nats(
     # the loss of an adaptive softmax needs no whole distribution
     head = adaptive_head(model)
     for out, part in read_documents(model, read, chunk=chunk, batch=batch, group=group, hidden=head is not None):
+        if progress is not None:
+            progress(int(done.sum()), int(read.lengths.sum()))
         nats = judge(out, part.targets.to(out.device), head).float().cpu().numpy()
         for row, line in enumerate(part.document.numpy()):
             borders = [0, *(np.flatnonzero(np.diff(line)) + 1).tolist(), len(line)]

@@ -4,15 +4,17 @@ A target never lies in another document: a document's first token is predicted f
 (`longspan.tasks`), its last token predicts nothing, so no prediction crosses a border and none is lost.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from longspan.errors import UnsupportedError
 from longspan.models import AdaptiveHead, Head
-from longspan.models.head import Softmax
+from longspan.models.head import CalledHead, Softmax
 from longspan.ops.first_order import FirstOrder
 
 
@@ -43,7 +45,7 @@ def adaptive_head(model: Any) -> AdaptiveHead | None:
 
 
 def chunked_next_token_loss(
-    hidden: Tensor, head: Head | AdaptiveHead, targets: Tensor, graded: Tensor | None = None, *, chunk: int
+    hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: Tensor, graded: Tensor | None = None, *, chunk: int
 ) -> Tensor:
     """`next_token_loss` of the logits that `head` makes of hidden states, of which only `chunk` rows ever exist.
 
@@ -70,7 +72,7 @@ def chunked_next_token_loss(
     return torch.stack([_nats(part, chunk).sum() for part in head.softmaxes(rows, wanted)]).sum()
 
 
-def head_nats(hidden: Tensor, head: Head | AdaptiveHead, targets: Tensor, *, chunk: int = 0) -> Tensor:
+def head_nats(hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: Tensor, *, chunk: int = 0) -> Tensor:
     """`token_nats` of the logits that `head` makes of hidden states (batch, length, dim), as
     `chunked_next_token_loss` finds them.
     """
@@ -84,11 +86,28 @@ def head_nats(hidden: Tensor, head: Head | AdaptiveHead, targets: Tensor, *, chu
 
 def _nats(part: Softmax, chunk: int) -> Tensor:
     """(rows,) losses of one softmax."""
+    if part.call is not None:
+        return _called_nats(part.call, part.hidden, part.targets, chunk)
+    assert part.weight is not None
     if not chunk:
         return token_nats(functional.linear(part.hidden, part.weight, part.bias)[None], part.targets[None])[0]
     given = part.hidden, part.weight, part.bias, part.targets, chunk
     nats: Tensor = _ChunkedNats.apply(*given)
     return nats
+
+
+def _called_nats(call: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """The same where logits are made by a module, which is called again for each chunk in the backward pass."""
+
+    def nats(rows: Tensor, wanted: Tensor) -> Tensor:
+        return token_nats(call(rows)[None], wanted[None])[0]
+
+    if not chunk or not len(hidden):
+        return nats(hidden, targets)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([nats(*part) for part in parts])
+    return torch.cat([cast(Tensor, checkpoint(nats, *part, use_reentrant=False)) for part in parts])
 
 
 class _ChunkedNats(FirstOrder):

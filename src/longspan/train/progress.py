@@ -2,10 +2,14 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from longspan.errors import ConfigError
 
@@ -48,34 +52,42 @@ class Plain(Silent):
             self._last = now
             self.message("  ".join(part for part in describe(line).values() if part))
 
+    def evaluating(self, read: int, total: int) -> None:
+        """Print how far the evaluation is, if the last line is long enough ago."""
+        now = time.monotonic()
+        if now - self._last >= self.interval:
+            self._last = now
+            self.message(f"evaluating {read / max(total, 1):4.0%} of {total:,} held-back tokens")
+
     def message(self, text: str) -> None:
         """Print a line."""
         print(text, file=sys.stderr, flush=True)
 
 
 class Live(Silent):
-    """One line that is drawn anew, by rich."""
+    """One line that is redrawn, by rich; what a narrow terminal has no room for is left out."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        names = ("step", "loss", "validation", "speed", "memory", "eta")
-        columns = [TextColumn("{task.fields[" + name + "]}") for name in names]
-        self._progress = Progress(BarColumn(bar_width=24), *columns, console=self._console)
-        self._task: TaskID | None = None
-        self._fields: dict[str, Any] = dict.fromkeys(names, "")
+        self._live: RichLive | None = None
+        self._line = Line()
 
     def start(self, title: str) -> None:
         """Begin to draw."""
         self._console.print(title, markup=False, highlight=False)
-        self._progress.start()
-        self._task = self._progress.add_task("", total=1.0, **self._fields)
+        self._live = RichLive(self._line, console=self._console, refresh_per_second=10)
+        self._live.start()
 
     def step(self, line: dict[str, Any]) -> None:
         """Draw the line anew."""
-        if self._task is not None:
-            # figures that this line does not hold stay as they were
-            self._fields |= {name: text for name, text in describe(line).items() if text}
-            self._progress.update(self._task, completed=line["fraction"], **self._fields)
+        # figures that this line does not hold stay as they were
+        self._line.fields |= {name: text for name, text in describe(line).items() if text}
+        self._line.fields["evaluation"] = ""
+        self._line.fraction = line["fraction"]
+
+    def evaluating(self, read: int, total: int) -> None:
+        """Draw how far the evaluation is."""
+        self._line.fields["evaluation"] = f"evaluating {read / max(total, 1):4.0%}"
 
     def message(self, text: str) -> None:
         """Print above the line."""
@@ -83,7 +95,47 @@ class Live(Silent):
 
     def stop(self) -> None:
         """Leave the last line standing."""
-        self._progress.stop()
+        self._line.fields["evaluation"] = ""
+        if self._live is not None:
+            self._live.stop()
+
+
+class Line:
+    """A bar and figures, as many as there is room for.
+
+    Attributes:
+        fields: text of each figure by its name, in the order of `ORDER`.
+        fraction: of the bar, 0 to 1.
+    """
+
+    ORDER = ("step", "loss", "validation", "evaluation", "speed", "memory", "eta")
+    LEAST_FIRST = ("memory", "speed", "validation", "eta", "loss", "evaluation")
+    """What is left out first."""
+    BAR, LEAST_BAR = 24, 8
+
+    def __init__(self) -> None:
+        self.fields: dict[str, str] = {}
+        self.fraction = 0.0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = [name for name in self.ORDER if self.fields.get(name)]
+        # the last column stays free, as some terminals go to the next line behind it
+        width = options.max_width - 1
+        leaving = [name for name in self.LEAST_FIRST if name in shown]
+        while leaving and len(self._text(shown)) > width:
+            shown.remove(leaving.pop(0))
+        text = self._text(shown)
+        row, bar = Table.grid(padding=(0, 1, 0, 0)), min(self.BAR, width - len(text) - 1)
+        cells: list[Any] = [Text(text, no_wrap=True, overflow="crop")]
+        if bar >= self.LEAST_BAR:
+            row.add_column(width=bar)
+            cells.insert(0, ProgressBar(total=1.0, completed=self.fraction, width=bar))
+        row.add_column(no_wrap=True)
+        row.add_row(*cells)
+        yield row
+
+    def _text(self, names: Sequence[str]) -> str:
+        return " ".join(self.fields[name] for name in names)
 
 
 def describe(line: dict[str, Any]) -> dict[str, str]:

@@ -197,7 +197,7 @@ def _run_reserved(
 
     def publish() -> None:
         try:
-            folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled))
+            folders.write_folder(folder / "model", lambda filled: pretrained.publish(model, filled), folders.seal)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; {checkpoints.last_good(folder / 'checkpoints')} and holds the trained model; make room and "
@@ -247,7 +247,7 @@ def _run_staged_reserved(
     if interrupted:
         display.message(f"stopped at step {position.step}, saved in {folder}; resume it to go on")
     else:
-        folders.write_folder(folder / "model", lambda filled: save_model(model, filled))
+        folders.write_folder(folder / "model", lambda filled: save_model(model, filled), folders.seal)
     return Result(folder, position.step, position.tokens, position.seconds, None, interrupted)
 
 
@@ -288,6 +288,7 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
     task.prepare(folder, main=False)
     if pretrained.is_pretrained(recipe):
         pretrained.make_known()
+    folders.check_sealed(folder / "model")
     if is_converted(folder / "model"):
         from longspan.hf.decoder import load_converted
 
@@ -310,6 +311,8 @@ def _stored_recipe(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.json").exists():
         raise CheckpointError(f"{folder}: no run here (recipe.json is missing); start one without resuming")
     stored: dict[str, Any] = read_json(folder / "recipe.json")
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
+        raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
     return stored
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.tour import Clock, finish, say_step
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.tasks import MemoryTask

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.tour import Clock, finish, say_step
-from longspan.files import check_output_folder
 
 RECIPE = "quickstart-lm.toml"
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table
+from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
-from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from longspan.cli.console import console, print_table
-from longspan.errors import CheckpointError, ConfigError
-from longspan.files import check_output_folder
+from longspan.cli.console import console, print_table, say
+from longspan.cli.outputs import check_output_folder
+from longspan.errors import CheckpointError, ConfigError, LongspanError
 
 if TYPE_CHECKING:
     from longspan.cost.scaling import Fit
@@ -47,7 +47,7 @@ def scaling(
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 
-    rows = [read_run(run) for run in runs]
+    runs, rows = _read_runs(runs)
     check_same_text(runs)
     blocks: list[Block] = [runs_table(rows)]
     data: dict[str, Any] = {"runs": rows, "laws": {}}
@@ -66,6 +66,25 @@ def scaling(
         elif not hasattr(block, "alt"):
             print_table(block)  # type: ignore[arg-type]
     console().print(f"wrote {path}", markup=False)
+
+
+def _read_runs(runs: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Runs and what they were; what is no run, or was never evaluated, is named and left out.
+
+    Raises:
+        CheckpointError: nothing is left.
+    """
+    rows, problems = [], []
+    for run in runs:
+        try:
+            rows.append(read_run(run))
+        except (LongspanError, OSError) as error:
+            problems.append(str(error))
+    if not rows:
+        raise CheckpointError(f"no run among {len(runs)}: {problems[0]}" if len(runs) > 1 else problems[0])
+    for problem in problems:
+        say(f"left out: {problem}")
+    return [row["run"] for row in rows], rows
 
 
 def read_run(run: str) -> dict[str, Any]:
@@ -141,6 +160,8 @@ def check_same_text(runs: list[str]) -> None:
 
 def said(law: "Fit", key: str) -> str:
     """A power law in a line."""
+    if law.undetermined:
+        return f"no law in {key}: these {law.runs} runs are too much alike; vary {key} more"
     exponent = law.parameters["a"]
     between = "[{:.4f}, {:.4f}]".format(*law.intervals["a"]) if "a" in law.intervals else "without an interval"
     return (

@@ -7,8 +7,8 @@ import typer
 
 from longspan.cli.console import console, print_table
 from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
-from longspan.files import check_output_folder
 
 if TYPE_CHECKING:
     from longspan.report import Block

@@ -1,0 +1,98 @@
+"""Configurations of converted models: in memory those of the original, on disk of a type of their own.
+
+In memory a converted Llama is a Llama with records of its conversions, so that PEFT, the Trainer and pipelines treat it
+as one. On disk its `model_type` is "longspan_llama", which transformers alone does not know and `import longspan.hf`
+makes known, and its activation function is a note that says so: whoever loads the folder without longspan, or by the
+original class, gets an error in the place of a model that computes something else.
+"""
+
+import json
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from longspan.hf.families import model_types
+
+CORE = "longspan"
+PREFIX = "longspan_"
+_ORIGINAL = "longspan_original"
+_NOTE = (
+    "of a model that longspan converted: `import longspan.hf`, then load it with AutoModelForCausalLM (or another Auto "
+    "class) or longspan.hf.load"
+)
+
+
+class ConvertedConfig:
+    """Stands before the class of an original configuration, and writes and reads the form on disk.
+
+    Attributes:
+        longspan: one record a conversion: mixer, layers, fields.
+        longspan_plain: the class of the original configuration.
+    """
+
+    longspan: list[dict[str, Any]]
+    longspan_plain: type
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """The form on disk, as text."""
+        parent: Any = super()
+        return json.dumps(_to_disk(json.loads(parent.to_json_string(use_diff))), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """A configuration of the form on disk or in memory; options of transformers."""
+        parent: Any = super()
+        return parent.from_dict(_from_disk(config_dict), **options)
+
+
+def _activation(kind: str) -> str:
+    return "activation_function" if kind == "gpt2" else "hidden_act"
+
+
+def _to_disk(config: dict[str, Any]) -> dict[str, Any]:
+    if not config.get(CORE):
+        return config
+    kind = config["model_type"]
+    name = _activation(kind)
+    # no key "model_type" in here: transformers would take it for a configuration of its own
+    original = {"type": kind, "activation": config.get(name)}
+    return {**config, "model_type": PREFIX + kind, name: _NOTE, _ORIGINAL: original}
+
+
+def _from_disk(config: dict[str, Any]) -> dict[str, Any]:
+    if _ORIGINAL not in config:
+        return config
+    original = config[_ORIGINAL]
+    name = _activation(original["type"])
+    read = {key: value for key, value in config.items() if key not in (_ORIGINAL, name)}
+    # the defaults of transformers may be left out
+    activation = {} if original["activation"] is None else {name: original["activation"]}
+    return {**read, **activation, "model_type": original["type"]}
+
+
+def _make(plain: type) -> type:
+    name = f"Longspan{plain.__name__}"
+    return type(name, (ConvertedConfig, plain), {"__module__": __name__, "longspan_plain": plain})
+
+
+# by model type; by name in this module too, so that they pickle
+CONVERTED: dict[str, type] = {kind: _make(CONFIG_MAPPING[kind]) for kind in model_types() if kind in CONFIG_MAPPING}
+globals().update({cls.__name__: cls for cls in CONVERTED.values()})
+
+for _kind, _cls in CONVERTED.items():
+    CONFIG_MAPPING.register(PREFIX + _kind, _cls, exist_ok=True)
+
+
+def mark(config: Any, record: dict[str, Any]) -> None:
+    """Add the record of a conversion to a configuration, in place."""
+    config.longspan = [*(getattr(config, CORE, None) or []), record]
+    cls: Any = CONVERTED.get(config.model_type)
+    if cls is not None and type(config) is cls.longspan_plain:
+        config.__class__ = cls
+
+
+def unmark(config: Any) -> None:
+    """Make the configuration that of the original again, in place."""
+    config.__dict__.pop(CORE, None)
+    if isinstance(config, ConvertedConfig):
+        config.__class__ = type(config).longspan_plain
