@@ -24,7 +24,6 @@ from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
-from longspan.hf.wrappers import unwrapped
 from longspan.mixers.base import Core, merge_traits, special_groups
 from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of

@@ -55,7 +55,7 @@ class LinearState(NamedTuple):
         return "values", "keys"
 
     def sums(self) -> tuple[str, ...]:
-        """Fields that add up a whole stream, in fp64 where there is fp64."""
+        """Fields that only grow, in fp64."""
         return "values", "keys"
 
 

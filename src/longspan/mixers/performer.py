@@ -79,7 +79,7 @@ class PerformerState(NamedTuple):
         return "values", "keys", "maximum"
 
     def sums(self) -> tuple[str, ...]:
-        """Fields that add up a whole stream, in fp64 where there is fp64."""
+        """Fields that only grow, in fp64."""
         return "values", "keys"
 
 
