@@ -125,7 +125,7 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     """`to`; `wide`: all of this is accumulators. The same object where nothing changes."""
     if isinstance(state, Tensor):
         if dtype is None or not state.is_floating_point():
-            return state if device is None else state.to(device)
+            return state if device is None else state.to(device, _kind_there(state, device))
         kind = torch.promote_types(dtype, torch.float32) if wide else dtype
         if device is None:
             return state if state.dtype == kind else state.to(kind)
@@ -141,6 +141,12 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     if all(new is old for new, old in zip(parts, state, strict=True)):
         return state
     return type(state)(*parts) if fields is not None else tuple(parts)
+
+
+def _kind_there(tensor: Tensor, device: torch.device) -> torch.dtype:
+    """The type of a tensor on a device: its own, but fp32 for fp64 where there is none."""
+    lacks = tensor.dtype == torch.float64 and not host.has_float64(device)
+    return torch.float32 if lacks else tensor.dtype
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
