@@ -16,7 +16,7 @@ from longspan import ops
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(params=[True, False], ids=["fp64", "no-fp64"])
+@pytest.fixture(params=[pytest.param(True, id="fp64", marks=pytest.mark.long), pytest.param(False, id="no-fp64")])
 def device(request: pytest.FixtureRequest) -> Any:
     with emulated(float64=request.param) as there:
         yield there
@@ -73,12 +73,17 @@ def test_decoders(name: str, device: Device) -> None:
     same(lambda: own(name), device)
 
 
-@pytest.mark.parametrize("name", ["window", "lsh", "infini"])
+@pytest.mark.parametrize("name", ["window", pytest.param("lsh", marks=pytest.mark.long)])
 def test_reversible_decoders(name: str, device: Device) -> None:
     same(lambda: own(name, layers=2, reversible=True), device)
 
 
-@pytest.mark.parametrize("fields", [{}, {"per_layer": True}, {"accumulate": True}])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "fields", [pytest.param({}, marks=LONG), {"per_layer": True}, pytest.param({"accumulate": True}, marks=LONG)]
+)
 def test_recurrent_memory(fields: dict[str, Any], device: Device) -> None:
     def make() -> Any:
         torch.manual_seed(0)
@@ -87,7 +92,9 @@ def test_recurrent_memory(fields: dict[str, Any], device: Device) -> None:
     same(make, device)
 
 
-@pytest.mark.parametrize("name", ["full", "window", "linear", "lsh", "routing", "bp"])
+@pytest.mark.parametrize(
+    "name", ["routing", *(pytest.param(name, marks=LONG) for name in ("full", "window", "linear", "lsh", "bp"))]
+)
 def test_masked_models(name: str, device: Device) -> None:
     def make() -> Any:
         torch.manual_seed(0)
@@ -98,7 +105,7 @@ def test_masked_models(name: str, device: Device) -> None:
     same(make, device)
 
 
-@pytest.mark.parametrize("name", ["window", "infini", "routing"])
+@pytest.mark.parametrize("name", ["infini", *(pytest.param(name, marks=LONG) for name in ("window", "routing"))])
 def test_converted_models(name: str, device: Device) -> None:
     here = converted(name)
     there = copy.deepcopy(here).to(device.device)
@@ -112,6 +119,17 @@ def test_converted_models(name: str, device: Device) -> None:
             real = keywords.get("attention_mask", torch.ones_like(text)).bool()
             close(there(text.to(device.device), **given).logits.cpu()[real], expected[real])
         close(there.generate(text.to(device.device), max_new_tokens=3).float(), here.generate(text, max_new_tokens=3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_moves_to_the_device_and_back(name: str, device: Device) -> None:
+    here, there = own(name), own(name).to(device.device)
+    text = tokens(2, 12)
+    with torch.no_grad():
+        _, before = here(text[:, :7], None)
+        _, state = there(text[:, 7:9].to(device.device), ls.state.to(before, device=device.device))
+        _, before = here(text[:, 7:9], before)
+        close(here(text[:, 9:], ls.state.to(state, device="cpu"))[0], here(text[:, 9:], before)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

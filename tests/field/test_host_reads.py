@@ -46,10 +46,12 @@ def call(kind: str, model: Any, device: Any = None) -> tuple[Tensor, Any, dict[s
     return text[:, :1].to(device) if kind == "decode" else text.to(device), state, keywords
 
 
-KINDS = ["first", "first mask", "decode", "cut", "cut mask reset"]
+KINDS = ["first", "first mask", "cut", "decode", "cut mask reset"]
+LONG = pytest.mark.long
+SLOW = ("lsh", "bp", "compressive", "memorizing", "associative", "transformer_xl")  # to export
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=LONG) for kind in KINDS[:-2]] + KINDS[-2:])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_layer_reads_on_the_cpu(name: str, kind: str) -> None:
     model = own(name, layers=2)
@@ -72,6 +74,7 @@ def test_a_call_reads_a_device_once_at_most(name: str, kind: str) -> None:
         assert len(device.reads) <= 1, device.reads
 
 
+@LONG
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_reads_no_more_than_that(name: str) -> None:
     model = own(name, layers=2).train()
@@ -81,7 +84,7 @@ def test_a_training_step_reads_no_more_than_that(name: str) -> None:
         assert len(device.reads) <= 1, device.reads
 
 
-@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG if name in SLOW else ()) for name in BOUNDED])
 def test_decoders_export_for_a_fixed_length(name: str) -> None:
     model = own(name)
     program = torch.export.export(model, (tokens(2, 9),), strict=False)
@@ -102,7 +105,7 @@ def shapes(state: Any) -> dict[str, tuple[int, ...]]:
     return {} if state is None else {name: tuple(t.shape) for name, t in ls.state.tensors(state).items()}
 
 
-@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize("kind", ["meta", pytest.param("fake", marks=LONG)])
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_without_values_go_through(name: str, kind: str) -> None:
     model = own(name)
