@@ -146,3 +146,19 @@ def test_angles_at_a_position_of_1e8() -> None:
         angle = math.fmod(FAR * 10000.0 ** (-2 * pair / 8), 2 * math.pi)
         assert float(cos[0, 0, 0, pair]) == pytest.approx(math.cos(angle), abs=1e-6)
         assert float(sin[0, 0, 0, pair]) == pytest.approx(math.sin(angle), abs=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["linear", "performer", "infini"])
+def test_sums_stay_what_they_are_where_a_state_changes_its_type(name: str) -> None:
+    mixer = _mixer(name, FIELDS[name], torch.float32)
+    x = _input(40, torch.float32)
+    state = mixer(x[:, :20])[1]
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        moved = states.to(state, dtype=dtype)
+        assert torch.equal(moved.values, state.values)
+        assert moved.values.dtype == torch.float64
+        assert states.nbytes(moved) == mixer.state_nbytes(1, 20, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, after = mixer(x[:, 20:], state)
+    assert after.values.dtype == torch.float64

@@ -224,6 +224,17 @@ def test_attention_weights_are_refused_in_one_line(kind: str) -> None:
         make(kind)(tokens(2, 9), output_attentions=True)
 
 
+@pytest.mark.parametrize("where", ["call", "config"])
+@torch.no_grad()
+def test_attention_weights_of_converted_models_are_refused_too(where: str) -> None:
+    model = converted("infini")
+    model.set_attn_implementation("eager")
+    if where == "config":
+        model.config.output_attentions = True
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(tokens(2, 9), **({"output_attentions": True} if where == "call" else {}))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_the_implementations_of_attention_that_have_a_meaning(implementation: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.field.test_work_is_kept import recipe_of
 
-from longspan.errors import CheckpointError, ConfigError, LongspanError
+from longspan.errors import CheckpointError, LongspanError
 from longspan.train import Silent, load_run, run
 
 CURRICULUM = {
@@ -153,11 +153,3 @@ def test_a_kill_releases_the_lock(folder, tmp_path):
     assert (tmp_path / ".lock").exists()
     assert run(recipe, tmp_path, progress="none").step == 4
     assert not (tmp_path / ".lock").exists()
-
-
-def test_a_recipe_that_is_refused_when_resuming_changes_nothing(folder, tmp_path):
-    run(recipe_of(folder), tmp_path, progress="none")
-    before = listing(tmp_path)
-    with pytest.raises(ConfigError, match="began with"):
-        run({"model": {"dim": 32}}, tmp_path, resume=True, progress="none")
-    assert listing(tmp_path) == before

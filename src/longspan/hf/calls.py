@@ -105,7 +105,8 @@ def prepare_call(
         keywords["reset"] = reset
     cache = _cache(base, found, keywords, take_cache(keywords))
     settle_keywords(keywords, {*known, *PASSED_ON, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
-    if keywords.get("output_attentions"):
+    attentions = keywords.get("output_attentions")
+    if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
         raise UnsupportedError("output_attentions: converted layers never make a matrix of attention weights")
     call, mask = _lay_out(base, found, keywords, inputs, cache)
     for name in _OWN_KEYWORDS:

@@ -23,7 +23,9 @@ from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
-from longspan.mixers.base import Core, merge_traits, special_groups, with_graph
+from longspan.hf.resting import Resting, put_aside, wake
+from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
@@ -56,7 +58,7 @@ class Report:
         return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
 
 
-class Converted:
+class Converted(Resting):
     """Stands before the class of a converted attention module; see `convert`."""
 
     longspan: Core
@@ -76,7 +78,7 @@ class Converted:
             )
         check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
-        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
+        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states), self.longspan.uses_keys)
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
@@ -85,8 +87,8 @@ class Converted:
         out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
-        if not out.numel():
-            out = with_graph(out, self.longspan, q, k, v)
+        unread = () if out.numel() else (q, k, v)
+        out = with_gradients(out, [*self.longspan.parameters(), *unread])
         longspan_call.finish(index, following, hidden_states.device)
         # gates and projections may be of another precision than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
@@ -202,6 +204,7 @@ def revert(model: Any) -> None:
     if not converted:
         raise ConfigError("revert: this model is not converted")
     for attention in converted:
+        wake(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
         _turn(attention, original_class(attention))
@@ -232,6 +235,8 @@ def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
     original: Any = type(attention)
     _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
+    if not core.uses_keys:
+        put_aside(attention, family.key_maps)
     attention.longspan_family, attention.longspan_index = family, index
 
 
@@ -243,7 +248,7 @@ def converted_class(original: type) -> type:
 
 def original_class(attention: Any) -> type:
     """The class that a converted attention module had before."""
-    return type(attention).__mro__[2]
+    return type(attention).__bases__[1]
 
 
 def _blank(original: type) -> Any:

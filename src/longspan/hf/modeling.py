@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
 from longspan.hf.generation import StateGeneration
 from longspan.hf.keywords import known_keywords, settle_keywords
-from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
+from longspan.hf.losses import classification_loss, counting, next_labels, share_of_step, with_auxiliary
 from longspan.hf.outputs import (
     LongspanCausalOutput,
     LongspanClassifierOutput,
@@ -25,11 +26,13 @@ from longspan.hf.outputs import (
 )
 from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
-from longspan.models import RecurrentMemory, build_model, describe_model
+from longspan.mixers.gradients import with_gradients
+from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 
 # what the loss functions of transformers take
 _LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_LOGGER: Any = logging.get_logger(__name__)
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -53,11 +56,14 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # of mechanisms whose keys are their queries, as earlier versions saved them
+    _keys_to_ignore_on_load_unexpected = [r"projections\.k_proj\."]  # noqa: RUF012
     # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
     kinds: tuple[str, ...] = ()
     loss_kind = ""
+    auxiliary_is_read = False
     _flush = False
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
@@ -136,6 +142,14 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     def _penalties(self) -> list[Tensor] | None:
         """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
         return [] if self.training else None
+
+    def _note_unread(self, penalties: list[Tensor] | None, labels: Tensor | None, keywords: dict[str, Any]) -> None:
+        """Say once that a Trainer which makes the loss itself leaves auxiliary losses out."""
+        if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
+            _LOGGER.warning_once(
+                "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "
+                "mixers are not trained; pass compute_loss_func=longspan.hf.TrainerLoss(model, label_smoothing=...)"
+            )
 
     def _documents(
         self, inputs: Tensor | None, keywords: dict[str, Any], past: Past | None = None, **arguments: Any
@@ -295,6 +309,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             if carried.offloading:
                 layer.offload()
             carried.end()
+        self._note_unread(penalties, labels, kwargs)
         loss, columns = None, kept_columns(logits_to_keep)
         if labels is None:
             real = None if packed.mask is None else packed.mask[:, columns]
@@ -303,14 +318,15 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             logits = rows.scatter(self._logits(h))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             scored = next_labels(labels, kwargs.get("shift_labels"))
-            loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
+            loss = with_auxiliary(loss, penalties, share_of_step(scored, **counting(kwargs)))
             logits = logits[:, columns]
+        returned: dict[str, Any] = {CACHE: carried} if wanted else {}
         output = LongspanCausalOutput(
             loss=loss,
             logits=logits,
             hidden_states=hidden_states,
             aux_loss=auxiliary(penalties),
-            **({CACHE: carried} if wanted else {}),
+            **returned,
         )
         return output.to_tuple() if options.as_tuple else output
 
@@ -375,10 +391,11 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
             hidden_states=options.hidden_states,
         )
         logits = rows.scatter(self.model.logits(h))
+        self._note_unread(penalties, labels, kwargs)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, kwargs.get("num_items_in_batch")))
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
         output = LongspanMaskedOutput(
             loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
         )
@@ -433,12 +450,15 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
             penalties=penalties,
             hidden_states=options.hidden_states,
         )
-        logits = self.score(self.dropout(self._pooled(h, rows)))
+        pooled = self._pooled(h, rows)
+        if isinstance(self._stack, Decoder):
+            pooled = with_gradients(pooled, self._stack.output_parameters())  # nothing makes logits of tokens
+        logits = self.score(self.dropout(pooled))
+        self._note_unread(penalties, labels, kwargs)
         loss = None
         if labels is not None:
-            count = kwargs.get("num_items_in_batch")
-            loss = classification_loss(self.loss_function, logits, labels, self.config, count)
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, count))
+            loss = classification_loss(self.loss_function, logits, labels, self.config, **counting(kwargs))
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
         output = LongspanClassifierOutput(
             loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
         )

@@ -195,7 +195,8 @@ class _Mapping(Renaming):
         names = ("query", "key", "value") if kind == "local" else ("query_key", "query_key", "value")
         found = {name: self.take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
         for own, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
-            self.ours[f"{maps}.{own}.weight"] = found[name]
+            if (own, name) != ("k_proj", "query_key"):  # shared keys are queries
+                self.ours[f"{maps}.{own}.weight"] = found[name]
         self.move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
         self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
         self.move_pair(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")

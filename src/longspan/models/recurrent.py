@@ -29,6 +29,7 @@ from longspan import state as states
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
 from longspan.models.decoder import Decoder
@@ -227,6 +228,7 @@ class RecurrentMemory(nn.Module):
                 rows,
             )
         hidden = layout.collect(torch.cat(shown, 1) if len(shown) > 1 else shown[0])
+        hidden = with_gradients(hidden, self.cell)  # nothing is written where no segment closes, nor read in the first
         if all(segment.whole for segment in segments):
             return (hidden, None), self._next(state, carried, ids, rows), rows
         seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
