@@ -165,13 +165,14 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
     attentions = [each for each in attentions if each.longspan.state_dict()]
     if model is None or not attentions:
         return
-    from peft.utils import ModulesToSaveWrapper
+    from peft import utils
 
+    wrap: Any = utils.ModulesToSaveWrapper
     adapters = list(model.peft_config)
     for settings in model.peft_config.values():
         settings.modules_to_save = sorted({*(settings.modules_to_save or ()), CORE})
     for attention in attentions:
-        wrapper: Any = ModulesToSaveWrapper(attention.longspan, adapters[0])
+        wrapper = wrap(attention.longspan, adapters[0])
         for adapter in adapters[1:]:
             wrapper.update(adapter)
         wrapper.set_adapter(model.active_adapter)

@@ -200,7 +200,8 @@ def open_for_streams(model: Any) -> Any:
         return model.model
     if not isinstance(model, PreTrainedModel):
         return None
-    if isinstance(model, LongspanPreTrainedModel) or model.get_output_embeddings() is None:
+    head: Any = model.get_output_embeddings
+    if isinstance(model, LongspanPreTrainedModel) or head() is None:
         raise UnsupportedError(f"StreamSession predicts the next token; {type(model).__name__} has no such head")
     if not cores(model):
         raise UnsupportedError(
