@@ -150,12 +150,6 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     return type(state)(*parts) if fields is not None else tuple(parts)
 
 
-def _kind_there(tensor: Tensor, device: torch.device) -> torch.dtype:
-    """The type of a tensor on a device: its own, but fp32 for fp64 where there is none."""
-    lacks = tensor.dtype == torch.float64 and not host.has_float64(device)
-    return torch.float32 if lacks else tensor.dtype
-
-
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
     """(batch,) real tokens of each row since its last reset; zeros where `state` is None."""
     if state is None:

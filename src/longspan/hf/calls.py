@@ -258,6 +258,7 @@ def _documents_apart(
         return key >= firsts[batch, query - past]
 
     options: dict[str, Any] = {"config": base.config, "inputs_embeds": like, "attention_mask": mask}
+    by_name: dict[str, Any] = {CACHE: cache}
     if not found.family.causal:
         return masking_utils.create_bidirectional_mask(**options, and_mask_function=same)
-    return masking_utils.create_masks_for_generate(**options, and_mask_function=same, **{CACHE: cache})
+    return masking_utils.create_masks_for_generate(**options, and_mask_function=same, **by_name)

@@ -45,7 +45,8 @@ class StateGeneration(GenerationMixin):
             if kwargs.get("attention_mask") is not None:
                 raise ConfigError("attention_mask and mask say the same thing; pass one of them")
             kwargs["attention_mask"] = mask.long()
-        return super().generate(*args, **kwargs)
+        parent: Any = super()
+        return parent.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -58,7 +59,8 @@ class StateGeneration(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in transformers; of `reset`, which is that of the prompt, the columns of this call."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import TransformersKwargs
+from transformers.utils.generic import TransformersKwargs
 
 from longspan.config import nearest
 from longspan.errors import ConfigError, UnsupportedError

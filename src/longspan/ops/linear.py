@@ -40,7 +40,7 @@ def smallest(dtype: torch.dtype) -> float:
     Far above the smallest number of the type, as gradients are divided by a denominator too: by the smallest number
     they would overflow, and infinity times an empty memory is NaN.
     """
-    return float(torch.finfo(dtype).tiny) ** 0.8
+    return float(pow(torch.finfo(dtype).tiny, 0.8))
 
 
 def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
