@@ -141,8 +141,7 @@ def _converted(
     if state is None:
         return None
     fields = getattr(state, "_fields", None)
-    accumulators = state.accumulators() if hasattr(state, "accumulators") else ()
-    sums = state.sums() if hasattr(state, "sums") else ()
+    accumulators, sums = _named_by(state, "accumulators"), _named_by(state, "sums")
     names = fields or [""] * len(state)
     parts = [
         _converted(part, device, dtype, wide or name in accumulators, summed or name in sums)
@@ -151,6 +150,12 @@ def _converted(
     if all(new is old for new, old in zip(parts, state, strict=True)):
         return state
     return type(state)(*parts) if fields is not None else tuple(parts)
+
+
+def _named_by(state: Any, method: str) -> tuple[str, ...]:
+    """The fields that a method of the state names; a tensor of that name is no method."""
+    found = getattr(state, method, None)
+    return tuple(found()) if callable(found) and not isinstance(found, Tensor) else ()
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
