@@ -31,7 +31,16 @@ from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
 from longspan.mixers.choices import recording
-from longspan.mixers.compressive_layout import Sizes, attend, carry_usage, count_usage, lines_of, make_layout, pick
+from longspan.mixers.compressive_layout import (
+    CompressiveState,
+    Sizes,
+    attend,
+    carry_usage,
+    count_usage,
+    lines_of,
+    make_layout,
+    pick,
+)
 from longspan.mixers.compressors import AuxiliaryLoss, Compressor, Project
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.relative import RelativeCore
@@ -68,28 +77,6 @@ class CompressiveConfig:
         )
         if self.compressor_lr is not None and self.compressor_lr <= 0:
             raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
-
-
-class CompressiveState(NamedTuple):
-    """Memory.
-
-    Attributes:
-        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
-            for its group (or gives a compression its context). Slots beyond `live` are zero and masked.
-        compressed: (batch, compressed_len, dim), newest last.
-        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
-            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
-        live: (batch,) live tokens.
-    """
-
-    hidden: Tensor
-    compressed: Tensor
-    usage: Tensor
-    live: Tensor
-
-    def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
-        return ("usage",)
 
 
 class Piece(NamedTuple):
