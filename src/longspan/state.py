@@ -139,8 +139,7 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     fields = getattr(state, "_fields", None)
     floor: dict[str, torch.dtype] = {}
     for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
-        if fields is not None and hasattr(state, method):
-            floor |= dict.fromkeys(getattr(state, method)(), kind)
+        floor |= dict.fromkeys(_named_by(state, method), kind)
     parts = [
         _converted(part, device, dtype, least or (floor.get(fields[place]) if fields is not None else None))
         for place, part in enumerate(state)
@@ -148,6 +147,12 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     if all(new is old for new, old in zip(parts, state, strict=True)):
         return state
     return type(state)(*parts) if fields is not None else tuple(parts)
+
+
+def _named_by(state: Any, method: str) -> tuple[str, ...]:
+    """The fields that a method of the state names; a tensor of that name is no method."""
+    found = getattr(state, method, None)
+    return tuple(found()) if callable(found) and not isinstance(found, Tensor) else ()
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:

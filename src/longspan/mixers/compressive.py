@@ -19,7 +19,7 @@ only. The parameters are an optimiser group of their own, "compressor".
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
 from longspan.mixers.choices import recording
 from longspan.mixers.compressive_layout import (
+    CompressiveState,
     Inputs,
     Piece,
     Sizes,
@@ -78,28 +79,6 @@ class CompressiveConfig:
         )
         if self.compressor_lr is not None and self.compressor_lr <= 0:
             raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
-
-
-class CompressiveState(NamedTuple):
-    """Memory.
-
-    Attributes:
-        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
-            for its group (or gives a compression its context). Slots beyond `live` are zero and masked.
-        compressed: (batch, compressed_len, dim), newest last.
-        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
-            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
-        live: (batch,) live tokens.
-    """
-
-    hidden: Tensor
-    compressed: Tensor
-    usage: Tensor
-    live: Tensor
-
-    def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
-        return ("usage",)
 
 
 class CompressiveCore(RelativeCore):

@@ -44,6 +44,28 @@ class Inputs(NamedTuple):
     loss: AuxiliaryLoss | None
 
 
+class CompressiveState(NamedTuple):
+    """Memory.
+
+    Attributes:
+        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
+            for its group (or gives a compression its context). Slots beyond `live` are zero and masked.
+        compressed: (batch, compressed_len, dim), newest last.
+        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
+            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
+        live: (batch,) live tokens.
+    """
+
+    hidden: Tensor
+    compressed: Tensor
+    usage: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
+
+
 class Sizes(NamedTuple):
     """Fields of the mechanism that a layout depends on; `context`: see `Compressor`, `capacity`: columns of a state."""
 
