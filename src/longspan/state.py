@@ -5,7 +5,8 @@ nested where a model has layers or a mixer has parts. Offsets and counts are ten
 every function here treats them alike. A state is a value: mixers never write into the one they are given.
 
 Sums that go on for as long as the stream are *accumulators*: fp32 at least, whatever the activations are. A state that
-has any names them by a method `accumulators()`, so that they stay what they are where a state changes its type.
+has any names them by a method `accumulators()`, so that they stay what they are where a state changes its type. Those
+that only grow are in fp64 where the device has it, and named by a method `sums()` too.
 """
 
 import contextlib
@@ -113,40 +114,40 @@ def to(state: S, *, device: torch.device | str | None = None, dtype: torch.dtype
 
     Accumulators stay in fp32 at least, counts keep their integer type; what fits already is not copied.
     """
-    return cast(S, _converted(state, None if device is None else torch.device(device), dtype, False))
+    return cast(S, _converted(state, None if device is None else torch.device(device), dtype, None))
 
 
 def fit(state: S, dtype: torch.dtype) -> S:
     """`to` that type of activations: how a core takes up a state that another precision has left behind."""
-    return cast(S, _converted(state, None, dtype, False))
+    return cast(S, _converted(state, None, dtype, None))
 
 
-def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, wide: bool) -> Any:
-    """`to`; `wide`: all of this is accumulators. The same object where nothing changes."""
+def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, least: torch.dtype | None) -> Any:
+    """`to`; `least`: all of this is accumulators, of that type at least. The same object where nothing changes."""
     if isinstance(state, Tensor):
-        if dtype is None or not state.is_floating_point():
-            return state if device is None else state.to(device, _kind_there(state, device))
-        kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+        if not state.is_floating_point():
+            return state if device is None else state.to(device)
+        kind = dtype or state.dtype
+        kind = kind if least is None else torch.promote_types(kind, least)
+        if kind == torch.float64 and not host.has_float64(device or state.device):
+            kind = torch.float32
         if device is None:
             return state if state.dtype == kind else state.to(kind)
         return state.to(device, kind)
     if state is None:
         return None
     fields = getattr(state, "_fields", None)
-    sums = state.accumulators() if fields is not None and hasattr(state, "accumulators") else ()
+    floor: dict[str, torch.dtype] = {}
+    for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
+        if fields is not None and hasattr(state, method):
+            floor |= dict.fromkeys(getattr(state, method)(), kind)
     parts = [
-        _converted(part, device, dtype, wide or (fields is not None and fields[place] in sums))
+        _converted(part, device, dtype, least or (floor.get(fields[place]) if fields is not None else None))
         for place, part in enumerate(state)
     ]
     if all(new is old for new, old in zip(parts, state, strict=True)):
         return state
     return type(state)(*parts) if fields is not None else tuple(parts)
-
-
-def _kind_there(tensor: Tensor, device: torch.device) -> torch.dtype:
-    """The type of a tensor on a device: its own, but fp32 for fp64 where there is none."""
-    lacks = tensor.dtype == torch.float64 and not host.has_float64(device)
-    return torch.float32 if lacks else tensor.dtype
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.mixers.maps import place_of
-from longspan.models import Decoder, RecurrentMemory, RecurrentState, StackState, model_hash
+from longspan.models import RecurrentState, StackState, model_hash
+from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.version import __version__
 
 # predictions that are scored at once
@@ -63,19 +64,41 @@ class Scores(NamedTuple):
     likeliest: Tensor
 
 
+def _streaming(model: Any) -> Any:
+    """What a session calls: the model inside all that stands around it.
+
+    Raises:
+        ConfigError: no model of this library.
+    """
+    whole = model if hasattr(model, "traits") else unwrapped(model)
+    for opener in () if hasattr(whole, "traits") else OPENERS:
+        opened = opener(whole)
+        if opened is not None:
+            return opened
+    if not hasattr(whole, "traits") or not hasattr(whole, "last"):
+        raise ConfigError(
+            f"StreamSession reads a Decoder, a RecurrentMemory or a model of longspan.hf, not {type(whole).__name__}"
+        )
+    return whole
+
+
 class StreamSession:
     """One sequence, as long as it likes, through a causal model.
 
     Args:
-        model: a Decoder whose mixers stream, or a RecurrentMemory over one; it is put into evaluation mode.
+        model: a Decoder whose mixers stream, or a RecurrentMemory over one; such a model as a
+            `LongspanForCausalLM`, or one that `longspan.hf` converted, perhaps inside PEFT. It is put into evaluation
+            mode.
         chunk: tokens computed at once. Chunks end where the position is a multiple of it, so how the text is cut into
             `feed` calls hardly matters; default: the model's segment, at least 256 tokens.
 
     Raises:
-        UnsupportedError: a layer of the model does not stream.
+        UnsupportedError: a layer of the model does not stream, or it is not converted.
+        ConfigError: no model of this library.
     """
 
-    def __init__(self, model: Decoder | RecurrentMemory, *, chunk: int | None = None) -> None:
+    def __init__(self, model: Any, *, chunk: int | None = None) -> None:
+        model = _streaming(model)
         if not model.traits.streams:
             raise UnsupportedError(f"{model.why_no_stream()}; StreamSession needs a model that streams")
         if not model.traits.causal:
@@ -261,13 +284,14 @@ class StreamSession:
         return states.save(path, self._state, header)
 
     @classmethod
-    def load(cls, model: Decoder, path: str | Path) -> "StreamSession":
+    def load(cls, model: Any, path: str | Path) -> "StreamSession":
         """Go on from a saved state as if nothing had happened.
 
         Raises:
             CheckpointError: missing, damaged, or the state of another model; says what differs.
         """
         session = cls(model)
+        model = session.model
         state, header = states.load(path, like=session._state)
         for key, ours, what in (
             ("model", model_hash(model), "weights or configuration"),

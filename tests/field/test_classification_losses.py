@@ -168,3 +168,11 @@ def test_masked_language_models_leave_out_ignored_labels(kind: str) -> None:
     out = model.to(torch.bfloat16)(input_ids=ids, labels=labels)
     logits = out.logits[:, : out.logits.shape[1] - shift].float()
     torch.testing.assert_close(out.loss, F.cross_entropy(logits.flatten(0, 1), scored.flatten()))
+
+
+def test_another_ignored_label() -> None:
+    ids, labels = tokens(4, 6), torch.tensor([2, 0, 1, 1])
+    out = classifier()(input_ids=ids, labels=labels, ignore_index=1)
+    torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels, ignore_index=1))
+    part = classifier()(input_ids=ids, labels=labels, ignore_index=1, num_items_in_batch=8)
+    torch.testing.assert_close(part.loss, out.loss * 2 / 8)

@@ -13,6 +13,7 @@ import longspan as ls
 
 transformers = pytest.importorskip("transformers")
 from longspan import hf  # noqa: E402
+from longspan.hf import modeling  # noqa: E402
 
 SMOOTHING = 0.1
 
@@ -127,3 +128,19 @@ def test_the_count_of_predictions_is_that_of_the_shifted_labels(tmp_path: Path) 
         )
     ]
     assert counts == counts[:1] * 3
+
+
+def test_auxiliary_losses_that_a_trainer_leaves_out_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(modeling._LOGGER, "warning_once", said.append)
+    ids = tokens(2, 9)
+    model = hf.LongspanForCausalLM.wrap(own("adaptive_span")).train()
+    model(ids, labels=ids, num_items_in_batch=16)
+    model(ids)
+    assert not said
+    model(ids, num_items_in_batch=16)
+    assert len(said) == 1
+    assert "hf.TrainerLoss" in said[0]
+    hf.TrainerLoss(model, label_smoothing=SMOOTHING)
+    model(ids, num_items_in_batch=16)
+    assert len(said) == 1

@@ -30,9 +30,13 @@ import longspan as ls
 from longspan.errors import UnsupportedError
 
 transformers = pytest.importorskip("transformers")
+from transformers.modeling_outputs import CausalLMOutputWithPast  # noqa: E402
+
 from longspan import hf  # noqa: E402
 
 LAYERS = 2
+# transformers 5.24 has another name for it
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def causal(name: str = "full", **fields: Any) -> Any:
@@ -220,6 +224,17 @@ def test_attention_weights_are_refused_in_one_line(kind: str) -> None:
         make(kind)(tokens(2, 9), output_attentions=True)
 
 
+@pytest.mark.parametrize("where", ["call", "config"])
+@torch.no_grad()
+def test_attention_weights_of_converted_models_are_refused_too(where: str) -> None:
+    model = converted("infini")
+    model.set_attn_implementation("eager")
+    if where == "config":
+        model.config.output_attentions = True
+    with pytest.raises(UnsupportedError, match="output_attentions"):
+        model(tokens(2, 9), **({"output_attentions": True} if where == "call" else {}))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_the_implementations_of_attention_that_have_a_meaning(implementation: str, tmp_path: Path) -> None:
@@ -340,9 +355,8 @@ def test_sequences_of_all_kinds(name: str) -> None:
     whole = model(greedy, attention_mask=torch.cat([mask, torch.ones(2, 4, dtype=torch.int64)], 1)).logits
     for step, logits in enumerate(recorded.logits):
         torch.testing.assert_close(logits, whole[:, 8 + step].float(), rtol=1e-3, atol=1e-3)
-    resumed = model.generate(
-        greedy[1:], past_key_values=model(greedy[1:, :9]).past_key_values, max_new_tokens=2, do_sample=False
-    )
+    state = {CACHE: model(greedy[1:, :9])[CACHE]}
+    resumed = model.generate(greedy[1:], max_new_tokens=2, do_sample=False, **state)
     longer = model.generate(ids[1:], do_sample=False, max_new_tokens=6, pad_token_id=0)
     assert torch.equal(resumed[:, :15], longer)
 

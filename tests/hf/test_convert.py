@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longspan import hf, mixers
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
+from longspan.hf.cache import CACHE
 from longspan.mixers.registry import core_class
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
@@ -172,7 +173,7 @@ def test_every_family_generates_padded_and_goes_on(kind: str) -> None:
     assert torch.equal(sampled, again)
     # a cache that comes back goes on where it was
     first = model.generate(text[1:], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    second = model.generate(first.sequences, max_new_tokens=4, do_sample=False, **{CACHE: first[CACHE]})
     assert torch.equal(second, found[1:])
 
 
@@ -201,8 +202,8 @@ def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
     model, text = model.double(), ids(1, 200)
     sizes, cache = [], None
     for first in range(0, 200, 25):
-        out = model(text[:, first : first + 25], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(text[:, first : first + 25], use_cache=True, **{CACHE: cache})
+        cache = out[CACHE]
         sizes.append(cache.nbytes)
     assert len(set(sizes)) == 1
     whole = model(text).logits
@@ -284,7 +285,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         out = model(text, labels=text)
-        assert out.past_key_values is None
+        assert CACHE not in out
         out.loss.backward()
         found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys()
@@ -393,12 +394,12 @@ def test_order_of_calls_is_checked() -> None:
     model = make("llama")
     with pytest.raises(ConfigError, match="not converted"):
         hf.revert(model)
-    cache = model(ids(1, 5), use_cache=True).past_key_values
+    cache = model(ids(1, 5), use_cache=True)[CACHE]
     hf.convert(model, "full")
     with pytest.raises(ConfigError, match="converted already"):
         hf.convert(model, "full")
     with pytest.raises(ConfigError, match="before it was converted"):
-        model(ids(1, 5), past_key_values=cache)
+        model(ids(1, 5), **{CACHE: cache})
     with pytest.raises(UnsupportedError, match="outside its model"):
         model.model.layers[0].self_attn(torch.zeros(1, 3, 16, dtype=torch.float64))
     with pytest.raises(UnsupportedError, match="does not convert"):

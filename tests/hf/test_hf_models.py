@@ -19,6 +19,7 @@ from longspan.hf import (
     LongspanForMaskedLM,
     LongspanForSequenceClassification,
 )
+from longspan.hf.cache import CACHE
 from longspan.mixers.registry import core_class
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +75,7 @@ def test_beams_samples_and_resumed_caches() -> None:
         torch.manual_seed(0)
         assert torch.equal(sampled, model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=True))
     first = model.generate(text[1:], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    second = model.generate(first.sequences, max_new_tokens=4, do_sample=False, **{CACHE: first[CACHE]})
     assert torch.equal(second, greedy(model, text[1:], 8))
     many = model.generate(text[:1, 4:], max_new_tokens=3, do_sample=True, num_return_sequences=3)
     assert many.shape == (3, 8)
@@ -117,7 +118,7 @@ def test_loss_is_that_of_the_next_tokens_and_checkpointing_changes_nothing() -> 
             assert model.is_gradient_checkpointing
         model.zero_grad()
         out = model(text, labels=labels)
-        assert out.past_key_values is None
+        assert CACHE not in out
         out.loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     logits = model(text).logits[:, :-1]
@@ -209,7 +210,7 @@ def test_what_does_not_fit_is_said() -> None:
     cache = transformers.DynamicCache()
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(ConfigError, match="longspan state"):
-        model(ids(1, 3), past_key_values=cache)
+        model(ids(1, 3), **{CACHE: cache})
 
 
 @torch.no_grad()

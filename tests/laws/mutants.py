@@ -1,7 +1,7 @@
 """Small mixers that break one law each. The matrix is worth what it catches: see test_mutants.py."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,34 @@ class HiddenState(Tiny):
 
     def positions(self, length: int, past: Keys) -> Tensor:
         return super().positions(length, past) * (1 + 0.01 * self.calls)
+
+
+class KeepsTheTypeOfThePast(Tiny):
+    """A state that was lowered once stays lowered."""
+
+    def taken_up(self, past: Keys, dtype: torch.dtype) -> Keys:
+        self.kind = past.k.dtype
+        return super().taken_up(past, dtype)
+
+    def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
+        return super().keep(k.to(self.kind), v.to(self.kind), count)
+
+
+class Unmarked(NamedTuple):
+    memory: Tensor
+    total: Tensor
+    count: Tensor
+
+
+class AccumulatorsSink(TinySegments):
+    """Nothing says which fields are accumulators."""
+
+    def document(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        y, past = super().document(x, past)
+        return y, Unmarked(*past)
+
+    def init_state(self, *args: Any, **keywords: Any) -> Any:
+        return Unmarked(*super().init_state(*args, **keywords))
 
 
 class SingleAngles(Tiny):
@@ -372,6 +400,29 @@ class KeepsGraph(Tiny):
 
 
 # law 7 -------------------------------------------------------------------------------------------------------
+
+
+class UnusedWhenShort(Tiny):
+    """A gate that only calls of more than a token need."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.gate = torch.nn.Parameter(torch.ones(()))
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        return (y * self.gate if len(x) > 1 else y), past
+
+
+class KeepsWeights(Tiny):
+    """What is made of a weight is made once."""
+
+    kept: Tensor | None = None
+
+    def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
+        y, past = super().document(x, past)
+        self.kept = self.o.weight.detach().square().sum() if self.kept is None else self.kept
+        return y * self.kept, past
 
 
 class FivePercent(Tiny):

@@ -24,6 +24,7 @@ def name_of(check: Callable[[Make], None]) -> str:
 
 BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (contract.check_forms, q.AcceptsState, {}),
+    (contract.check_changed_weights, m.KeepsWeights, {}),
     # 1
     (causality.check_causality, m.ChunkMaximum, {}),
     (causality.check_causality_of_long_calls, m.ChunkMaximum, {}),
@@ -38,6 +39,9 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (stream.check_token_by_token, m.ForgetsPosition, {"window": None}),
     (stream.check_token_by_token, m.SinglePrecision, {}),
     (stream.check_saved_state, m.HiddenState, {}),
+    (stream.check_moved_state, m.KeepsTheTypeOfThePast, {}),
+    (stream.check_moved_state, m.KeepsTheTypeOfThePast, {"window": None}),
+    (stream.check_moved_state, m.AccumulatorsSink, {}),
     (stream.check_far_positions, m.SingleAngles, {}),
     (stream.check_far_positions, m.AnglesOfTheModel, {}),
     (stream.check_far_positions, m.AnglesOfTheModel, {"window": None}),
@@ -85,6 +89,7 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (gradients.check_reach, m.CutEverywhere, {"horizon": 3}),
     (gradients.check_numeric_gradients, m.WrongBackward, {}),
     (gradients.check_detach, m.KeepsGraph, {}),
+    (gradients.check_every_parameter, m.UnusedWhenShort, {}),
     # 7
     (cost.check_flops, m.FivePercent, {}),
     (cost.check_flops, m.TriangleOnly, {}),

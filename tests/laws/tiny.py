@@ -139,9 +139,14 @@ class Tiny(Rowwise):
         first = past.k.shape[2] - min(int(past.count), past.k.shape[2])
         return Keys(past.k[:, :, first:], past.v[:, :, first:], past.count)
 
+    def taken_up(self, past: Keys, dtype: torch.dtype) -> Keys:
+        """A past of another precision."""
+        return Keys(past.k.to(dtype), past.v.to(dtype), past.count)
+
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         positions, old = self.positions(len(x), past), self.filled(past)
         q, k = (self.rotate(self.heads(part(x)), positions) for part in (self.q, self.k))
+        old = self.taken_up(old, k.dtype)
         k, v = torch.cat([old.k, k], 2), torch.cat([old.v, self.heads(self.v(x))], 2)
         out = self.attend(q, k, v)
         return self.o(out[0].transpose(0, 1).flatten(1)), self.keep(k, v, past.count + len(x))
@@ -198,6 +203,9 @@ class Memory(NamedTuple):
     total: Tensor  # (batch, dim): sum of the open segment
     count: Tensor  # (batch,)
 
+    def accumulators(self) -> tuple[str, ...]:
+        return "memory", "total"
+
 
 class TinySegments(Rowwise):
     """y_i = W_o(tanh(W_q x_i) * (memory + mean of the open segment up to i)); memory is written as a segment closes."""
@@ -225,7 +233,8 @@ class TinySegments(Rowwise):
         return count % self.segment == 0
 
     def document(self, x: Tensor, past: Memory) -> tuple[Tensor, Memory]:
-        memory, total, first = past.memory, past.total, int(past.count)
+        kind = self.accumulator(x.dtype)
+        memory, total, first = past.memory.to(kind), past.total.to(kind), int(past.count)
         last = (first + len(x) - 1) // self.segment
         values, outs = self.v(x).to(memory.dtype), []
         for place in range(len(x)):

@@ -64,6 +64,7 @@ class PersistentSpans(nn.Module):
         nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.place) - self.length, h.shape[2])], 1)
         for block, relative in zip(self.decoder.layers, self.relative, strict=True):
             parts = block.mixer.projections
+            assert parts.k_proj is not None
             q, k, v = (each.weight.mT for each in (parts.q_proj, parts.k_proj, parts.v_proj))
             heads = self.decoder.config.num_heads
             out = paper_layer(block.mixer_norm(nodes), q, k, v, relative, self.graph, heads=heads)

@@ -101,11 +101,13 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
     """The same of the original, which keeps every key."""
     from transformers import DynamicCache
 
+    from longspan.hf.cache import CACHE
+
     cache, last = DynamicCache(config=model.config), torch.zeros(0, model.config.vocab_size)
 
     def nats_of(piece: torch.Tensor) -> float:
         nonlocal last
-        logits = model(piece[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(piece[None], use_cache=True, **{CACHE: cache}).logits[0]
         before, last = torch.cat([last, logits[:-1]]), logits[-1:].clone()
         return float(F.cross_entropy(before, piece[-len(before) :]))
 

@@ -314,6 +314,7 @@ class Records:
             raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; what a full disk did not take is lost, as `write` has said."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()

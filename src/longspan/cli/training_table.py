@@ -106,13 +106,13 @@ class TrainingTable(Silent):
         if self._last:
             table.add_row(*(Text(self._last[index], style="bold") for index in shown))
         bar = ProgressBar(total=1.0, completed=self._fraction, width=min(60, width - 1))
-        return Group(table, bar, *([Text(self._evaluation, no_wrap=True)] if self._evaluation else []))
+        return Group(table, *([Text(self._evaluation, no_wrap=True)] if self._evaluation else []), bar)
 
     def _fitting(self, width: int) -> list[int]:
         """The columns that a terminal has room for: memory and speed are left out first."""
         shown = list(range(len(self.columns)))
         for least in ("memory", "tokens/s", "tokens each"):
-            if sum(self.columns[index][1] + 1 for index in shown) > width:
+            if sum(self.columns[index][1] + 2 for index in shown) > width:
                 shown = [index for index in shown if self.columns[index][0] != least]
         return shown
 

@@ -16,6 +16,7 @@ except ImportError as error:
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
 from longspan.hf.convert import Report, after_step, convert, cores, parameter_groups, penalties, revert
+from longspan.hf.decoder import ConvertedDecoder
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
@@ -27,6 +28,7 @@ if not TYPE_CHECKING:  # a checker of types shall see misspelled names
 
 __all__ = [
     "AfterStep",
+    "ConvertedDecoder",
     "LongspanConfig",
     "LongspanForCausalLM",
     "LongspanForMaskedLM",

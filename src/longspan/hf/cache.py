@@ -1,13 +1,55 @@
 """States of mechanisms where transformers looks for keys and values."""
 
-from typing import Any
+import dataclasses
+from collections.abc import MutableMapping
+from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longspan import state as states
-from longspan.errors import UnsupportedError
+from longspan.errors import ConfigError, UnsupportedError
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What versions of transformers call a cache: `cache` from 5.24 on, `past_key_values` before."""
+
+
+def _cache_name() -> str:
+    fields = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    for name in CACHE_NAMES:
+        if name in fields:
+            return name
+    raise UnsupportedError(
+        f"transformers {transformers.__version__} calls its cache by a name that this version of longspan does not "
+        "know; install transformers<6 as pyproject.toml has it, or a newer longspan"
+    )
+
+
+CACHE = _cache_name()
+"""What the installed transformers calls it, in arguments of models and in their outputs."""
+
+
+def take_cache(arguments: MutableMapping[str, Any]) -> Any:
+    """Remove a cache from the arguments of a call, by whichever name it was passed; None where there is none.
+
+    Raises:
+        ConfigError: two different ones were passed.
+    """
+    passed = [arguments.pop(name, None) for name in CACHE_NAMES]
+    first, *others = [cache for cache in passed if cache is not None] or [None]
+    if any(other is not first for other in others):
+        raise ConfigError(f"{' and '.join(CACHE_NAMES)} are two names of one argument; pass one of them")
+    return first
+
+
+def on_device(state: Any, device: torch.device) -> Any:
+    """The state on a device; itself where it is there already, None where there is none."""
+    if state is None or states.live(state, 0).device == device:
+        return state
+    return states.to(state, device=device)
 
 
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -16,18 +58,29 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     Attributes:
         state: None before the first token.
         columns: read so far, padding included: what transformers calls the sequence length.
+        device: where the state is worked on, while it is offloaded too; None before the first token.
     """
 
     is_croppable = False
+    is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: Any = None
         self.columns = 0
+        self.device: torch.device | None = None
 
-    def advance(self, state: Any, columns: int) -> None:
-        """Take up the state after `columns` more."""
+    def advance(self, state: Any, columns: int, device: torch.device | None = None) -> None:
+        """Take up the state after `columns` more.
+
+        Args:
+            state: of the layer behind them.
+            columns: how many.
+            device: where it is worked on; default: where it is.
+        """
         self.state, self.columns, self.is_initialized = state, self.columns + columns, True
+        if state is not None:
+            self.device = device or states.live(state, 0).device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to make: the state comes with the first call."""
@@ -54,15 +107,16 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """An empty past."""
-        self.state, self.columns, self.is_initialized = None, 0, False
+        self.state, self.columns, self.is_initialized, self.device = None, 0, False, None
 
     def offload(self) -> None:
-        """To the CPU."""
-        if self.state is not None:
-            self.state = states.to(self.state, device="cpu")
+        """Move the state to the CPU."""
+        self.state = on_device(self.state, torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """States move with the model's call."""
+        """Move an offloaded state back to the device it is worked on."""
+        if self.device is not None:
+            self.state = on_device(self.state, self.device)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows of the beams that go on."""
@@ -92,11 +146,24 @@ class StateCache(Cache):
 
     Args:
         layers: one entry a layer of the model; True = a state, False = keys and values as in transformers.
+        config: of the model: layers that keep keys and values keep them as its own cache would (sliding windows hold a
+            window). None: they keep all.
+        offloading: states wait on the CPU while they are not worked on.
+
+    Attributes:
+        shift: (batch,) by how much the caller's position of a row's next token is ahead of the state's; None = by
+            nothing.
+        first_columns: (batch,) column at which the document begins that each row is in, for layers that keep keys;
+            None = at the first.
     """
 
-    def __init__(self, layers: list[bool]) -> None:
-        keys: Any = DynamicLayer
-        super().__init__(layers=[StateLayer() if each else keys() for each in layers])
+    shift: Tensor | None
+    first_columns: Tensor | None
+
+    def __init__(self, layers: list[bool], config: Any = None, *, offloading: bool = False) -> None:
+        super().__init__(layers=_cache_layers(layers, config))
+        self.offloading = offloading
+        self.shift, self.first_columns = None, None
 
     _open: tuple[dict[str, Any], list[dict[str, Any]]] | None = None
 
@@ -120,35 +187,63 @@ class StateCache(Cache):
                 layer.__dict__.update(fields)
             self._open = None
 
-    def reset(self) -> None:
-        """An empty past."""
-        self._take_back()
-        super().reset()  # type: ignore[no-untyped-call]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
-        self._take_back()
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times."""
-        self._take_back()
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Some rows."""
-        self._take_back()
-        super().batch_select_indices(indices)
-
     @property
     def is_compileable(self) -> bool:
         """Shapes grow, or states are replaced."""
         return False
 
+    @property
+    def state_layers(self) -> dict[int, StateLayer]:
+        """The layers that hold a state, by index."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, StateLayer)}
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read, padding included."""
         layer: Any = self.layers[layer_idx]
         return int(layer.get_seq_length())
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that keeps them; offloaded around their use where the cache is."""
+        layer: Any = self.layers[layer_idx]
+        if self.offloading:
+            layer.prefetch()
+        keys, values = layer.update(key_states, value_states, *args, **kwargs)
+        if self.offloading and not getattr(layer, "is_sliding", False):
+            layer.offload()
+        return keys, values
+
+    def reset(self) -> None:
+        """An empty past."""
+        self._take_back()
+        super().reset()  # type: ignore[no-untyped-call]
+        self.shift, self.first_columns = None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the beams that go on."""
+        self._take_back()
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows."""
+        self._take_back()
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        self._take_back()
+        super().batch_repeat_interleave(repeats)
+        for name in ("shift", "first_columns"):
+            rows = getattr(self, name)
+            setattr(self, name, None if rows is None else rows.repeat_interleave(repeats))
+
+    def _select(self, index: Tensor) -> None:
+        for name in ("shift", "first_columns"):
+            rows = getattr(self, name)
+            setattr(self, name, None if rows is None else rows[index.to(rows.device)])
 
     @property
     def nbytes(self) -> int:
@@ -159,5 +254,54 @@ class StateCache(Cache):
             if isinstance(layer, StateLayer):
                 total += 0 if layer.state is None else states.nbytes(layer.state)
             elif layer.is_initialized:
-                total += layer.keys.numel() * layer.keys.element_size() * 2
+                total += sum(kept.numel() * kept.element_size() for kept in (layer.keys, layer.values))
         return total
+
+
+def _cache_layers(layers: list[bool], config: Any) -> list[Any]:
+    keys: Any = DynamicLayer
+    plain: list[Any] = [] if config is None or all(layers) else DynamicCache(config=config).layers
+    return [
+        StateLayer() if state else plain[index] if index < len(plain) else keys() for index, state in enumerate(layers)
+    ]
+
+
+class _Makes(Protocol):
+    """Makes an empty cache of a model."""
+
+    def __call__(self) -> StateCache: ...
+
+
+def own_cache(cache: Any, make: _Makes) -> StateCache:
+    """The cache of a call as a model of longspan reads and fills it.
+
+    An empty cache of transformers becomes one in place, so that whoever made it may go on passing it.
+
+    Args:
+        cache: that the caller passed; None = none.
+        make: makes an empty one of the model.
+
+    Raises:
+        ConfigError: it holds keys and values, or the states of another model.
+        UnsupportedError: it quantizes what it holds.
+    """
+    if cache is None:
+        return make()
+    fresh = make()
+    if isinstance(cache, StateCache):
+        if [type(layer) for layer in cache.layers] != [type(layer) for layer in fresh.layers]:
+            raise ConfigError(f"{CACHE}: it was made for another model, whose layers hold other states; start anew")
+        return cache
+    if not isinstance(cache, Cache):
+        raise ConfigError(f"{CACHE}: a {type(cache).__name__} is not a cache; pass what the last call returned")
+    if cache.get_seq_length():
+        raise ConfigError(
+            f"{CACHE}: it holds keys and values, of another model or of this one before it was converted; this model "
+            "carries a longspan state, so start with an empty cache"
+        )
+    if type(cache).__name__.startswith("Quant"):
+        raise UnsupportedError("cache_implementation = 'quantized': states have no quantized form; leave it out")
+    cache.__class__ = StateCache
+    cache.__dict__.update(layers=fresh.layers, layer_class_to_replicate=None, shift=None, first_columns=None)
+    assert isinstance(cache, StateCache)
+    return cache

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import on_device, take_cache
+from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
-from longspan.hf.families import Family, Found, find
+from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
-from longspan.hf.wrappers import unwrapped
-from longspan.mixers import Rows
+from longspan.hf.resting import Resting, put_aside, wake
 from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import decay_groups
+from longspan.models.wrappers import inside, unwrapped
 
 _STRONGLY_LOCAL = -4.0
 
@@ -56,26 +58,7 @@ class Report:
         return f"{len(self.layers)} layers: {self.name}({fields}), {len(self.new_parameters)} new parameters, {state}"
 
 
-@dataclass
-class Call:
-    """One call of a converted model, handed from layer to layer.
-
-    Attributes:
-        rows: where the real tokens are.
-        before: the state of each converted layer, by its index.
-        after: the same behind the call, filled by the layers.
-        penalties: auxiliary losses.
-        graph: a graph is built.
-    """
-
-    rows: Rows
-    before: dict[int, Any]
-    after: dict[int, Any] = field(default_factory=dict)
-    penalties: list[Tensor] = field(default_factory=list)
-    graph: bool = field(default_factory=torch.is_grad_enabled)
-
-
-class Converted:
+class Converted(Resting):
     """Stands before the class of a converted attention module; see `convert`."""
 
     longspan: Core
@@ -93,18 +76,21 @@ class Converted:
             raise UnsupportedError(
                 "a converted attention module was called outside its model; call the model, or longspan.hf.revert it"
             )
+        check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
-        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states))
+        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states), self.longspan.uses_keys)
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
-        before = self.longspan.fit(longspan_call.before.get(index), k)
+        before = on_device(longspan_call.before.get(index), hidden_states.device)
+        before = self.longspan.fit(before, k)
         out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
+        unread = () if out.numel() else (q, k, v)
+        out = with_gradients(out, [*self.longspan.parameters(), *unread])
+        longspan_call.finish(index, following, hidden_states.device)
         # gates and projections may be of another precision than the model
-        if rows.length:
-            longspan_call.after[index] = following
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
 
@@ -126,8 +112,8 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     """Put a mixer into the place of a pretrained model's attention.
 
     Args:
-        model: of transformers, with or without a head: Llama, Mistral, Qwen2, Qwen3, SmolLM, GPT-2, BERT and those
-            built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
+        model: of transformers, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
+            GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
         name: of the mixer. Those that carry hidden states (`transformer_xl`) cannot be used: they need projections of
             their own training.
         layers: which; negative ones count from the end; None = all.
@@ -142,7 +128,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         UnsupportedError: the model's family, its positions, or the mixer do not allow it.
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
-    model = unwrapped(model)
+    outside, model = model, unwrapped(model)
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
@@ -166,7 +152,30 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
-    return _report(model, name, chosen, record["fields"])
+    report = _report(model, name, chosen, record["fields"])
+    _save_with_adapters(outside, [found.attentions[index] for index in chosen])
+    return report
+
+
+def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
+    """Let PEFT train and save new parameters with the adapters that stand around them already."""
+    while model is not None and not hasattr(type(model), "get_base_model"):
+        model = inside(model)
+    # draws and statistics count too
+    attentions = [each for each in attentions if each.longspan.state_dict()]
+    if model is None or not attentions:
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    adapters = list(model.peft_config)
+    for settings in model.peft_config.values():
+        settings.modules_to_save = sorted({*(settings.modules_to_save or ()), CORE})
+    for attention in attentions:
+        wrapper: Any = ModulesToSaveWrapper(attention.longspan, adapters[0])
+        for adapter in adapters[1:]:
+            wrapper.update(adapter)
+        wrapper.set_adapter(model.active_adapter)
+        setattr(attention, CORE, wrapper)
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +203,7 @@ def revert(model: Any) -> None:
     if not converted:
         raise ConfigError("revert: this model is not converted")
     for attention in converted:
+        wake(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
         _turn(attention, original_class(attention))
@@ -224,6 +234,8 @@ def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
     original: Any = type(attention)
     _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
+    if not core.uses_keys:
+        put_aside(attention, family.key_maps)
     attention.longspan_family, attention.longspan_index = family, index
 
 
@@ -235,7 +247,7 @@ def converted_class(original: type) -> type:
 
 def original_class(attention: Any) -> type:
     """The class that a converted attention module had before."""
-    return type(attention).__mro__[2]
+    return type(attention).__bases__[1]
 
 
 def _blank(original: type) -> Any:
@@ -253,84 +265,17 @@ def _turn(attention: Any, cls: Any) -> None:
 def _hook(base: Any) -> None:
     if "longspan_hooks" not in base.__dict__:
         base.__dict__["longspan_hooks"] = [
-            base.register_forward_pre_hook(_before, with_kwargs=True),
+            base.register_forward_pre_hook(prepare_call, with_kwargs=True),
             base.register_forward_hook(_after, with_kwargs=True),
         ]
 
 
-def _given(kwargs: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
-    given: Tensor | None = kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    if given is None and args:
-        given = args[0]
-    if given is None:
-        raise ConfigError("give input_ids or inputs_embeds to a converted model by name")
-    return given
-
-
-def _before(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Lay out the call, and hand it to the layers; a cache that holds keys becomes one that holds states."""
-    given, found = _given(kwargs, args), find(base)
-    converted = [isinstance(each, Converted) for each in found.attentions]
-    use_cache = kwargs.get("use_cache")
-    if use_cache is None:
-        # training reads segments without a past; a cache would keep their graphs alive
-        use_cache = getattr(base.config, "use_cache", False) and not base.training
-    cache = kwargs.get("past_key_values")
-    if found.family.causal and not isinstance(cache, StateCache) and (use_cache or cache is not None):
-        if cache is not None and cache.get_seq_length():
-            raise ConfigError("past_key_values come from the model before it was converted; start anew")
-        cache = kwargs["past_key_values"] = StateCache(converted) if _streams(found) else None
-    if found.family.causal:
-        kwargs["use_cache"] = cache is not None
-    before = {}
-    if cache is not None:
-        cache.begin()
-        before = {i: each.state for i, each in enumerate(cache.layers) if isinstance(each, StateLayer)}
-    first = next((each for each in before.values() if each is not None), None)
-    mask = _mask(kwargs.get("attention_mask"), given)
-    offset = states.live(first, given.shape[0], given.device)
-    rows = Rows(offset, given.shape[1], mask, kwargs.pop("longspan_reset", None))
-    most = found.family.max_positions(base)
-    if most is not None and rows.batch and int(rows.live.max()) > most:
-        raise UnsupportedError(
-            f"position {int(rows.live.max()) - 1} is past the {most} learned positions of this "
-            f"{base.config.model_type}; cut the text there, or convert a model with RoPE"
-        )
-    kwargs["longspan_call"] = Call(rows, before)
-    if all(converted):
-        # nobody reads it, and for a long padded batch it would be a matrix of its length squared
-        kwargs["attention_mask"] = None
-        if found.family.causal and kwargs.get("position_ids") is None:
-            # without the mask transformers would count padding
-            positions = rows.positions.expand(rows.batch, -1)
-            kwargs["position_ids"] = rows.scatter(positions[..., None])[..., 0]
-    return args, kwargs
-
-
-def _streams(found: Found) -> bool:
-    return all(each.longspan.traits.streams for each in found.attentions if isinstance(each, Converted))
-
-
-def _mask(mask: Tensor | None, given: Tensor) -> Tensor | None:
-    """The columns of this call, of a mask that may cover earlier ones."""
-    if mask is None:
-        return None
-    if mask.ndim != 2:
-        raise UnsupportedError(
-            f"attention_mask of shape {tuple(mask.shape)}: a converted model takes (batch, length), 1 for real tokens"
-        )
-    real = mask[:, -given.shape[1] :].bool()
-    return None if bool(real.all()) else real
-
-
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Keep the states, where there is a cache."""
-    cache, call = kwargs.get("past_key_values"), kwargs["longspan_call"]
-    if isinstance(cache, StateCache):
-        for index, layer in enumerate(cache.layers):
-            if isinstance(layer, StateLayer):
-                layer.advance(call.after.get(index, call.before.get(index)), call.rows.columns)
+    call: Call = kwargs["longspan_call"]
+    cache = take_cache(dict(kwargs))
+    if cache is not None:
+        call.advance(cache)
         cache.end()
     base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
 

@@ -6,17 +6,20 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, parameter_groups
 from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.hf.loading import load
+from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
 from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
 from longspan.mixers.maps import place_of
 from longspan.models import Head, StackState
 from longspan.models.head import CalledHead, linear_head
+from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.state import all_or_nothing
 
 
@@ -32,7 +35,8 @@ class ConvertedDecoder(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.inner = model
+        # adapters of PEFT act inside the model of transformers
+        model = self.inner = unwrapped(model)
         layers, found = cores(model), find(model)
         if len(layers) != len(found.attentions):
             raise UnsupportedError(
@@ -175,15 +179,37 @@ class ConvertedDecoder(nn.Module):
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),
-            past_key_values=cache,
             use_cache=True,
-            longspan_reset=reset,
+            reset=reset,
+            **{CACHE: cache},
             **options,
         )
         if penalties is not None:
             penalties.extend(last_penalties(self.inner))
         following = tuple(place.state for place in places)
         return out, StackState(following, following[0].live)
+
+
+def open_for_streams(model: Any) -> Any:
+    """What a `StreamSession` reads of a model of transformers, None where it is not one.
+
+    Raises:
+        UnsupportedError: it is not converted, or no language model.
+    """
+    if isinstance(model, LongspanForCausalLM):
+        return model.model
+    if not isinstance(model, PreTrainedModel):
+        return None
+    if isinstance(model, LongspanPreTrainedModel) or model.get_output_embeddings() is None:
+        raise UnsupportedError(f"StreamSession predicts the next token; {type(model).__name__} has no such head")
+    if not cores(model):
+        raise UnsupportedError(
+            f"this {type(model).__name__} keeps every key; convert it first: longspan.hf.convert(model, MIXER)"
+        )
+    return ConvertedDecoder(model)
+
+
+OPENERS.append(open_for_streams)
 
 
 class Opened(NamedTuple):

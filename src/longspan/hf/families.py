@@ -20,6 +20,8 @@ class Family:
 
     causal = True
     model_types: tuple[str, ...] = ()
+    key_maps: tuple[str, ...] = ()
+    """Modules of an attention that make keys and nothing else."""
 
     def base(self, model: Any) -> Any:
         """The model without its heads."""
@@ -41,8 +43,15 @@ class Family:
         """Learned positions there are; None = positions are turned or left out, and there is no end."""
         return None
 
-    def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim), before positions."""
+    def first_position(self, model: Any) -> int:
+        """The position that a document's first token has."""
+        return 0
+
+    def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim), before positions.
+
+        Without `keys` the `key_maps` are not called, and what is given as k nobody reads.
+        """
         raise NotImplementedError
 
     def output(self, attention: Any, out: Tensor) -> Tensor:
@@ -51,7 +60,7 @@ class Family:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    return x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
 
 
 def _check_scaling(scaling: float, head_dim: int, what: str) -> None:
@@ -63,6 +72,7 @@ class Llama(Family):
     """Separate projections, RoPE, GQA; norms of queries and keys where the model has them (Qwen3)."""
 
     model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+    key_maps = ("k_proj", "k_norm")
 
     def attentions(self, model: Any) -> list[nn.Module]:
         """See the base."""
@@ -95,11 +105,12 @@ class Llama(Family):
             return float(given.get("rope_theta", 10000.0))
         return tuple(angles.tolist())
 
-    def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
-        q, k, v = (_heads(p(x), attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, v = (_heads(each(x), attention.head_dim) for each in (attention.q_proj, attention.v_proj))
+        k = _heads(attention.k_proj(x), attention.head_dim) if keys else v
         if hasattr(attention, "q_norm"):
-            q, k = attention.q_norm(q), attention.k_norm(k)
+            q, k = attention.q_norm(q), attention.k_norm(k) if keys else k
         return q, k, v
 
     def output(self, attention: Any, out: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ class GPT2(Family):
         """See the base."""
         return int(model.config.n_positions)
 
-    def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
         q, k, v = (_heads(part, attention.head_dim) for part in attention.c_attn(x).split(attention.embed_dim, -1))
         return q, k, v
@@ -149,6 +160,7 @@ class Bert(Family):
 
     causal = False
     model_types = ("bert", "roberta")
+    key_maps = ("key",)
 
     def attentions(self, model: Any) -> list[nn.Module]:
         """See the base."""
@@ -161,11 +173,16 @@ class Bert(Family):
             raise UnsupportedError(f"{model.config.model_type}: built as a decoder; only the encoder form converts")
         return Shape(dim=heads * head_dim, num_heads=heads, num_kv_heads=heads, head_dim=head_dim, causal=False)
 
-    def project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def first_position(self, model: Any) -> int:
+        """RoBERTa counts from behind the id of its padding."""
+        roberta = model.config.model_type == "roberta"
+        return int(self.base(model).embeddings.padding_idx) + 1 if roberta else 0
+
+    def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
-        maps, head_dim = (attention.query, attention.key, attention.value), attention.attention_head_size
-        q, k, v = (_heads(each(x), head_dim) for each in maps)
-        return q, k, v
+        head_dim = attention.attention_head_size
+        q, v = (_heads(each(x), head_dim) for each in (attention.query, attention.value))
+        return q, _heads(attention.key(x), head_dim) if keys else v, v
 
     def output(self, attention: Any, out: Tensor) -> Tensor:
         """See the base."""

@@ -24,9 +24,11 @@ class ConvertedLoader:
 
     Attributes:
         original: the name of the class in transformers.
+        config_class: of its configurations.
     """
 
     original: str
+    config_class: type
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any, **options: Any) -> Any:
@@ -185,5 +187,6 @@ def register() -> None:
             names = mapping._model_mapping.get(kind)
             name = names[0] if isinstance(names, tuple | list) else names
             if isinstance(name, str):
-                loader = type(name, (ConvertedLoader,), {"__module__": __name__, "original": name})
+                attributes = {"__module__": __name__, "original": name, "config_class": config_class}
+                loader = type(name, (ConvertedLoader,), attributes)
                 mapping.register(config_class, loader, exist_ok=True)

@@ -5,7 +5,7 @@ calls: a loss must be a sum over its call divided by that number, and an auxilia
 share of its call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,18 +25,26 @@ def with_auxiliary(loss: Tensor, penalties: list[Tensor] | None, share: Tensor |
     return loss + (auxiliary * (share.to(auxiliary.device) if isinstance(share, Tensor) else share)).to(loss.device)
 
 
-def share_of_step(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def counting(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a call that say which labels count, and how many there are in the step."""
+    return {name: keywords[name] for name in ("num_items_in_batch", "ignore_index") if keywords.get(name) is not None}
+
+
+def share_of_step(
+    labels: Tensor, num_items_in_batch: Tensor | int | None = None, ignore_index: int = _IGNORED
+) -> Tensor | float:
     """Which part of a step's labels those of one call are; 1 where a call is the whole step.
 
     Args:
-        labels: those that count in this call; -100 is left out.
+        labels: of this call.
         num_items_in_batch: of the step; None = the call is the whole step.
+        ignore_index: the label that does not count.
     """
     if num_items_in_batch is None:
         return 1.0
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(labels.device)
-    return (labels != _IGNORED).sum() / num_items_in_batch
+    return (labels != ignore_index).sum() / num_items_in_batch
 
 
 def next_labels(labels: Tensor, shift_labels: Tensor | None) -> Tensor:
@@ -50,6 +58,7 @@ def classification_loss(
     labels: Tensor,
     config: Any,
     num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = _IGNORED,
 ) -> Tensor:
     """The loss of a classifier by `config.problem_type`, which the first labels decide where it is None: squared error
     if there is one label, one binary decision per label for numbers or bools in a row of `num_labels`, and else cross
@@ -62,6 +71,7 @@ def classification_loss(
             several labels (batch, num_labels) of 0 and 1.
         config: its `problem_type` is set.
         num_items_in_batch: of the step.
+        ignore_index: the label that is left out in place of -100.
 
     Raises:
         ConfigError: an unknown `problem_type`.
@@ -73,12 +83,11 @@ def classification_loss(
     problem = config.problem_type
     if problem not in _PROBLEMS:
         raise ConfigError(f"problem_type = {problem!r}: must be {', '.join(_PROBLEMS[:-1])} or {_PROBLEMS[-1]}")
-    _check_shape(labels, logits, problem)
+    _check_labels(labels, logits, problem, ignore_index)
     wide = logits if logits.element_size() >= 4 else logits.float()
     if problem == "single_label_classification":
-        return loss_function(
-            labels=labels.long(), pooled_logits=wide, config=config, num_items_in_batch=num_items_in_batch
-        )
+        counted = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+        return loss_function(labels=labels.long(), pooled_logits=wide, config=config, **counted)
     mean = loss_function(labels=labels.reshape(logits.shape).to(wide.dtype), pooled_logits=wide, config=config)
     return mean * share_of_step(labels, num_items_in_batch)
 
@@ -93,7 +102,7 @@ def _problem(labels: Tensor, num_labels: int) -> str:
     return "single_label_classification"
 
 
-def _check_shape(labels: Tensor, logits: Tensor, problem: str) -> None:
+def _check_labels(labels: Tensor, logits: Tensor, problem: str, ignore_index: int) -> None:
     rows, width = logits.shape
     single = problem == "single_label_classification"
     # one number a row may stand in a column of its own
@@ -108,6 +117,6 @@ def _check_shape(labels: Tensor, logits: Tensor, problem: str) -> None:
         raise DataError(f"labels are {labels.dtype}, expected whole numbers for {problem}")
     if labels.device.type == "cpu" and labels.numel():
         # on another device this would wait for it
-        bad = (labels != _IGNORED) & ((labels < 0) | (labels >= width))
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= width))
         if bool(bad.any()):
             raise DataError(f"label {int(labels[bad][0])} is outside of {width} classes; num_labels is {width}")

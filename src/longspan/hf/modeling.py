@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import StateCache, StateLayer
+from longspan.hf.cache import CACHE, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
-from longspan.hf.losses import classification_loss, next_labels, share_of_step, with_auxiliary
+from longspan.hf.generation import StateGeneration
+from longspan.hf.keywords import known_keywords, settle_keywords
+from longspan.hf.losses import classification_loss, counting, next_labels, share_of_step, with_auxiliary
 from longspan.hf.outputs import (
     LongspanCausalOutput,
     LongspanClassifierOutput,
@@ -21,9 +24,15 @@ from longspan.hf.outputs import (
     kept_columns,
     take_options,
 )
+from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
-from longspan.models import RecurrentMemory, build_model, describe_model
+from longspan.mixers.gradients import with_gradients
+from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+
+# what the loss functions of transformers take
+_LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_LOGGER: Any = logging.get_logger(__name__)
 
 
 def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
@@ -47,11 +56,14 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # of mechanisms whose keys are their queries, as earlier versions saved them
+    _keys_to_ignore_on_load_unexpected = [r"projections\.k_proj\."]  # noqa: RUF012
     # attention is scaled_dot_product_attention wherever a mechanism's parts are dense
     _supports_sdpa = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - an instance variable of the base
     kinds: tuple[str, ...] = ()
     loss_kind = ""
+    auxiliary_is_read = False
     _flush = False
 
     def __init__(self, config: LongspanConfig, model: nn.Module | None = None) -> None:
@@ -131,6 +143,39 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
         return [] if self.training else None
 
+    def _note_unread(self, penalties: list[Tensor] | None, labels: Tensor | None, keywords: dict[str, Any]) -> None:
+        """Say once that a Trainer which makes the loss itself leaves auxiliary losses out."""
+        if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
+            _LOGGER.warning_once(
+                "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "
+                "mixers are not trained; pass compute_loss_func=longspan.hf.TrainerLoss(model, label_smoothing=...)"
+            )
+
+    def _documents(
+        self, inputs: Tensor | None, keywords: dict[str, Any], past: Past | None = None, **arguments: Any
+    ) -> Documents:
+        """Padding and documents of a call; unknown keywords are refused.
+
+        Args:
+            inputs: token ids or embeddings.
+            keywords: those of the call that its signature does not name; what is read here is taken out.
+            past: what the rows hold already; None = nothing.
+            arguments: attention_mask, mask, reset and position_ids.
+        """
+        if inputs is None:
+            raise ConfigError("give input_ids or inputs_embeds")
+        arguments |= {name: keywords.pop(name) for name in PACKING if name in keywords}
+        settle_keywords(keywords, {*known_keywords(type(self).forward), *_LOSS_KEYWORDS}, type(self).__name__)
+        if past is None:
+            past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
+        packed = documents(inputs, past, arguments)
+        if packed.ahead and getattr(self._stack.config, "positions", None) in ("learned", "factorised"):
+            raise UnsupportedError(
+                "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
+                "leave position_ids out, or begin at 0 (padding goes by attention_mask)"
+            )
+        return packed
+
     def _run(
         self,
         input_ids: Tensor | None,
@@ -185,7 +230,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         return self.is_gradient_checkpointing
 
 
-class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+# transformers looks for GenerationMixin among the direct bases
+class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMixin):  # type: ignore[no-untyped-call]
     """A causal language model with a state in the place of the KV cache."""
 
     kinds = ("decoder",)
@@ -205,6 +251,11 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> LongspanCausalOutput | tuple[Any, ...]:
         """As causal models of transformers are called.
@@ -212,60 +263,70 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         Args:
             input_ids: (batch, length).
             attention_mask: (batch, length) or (batch, past + length), 1 for real tokens; padding anywhere.
-            past_key_values: what the last call returned.
+            past_key_values, cache: what the last call returned, by either name.
             inputs_embeds: (batch, length, dim) in place of input_ids.
             labels: (batch, length), predicted from the tokens before them; -100 is left out. Auxiliary losses of the
                 mixers are part of the loss in training.
             use_cache: return the state; default: where no labels are given.
             logits_to_keep: only so many of the last columns' logits; 0 = all. Or the indices (columns,) of those that
                 are wanted.
+            position_ids: (batch, length); a 0 among real tokens starts a document (packed rows), every other one must
+                follow the one before it. For `cu_seq_lens_q` and `seq_idx` see `longspan.hf.positions`.
+            mask: (batch, length) bool, True = real token: `attention_mask` as the library calls it.
+            reset: (batch, length) bool, True = a new document starts here.
 
         `output_hidden_states=True` returns the hidden states before each layer and after the last norm, and
         `return_dict=False` a plain tuple.
         """
         options = take_options(kwargs, self.config)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ConfigError("give input_ids or inputs_embeds")
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, StateCache):
-            if cache.get_seq_length():
-                raise ConfigError("past_key_values: this model carries a longspan state, not keys and values")
-            cache = None
-        use_cache = (labels is None and self.config.use_cache) if use_cache is None else use_cache
-        if cache is None and use_cache and self.model.traits.streams:
-            cache = StateCache([True])
-        mask = None if attention_mask is None else attention_mask[:, -given.shape[1] :].bool()
-        if cache is not None:
-            cache.begin()
-        layer = None if cache is None else cast(StateLayer, cache.layers[0])
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        wanted = labels is None and bool(self.config.use_cache) if use_cache is None else use_cache
+        carried = self._carried(take_cache({"cache": cache, "past_key_values": past_key_values}), wanted, use_cache)
+        packed = self._documents(
+            inputs,
+            kwargs,
+            None if carried is None or inputs is None else self._past(carried, inputs),
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
+        assert inputs is not None
+        layer = None if carried is None else cast(StateLayer, carried.layers[0])
         penalties = self._penalties()
         h, state, rows, hidden_states = self._run(
             input_ids,
             inputs_embeds,
-            None if layer is None else layer.state,
-            mask=mask,
+            None if layer is None else on_device(layer.state, inputs.device),
+            mask=packed.mask,
+            reset=packed.reset,
             penalties=penalties,
             hidden_states=options.hidden_states,
         )
-        if layer is not None:
-            layer.advance(state, given.shape[1])
-            cache.end()
+        if carried is not None and layer is not None:
+            layer.advance(state, inputs.shape[1])
+            carried.shift = packed.shift
+            if carried.offloading:
+                layer.offload()
+            carried.end()
+        self._note_unread(penalties, labels, kwargs)
         loss, columns = None, kept_columns(logits_to_keep)
         if labels is None:
-            logits = self._logits(rows.scatter(h)[:, columns], None if mask is None else mask[:, columns])
+            real = None if packed.mask is None else packed.mask[:, columns]
+            logits = self._logits(rows.scatter(h)[:, columns], real)
         else:
             logits = rows.scatter(self._logits(h))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             scored = next_labels(labels, kwargs.get("shift_labels"))
-            loss = with_auxiliary(loss, penalties, share_of_step(scored, kwargs.get("num_items_in_batch")))
+            loss = with_auxiliary(loss, penalties, share_of_step(scored, **counting(kwargs)))
             logits = logits[:, columns]
+        returned: dict[str, Any] = {CACHE: carried} if wanted else {}
         output = LongspanCausalOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=hidden_states,
             aux_loss=auxiliary(penalties),
+            **returned,
         )
         return output.to_tuple() if options.as_tuple else output
 
@@ -274,15 +335,6 @@ class LongspanForCausalLM(LongspanPreTrainedModel, GenerationMixin):  # type: ig
         memory = isinstance(self.model, RecurrentMemory)
         logits: Tensor = self.model.adapter.output(h) if memory else self.model.logits(h)
         return logits if real is None else logits.masked_fill(~real[..., None], 0)
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
-        """A state in the place of keys and values."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if not self.model.traits.streams:
-                raise UnsupportedError(f"{self.model.why_no_stream()}; generate with use_cache=False")
-            model_kwargs["past_key_values"] = StateCache([True])
 
 
 def register_causal(cls: type[LongspanForCausalLM]) -> None:
@@ -310,20 +362,40 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
     ) -> LongspanMaskedOutput | tuple[Any, ...]:
-        """Logits at every place; the loss over the places whose label is not -100."""
+        """Logits at every place; the loss over the places whose label is not -100.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
         options = take_options(kwargs, self.config)
-        mask = None if attention_mask is None else attention_mask.bool()
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
         h, _, rows, hidden_states = self._run(
-            input_ids, inputs_embeds, mask=mask, penalties=penalties, hidden_states=options.hidden_states
+            input_ids,
+            inputs_embeds,
+            mask=packed.mask,
+            reset=packed.reset,
+            penalties=penalties,
+            hidden_states=options.hidden_states,
         )
         logits = rows.scatter(self.model.logits(h))
+        self._note_unread(penalties, labels, kwargs)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, kwargs.get("num_items_in_batch")))
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
         output = LongspanMaskedOutput(
             loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
         )
@@ -350,21 +422,43 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
         **kwargs: Any,
     ) -> LongspanClassifierOutput | tuple[Any, ...]:
-        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`."""
+        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`.
+
+        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        """
         options = take_options(kwargs, self.config)
-        mask = None if attention_mask is None else attention_mask.bool()
+        packed = self._documents(
+            input_ids if inputs_embeds is None else inputs_embeds,
+            kwargs,
+            attention_mask=attention_mask,
+            mask=mask,
+            reset=reset,
+            position_ids=position_ids,
+        )
         penalties = self._penalties()
         h, _, rows, hidden_states = self._run(
-            input_ids, inputs_embeds, mask=mask, penalties=penalties, hidden_states=options.hidden_states
+            input_ids,
+            inputs_embeds,
+            mask=packed.mask,
+            reset=packed.reset,
+            penalties=penalties,
+            hidden_states=options.hidden_states,
         )
-        logits = self.score(self.dropout(self._pooled(h, rows)))
+        pooled = self._pooled(h, rows)
+        if isinstance(self._stack, Decoder):
+            pooled = with_gradients(pooled, self._stack.output_parameters())  # nothing makes logits of tokens
+        logits = self.score(self.dropout(pooled))
+        self._note_unread(penalties, labels, kwargs)
         loss = None
         if labels is not None:
-            count = kwargs.get("num_items_in_batch")
-            loss = classification_loss(self.loss_function, logits, labels, self.config, count)
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, count))
+            loss = classification_loss(self.loss_function, logits, labels, self.config, **counting(kwargs))
+            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
         output = LongspanClassifierOutput(
             loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
         )

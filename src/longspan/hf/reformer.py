@@ -11,8 +11,8 @@ and multiples of all chunk lengths agree; in between transformers pads, and wher
 other lengths its last LSH chunks may be padding alone, which the first chunk then sees in the place of tokens.
 
 The key projection of LSH layers, which the mechanism leaves aside, is a copy of that of queries. `lm_head.bias` is
-added to the logits, as in Reformer's own code; transformers 5 stores it and leaves it out. Dropout of attention weights
-is not taken over, with a warning.
+added to the logits, as in Reformer's own code; transformers 5 before 5.24 stores it and leaves it out. Dropout of
+attention weights is not taken over, with a warning.
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,9 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     table = _Table(_WHERE, config)
     model = Decoder(_decoder(table))
     given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
-    # two names of one thing in earlier versions
-    given.pop("lm_head.decoder.bias", None)
+    # two names of one tensor in transformers 4; where they differ (5.24 on), the logits take this one
+    if "lm_head.decoder.bias" in given:
+        given["lm_head.bias"] = given.pop("lm_head.decoder.bias")
     ours = _Mapping(given, model, table).run()
     load_weights(model, ours, _WHERE)
     return model
@@ -194,7 +195,8 @@ class _Mapping(Renaming):
         names = ("query", "key", "value") if kind == "local" else ("query_key", "query_key", "value")
         found = {name: self.take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
         for own, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
-            self.ours[f"{maps}.{own}.weight"] = found[name]
+            if (own, name) != ("k_proj", "query_key"):  # shared keys are queries
+                self.ours[f"{maps}.{own}.weight"] = found[name]
         self.move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
         self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
         self.move_pair(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")

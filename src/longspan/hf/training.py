@@ -55,6 +55,9 @@ class TrainerLoss:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing = {label_smoothing}: must be at least 0 and less than 1")
         self.model, self.label_smoothing = model, label_smoothing
+        inner = _unwrapped(model)
+        if isinstance(inner, LongspanPreTrainedModel):
+            inner.auxiliary_is_read = True
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of one call; arguments as the Trainer gives them."""

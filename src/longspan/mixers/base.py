@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
@@ -113,6 +114,8 @@ class Core(nn.Module):
     """Why a causal form that does not stream does not, for the message that refuses a state."""
     counts_forwards: ClassVar[bool] = False
     """A training forward adds to statistics that `after_step` applies."""
+    uses_keys: ClassVar[bool] = True
+    """Keys are read; a mechanism whose keys are its queries needs no projection to keys."""
     linear_in_values: ClassVar[bool] = True
     """The output is an attention map times the values, so that `attention_map` exists."""
 
@@ -302,6 +305,8 @@ class Mixer(nn.Module):
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        unread = () if out.numel() else (q, k, v)
+        out = with_gradients(out, [*self.core.parameters(), *unread])
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 

@@ -31,8 +31,18 @@ from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
 from longspan.mixers.choices import recording
-from longspan.mixers.compressive_layout import Sizes, attend, carry_usage, count_usage, lines_of, make_layout, pick
-from longspan.mixers.compressors import AuxiliaryLoss, Compressor, Project
+from longspan.mixers.compressive_layout import (
+    Inputs,
+    Piece,
+    Sizes,
+    attend,
+    carry_usage,
+    count_usage,
+    lines_of,
+    make_layout,
+    pick,
+)
+from longspan.mixers.compressors import AuxiliaryLoss, Compressor
 from longspan.mixers.linear import emptied_rows
 from longspan.mixers.relative import RelativeCore
 from longspan.mixers.rows import Rows
@@ -92,32 +102,6 @@ class CompressiveState(NamedTuple):
         return ("usage",)
 
 
-class Piece(NamedTuple):
-    """A part of a call: within one segment of every row, or many segments of rows laid out alike, from a border on.
-
-    Attributes:
-        columns: of the call, or of its layout over whole segments.
-        begins: (batch,) bool, rows in which a document begins here; None = in none.
-        rows: its layout.
-    """
-
-    columns: slice
-    begins: Tensor | None
-    rows: Rows
-
-
-class Inputs(NamedTuple):
-    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for, no `r` of folded ones."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    x: Tensor
-    project: Project
-    r: Tensor | None
-    loss: AuxiliaryLoss | None
-
-
 class CompressiveCore(RelativeCore):
     """See the module."""
 
@@ -138,7 +122,9 @@ class CompressiveCore(RelativeCore):
         super().__init__(shape, config)
         if not shape.causal:
             raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
-        self.compressor = Compressor(config.compression, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
+        # with no slots nothing is compressed, and a function without parameters stands for what would do it
+        how = config.compression if config.compressed_len else "mean"
+        self.compressor = Compressor(how, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
         self.fields = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
         self.reach = config.segment + config.mem_len + config.compressed_len
         waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0

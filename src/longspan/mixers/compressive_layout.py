@@ -12,9 +12,36 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
+from longspan.mixers.compressors import AuxiliaryLoss, Project
 from longspan.mixers.rows import Rows
 
 QUERIES, KEYS = 64, 128  # parts whose sizes round up to the same multiples of these are one batch
+
+
+class Piece(NamedTuple):
+    """A part of a call: within one segment of every row, or many segments of rows laid out alike, from a border on.
+
+    Attributes:
+        columns: of the call, or of its layout over whole segments.
+        begins: (batch,) bool, rows in which a document begins here; None = in none.
+        rows: its layout.
+    """
+
+    columns: slice
+    begins: Tensor | None
+    rows: Rows
+
+
+class Inputs(NamedTuple):
+    """What a call, or a part of it, is given; `loss` where the auxiliary loss is asked for, no `r` of folded ones."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    project: Project
+    r: Tensor | None
+    loss: AuxiliaryLoss | None
 
 
 class Sizes(NamedTuple):

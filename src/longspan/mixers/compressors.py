@@ -46,6 +46,15 @@ class Compressor(nn.Module):
         self.conv = nn.Parameter(torch.eye(dim).repeat(1, ratio) / ratio) if how == "conv" else None
         self.decoder = nn.Parameter(torch.eye(dim).repeat(ratio, 1)) if decode and self.learns else None
 
+    def unused_weights(self) -> list[str]:
+        """Names that earlier versions saved, of weights that nothing used: where there are no slots."""
+        return [] if self.learns else ["conv", "decoder", *(f"layers.{index}" for index in range(64))]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.unused_weights():
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(
         self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None, *, decode: bool = False
     ) -> Tensor:

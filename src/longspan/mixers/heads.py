@@ -110,6 +110,11 @@ class HeadsCore(Core):
         return any(core.needs_hidden for core in self.cores)
 
     @property
+    def uses_keys(self) -> bool:  # type: ignore[override]
+        """Whether any part reads keys."""
+        return any(core.uses_keys for core in self.cores)
+
+    @property
     def counts_forwards(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
         return any(core.counts_forwards for core in self.cores)

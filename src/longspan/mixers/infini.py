@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import ParameterGroup, Shape, Traits
-from longspan.mixers.segments import SegmentCore
+from longspan.mixers.segments import SegmentCore, SegmentState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,18 @@ class InfiniConfig:
             )
 
 
+class InfiniState(SegmentState):
+    """`SegmentState` whose memory only grows."""
+
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
+
 class InfiniCore(SegmentCore):
     """See the module."""
+
+    State = InfiniState
 
     Config = InfiniConfig
     config: InfiniConfig

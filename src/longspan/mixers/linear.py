@@ -54,6 +54,10 @@ class LinearState(NamedTuple):
         """Fields that are fp32 at least."""
         return "values", "keys"
 
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
 
 class LinearCore(Core):
     """See the module."""

@@ -126,6 +126,11 @@ class LSHCore(DrawnCore):
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @property
+    def uses_keys(self) -> bool:  # type: ignore[override]
+        """Shared keys are queries."""
+        return not self.config.shared
+
+    @property
     def traits(self) -> Traits:
         """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted."""
         streams = self.shape.causal and self.strict
@@ -149,7 +154,7 @@ class LSHCore(DrawnCore):
         Raises:
             UnsupportedError: the state is of another draw of the rotations.
         """
-        q, k = self.rotate(q, k, rows)
+        q, k = self.rotate(q, k[:, :0] if self.config.shared else k, rows)
         rings = None
         if state is not None:
             self.check_draw(state, rows)

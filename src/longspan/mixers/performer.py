@@ -78,6 +78,10 @@ class PerformerState(NamedTuple):
         """Fields that are fp32 at least."""
         return "values", "keys", "maximum"
 
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
 
 class PerformerCore(DrawnCore):
     """See the module."""

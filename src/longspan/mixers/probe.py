@@ -69,7 +69,8 @@ def _blind(mixer: Mixer) -> Mixer:
     probed = copy.deepcopy(mixer).double().eval()
     projections, core = probed.projections, probed.core
     for projection in (projections.q_proj, projections.k_proj):
-        projection.weight[:, -1] = 0
+        if projection is not None:
+            projection.weight[:, -1] = 0
     if core.linear_in_values:
         projections.v_proj.weight.zero_()
         if projections.v_proj.bias is not None:

@@ -17,23 +17,34 @@ class Projections(nn.Module):
         num_kv_heads: key and value heads.
         head_dim: width of a head.
         bias: add biases.
+        keys: project keys; False for mechanisms whose keys are their queries. `k_proj` is then None, and what is given
+            as k are the values, which nobody reads as keys.
     """
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False) -> None:
+    k_proj: nn.Linear | None
+
+    def __init__(
+        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False, keys: bool = True
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        # registered where it is None too: `load_state_dict` then passes over weights that earlier versions saved
+        self.register_module("k_proj", nn.Linear(dim, num_kv_heads * head_dim, bias=bias) if keys else None)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim)."""
+        if self.k_proj is None:
+            v = self._heads(self.v_proj(x), self.num_kv_heads)
+            return self._heads(self.q_proj(x), self.num_heads), v, v
         k, v = self.keys_values(x)
         return self._heads(self.q_proj(x), self.num_heads), k, v
 
     def keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, dim) to k and v (B, kv_heads, M, head_dim), of all kv heads or of a slice of them."""
+        assert self.k_proj is not None, "a mechanism that projects hidden states anew has keys"
         if kv_heads is None or not (is_plain(self.k_proj) and is_plain(self.v_proj)):
             # a part of what an adapter, a hook or a quantized map gives is a part of its output
             part = slice(None) if kv_heads is None else kv_heads
@@ -54,9 +65,12 @@ class Projections(nn.Module):
 
     def flops(self, length: int) -> int:
         """FLOPs of the four products for one row of `length` tokens."""
-        return sum(
-            2 * length * p.in_features * p.out_features for p in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        )
+        maps = [each for each in (self.q_proj, self.k_proj, self.v_proj, self.o_proj) if each is not None]
+        return sum(2 * length * each.in_features * each.out_features for each in maps)
+
+    def unused_weights(self) -> list[str]:
+        """Names that earlier versions saved, of weights that nothing used."""
+        return ["k_proj.weight", "k_proj.bias"] if self.k_proj is None else []
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)

@@ -104,4 +104,4 @@ def build(
         raise ConfigError(f"{name}: dropout = {dropout}: must be in [0, 1)")
     shape = Shape(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, rope=rope)
     core = build_core(name, shape, fields)
-    return Mixer(name, core, Projections(dim, num_heads, num_kv_heads, head_dim, bias), dropout)
+    return Mixer(name, core, Projections(dim, num_heads, num_kv_heads, head_dim, bias, core.uses_keys), dropout)

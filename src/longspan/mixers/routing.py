@@ -141,6 +141,11 @@ class RoutingCore(ClusteredCore):
         self._begin_clusters(routed, config.num_clusters, shape.head_dim)
 
     @property
+    def uses_keys(self) -> bool:  # type: ignore[override]
+        """Shared keys are queries."""
+        return not self.shared
+
+    @property
     def traits(self) -> Traits:
         """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take."""
         streams = self.shape.causal and self.strict
@@ -178,7 +183,7 @@ class RoutingCore(ClusteredCore):
             self.see(self._vectors(asked, held, clusters), self._real(rows, asked.device), bool(begun))
         if clusters is not None and penalties is not None and committed:
             penalties.append(self.config.commitment * self._distance(asked, held, clusters, rows))
-        q, k = self.rotate(q, k, rows)
+        q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
         if self.shared:
             wide = torch.promote_types(q.dtype, torch.float32)
             k, v = F.normalize(q.to(wide), dim=-1).to(q.dtype), v.repeat_interleave(self.shape.group, 1)

@@ -47,6 +47,7 @@ class SegmentCore(Core):
     A subclass sets `segment` and `features`, and writes `attend` and `attend_open`.
     """
 
+    State = SegmentState
     segment: int
     features: int
 
@@ -109,7 +110,7 @@ class SegmentCore(Core):
         values, keys = emptied_rows(rows, memory.values), emptied_rows(rows, memory.keys)
         old_k, old_v = (None, None) if state is None else (state.k, state.v)
         carried_k, carried_v = rows.carry(old_k, k, segment - 1), rows.carry(old_v, v, segment - 1)
-        return out, SegmentState(values, keys, carried_k, carried_v, rows.live)
+        return out, self.State(values, keys, carried_k, carried_v, rows.live)
 
     def _spread(
         self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
@@ -164,7 +165,7 @@ class SegmentCore(Core):
         wide = self.memory_dtype(device, dtype)
         memory = ops.empty_memory(batch_size, kv_heads, self.features, dim, device, wide)
         k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
-        return SegmentState(memory.values, memory.keys, k, k.clone(), memory.written)
+        return self.State(memory.values, memory.keys, k, k.clone(), memory.written)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""

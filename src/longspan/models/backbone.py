@@ -86,6 +86,10 @@ class Backbone:
         """
         return linear_head(None)
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """What `output` needs and `run` does not."""
+        return []
+
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
@@ -204,6 +208,10 @@ class OwnBackbone(Backbone):
     def head(self) -> Head | CalledHead | AdaptiveHead:
         """See `Backbone`."""
         return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """See `Backbone`."""
+        return self.stack.output_parameters() if isinstance(self.stack, Decoder) else []
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -331,6 +339,11 @@ class HuggingFaceBackbone(Backbone):
         layer = self.output_layer
         found: Tensor = hidden if layer is None else layer(hidden)
         return found
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """See `Backbone`."""
+        layer = self.output_layer
+        return [] if layer is None else list(layer.parameters())
 
     def head(self) -> Head | CalledHead:
         """See `Backbone`."""

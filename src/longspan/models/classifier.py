@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from longspan.errors import ConfigError
 from longspan.mixers import Traits
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.token_memory import Trace
@@ -58,6 +59,9 @@ class RecurrentClassifier(nn.Module):
         if traces is not None:
             traces += found
         answer = torch.zeros(tokens.shape[0], self.num_classes, device=tokens.device, dtype=place_of(self).dtype)
+        # the backbone makes no logits, and where nothing ran there is no answer yet
+        unused = [*self.head.parameters(), *self.recurrent.adapter.output_parameters()]
+        answer = with_gradients(answer, unused if found else self)
         for trace in found:
             counts = trace.closed | trace.shown if flush else trace.closed
             said = torch.cat([trace.offered.mean(1), trace.last], -1)

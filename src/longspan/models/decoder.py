@@ -84,6 +84,11 @@ class Decoder(Stack):
         """The output layer: the embedding's weights where they are tied."""
         return cast("Head | CalledHead | AdaptiveHead", self(give="head")) if is_hooked(self) else self._head()
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        """What logits need and hidden states do not; none where the embedding's weights are all."""
+        own = [] if self.output is None else list(self.output.parameters())
+        return own if self.output_bias is None else [*own, self.output_bias]
+
     def _head(self) -> Head | CalledHead | AdaptiveHead:
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.head(cast(AdaptiveEmbedding, self.embedding))

@@ -57,12 +57,10 @@ def load_model(folder: str | Path) -> Any:
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
     weights, header = read_tensors(folder / "model.safetensors")
+    load_weights(model, weights, folder / "model.safetensors")
     # earlier versions did not write it
     if header.get("config", written) != written:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: damaged: not the configuration that the weights were saved with"
-        )
-    load_weights(model, weights, folder / "model.safetensors")
+        raise CheckpointError(f"{folder / 'config.json'}: damaged, or changed after the weights were saved with it")
     return model.eval()
 
 
@@ -79,6 +77,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
         CheckpointError: names or shapes differ; says which first.
     """
     expected = model.state_dict()
+    weights = {name: value for name, value in weights.items() if name not in _unused(model)}
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             problem = "missing" if name not in weights else "unexpected"
@@ -94,6 +93,12 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)
+
+
+def _unused(model: torch.nn.Module) -> set[str]:
+    """Names of weights that earlier versions saved though nothing used them."""
+    modules = [(name, module) for name, module in model.named_modules() if hasattr(module, "unused_weights")]
+    return {f"{name}.{weight}".lstrip(".") for name, module in modules for weight in module.unused_weights()}
 
 
 def model_hash(model: torch.nn.Module) -> str:

@@ -29,13 +29,17 @@ from longspan import state as states
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
+from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
+from longspan.models.decoder import Decoder
+from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
 from longspan.models.token_memory import Carried, TokenMemory, Trace, where_rows
+from longspan.models.wrappers import unwrapped
 
 
 class RecurrentState(NamedTuple):
@@ -92,7 +96,10 @@ class RecurrentMemory(nn.Module):
         super().__init__()
         given = from_dict(RecurrentConfig, fields, "RecurrentMemory")
         self.config = given if config is None else replace(config, **fields)
-        self.backbone = backbone
+        # what stands around a model stays outside: its adapters act inside, its own face knows no segments
+        backbone = unwrapped(backbone)
+        inner = getattr(backbone, "model", None)
+        backbone = self.backbone = inner if isinstance(inner, (Decoder, Encoder)) else backbone
         self._adapter = [wrap_backbone(backbone)]  # in a list, so that it is no second owner of the parameters
         self.cell: TokenMemory | LayerMemory
         if self.config.per_layer:
@@ -221,6 +228,7 @@ class RecurrentMemory(nn.Module):
                 rows,
             )
         hidden = layout.collect(torch.cat(shown, 1) if len(shown) > 1 else shown[0])
+        hidden = with_gradients(hidden, self.cell)  # nothing is written where no segment closes, nor read in the first
         if all(segment.whole for segment in segments):
             return (hidden, None), self._next(state, carried, ids, rows), rows
         seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))

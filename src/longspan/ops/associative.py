@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longspan.ops import flash
+from longspan.ops.rows import check_floating
 from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 
 EPSILON = 1e-5
@@ -29,6 +30,7 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
     Returns:
         (..., 2 d nu).
     """
+    check_floating(x=x)
     r = torch.cat([x.relu(), (-x).relu()], -1)
     return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], -1)
 

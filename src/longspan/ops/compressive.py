@@ -19,7 +19,7 @@ from longspan.ops import flash
 from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
-from longspan.ops.rows import read_call
+from longspan.ops.rows import check_floating, read_call
 from longspan.ops.tiled import default_scale
 from longspan.ops.tiles import HIDDEN, make_blocks, make_plan, take
 
@@ -279,6 +279,7 @@ def attention_reconstruction(
     Returns:
         (batch,) sums over a row's real queries of the means over heads and dims; 0 where a row has no real slot.
     """
+    check_floating(q=q, k=k, v=v, slots_k=slots_k, slots_v=slots_v)
     slots = slots_k.shape[2]
     if not slots or k.shape[2] % slots:
         raise ConfigError(f"{k.shape[2]} vectors do not make {slots} groups of one size")

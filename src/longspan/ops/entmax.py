@@ -13,7 +13,7 @@ from longspan.ops.decode import is_decode
 from longspan.ops.entmax_curve import dense_slopes, dense_weights
 from longspan.ops.entmax_tiles import entmax_forward, entmax_tiles, tile_queries
 from longspan.ops.first_order import FirstOrder
-from longspan.ops.rows import Call, check_positive, read_call
+from longspan.ops.rows import Call, check_floating, check_positive, read_call
 from longspan.ops.tiled import Plans, default_scale
 from longspan.ops.tiles import Plan, make_plan, trim_plan
 from longspan.state import needs_grad
@@ -34,8 +34,9 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
         Weights of the shape and dtype of scores (computed in fp32 at least); zeros where everything is hidden.
 
     Raises:
-        ConfigError: alpha outside [1, 2], or of a shape that does not fit.
+        ConfigError: scores that are no floating-point numbers, alpha outside [1, 2], or of a shape that does not fit.
     """
+    check_floating(scores=scores)
     if not isinstance(alpha, Tensor):
         wide = torch.float64 if host.has_float64(scores.device) else torch.float32
         alpha = torch.tensor(float(alpha), dtype=wide, device=scores.device)

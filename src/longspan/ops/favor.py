@@ -23,6 +23,7 @@ from torch import Tensor
 from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops.linear import LinearSums, check_call, elu_features, feature_attention
+from longspan.ops.rows import check_floating
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -60,6 +61,7 @@ def favor_features(
     Raises:
         ConfigError: no such kind, or no bound for "bounded".
     """
+    check_floating(x=x)
     if kind in KERNELS:
         return KERNELS[kind](x @ projection.mT.to(x.dtype)) + KERNEL_EPSILON, None
     if kind not in SOFTMAX:

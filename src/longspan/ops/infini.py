@@ -178,7 +178,7 @@ def _together(
     values = v.unflatten(2, (count, segment)).to(phi_k.dtype)
     inside = inside.unflatten(2, (count, segment))
     batch, kv_heads, dim = phi_k.shape[0], phi_k.shape[1], phi_k.shape[4]
-    group = max(1, BUDGET // (batch * kv_heads * dim * (dim + 1) * values.element_size()))
+    group = max(1, BUDGET // max(1, batch * kv_heads * dim * (dim + 1) * values.element_size()))
     now = torch.cat([memory.values, memory.keys[..., None]], -1).to(rule.memory_dtype(v))
     written, outs = memory.written, []
     for first in range(0, count, group):

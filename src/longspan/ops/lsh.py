@@ -26,7 +26,7 @@ from longspan.ops.lsh_lists import (
 )
 from longspan.ops.lsh_rings import LSHRings, attend_token
 from longspan.ops.lsh_tiles import Round, Union, union_attention
-from longspan.ops.rows import check_positive
+from longspan.ops.rows import check_floating, check_positive
 from longspan.state import needs_grad
 
 SELECTIONS = ("strict", "sorted")
@@ -45,6 +45,7 @@ def lsh_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     heads, rounds, _, half = rotations.shape
     batch, length, dtype = x.shape[0], x.shape[2], flash.working_dtype(x)
     found = torch.empty(batch, heads, rounds, length, dtype=torch.int64, device=x.device)
+    check_floating(x=x)
     group = heads // x.shape[1]
     rotations = rotations.to(dtype)
     with torch.no_grad(), flash.full_precision(x.device):
@@ -107,6 +108,7 @@ def lsh_attention(
         ConfigError: shapes that do not fit, an odd or wrong number of something.
         UnsupportedError: rings where nothing streams.
     """
+    check_floating(q=q, v=v, k=k)
     _check(q, v, k, rotations, bucket_size, selection)
     check_streams("lsh_attention", rings, causal and selection == "strict")
     if q.numel() == 0:
@@ -219,5 +221,5 @@ def lsh_cost(
         return num_hashes * tiles * height * 2 * bucket_size
     before, behind = (2 * bucket_size, 0) if causal else (bucket_size, reach_blocks(bucket_size))
     blocks = tiles_of(length, num_buckets)
-    tiles = blocks if shared else tiles_of(length, blocks + num_buckets)
+    tiles = blocks + max(reach_blocks(before), behind) if shared else tiles_of(length, blocks + num_buckets)
     return num_hashes * tiles * TILE * TILE * (reach_blocks(before) + 1 + behind)

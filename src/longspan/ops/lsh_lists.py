@@ -29,8 +29,10 @@ class Keys(NamedTuple):
         size: (rows, groups + 1) its members; the last, of what is not real, has none.
         block: (rows, groups + 1) its first block, over all rows.
         slot: (rows, columns) slot of each key column, -1 where it is not real.
-        blocks: blocks of a row.
-        front: empty blocks before those of the first row, and how many after those of the last.
+        blocks: blocks of a row that may hold keys.
+        stride: blocks from a row to the next: behind its own come empty ones, so that no query meets another row's keys
+            even where they are hidden from it (a weight of zero does not hide what is not finite).
+        front: empty blocks before those of the first row.
     """
 
     order: Tensor
@@ -40,6 +42,7 @@ class Keys(NamedTuple):
     block: Tensor
     slot: Tensor
     blocks: int
+    stride: int
     front: int
 
 
@@ -53,7 +56,12 @@ def tiles_of(queries: int, groups: int) -> int:
     return (queries + min(groups, queries) * (TILE - 1)) // TILE
 
 
-def sort_keys(bucket: Tensor, groups: int, reach: int) -> Keys:
+def gap_blocks(before: int, after: int | None) -> int:
+    """Empty blocks behind every row where queries see so many members before them, and behind them."""
+    return max(reach_blocks(before), 0 if after is None else reach_blocks(after))
+
+
+def sort_keys(bucket: Tensor, groups: int, reach: int, gap: int = 0) -> Keys:
     """Keys by bucket; bucket (rows, columns) in [0, groups], `groups` where there is no real key."""
     rows, columns = bucket.shape
     size = torch.zeros(rows, groups + 1, dtype=torch.int64, device=bucket.device)
@@ -62,13 +70,14 @@ def sort_keys(bucket: Tensor, groups: int, reach: int) -> Keys:
     blocks, front = tiles_of(columns, groups), reach_blocks(reach)
     used = -(-size // TILE)
     row = torch.arange(rows, device=bucket.device)[:, None]
-    block = front + row * blocks + used.cumsum(1) - used
+    stride = blocks + gap
+    block = front + row * stride + used.cumsum(1) - used
     begin = size.cumsum(1) - size
     ordered, order = stable_sort(bucket, groups + 1)
     column = torch.arange(columns, device=bucket.device)
     place = (block * TILE - begin).gather(1, ordered) + column
     slot = torch.empty_like(order).scatter_(1, order, place.masked_fill_(ordered == groups, -1))
-    return Keys(order, ordered, begin, size, block, slot, blocks, front)
+    return Keys(order, ordered, begin, size, block, slot, blocks, stride, front)
 
 
 def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -137,10 +146,10 @@ def strict_round(
     low, high = (t.masked_fill(~real, 0).flatten().int() for t in (low, high))
     behind = 0 if after is None else reach_blocks(after)
     width = keys.front + 1 + behind
-    total = keys.front + rows * keys.blocks + behind
+    total = keys.front + rows * keys.stride + behind
     key = _scattered(total * TILE, keys.slot, keys.slot >= 0).view(-1, TILE)
     if shared:
-        query = key[keys.front : keys.front + rows * keys.blocks]
+        query = key[keys.front : keys.front + rows * keys.stride]
         place, blocks = own - keys.front * TILE, None
     else:
         anchor = first_block + rank // TILE
@@ -170,13 +179,13 @@ def _tiles_of_queries(anchor: Tensor, asked: Tensor, keys: Keys) -> tuple[Tensor
     rows, groups = len(asked), keys.size.shape[1] - 1
     row = torch.arange(rows, device=asked.device)[:, None]
     kinds = keys.blocks + groups  # a bucket of full blocks has one more, behind its last key
-    kind = torch.where(asked < groups, anchor - keys.front - row * keys.blocks + asked, kinds)
+    kind = torch.where(asked < groups, anchor - keys.front - row * keys.stride + asked, kinds)
     found = sort_keys(kind, kinds, 0)
     tiles = rows * found.blocks
     query = _scattered(tiles * TILE, found.slot, found.slot >= 0).view(tiles, TILE)
     block = torch.full((tiles + 1,), keys.front, dtype=torch.int64, device=asked.device)
     block.scatter_(0, torch.where(found.slot >= 0, found.slot // TILE, tiles).flatten(), anchor.flatten())
-    return query, found.slot, block[:tiles].clamp(max=keys.front + rows * keys.blocks - 1)
+    return query, found.slot, block[:tiles].clamp(max=keys.front + rows * keys.stride - 1)
 
 
 def circle_round(queried: Tensor, kept: Tensor, document: Tensor, *, groups: int, documents: int, size: int) -> Round:
@@ -273,7 +282,7 @@ def strict_rounds(
         queried, kept = (t.masked_fill(~real[:, None, None], count) for t in (queried, kept))
     for number in range(queried.shape[2]):
         asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
-        keys = sort_keys(held, count, before)
+        keys = sort_keys(held, count, before, gap_blocks(before, after))
         each = strict_round(keys, asked, before=before, after=after, start=first, shared=shared)
         found.append(each._replace(twins=tuple(other.mark for other in found)))
     return tuple(found)
@@ -302,7 +311,7 @@ def rounds_behind_rings(
     for number in range(rounds):
         asked, held = (t[:, :, number].flatten(0, 1) for t in (queried, kept))
         held = torch.cat([torch.where(position[:, number] < 0, count, bucket), held], 1)
-        keys = sort_keys(held, count, before)
+        keys = sort_keys(held, count, before, gap_blocks(before, None))
         each = strict_round(keys, asked, before=before, after=None, memory=memory, start=first, shared=False)
         twins = []
         for earlier, other in enumerate(found):

@@ -142,13 +142,14 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _by_slot(x: Tensor, each: Round, heads: int) -> Tensor:
-    """x (batch, kv_heads, columns, dim) in the order of the slots (blocks, block, dim), of any value where empty."""
+    """x (batch, kv_heads, columns, dim) in the order of the slots (blocks, block, dim), zeros where empty."""
     index, (_, kv_heads, columns, _) = each.key.clamp(min=0), x.shape
     if heads != kv_heads:
         row = index // columns
         kv_row = row // heads * kv_heads + row % heads // (heads // kv_heads)
         index = index + (kv_row - row) * columns
-    return _rows(_flat(x), index)
+    # zeros: a weight of zero hides no NaN that another row may hold
+    return _rows(_flat(x), index).masked_fill_((each.key < 0)[..., None], 0)
 
 
 def _picked(x: Tensor, index: Tensor, empty: int) -> Tensor:

@@ -23,7 +23,7 @@ from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
-from longspan.ops.rows import check_positive
+from longspan.ops.rows import check_floating, check_positive
 from longspan.ops.tiled import new_like_heads
 from longspan.ops.tiles import make_parts
 from longspan.state import needs_grad
@@ -36,6 +36,7 @@ ENTRIES = 1 << 19  # scores at once
 
 def unit_vectors(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6), fp32 at least: what a store keeps of keys, and compares of queries."""
+    check_floating(x=x)
     x = x.to(flash.working_dtype(x))
     found: Tensor = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
     return found
@@ -70,6 +71,7 @@ def memorizing_attention(
         (batch, heads, length, head_dim) in local's dtype. Gradients of q, local, gate and scale; none of k and v.
     """
     check_positive("top", top)
+    check_floating(q=q, k=k, v=v, local=local)
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape != local.shape:
         raise ConfigError(
             "q and local must be (batch, heads, length, head_dim), k and v (batch, kv_heads, columns, head_dim) with "

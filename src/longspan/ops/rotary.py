@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.ops.rows import check_floating
 
 
 def rotary_table(
@@ -61,5 +62,6 @@ def _whole_turns_off(positions: Tensor, steps: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (batch, heads, length, head_dim) with each pair (i, i + head_dim / 2) turned by its angle."""
+    check_floating(x=x)
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

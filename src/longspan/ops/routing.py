@@ -22,7 +22,7 @@ from longspan.ops.lsh_lists import (
 )
 from longspan.ops.lsh_tiles import Round, Union, union_sums
 from longspan.ops.routing_balanced import balanced_attention, balanced_entries
-from longspan.ops.rows import check_positive, check_shapes
+from longspan.ops.rows import check_floating, check_positive, check_shapes
 from longspan.ops.tiled import default_scale
 from longspan.ops.tiles import HIDDEN
 from longspan.state import needs_grad
@@ -42,6 +42,7 @@ def routing_clusters(x: Tensor, centroids: Tensor) -> Tensor:
     """
     heads, dtype = len(centroids), flash.working_dtype(x)
     found = torch.empty(x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
+    check_floating(x=x)
     group = heads // x.shape[1]
     centroids = centroids.to(dtype)
     with torch.no_grad(), flash.full_precision(x.device):
@@ -295,6 +296,6 @@ def routing_cost(
         return num_clusters * balanced_entries(min(window, length))
     before = window - 1 if itself else window
     blocks = tiles_of(length, num_clusters)
-    tiles = blocks if shared else tiles_of(length, blocks + num_clusters)
+    tiles = blocks + reach_blocks(before) if shared else tiles_of(length, blocks + num_clusters)
     width = reach_blocks(before) * (1 if causal else 2) + 1
     return tiles * TILE * TILE * width

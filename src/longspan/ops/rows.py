@@ -42,8 +42,17 @@ class Call(NamedTuple):
         return out.masked_fill(hidden, 0.0) if out.requires_grad else out.masked_fill_(hidden, 0.0)
 
 
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raise `ConfigError` for a tensor, by its name, that is of no real floating-point type."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(f"{name} is {kind}; expected a floating-point type, such as {name}.float()")
+
+
 def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise `ConfigError` unless q, k, v fit together."""
+    """Raise `ConfigError` unless q, k, v fit together and are floating-point numbers."""
+    check_floating(q=q, k=k, v=v)
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and q.shape[0] == k.shape[0] == v.shape[0]

@@ -201,5 +201,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         if kind != "optimizer":
             continue
         key, _, name = rest.partition(".")
+        if name not in parameters:
+            continue  # of a parameter that nothing used, which earlier versions had
         parameter = parameters[name]
         optimizer.state[parameter][key] = value.clone().to(parameter.device)

@@ -16,6 +16,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         contract.check_state_is_of_tensors,
         contract.check_empty_past,
         contract.check_forms,
+        contract.check_changed_weights,
     ),
     "1-causality": (
         causality.check_causality,
@@ -26,6 +27,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         stream.check_cuts,
         stream.check_token_by_token,
         stream.check_saved_state,
+        stream.check_moved_state,
         stream.check_far_positions,
         stream.check_state_functions,
     ),
@@ -52,6 +54,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         gradients.check_gradients_of_open_segment,
         gradients.check_numeric_gradients,
         gradients.check_detach,
+        gradients.check_every_parameter,
     ),
     "7-cost": (cost.check_flops, cost.check_pairs),
     "8-quiet": (

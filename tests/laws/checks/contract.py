@@ -4,7 +4,7 @@ import torch
 
 from longspan.errors import ConfigError, UnsupportedError
 
-from ..tools import Make, close, forms, inputs, leaves
+from ..tools import Make, close, forms, inputs, leaves, same
 
 
 def check_traits(make: Make) -> None:
@@ -75,3 +75,17 @@ def check_forms(make: Make) -> None:
     except UnsupportedError:
         return
     raise AssertionError("causal=False accepts a state")
+
+
+@torch.no_grad()
+def check_changed_weights(make: Make) -> None:
+    """Weights that change between two calls act at once, though nothing announces it (`p.data.copy_`)."""
+    mixer, fresh = make(), make()
+    x = inputs(1, 2, 20)
+    state = mixer(x[:, :11])[1] if mixer.traits.streams else None
+    mixer(x[:, 11:12], state)
+    for changed in (mixer, fresh):
+        for parameter in changed.parameters():
+            parameter.data.copy_(1.25 * parameter)
+    for rest in (x[:, 11:12], x[:, 11:]):
+        same(mixer(rest, state)[0], fresh(rest, state)[0], "outputs after weights have changed")

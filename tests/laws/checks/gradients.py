@@ -184,3 +184,17 @@ def check_detach(make: Make) -> None:
     assert (gradient[:, :11] == 0).all(), "gradients pass a detached state"
     assert (gradient[:, 11:].abs().amax(-1) > 0).all(), "no gradient inside the call"
     close(later, mixer(x[:, 11:], state)[0], 0.0, "outputs after a detached state")
+
+
+def check_every_parameter(make: Make) -> None:
+    """Every parameter gets a gradient in every call, zero where the call did not need it: in the first tokens of a
+    document too, and where a stream goes on. Training in several processes waits for all of them.
+    """
+    mixer = make().train()
+    segment = mixer.traits.segment or 8
+    past = mixer(inputs(1, 2, segment))[1] if mixer.traits.streams else None
+    for state, length in ((None, 1), (None, 2 * segment + 1), (past, 1)):
+        mixer.zero_grad()
+        mixer(inputs(2, 2, length), None if state is None else ls.state.detach(state))[0].sum().backward()
+        missing = [name for name, parameter in mixer.named_parameters() if parameter.grad is None]
+        assert not missing, f"no gradient of {missing} in {length} tokens (state {state is not None})"

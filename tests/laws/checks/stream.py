@@ -25,6 +25,7 @@ from ..tools import (
     inputs,
     leaves,
     map_state,
+    same,
     states_close,
     states_same,
 )
@@ -90,6 +91,39 @@ def check_saved_state(make: Make) -> None:
     same_bits = "after loading, in a mixer built anew"
     close(again, y, 0.0, f"outputs {same_bits}")
     states_close(last, end, 0.0, f"final state {same_bits}")
+
+
+def kinds(state: Any) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in leaves(state).items()}
+
+
+def check_moved_state(make: Make) -> None:
+    """A state that was moved to another type, or comes from another precision, goes on; accumulators stay wide."""
+    mixer, x = make(dtype=torch.float32), inputs(5, BATCH, 40, dtype=torch.float32)
+    with torch.no_grad():
+        state = mixer(x[:, :23])[1]
+        y, end = mixer(x[:, 23:], state)
+        low = ls.state.to(state, dtype=torch.bfloat16)
+        assert kinds(low) == kinds(mixer.init_state(BATCH, dtype=torch.bfloat16)), "types of a lowered state"
+        for name, tensor in leaves(low).items():
+            if tensor.dtype != torch.bfloat16:
+                same(tensor, leaves(state)[name], f"{name} of a lowered state")
+        outs = []
+        for part in x[:, 23:].split([1, 1, 15], 1):
+            out, low = mixer(part, low)
+            outs.append(out)
+            assert kinds(low) == kinds(end), "types of the state after a lowered one"
+        if not mixer.traits.selects:
+            close(torch.cat(outs, 1), y, 0.03, "outputs after a state was lowered to bf16")
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = mixer(x[:, 23:], mixer(x[:, :23])[1])[1]
+            entered = mixer(x[:, 24:], mixer(x[:, 23:24], state)[1])[1]
+        assert kinds(entered) == kinds(inside), "types under autocast of a state made outside"
+        assert kinds(mixer(x[:, 23:], inside)[1]) == kinds(end), "types of a state made under autocast"
+        wide = ls.state.to(state, dtype=torch.float64)
+        again, last = mixer(x[:, 23:], wide)
+        close(again, y, 0.0, "outputs after a state was moved to fp64, which loses nothing")
+        states_close(last, end, 0.0, "final state after one was moved to fp64")
 
 
 # RoPE far out ------------------------------------------------------------------------------------------------

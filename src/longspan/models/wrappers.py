@@ -1,20 +1,24 @@
-"""What stands around a model of transformers: PEFT, torch.compile, data parallelism, and this library's own faces."""
+"""What stands around a model: PEFT, torch.compile, data parallelism, and this library's own faces."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+# turn models of other libraries into what a session calls as it calls a `Decoder`; None where they know none
+OPENERS: list[Callable[[Any], Any]] = []
+
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers inside all that stands around it; a model that nothing stands around is itself."""
+    """The model inside all that stands around it; a model that nothing stands around is itself."""
     while True:
-        inside = _inside(model)
-        if inside is None or inside is model:
+        within = inside(model)
+        if within is None or within is model:
             return model
-        model = inside
+        model = within
 
 
-def _inside(model: Any) -> Any:
+def inside(model: Any) -> Any:
     """The model one layer further inside, None where there is none."""
     own: dict[str, Any] = getattr(model, "_modules", {})
     if isinstance(own.get("_orig_mod"), nn.Module):  # torch.compile

@@ -1,0 +1,67 @@
+"""Keywords of a call: none is ever dropped without a word.
+
+Models of transformers pass on whatever keyword they do not know, down to layers that drop it. A misspelt one would so
+change nothing and say nothing.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import TransformersKwargs
+
+from longspan.config import nearest
+from longspan.errors import ConfigError, UnsupportedError
+
+# what callers of transformers pass to every model, and which means nothing to one that has no such part
+_OF_OTHER_MODELS = (
+    "head_mask",
+    "cross_attn_head_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "output_router_logits",
+)
+
+
+@functools.cache
+def known_keywords(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments of a `forward`, in order, without self and the catch-alls."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(forward).parameters.values()
+    return tuple(each.name for each in parameters if each.kind in kinds and each.name != "self")
+
+
+PASSED_ON = (frozenset(TransformersKwargs.__annotations__) | {"return_dict"}) - {*_OF_OTHER_MODELS, "is_causal"}
+"""Keywords that models of transformers hand down beside the arguments of their own."""
+
+
+def settle_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Remove keywords that say nothing to this model, and refuse those that nobody here knows.
+
+    Args:
+        keywords: of the call, those the model reads taken out already or named in `known`.
+        known: names that it takes.
+        where: what is called, for messages.
+
+    Raises:
+        ConfigError: an unknown one; the nearest known name is part of the message.
+        UnsupportedError: one that asks for what a model of longspan does not have.
+    """
+    names = set(known)
+    for name in [name for name in keywords if name not in names]:
+        value = keywords[name]
+        if name == "token_type_ids":
+            # tokenizers make them for every model; of one kind they say nothing
+            if isinstance(value, Tensor) and bool((value != 0).any()):
+                raise UnsupportedError(f"{where}: it has no token types; token_type_ids may only hold 0")
+        elif name in _OF_OTHER_MODELS:
+            if value is not None and value is not False:
+                raise UnsupportedError(f"{where}: it has nothing that {name} could act on; leave it out")
+        elif name == "is_causal":
+            if value is not None and value is not True:
+                raise UnsupportedError(f"{where}: whether it is causal is part of the model; leave is_causal out")
+        else:
+            raise ConfigError(f"{where}: unknown keyword {name!r}{nearest(name, names)}")
+        del keywords[name]

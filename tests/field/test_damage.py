@@ -1,0 +1,131 @@
+"""A changed byte in a state or in a model is noticed; files of earlier versions, without digests, still load."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
+from tests.field.test_start_of_a_run import CURRICULUM
+from tests.field.test_work_is_kept import recipe_of
+
+import longspan as ls
+from longspan.errors import CheckpointError
+from longspan.files import HEADER, read_tensors
+from longspan.train import load_run, run
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def places(path: Path) -> list[int]:
+    """Bytes of the header's text, and of the tensors: first, middle, last."""
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    size = path.stat().st_size
+    return [8 + length, (8 + length + size) // 2, size - 1]
+
+
+def without_digest(path: Path) -> None:
+    """As earlier versions wrote the file."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header.pop("config", None)
+    safetensors.torch.save_file(found, path, {HEADER: json.dumps(header)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_flipped_byte_in_a_state(name, tmp_path):
+    model = own(name)
+    state = model(tokens(2, 11))[1]
+    path = ls.state.save(tmp_path / "state", state)
+    for place in places(path):
+        flip(path, place)
+        with pytest.raises(CheckpointError, match="damaged"):
+            ls.state.load(path, like=model.init_state(1))
+        flip(path, place)
+    without_digest(path)
+    found, _ = ls.state.load(path, like=model.init_state(1))
+    expected = ls.state.tensors(state)
+    assert all(torch.equal(each, expected[key]) for key, each in ls.state.tensors(found).items())
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_a_flipped_byte_in_the_session_of_a_converted_model(name, tmp_path):
+    from longspan.hf.decoder import ConvertedDecoder
+
+    model = ConvertedDecoder(converted(name))
+    if not model.traits.streams:
+        pytest.skip("no state")
+    session = ls.StreamSession(model)
+    session.feed([1, 2, 3, 4, 5])
+    path = session.save(tmp_path / "state")
+    flip(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="damaged"):
+        ls.StreamSession.load(model, path)
+
+
+def test_every_byte_of_a_small_file_counts(tmp_path):
+    path = ls.state.save(tmp_path / "state", own("window").init_state(1))
+    expected = read_tensors(path)
+    noticed = 0
+    size = path.stat().st_size
+    for place in range(size):
+        flip(path, place)
+        try:
+            found = read_tensors(path)
+        except CheckpointError:
+            noticed += 1
+        else:
+            # white space around JSON, at most
+            assert found[1] == expected[1]
+            assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
+        flip(path, place)
+    assert noticed >= size - 8
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_flipped_byte_in_a_saved_model(tmp_path, file):
+    ls.save_model(own("window"), tmp_path)
+    if file == "config.json":
+        # still a configuration, of another model of the same shapes
+        path = tmp_path / file
+        path.write_text(path.read_text().replace('"window": 4', '"window": 5'))
+    else:
+        flip(tmp_path / file, -1)
+    with pytest.raises(CheckpointError, match="damaged"):
+        ls.load_model(tmp_path)
+
+
+def test_a_model_of_an_earlier_version_loads(tmp_path):
+    model = own("window")
+    ls.save_model(model, tmp_path)
+    without_digest(tmp_path / "model.safetensors")
+    assert torch.equal(ls.load_model(tmp_path)(tokens(1, 9))[0], model(tokens(1, 9))[0])
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_flipped_byte_in_the_model_of_a_run(folder, tmp_path, staged):
+    run(CURRICULUM if staged else recipe_of(folder), tmp_path, progress="none")
+    for path in sorted((tmp_path / "model").iterdir()):
+        flip(path, path.stat().st_size // 2)
+        with pytest.raises(CheckpointError, match=r"damaged|missing"):
+            load_run(tmp_path)
+        flip(path, path.stat().st_size // 2)
+    (tmp_path / "model" / "digests.json").unlink()
+    without_digest(tmp_path / "model" / "model.safetensors")
+    assert load_run(tmp_path)[0].config.dim == 16
+
+
+def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder, tmp_path):
+    run(recipe_of(folder), tmp_path, progress="none")
+    model, _ = load_run(tmp_path)
+    ls.save_model(model, tmp_path / "model")
+    assert load_run(tmp_path)[0].config.dim == 16

@@ -1,0 +1,287 @@
+"""What was trained or read is saved, whatever ends it; where it is to go is checked before the work begins."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longspan.errors import CheckpointError
+from longspan.files import write_text
+from longspan.train import Silent, evaluate_text, load_run, read_log, run
+from longspan.train import checkpoint as checkpoints
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"]
+
+
+def recipe_of(folder: Path, **train: object) -> dict:
+    return {
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "mixers": [{"name": "window", "window": 12}]},
+        "task": {"name": "text", "source": str(folder / "documents"), "validation_every": 4},
+        "train": {"steps": 4, "lanes": 4, "segment_length": 16, "warmup": 0, "threads": 1, "checkpoint_every": 0}
+        | train,
+    }
+
+
+class Signals(Silent):
+    """Sends itself a signal when an evaluation begins."""
+
+    def __init__(self, number: int, times: int = 1) -> None:
+        self.number, self.times, self.messages = number, times, []
+
+    def step(self, line):
+        self.line = line
+
+    def evaluating(self, read, total):
+        if self.times:
+            self.times -= 1
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.02)
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_in_the_final_evaluation_loses_no_training(folder, tmp_path, name):
+    whole = run(recipe_of(folder), tmp_path / "whole", progress="none")
+    display = Signals(getattr(signal, name))
+    result = run(recipe_of(folder), tmp_path / "run", progress=display)
+    assert (result.interrupted, result.step, result.evaluation) == (True, 4, None)
+    assert "saved" in display.messages[0]
+    (newest,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    assert checkpoints.check(newest)["position"]["step"] == 4
+    assert load_run(tmp_path / "run")[0].config.dim == 16
+    assert run(None, tmp_path / "run", resume=True, progress="none").evaluation == whole.evaluation
+
+
+def test_the_trained_model_is_there_before_the_final_evaluation(folder, tmp_path, monkeypatch):
+    def look(*args, **kwargs):
+        assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
+        seen.append(sorted(path.name for path in (tmp_path / "model").iterdir()))
+        return evaluate_text(*args, **kwargs)
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr("longspan.train.trainer.evaluate_text", look)
+    run(recipe_of(folder), tmp_path, progress="none")
+    assert seen
+    assert {"config.json", "model.safetensors"} <= set(seen[0])
+
+
+def test_held_back_text_that_cannot_be_evaluated_loses_no_training(folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("longspan.train.trainer.evaluate_text", fail)
+    with pytest.raises(MemoryError):
+        run(recipe_of(folder), tmp_path, progress="none")
+    monkeypatch.undo()
+    assert load_run(tmp_path)[0].config.dim == 16
+    assert run(None, tmp_path, resume=True, progress="none").evaluation is not None
+
+
+def test_an_evaluation_on_the_way_that_was_stopped_is_made_up_for(folder, tmp_path):
+    recipe = recipe_of(folder, eval_every=2)
+
+    def validations(name):
+        return [
+            (line["step"], line["validation"])
+            for line in read_log(tmp_path / name / "log.jsonl")
+            if "validation" in line
+        ]
+
+    run(recipe, tmp_path / "whole", progress="none")
+    result = run(recipe, tmp_path / "parts", progress=Signals(signal.SIGTERM))
+    assert (result.interrupted, result.step) == (True, 2)
+    run(None, tmp_path / "parts", resume=True, progress="none")
+    assert validations("parts") == validations("whole")
+    assert [step for step, _ in validations("whole")] == [2, 4]
+
+
+def test_a_curriculum_is_saved_when_the_terminal_is_closed(tmp_path):
+    class Closed(Silent):
+        def step(self, line):
+            if line["step"] == 2:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+    recipe = {
+        "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "mixers": [{"name": "infini", "segment": 32}]},
+        "task": {"name": "passkey", "length": 400},
+        "train": {"curriculum": "retrieval", "steps": 5, "log_every": 1, "checkpoint_every": 0, "tokens": 800},
+    }
+    result = run(recipe, tmp_path, progress=Closed())
+    assert (result.interrupted, result.step) == (True, 2)
+    assert [path.name for path in checkpoints.found(tmp_path / "checkpoints")] == ["step-00000002"]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(folder, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert not run(recipe_of(folder), tmp_path, progress=Signals(signal.SIGHUP)).interrupted
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stream_saves_when_it_is_ended(byte_run, tmp_path, name):
+    state, log = tmp_path / "state", tmp_path / "log"
+    command = ["stream", str(byte_run), "-", f"--save-state={state}", f"--log={log}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "longspan.cli", *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        process.stdin.write(b"the people of this union")
+        process.stdin.flush()
+        until = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < until:
+            time.sleep(0.002)
+        process.send_signal(getattr(signal, name))
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert b"--skip 24" in error
+    assert state.is_file()
+
+
+TEXT = b"the people of this union and congress\n" * 40
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b"\xed\xa0\x80"])
+def test_a_byte_that_is_no_text_ends_a_stream_behind_what_was_read(longspan, subword_run, tmp_path, bad):
+    file, state = tmp_path / "file", tmp_path / "state"
+    file.write_bytes(TEXT + bad + TEXT)
+    error = longspan("stream", subword_run, file, "--quiet", "--save-state", state).error
+    assert f"not UTF-8 at byte {len(TEXT):,}" in error
+    assert f"--skip {len(TEXT)}" in error
+    # what goes on from there is what goes on from the text in front alone
+    (tmp_path / "front").write_bytes(TEXT)
+    (tmp_path / "behind").write_bytes(TEXT)
+    assert longspan("stream", subword_run, tmp_path / "front", "--save-state", tmp_path / "alone", "--quiet").code == 0
+    losses = []
+    for each in (state, tmp_path / "alone"):
+        out = tmp_path / f"{each.name}.losses"
+        options = ["--quiet", "--losses", out, "--load-state", each]
+        assert longspan("stream", subword_run, tmp_path / "behind", *options).code == 0
+        losses.append(np.fromfile(out, "<f4"))
+    assert np.array_equal(*losses)
+
+
+@pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b"\xed\xa0\x80", b"\xff\xfe\xf0\x9f"])
+def test_such_bytes_are_replaced_as_python_replaces_them(longspan, subword_run, tmp_path, bad):
+    data = TEXT + bad + TEXT + bad
+    (tmp_path / "bad").write_bytes(data)
+    (tmp_path / "good").write_bytes(data.decode(errors="replace").encode())
+    losses = []
+    for name in ("bad", "good"):
+        out = tmp_path / f"{name}.losses"
+        options = ["--errors", "replace", "--losses", out, "--save-state", tmp_path / "state"]
+        found = longspan("stream", subword_run, tmp_path / name, *options)
+        assert found.code == 0
+        # the place to go on from is one of the file, not of what was read in its place
+        assert f"--skip {(tmp_path / name).stat().st_size})" in found.err
+        losses.append(np.fromfile(out, "<f4"))
+    assert np.array_equal(*losses)
+
+
+def test_a_text_that_ends_inside_a_character_is_read_to_there(longspan, subword_run, tmp_path):
+    (tmp_path / "file").write_bytes(TEXT + "€".encode()[:2])
+    error = longspan("stream", subword_run, tmp_path / "file", "--quiet", "--save-state", tmp_path / "state").error
+    assert f"not UTF-8 at byte {len(TEXT):,}" in error
+    assert (tmp_path / "state").is_file()
+
+
+def test_a_state_is_saved_at_a_byte_inside_a_character(longspan, subword_run, tmp_path):
+    (tmp_path / "file").write_bytes(TEXT + "€".encode() + TEXT)
+    options = ["--save-at", len(TEXT) + 1, "--save-state", tmp_path / "state"]
+    assert longspan("stream", subword_run, tmp_path / "file", *options).code == 0
+    assert (tmp_path / "state").is_file()
+
+
+def test_a_full_disk_for_the_log_loses_no_reading(longspan, byte_run, folder, tmp_path, monkeypatch):
+    state = tmp_path / "state"
+    options = ["--quiet", "--save-state", state, "--block", 2000, "--log", "/dev/full"]
+    error = longspan("stream", byte_run, folder / "long.txt", *options).error
+    assert "cannot be written" in error
+    assert "--skip 2000" in error
+    assert state.is_file()
+
+
+def test_a_prompt_that_is_no_text(longspan, subword_run, tmp_path):
+    (tmp_path / "prompt").write_bytes(TEXT + b"\xff" + TEXT)
+    state = tmp_path / "state"
+    arguments = ["generate", subword_run, "--prompt-file", tmp_path / "prompt", "-n", 3, "--save-state", state]
+    error = longspan(*arguments).error
+    assert f"--skip {len(TEXT)}" in error
+    assert state.is_file()
+    assert longspan(*arguments, "--errors", "replace").code == 0
+    assert "strict or replace" in longspan(*arguments, "--errors", "ignore").error
+
+
+@pytest.mark.parametrize("target", [".", "folder", "nowhere/state", "file/state", "/proc/none/state"])
+@pytest.mark.parametrize("verb", ["stream", "generate"])
+def test_where_a_state_goes_is_checked_before_the_reading(longspan, folder, tmp_path, monkeypatch, verb, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    rest = ["nofile"] if verb == "stream" else ["-p", "the"]
+    # the run is missing too: the path is what is said first
+    assert "cannot be written" in longspan(verb, "norun", *rest, "--save-state", target).error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+VERBS = {
+    "train": ["norecipe.toml"],
+    "convert": ["nomodel", "--to", "infini"],
+    "reproduce": ["noclaim"],
+    "eval": ["norun", "--task", "lm"],
+    "quickstart": ["--reuse"],
+    "quickstart-lm": ["--reuse"],
+    "show patterns": [],
+    "show spans": ["norun"],
+    "show support": ["norun"],
+    "show scaling": ["norun"],
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_folders_of_all_verbs_are_checked_first(longspan, tmp_path, verb):
+    (tmp_path / "file").write_text("text")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        error = longspan(*verb.split(), *VERBS[verb], "-o", target).error
+        assert "cannot be written" in error
+        assert "not a folder" in error
+
+
+def test_a_file_cannot_take_the_place_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for target in (".", "/", "..", str(tmp_path)):
+        with pytest.raises(CheckpointError, match="is a folder"):
+            write_text(target, "text")
+
+
+def test_output_that_does_not_fit_on_the_disk_is_said():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "longspan.cli", "--version"]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    (line,) = found.stderr.splitlines()
+    assert found.returncode == 2
+    assert line.startswith("longspan: error: ")
+    assert line.endswith("No space left on device")
+
+
+def test_a_verb_ended_by_sigterm_leaves_no_traceback(tmp_path, monkeypatch, longspan):
+    def ended(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+    monkeypatch.setattr("longspan.train.load_run", ended)
+    found = longspan("eval", "run")
+    assert (found.code, found.err) == (130, "")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
