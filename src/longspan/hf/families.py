@@ -55,7 +55,8 @@ class Family:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
+    found: Tensor = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
+    return found
 
 
 def _check_scaling(scaling: float, head_dim: int, what: str) -> None:
