@@ -60,13 +60,8 @@ class Family:
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
-<<<<<<< HEAD
     split: Tensor = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
     return split
-=======
-    found: Tensor = x.unflatten(-1, (x.shape[-1] // head_dim, head_dim)).transpose(1, 2)
-    return found
->>>>>>> w-e
 
 
 def _check_scaling(scaling: float, head_dim: int, what: str) -> None:
