@@ -12,7 +12,7 @@ from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_cache
 from longspan.hf.families import Found, find
 from longspan.hf.keywords import PASSED_ON, known_keywords, settle_keywords
-from longspan.hf.positions import Documents, Past, documents
+from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
 from longspan.mixers.base import why_no_stream
 
@@ -104,7 +104,7 @@ def prepare_call(
     if reset is not None:
         keywords["reset"] = reset
     cache = _cache(base, found, keywords, take_cache(keywords))
-    settle_keywords(keywords, {*known, *PASSED_ON, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
+    settle_keywords(keywords, {*known, *PASSED_ON, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
         raise UnsupportedError("output_attentions: converted layers never make a matrix of attention weights")
