@@ -36,6 +36,15 @@ ContextsOption = Annotated[
 LengthsOption = Annotated[
     str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
 ]
+TokensOption = Annotated[
+    int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
+]
+SegmentOption = Annotated[
+    int,
+    typer.Option(
+        "--segment", min=0, help="Tokens read at once without memory. 0: the segment the run was trained with."
+    ),
+]
 OutputOption = Annotated[
     str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
 ]
@@ -51,18 +60,11 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    tokens: Annotated[
-        int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
-    ] = 0,
+    tokens: TokensOption = 0,
     head: Annotated[
         int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
     ] = 0,
-    segment: Annotated[
-        int,
-        typer.Option(
-            "--segment", min=0, help="Tokens read at once without memory. 0: the segment the run was trained with."
-        ),
-    ] = 0,
+    segment: SegmentOption = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")

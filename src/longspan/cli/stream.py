@@ -79,8 +79,7 @@ def stream(
         check_output_file(save_state, "--save-state")
     for path, option in ((log, "--log"), (losses, "--losses")):
         if path is not None:
-            # their folders are made
-            check_output_folder(path.parent, option)
+            check_output_folder(path.parent, option)  # made where it is missing
     from longspan.cli import streaming
 
     model, task = open_run(run, set_ or [], device=device, dtype=dtype)

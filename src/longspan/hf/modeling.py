@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import CACHE, StateLayer, on_device, take_cache
+from longspan.hf.cache import CACHE, StateCache, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
 from longspan.hf.generation import StateGeneration
 from longspan.hf.keywords import known_keywords, settle_keywords
@@ -304,11 +304,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             hidden_states=options.hidden_states,
         )
         if carried is not None and layer is not None:
-            layer.advance(state, inputs.shape[1])
-            carried.shift = packed.shift
-            if carried.offloading:
-                layer.offload()
-            carried.end()
+            _advance(carried, layer, state, inputs.shape[1], packed.shift)
         self._note_unread(penalties, labels, kwargs)
         loss, columns = None, kept_columns(logits_to_keep)
         if labels is None:
@@ -316,25 +312,34 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             logits = self._logits(rows.scatter(h)[:, columns], real)
         else:
             logits = rows.scatter(self._logits(h))
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            scored = next_labels(labels, kwargs.get("shift_labels"))
-            loss = with_auxiliary(loss, penalties, share_of_step(scored, **counting(kwargs)))
+            loss = self._loss(logits, labels, penalties, kwargs)
             logits = logits[:, columns]
         returned: dict[str, Any] = {CACHE: carried} if wanted else {}
         output = LongspanCausalOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=hidden_states,
-            aux_loss=auxiliary(penalties),
-            **returned,
+            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties), **returned
         )
         return output.to_tuple() if options.as_tuple else output
+
+    def _loss(self, logits: Tensor, labels: Tensor, penalties: list[Tensor] | None, keywords: dict[str, Any]) -> Tensor:
+        """Of the next tokens, with the auxiliary losses of the mixers."""
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **keywords)
+        scored = next_labels(labels, keywords.get("shift_labels"))
+        return with_auxiliary(loss, penalties, share_of_step(scored, **counting(keywords)))
 
     def _logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
         """Hidden states (B, N, dim) to logits, zeros where `real` (B, N) is False."""
         memory = isinstance(self.model, RecurrentMemory)
         logits: Tensor = self.model.adapter.output(h) if memory else self.model.logits(h)
         return logits if real is None else logits.masked_fill(~real[..., None], 0)
+
+
+def _advance(cache: StateCache, layer: StateLayer, state: Any, columns: int, shift: Tensor | None) -> None:
+    """Move a cache behind a call of so many columns."""
+    layer.advance(state, columns)
+    cache.shift = shift
+    if cache.offloading:
+        layer.offload()
+    cache.end()
 
 
 def register_causal(cls: type[LongspanForCausalLM]) -> None:

@@ -108,7 +108,6 @@ def lsh_attention(
         ConfigError: shapes that do not fit, an odd or wrong number of something.
         UnsupportedError: rings where nothing streams.
     """
-    check_floating(q=q, v=v, k=k)
     _check(q, v, k, rotations, bucket_size, selection)
     check_streams("lsh_attention", rings, causal and selection == "strict")
     if q.numel() == 0:
@@ -152,6 +151,7 @@ def _behind(old: Tensor | None, new: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
     """Raise `ConfigError` where the arguments do not fit."""
+    check_floating(q=q, v=v, k=k)
     check_positive("bucket_size", bucket_size)
     if selection not in SELECTIONS:
         raise ConfigError(f"selection = {selection!r}: expected one of {', '.join(SELECTIONS)}")
