@@ -26,8 +26,11 @@ RESHAPES = {"t_", "transpose_", "squeeze_", "unsqueeze_", "resize_", "set_", "sw
 class Module:
     """What `torch.emulated` must offer."""
 
+    active = False
+    """Inside `emulated()`: elsewhere others (DataParallel, accelerate) must not take the device for one of theirs."""
+
     def is_available(self) -> bool:
-        return True
+        return Module.active
 
     def is_initialized(self) -> bool:
         return True
@@ -195,8 +198,10 @@ def emulated(*, float64: bool = True) -> Iterator[Device]:
     device = Device(float64=float64)
     lifts = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then makes a CPU tensor and moves it
+    Module.active = True
     try:
         with device:
             yield device
     finally:
+        Module.active = False
         torch._C._set_only_lift_cpu_tensors(lifts)
