@@ -257,3 +257,31 @@ for cls, folder in [*pairs, (AutoModelForCausalLM, sys.argv[2]), (GPT2LMHeadMode
 assert "longspan" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "gpt2")], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertModel"])
+@torch.no_grad()
+def test_folders_of_earlier_versions_load_converted_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    model, text = small(kind), tokens(2, 13)
+    hf.convert(model, "window", window=4)
+    expected = model(text)[0]
+    as_before(saved(model, tmp_path))
+    auto = transformers.AutoModel if kind == "BertModel" else transformers.AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path)
+    assert len(hf.cores(again)) == 2
+    assert torch.allclose(again(text)[0], expected, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"import longspan\.hf"):
+        type(model).from_pretrained(tmp_path)
+    saved(again, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"].startswith("longspan_")
+
+
+def test_configurations_of_plain_models_read_as_before(tmp_path: Path) -> None:
+    config = llama().config
+    config.save_pretrained(tmp_path)
+    for again in (
+        transformers.LlamaConfig.from_pretrained(tmp_path),
+        transformers.AutoConfig.from_pretrained(tmp_path),
+        transformers.LlamaConfig.from_dict(config.to_dict()),
+    ):
+        assert type(again) is transformers.LlamaConfig

@@ -105,7 +105,8 @@ def prepare_call(
     if reset is not None:
         keywords["reset"] = reset
     cache = _cache(base, found, keywords, take_cache(keywords))
-    settle_keywords(keywords, {*known, *PASSED_ON, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
+    passed = PASSED_ON if found.family.causal else PASSED_ON - {"shift_labels"}
+    settle_keywords(keywords, {*known, *passed, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
         raise UnsupportedError("output_attentions: converted layers never make a matrix of attention weights")

@@ -169,7 +169,11 @@ class ConvertedDecoder(nn.Module):
         **options: Any,
     ) -> tuple[Any, StackState]:
         # on another device this would wait for it
-        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+        if (
+            tokens.device.type == "cpu"
+            and tokens.numel()
+            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size
+        ):
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
