@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.field.models import CONVERTIBLE, DIM, FIELDS, HEADS, VOCAB, converted, llama, tokens
 
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, ConfigError
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("longspan.hf")
@@ -212,8 +212,20 @@ def test_adapters_name_the_folder(tmp_path: Path) -> None:
 
 def test_the_original_class_says_what_to_do(tmp_path: Path) -> None:
     folder = saved(converted("window"), tmp_path)
-    with pytest.raises(KeyError, match="import longspan"):
+    with pytest.raises(CheckpointError, match="import longspan"):
         transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_the_original_class_is_not_built_by_a_converted_configuration(tmp_path: Path) -> None:
+    model = converted("window")
+    config = transformers.AutoConfig.from_pretrained(saved(model, tmp_path))
+    with pytest.raises(ConfigError, match="AutoModelForCausalLM"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ConfigError, match="AutoModelForCausalLM"):
+        transformers.LlamaModel(model.config)
+    assert len(hf.cores(transformers.AutoModelForCausalLM.from_config(model.config))) == 1
+    hf.revert(model)
+    assert type(transformers.LlamaModel(model.config)).__name__ == "LlamaModel"
 
 
 def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:

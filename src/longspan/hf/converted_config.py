@@ -13,9 +13,9 @@ import functools
 import json
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, ConfigError
 from longspan.hf.families import model_types
 
 CORE = "longspan"
@@ -122,6 +122,26 @@ def _know_earlier_folders(plain: Any, converted: Any) -> None:
 
 for _cls in CONVERTED.values():
     _know_earlier_folders(getattr(_cls, "longspan_plain"), _cls)  # noqa: B009 - a plain type to the checker
+
+
+def _refuse_other_models() -> None:
+    """Let no model of transformers be built by a converted configuration: nothing in it would be converted."""
+    build: Any = PreTrainedModel.__init__
+
+    @functools.wraps(build)
+    def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        if isinstance(config, ConvertedConfig):
+            raise ConfigError(
+                f"{type(self).__name__}: this configuration is of a model that longspan converted; build or load it "
+                "with an Auto class (AutoModelForCausalLM.from_config, .from_pretrained) or longspan.hf.load"
+            )
+        build(self, config, *args, **options)
+
+    changed: Any = PreTrainedModel
+    changed.__init__ = init
+
+
+_refuse_other_models()
 
 
 def mark(config: Any, record: dict[str, Any]) -> None:
