@@ -176,3 +176,23 @@ def test_another_ignored_label() -> None:
     torch.testing.assert_close(out.loss, F.cross_entropy(out.logits, labels, ignore_index=1))
     part = classifier()(input_ids=ids, labels=labels, ignore_index=1, num_items_in_batch=8)
     torch.testing.assert_close(part.loss, out.loss * 2 / 8)
+
+
+def test_labels_that_do_not_fit_decide_no_problem_type() -> None:
+    model, text = classifier(num_labels=3), tokens(2, 7)
+    with pytest.raises(DataError):
+        model(text, labels=torch.tensor([0.5, 1.0]))
+    labels = torch.tensor([0, 2])
+    loss = model(text, labels=labels).loss
+    assert torch.allclose(loss, F.cross_entropy(model(text).logits, labels))
+
+
+def test_the_loss_for_the_trainer_knows_the_same_label_shapes() -> None:
+    model, text = classifier(num_labels=3), tokens(2, 7)
+    labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    outputs = model(text)
+    expected = F.binary_cross_entropy_with_logits(outputs.logits, labels.float())
+    assert torch.allclose(hf.TrainerLoss(model)(outputs, labels), expected)
+    assert torch.allclose(hf.TrainerLoss(model)(outputs, labels, 12), expected / 2)
+    with pytest.raises(DataError, match="label_smoothing"):
+        hf.TrainerLoss(model, label_smoothing=0.1)(outputs, labels)

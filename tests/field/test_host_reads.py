@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.emulated_device import emulated
-from tests.field.models import NAMES, own, tokens
+from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import longspan as ls
 from longspan.errors import UnsupportedError
 
+CACHE = pytest.importorskip("longspan.hf.cache").CACHE
 BOUNDED = [name for name in NAMES if own(name).traits.bounded]
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 
@@ -71,6 +72,23 @@ def test_a_call_reads_a_device_once_at_most(name: str, kind: str) -> None:
         device.reads.clear()
         with torch.no_grad():
             model(text, state, **keywords)
+        assert len(device.reads) <= 1, device.reads
+
+
+@pytest.mark.parametrize("kind", [pytest.param("mask", marks=LONG), "decode"])
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_a_call_of_a_converted_model_reads_a_device_once_at_most(name: str, kind: str) -> None:
+    model = converted(name, layers=2)
+    with emulated() as device, torch.no_grad():
+        model.to(device.device)
+        text, keywords = tokens(2, 9).to(device.device), {}
+        if kind == "mask":
+            keywords["attention_mask"] = (torch.arange(9) > torch.tensor([[2], [0]])).to(device.device)
+        else:
+            cache = model(text, use_cache=True)[CACHE]
+            keywords[CACHE], text = cache, text[:, :1]
+        device.reads.clear()
+        model(text, **keywords)
         assert len(device.reads) <= 1, device.reads
 
 

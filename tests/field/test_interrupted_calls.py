@@ -245,6 +245,7 @@ def test_caches_of_converted_models(name: str, partly: bool) -> None:
             with pytest.raises(KeyboardInterrupt):
                 _generate(model, cut, READ[None, 20:21])
             handle.remove()
+            assert [cut.get_seq_length(index) for index in range(3)] == [20] * 3
     for i, logits in zip(range(20, 24), expected, strict=True):
         assert torch.equal(_generate(model, cut, READ[None, i : i + 1]), logits)
 

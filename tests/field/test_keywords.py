@@ -116,3 +116,28 @@ def test_what_callers_of_transformers_pass_is_taken(kind: str) -> None:
     }
     torch.testing.assert_close(tuned(input_ids=text, output_hidden_states=None, **arguments).logits, expected)
     torch.testing.assert_close(model(text, head_mask=None, encoder_hidden_states=None).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["masked", "classifier", "bert"])
+def test_what_asks_for_nothing_may_be_passed_to_models_that_keep_no_state(kind: str) -> None:
+    model, text = make(kind), tokens(2, 5)
+    expected = model(text)[0]
+    quiet: dict[str, Any] = {"past_key_values": None, "use_cache": False, "shift_labels": None}
+    assert torch.equal(model(text, **quiet)[0], expected)
+    with pytest.raises(UnsupportedError, match="shift_labels"):
+        model(text, shift_labels=text)
+    if kind != "bert":
+        with pytest.raises(UnsupportedError, match="use_cache"):
+            model(text, use_cache=True)
+
+
+@pytest.mark.parametrize("kind", ["causal", "converted"])
+def test_shifted_labels_are_those_of_transformers(kind: str) -> None:
+    model, text = make(kind), tokens(2, 6)
+    shifted = torch.nn.functional.pad(text[:, 1:], (0, 1), value=-100)
+    expected = model(text, labels=text).loss
+    assert torch.allclose(model(text, labels=text, shift_labels=shifted).loss, expected)
+    shifted[0, :3] = -100
+    logits = model(text).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten())
+    assert torch.allclose(model(text, labels=text, shift_labels=shifted).loss, expected)

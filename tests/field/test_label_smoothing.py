@@ -10,6 +10,7 @@ from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 from torch import Tensor
 
 import longspan as ls
+from longspan.errors import UnsupportedError
 
 transformers = pytest.importorskip("transformers")
 from longspan import hf  # noqa: E402
@@ -144,3 +145,44 @@ def test_auxiliary_losses_that_a_trainer_leaves_out_are_named_once(monkeypatch: 
     hf.TrainerLoss(model, label_smoothing=SMOOTHING)
     model(ids, num_items_in_batch=16)
     assert len(said) == 1
+
+
+def gpt2() -> Any:
+    """Of a class for which transformers names no loss."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    hf.convert(model, "full")
+    return strong(model)
+
+
+@pytest.mark.parametrize("count", [None, 16])
+def test_the_loss_of_a_model_whose_class_names_none_is_shifted_too(count: int | None) -> None:
+    model, batch = gpt2(), batch_of()
+    outputs = model(batch["input_ids"])
+    scored = (batch["labels"][:, 1:] != -100).sum()
+    share = 1 if count is None else float(scored / count)
+    loss = hf.TrainerLoss(model, label_smoothing=SMOOTHING)(outputs, batch["labels"], count)
+    assert float(loss.detach()) == pytest.approx(share * next_token_loss(model, batch), abs=1e-4)
+
+
+def test_a_class_without_a_loss_of_its_own_is_named() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForMultipleChoice(transformers.BertConfig(**sizes, intermediate_size=32))
+    hf.convert(model, "full")
+    with pytest.raises(UnsupportedError, match="BertForMultipleChoice"):
+        hf.TrainerLoss(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_models_train_their_auxiliary_losses_too() -> None:
+    model = hf.LongspanForCausalLM.wrap(own("adaptive_span")).train()
+    compiled = torch.compile(model, backend="eager")
+    batch = batch_of()
+    outputs = model(batch["input_ids"])
+    plain = hf.TrainerLoss(model)(outputs, batch["labels"])
+    assert torch.equal(hf.TrainerLoss(compiled)(outputs, batch["labels"]), plain)
+    model.model.layers[0].mixer.core.span.data.fill_(7.0)
+    step: Any = type("Step", (), {"global_step": 1})
+    hf.AfterStep().on_step_end(None, step, None, model=compiled)
+    assert float(model.model.layers[0].mixer.core.span.detach().max()) == 1

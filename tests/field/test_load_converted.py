@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.field.models import CONVERTIBLE, DIM, FIELDS, HEADS, VOCAB, converted, llama, tokens
 
-from longspan.errors import CheckpointError
+from longspan.errors import CheckpointError, ConfigError
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("longspan.hf")
@@ -212,8 +212,20 @@ def test_adapters_name_the_folder(tmp_path: Path) -> None:
 
 def test_the_original_class_says_what_to_do(tmp_path: Path) -> None:
     folder = saved(converted("window"), tmp_path)
-    with pytest.raises(KeyError, match="import longspan"):
+    with pytest.raises(CheckpointError, match="import longspan"):
         transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_the_original_class_is_not_built_by_a_converted_configuration(tmp_path: Path) -> None:
+    model = converted("window")
+    config = transformers.AutoConfig.from_pretrained(saved(model, tmp_path))
+    with pytest.raises(ConfigError, match="AutoModelForCausalLM"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
+    with pytest.raises(ConfigError, match="AutoModelForCausalLM"):
+        transformers.LlamaModel(model.config)
+    assert len(hf.cores(transformers.AutoModelForCausalLM.from_config(model.config))) == 1
+    hf.revert(model)
+    assert type(transformers.LlamaModel(model.config)).__name__ == "LlamaModel"
 
 
 def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:
@@ -257,3 +269,31 @@ for cls, folder in [*pairs, (AutoModelForCausalLM, sys.argv[2]), (GPT2LMHeadMode
 assert "longspan" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "gpt2")], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertModel"])
+@torch.no_grad()
+def test_folders_of_earlier_versions_load_converted_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    model, text = small(kind), tokens(2, 13)
+    hf.convert(model, "window", window=4)
+    expected = model(text)[0]
+    as_before(saved(model, tmp_path))
+    auto = transformers.AutoModel if kind == "BertModel" else transformers.AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path)
+    assert len(hf.cores(again)) == 2
+    assert torch.allclose(again(text)[0], expected, atol=1e-6)
+    with pytest.raises(CheckpointError, match=r"import longspan\.hf"):
+        type(model).from_pretrained(tmp_path)
+    saved(again, tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["model_type"].startswith("longspan_")
+
+
+def test_configurations_of_plain_models_read_as_before(tmp_path: Path) -> None:
+    config = llama().config
+    config.save_pretrained(tmp_path)
+    for again in (
+        transformers.LlamaConfig.from_pretrained(tmp_path),
+        transformers.AutoConfig.from_pretrained(tmp_path),
+        transformers.LlamaConfig.from_dict(config.to_dict()),
+    ):
+        assert type(again) is transformers.LlamaConfig

@@ -1,5 +1,6 @@
 """States of mechanisms where transformers looks for keys and values."""
 
+import copy
 import dataclasses
 from collections.abc import MutableMapping
 from typing import Any, Protocol
@@ -198,8 +199,12 @@ class StateCache(Cache):
         return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, StateLayer)}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read, padding included."""
+        """Columns read, padding included; those of a call that does not come to its end do not count."""
         layer: Any = self.layers[layer_idx]
+        if self._open is not None:
+            # keys of the call may be in it already
+            layer = copy.copy(layer)
+            layer.__dict__.update(self._open[1][layer_idx])
         return int(layer.get_seq_length())
 
     def update(

@@ -1,5 +1,6 @@
 """One call of a converted model: what transformers passes to its base model, laid out once for all layers."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,8 @@ def prepare_call(
     if reset is not None:
         keywords["reset"] = reset
     cache = _cache(base, found, keywords, take_cache(keywords))
-    settle_keywords(keywords, {*known, *PASSED_ON, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
+    passed = PASSED_ON if found.family.causal else PASSED_ON - {"shift_labels"}
+    settle_keywords(keywords, {*known, *passed, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
         raise UnsupportedError("output_attentions: converted layers never make a matrix of attention weights")
@@ -165,7 +167,7 @@ def _lay_out(
         raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
     past = Past(live, 0 if cache is None else cache.get_seq_length(), None if cache is None else cache.shift)
     packed = documents(inputs, past, keywords, found.family.first_position(base))
-    rows = Rows(live, inputs.shape[1], packed.mask, packed.reset)
+    rows = Rows(live, inputs.shape[1], packed.mask, packed.reset, reads=_reads(found, before))
     whole = all(is_converted(attention) for attention in found.attentions)
     if packed.positions is not None:
         keywords["position_ids"] = packed.positions
@@ -184,6 +186,15 @@ def _lay_out(
     if not whole and (packed.reset is not None or (cache is not None and cache.first_columns is not None)):
         call.first_columns = _first_columns(packed, past, cache)
     return call, packed.mask
+
+
+def _reads(found: Found, before: dict[int, Any]) -> dict[Hashable, Tensor]:
+    """What converted layers want to know of their parameters and states when the call is laid out."""
+    reads: dict[Hashable, Tensor] = {}
+    for index, attention in enumerate(found.attentions):
+        if is_converted(attention):
+            reads |= attention.longspan.layout_inputs(before.get(index))
+    return reads
 
 
 def _count(rows: Rows, shift: Tensor | None) -> Tensor:

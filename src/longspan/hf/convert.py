@@ -24,11 +24,11 @@ from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
-from longspan.mixers.base import Core, merge_traits, special_groups
+from longspan.mixers.base import Core, merge_traits
 from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import place_of
 from longspan.mixers.registry import build_core, core_class
-from longspan.models.backbone import decay_groups
+from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
 
 _STRONGLY_LOCAL = -4.0
@@ -313,9 +313,4 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
         model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
         lr, weight_decay: of the run.
     """
-    special = special_groups(cores(model).values(), lr=lr, weight_decay=weight_decay)
-    taken = [parameter for group in special for parameter in group["params"]]
-    for group in special:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    rest = decay_groups(model, lr=lr, weight_decay=weight_decay, without=taken)
-    return [*rest, *(group for group in special if group["params"])]
+    return groups_of(model, cores(model).values(), lr=lr, weight_decay=weight_decay)

@@ -4,13 +4,18 @@ In memory a converted Llama is a Llama with records of its conversions, so that 
 as one. On disk its `model_type` is "longspan_llama", which transformers alone does not know and `import longspan.hf`
 makes known, and its activation function is a note that says so: whoever loads the folder without longspan, or by the
 original class, gets an error in the place of a model that computes something else.
+
+Folders of earlier versions have the original's `model_type`. The original's configuration class learns to know them.
 """
 
+import contextvars
+import functools
 import json
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from longspan.errors import CheckpointError, ConfigError
 from longspan.hf.families import model_types
 
 CORE = "longspan"
@@ -81,6 +86,62 @@ globals().update({cls.__name__: cls for cls in CONVERTED.values()})
 
 for _kind, _cls in CONVERTED.items():
     CONFIG_MAPPING.register(PREFIX + _kind, _cls, exist_ok=True)
+
+
+# -- folders of earlier versions -----------------------------------------------------------------------------------
+
+_by_original_class: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_by_original_class", default=False)
+
+
+def _know_earlier_folders(plain: Any, converted: Any) -> None:
+    """Let a configuration class tell the folders of converted models from its own: Auto classes, which read by
+    `from_dict`, get the converted configuration; the original's model classes, which read by `from_pretrained`, an
+    error.
+    """
+    from_dict, from_pretrained = plain.from_dict.__func__, plain.from_pretrained.__func__
+
+    @functools.wraps(from_dict)
+    def read(cls: Any, config_dict: dict[str, Any], **options: Any) -> Any:
+        if cls is plain and config_dict.get(CORE):
+            if _by_original_class.get():
+                raise CheckpointError(f"this folder is {_NOTE}")
+            return converted.from_dict(config_dict, **options)
+        return from_dict(cls, config_dict, **options)
+
+    @functools.wraps(from_pretrained)
+    def open_folder(cls: Any, *args: Any, **options: Any) -> Any:
+        token = _by_original_class.set(True)
+        try:
+            return from_pretrained(cls, *args, **options)
+        finally:
+            _by_original_class.reset(token)
+
+    wrappers: tuple[Any, Any] = read, open_folder
+    plain.from_dict, plain.from_pretrained = (classmethod(each) for each in wrappers)
+
+
+for _cls in CONVERTED.values():
+    _know_earlier_folders(getattr(_cls, "longspan_plain"), _cls)  # noqa: B009 - a plain type to the checker
+
+
+def _refuse_other_models() -> None:
+    """Let no model of transformers be built by a converted configuration: nothing in it would be converted."""
+    build: Any = PreTrainedModel.__init__
+
+    @functools.wraps(build)
+    def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        if isinstance(config, ConvertedConfig):
+            raise ConfigError(
+                f"{type(self).__name__}: this configuration is of a model that longspan converted; build or load it "
+                "with an Auto class (AutoModelForCausalLM.from_config, .from_pretrained) or longspan.hf.load"
+            )
+        build(self, config, *args, **options)
+
+    changed: Any = PreTrainedModel
+    changed.__init__ = init
+
+
+_refuse_other_models()
 
 
 def mark(config: Any, record: dict[str, Any]) -> None:

@@ -168,7 +168,12 @@ class ConvertedDecoder(nn.Module):
         penalties: list[Tensor] | None,
         **options: Any,
     ) -> tuple[Any, StackState]:
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+        # on another device this would wait for it
+        if (
+            tokens.device.type == "cpu"
+            and tokens.numel()
+            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size
+        ):
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state

@@ -14,6 +14,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from longspan.config import nearest
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.hf.cache import CACHE_NAMES
 
 # what callers of transformers pass to every model, and which means nothing to one that has no such part
 _OF_OTHER_MODELS = (
@@ -33,7 +34,13 @@ def known_keywords(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(each.name for each in parameters if each.kind in kinds and each.name != "self")
 
 
-PASSED_ON = (frozenset(TransformersKwargs.__annotations__) | {"return_dict"}) - {*_OF_OTHER_MODELS, "is_causal"}
+LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})
+"""What loss functions of transformers take; the last one of those that predict the next token."""
+
+PASSED_ON = (frozenset(TransformersKwargs.__annotations__) | LOSS_KEYWORDS | {"return_dict"}) - {
+    *_OF_OTHER_MODELS,
+    "is_causal",
+}
 """Keywords that models of transformers hand down beside the arguments of their own."""
 
 
@@ -59,6 +66,16 @@ def settle_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], wh
         elif name in _OF_OTHER_MODELS:
             if value is not None and value is not False:
                 raise UnsupportedError(f"{where}: it has nothing that {name} could act on; leave it out")
+        elif name in (*CACHE_NAMES, "use_cache"):
+            if value is not None and value is not False:
+                raise UnsupportedError(
+                    f"{where}: it reads a whole text in one call and keeps no state; leave {name} out"
+                )
+        elif name == "shift_labels":
+            if value is not None:
+                raise UnsupportedError(
+                    f"{where}: it predicts no next token, so its labels cannot be shifted; leave shift_labels out"
+                )
         elif name == "is_causal":
             if value is not None and value is not True:
                 raise UnsupportedError(f"{where}: whether it is causal is part of the model; leave is_causal out")

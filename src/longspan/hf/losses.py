@@ -78,12 +78,12 @@ def classification_loss(
         DataError: labels of another shape, or class numbers that do not exist.
     """
     labels = labels.to(logits.device)
-    if config.problem_type is None:
-        config.problem_type = _problem(labels, config.num_labels)
-    problem = config.problem_type
+    problem = _problem(labels, config.num_labels) if config.problem_type is None else config.problem_type
     if problem not in _PROBLEMS:
         raise ConfigError(f"problem_type = {problem!r}: must be {', '.join(_PROBLEMS[:-1])} or {_PROBLEMS[-1]}")
     _check_labels(labels, logits, problem, ignore_index)
+    # wrong labels decide nothing
+    config.problem_type = problem
     wide = logits if logits.element_size() >= 4 else logits.float()
     if problem == "single_label_classification":
         counted = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}

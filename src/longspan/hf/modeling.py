@@ -14,7 +14,7 @@ from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, StateCache, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
 from longspan.hf.generation import StateGeneration
-from longspan.hf.keywords import known_keywords, settle_keywords
+from longspan.hf.keywords import LOSS_KEYWORDS, known_keywords, settle_keywords
 from longspan.hf.losses import classification_loss, counting, next_labels, share_of_step, with_auxiliary
 from longspan.hf.outputs import (
     LongspanCausalOutput,
@@ -30,8 +30,6 @@ from longspan.mixers.gradients import with_gradients
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 
-# what the loss functions of transformers take
-_LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 _LOGGER: Any = logging.get_logger(__name__)
 
 
@@ -165,7 +163,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if inputs is None:
             raise ConfigError("give input_ids or inputs_embeds")
         arguments |= {name: keywords.pop(name) for name in PACKING if name in keywords}
-        settle_keywords(keywords, {*known_keywords(type(self).forward), *_LOSS_KEYWORDS}, type(self).__name__)
+        losses = LOSS_KEYWORDS if self.loss_kind == "ForCausalLM" else LOSS_KEYWORDS - {"shift_labels"}
+        settle_keywords(keywords, {*known_keywords(type(self).forward), *losses}, type(self).__name__)
         if past is None:
             past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
         packed = documents(inputs, past, arguments)

@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longspan.errors import ConfigError
+from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.hf.convert import after_step, cores
 from longspan.hf.convert import penalties as last_penalties
-from longspan.hf.losses import next_labels, share_of_step
+from longspan.hf.losses import classification_loss, next_labels, share_of_step
 from longspan.hf.modeling import LongspanPreTrainedModel
 from longspan.hf.outputs import auxiliary
+from longspan.models.wrappers import unwrapped
 
 
 class AfterStep(TrainerCallback):
@@ -31,7 +34,7 @@ class AfterStep(TrainerCallback):
         """See the class."""
         # a function of the step, so that a resumed run draws what the stopped one would have drawn
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         if isinstance(inner, LongspanPreTrainedModel):
             inner.model.after_step(state.global_step, generator)
         elif cores(inner):
@@ -47,32 +50,40 @@ class TrainerLoss:
     step, however many calls it has; an auxiliary loss takes the share of its call.
 
     Args:
-        model: that is trained, perhaps inside PEFT.
+        model: that is trained, perhaps inside PEFT or torch.compile.
         label_smoothing: in place of the Trainer's `label_smoothing_factor`, which acts on losses of its own only.
+
+    Raises:
+        UnsupportedError: transformers has no loss function for the model's class.
     """
 
     def __init__(self, model: Any, *, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing = {label_smoothing}: must be at least 0 and less than 1")
         self.model, self.label_smoothing = model, label_smoothing
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
+        self.kind = _loss_kind(inner)
         if isinstance(inner, LongspanPreTrainedModel):
             inner.auxiliary_is_read = True
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """The loss of one call; arguments as the Trainer gives them."""
-        inner, logits = _unwrapped(self.model), outputs["logits"]
-        scored = next_labels(labels, None) if inner.loss_type == "ForCausalLM" else labels
+        inner, logits = unwrapped(self.model), outputs["logits"]
+        scored = next_labels(labels, None) if self.kind == "ForCausalLM" else labels
+        classifies = self.kind == "ForSequenceClassification"
         if self.label_smoothing:
+            if classifies and (labels.is_floating_point() or labels.numel() != len(logits)):
+                raise DataError("label_smoothing: labels are smoothed where a row has one class; set it to 0")
             loss = self._smoothed(logits[:, : scored.shape[1]] if scored is not labels else logits, scored)
             loss = loss / (scored != -100).sum() if num_items_in_batch is None else loss / num_items_in_batch
+        elif classifies:
+            loss = classification_loss(inner.loss_function, logits, labels, inner.config, num_items_in_batch)
         else:
             loss = inner.loss_function(
                 logits=logits,
                 labels=labels,
-                pooled_logits=logits,
-                config=inner.config,
                 vocab_size=logits.shape[-1],
+                config=inner.config,
                 num_items_in_batch=num_items_in_batch,
             )
         if not inner.training:
@@ -88,7 +99,11 @@ class TrainerLoss:
         return F.cross_entropy(wide, labels.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
 
 
-def _unwrapped(model: Any) -> Any:
-    """The model of transformers inside wrappers of torch, accelerate and PEFT."""
-    inner = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+def _loss_kind(model: Any) -> str:
+    """The loss of a model by the name that transformers has for it; of some causal models (GPT-2) it knows none."""
+    if model.loss_type in LOSS_MAPPING:
+        return str(model.loss_type)
+    name = type(model).__name__
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise UnsupportedError(f"TrainerLoss: transformers has no loss function for {name}; write a compute_loss_func")
+    return "ForCausalLM"

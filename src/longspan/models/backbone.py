@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.mixers.base import Core, special_groups
 from longspan.mixers.maps import is_hooked, place_of
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
@@ -149,6 +150,23 @@ def decay_groups(
         {"name": "plain", "params": [p for p in trained if id(p) not in taken], "lr": lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def groups_of(module: nn.Module, cores: Iterable[Core], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, of a foreign model with mechanisms of this library: gates and the like with
+    settings of their own, the rest as `decay_groups` has it.
+
+    Args:
+        module: the model; parameters that need no gradient are left out.
+        cores: its mechanisms.
+        lr, weight_decay: of the run.
+    """
+    special = special_groups(cores, lr=lr, weight_decay=weight_decay)
+    taken = [parameter for group in special for parameter in group["params"]]
+    for group in special:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    rest = decay_groups(module, lr=lr, weight_decay=weight_decay, without=taken)
+    return [*rest, *(group for group in special if group["params"])]
 
 
 class OwnBackbone(Backbone):
@@ -322,7 +340,7 @@ class HuggingFaceBackbone(Backbone):
         penalties: list[Tensor] | None,
         around: Around | None = None,
     ) -> Ran:
-        """See `Backbone`; `state`, `reset` and `penalties` mean nothing here."""
+        """See `Backbone`; `state` and `reset` mean nothing here."""
         seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
         extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
         if "logits_to_keep" in self.extras:
@@ -331,6 +349,8 @@ class HuggingFaceBackbone(Backbone):
             extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
         with _hooked(self.layers, around):
             out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
+        if penalties is not None:
+            penalties.extend(self._penalties())
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)
 
@@ -348,6 +368,35 @@ class HuggingFaceBackbone(Backbone):
     def head(self) -> Head | CalledHead:
         """See `Backbone`."""
         return linear_head(self.output_layer)
+
+    # of converted models, whose layers have mechanisms of this library
+
+    def cores(self) -> list[Any]:
+        """The mechanisms of converted layers; none where the model is not converted."""
+        return [each.longspan for each in self.module.modules() if hasattr(each, "longspan_family")]
+
+    def _penalties(self) -> list[Tensor]:
+        """Auxiliary losses of the last run."""
+        runs = [each.__dict__["longspan_penalties"] for each in self.module.modules() if _was_penalised(each)]
+        return [loss for run in runs for loss in run.read()]
+
+    def after_step(self, step: int, generator: torch.Generator | None) -> None:
+        """See `Backbone`."""
+        for core in self.cores():
+            core.after_step(step, generator)
+
+    @property
+    def draw(self) -> int:
+        """See `Backbone`."""
+        return sum(core.draw for core in self.cores())
+
+    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """See `Backbone`."""
+        return groups_of(self.module, self.cores(), lr=lr, weight_decay=weight_decay)
+
+
+def _was_penalised(module: nn.Module) -> bool:
+    return "longspan_penalties" in module.__dict__
 
 
 def _output_layer(module: nn.Module) -> Any:
