@@ -305,8 +305,8 @@ class Mixer(nn.Module):
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
-        unread = () if out.numel() else (q, k, v)
-        out = with_gradients(out, [*self.core.parameters(), *unread])
+        if torch.is_grad_enabled():
+            out = with_gradients(out, [*self.core.parameters(), *(() if out.numel() else (q, k, v))])
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 
