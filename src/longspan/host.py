@@ -61,6 +61,18 @@ def values(tensor: Tensor) -> Array | None:
     return read([tensor])[0]
 
 
+def some(tensor: Tensor) -> bool:
+    """Whether any value is true, without a device where the tensor knows its values."""
+    array = values(tensor)
+    return bool(tensor.any()) if array is None else bool(array.any())
+
+
+def every(tensor: Tensor) -> bool:
+    """Whether all values are true, without a device where the tensor knows its values."""
+    array = values(tensor)
+    return bool(tensor.all()) if array is None else bool(array.all())
+
+
 def read(tensors: Sequence[Tensor | None]) -> list[Array | None]:
     """The values of several tensors by at most one transfer a device; None for None and where there are no values.
 
