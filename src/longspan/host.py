@@ -7,7 +7,7 @@ needs no device. Tensors without values (of the meta device, fake ones, those of
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -104,8 +104,12 @@ def _array(tensor: Tensor) -> Array | None:
     """The values of a tensor on the CPU; None where it has none (a fake tensor, one that is being traced)."""
     if type(tensor) is not Tensor:
         return None
-    array: Array = tensor.numpy().copy()
-    return array
+    if not torch._C._functorch.is_gradtrackingtensor(tensor):
+        return cast(Array, tensor.numpy().copy())
+    while torch._C._functorch.is_gradtrackingtensor(tensor):  # inside torch.func.grad, vjp and jacrev
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    with torch._C._DisableFuncTorch():
+        return cast(Array, tensor.detach().numpy().copy())
 
 
 def _together(parts: list[Tensor]) -> list[Array | None]:
@@ -113,7 +117,9 @@ def _together(parts: list[Tensor]) -> list[Array | None]:
     flat = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts]).cpu()
     if type(flat) is not Tensor:
         return [None] * len(parts)
-    raw, first, found = flat.numpy().tobytes(), 0, list[Array | None]()
+    whole = _array(flat)
+    assert whole is not None
+    raw, first, found = whole.tobytes(), 0, list[Array | None]()
     for part in parts:
         last = first + part.numel() * part.element_size()
         dtype = torch.empty(0, dtype=part.dtype, device="cpu").numpy().dtype

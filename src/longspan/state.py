@@ -140,7 +140,7 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     floor = {} if fields is None else _floors(state)
     parts, same = [], True
     for place, part in enumerate(state):
-        at_least = least or (floor.get(fields[place]) if floor else None)
+        at_least = least or (floor.get(fields[place]) if fields is not None else None)
         # most need nothing, and every token of a stream comes here in every layer
         fits = device is None and (part is None or (isinstance(part, Tensor) and _fits(part, dtype, at_least)))
         new = part if fits else _converted(part, device, dtype, at_least)

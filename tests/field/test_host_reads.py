@@ -155,7 +155,9 @@ def test_recurrent_memory_reads_once_however_many_segments(fields: dict[str, Any
         assert len(device.reads) <= 1, device.reads
 
 
-@pytest.mark.parametrize("name", ["linear", *(pytest.param(name, marks=LONG) for name in ("window", "performer", "bp"))])
+@pytest.mark.parametrize(
+    "name", ["linear", *(pytest.param(name, marks=LONG) for name in ("window", "performer", "bp"))]
+)
 def test_masked_models_read_once_at_most(name: str) -> None:
     sizes: dict[str, Any] = {"vocab_size": VOCAB, "dim": DIM, "num_layers": 2, "num_heads": HEADS}
     model = ls.MaskedLM(ls.EncoderConfig(**sizes, mixers=({"name": name, **FIELDS[name]},))).eval()

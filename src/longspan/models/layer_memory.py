@@ -169,8 +169,8 @@ class LayerMemory(nn.Module):
             before = carried.backbone
         else:
             used = (known(segment.closed) | known(segment.shown))[:, None]
-            mask = np.concatenate([known(segment.real) & used, used.repeat(write.shape[1], 1)], 1)
-            mask = host.put(mask, text.device)
+            real = np.concatenate([known(segment.real) & used, used.repeat(write.shape[1], 1)], 1)
+            mask = host.put(real, text.device)
             inputs, reset, before = torch.cat([text, write], 1), None, None
         ran = backbone.run(inputs, before, mask, reset, penalties, around)
         memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))

@@ -86,7 +86,7 @@ def cut_segments(
     known = (real, fresh, first == 1, closed, any_real & (closed | flush), resumed)
     parts = [_segments_of(array, rows.device) for array in known]
     ids_of = laid.unflatten(1, shape[1:]).unbind(1) if shape[1] else ()
-    whole = fresh.all((0, 2)).tolist()
+    whole = [bool(fresh[:, index].all()) for index in range(shape[1])]
     return [Segment(*each) for each in zip(ids_of, *parts, whole, strict=True)]
 
 
