@@ -142,7 +142,7 @@ class Device(TorchDispatchMode):
         here = bool(ours) if target is None else torch.device(target).type == NAME
         if not ours and not here:
             return function(*args, **kwargs)
-        self._check(name, function, tensors, ours, kwargs, here, target)
+        self._check(name, function, args, tensors, ours, kwargs, here, target)
         if kwargs.get("device") is not None and here:
             kwargs["device"] = torch.device("cpu")
         flat, spec = tree_flatten((args, kwargs))
@@ -166,7 +166,15 @@ class Device(TorchDispatchMode):
         return tree_map(wrap, out)
 
     def _check(
-        self, name: str, function: Any, tensors: list[Any], ours: list[Any], kwargs: Any, here: bool, target: Any
+        self,
+        name: str,
+        function: Any,
+        args: Any,
+        tensors: list[Any],
+        ours: list[Any],
+        kwargs: Any,
+        here: bool,
+        target: Any,
     ) -> None:
         self.calls.append(name)
         if name in RESHAPES:
@@ -179,7 +187,8 @@ class Device(TorchDispatchMode):
         moves = name in ("_to_copy", "copy_", "_copy_from")
         if moves and ((target is not None and not here) or (name == "copy_" and not isinstance(tensors[0], Emulated))):
             self.reads.append(name)
-        if name in WAITS or (name in ("index", "index_put_") and any(t.dtype == torch.bool for t in ours[1:])):
+        by_mask = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if name in WAITS or by_mask:
             self.reads.append(name)
         strangers = [t for t in tensors if not isinstance(t, Emulated) and t.ndim]
         if ours and strangers and not moves:

@@ -82,8 +82,8 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write tensors as safetensors with a JSON header (kept in the file's metadata), atomically."""
-    # safetensors refuses tensors that share memory or have gaps
-    plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    # safetensors refuses tensors that share memory or have gaps, and asks for addresses, which devices may not have
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {HEADER: json.dumps(dict(header))}
     metadata[DIGEST] = tensors_digest(plain, metadata[HEADER])
     return write_atomically(path, lambda temporary: safetensors.torch.save_file(plain, temporary, metadata))

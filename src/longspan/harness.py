@@ -84,7 +84,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         contexts = [self._context(context) for _, context, _ in requests]
         for index, session in self._read(contexts):
             scores = session.fork().score(requests[index][2])
-            found[index] = (-float(scores.nats.double().sum()), bool(scores.likeliest.all()))
+            found[index] = (-float(scores.nats.cpu().double().sum()), bool(scores.likeliest.all()))
             self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
         return [found[index] for index in range(len(requests))]
 
@@ -112,7 +112,7 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             (text,) = request.args
             nats = self._start.fork().score(self.tok_encode(text)).nats
-            found.append(-float(nats.double().sum()))
+            found.append(-float(nats.cpu().double().sum()))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 

@@ -7,7 +7,7 @@ needs no device. Tensors without values (of the meta device, fake ones, those of
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -61,6 +61,18 @@ def values(tensor: Tensor) -> Array | None:
     return read([tensor])[0]
 
 
+def some(tensor: Tensor) -> bool:
+    """Whether any value is true, without a device where the tensor knows its values."""
+    array = values(tensor)
+    return bool(tensor.any()) if array is None else bool(array.any())
+
+
+def every(tensor: Tensor) -> bool:
+    """Whether all values are true, without a device where the tensor knows its values."""
+    array = values(tensor)
+    return bool(tensor.all()) if array is None else bool(array.all())
+
+
 def read(tensors: Sequence[Tensor | None]) -> list[Array | None]:
     """The values of several tensors by at most one transfer a device; None for None and where there are no values.
 
@@ -92,8 +104,12 @@ def _array(tensor: Tensor) -> Array | None:
     """The values of a tensor on the CPU; None where it has none (a fake tensor, one that is being traced)."""
     if type(tensor) is not Tensor:
         return None
-    array: Array = tensor.numpy().copy()
-    return array
+    if not torch._C._functorch.is_gradtrackingtensor(tensor):
+        return cast(Array, tensor.numpy().copy())
+    while torch._C._functorch.is_gradtrackingtensor(tensor):  # inside torch.func.grad, vjp and jacrev
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    with torch._C._DisableFuncTorch():
+        return cast(Array, tensor.detach().numpy().copy())
 
 
 def _together(parts: list[Tensor]) -> list[Array | None]:
@@ -101,7 +117,9 @@ def _together(parts: list[Tensor]) -> list[Array | None]:
     flat = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts]).cpu()
     if type(flat) is not Tensor:
         return [None] * len(parts)
-    raw, first, found = flat.numpy().tobytes(), 0, list[Array | None]()
+    whole = _array(flat)
+    assert whole is not None
+    raw, first, found = whole.tobytes(), 0, list[Array | None]()
     for part in parts:
         last = first + part.numel() * part.element_size()
         dtype = torch.empty(0, dtype=part.dtype, device="cpu").numpy().dtype

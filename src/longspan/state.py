@@ -137,16 +137,36 @@ def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | Non
     if state is None:
         return None
     fields = getattr(state, "_fields", None)
+    floor = {} if fields is None else _floors(state)
+    parts, same = [], True
+    for place, part in enumerate(state):
+        at_least = least or (floor.get(fields[place]) if fields is not None else None)
+        # most need nothing, and every token of a stream comes here in every layer
+        fits = device is None and (part is None or (isinstance(part, Tensor) and _fits(part, dtype, at_least)))
+        new = part if fits else _converted(part, device, dtype, at_least)
+        parts.append(new)
+        same = same and new is part
+    if same:
+        return state
+    return type(state)(*parts) if fields is not None else tuple(parts)
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype | None, least: torch.dtype | None) -> bool:
+    """Whether it is certain at a glance that a tensor stays what it is."""
+    found = tensor.dtype
+    if found == torch.int64 or found == torch.bool:
+        return True
+    if least is None or least == torch.float64:
+        return found == (least or dtype)
+    return found == least and dtype is not None and dtype != torch.float64
+
+
+def _floors(state: Any) -> dict[str, torch.dtype]:
+    """The least types of the fields of a state that are accumulators."""
     floor: dict[str, torch.dtype] = {}
     for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
         floor |= dict.fromkeys(_named_by(state, method), kind)
-    parts = [
-        _converted(part, device, dtype, least or (floor.get(fields[place]) if fields is not None else None))
-        for place, part in enumerate(state)
-    ]
-    if all(new is old for new, old in zip(parts, state, strict=True)):
-        return state
-    return type(state)(*parts) if fields is not None else tuple(parts)
+    return floor
 
 
 def _named_by(state: Any, method: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from tests.emulated_device import emulated
-from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
+from tests.field.models import CONVERTIBLE, DIM, FIELDS, HEADS, NAMES, VOCAB, converted, own, tokens
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,3 +154,38 @@ def test_tables_made_of_fake_tensors_stay_with_their_call() -> None:
     logits, _ = model(text)
     assert torch.equal(logits, expected)
     logits.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["first", pytest.param("cut", marks=LONG), "decode", "cut mask reset"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, *(pytest.param({name: True}, marks=LONG) for name in ("per_layer", "accumulate"))],
+)
+def test_recurrent_memory_reads_once_however_many_segments(fields: dict[str, Any], kind: str) -> None:
+    torch.manual_seed(0)
+    model = ls.RecurrentMemory(own("window"), num_memory_tokens=2, segment_length=2, **fields).eval()
+    with emulated() as device:
+        model.to(device.device)
+        text, state, keywords = call(kind, model, device.device)
+        device.reads.clear()
+        with torch.no_grad():
+            model(text, state, **keywords)
+        assert len(device.reads) <= 1, device.reads
+
+
+@pytest.mark.parametrize(
+    "name", ["linear", *(pytest.param(name, marks=LONG) for name in ("window", "performer", "bp"))]
+)
+def test_masked_models_read_once_at_most(name: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "dim": DIM, "num_layers": 2, "num_heads": HEADS}
+    model = ls.MaskedLM(ls.EncoderConfig(**sizes, mixers=({"name": name, **FIELDS[name]},))).eval()
+    with emulated() as device:
+        model.to(device.device)
+        mask, reset = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
+        mask[0, :3], reset[0, 5] = False, True
+        given = {"mask": mask.to(device.device), "reset": reset.to(device.device)}
+        text = tokens(2, 9).to(device.device)
+        device.reads.clear()
+        with torch.no_grad():
+            model(text, **given)
+        assert len(device.reads) <= 1, device.reads

@@ -259,3 +259,21 @@ def test_converted_models(name: str) -> None:
     for leaf in (embedded, next(p for n, p in model.named_parameters() if "v_proj" in n)):
         with pytest.raises(UnsupportedError, match="second derivatives"):
             torch.autograd.grad(gradient.square().sum(), leaf, retain_graph=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_by_torch_func_are_right_or_refused(name: str) -> None:
+    model = own(name)
+    hidden = model.embedding(tokens(2, 9)).detach()
+
+    def logits(x: Tensor) -> Tensor:
+        out: Tensor = model(None, None, inputs_embeds=x)[0]
+        return out
+
+    try:
+        out, pull = torch.func.vjp(logits, hidden)
+    except UnsupportedError:
+        return
+    leaf = hidden.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(logits(leaf).sum(), leaf)
+    assert torch.allclose(pull(torch.ones_like(out))[0], expected, atol=1e-5)

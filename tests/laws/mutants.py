@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longspan import reference
+from longspan.state import may_overwrite
 
 from .tiny import Keys, Memory, Tiny, TinySegments
 from .tools import HEADS
@@ -167,6 +168,13 @@ class WritesInPlace(Tiny):
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         self.given = past.k
         return super().document(x, past)
+
+
+class OwnsInPlace(WritesInPlace):
+    """Only the ring of a state that its caller has given up, but no step is recorded that takes it back."""
+
+    def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
+        return super().keep(k, v, count) if may_overwrite(k) else Tiny.keep(self, k, v, count)
 
 
 class CountsInPlace(Tiny):

@@ -56,6 +56,7 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (memory.check_given_state_is_kept, m.WritesInPlace, {}),
     (memory.check_given_state_is_kept, m.CountsInPlace, {}),
     (memory.check_given_state_is_kept, m.HiddenState, {}),
+    (memory.check_interrupted_calls, m.OwnsInPlace, {}),
     # 4
     (check_definition, m.OneTooFar, {}),
     (check_definition, m.ColdKeys, {}),

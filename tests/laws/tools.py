@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import longspan as ls
 from longspan.errors import UnsupportedError
@@ -53,6 +54,22 @@ def trains(mixer: nn.Module) -> bool:
     except UnsupportedError:
         return False
     return True
+
+
+class Interrupting(TorchFunctionMode):
+    """Raises KeyboardInterrupt in place of one torch call, by its number from 1 (0: none), and counts them all."""
+
+    def __init__(self, at: int = 0) -> None:
+        super().__init__()
+        self.at, self.count = at, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # settings that contexts of torch put back on their way out are none of the call's own
+        if not any(setting in getattr(func, "__name__", "") for setting in ("grad_enabled", "autocast")):
+            self.count += 1
+            if self.count == self.at:
+                raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
 
 
 # states ------------------------------------------------------------------------------------------------------

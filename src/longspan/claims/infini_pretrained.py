@@ -91,7 +91,7 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
             session.reset()
         # the first token of a stream is predicted from nothing, which is not what is measured
         fresh = int(session.position == 0)
-        return float(session.feed(piece, losses=True).double()[fresh:].mean())
+        return float(session.feed(piece, losses=True).cpu().double()[fresh:].mean())
 
     return {**read_in_parts(tokens, part, segment, nats_of), "state": session.nbytes}
 

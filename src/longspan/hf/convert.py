@@ -26,7 +26,7 @@ from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
 from longspan.mixers.base import Core, merge_traits
 from longspan.mixers.gradients import with_gradients
-from longspan.mixers.maps import place_of
+from longspan.mixers.maps import collected, place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
@@ -84,7 +84,7 @@ class Converted(Resting):
         known = len(penalties)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
         before = self.longspan.fit(before, k)
-        out, following = self.longspan(q, k, v, before, rows, penalties=penalties)
+        out, following = self.longspan(q, k, v, before, rows, penalties=collected(penalties, self.longspan))
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         unread = () if out.numel() else (q, k, v)

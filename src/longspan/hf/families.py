@@ -94,7 +94,7 @@ class Llama(Family):
     def _rope(self, model: Any, head_dim: int) -> float | tuple[float, ...]:
         config, rotary = model.config, self.base(model).rotary_emb
         scale = float(getattr(rotary, "attention_scaling", 1.0))
-        angles = rotary.inv_freq.to(torch.float64)
+        angles = rotary.inv_freq.to("cpu", torch.float64)
         given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
         kind = given.get("rope_type", "default")
         if scale != 1.0 or len(angles) * 2 != head_dim or kind in ("dynamic", "longrope"):

@@ -12,7 +12,7 @@ from longspan import ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.gradients import with_gradients
-from longspan.mixers.maps import place_of
+from longspan.mixers.maps import collected, place_of
 from longspan.mixers.projections import Projections
 from longspan.mixers.rows import Rows
 
@@ -304,9 +304,9 @@ class Mixer(nn.Module):
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
         state = self.core.fit(state, k, hidden)
-        out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=penalties)
-        unread = () if out.numel() else (q, k, v)
-        out = with_gradients(out, [*self.core.parameters(), *unread])
+        out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self.core))
+        if torch.is_grad_enabled():
+            out = with_gradients(out, [*self.core.parameters(), *(() if out.numel() else (q, k, v))])
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 

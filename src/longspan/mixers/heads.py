@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longspan.errors import ConfigError
 from longspan.mixers import registry
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, merge_traits
+from longspan.mixers.maps import collected
 from longspan.mixers.rows import Rows
 
 
@@ -157,7 +158,9 @@ class HeadsCore(Core):
             if hidden is not None and core.needs_hidden:
                 part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
             before = None if state is None else state.parts[i]
-            out, after = core(q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, penalties=penalties)
+            out, after = core(
+                q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, penalties=collected(penalties, core)
+            )
             outs.append(out)
             nexts.append(after)
         return torch.cat(outs, 1), HeadsState(tuple(nexts), rows.live)

@@ -70,6 +70,24 @@ class CalledParameters(nn.ParameterList):
         return tuple(self)
 
 
+class Collected:
+    """A list to which things are appended inside a hooked module: hooks that move tensors (accelerate's) give the
+    module a copy of every list, and leave what is none as it is.
+
+    Args:
+        items: the list itself.
+    """
+
+    def __init__(self, items: list[Tensor]) -> None:
+        self.items = items
+        self.append, self.extend = items.append, items.extend
+
+
+def collected(items: list[Tensor] | None, module: nn.Module) -> list[Tensor] | None:
+    """The list to be given to a module's call, such that what is appended there reaches it."""
+    return items if items is None or not is_hooked(module) else cast("list[Tensor]", Collected(items))
+
+
 class Place(NamedTuple):
     """Where a model computes, and in which type."""
 

@@ -318,7 +318,7 @@ def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
     if not true.numel():
         return 1.0
     hits = (true[..., :, None] == found[..., None, :]).any(-1)
-    return float(hits.double().mean())
+    return float(hits.cpu().double().mean())
 
 
 def read_and_write(

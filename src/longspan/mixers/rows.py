@@ -351,6 +351,7 @@ class Segments:
         open: (B,) tokens of each row's open segment that come from the state.
         place: (B, N) the column of each token.
         real: (B, C) bool, columns that hold a token, of the call or of the open segment.
+        real_read: its values on the host.
     """
 
     def __init__(self, rows: Rows, size: int) -> None:
@@ -373,7 +374,8 @@ class Segments:
         self._read = index[:, :-1]
         self._index = host.put(self._read, rows.device)
         self.place = host.put(place, rows.device)
-        self.real = host.put((self._read >= 0) | (np.arange(self.columns) < opened[:, None]), rows.device)
+        self.real_read = (self._read >= 0) | (np.arange(self.columns) < opened[:, None])
+        self.real = host.put(self.real_read, rows.device)
         self._views = bool((place == column).all()) and rows.lengths is None and self.columns == rows.length
 
     def spread_positions(self) -> Array:

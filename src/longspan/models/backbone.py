@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from longspan import host
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Core, special_groups
 from longspan.mixers.maps import is_hooked, place_of
@@ -217,6 +218,8 @@ class OwnBackbone(Backbone):
     ) -> Ran:
         """See `Backbone`."""
         hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
+        if following is not None:  # the next segment need not ask a device
+            following = following._replace(live=host.remember(following.live.view_as(following.live), rows.lives))
         return Ran(rows.scatter(hidden), following)
 
     def output(self, hidden: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from longspan import ops
+from longspan import host, ops
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
 from longspan.mixers.maps import table_of
@@ -31,7 +32,16 @@ from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.memory_update import PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
-from longspan.models.token_memory import Carried, Stepped, Trace, assemble, last_real, where_rows
+from longspan.models.token_memory import (
+    Carried,
+    Stepped,
+    Trace,
+    assemble,
+    counted,
+    known,
+    last_real,
+    where_rows,
+)
 
 
 class Associative(nn.Module):
@@ -158,16 +168,17 @@ class LayerMemory(nn.Module):
             inputs, mask, reset = assemble(backbone, segment, [], text, write, carried.backbone)
             before = carried.backbone
         else:
-            used = (segment.closed | segment.shown)[:, None]
-            mask = torch.cat([segment.real & used, used.expand(-1, write.shape[1])], 1)
+            used = (known(segment.closed) | known(segment.shown))[:, None]
+            real = np.concatenate([known(segment.real) & used, used.repeat(write.shape[1], 1)], 1)
+            mask = host.put(real, text.device)
             inputs, reset, before = torch.cat([text, write], 1), None, None
         ran = backbone.run(inputs, before, mask, reset, penalties, around)
         memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
-        following = None if not backbone.causal or bool(segment.closed.all()) else ran.state
+        following = None if not backbone.causal or host.every(segment.closed) else ran.state
         size = text.shape[1]
         hidden, offered = ran.hidden[:, :size], ran.hidden[:, size : size + write.shape[1]]
         trace = Trace(offered, last_real(hidden, segment), None, segment.closed, segment.shown)
-        written = carried.written + segment.closed.long()
+        written = counted(carried.written, segment)
         return Stepped(hidden, Carried(memory, normaliser, written, following), trace)
 
     # -- diagonals -------------------------------------------------------------------------------------------------
@@ -183,8 +194,8 @@ class LayerMemory(nn.Module):
         """
         if not isinstance(backbone, OwnBackbone) or len(segments) < 2 or not backbone.alike():
             return False
-        full = all(bool(segment.real.all() & segment.closed.all()) for segment in segments)
-        if not full or any(bool(segment.begins.any() | segment.resumed.any()) for segment in segments[1:]):
+        full = all(host.every(segment.real) and host.every(segment.closed) for segment in segments)
+        if not full or any(host.some(segment.begins) or host.some(segment.resumed) for segment in segments[1:]):
             return False
         return can_stack(list(backbone.stack.blocks)) and self._runs_batched(
             backbone, segments[0].ids.shape[1], penalised
@@ -235,7 +246,7 @@ class LayerMemory(nn.Module):
         """
         assert isinstance(backbone, OwnBackbone)
         stack, blocks = backbone.stack, list(backbone.stack.blocks)
-        if bool(segments[0].begins.any()):
+        if host.some(segments[0].begins):
             fresh = self.empty(left.shape[1], carried.memory)
             memory, mass = where_rows(segments[0].begins, fresh[0], carried.memory), carried.mass
             mass = where_rows(segments[0].begins, fresh[1], mass)

@@ -18,13 +18,15 @@ of the segment follow from m on, and write tokens come right behind the last of 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from longspan import host
 from longspan import state as states
 from longspan.config import from_dict
 from longspan.errors import UnsupportedError
@@ -38,7 +40,7 @@ from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
 from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
-from longspan.models.token_memory import Carried, TokenMemory, Trace, where_rows
+from longspan.models.token_memory import Carried, TokenMemory, Trace, known, where_rows
 from longspan.models.wrappers import unwrapped
 
 
@@ -66,6 +68,14 @@ class RecurrentState(NamedTuple):
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least: with `per_layer` the memories too."""
         return ("memory", "mass") if self.memory.ndim == 4 else ("mass",)
+
+
+def _reads(state: RecurrentState | None) -> dict[Hashable, Tensor]:
+    """Counts of a state that lay a call out."""
+    if state is None:
+        return {}
+    reads: dict[Hashable, Tensor] = {"written": state.written}
+    return reads if state.backbone is None else {**reads, "backbone": state.backbone.live}
 
 
 class RecurrentMemory(nn.Module):
@@ -210,13 +220,14 @@ class RecurrentMemory(nn.Module):
         """A call up to the hidden states: ((B, N, dim) hidden, (B, N, 1) bool shown), the next state, the rows."""
         size = self._size(state)
         stream = self.config.alignment == "left"
-        rows = Rows(states.live(state, tokens.shape[0], tokens.device), tokens.shape[1], mask, reset)
+        offset = states.live(state, tokens.shape[0], tokens.device)
+        rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
         ids = rows.gather(tokens)
         layout = lay_out(rows, size, self.config.alignment)
         old = None if state is None or not stream else state.tokens
         flushed = flush or self.adapter.causal
         segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-        carried = self._carried(state, rows.batch)
+        carried = self._carried(state, rows)
         shown, carried, found = self._all(segments, carried, penalties)
         if traces is not None:
             traces += found
@@ -254,8 +265,11 @@ class RecurrentMemory(nn.Module):
         self, segments: list[Segment], carried: Carried, penalties: list[Tensor] | None
     ) -> tuple[list[Tensor], Carried, list[Trace]]:
         """Segment after segment, or along diagonals: hidden states, what is carried on, what the memory did."""
-        active = [segment.fresh.any(1) | segment.closed for segment in segments]
-        left = torch.stack(active).long().flip(0).cumsum(0).flip(0) if active else None
+        active = [known(segment.fresh).any(1) | known(segment.closed) for segment in segments]
+        left = left_read = None
+        if active:
+            left_read = np.stack(active)[::-1].cumsum(0)[::-1].copy()
+            left = host.put(left_read, segments[0].ids.device)
         cell = self.cell if self.config.diagonal and isinstance(self.cell, LayerMemory) else None
         if cell is not None and left is not None and cell.can_batch(self.adapter, segments, penalties is not None):
             return cell.diagonals(self.adapter, segments, carried, left, self.config.bptt_segments)
@@ -263,11 +277,12 @@ class RecurrentMemory(nn.Module):
         found: list[Trace] = []
         for index, segment in enumerate(segments):
             assert left is not None
-            carried = self._cut(self._begin(segment, carried), left[index])
-            if not (segment.whole or bool((segment.closed | segment.shown).any())):
+            assert left_read is not None
+            carried = self._cut(self._begin(segment, carried), host.remember(left[index], left_read[index]))
+            if not (segment.whole or host.some(segment.closed) or host.some(segment.shown)):
                 shown.append(carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=place_of(self).dtype))
                 continue
-            if not index and not bool(segment.resumed.any()):
+            if not index and not host.some(segment.resumed):
                 carried = carried._replace(backbone=None)  # nothing of an open segment is in it
             stepped = self.cell.step(self.adapter, segment, carried, penalties)
             shown.append(stepped.hidden)
@@ -309,13 +324,13 @@ class RecurrentMemory(nn.Module):
     def _begin(self, segment: Segment, carried: Carried) -> Carried:
         """Empty the memory of rows in which a document begins with this segment."""
         begins = segment.begins
-        if not bool(begins.any()):
+        if not host.some(begins):
             return carried
         memory, mass = self.cell.empty(len(begins), carried.memory)
         return carried._replace(
             memory=where_rows(begins, memory, carried.memory),
             mass=where_rows(begins, mass, carried.mass),
-            written=carried.written.masked_fill(begins, 0),
+            written=host.derive(lambda before, begin: before * ~begin, carried.written, begins),
         )
 
     def _cut(self, carried: Carried, left: Tensor) -> Carried:
@@ -323,22 +338,26 @@ class RecurrentMemory(nn.Module):
         k = self.config.bptt_segments
         if k is None or not carried.memory.requires_grad:
             return carried
-        cut = (left > 0) & (left % k == 0)
-        if not bool(cut.any()):
+        cut = host.derive(lambda count: (count > 0) & (count % k == 0), left)
+        if not host.some(cut):
             return carried
         memory = where_rows(cut, carried.memory.detach(), carried.memory)
         mass = where_rows(cut, carried.mass.detach(), carried.mass)
-        backbone = states.detach(carried.backbone) if bool(cut.all()) else carried.backbone
+        backbone = states.detach(carried.backbone) if host.every(cut) else carried.backbone
         return carried._replace(memory=memory, mass=mass, backbone=backbone)
 
     # -- state and cost --------------------------------------------------------------------------------------------
 
-    def _carried(self, state: RecurrentState | None, batch: int) -> Carried:
-        if state is not None:
-            memory, mass = self.cell.fit(state.memory, state.mass)
-            return Carried(memory, mass, state.written, state.backbone)
-        memory, mass = self.cell.empty(batch)
-        return Carried(memory, mass, torch.zeros(batch, dtype=torch.int64, device=memory.device), None)
+    def _carried(self, state: RecurrentState | None, rows: Rows) -> Carried:
+        """What the call begins with; its counts know their values."""
+        if state is None:
+            memory, mass = self.cell.empty(rows.batch)
+            return Carried(memory, mass, host.put(np.zeros(rows.batch, np.int64), memory.device), None)
+        memory, mass = self.cell.fit(state.memory, state.mass)
+        read, backbone = rows.read(_reads(state)), state.backbone
+        if backbone is not None:
+            backbone = backbone._replace(live=host.remember(backbone.live.view_as(backbone.live), read["backbone"]))
+        return Carried(memory, mass, host.remember(state.written.view_as(state.written), read["written"]), backbone)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -363,7 +382,9 @@ class RecurrentMemory(nn.Module):
             written = written.masked_fill(gone, 0)
         if self.adapter.streams and backbone is None:
             backbone = self.adapter.init_state(rows.batch)
-        return RecurrentState(memory, mass, written, tokens[..., 0], backbone, rows.live)
+        if backbone is not None:  # of their own, as nothing outside a call knows its values
+            backbone = backbone._replace(live=backbone.live.view_as(backbone.live))
+        return RecurrentState(memory, mass, written.view_as(written), tokens[..., 0], backbone, rows.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         """Exact bytes of the state after `length` live tokens in every row, counts included."""

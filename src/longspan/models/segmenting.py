@@ -2,15 +2,19 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import UnsupportedError
+from longspan.host import Array
 from longspan.mixers import Rows, Segments
 
 
 class Segment(NamedTuple):
-    """One segment of every row, as the loop goes over them; all tensors lead with the batch.
+    """One segment of every row, as the loop goes over them; all tensors lead with the batch, and but for ids they know
+    their values (`longspan.host`).
 
     Attributes:
         ids: (B, size) token ids.
@@ -43,8 +47,8 @@ def lay_out(rows: Rows, size: int, alignment: str) -> Segments:
         return rows.segments(size)
     if rows.origin is not None:
         raise UnsupportedError("RecurrentMemory: right alignment takes one text a row; resets need alignment='left'")
-    real = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-    return Segments(Rows(-rows.real_tokens() % size, rows.length, real), size)
+    real = host.put(np.arange(rows.length) < rows.lengths_read[:, None], rows.device)
+    return Segments(Rows(host.put(-rows.lengths_read % size, rows.device), rows.length, real), size)
 
 
 def cut_segments(
@@ -63,24 +67,30 @@ def cut_segments(
     """
     size = layout.size
     laid = layout.spread(ids[..., None], None if old is None else old[..., None])[..., 0]
-    inside = torch.arange(rows.length, device=rows.device) < rows.real_tokens()[:, None]
-    fresh = layout.spread(inside[..., None].long())[..., 0] > 0
-    real = layout.real if stream else fresh
-    position = layout.spread(((rows.positions + 1) * inside)[..., None])[..., 0]
-    count = layout.columns // size
-    parts = [t.unflatten(1, (count, size)).unbind(1) for t in (laid, real, fresh, position)] if count else []
-    any_real = torch.stack([part.any(1) for part in parts[1]], 1) if count else real
-    over = torch.zeros_like(rows.live, dtype=torch.bool) if rows.emptied is None else rows.emptied
-    over = over | ended
-    every = torch.stack([part.all(1).all() for part in parts[2]]).tolist() if count else []
-    segments = []
-    for index in range(count):
-        ids_s, real_s, fresh_s, position_s = (part[index] for part in parts)
-        later = any_real[:, index + 1 :].any(1)
-        full = real_s.sum(1) == size if stream else any_real[:, index]
-        closed = any_real[:, index] & (full | later | over)
-        shown = any_real[:, index] & (closed | flush)
-        resumed = (layout.open > 0) if index == 0 and stream else torch.zeros_like(closed)
-        begins = position_s[:, 0] == 1
-        segments.append(Segment(ids_s, real_s, fresh_s, begins, closed, shown, resumed, every[index]))
-    return segments
+    inside = np.arange(rows.length) < rows.lengths_read[:, None]
+    fresh = layout.spread_read(inside.astype(np.int64)) > 0
+    real = layout.real_read if stream else fresh
+    position = layout.spread_read((rows.positions_read + 1) * inside)
+    shape = rows.batch, layout.columns // size, size
+    fresh, real, first = fresh.reshape(shape), real.reshape(shape), position.reshape(shape)[:, :, 0]
+    any_real = real.any(2)
+    # whether a later segment of the row has tokens
+    later = np.flip(np.logical_or.accumulate(np.flip(any_real, 1), 1), 1)
+    later = np.concatenate([later[:, 1:], np.zeros_like(later[:, :1])], 1)
+    over = np.zeros(rows.batch, bool) if rows.emptied is None else host.values(rows.emptied)
+    assert over is not None
+    closed = any_real & ((real.sum(2) == size if stream else any_real) | later | (over | ended)[:, None])
+    resumed = np.zeros_like(closed)
+    if stream:
+        resumed[:, :1] = (rows.offsets % size > 0)[:, None]
+    known = (real, fresh, first == 1, closed, any_real & (closed | flush), resumed)
+    parts = [_segments_of(array, rows.device) for array in known]
+    ids_of = laid.unflatten(1, shape[1:]).unbind(1) if shape[1] else ()
+    whole = [bool(fresh[:, index].all()) for index in range(shape[1])]
+    return [Segment(*each) for each in zip(ids_of, *parts, whole, strict=True)]
+
+
+def _segments_of(array: Array, device: torch.device) -> list[Tensor]:
+    """(B, segments, ...) to a tensor of each segment, which knows its values."""
+    tensor = torch.tensor(array, device=device)
+    return [host.remember(tensor[:, index], array[:, index]) for index in range(array.shape[1])]

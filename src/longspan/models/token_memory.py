@@ -2,10 +2,13 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longspan import host
+from longspan.host import Array
 from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
@@ -61,6 +64,11 @@ def where_rows(rows: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *(1,) * (no.ndim - 1)), yes, no)
 
 
+def counted(written: Tensor, segment: Segment) -> Tensor:
+    """(batch,) segments closed, this one included; it knows its values where it did."""
+    return host.derive(lambda before, closed: before + closed, written, segment.closed)
+
+
 def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
     if segment.whole:
@@ -68,6 +76,13 @@ def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     place = torch.arange(hidden.shape[1], device=hidden.device)
     index = torch.where(segment.real, place, 0).amax(1)
     return hidden[torch.arange(len(index), device=hidden.device), index]
+
+
+def known(tensor: Tensor) -> Array:
+    """The values of a part of a segment on the host."""
+    array = host.values(tensor)
+    assert array is not None
+    return array
 
 
 def assemble(
@@ -84,26 +99,26 @@ def assemble(
         before: the backbone's state of the open segment.
     """
     inputs = [*(each for each, _ in front), text, back]
-    if segment.whole and before is None and all(bool(readable.all()) for _, readable in front):
+    if segment.whole and before is None and all(host.every(readable) for _, readable in front):
         return torch.cat(inputs, 1), None, None
     carries = backbone.streams and before is not None
-    reads = ~segment.resumed if carries else torch.ones_like(segment.resumed)
-    used = (segment.closed | segment.shown) & reads
-    closed = segment.closed[:, None]
-    parts = [*(readable & used[:, None] for _, readable in front)]
-    parts += [segment.fresh if carries else segment.real, closed.expand(-1, back.shape[1])]
+    closed, shown, resumed = (known(t) for t in (segment.closed, segment.shown, segment.resumed))
+    used = (closed | shown) & ~resumed if carries else closed | shown
+    parts = [known(readable) & used[:, None] for _, readable in front]
+    parts += [known(segment.fresh if carries else segment.real), closed[:, None].repeat(back.shape[1], 1)]
     # one padded place behind the rest, whose reset empties the state of rows that closed their segment
-    emptied = backbone.streams and not bool(segment.closed.all())
+    emptied = backbone.streams and not closed.all()
     if emptied:
-        parts.append(torch.zeros_like(closed))
+        parts.append(np.zeros_like(closed[:, None]))
         inputs.append(back[:, :1])
-    mask, reset = torch.cat(parts, 1), None
+    mask, reset = np.concatenate(parts, 1), None
     if backbone.streams and (before is not None or emptied):
-        reset = torch.zeros_like(mask)
-        reset[:, 0] = used
+        begins = np.zeros_like(mask)
+        begins[:, 0] = used
         if emptied:
-            reset[:, -1] = segment.closed
-    return torch.cat(inputs, 1), mask, reset
+            begins[:, -1] = closed
+        reset = host.put(begins, text.device)
+    return torch.cat(inputs, 1), host.put(mask, text.device), reset
 
 
 class TokenMemory(nn.Module):
@@ -176,7 +191,7 @@ class TokenMemory(nn.Module):
         if penalties is not None:
             penalties += found
         memory, mass, logits = self._write(carried, new, segment)
-        written = carried.written + segment.closed.long()
+        written = counted(carried.written, segment)
         trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
         return Stepped(hidden, Carried(memory, mass, written, following), trace)
 
@@ -188,7 +203,7 @@ class TokenMemory(nn.Module):
         else:
             memory, mass, logits = self.update(carried.memory, new, carried.mass)
         closed = segment.closed
-        if not (segment.whole or bool(closed.all())):
+        if not (segment.whole or host.every(closed)):
             memory, mass = where_rows(closed, memory, carried.memory), where_rows(closed, mass, carried.mass)
         return memory, mass, logits
 
@@ -199,10 +214,10 @@ class TokenMemory(nn.Module):
         memory, accumulate = carried.memory, self.config.accumulate
         batch, columns = memory.shape[:2]
         text = backbone.embed(segment.ids).to(memory.dtype)
-        readable = memory.new_ones(batch, columns, dtype=torch.bool)
+        seen = np.ones((batch, columns), bool)
         if accumulate:
-            column = torch.arange(columns, device=memory.device)
-            readable = column >= columns - self.config.num_memory_tokens * carried.written[:, None]
+            seen &= np.arange(columns) >= columns - self.config.num_memory_tokens * known(carried.written)[:, None]
+        readable = host.put(seen, memory.device)
         write = memory
         if accumulate:
             write = table_of(self.tokens, self.config.num_memory_tokens).to(memory.dtype).expand(batch, -1, -1)
@@ -210,14 +225,15 @@ class TokenMemory(nn.Module):
             inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
             ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
             end = columns + text.shape[1]
-            following = None if segment.whole or bool(segment.closed.all()) else ran.state
+            following = None if segment.whole or host.every(segment.closed) else ran.state
             return ran.hidden[:, columns:end], ran.hidden[:, end : end + write.shape[1]], following
-        used = (segment.closed | segment.shown)[:, None]
-        front, front_mask = memory, readable
+        used = (known(segment.closed) | known(segment.shown))[:, None]
+        front = memory
         if accumulate:
-            front = torch.cat([memory, write], 1)
-            front_mask = torch.cat([readable, readable.new_ones(write.shape[:2])], 1)
-        mask = torch.cat([front_mask & used, segment.real & used], 1) if accumulate or not segment.whole else None
+            front, seen = torch.cat([memory, write], 1), np.concatenate([seen, np.ones(write.shape[:2], bool)], 1)
+        mask = None
+        if accumulate or not segment.whole:
+            mask = host.put(np.concatenate([seen & used, known(segment.real) & used], 1), memory.device)
         ran = backbone.run(torch.cat([front, text], 1), None, mask, None, penalties)
         width = front.shape[1]
         return ran.hidden[:, width:], ran.hidden[:, width - self.config.num_memory_tokens : width], None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longspan.mixers.maps import place_of
 from longspan.models import RecurrentClassifier, Trace
 from longspan.process import resident_bytes
 from longspan.tasks import MemoryTask
@@ -165,11 +166,11 @@ def _read(
     count = samples[0].segments
     streams, state = [iter(sample) for sample in samples], None
     cut = [False] * len(samples)
-    logits = None
+    logits, device = None, place_of(model).device
     for index in range(count):
         parts = [next(stream) for stream in streams]
         traces: list[Trace] = []
-        tokens = torch.from_numpy(np.stack([part.tokens for part in parts]))
+        tokens = torch.from_numpy(np.stack([part.tokens for part in parts])).to(device)
         logits, state = model(tokens, state, traces=traces)
         gate = traces[-1].logits
         opened = [False] * len(parts) if gate is None else (gate > 0).any(1).tolist()

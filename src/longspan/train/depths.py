@@ -113,7 +113,8 @@ def _prefixes(
 ) -> Iterator[tuple[int, StackState]]:
     """Each depth, and the state after all that stands before the number there."""
     done = 0
-    state = _read(model, torch.tensor([[task.tokenizer.begin]]), model.init_state(1))
+    begin = torch.tensor([[task.tokenizer.begin]])
+    state = _read(model, begin, model.init_state(1))
     state = _read(model, _tokens([part.head]), state)
     for depth in depths:
         place = part.place(depth)
@@ -125,8 +126,9 @@ def _prefixes(
 
 def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, found: Depths) -> None:
     """Read what follows the state, a row for each sample, and generate the answers."""
-    rows = states.select(state, torch.zeros(len(group), dtype=torch.int64))
-    tokens = _tokens([part.told + part.filler[part.place(depth) :] + part.asked for part in group])
+    rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))
+    told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
+    tokens = _tokens(told).to(state.live.device)
     found.tokens += tokens.numel()
     rows = _read(model, tokens[:, :-1], rows)
     token, said = tokens[:, -1:], []
@@ -142,7 +144,7 @@ def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, st
     held = len(found.contained[depth])
     share = sum(right for right, _ in scores)
     found.digits[depth] = (found.digits.get(depth, 0.0) * (held - len(group)) + share) / held
-    found.state_bytes = states.nbytes(states.select(rows, torch.zeros(1, dtype=torch.int64)))
+    found.state_bytes = states.nbytes(states.select(rows, rows.live.new_zeros(1)))
 
 
 def _tokens(texts: Sequence[bytes]) -> Tensor:
@@ -151,7 +153,7 @@ def _tokens(texts: Sequence[bytes]) -> Tensor:
 
 def _read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
     """Read tokens in chunks that end where a segment does."""
-    first = 0
+    first, tokens = 0, tokens.to(state.live.device)
     while first < tokens.shape[1]:
         last = min(first + CHUNK - int(state.live[0]) % CHUNK, tokens.shape[1])
         following = model.last(tokens[:, first:last], state)[1]

@@ -267,7 +267,7 @@ def judge(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
 def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> Array:
     """(4, documents) nats, tokens, units and right predictions of a batch of logits, or of hidden states."""
     targets = part.targets.to(out.device)
-    nats = judge(out, targets, head).double().cpu().numpy()
+    nats = judge(out, targets, head).cpu().double().numpy()
     if head is None:
         likeliest = out.argmax(-1)
     else:

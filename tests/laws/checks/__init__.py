@@ -36,6 +36,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         memory.check_capacity,
         memory.check_growing_columns,
         memory.check_given_state_is_kept,
+        memory.check_interrupted_calls,
     ),
     "4-definition": (definition.check_definition,),
     "5-packing": (

@@ -1,5 +1,8 @@
 """Law 3: states cost what they say, to the byte, and are never written into."""
 
+import contextlib
+from typing import Any
+
 import torch
 from hypothesis import given
 
@@ -8,8 +11,10 @@ import longspan as ls
 from ..tools import (
     BATCH,
     Case,
+    Interrupting,
     Make,
     cases,
+    close,
     columns_of,
     copy_state,
     feed,
@@ -19,6 +24,7 @@ from ..tools import (
     live_tokens,
     same,
     state_bytes,
+    states_close,
     states_same,
     trains,
 )
@@ -147,3 +153,35 @@ def check_given_state_is_kept(make: Make) -> None:
     y, end = mixer(x[:, 21:45].requires_grad_(), state)
     y.square().sum().backward()
     states_same(state, kept, "given state after training on it")
+
+
+def check_interrupted_calls(make: Make) -> None:
+    """A call that owns its state and raises, wherever it does, leaves the state as it was and can be made again."""
+    mixer, x = make(), inputs(1, BATCH, 40)
+    mask = torch.arange(5)[None] < torch.tensor([5, 3, 0])[:, None]
+
+    def stream() -> Any:
+        """A state as a session owns it: buffers with room, rings."""
+        state = mixer(x[:, :21])[1]
+        for place in range(21, 24):
+            with ls.state.owned():
+                state = mixer(x[:, place : place + 1], state)[1]
+        return state
+
+    with torch.no_grad():
+        for width, keywords in ((1, {}), (5, {"mask": mask})):
+            now, state = x[:, 24 : 24 + width], stream()
+            before = copy_state(state)
+            for twin in (stream(), stream()):  # twice, as the first call makes tables for all
+                with Interrupting() as counting, ls.state.owned():
+                    expected, end = mixer(now, twin, **keywords)
+            for step in range(7):
+                place = 1 + step * (counting.count - 1) // 6
+                with contextlib.suppress(KeyboardInterrupt), Interrupting(place), ls.state.owned():
+                    mixer(now, state, **keywords)
+                    raise AssertionError(f"only {place} torch calls the second time, {counting.count} the first")
+                states_same(state, before, f"state after torch call {place} of {counting.count} raised")
+            with ls.state.owned():
+                out, state = mixer(now, state, **keywords)
+            close(out, expected, 1e-9, "outputs of the call made again")
+            states_close(state, end, 1e-9, "state after the call made again")

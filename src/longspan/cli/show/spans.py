@@ -85,7 +85,7 @@ def _dynamic_spans(
 
     def watch(core: "AdaptiveSpanCore", given: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
         real = real_tokens(given[4], given[0])
-        totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).double().cpu()
+        totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())
 
     documents, chunk = chosen(model, task, run, tokens=tokens, head=0)
