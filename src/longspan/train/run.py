@@ -3,6 +3,7 @@
 FOLDER/recipe.json      the recipe with every default filled in
 FOLDER/log.jsonl        one line per logged step and per evaluation
 FOLDER/tokenizer.json   what text is cut into
+FOLDER/digests.json     digests of the recipe and the tokenizer, so that damage is noticed
 FOLDER/checkpoints/     see `longspan.train.checkpoint`
 FOLDER/model/           the trained model, once the training is over
 
@@ -253,8 +254,11 @@ def _run_staged_reserved(
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
     """Everything fits: from here on the folder is that of a run."""
+    # deleted first, as a kill between the two files would leave digests of an earlier recipe
+    (folder / folders.DIGESTS).unlink(missing_ok=True)
     write_json(folder / "recipe.json", resolved)
     start.begin()
+    folders.seal_files(folder, ("recipe.json", "tokenizer.json"))
     if (folder / "model").is_dir():
         # of an earlier end of this run; until the next end the newest checkpoint is the model
         folders.remove(folder / "model")
@@ -309,7 +313,8 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
 
 def _stored_recipe(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.json").exists():
-        raise CheckpointError(f"{folder}: no run here (recipe.json is missing); start one without resuming")
+        raise CheckpointError(f"{folder}: no run here (recipe.json is missing)")
+    folders.check_sealed(folder)
     stored: dict[str, Any] = read_json(folder / "recipe.json")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
         raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
