@@ -112,7 +112,7 @@ class CopyingTrainer(StagedTrainer):
         """See the base."""
         config, word = self.config, self.copying.word
         rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
-        tokens = draw_words(self.task, rows, word, (config.seed, self.position.step))
+        tokens = draw_words(self.task, rows, word, (config.seed, self.position.step)).to(self.device)
         penalties: list[Tensor] = []
         hidden, _ = self.model.hidden(tokens[:, :-1], penalties=penalties)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]

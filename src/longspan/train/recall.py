@@ -92,8 +92,7 @@ class RecallTrainer(StagedTrainer):
 
     def _backward(self, batch: Samples, size: int) -> tuple[float, float]:
         """Add the gradient of a batch; its loss on answers and its accuracy."""
-        device = next(self.model.parameters()).device
-        batch = Samples(*(each.to(device) for each in batch))
+        batch = Samples(*(each.to(self.device) for each in batch))
         traces: list[Trace] = []
         penalties: list[Tensor] = []
         with self.model.recurrent.segments_of(size):

@@ -165,6 +165,7 @@ class RetrievalTrainer(StagedTrainer):
         mentions, length, repeats = self.retrieval.draw(step)
         rows = max(4, config.tokens // length)
         tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
+        tokens, graded = tokens.to(self.device), graded.to(self.device)
         state = self._filled(rows, repeats, step) if repeats > 1 else None
         penalties: list[Tensor] = []
         logits, _ = self.model(tokens[:, :-1], state, penalties=penalties)
@@ -190,7 +191,7 @@ class RetrievalTrainer(StagedTrainer):
         text = self.task.filler(random, 2 * size, "train")
         first = int(random.integers(0, size))
         tokens = torch.from_numpy(np.frombuffer(text[first : first + size], dtype=np.uint8).astype(np.int64))
-        _, state = self.model(tokens.expand(rows, -1))
+        _, state = self.model(tokens.to(self.device).expand(rows, -1))
         return repeated(self.model, state, repeats)
 
 

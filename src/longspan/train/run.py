@@ -32,7 +32,7 @@ from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
-from longspan.train.distributed import Group, join_group
+from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
@@ -233,6 +233,7 @@ def _run_staged_reserved(
     checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
+    model = model.to(choose_device(config.device))
     trainer: StagedTrainer
     if isinstance(config, RetrievalConfig):
         trainer = RetrievalTrainer(model, cast(PasskeyTask, task), config, folder, display=display)
