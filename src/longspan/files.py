@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,17 @@ HEADER, DIGEST = "longspan", "longspan.digest"
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call `write(temporary_path)`, flush it to disk and rename it to `path`; on failure `path` is untouched.
 
+    A link stays one, and what it names is written. A device or a pipe gets the bytes and stays what it is.
+
     Raises:
         CheckpointError: the disk is full or not writable; names the file and says that the earlier one still stands.
     """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path}: could not be saved: it is a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        return _write_into(path, write)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +46,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
         raise CheckpointError(f"{path}: could not be saved: {error}{kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
+    return path
+
+
+def _write_into(path: Path, write: Callable[[Path], object]) -> Path:
+    """The same for what no file may take the place of: a device, a pipe, /dev/stdout."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / "file"
+            write(temporary)
+            with open(temporary, "rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: could not be saved: {error}") from None
     return path
 
 

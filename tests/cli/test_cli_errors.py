@@ -97,6 +97,7 @@ def test_the_state_of_another_model(longspan, byte_run, subword_run, folder, tmp
 
 def test_a_tokenizer_the_model_does_not_know(longspan, copied_run, subword_run, folder):
     shutil.copy(subword_run / "tokenizer.json", copied_run)
+    (copied_run / "digests.json").unlink()
     assert "not the tokenizer" in longspan("stream", copied_run, folder / "long.txt").error
     recipe = json.loads((copied_run / "recipe.json").read_text())
     recipe["task"]["tokenizer"] = "subword"

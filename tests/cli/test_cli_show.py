@@ -258,4 +258,5 @@ def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subwo
     found = longspan("show", "scaling", byte_run, copied_run, subword_run)
     assert "task.tokenizer = 'subword', of" in found.error
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
+    (copied_run / "digests.json").unlink()
     assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error

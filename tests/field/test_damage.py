@@ -11,11 +11,13 @@ import torch
 from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 from tests.field.test_start_of_a_run import CURRICULUM
 from tests.field.test_work_is_kept import recipe_of
+from tests.hf.conftest import save_llama
 
 import longspan as ls
 from longspan.errors import CheckpointError
 from longspan.files import HEADER, read_tensors
-from longspan.train import load_run, run
+from longspan.train import checkpoint as checkpoints
+from longspan.train import load_run, read_log, run
 
 
 def flip(path: Path, place: int) -> None:
@@ -129,3 +131,74 @@ def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder, tmp_path):
     model, _ = load_run(tmp_path)
     ls.save_model(model, tmp_path / "model")
     assert load_run(tmp_path)[0].config.dim == 16
+
+
+@pytest.mark.parametrize("file", ["recipe.json", "tokenizer.json"])
+def test_a_flipped_byte_in_the_files_of_a_run(folder, tmp_path, file):
+    run(recipe_of(folder), tmp_path, progress="none")
+    path = tmp_path / file
+    for place in range(0, path.stat().st_size, max(path.stat().st_size // 7, 1)):
+        flip(path, place)
+        for call in (lambda: load_run(tmp_path), lambda: run(None, tmp_path, resume=True, progress="none")):
+            with pytest.raises(CheckpointError, match=f"{file}: damaged"):
+                call()
+        flip(path, place)
+    # of earlier versions, and of who has changed a file on purpose
+    (tmp_path / "digests.json").unlink()
+    assert load_run(tmp_path)[0].config.dim == 16
+    assert run({"train": {"steps": 5}}, tmp_path, resume=True, progress="none").step == 5
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=f"{file}: damaged"):
+        load_run(tmp_path)
+
+
+def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder, tmp_path):
+    run(recipe_of(folder), tmp_path, progress="none")
+    (newest,) = checkpoints.found(tmp_path / "checkpoints")
+    path = newest / "meta.json"
+    written = path.read_bytes()
+    expected = checkpoints.check(newest)
+    noticed = 0
+    for place in range(len(written)):
+        flip(path, place)
+        try:
+            # white space between words, at most
+            assert checkpoints.check(newest) == expected
+        except CheckpointError:
+            noticed += 1
+        flip(path, place)
+    assert noticed > 0.7 * len(written)
+    data = json.loads(written)
+    del data["digest"]
+    path.write_text(json.dumps(data))
+    assert checkpoints.check(newest) == expected
+
+
+@pytest.mark.parametrize("verb", ["stream", "eval", "generate", "train"])
+def test_a_flipped_byte_in_a_folder_that_convert_wrote(longspan, folder, tmp_path, verb):
+    save_llama(tmp_path / "plain")
+    out = tmp_path / "converted"
+    assert longspan("convert", tmp_path / "plain", "--to", "window", "-o", out).code == 0
+    text = folder / "long.txt"
+    arguments = {
+        "stream": ["stream", out, text, "--limit", "50"],
+        "eval": ["eval", out, text, "--tokens", "20"],
+        "generate": ["generate", out, "-p", "x", "-n", "1"],
+        "train": ["train", "pretrained", "--set", f"model.source={out}", "-o", tmp_path / "run"],
+    }[verb]
+    files = sorted(path for path in out.iterdir() if path.name != "digests.json")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in files}
+    for path in files:
+        flip(path, path.stat().st_size // 2)
+        assert f"{path}: damaged" in longspan(*arguments).error
+        flip(path, path.stat().st_size // 2)
+    if verb != "train":
+        assert longspan(*arguments).code == 0
+
+
+def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path):
+    path = tmp_path / "log.jsonl"
+    good = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(4)]
+    for damaged in (good[1][:-4], b"\xff" + good[1], b"[1]", good[1].replace(b"step", b"stap"), b"", b"3"):
+        path.write_bytes(b"\n".join([good[0], damaged, *good[2:], good[3][:9]]))
+        assert [line["step"] for line in read_log(path)] == [0, 2, 3]

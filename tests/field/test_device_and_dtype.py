@@ -93,3 +93,21 @@ def test_a_run_is_opened_where_the_options_say(trained: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     model, _ = open_any_run(str(trained / "run"), device="meta")
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "quickstart-lm"])
+def test_a_tour_names_a_device_that_is_not_there(capfd: pytest.CaptureFixture[str], tmp_path: Path, verb: str) -> None:
+    assert run([verb, "-o", str(tmp_path / "out"), "--device", "nowhere"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "--device = 'nowhere'" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["rmt", "reformer-copy", "infini-passkey"])
+def test_training_along_a_curriculum_takes_a_device(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, recipe: str
+) -> None:
+    assert run(["train", recipe, "-o", str(tmp_path / "out"), "--device", "nowhere"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "train.device = 'nowhere'" in line
+    assert not (tmp_path / "out").exists()

@@ -254,3 +254,15 @@ print(get_model("longspan").__name__)
 """
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert found.stdout == "LongspanLM\n", found.stderr
+
+
+@pytest.mark.parametrize("verb", ["spans", "support"])
+def test_showing_heads_shows_progress(longspan, folder, tmp_path, monkeypatch, verb):
+    mixer = {"name": "entmax", "window": 8} if verb == "support" else {"name": "adaptive_span", "dynamic": True}
+    recipe = recipe_of(folder, steps=1)
+    run({**recipe, "model": {**recipe["model"], "mixers": [mixer]}}, tmp_path / "run", progress="none")
+    made = Terminal(80)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", made.file)
+        assert longspan("show", verb, tmp_path / "run", "-o", tmp_path / "page").code == 0
+    assert re.search(r"(counting keys|measuring spans): +\d+%", made.text())

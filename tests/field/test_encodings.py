@@ -2,12 +2,15 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from tests.field.test_work_is_kept import recipe_of
 
 from longspan.cli.app import run
+from longspan.train import run as train
 
 ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 
@@ -71,3 +74,41 @@ def test_in_a_process_of_its_own(byte_run, setting):
     found = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **setting})
     assert found.returncode == 0, found.stderr
     assert b"difference" in found.stdout
+
+
+@pytest.fixture(scope="module")
+def word_run(folder, tmp_path_factory):
+    """A run that reads words."""
+    recipe = recipe_of(folder, steps=1)
+    where = tmp_path_factory.mktemp("words") / "run"
+    train(recipe | {"task": recipe["task"] | {"tokenizer": "word"}}, where, progress="none")
+    return where
+
+
+@pytest.mark.parametrize("verb", ["eval", "stream", "generate"])
+@pytest.mark.parametrize("kind", ["byte", "subword", "word"])
+def test_text_that_is_not_utf8(longspan, byte_run, subword_run, word_run, tmp_path, verb, kind):
+    """Bytes read anything; subwords and words read it with U+FFFD, exactly as if it stood there."""
+    chosen = {"byte": byte_run, "subword": subword_run, "word": word_run}[kind]
+    bad, replaced = tmp_path / "bad.txt", tmp_path / "replaced.txt"
+    bad.write_bytes(b"the people \xff of the \x80 union \xe2\x82")
+    replaced.write_text(bad.read_bytes().decode(errors="replace"), encoding="utf-8")
+
+    def call(path, *more):
+        arguments = {
+            "eval": ["eval", chosen, path, "--json"],
+            "stream": ["stream", chosen, path, "--losses", tmp_path / "nats", "-q"],
+            "generate": ["generate", chosen, "--prompt-file", path, "-n", 9, "--temperature", 0],
+        }[verb]
+        found = longspan(*arguments, *more)
+        nats = (tmp_path / "nats").read_bytes() if verb == "stream" else b""
+        return found, re.sub(r'"(seconds|.*per_second)": .*', "", found.out), nats
+
+    if kind == "byte":
+        assert call(bad)[0].code == 0
+    else:
+        found, *_ = call(bad)
+        assert found.code == 2
+        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in found.error
+        assert call(bad, "--errors", "replace")[1:] == call(replaced)[1:]
+    assert "strict or replace" in call(bad, "--errors", "ignore")[0].error

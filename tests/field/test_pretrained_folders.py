@@ -219,3 +219,39 @@ def test_an_empty_recipe_is_refused(capfd: pytest.CaptureFixture[str], tmp_path:
     line = error_line(capfd, "train", tmp_path / "empty.toml", "-o", tmp_path / "run")
     assert "is missing or empty" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("mixer", [{"name": "transformer_xl", "segment": 16, "mem_len": 16}, {"name": "full"}])
+def test_a_model_of_the_library_that_transformers_wrote(
+    capfd: pytest.CaptureFixture[str], plain: Path, text: Path, tmp_path: Path, mixer: dict[str, Any], memory: bool
+) -> None:
+    """`LongspanForCausalLM.save_pretrained` and a tokenizer: every verb reads it as the model itself does."""
+    import longspan as ls
+    from longspan import hf
+
+    torch.manual_seed(0)
+    model: Any = ls.Decoder(ls.DecoderConfig(vocab_size=257, dim=16, num_layers=1, num_heads=2, mixers=(mixer,)))
+    if memory:
+        model = ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    hf.LongspanForCausalLM.wrap(model).save_pretrained(tmp_path)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(plain)
+    tokenizer.save_pretrained(tmp_path)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text.read_text(), add_special_tokens=False).input_ids]])
+    with torch.no_grad():
+        logits = model.eval()(ids[:, :-1])[0]
+    expected = float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])) / math.log(2)
+    expected *= (ids.shape[1] - 1) / len(text.read_bytes())
+    code, out, err = call(capfd, "eval", tmp_path, text, "--json")
+    assert code == 0, err
+    assert "not converted" not in err
+    assert json.loads(out)["with_memory"]["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert call(capfd, "stream", tmp_path, text, "--losses", tmp_path / "nats")[0] == 0
+    nats = np.fromfile(tmp_path / "nats", dtype="<f4").astype(np.float64)
+    assert nats.sum() / math.log(2) / len(text.read_bytes()) == pytest.approx(expected, rel=1e-5)
+    code, out, _ = call(capfd, "generate", tmp_path, "--prompt", "the people", "-n", "5", "--temperature", "0")
+    assert code == 0
+    assert out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from longspan.errors import CheckpointError
-from longspan.files import write_text
+from longspan.files import write_json, write_text
 from longspan.train import Silent, evaluate_text, load_run, read_log, run
 from longspan.train import checkpoint as checkpoints
 
@@ -285,3 +285,39 @@ def test_a_verb_ended_by_sigterm_leaves_no_traceback(tmp_path, monkeypatch, long
     found = longspan("eval", "run")
     assert (found.code, found.err) == (130, "")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("write", [write_text, write_json])
+def test_a_pipe_stays_a_pipe(tmp_path, write):
+    """Files are renamed into place, but nothing takes the place of what is no file."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write(path, "some text")
+    assert b"some text" in os.read(reader, 100)
+    os.close(reader)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "far").mkdir()
+    link = tmp_path / "state"
+    link.symlink_to(tmp_path / "far" / "target")
+    for text in ("first", "second"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert (tmp_path / "far" / "target").read_text() == text
+
+
+def test_a_state_is_saved_through_a_link_and_into_a_pipe(longspan, byte_run, folder, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "state")
+    for path in (tmp_path / "plain", link):
+        assert longspan("stream", byte_run, folder / "long.txt", "--limit", 300, "--save-state", path).code == 0
+    assert link.is_symlink()
+    assert (tmp_path / "state").read_bytes() == (tmp_path / "plain").read_bytes()
+    broken = tmp_path / "broken"
+    broken.symlink_to(tmp_path / "nowhere" / "state")
+    found = longspan("stream", byte_run, folder / "long.txt", "--save-state", broken)
+    assert "there is no folder" in found.error

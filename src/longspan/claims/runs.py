@@ -1,5 +1,6 @@
 """What claims that train share: runs that go on where they stopped, measurements that are made once."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ def trained(recipe: Mapping[str, Any], folder: Path) -> None:
     if (folder / "model").is_dir():
         return
     resume = any((folder / "checkpoints").glob("step-*"))
-    if run(recipe, folder, resume=resume, progress="none").interrupted:
+    # trainings of minutes are shown to who waits for them; a log gets the lines of the claim alone
+    progress = "live" if sys.stderr.isatty() else "none"
+    if run(recipe, folder, resume=resume, progress=progress).interrupted:
         raise KeyboardInterrupt
 
 

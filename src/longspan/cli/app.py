@@ -132,6 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     Args:
         arguments: as typed behind `longspan`; None: those of this process.
     """
+    if not sys.stderr.isatty():
+        # bars of other libraries, which are drawn over themselves, would fill a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

@@ -66,7 +66,7 @@ def convert(
     from longspan.hf.decoder import open_pretrained
     from longspan.hf.opening import locate_weights
     from longspan.train.distributed import choose_device
-    from longspan.train.folders import write_folder
+    from longspan.train.folders import seal, write_folder
 
     weights = locate_weights(model, gguf)
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))
@@ -77,7 +77,7 @@ def convert(
         opened.model.save_pretrained(folder)
         opened.tokenizer.save_pretrained(folder)
 
-    write_folder(output, save)
+    write_folder(output, save, seal)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("the state of this model grows with the text")

@@ -10,6 +10,7 @@ from longspan.cli.console import console, interval, print_table, reading_progres
 from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
 from longspan.cli.options import DeviceOption, DtypeOption, place
 from longspan.cli.outputs import check_output_folder
+from longspan.cli.reading import ERRORS_HELP, check_errors
 from longspan.cli.runs import SET_HELP, is_pretrained_folder, open_any_run
 from longspan.errors import ConfigError
 
@@ -77,6 +78,7 @@ def evaluate(
     split: SplitOption = SPLIT,
     contexts: ContextsOption = CONTEXTS,
     output: OutputOption = "",
+    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
@@ -106,6 +108,7 @@ def evaluate(
         check_output_folder(output, "--output")
     _check(task_, output, contexts, split if files else "")
     _check_files(files or [])
+    check_errors(errors)
     given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
@@ -118,7 +121,7 @@ def evaluate(
         _eval_passkeys(*open_any_run(run, set_ or [], device=device, dtype=dtype), lengths, count, as_json)
     else:
         model, task = open_any_run(run, set_ or [], device=device, dtype=dtype)
-        documents = _read(task, files or [], run, split)
+        documents = _read(task, files or [], run, split, errors)
         asked = Asked(
             run=run,
             what=", ".join(files) if files else f"{NAMES_OF_SPLITS[split]} documents of {run}",
@@ -189,7 +192,7 @@ def _eval_text(
         show(found, asked.what, asked.segment)
 
 
-def _read(task: Any, files: list[str], run: str, split: str) -> "Documents":
+def _read(task: Any, files: list[str], run: str, split: str, errors: str) -> "Documents":
     """The documents of files, or those of a split."""
     from longspan.tasks import TextTask
 
@@ -202,7 +205,8 @@ def _read(task: Any, files: list[str], run: str, split: str) -> "Documents":
         return held
     if not hasattr(task, "read"):
         raise ConfigError(f"{run}: the task {type(task).__name__} makes its own documents; give no files")
-    documents: Documents = task.read(files)
+    options = {"errors": errors} if isinstance(task, TextTask) else {}
+    documents: Documents = task.read(files, **options)
     return documents
 
 

@@ -150,7 +150,8 @@ def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", prompt: Promp
         opened: contextlib.AbstractContextManager[BinaryIO] = contextlib.nullcontext(text)
     else:
         size, opened = _size_of(prompt.file), reading.open_bytes(prompt.file)
-    encoder = reading.encoder(tokenizer, prompt.file or "--prompt", errors=prompt.errors)
+    name = "standard input" if prompt.file == "-" else prompt.file or "--prompt"
+    encoder = reading.encoder(tokenizer, name, errors=prompt.errors)
     with opened as file, reading_progress("reading the prompt") as show:
         end, problem = streaming.read_all(
             session, file, encoder, stop=stop, progress=lambda read: show(read, size) if size else None

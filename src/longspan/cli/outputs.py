@@ -17,6 +17,9 @@ def check_output_file(path: str | Path, option: str = "") -> Path:
         CheckpointError: a folder, no name at all, a folder that is missing, or a place that is not writable.
     """
     path, named = Path(path), f"{option} {path}" if option else str(path)
+    if path.is_symlink() and not path.exists():
+        # what a link names is written
+        return check_output_file(os.path.realpath(path), option) and path
     if path.is_dir():
         raise CheckpointError(f"{named}: cannot be written: it is a folder; give the name of a file")
     if not path.parent.exists():
@@ -24,7 +27,7 @@ def check_output_file(path: str | Path, option: str = "") -> Path:
     if not path.parent.is_dir():
         raise CheckpointError(f"{named}: cannot be written: {path.parent} is not a folder")
     # what is there already is replaced, so its folder decides; a pipe or a device is written to
-    place = path if path.exists() and not path.is_file() else path.parent
+    place = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
     if not os.access(place, os.W_OK):
         raise CheckpointError(f"{named}: cannot be written: {place} is not writable")
     return path

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 # characters in a piece that subwords are looked for in: as `Subword.encode` cuts, so that a stream gives its tokens
 PIECE = 1 << 16
-ERRORS_HELP = "Of bytes that are not UTF-8, where a run reads subwords: stop there, or read U+FFFD in their place."
+ERRORS_HELP = (
+    "Of bytes that are not UTF-8, where a run reads subwords or words: stop there, or read U+FFFD in their place."
+)
 # a text without newlines is cut here, or it would have to be held whole
 LONGEST = 4 * PIECE
 
@@ -131,6 +133,8 @@ class SubwordEncoder:
         return border if border or len(self._text) < LONGEST else LONGEST
 
     def _decode(self, data: bytes, *, end: bool) -> None:
+        from longspan.tasks.tokenizers import not_utf8
+
         waiting = len(self._decoder.getstate()[0])
         try:
             self._text += self._decoder.decode(data, final=end)
@@ -139,10 +143,7 @@ class SubwordEncoder:
             self._refused = error.object[error.start :]
             self._decoder.reset()
             place = self._read - waiting + error.start
-            raise DataError(
-                f"{self.name}: not UTF-8 at byte {place:,}, and this run reads subwords; --errors replace reads U+FFFD "
-                "in its place"
-            ) from None
+            raise DataError(not_utf8(self.name, place, self.tokenizer)) from None
         self._read += len(data)
 
     def _encode(self, pieces: list[str]) -> "Array":

@@ -28,7 +28,8 @@ def reproduce(
 ) -> int:
     """Re-enact a claim of a paper, and say what came out beside what the paper says.
 
-    Ctrl-C stops it; the same command goes on where it stopped.
+    Ctrl-C stops it; the same command goes on where it stopped. There is no --device: what a claim measures, clocks
+    among it, belongs to the device its recipes name, and docs/claims.md compares it with that of others.
 
     Examples:
       longspan reproduce

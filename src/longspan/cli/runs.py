@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longspan.cli.console import say
@@ -57,8 +58,6 @@ def open_any_run(
 
 def is_pretrained_folder(folder: str) -> bool:
     """Whether a folder holds a model as transformers keeps it, converted or plain, and no run."""
-    from pathlib import Path
-
     from longspan.files import read_json
     from longspan.models.io import is_converted
 
@@ -74,12 +73,15 @@ def _open_pretrained(folder: str, dtype: str) -> "tuple[Any, Task]":
     from longspan.models.io import is_converted
     from longspan.tasks import TextTask
     from longspan.tasks.tokenizers import borrow
+    from longspan.train.folders import check_sealed
 
+    check_sealed(Path(folder))
     if is_converted(folder):
         opened = load_converted(folder, parse_dtype(dtype))
     else:
         opened = open_plain(folder, parse_dtype(dtype))
-        say(f"{folder}: not converted; read with its own attention, as a baseline")
+        if hasattr(opened.model, "conversion"):
+            say(f"{folder}: not converted; read with its own attention, as a baseline")
     return opened.model, TextTask(tokenizer=borrow(opened.tokenizer, end_tokens_of(folder)))
 
 

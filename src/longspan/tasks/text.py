@@ -15,7 +15,7 @@ from longspan.tasks.base import TestedSplit as Split
 from longspan.tasks.corpora import CORPORA, Corpus, Splits
 from longspan.tasks.shards import Shards, key_of, stamps, write_shards
 from longspan.tasks.sources import MAPPED_BYTES, Text, find_source, source_files
-from longspan.tasks.tokenizers import Bytes, Subword, Tokenizer, load_tokenizer
+from longspan.tasks.tokenizers import Bytes, Subword, Tokenizer, as_utf8, load_tokenizer
 from longspan.tasks.words import Words
 
 # from this many bytes on, token ids are kept in the run's folder
@@ -198,25 +198,33 @@ class TextTask:
         """The documents of a split as (name, (bytes,) uint8), read one after another; raises as `documents`."""
         return ((text.name, text.read()) for text in self._split(split))
 
-    def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
-        """Any other text as documents of this task's tokenizer; arguments as in `TextConfig`.
+    def read(self, source: str | Sequence[str], *, pattern: str | None = None, errors: str = "strict") -> Documents:
+        """Any other text as documents of this task's tokenizer.
+
+        Args:
+            source: as in `TextConfig`.
+            pattern: as in `TextConfig`.
+            errors: of bytes that are not UTF-8, where the tokenizer is not of bytes: `"strict"` refuses the text,
+                `"replace"` reads U+FFFD in their place.
 
         Raises:
             DataError: the text is missing or cannot be read.
         """
         texts = find_source(source, pattern=pattern or self.config.pattern, separator=self.config.separator)
-        return self._tokenise(texts)
+        return self._tokenise(texts, errors)
 
-    def _tokenise(self, texts: list[Text]) -> Documents:
+    def _tokenise(self, texts: list[Text], errors: str = "") -> Documents:
         digest, items = hashlib.blake2b(digest_size=16), []
-        for name, ids in self._encoded(texts, digest):
+        for name, ids in self._encoded(texts, digest, errors):
             items.append((name, TextDocument(ids, self.tokenizer)))
         return Documents([item for _, item in items], [name for name, _ in items], digest.hexdigest())
 
-    def _encoded(self, texts: list[Text], digest: hashlib.blake2b) -> Iterator[tuple[str, Array]]:
-        """The ids of each document, one after another; the digest is of the text."""
+    def _encoded(self, texts: list[Text], digest: hashlib.blake2b, errors: str = "") -> Iterator[tuple[str, Array]]:
+        """The ids of each document, one after another; the digest is of the text; `errors` of texts not trained on."""
         for text in texts:
             data = text.read()
+            if errors:
+                data = as_utf8(data, text.name, self.tokenizer, errors)
             # of a mapped file the ends must do: it is not read as a whole
             ends = [data] if len(data) < MAPPED_BYTES else [data[:65536], data[-65536:]]
             digest.update(f"{len(data)}:".encode() + b"".join(part.tobytes() for part in ends))

@@ -212,6 +212,33 @@ def utf8(data: bytes | Array, name: str) -> str:
         raise DataError(f'{name}: not UTF-8 at byte {error.start}; task.tokenizer = "bytes" reads anything') from None
 
 
+def as_utf8(data: Array, name: str, tokenizer: Tokenizer, errors: str = "strict") -> Array:
+    """(bytes,) uint8 that a tokenizer can read: of text other than bytes, U+FFFD stands for what is not UTF-8.
+
+    Args:
+        data: (bytes,) uint8.
+        name: what an error calls the text.
+        tokenizer: one of bytes takes any.
+        errors: `"strict"` or `"replace"`.
+
+    Raises:
+        DataError: with `"strict"`, it is not UTF-8; says where.
+    """
+    if isinstance(tokenizer, Bytes):
+        return data
+    try:
+        text = data.tobytes().decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(not_utf8(name, error.start, tokenizer)) from None
+    return np.frombuffer(text.encode(), dtype=np.uint8) if errors == "replace" else data
+
+
+def not_utf8(name: str, place: int, tokenizer: Tokenizer) -> str:
+    """What is said of a byte that is not UTF-8, in a text that a trained model was to read."""
+    kind = "subwords" if isinstance(tokenizer, Subword) else "words"
+    return f"{name}: not UTF-8 at byte {place:,}, and this run reads {kind}; --errors replace reads U+FFFD in its place"
+
+
 def encode_in_parts(engine: "Engine", text: str, dtype: Any) -> Array:
     """(tokens,) ids of a text by an engine that no token carries over the end of a line, in parallel."""
     chunks, parts = _chunks(text), []

@@ -10,6 +10,7 @@ A folder is complete or invisible, and never a pickle; several processes write i
 `meta.json` holds digests, so damage is found before it is used.
 """
 
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.errors import CheckpointError
-from longspan.files import read_json, read_tensors, write_json, write_tensors
+from longspan.files import data_digest, read_json, read_tensors, write_json, write_tensors
 from longspan.models.io import load_model, save_model
 from longspan.train import folders
 from longspan.train.distributed import Group
@@ -109,7 +110,9 @@ def save(
     def seal(filled: Path) -> None:
         files = {each.name: folders.digest(each) for each in sorted(filled.iterdir()) if each.is_file()}
         blocks = len(carried) * group.world_size
-        write_json(filled / META, {"position": asdict(position), "blocks": blocks, "files": files})
+        # as it will be read: a digest of keys that JSON turns into text would be another
+        meta = json.loads(json.dumps({"position": asdict(position), "blocks": blocks, "files": files}))
+        write_json(filled / META, {**meta, "digest": data_digest(meta)})
 
     try:
         folders.write_folder(path, fill, seal, group)
@@ -140,6 +143,10 @@ def check(path: Path) -> dict[str, Any]:
     meta = read_json(path / META)
     if not isinstance(meta, dict) or not {"position", "files", "blocks"} <= meta.keys():
         raise CheckpointError(f"{path / META}: not a checkpoint that longspan wrote")
+    # those of earlier versions have no digest of their own
+    own = meta.pop("digest", None)
+    if meta.keys() != {"position", "files", "blocks"} or (own is not None and own != data_digest(meta)):
+        raise CheckpointError(f"{path / META}: damaged: its contents are not what was written")
     for name, expected in meta["files"].items():
         file = path / name
         if not file.is_file():

@@ -19,7 +19,6 @@ from torch import Tensor
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers import with_penalties
-from longspan.mixers.maps import place_of
 from longspan.models import Decoder
 from longspan.tasks.synthetic import CopyTask
 from longspan.train.progress import Silent
@@ -113,8 +112,7 @@ class CopyingTrainer(StagedTrainer):
         """See the base."""
         config, word = self.config, self.copying.word
         rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
-        drawn = draw_words(self.task, rows, word, (config.seed, self.position.step))
-        tokens = drawn.to(place_of(self.model).device)
+        tokens = draw_words(self.task, rows, word, (config.seed, self.position.step)).to(self.device)
         penalties: list[Tensor] = []
         hidden, _ = self.model.hidden(tokens[:, :-1], penalties=penalties)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]

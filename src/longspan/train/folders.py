@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from longspan.errors import CheckpointError
@@ -88,7 +88,12 @@ def remove_leftovers(folder: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Write the digests of all files in a folder beside them."""
-    files = {path.relative_to(folder).as_posix(): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    seal_files(folder, (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()))
+
+
+def seal_files(folder: Path, names: Iterable[str]) -> None:
+    """The same of some files, by their names in the folder; those that are not there are left out."""
+    files = {name: digest(folder / name) for name in names if name != DIGESTS and (folder / name).is_file()}
     write_json(folder / DIGESTS, {"files": files})
 
 

@@ -12,15 +12,17 @@ from longspan.files import write_atomically
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that a kill left torn is dropped."""
+    """The lines of a log; one that a kill left torn, or that is damaged, is dropped."""
     path, lines = Path(path), []
     if not path.exists():
         return []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from longspan.errors import ConfigError
 from longspan.models import save_model
 from longspan.models.io import is_converted
+from longspan.train.folders import check_sealed
 
 KIND = "pretrained"
 
@@ -62,6 +63,8 @@ def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
             f"model.source = {source!r} is no folder that `longspan convert` wrote; convert it first, or add a table "
             "model.memory"
         )
+    if Path(source).is_dir():
+        check_sealed(Path(source))
     path = folder / "tokenizer.json"
     if not path.exists():
         borrow(open_tokenizer(source), end_tokens_of(source)).save(path)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.mixers import with_penalties
-from longspan.mixers.maps import place_of
 from longspan.models import RecurrentClassifier, Trace
 from longspan.tasks import MemoryTask
 from longspan.train.curriculum import Curriculum, CurriculumConfig
@@ -93,7 +92,7 @@ class RecallTrainer(StagedTrainer):
 
     def _backward(self, batch: Samples, size: int) -> tuple[float, float]:
         """Add the gradient of a batch; its loss on answers and its accuracy."""
-        batch = Samples(*(each.to(place_of(self.model).device) for each in batch))
+        batch = Samples(*(each.to(self.device) for each in batch))
         traces: list[Trace] = []
         penalties: list[Tensor] = []
         with self.model.recurrent.segments_of(size):

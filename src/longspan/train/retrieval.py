@@ -23,7 +23,6 @@ from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
 from longspan.mixers import with_penalties
 from longspan.mixers.infini import InfiniCore
-from longspan.mixers.maps import place_of
 from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
@@ -165,8 +164,8 @@ class RetrievalTrainer(StagedTrainer):
         config, step = self.config, self.position.step
         mentions, length, repeats = self.retrieval.draw(step)
         rows = max(4, config.tokens // length)
-        drawn = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
-        tokens, graded = (each.to(place_of(self.model).device) for each in drawn)
+        tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
+        tokens, graded = tokens.to(self.device), graded.to(self.device)
         state = self._filled(rows, repeats, step) if repeats > 1 else None
         penalties: list[Tensor] = []
         logits, _ = self.model(tokens[:, :-1], state, penalties=penalties)
@@ -192,7 +191,7 @@ class RetrievalTrainer(StagedTrainer):
         text = self.task.filler(random, 2 * size, "train")
         first = int(random.integers(0, size))
         tokens = torch.from_numpy(np.frombuffer(text[first : first + size], dtype=np.uint8).astype(np.int64))
-        _, state = self.model(tokens.to(place_of(self.model).device).expand(rows, -1))
+        _, state = self.model(tokens.to(self.device).expand(rows, -1))
         return repeated(self.model, state, repeats)
 
 

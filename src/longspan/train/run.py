@@ -3,6 +3,7 @@
 FOLDER/recipe.json      the recipe with every default filled in
 FOLDER/log.jsonl        one line per logged step and per evaluation
 FOLDER/tokenizer.json   what text is cut into
+FOLDER/digests.json     digests of the recipe and the tokenizer, so that damage is noticed
 FOLDER/checkpoints/     see `longspan.train.checkpoint`
 FOLDER/model/           the trained model, once the training is over
 
@@ -31,7 +32,7 @@ from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
-from longspan.train.distributed import Group, join_group
+from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
@@ -232,6 +233,7 @@ def _run_staged_reserved(
     checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
+    model = model.to(choose_device(config.device))
     trainer: StagedTrainer
     if isinstance(config, RetrievalConfig):
         trainer = RetrievalTrainer(model, cast(PasskeyTask, task), config, folder, display=display)
@@ -253,8 +255,11 @@ def _run_staged_reserved(
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
     """Everything fits: from here on the folder is that of a run."""
+    # deleted first, as a kill between the two files would leave digests of an earlier recipe
+    (folder / folders.DIGESTS).unlink(missing_ok=True)
     write_json(folder / "recipe.json", resolved)
     start.begin()
+    folders.seal_files(folder, ("recipe.json", "tokenizer.json"))
     if (folder / "model").is_dir():
         # of an earlier end of this run; until the next end the newest checkpoint is the model
         folders.remove(folder / "model")
@@ -309,7 +314,8 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
 
 def _stored_recipe(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.json").exists():
-        raise CheckpointError(f"{folder}: no run here (recipe.json is missing); start one without resuming")
+        raise CheckpointError(f"{folder}: no run here (recipe.json is missing)")
+    folders.check_sealed(folder)
     stored: dict[str, Any] = read_json(folder / "recipe.json")
     if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
         raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")

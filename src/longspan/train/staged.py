@@ -51,6 +51,7 @@ class StagedConfig:
         log_every, checkpoint_every: in steps; 0 checkpoints at the end only.
         keep: checkpoints that stay.
         threads: CPU threads; 0 = as torch chooses.
+        device: as torch calls it; "auto" = CUDA where there is one.
     """
 
     steps: int | None = None
@@ -72,6 +73,7 @@ class StagedConfig:
     checkpoint_every: int = 200
     keep: int = 2
     threads: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_least(self, "train", dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0))
@@ -201,6 +203,12 @@ class StagedTrainer:
         torch.manual_seed((config.seed + 1) * 1_000_003)
         self._saved_step: int | None = None
         self._stop = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        where: torch.device = next(self.model.parameters()).device
+        return where
 
     def read(self) -> Outcome:
         """Draw the batch of this step, add its gradient, and tell the curriculum."""

@@ -11,7 +11,7 @@ from longspan.mixers import Core, Rows
 from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.probe import support_sizes
 from longspan.tasks import Documents
-from longspan.train.evaluate import Evaluation, evaluate_text
+from longspan.train.evaluate import Evaluation, Progress, evaluate_text
 
 _BATCH = 8
 
@@ -24,6 +24,7 @@ def watch_layers(
     *,
     chunk: int,
     unit: str = "byte",
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Read documents as `longspan eval` does; `watch` is called after each layer of `cores`.
 
@@ -34,10 +35,13 @@ def watch_layers(
         watch: a forward hook with keywords: (core, positional arguments, keywords, output).
         chunk: tokens of a row in one call.
         unit: of the task.
+        progress: told what is read, as by `evaluate_text`.
     """
     hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
     try:
-        return evaluate_text(model, documents, chunk=chunk, batch=_BATCH, memory=bool(model.traits.streams), unit=unit)
+        return evaluate_text(
+            model, documents, chunk=chunk, batch=_BATCH, memory=bool(model.traits.streams), unit=unit, progress=progress
+        )
     finally:
         for hook in hooks:
             hook.remove()
@@ -74,7 +78,13 @@ class Support:
 
 
 def head_supports(
-    model: Any, documents: Documents, cores: Sequence[EntmaxCore], *, chunk: int, unit: str = "byte"
+    model: Any,
+    documents: Documents,
+    cores: Sequence[EntmaxCore],
+    *,
+    chunk: int,
+    unit: str = "byte",
+    progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Support]]:
     """How many keys each head gives a weight that is not zero; arguments as in `watch_layers`."""
     counted = {}
@@ -90,5 +100,5 @@ def head_supports(
             totals += (counts * real[:, None]).sum((0, 2)).cpu()
         support.queries += int(real.sum())
 
-    read = watch_layers(model, documents, cores, watch, chunk=chunk, unit=unit)
+    read = watch_layers(model, documents, cores, watch, chunk=chunk, unit=unit, progress=progress)
     return read, [counted[id(core)] for core in cores]

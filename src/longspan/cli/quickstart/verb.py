@@ -33,6 +33,9 @@ def quickstart(
         int,
         typer.Option("--count", min=1, help="Questions of each kind at short lengths; fewer are asked at long ones."),
     ] = 64,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="Of training and asking; auto is CUDA where there is one.")
+    ] = "cpu",
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the model that is in DIR already.")] = False,
 ) -> int:
     """Tell a model a fact once, let two million tokens go by, and ask for it; about ten minutes.
@@ -52,10 +55,14 @@ def quickstart(
     from longspan.cli.training_table import RECALL, TrainingTable
     from longspan.config import override, read_toml
     from longspan.train import find_recipe, load_run, run
+    from longspan.train.distributed import choose_device
 
     data = read_toml(recipe or find_recipe(RECIPE))
     for assignment in set_ or []:
         data = override(data, assignment)
+    where = choose_device(device, what="--device")
+    if device != "cpu":
+        data = override(data, f"train.device={device}")
     if data.get("task", {}).get("name") != "memory" or "classes" not in data.get("model", {}):
         raise ConfigError("quickstart: wants a recipe of the memory task with model.classes; use `longspan train`")
     clock, folder = Clock(), output / "run"
@@ -73,6 +80,7 @@ def quickstart(
             raise KeyboardInterrupt
     clock.lap("train")
     model, task = cast("tuple[Any, MemoryTask]", load_run(folder))
+    model.to(where)
     say_step(2, 3, "asking, after more and more text it has never seen (k of n right)")
     found = measure.ask(model, task, measure.plan(longest, count))
     clock.lap("ask")

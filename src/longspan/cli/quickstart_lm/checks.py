@@ -57,7 +57,7 @@ def _whole_text(plan: Plan, streamed: Streamed) -> Check:
 
 
 def _state(plan: Plan, streamed: Streamed) -> Check:
-    model, _ = open_run(str(plan.run), [INFERENCE])
+    model, _ = open_run(str(plan.run), [INFERENCE], device=plan.device)
     sizes = {model.state_nbytes(1, length) for length in (1, 10**3, 10**7)}
     sizes |= {record["state_bytes"] for record in streamed.records}
     return Check(

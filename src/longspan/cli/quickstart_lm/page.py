@@ -197,7 +197,7 @@ def _writing_blocks(written: Written) -> list[Quote | Text]:
 
 
 def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clock) -> list[tuple[str, str]]:
-    model, _ = open_run(str(plan.run), [INFERENCE])
+    model, _ = open_run(str(plan.run), [INFERENCE], device=plan.device)
     recipe = read_json(plan.run / "recipe.json")
     config, train = model.config, recipe["train"]
     last = [line for line in log if "tokens_per_second" in line][-1]

@@ -45,6 +45,11 @@ class Plan:
         return self.folder / "run"
 
     @property
+    def device(self) -> str:
+        """Where it is trained and read, as `--device` names it."""
+        return str(self.recipe.get("train", {}).get("device", "auto"))
+
+    @property
     def half(self) -> int:
         """Bytes before the state is saved."""
         return self.size // 2

@@ -44,7 +44,7 @@ def train(plan: Plan, *, reuse: bool) -> None:
 
 def compare_memories(plan: Plan) -> dict[int, Evaluation]:
     """The trained weights with memories of several lengths, on the first bytes of every held-back document."""
-    model, task = open_run(str(plan.run))
+    model, task = open_run(str(plan.run), device=plan.device)
     documents = heads(task.documents("validation"), HEAD)
     status, found = StatusLine(every=0.0), {}
     for length in plan.memory_lengths:
@@ -106,7 +106,7 @@ def stream(plan: Plan) -> Streamed:
 
 def stream_command(plan: Plan, options: list[str]) -> list[str]:
     """The arguments behind `longspan` of one of the processes."""
-    settings = [f"--set={INFERENCE}", f"--block={plan.block}"]
+    settings = [f"--set={INFERENCE}", f"--block={plan.block}", f"--device={plan.device}"]
     return ["stream", str(plan.run), str(plan.text), *settings, *options]
 
 
@@ -165,7 +165,7 @@ class Written:
 
 def write_on(plan: Plan) -> Written:
     """Let the model go on with the newest held-back document."""
-    model, task = open_run(str(plan.run), [INFERENCE])
+    model, task = open_run(str(plan.run), [INFERENCE], device=plan.device)
     documents = task.documents("validation")
     start = task.tokenizer.decode(documents[-1].cut(0, min(PROMPT, len(documents[-1]))).targets.tolist())
     # to the end of a word

@@ -28,6 +28,10 @@ def quickstart_lm(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="NAME", help="Of every step; auto (CUDA where there is one), cpu, cuda, ..."),
+    ] = "",
     reuse: Annotated[bool, typer.Option("--reuse", help="Keep the model that is in DIR already.")] = False,
 ) -> int:
     """Read a book in constant memory, in about seven minutes: train, stream, stop halfway, resume, draw a page.
@@ -47,10 +51,14 @@ def quickstart_lm(
     from longspan.cli.quickstart_lm.plan import make_plan
     from longspan.config import override, read_toml
     from longspan.train import find_recipe
+    from longspan.train.distributed import choose_device
 
     data = read_toml(recipe or find_recipe(RECIPE))
     for assignment in set_ or []:
         data = override(data, assignment)
+    if device:
+        choose_device(device, what="--device")
+        data = override(data, f"train.device={device}")
     clock = Clock()
     plan = make_plan(data, output, text, command_text=text)
     say_step(1, 4, f"training {plan.describe_training()}" if not reuse else "keeping the model that is there")

@@ -1,5 +1,6 @@
 """`longspan show scaling`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -122,12 +123,17 @@ def evaluated(lines: list[dict[str, Any]], run: str) -> tuple[int, float]:
     found, tokens = None, None
     for line in lines:
         tokens = line.get("tokens", tokens)
-        if "validation" in line:
-            found = tokens, float(line["validation"]["loss"])
+        validation = line.get("validation")
+        if isinstance(validation, dict) and isinstance(validation.get("loss"), int | float):
+            found = tokens, float(validation["loss"])
     if found is None:
         raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
     if found[0] is None:
         raise CheckpointError(f"{run}: its log holds no step at or before its evaluation; set train.log_every lower")
+    if not isinstance(found[0], int) or found[0] < 1 or not 0 < found[1] < math.inf:
+        raise CheckpointError(
+            f"{run}: no law fits a loss of {found[1]:g} after {found[0]} tokens; its log.jsonl holds it"
+        )
     return int(found[0]), found[1]
 
 

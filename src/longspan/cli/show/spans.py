@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, print_table
+from longspan.cli.console import console, print_table, reading_progress
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
@@ -89,5 +89,7 @@ def _dynamic_spans(
         counts[id(core)] += int(real.sum())
 
     documents, chunk = chosen(model, task, run, tokens=tokens, head=0)
-    watch_layers(model, documents, [each.core for each in found], watch, chunk=chunk, unit=task.unit)
+    cores = [each.core for each in found]
+    with reading_progress("measuring spans") as show:
+        watch_layers(model, documents, cores, watch, chunk=chunk, unit=task.unit, progress=show)
     return {key: (total / max(counts[key], 1)).tolist() for key, total in totals.items()}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longspan.cli.console import console, print_table
+from longspan.cli.console import console, print_table, reading_progress
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
@@ -50,7 +50,9 @@ def support(
     model, task = open_any_run(run, device=device, dtype=dtype)
     found = find(model, EntmaxCore, run, "entmax")
     documents, chunk = chosen(model, task, run, tokens=tokens, head=head)
-    read, counted = head_supports(model, documents, [each.core for each in found], chunk=chunk, unit=task.unit)
+    cores = [each.core for each in found]
+    with reading_progress("counting keys") as show:
+        read, counted = head_supports(model, documents, cores, chunk=chunk, unit=task.unit, progress=show)
     alphas = [(each, each.core.alpha.tolist()) for each in found]
     sizes = [(each, support.sizes) for each, support in zip(found, counted, strict=True)]
     shares = [(each, support.shares) for each, support in zip(found, counted, strict=True)]
