@@ -100,6 +100,18 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The same where it is a JSON object.
+
+    Raises:
+        CheckpointError: missing, or not a JSON object.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: damaged: not a JSON object")
+    return data
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
     """Write tensors as safetensors with a JSON header (kept in the file's metadata), atomically."""
     # safetensors refuses tensors that share memory or have gaps, and asks for addresses, which devices may not have

@@ -202,3 +202,20 @@ def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path):
     for damaged in (good[1][:-4], b"\xff" + good[1], b"[1]", good[1].replace(b"step", b"stap"), b"", b"3"):
         path.write_bytes(b"\n".join([good[0], damaged, *good[2:], good[3][:9]]))
         assert [line["step"] for line in read_log(path)] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("verb", ["eval", "stream", "generate", "convert"])
+@pytest.mark.parametrize("file", ["config.json", "recipe.json"])
+@pytest.mark.parametrize("text", ["[1]", "[1", "3"])
+def test_json_that_is_no_object(longspan, folder, tmp_path, verb, file, text):
+    """As an application wrote it into a folder of the same name."""
+    path = tmp_path / "model" / file
+    path.parent.mkdir()
+    path.write_text(text)
+    arguments = {
+        "eval": ["eval", path.parent, folder / "long.txt"],
+        "stream": ["stream", path.parent, folder / "long.txt"],
+        "generate": ["generate", path.parent, "-p", "x"],
+        "convert": ["convert", path.parent, "--to", "window", "-o", tmp_path / "out"],
+    }[verb]
+    assert str(path.parent) in longspan(*arguments).error

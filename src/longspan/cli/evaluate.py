@@ -214,20 +214,20 @@ def is_memory_run(run: str) -> bool:
     """Whether a folder holds a classifier on a memory task."""
     from pathlib import Path
 
-    from longspan.files import read_json
+    from longspan.files import read_object
 
     path = Path(run) / "recipe.json"
-    return path.is_file() and "classes" in read_json(path).get("model", {})
+    return path.is_file() and "classes" in read_object(path).get("model", {})
 
 
 def is_passkey_run(run: str) -> bool:
     """Whether a folder holds a model that was trained along a curriculum of pass keys."""
     from pathlib import Path
 
-    from longspan.files import read_json
+    from longspan.files import read_object
 
     path = Path(run) / "recipe.json"
-    return path.is_file() and read_json(path).get("train", {}).get("curriculum") == "retrieval"
+    return path.is_file() and read_object(path).get("train", {}).get("curriculum") == "retrieval"
 
 
 def _numbers(option: str, given: str, example: str) -> list[int]:
@@ -304,11 +304,11 @@ def _segment(run: str, model: Any) -> int:
     """The segment a run was trained with; of a converted model, that of its mixers."""
     from pathlib import Path
 
-    from longspan.files import read_json
+    from longspan.files import read_object
 
     if is_pretrained_folder(run):
         return int(model.traits.segment or 1024)
-    value = read_json(Path(run) / "recipe.json").get("train", {}).get("segment_length", 0)
+    value = read_object(Path(run) / "recipe.json").get("train", {}).get("segment_length", 0)
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"{run}: its recipe names no train.segment_length; give --segment")
     return value

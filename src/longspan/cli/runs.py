@@ -58,13 +58,13 @@ def open_any_run(
 
 def is_pretrained_folder(folder: str) -> bool:
     """Whether a folder holds a model as transformers keeps it, converted or plain, and no run."""
-    from longspan.files import read_json
+    from longspan.files import read_object
     from longspan.models.io import is_converted
 
     if is_converted(folder):
         return True
     path = Path(folder) / "config.json"
-    return path.is_file() and not (Path(folder) / "recipe.json").exists() and "model_type" in read_json(path)
+    return path.is_file() and not (Path(folder) / "recipe.json").exists() and "model_type" in read_object(path)
 
 
 def _open_pretrained(folder: str, dtype: str) -> "tuple[Any, Task]":

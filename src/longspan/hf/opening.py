@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longspan.errors import CheckpointError, UnsupportedError
-from longspan.files import read_json
+from longspan.files import read_json, read_object
 from longspan.hf.convert import convert
 from longspan.hf.decoder import ConvertedDecoder, Opened, open_pretrained, open_tokenizer
 from longspan.hf.families import find
@@ -87,7 +87,7 @@ def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
         CheckpointError: it cannot be read.
         UnsupportedError: a family that does not convert, or an encoder.
     """
-    if read_json(Path(folder) / "config.json")["model_type"] == "longspan":
+    if read_object(Path(folder) / "config.json").get("model_type") == "longspan":
         return _open_own(folder, dtype)
     opened = open_pretrained(str(folder), dtype=dtype)
     model: Any = opened.model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import data_digest, read_json, read_tensors, write_json, write_tensors
+from longspan.files import data_digest, read_json, read_object, read_tensors, write_json, write_tensors
 from longspan.models.tables import build_model, describe_model
 
 # fields that came after the first saved states, as they were before
@@ -67,7 +67,7 @@ def load_model(folder: str | Path) -> Any:
 def is_converted(folder: str | Path) -> bool:
     """Whether a folder holds a pretrained model that `longspan.hf` converted; `longspan.hf.load` reads it."""
     path = Path(folder) / "config.json"
-    return path.is_file() and bool(read_json(path).get("longspan"))
+    return path.is_file() and bool(read_object(path).get("longspan"))
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: str | Path) -> None:
