@@ -94,13 +94,15 @@ class _Replay:
         self.choices = Choices()
         self.generator = torch.get_rng_state()
         self.devices, self.generators = get_device_states(like)
+        # said, as torch otherwise takes its own default, which others may have set
+        self.kind = like.device.type if self.devices else "cuda"
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, the same is drawn and chosen; outside, nothing was drawn."""
-        with torch.random.fork_rng(devices=self.devices):
+        with torch.random.fork_rng(devices=self.devices, device_type=self.kind):
             torch.set_rng_state(self.generator)
-            set_device_states(self.devices, self.generators)
+            set_device_states(self.devices, self.generators, device_type=self.kind)
             with self.choices.replay():
                 yield
 

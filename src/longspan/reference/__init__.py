@@ -15,7 +15,7 @@ from longspan.reference.lsh import lsh_attention, lsh_buckets
 from longspan.reference.memorizing import memorizing_attention
 from longspan.reference.rotary import rotary_table, rotate
 from longspan.reference.routing import routing_attention, routing_clusters
-from longspan.reference.softmax import full_attention, relative_attention, window_attention
+from longspan.reference.softmax import full_attention, relative_attention, relative_decode, window_attention
 from longspan.reference.sparse import sparse_attention
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "lsh_buckets",
     "memorizing_attention",
     "relative_attention",
+    "relative_decode",
     "rotary_table",
     "rotate",
     "routing_attention",

@@ -184,3 +184,45 @@ def relative_attention(
     scores = scale * (torch.where(own, content(k), content(stale_k)) + term_b + term_d)
     weights = masked_softmax(scores, visible[:, None])
     return weights.masked_fill(~own, 0.0) @ v + weights.masked_fill(own, 0.0) @ stale_v
+
+
+def relative_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    content_bias: Tensor,
+    *,
+    window: int | None = None,
+    segment: int | None = None,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """`relative_attention` of one query a row, the terms with r_{i-j} given: position[t] = (q + position_bias) . r_t.
+
+    Args:
+        q: (batch, heads, 1, head_dim).
+        k: (batch, kv_heads, memory + 1, head_dim).
+        v: like k.
+        position: (batch, heads, 1, distances) by distance, before `scale`; beyond the last one it repeats.
+        content_bias: (heads, head_dim).
+        window: see `relative_attention`.
+        segment: see `relative_attention`.
+        scale: default head_dim ** -0.5.
+        lengths: see `visible_keys`.
+        start: see `visible_keys`.
+        memory_lengths: see `visible_keys`.
+    """
+    visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    distance = torch.arange(k.shape[2] - 1, -1, -1, device=q.device)  # of each key to the query, the newest key's 0
+    if window is not None:
+        # with segments the query is the first of one: it sees `window` older keys and itself
+        visible = visible & (distance < (window if segment is None else window + 1))
+    content = torch.einsum("bhid,bhjd->bhij", q + content_bias[:, None], k)
+    scores = scale * (content + position[..., distance.clamp(max=position.shape[-1] - 1)])
+    return masked_softmax(scores, visible[:, None]) @ v
