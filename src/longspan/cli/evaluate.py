@@ -40,6 +40,9 @@ LengthsOption = Annotated[
 TokensOption = Annotated[
     int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
 ]
+HeadOption = Annotated[
+    int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
+]
 SegmentOption = Annotated[
     int,
     typer.Option(
@@ -62,9 +65,7 @@ def evaluate(
         ),
     ] = None,
     tokens: TokensOption = 0,
-    head: Annotated[
-        int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
-    ] = 0,
+    head: HeadOption = 0,
     segment: SegmentOption = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
     segments: Annotated[

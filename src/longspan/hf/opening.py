@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longspan.errors import CheckpointError, UnsupportedError
-from longspan.files import read_json, read_object
+from longspan.files import read_object
 from longspan.hf.convert import convert
 from longspan.hf.decoder import ConvertedDecoder, Opened, open_pretrained, open_tokenizer
 from longspan.hf.families import find
@@ -62,15 +62,6 @@ def locate_weights(model: str, gguf: str | None = None) -> Weights:
 def _looks_like_path(model: str) -> bool:
     """Names on the hub are NAME or ORGANIZATION/NAME."""
     return model.startswith((".", "/", "~")) or model.endswith(("/", ".gguf")) or model.count("/") > 1 or "\\" in model
-
-
-def holds_plain_model(folder: str | Path) -> bool:
-    """Whether a folder holds a model that transformers wrote and nobody converted."""
-    path = Path(folder) / "config.json"
-    if not path.is_file() or (Path(folder) / "recipe.json").exists():
-        return False
-    config = read_json(path)
-    return isinstance(config, dict) and "model_type" in config and not config.get("longspan")
 
 
 def open_plain(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:

@@ -40,7 +40,6 @@ from longspan.ops.linear import (
     group_cost,
     linear_attention,
     linear_cost,
-    sums_dtype,
 )
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
 from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
@@ -50,6 +49,7 @@ from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
 from longspan.ops.sparse import sparse_attention, sparse_cost
+from longspan.ops.sums import sums_dtype
 from longspan.ops.window import window_attention, window_cost
 
 __all__ = [

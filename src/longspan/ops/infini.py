@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.ops import flash
-from longspan.ops.linear import elu_features, smallest, sums_dtype
+from longspan.ops.linear import elu_features
 from longspan.ops.segments import Layout, SegmentMemory, attend_inside, attend_open, attend_segments, inside_cost
+from longspan.ops.sums import smallest, sums_dtype
 
 BUDGET = 64 * 2**20
 """Bytes of the memories that are held at once where segments are read together."""

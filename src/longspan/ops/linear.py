@@ -27,20 +27,12 @@ from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating
+from longspan.ops.sums import smallest, sums_dtype
 
 CHUNK = 64
 BLOCK = 2048
 EMPTY = -1e30
 """The maximum of no keys: finite, so that states stay finite, and far below any."""
-
-
-def smallest(dtype: torch.dtype) -> float:
-    """Denominators below it count as none: 4e-31 in fp32, 6e-247 in fp64.
-
-    Far above the smallest number of the type, as gradients are divided by a denominator too: by the smallest number
-    they would overflow, and infinity times an empty memory is NaN.
-    """
-    return float(pow(torch.finfo(dtype).tiny, 0.8))
 
 
 def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
@@ -56,12 +48,6 @@ def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
     if queries and x.shape[-1]:
         below = below - below.detach().amax(-1, keepdim=True)
     return torch.where(x > 0, x + 1, below.exp())
-
-
-def sums_dtype(device: torch.device | str | None) -> torch.dtype:
-    """What sums over a whole stream are carried in: fp64, or fp32 where the device (as Apple's GPUs) has none."""
-    where = torch.get_default_device() if device is None else torch.device(device)
-    return torch.float64 if host.has_float64(where) else torch.float32
 
 
 class LinearSums(NamedTuple):
