@@ -17,7 +17,7 @@ help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
 	@echo "make quickstart-lm  train a small Transformer-XL, stream a whole book through it, write a page (about 7 minutes)"
 	@echo "make test         all tests but the long ones"
-	@echo "make test-long    the long tests; stopped and called again, goes on with what has not passed yet"
+	@echo "make test-long    the long tests; a second call resumes with those that have not passed yet"
 	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
 	@echo "make test-newest  the same with the newest one"
 	@echo "make recorded-logits  record anew what transformers 4.35 says of tiny Transformer-XL models, for the tests of import"
@@ -67,7 +67,7 @@ quickstart-lm: $(VENV)/.data
 test: $(VENV)/.data $(PROTEINS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not long'
 
-# what `make test` leaves out; stopped and called again, it goes on with what has not passed yet
+# what `make test` leaves out; a second call resumes with the tests that have not passed yet
 test-long: $(VENV)/.data $(PROTEINS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m long --resume out/test-long.jsonl
 

@@ -59,7 +59,7 @@ def convert(
     for assignment in set_ or []:
         fields = override(fields, assignment)
     numbers = _numbers(layers)
-    # what can be wrong is told before weights are loaded, which may take minutes
+    # check everything else first: loading weights may take minutes
     _check_fields(to, fields)
     _check_output(model, output)
     from longspan import hf

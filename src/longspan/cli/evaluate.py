@@ -148,7 +148,7 @@ def _check(task: str, output: str, contexts: str, split: str) -> None:
 
 
 def _check_files(files: list[str]) -> None:
-    """A second run is no text.
+    """Refuse a run given as a text: `eval` takes one run and files.
 
     Raises:
         ConfigError: a file is a folder of a run or of a model.
