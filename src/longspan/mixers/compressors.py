@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import ops
+from longspan.engine.first_order import FirstOrder
 from longspan.mixers.maps import CalledParameters
-from longspan.ops.first_order import FirstOrder
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -8,18 +8,16 @@ Every group begins at a tile of its own, and tiles have one shape. So a token's 
 group modulo the tile, which no later token can move: the future changes no bit, not even by rounding.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from longspan.engine import Round, Schedule, attention, flash
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import ALIGN, HIDDEN, Plan, Visibility, make_plan
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_positive, check_shapes
-from longspan.ops.tiled import Plans, default_scale, tiled_backward, tiled_forward
-from longspan.ops.tiles import ALIGN, HIDDEN, Plan, Visibility, make_plan
 from longspan.state import needs_grad
 
 TILE = 64
@@ -117,10 +115,9 @@ def group_attention(
         memory=memory,
         start=start,
     )
-    if train:
-        return _apply(q, k, v, spec)
-    with flash.full_precision(q.device):
-        return groups_forward(q, k, v, spec)[0].to(q.dtype)
+    tiles = Round(spec.plan, spec.plan, spec.visibility, query_order=_QueryOrder(spec), key_order=_KeyOrder(spec))
+    out, _ = attention(q, k, v, Schedule((tiles,), scale))
+    return out.masked_fill(spec.dead[..., None], 0)
 
 
 def group_attention_cost(length: int, *, num_groups: int, window: int, causal: bool = True, itself: bool = True) -> int:
@@ -230,16 +227,6 @@ def _pick(x: Tensor, index: Tensor) -> Tensor:
     return found if index.shape[1] == 1 else found.flatten(0, 1)[:, None]
 
 
-def _sorted(spec: Groups, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> list[Tensor]:
-    """q, k, v and more tensors shaped like q in the order of the slots, in the working dtype."""
-    dtype = flash.working_dtype(q, k, v)
-    query = spec.column[..., spec.front :] - spec.memory
-    return [
-        *(_pick(t.to(dtype), at) for t, at in ((q, query), (k, spec.column), (v, spec.column))),
-        *(_pick(t.to(dtype), query) for t in more),
-    ]
-
-
 def _unsorted(spec: Groups, x: Tensor, slot: Tensor) -> Tensor:
     """x by slots, as `_pick` gives it, at `slot` (batch, H, n): (batch, heads, n, dim)."""
     if slot.shape[1] > 1:
@@ -248,68 +235,32 @@ def _unsorted(spec: Groups, x: Tensor, slot: Tensor) -> Tensor:
     return x.gather(2, wide).masked_fill_((slot < 0)[..., None], 0)
 
 
-def groups_forward(q: Tensor, k: Tensor, v: Tensor, spec: Groups) -> tuple[Tensor, Tensor]:
-    """Without autograd: out (batch, heads, length, head_dim) in the working dtype, log-sum-exps (batch, heads, length).
+class _QueryOrder(NamedTuple):
+    """Queries by slot, for the engine."""
 
-    A query that sees no key gives zeros, and a log-sum-exp of HIDDEN: a share of nothing in a union with other keys.
-    """
-    queries, keys, values = _sorted(spec, q, k, v)
-    lse = queries.new_empty(queries.shape[:3])
-    out = tiled_forward(queries, keys, values, Plans(spec.plan, spec.plan, spec.scale, spec.visibility), lse=lse)
-    slot = spec.slot[..., spec.memory :] - spec.front
-    out, sums = _unsorted(spec, out, slot), _unsorted(spec, lse[..., None], slot)[..., 0]
-    return out.masked_fill_(spec.dead[..., None], 0), sums.masked_fill_(spec.dead, HIDDEN)
+    spec: Groups
 
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, heads, length, dim) by slot."""
+        return _pick(x, self.spec.column[..., self.spec.front :] - self.spec.memory)
 
-def groups_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, spec: Groups, share: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, every weight computed again.
-
-    Args:
-        grad: gradient of out, (batch, heads, length, head_dim), zero where `dead`.
-        q: see `group_attention`.
-        k: see `group_attention`.
-        v: see `group_attention`.
-        out: what the forward returned, or the merged result of a larger softmax of which these keys are a part.
-        spec: the sorted order.
-        share: (batch, heads, length), these keys' share of the larger softmax; None = they are all of it.
-    """
-    more = (out, grad) if share is None else (out, grad, share[..., None])
-    queries, keys, values, outs, grads, *rest = _sorted(spec, q, k, v, *more)
-    plans = Plans(spec.plan, spec.plan, spec.scale, spec.visibility)
-    shares = rest[0][..., 0] if rest else None
-    dq, dk, dv = tiled_backward(grads, queries, keys, values, outs, plans, shares)
-    dq = _unsorted(spec, dq, spec.slot[..., spec.memory :] - spec.front)
-    dk, dv = (_unsorted(spec, t, spec.slot) for t in (dk, dv))
-    if dk.shape[1] != k.shape[1]:
-        dk, dv = (t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dk, dv))
-    return dq, dk, dv
+    def restored(self, x: Tensor) -> Tensor:
+        """(batch, heads, length, dim)."""
+        return _unsorted(self.spec, x, self.spec.slot[..., self.spec.memory :] - self.spec.front)
 
 
-class _Attention(FirstOrder):
-    """Saves the inputs, the output and the order; sorts and computes every weight again."""
+class _KeyOrder(NamedTuple):
+    """Keys by slot, for the engine."""
 
-    what = "attention in groups"
+    spec: Groups
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spec: Groups) -> Tensor:
-        with flash.full_precision(q.device):
-            out = groups_forward(q, k, v, spec)[0].to(q.dtype)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.spec = spec
-        return out
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, kv_heads, columns, dim) by slot."""
+        return _pick(x, self.spec.column)
 
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = saved
-        with flash.full_precision(q.device):
-            grad = grad.masked_fill(ctx.spec.dead[..., None], 0)
-            dq, dk, dv = groups_backward(grad, q, k, v, out, ctx.spec)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
-
-
-_apply: Callable[..., Tensor] = _Attention.apply
+    def add_restored(self, total: Tensor, x: Tensor) -> None:
+        """To total (batch, kv_heads, columns, dim)."""
+        total += _unsorted(self.spec, x, self.spec.slot).unflatten(1, (total.shape[1], -1)).sum(2)
 
 
 def _gathered(

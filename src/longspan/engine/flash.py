@@ -1,0 +1,160 @@
+"""Softmax attention over a rectangle of queries and keys, with its log-sum-exp: the kernel under every tile.
+
+PyTorch has a fused CPU kernel that returns the log-sum-exp and reads keys through any strides, so overlapping windows
+need no copy. It has no public name. This file is the only one that knows it; where it is missing, or the tensors are
+not on a CPU, or of a dtype or width it does not take, plain matrix products give the same result.
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_DTYPES = (torch.float32, torch.float64)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the fused CPU kernel takes these tensors; else the same result comes from plain products."""
+    # The kernel divides by its sizes: an empty tensor would end the process, and it reads a last stride of 1 only.
+    return (
+        _FORWARD is not None
+        and _BACKWARD is not None
+        and q.device.type == "cpu"
+        and q.dtype in _DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1]
+        and min(q.numel(), k.numel()) > 0
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    )
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast does not lower the products inside an op."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype an op computes in: fp64 if any input is, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """head_dim ** -0.5 unless given."""
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + mask) v and its log-sum-exp, without autograd.
+
+    Args:
+        q: (batch, heads, queries, head_dim), any strides.
+        k: (batch, kv_heads, keys, head_dim), kv_heads dividing heads; rows may overlap in memory.
+        v: like k.
+        scale: factor of the scores.
+        causal: query i sees keys 0 .. i (aligned at the first key).
+        mask: added to the scores, broadcastable to (batch, heads, queries, keys), -inf where a key is hidden.
+
+    Returns:
+        out (batch, heads, queries, head_dim), lse (batch, heads, queries); a query that sees nothing gives 0 in both.
+    """
+    if fused(q, k, v):
+        out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return out, lse
+    return _plain(q, k, v, scale, causal, mask)
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v for `attend`.
+
+    out and lse may be those of a larger softmax of which these keys are a part: the parts' gradients then add up.
+
+    Args:
+        grad: gradient of out, (batch, heads, queries, head_dim).
+        q: see `attend`.
+        k: see `attend`.
+        v: see `attend`.
+        out: what `attend` returned, or the merged result.
+        lse: what `attend` returned, or the merged result.
+        scale: see `attend`.
+        causal: see `attend`.
+        mask: see `attend`.
+    """
+    if fused(q, k, v):
+        dq, dk, dv = _BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        return dq, dk, dv
+    return _plain_backward(grad, q, k, v, out, lse, scale, causal, mask)
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax over two disjoint sets of keys, from the result over each (no row of either may be empty)."""
+    total = torch.logaddexp(lse, other_lse)
+    share = (lse - total).exp()[..., None]
+    other_share = (other_lse - total).exp()[..., None]
+    return torch.addcmul(out * share, other, other_share), total
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """(batch, heads, queries, keys), the groups of queries folded into rows so that no key is repeated."""
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    folded = q.reshape(batch, kv_heads, heads // kv_heads * queries, dim)
+    scores = (folded @ k.transpose(-1, -2)).mul_(scale).view(batch, heads, queries, keys)
+    if mask is not None:
+        scores += mask
+    if causal:
+        future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(future, -math.inf)
+    return scores
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    scores = _scores(q, k, scale, causal, mask)
+    lse = scores.logsumexp(-1) if k.shape[2] else scores.new_full((batch, heads, queries), -math.inf)
+    empty = lse == -math.inf
+    lse = lse.masked_fill(empty, 0.0)
+    weights = scores.sub_(lse[..., None]).exp_()
+    out = weights.view(batch, k.shape[1], heads // k.shape[1] * queries, k.shape[2]) @ v
+    return out.view(batch, heads, queries, v.shape[-1]), lse
+
+
+def _plain_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, queries, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    rows = heads // kv_heads * queries
+    weights = _scores(q, k, scale, causal, mask).sub_(lse[..., None]).exp_().view(batch, kv_heads, rows, keys)
+    g = grad.reshape(batch, kv_heads, rows, -1)
+    inner = (grad * out).sum(-1).view(batch, kv_heads, rows, 1)
+    slope = (g @ v.transpose(-1, -2)).sub_(inner).mul_(weights).mul_(scale)
+    dq = (slope @ k).view(batch, heads, queries, dim)
+    dk = slope.transpose(-1, -2) @ q.reshape(batch, kv_heads, rows, dim)
+    return dq, dk, weights.transpose(-1, -2) @ g
