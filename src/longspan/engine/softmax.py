@@ -151,9 +151,10 @@ class Round(NamedTuple):
         heads: query heads that it serves, and kv: their kv heads; None = all.
         query_order: of the queries, and key_order: of the keys; None = that of the sequence.
         merges: an earlier round served these heads too; then this one may leave queries out.
-        fused: one tile of which nothing is hidden ("open"), or what a query does not see of as many keys ("causal"), as
-            one call of the fused kernel, forward and backward. Where all is one tile, its blocks of keys, smaller than
-            rows of scores, are a quarter faster than the engine's own products.
+        fused: tiles go through the fused kernel in the backward pass too, for tiles of which none reads a key of another
+            of its run. Where they are small and many, or one tile is all, this takes a quarter less time than products
+            here. None of their keys is hidden ("open"), or those after the query of as many ("causal"), or those that
+            `scores` hides ("masked"). Scores with gradients, and gradients of log-sum-exps, are not for it.
     """
 
     forward: Plan
@@ -165,7 +166,7 @@ class Round(NamedTuple):
     query_order: QueryOrder | None = None
     key_order: KeyOrder | None = None
     merges: bool = False
-    fused: Literal["open", "causal"] | None = None
+    fused: Literal["open", "causal", "masked"] | None = None
 
     def sorted_queries(self, x: Tensor) -> Tensor:
         """x (batch, heads, length, dim) as the round takes it."""
@@ -214,7 +215,8 @@ def attention(
 
     Returns:
         out (batch, heads, length, value_dim) in q's dtype, and the log-sum-exps (batch, heads, length) in the working
-        dtype, both differentiable (the second not where a round is fused). For a query that sees no key out is finite and the log-sum-exp below HIDDEN / 2.
+        dtype, both differentiable (the second not where a round is fused). For a query that sees no key out is finite
+        and the log-sum-exp below HIDDEN / 2.
     """
     detached = None if schedule.border is None else detached
     if needs_grad(q, k, v, *tensors, *(detached or ())):
@@ -276,7 +278,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     """`attention` without autograd."""
     target, dtype = q.dtype, flash.working_dtype(q, k, v)
     q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
-    merged, parts = any(round_.merges for round_ in schedule.rounds), []
+    merged, parts, first = any(round_.merges for round_ in schedule.rounds), [], schedule.rounds[0]
+    if len(schedule.rounds) == 1 and first.query_order is not None:
+        with flash.full_precision(q.device):
+            out, lse = _forward_round(first, schedule.scale, (q, k, v), tensors, None)
+        return out.to(target), Sums(lse[..., 0], ())
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
     lse = q.new_empty(*q.shape[:3], 1)
     with flash.full_precision(q.device):
@@ -296,12 +302,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
 
 
 def _forward_round(
-    round_: Round, scale: float, inputs: tuple[Tensor, ...], tensors: Sequence[Tensor], room: tuple[Tensor, Tensor]
+    round_: Round,
+    scale: float,
+    inputs: tuple[Tensor, ...],
+    tensors: Sequence[Tensor],
+    room: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exps (batch, heads, length, 1) of a round's heads, written to `room` where that fits."""
     q, k, v = round_.sorted_queries(inputs[0]), round_.sorted_keys(inputs[1]), round_.sorted_keys(inputs[2])
-    out, lse = room
-    if round_.query_order is not None or round_.merges:
+    if room is not None and round_.query_order is None and not round_.merges:
+        out, lse = room
+    else:
         out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=round_.merges, dtype=q.dtype)
         lse = q.new_full((*q.shape[:3], 1), HIDDEN)
     scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, q))
@@ -317,7 +328,7 @@ def _forward_round(
                 run.keys_of(v, block),
                 scale=scale,
                 causal=round_.fused == "causal",
-                mask=None if round_.fused else scores.added(Tile(run, block, heads)),
+                mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
             )
             run.queries_of(out, block).copy_(part)
             run.queries_of(lse, block).copy_(sums[..., None])
@@ -350,8 +361,7 @@ def backward(
         grad = grad.contiguous()
     inner = _inner(grad, out, grads[1])
     own = tensors, [torch.zeros_like(t) for t in tensors]
-    ordered = any(round_.query_order is not None for round_ in schedule.rounds)
-    dq = new_gradient(q, dtype, zero=ordered)
+    dq = new_gradient(q, dtype, zero=False)
     keyed = [new_gradient(t, dtype) for t in ((k, v, k, v) if detached else (k, v))]
     for number, round_ in enumerate(schedule.rounds):
         if round_.fused:
@@ -368,23 +378,29 @@ def _backward_fused(
     round_: Round, scale: float, inputs: tuple[Tensor, ...], outer: tuple[Tensor, ...], totals: list[Tensor]
 ) -> None:
     """Add a fused round to the totals, from the gradient of out, out and the log-sum-exps of all rounds."""
-    (run,), (grad, out, lse) = round_.backward.runs, (t.contiguous() for t in outer)
-    there = run.key_slice(0)
-    parts = flash.attend_backward(
-        grad,
-        inputs[0],
-        inputs[1][:, :, there],
-        inputs[2][:, :, there],
-        out,
-        lse,
-        scale=scale,
-        causal=round_.fused == "causal",
-    )
-    for total, part, columns in zip(totals[:3], parts, (slice(None), there, there), strict=True):
-        if round_.merges or total is not totals[0]:
-            total[:, :, columns] += part
-        else:
-            total.copy_(part)
+    (q, k, v), (dq, dk, dv) = inputs, totals[:3]
+    grad, out, lse = (t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous() for t in outer)
+    scores = round_.scores(RoundInputs(round_.backward, round_.visibility, (), None, q))
+    for run in round_.backward.runs:
+        for block in make_blocks(run, q.shape[0], scores.tiles_at_once(run, q.shape[1])):
+            tile = Tile(run, block, slice(0, q.shape[1]))
+            parts = flash.attend_backward(
+                run.queries_of(grad, block),
+                run.queries_of(q, block),
+                run.keys_of(k, block),
+                run.keys_of(v, block),
+                run.queries_of(out, block),
+                run.queries_of(lse[..., None], block)[..., 0].contiguous(),
+                scale=scale,
+                causal=round_.fused == "causal",
+                mask=scores.added(tile) if round_.fused == "masked" else None,
+            )
+            if round_.merges:
+                run.queries_of(dq, block).add_(parts[0])
+            else:
+                run.queries_of(dq, block).copy_(parts[0])
+            run.keys_of(dk, block).add_(parts[1])
+            run.keys_of(dv, block).add_(parts[2])
 
 
 def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -420,7 +436,9 @@ def _backward_round(
     keys = [round_.sorted_keys(t) for t in keyed]
     dq = totals[0][:, round_.heads or slice(None)]
     slots = [t[:, round_.kv or slice(None)] for t in totals[1:]]
-    room = [dq if round_.query_order is None else torch.zeros_like(queries[0])]
+    room = [dq]
+    if round_.query_order is not None:
+        room = [torch.zeros_like(queries[0]) if round_.merges else torch.empty_like(queries[0])]
     room += slots if round_.key_order is None else [torch.zeros_like(t) for t in keys]
     scores = round_.scores(RoundInputs(round_.backward, round_.visibility, *own, queries[0]))
     group = queries[0].shape[1] // keys[0].shape[1]
@@ -428,8 +446,10 @@ def _backward_round(
     one_row = scores.one_row and group > 1
     for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, BACKWARD_ENTRIES, one_row=one_row):
         _Part(round_, schedule, scores, part, group).run(queries, keys, room)
-    if round_.query_order is not None:
+    if round_.query_order is not None and round_.merges:
         dq += round_.query_order.restored(room[0])
+    elif round_.query_order is not None:
+        dq.copy_(round_.query_order.restored(room[0]))
     if round_.key_order is not None:
         for total, slot in zip(slots, room[1:], strict=True):
             round_.key_order.add_restored(total, slot)
@@ -439,7 +459,8 @@ class _Part:
     """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
 
     def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
-        self.plan, self.adds, self.schedule = round_.backward, round_.merges, schedule
+        self.plan, self.schedule = round_.backward, schedule
+        self.adds = round_.merges and round_.query_order is None
         self.scores, self.group, (self.rows, self.kv) = scores, group, part
         first = 0 if round_.heads is None else round_.heads.start
         self.heads = slice(self.kv.start * group, self.kv.stop * group)

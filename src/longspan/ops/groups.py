@@ -117,7 +117,8 @@ def group_attention(
     )
     tiles = Round(spec.plan, spec.plan, spec.visibility, query_order=_QueryOrder(spec), key_order=_KeyOrder(spec))
     out, _ = attention(q, k, v, Schedule((tiles,), scale))
-    return out.masked_fill(spec.dead[..., None], 0)
+    hidden = spec.dead[..., None]
+    return out.masked_fill(hidden, 0) if out.requires_grad else out.masked_fill_(hidden, 0)
 
 
 def group_attention_cost(length: int, *, num_groups: int, window: int, causal: bool = True, itself: bool = True) -> int:
@@ -260,7 +261,8 @@ class _KeyOrder(NamedTuple):
 
     def add_restored(self, total: Tensor, x: Tensor) -> None:
         """To total (batch, kv_heads, columns, dim)."""
-        total += _unsorted(self.spec, x, self.spec.slot).unflatten(1, (total.shape[1], -1)).sum(2)
+        x = _unsorted(self.spec, x, self.spec.slot)
+        total += x if x.shape[1] == total.shape[1] else x.unflatten(1, (total.shape[1], -1)).sum(2)
 
 
 def _gathered(
