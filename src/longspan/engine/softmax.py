@@ -151,9 +151,9 @@ class Round(NamedTuple):
         heads: query heads that it serves, and kv: their kv heads; None = all.
         query_order: of the queries, and key_order: of the keys; None = that of the sequence.
         merges: an earlier round served these heads too; then this one may leave queries out.
-        fused: tiles go through the fused kernel in the backward pass too, for tiles of which none reads a key of another
-            of its run. Where they are small and many, or one tile is all, this takes a quarter less time than products
-            here. None of their keys is hidden ("open"), or those after the query of as many ("causal"), or those that
+        fused: tiles, none of which reads a key of another of its run, go through the fused kernel in the backward pass
+            too. Where they are small and many, or one tile is all, this takes a quarter less time than products here.
+            None of their keys is hidden ("open"), or those after the query of as many ("causal"), or those that
             `scores` hides ("masked"). Scores with gradients, and gradients of log-sum-exps, are not for it.
     """
 
