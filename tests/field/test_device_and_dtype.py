@@ -56,7 +56,8 @@ VERBS = ["train", "eval", "stream", "generate", "show spans", "show support"]
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(
-    ("option", "value"), [("--device", "nowhere"), ("--device", "cuda:77"), ("--dtype", "int8"), ("--dtype", "float")]
+    ("option", "value"),
+    [("--device", "nowhere"), ("--device", "cuda:77"), ("--device", "meta"), ("--dtype", "int8"), ("--dtype", "float")],
 )
 def test_what_is_not_there_is_one_line(
     capfd: pytest.CaptureFixture[str], trained: Path, verb: str, option: str, value: str

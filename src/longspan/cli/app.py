@@ -124,14 +124,8 @@ def _everything(
         print(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave the process.
-
-    Exit codes: 0 done, 1 a check failed, 2 an error that the message explains, 130 interrupted.
-
-    Args:
-        arguments: as typed behind `longspan`; None: those of this process.
-    """
+def start(arguments: Sequence[str] | None = None) -> NoReturn:
+    """See `longspan.cli.main`."""
     if not sys.stderr.isatty():
         # bars of other libraries, which are drawn over themselves, would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
