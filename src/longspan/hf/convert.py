@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.errors import ConfigError, UnsupportedError
@@ -70,6 +71,7 @@ class Converted(Resting):
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         return (_blank, (original_class(self),), *reduced[2:])
 
+    @host.eager
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
         if longspan_call is None:
@@ -271,6 +273,7 @@ def _hook(base: Any) -> None:
         ]
 
 
+@host.eager
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Keep the states, where there is a cache."""
     call: Call = kwargs["longspan_call"]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.gradients import with_gradients
@@ -303,12 +303,27 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        out, state = self._attend(q, k, v, state, rows, hidden, penalties)
+        y: Tensor = self.dropout(self.projections.output(out))
+        return y, state if self.traits.streams else None
+
+    @host.eager
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        rows: Rows,
+        hidden: Hidden | None,
+        penalties: list[Tensor] | None,
+    ) -> tuple[Tensor, Any]:
+        """The core, which torch.compile leaves alone: tiles depend on values that the host has read."""
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self.core))
         if torch.is_grad_enabled():
             out = with_gradients(out, [*self.core.parameters(), *(() if out.numel() else (q, k, v))])
-        y: Tensor = self.dropout(self.projections.output(out))
-        return y, state if self.traits.streams else None
+        return out, state
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
