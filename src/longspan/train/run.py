@@ -21,9 +21,8 @@ import torch
 from longspan import tasks
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import read_json, write_json
-from longspan.models import build_model, load_model, resolve_model, save_model
-from longspan.models.io import is_converted
+from longspan.files import write_json
+from longspan.models import build_model, resolve_model, save_model
 from longspan.tasks import MemoryTask, Task
 from longspan.tasks.synthetic import CopyTask, PasskeyTask
 from longspan.train import checkpoint as checkpoints
@@ -34,6 +33,7 @@ from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
+from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
 from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
@@ -41,7 +41,6 @@ from longspan.train.staged import StagedConfig, StagedTrainer
 from longspan.train.trainer import Result, Trainer
 from longspan.version import __version__
 
-TABLES = ("model", "task", "train")
 _CURRICULA: dict[str, tuple[type[StagedConfig], tuple[str, ...]]] = {
     "retrieval": (RetrievalConfig, ("passkey", "needle")),
     "copy": (CopyingConfig, ("copy",)),
@@ -279,52 +278,9 @@ def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
         )
 
 
-def load_run(folder: str | Path) -> tuple[Any, Task]:
-    """The model of a run, in evaluation mode, and its task, ready to encode text; data is read only when asked for.
-
-    The model is the trained one, or that of the newest sound checkpoint while the run is not over.
-
-    Raises:
-        CheckpointError: there is no run, or nothing sound in it.
-    """
-    folder = Path(folder)
-    recipe = _stored_recipe(folder)
-    task = tasks.build(recipe["task"])
-    task.prepare(folder, main=False)
-    if pretrained.is_pretrained(recipe):
-        pretrained.make_known()
-    folders.check_sealed(folder / "model")
-    if is_converted(folder / "model"):
-        from longspan.hf.decoder import load_converted
-
-        model = load_converted(folder / "model").model
-    elif (folder / "model").is_dir():
-        model = load_model(folder / "model")
-    else:
-        checkpoint = _newest_sound(folder / "checkpoints", Silent())
-        if checkpoint is None:
-            raise CheckpointError(f"{folder}: this run has no checkpoint yet")
-        model = checkpoint.model
-    if model.vocab_size < task.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the model knows {model.vocab_size} token ids, the tokenizer has {task.vocab_size}"
-        )
-    return model, task
-
-
-def _stored_recipe(folder: Path) -> dict[str, Any]:
-    if not (folder / "recipe.json").exists():
-        raise CheckpointError(f"{folder}: no run here (recipe.json is missing)")
-    folders.check_sealed(folder)
-    stored: dict[str, Any] = read_json(folder / "recipe.json")
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
-        raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
-    return stored
-
-
 def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The stored recipe with what may change taken from `recipe`."""
-    stored = _stored_recipe(folder)
+    stored = stored_recipe(folder)
     merged = {**stored, **recipe, **{name: {**stored[name], **recipe.get(name, {})} for name in TABLES}}
     resolved = resolve(merged)
     for name in TABLES:
@@ -360,27 +316,10 @@ def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
 
 def _resumed_checkpoint(folder: Path, display: Silent) -> Checkpoint | None:
     """The newest sound checkpoint; says where there is none, so that the run begins at step 0."""
-    checkpoint = _newest_sound(folder / "checkpoints", display)
+    checkpoint = newest_sound(folder / "checkpoints", display)
     if checkpoint is None:
         display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
     return checkpoint
-
-
-def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
-    """The newest checkpoint that can be read; each damaged one before it is named. None where there is none at all."""
-    problem: CheckpointError | None = None
-    for path in checkpoints.found(folder):
-        try:
-            checkpoint = checkpoints.read(path)
-        except CheckpointError as error:
-            problem = error
-            continue
-        if problem is not None:
-            display.message(f"{problem}; going on from {path}")
-        return checkpoint
-    if problem is not None:
-        raise CheckpointError(f"{problem}; no earlier checkpoint is sound")
-    return None
 
 
 @contextlib.contextmanager

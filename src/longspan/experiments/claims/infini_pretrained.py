@@ -132,7 +132,7 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    from longspan.hf.shipped import open_smollm
+    from longspan.experiments.bundled_models import open_smollm
 
     return measure(folder, PLANS[size], open_smollm, say)
 

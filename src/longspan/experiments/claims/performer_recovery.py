@@ -149,7 +149,7 @@ def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held: Tensor, or
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    from longspan.hf.shipped import open_minilm
+    from longspan.experiments.bundled_models import open_minilm
 
     plan, opened = PLANS[size], open_minilm()
     folder.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,9 @@ def quickstart(
       longspan quickstart --reuse --longest 256
     """
     check_output_folder(output, "--output")
-    from longspan.cli.training_table import RECALL, TrainingTable
     from longspan.config import override, read_toml
     from longspan.experiments.quickstart import measure, page
+    from longspan.experiments.training_table import RECALL, TrainingTable
     from longspan.train import find_recipe, load_run, run
     from longspan.train.distributed import choose_device
 

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.cli.console import StatusLine, console, harmless
-from longspan.cli.runs import open_run, reshape
-from longspan.cli.training_table import TrainingTable
+from longspan.cli.console import StatusLine, console, harmless, say
+from longspan.cli.runs import open_run
 from longspan.errors import CheckpointError, LongspanError
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, PROMPT, WRITTEN, Plan
+from longspan.experiments.training_table import TrainingTable
 from longspan.report import si_bytes
 from longspan.stream import StreamSession
 from longspan.tasks.base import heads
 from longspan.train import Evaluation, evaluate_text, run
+from longspan.train.opening import reshape
 
 
 def train(plan: Plan, *, reuse: bool) -> None:
@@ -48,7 +49,9 @@ def compare_memories(plan: Plan) -> dict[int, Evaluation]:
     documents = heads(task.documents("validation"), HEAD)
     status, found = StatusLine(every=0.0), {}
     for length in plan.memory_lengths:
-        variant = reshape(model, [f"model.mixers.0.mem_len={length}"])
+        variant, note = reshape(model, [f"model.mixers.0.mem_len={length}"])
+        if note:
+            say(note)
         found[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
         status.show(f"memory of {length:>5,} bytes: {found[length].bits_per_unit:.4f} bits per byte")
         status.end()
