@@ -7,6 +7,7 @@ from longspan.train.depths import Depths, evaluate_depths
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
+from longspan.train.loop import Result
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
 from longspan.train.opening import load_run, open_run
 from longspan.train.progress import Live, Plain, Silent
@@ -15,7 +16,7 @@ from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.step import DivergedError
-from longspan.train.trainer import Result, Trainer
+from longspan.train.trainer import Trainer
 
 __all__ = [
     "Answers",

@@ -15,13 +15,31 @@ _NOT_NEGATIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything about training that is not the model or the data."""
+class Limits:
+    """When a training ends."""
 
     steps: int | None = None
     """optimiser steps; None: 1000, or no limit where `minutes` is given"""
     minutes: float | None = None
     """training time (evaluation and saving not counted); the schedule follows steps or time, whichever is further on"""
+
+    @property
+    def step_limit(self) -> int | None:
+        """Optimiser steps after which the run ends, None where only time ends it."""
+        return DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps
+
+    @property
+    def ends(self) -> str:
+        """When a run is over, in words."""
+        parts = [f"{self.step_limit} steps"] if self.step_limit is not None else []
+        parts += [f"{self.minutes:g} minutes"] if self.minutes is not None else []
+        return " or ".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Limits):
+    """Everything about training that is not the model or the data."""
+
     lanes: int = 8
     """rows of the batch, over all processes together; each reads contiguous text"""
     segment_length: int = 256
@@ -70,8 +88,3 @@ class TrainConfig:
         check_least(self, "train", least_of)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"train.betas = {list(self.betas)}: two numbers from 0 to below 1")
-
-    @property
-    def step_limit(self) -> int | None:
-        """Optimiser steps after which the run ends, None where only time ends it."""
-        return DEFAULT_STEPS if self.steps is None and self.minutes is None else self.steps

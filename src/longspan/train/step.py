@@ -34,6 +34,15 @@ class StepResult(NamedTuple):
     grad_norm: float
 
 
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, base_rates: list[float], rate: float) -> None:
+    """Step an optimiser whose groups have `rate` times the learning rates they began with."""
+    for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+        group["lr"] = base * rate
+    optimizer.step()
+    # torch's fused step writes weights without counting their versions, which tell caches that weights changed
+    torch.autograd.graph.increment_version([p for p in model.parameters() if p.requires_grad])
+
+
 class Stepper:
     """A model in training: its optimiser, what its lanes carry, and its random generators.
 
@@ -95,11 +104,7 @@ class Stepper:
         norm = self._clip()
         if not math.isfinite(norm):
             raise DivergedError(f"the gradient of step {step + 1} has norm {norm}")
-        for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            parameters["lr"] = base * rate
-        self.optimizer.step()
-        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
-        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
+        update(self.model, self.optimizer, self.base_rates, rate)
         draw = self.model.draw
         self.model.after_step(step + 1, self.generator)
         if self.model.draw != draw:
