@@ -8,10 +8,10 @@ import typer
 
 from longspan.cli.console import console, interval, print_table, reading_progress
 from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
 from longspan.cli.outputs import check_output_folder
-from longspan.cli.reading import ERRORS_HELP, check_errors
-from longspan.cli.runs import SET_HELP, open_any_run
+from longspan.cli.reading import check_errors
+from longspan.cli.runs import open_any_run
 from longspan.errors import ConfigError
 
 SPLIT = "validation"
@@ -55,7 +55,7 @@ OutputOption = Annotated[
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     files: Annotated[
         list[str] | None,
         typer.Argument(
@@ -67,7 +67,7 @@ def evaluate(
     tokens: TokensOption = 0,
     head: HeadOption = 0,
     segment: SegmentOption = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    set_: SetOption = None,
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
     ] = "1,4,16,64",
@@ -79,7 +79,7 @@ def evaluate(
     split: SplitOption = SPLIT,
     contexts: ContextsOption = CONTEXTS,
     output: OutputOption = "",
-    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
+    errors: ErrorsOption = "strict",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",

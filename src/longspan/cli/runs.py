@@ -8,8 +8,6 @@ if TYPE_CHECKING:
     from longspan.models import Decoder
     from longspan.tasks import Task, TextTask
 
-SET_HELP = "Change a field of the model that holds no weights, such as model.mixers.0.mem_len=1024. Repeatable."
-
 
 def open_run(*arguments: Any, **options: Any) -> "tuple[Decoder, TextTask]":
     """The model and the task of a run that reads text; arguments as of `longspan.train.open_run`."""
