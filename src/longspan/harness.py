@@ -15,7 +15,7 @@ any release (0.4.13 looks for none).
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,7 +100,9 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
         if not contexts:
             return
-        shared = _common(min(contexts), max(contexts))
+        # of sorted contexts the first and the last have least in common
+        pairs = zip(min(contexts), max(contexts), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         start = self._start.fork()
         start.feed(contexts[0][:shared])
         order = sorted(range(len(contexts)), key=contexts.__getitem__)
@@ -151,14 +153,6 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     def _text(self, tokens: list[int]) -> str:
         return self.task_tokenizer.decode(tokens).decode("utf-8", errors="replace")
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two contexts begin with alike."""
-    for index, (first, second) in enumerate(zip(one, other, strict=False)):
-        if first != second:
-            return index
-    return min(len(one), len(other))
 
 
 def main() -> None:
