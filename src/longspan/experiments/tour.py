@@ -1,4 +1,4 @@
-"""What the guided tours share: their steps, their end."""
+"""What the quickstarts share: their steps, their end."""
 
 import time
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from longspan.cli.console import console, print_table, say
 
 if TYPE_CHECKING:
-    from longspan.report import Check
+    from longspan.experiments.checks import Check
 
 
 def say_step(number: int, count: int, text: str) -> None:
@@ -19,7 +19,7 @@ def say_step(number: int, count: int, text: str) -> None:
 
 def finish(found: "list[Check]", path: Path) -> int:
     """Show the checks and where the page is; the exit code."""
-    from longspan.report import check_table
+    from longspan.experiments.checks import check_table
 
     print()
     print_table(check_table(found))

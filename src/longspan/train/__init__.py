@@ -1,6 +1,6 @@
 """Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
 
-from longspan.train.answers import Answers, evaluate_answers, seeds_interval, wilson
+from longspan.train.answers import Answers, evaluate_answers, wilson
 from longspan.train.config import TrainConfig
 from longspan.train.curriculum import Curriculum, CurriculumConfig
 from longspan.train.depths import Depths, evaluate_depths
@@ -51,7 +51,6 @@ __all__ = [
     "recipe_names",
     "resolve",
     "run",
-    "seeds_interval",
     "share_bootstrap",
     "token_nats",
     "wilson",

@@ -8,8 +8,8 @@ import torch
 
 from longspan import mixers
 from longspan import state as states
-from longspan.cost import MemorySetting
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.memory_settings import MemorySetting
 
 _PRINTED = {"transformer_xl": "50M", "memorizing": "183M", "recurrent_memory": "2.5M", "infini": "1.6M"}
 _EXACT = {"transformer_xl": 50_331_648, "memorizing": 183_451_648, "recurrent_memory": 2_457_600, "infini": 1_585_152}

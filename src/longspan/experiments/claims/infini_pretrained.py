@@ -19,7 +19,7 @@ from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.stream import StreamSession
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
-from longspan.tasks.text import TextConfig, split_texts
+from longspan.tasks.text import TextTask
 from longspan.train import find_recipe, load_run
 
 POSITIONS = 8192
@@ -63,7 +63,7 @@ PLANS: dict[str, Plan] = {
 def held_back(tokenizer: Any, count: int) -> torch.Tensor:
     """(count,) token ids: held-back speeches, one after the other."""
     found: list[int] = []
-    for _, data in split_texts(TextConfig())["validation"]:
+    for _, data in TextTask().texts("validation"):
         found += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
         if len(found) >= count:
             break

@@ -16,7 +16,7 @@ from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.runs import kept
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
-from longspan.tasks.text import TextConfig, split_texts
+from longspan.tasks.text import TextTask
 
 GOAL = 0.95
 DRAWS = 3
@@ -44,9 +44,8 @@ PLANS: dict[str, Plan] = {
 
 def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> Tensor:
     """(count, length) token ids of passages from different places of State of the Union speeches."""
-    texts = split_texts(TextConfig())
     cut: list[list[int]] = []
-    for _, data in texts["train" if split == "train" else "validation"]:
+    for _, data in TextTask().texts("train" if split == "train" else "validation"):
         ids = tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
         cut += [ids[first : first + length - 2] for first in range(0, len(ids) - length, length - 2)]
     order = np.random.default_rng(seed).permutation(len(cut))[:count]

@@ -1,9 +1,11 @@
 """`rmt`: trained on at most five segments, answers over 4,096."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from longspan.config import override, read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
@@ -13,7 +15,7 @@ from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run, seeds_interval
+from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -87,6 +89,19 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     seconds = trained_seconds(runs)
     floors = {read_json(each / "recipe.json")["train"].get("gate_floor", 0.0) for each in runs}
     return _outcome(found, plan, seconds, ", ".join(f"{floor:g}" for floor in sorted(floors)))
+
+
+def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
+    """Accuracy over several trainings, with a bootstrap that draws trainings and, within each, samples anew."""
+    random = np.random.default_rng(seed)
+    shares = [np.asarray(each, dtype=np.float64) for each in right]
+    value = float(np.mean([each.mean() for each in shares]))
+    drawn = np.zeros(samples)
+    for index in range(samples):
+        chosen = random.integers(len(shares), size=len(shares))
+        drawn[index] = np.mean([random.binomial(len(shares[i]), shares[i].mean()) / len(shares[i]) for i in chosen])
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(value, float(low), float(high))
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:

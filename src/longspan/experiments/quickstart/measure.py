@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspan.cli.console import StatusLine
+from longspan.experiments.checks import Check
 from longspan.experiments.tour import Clock
-from longspan.report import Check, si_bytes
+from longspan.report import si_bytes
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
 from longspan.train import Answers, evaluate_answers

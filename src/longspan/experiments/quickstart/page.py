@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from longspan.experiments.checks import Check, check_table
 from longspan.experiments.quickstart.measure import SURE, Asked
 from longspan.experiments.tour import Clock
 from longspan.files import read_json
 from longspan.models import Encoder
-from longspan.report import Check, Code, Picture, Quote, Section, Table, Text, check_table, write_report
+from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.train import read_log

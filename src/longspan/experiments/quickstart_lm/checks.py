@@ -7,10 +7,11 @@ import numpy as np
 
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
+from longspan.experiments.checks import Check
 from longspan.experiments.quickstart_lm.plan import INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed
 from longspan.experiments.tour import Clock
-from longspan.report import Check, si_bytes
+from longspan.report import si_bytes
 from longspan.train import Evaluation
 
 MEMORY_GROWTH = 0.03

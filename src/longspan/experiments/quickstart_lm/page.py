@@ -12,11 +12,12 @@ import torch
 
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
+from longspan.experiments.checks import Check, check_table
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed, Written
 from longspan.experiments.tour import Clock
 from longspan.files import read_json
-from longspan.report import Check, Code, Picture, Quote, Section, Table, Text, check_table, si_bytes, write_report
+from longspan.report import Code, Picture, Quote, Section, Table, Text, si_bytes, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.train import Evaluation, read_log
 from longspan.version import __version__
