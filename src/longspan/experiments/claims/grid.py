@@ -7,7 +7,8 @@ from typing import Any
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.rmt import ask_once, train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.report.figures import heat_figure, picture
+from longspan.experiments.figures import heat_figure
+from longspan.report.figures import picture
 
 _PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
     "small": (250, (1, 2, 4), ((1, 32), (4, 32), (16, 32))),

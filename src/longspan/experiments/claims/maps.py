@@ -11,8 +11,9 @@ from torch import Tensor
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.rmt import train_once
 from longspan.experiments.claims.runs import trained_seconds
+from longspan.experiments.figures import heat_figure
 from longspan.mixers import Rows
-from longspan.report.figures import heat_figure, picture
+from longspan.report.figures import picture
 from longspan.tasks import MemoryTask
 from longspan.train import load_run
 

@@ -23,9 +23,10 @@ from longspan.experiments.claims.similarity import (
     similarity_by_pairs,
     similarity_of_embeddings,
 )
+from longspan.experiments.figures import matrix_figure
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Panel, matrix_figure, picture
+from longspan.report.figures import Panel, picture
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, FIRST, ProteinDocument, is_amino_acid

@@ -11,9 +11,10 @@ import numpy as np
 from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.figures import heat_figure
 from longspan.models import build_model, describe_model
 from longspan.report import Picture
-from longspan.report.figures import heat_figure, picture
+from longspan.report.figures import picture
 from longspan.tasks.base import heads
 from longspan.train import evaluate_text, find_recipe, load_run
 
