@@ -10,7 +10,6 @@ from torch import Tensor
 
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
-from longspan.train.config import Limits
 from longspan.train.distributed import Group
 from longspan.train.log import Log
 from longspan.train.progress import Silent
@@ -51,11 +50,10 @@ class TrainingLoop:
 
     remedies = "a lower train.lr, a longer train.warmup or a smaller train.clip"
     """what a run that diverged may try"""
+    config: Any
 
     def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Silent) -> None:
-        self.model, self.task, self.folder, self.group = model, task, folder, group
-        self.limits: Limits = config
-        self._log_every, self._checkpoint_every, self._keep = config.log_every, config.checkpoint_every, config.keep
+        self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
         self.display = display if group.main else Silent()
         self.position = Position()
         self._saved_step: int | None = None
@@ -133,10 +131,11 @@ class TrainingLoop:
 
     @property
     def _done(self) -> bool:
-        return is_done(self.limits, self.position.step, self.position.seconds)
+        return is_done(self.config, self.position.step, self.position.seconds)
 
     def _loop(self, log: Log | None) -> bool:
         """Steps until the end; True where interrupted."""
+        every = self.config.checkpoint_every
         while not self._done:
             if self.group.any(self._stop):
                 self._save(log)
@@ -144,7 +143,7 @@ class TrainingLoop:
             self._step(log)
             done = self._done
             self._after_step(log)
-            if not done and self._checkpoint_every and self.position.step % self._checkpoint_every == 0:
+            if not done and every and self.position.step % every == 0:
                 self._save(log)
         return False
 
@@ -164,7 +163,7 @@ class TrainingLoop:
             self._tensors(),
             self._carried(),
             group=self.group,
-            keep=self._keep,
+            keep=self.config.keep,
         )
         self._saved_step = position.step
 
@@ -179,14 +178,14 @@ class TrainingLoop:
         if log is not None:
             log.write(line)
         seconds = self.position.seconds
-        fraction = fraction_done(self.limits, self.position.step, seconds)
+        fraction = fraction_done(self.config, self.position.step, seconds)
         eta = seconds * (1 - fraction) / fraction if fraction else None
         self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **shown})
 
     def _title(self) -> str:
         begin = f"from step {self.position.step} " if self.position.step else ""
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        return f"{self.folder}: {parameters:,} parameters, {self.title()}, {begin}to {self.limits.ends}"
+        return f"{self.folder}: {parameters:,} parameters, {self.title()}, {begin}to {self.config.ends}"
 
     def _advice(self) -> str:
         return f"{checkpoints.last_good(self.checkpoints)}; try {self.remedies}"

@@ -168,18 +168,17 @@ class StagedTrainer(TrainingLoop):
 
     Args:
         model: on the CPU or a GPU.
-        task: prepared.
+        task: prepared; it knows the longest text that is trained on.
         config: of the run.
         folder: of the run.
-        stages: the curriculum, at its start.
         display: what is shown.
     """
 
-    def __init__(
-        self, model: Any, task: Any, config: StagedConfig, folder: Path, *, stages: Stages, display: Silent
-    ) -> None:
+    stages: Stages
+
+    def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
         super().__init__(model, task, config, folder, group=Group(), display=display)
-        self.stages, self._config = stages, config
+        self.stages = self.first_stage()
         groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
         self.base_rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
@@ -190,6 +189,10 @@ class StagedTrainer(TrainingLoop):
     def device(self) -> torch.device:
         """Where the model is."""
         return place_of(self.model).device
+
+    def first_stage(self) -> Stages:
+        """The curriculum, at its start."""
+        raise NotImplementedError
 
     def read(self) -> Outcome:
         """Draw the batch of this step, add its gradient, and tell the curriculum."""
@@ -205,7 +208,7 @@ class StagedTrainer(TrainingLoop):
 
     def _step(self, log: Log | None) -> None:
         started = time.perf_counter()
-        config, position = self._config, self.position
+        config, position = self.config, self.position
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         outcome = self.read()
@@ -238,7 +241,7 @@ class StagedTrainer(TrainingLoop):
             "accuracy": pending["right"] / pending["rows"],
             **self.stages.columns(),
             "new_stage": moved,
-            "lr": self._config.lr * rate,
+            "lr": self.config.lr * rate,
             "tokens": position.tokens,
             "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
             "seconds": position.seconds,

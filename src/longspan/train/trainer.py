@@ -34,13 +34,13 @@ class Trainer(TrainingLoop):
         display: what is shown; only the main process's is used.
     """
 
+    config: TrainConfig
     remedies = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
 
     def __init__(
         self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Silent
     ) -> None:
         super().__init__(model, task, config, folder, group=group, display=display)
-        self.config = config
         self.stepper = Stepper(model, config, group)
         self.lanes = Lanes(
             task.documents("train"),
