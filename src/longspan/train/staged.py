@@ -18,14 +18,14 @@ from torch import Tensor
 from longspan.config import check_least, check_shares
 from longspan.mixers.maps import place_of
 from longspan.process import resident_bytes
-from longspan.train.checkpoint import Checkpoint, load_optimizer, optimizer_tensors
+from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import Limits
 from longspan.train.distributed import Group
 from longspan.train.log import Log
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
 from longspan.train.schedule import fraction_done
-from longspan.train.step import DivergedError, update
+from longspan.train.step import DivergedError, Optimization
 
 _AT_LEAST_ONE = ("tokens", "window", "log_every", "keep")
 _NOT_NEGATIVE = ("patience", "lr", "warmup", "weight_decay", "clip", "seed", "checkpoint_every", "threads")
@@ -179,11 +179,7 @@ class StagedTrainer(TrainingLoop):
     def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
         super().__init__(model, task, config, folder, group=Group(), display=display)
         self.stages = self.first_stage()
-        groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
-        self.generator = torch.Generator().manual_seed(config.seed + 2)
-        torch.manual_seed((config.seed + 1) * 1_000_003)
+        self.optimization = Optimization(model, config, self.group)
 
     @property
     def device(self) -> torch.device:
@@ -202,24 +198,21 @@ class StagedTrainer(TrainingLoop):
         """Go on from a checkpoint whose model this trainer was made with."""
         super().restore(checkpoint)
         self.stages.load_state_dict(checkpoint.position.lanes)
-        load_optimizer(self.optimizer, self.model, checkpoint.tensors)
-        self.generator.set_state(checkpoint.tensors["random.after_step"])
-        torch.set_rng_state(checkpoint.tensors["random.cpu.0"])
+        self.optimization.load_tensors(checkpoint.tensors)
 
     def _step(self, log: Log | None) -> None:
         started = time.perf_counter()
         config, position = self.config, self.position
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimization.begin()
         outcome = self.read()
-        if not math.isfinite(outcome.loss):
-            raise DivergedError(f"the loss of step {position.step + 1} is {outcome.loss}; {self._advice()}")
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         rate = config.rate(position.step, position.seconds)
-        update(self.model, self.optimizer, self.base_rates, rate)
+        try:
+            if not math.isfinite(outcome.loss):
+                raise DivergedError(f"the loss of step {position.step + 1} is {outcome.loss}")
+            self.optimization.update(position.step, rate)
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
         position.step += 1
-        self.model.after_step(position.step, self.generator)
         seconds = time.perf_counter() - started
         position.seconds += seconds
         position.tokens += outcome.tokens
@@ -254,5 +247,4 @@ class StagedTrainer(TrainingLoop):
         return self.stages.state_dict()
 
     def _tensors(self) -> dict[str, Tensor]:
-        random = {"random.after_step": self.generator.get_state(), "random.cpu.0": torch.get_rng_state()}
-        return optimizer_tensors(self.optimizer, self.model) | random
+        return self.optimization.tensors()
