@@ -1,13 +1,14 @@
 """What every training in a run folder has: steps, log, checkpoints, and an orderly end whatever ends it."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from longspan.process import resident_bytes
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.distributed import Group
@@ -15,7 +16,7 @@ from longspan.train.log import Log
 from longspan.train.progress import Silent
 from longspan.train.schedule import fraction_done, is_done
 from longspan.train.signals import on_interrupt
-from longspan.train.step import DivergedError
+from longspan.train.step import DivergedError, Optimization
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class TrainingLoop:
     remedies = "a lower train.lr, a longer train.warmup or a smaller train.clip"
     """what a run that diverged may try"""
     config: Any
+    optimization: Optimization
 
     def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Silent) -> None:
         self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
@@ -69,10 +71,27 @@ class TrainingLoop:
         """Go on from a checkpoint whose model this trainer was made with."""
         self.position = checkpoint.position
         self._saved_step = self.position.step
+        self.optimization.load_tensors(checkpoint.tensors)
 
-    def _step(self, log: Log | None) -> None:
-        """An optimiser step, logged where it is due; it moves `position` on."""
+    def _rate(self) -> float:
+        """What the learning rate of the next step is multiplied with."""
         raise NotImplementedError
+
+    def _train(self, rate: float) -> Any:
+        """An optimiser step: its tokens, units, and sums for the log."""
+        raise NotImplementedError
+
+    def _line_is_due(self, outcome: Any) -> bool:
+        """Whether a line is logged behind this step, whatever its number."""
+        raise NotImplementedError
+
+    def _figures(self, outcome: Any) -> dict[str, Any]:
+        """What a line of the log says of the training alone, of the sums in `position.pending`."""
+        raise NotImplementedError
+
+    def _shown(self) -> dict[str, Any]:
+        """What is shown besides a line of the log."""
+        return {}
 
     def _after_step(self, log: Log | None) -> None:
         """What comes between a step and its checkpoint."""
@@ -83,10 +102,6 @@ class TrainingLoop:
 
     def _data_state(self) -> dict[str, Any]:
         """Where the run is in its data, as plain data."""
-        raise NotImplementedError
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Optimiser and random generators."""
         raise NotImplementedError
 
     def _carried(self) -> list[Any]:
@@ -160,27 +175,51 @@ class TrainingLoop:
             self.checkpoints,
             position,
             self.model,
-            self._tensors(),
+            self.optimization.tensors(),
             self._carried(),
             group=self.group,
             keep=self.config.keep,
         )
         self._saved_step = position.step
 
-    def _count(self, **amounts: float) -> None:
-        """Add to the sums since the last line of the log."""
-        pending = self.position.pending
-        for name, amount in amounts.items():
+    def _step(self, log: Log | None) -> None:
+        position, started = self.position, time.perf_counter()
+        rate = self._rate()
+        try:
+            outcome = self._train(rate)
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {self._advice()}") from None
+        position.step += 1
+        position.tokens += outcome.tokens
+        position.units += outcome.units
+        # the clock of the main process counts, else processes would end at different steps
+        (seconds,) = self.group.sum(time.perf_counter() - started if self.group.main else 0.0)
+        position.seconds += seconds
+        pending = position.pending
+        for name, amount in {**outcome.sums, "tokens": outcome.tokens, "seconds": seconds}.items():
             pending[name] = pending.get(name, 0) + amount
+        if position.step % self.config.log_every and not self._line_is_due(outcome):
+            return
+        line = {
+            "step": position.step,
+            **self._figures(outcome),
+            "lr": self.config.lr * rate,
+            "tokens": position.tokens,
+            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
+            "seconds": position.seconds,
+            "memory": resident_bytes(),
+        }
+        position.pending = {}
+        self._write(log, line)
 
-    def _write(self, log: Log | None, line: dict[str, Any], **shown: Any) -> None:
-        """Log a line, and show it with what is `shown` besides."""
+    def _write(self, log: Log | None, line: dict[str, Any]) -> None:
+        """Log a line, and show it."""
         if log is not None:
             log.write(line)
         seconds = self.position.seconds
         fraction = fraction_done(self.config, self.position.step, seconds)
         eta = seconds * (1 - fraction) / fraction if fraction else None
-        self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **shown})
+        self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **self._shown()})
 
     def _title(self) -> str:
         begin = f"from step {self.position.step} " if self.position.step else ""

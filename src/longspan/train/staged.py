@@ -6,35 +6,27 @@ for bit.
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from longspan.config import check_least, check_shares
 from longspan.mixers.maps import place_of
-from longspan.process import resident_bytes
 from longspan.train.checkpoint import Checkpoint
-from longspan.train.config import Limits
+from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
-from longspan.train.log import Log
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
 from longspan.train.schedule import fraction_done
 from longspan.train.step import DivergedError, Optimization
 
-_AT_LEAST_ONE = ("tokens", "window", "log_every", "keep")
-_NOT_NEGATIVE = ("patience", "lr", "warmup", "weight_decay", "clip", "seed", "checkpoint_every", "threads")
-_SHARES = ("accuracy", "frontier", "constant", "min_lr_ratio")
-
 
 @dataclass(frozen=True, kw_only=True)
-class StagedConfig(Limits):
-    """Fields that the `[train]` tables of all curricula share.
+class StagedConfig(RunConfig):
+    """Fields that the `[train]` tables of all curricula share; more of them in `RunConfig`.
 
     Attributes:
         tokens: of a batch, about: its rows follow from their length.
@@ -42,17 +34,7 @@ class StagedConfig(Limits):
         window: batches.
         patience: steps after which a stage ends in any case; 0 = never.
         frontier: share of the batches at the stage reached; the others are of any before it.
-        lr: largest learning rate.
-        warmup: steps of linear warm-up.
         constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
-        min_lr_ratio: see `constant`.
-        betas, weight_decay: of AdamW.
-        clip: largest norm of the gradient; 0 = no clipping.
-        seed: of everything random.
-        log_every, checkpoint_every: in steps; 0 checkpoints at the end only.
-        keep: checkpoints that stay.
-        threads: CPU threads; 0 = as torch chooses.
-        device: as torch calls it; "auto" = CUDA where there is one.
     """
 
     tokens: int = 32_000
@@ -60,23 +42,18 @@ class StagedConfig(Limits):
     window: int = 10
     patience: int = 0
     frontier: float = 0.5
-    lr: float = 1e-3
     warmup: int = 50
     constant: float = 0.6
     min_lr_ratio: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
-    log_every: int = 10
     checkpoint_every: int = 200
-    keep: int = 2
-    threads: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_least(self, "train", dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0))
-        check_shares(self, "train", _SHARES)
+        super().__post_init__()
+        check_least(self, "train", {"tokens": 1, "window": 1, "patience": 0})
+        check_shares(self, "train", ("accuracy", "frontier", "constant", "min_lr_ratio"))
 
     def rate(self, step: int, seconds: float) -> float:
         """What `lr` is multiplied with in step `step` (from 0)."""
@@ -140,7 +117,7 @@ class Stages:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("config", "full")}
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was outcome."""
         for key, value in data.items():
             setattr(self, key, value)
 
@@ -161,6 +138,12 @@ class Outcome:
     rows: int
     tokens: int
     moved: bool
+    units = 0
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """What a line of the log adds up."""
+        return {"loss": self.loss * self.rows, "right": self.right * self.rows, "rows": self.rows}
 
 
 class StagedTrainer(TrainingLoop):
@@ -174,6 +157,7 @@ class StagedTrainer(TrainingLoop):
         display: what is shown.
     """
 
+    config: StagedConfig
     stages: Stages
 
     def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
@@ -198,53 +182,29 @@ class StagedTrainer(TrainingLoop):
         """Go on from a checkpoint whose model this trainer was made with."""
         super().restore(checkpoint)
         self.stages.load_state_dict(checkpoint.position.lanes)
-        self.optimization.load_tensors(checkpoint.tensors)
 
-    def _step(self, log: Log | None) -> None:
-        started = time.perf_counter()
-        config, position = self.config, self.position
+    def _rate(self) -> float:
+        return self.config.rate(self.position.step, self.position.seconds)
+
+    def _train(self, rate: float) -> Outcome:
+        step = self.position.step
         self.optimization.begin()
         outcome = self.read()
-        rate = config.rate(position.step, position.seconds)
-        try:
-            if not math.isfinite(outcome.loss):
-                raise DivergedError(f"the loss of step {position.step + 1} is {outcome.loss}")
-            self.optimization.update(position.step, rate)
-        except DivergedError as error:
-            raise DivergedError(f"{error}; {self._advice()}") from None
-        position.step += 1
-        seconds = time.perf_counter() - started
-        position.seconds += seconds
-        position.tokens += outcome.tokens
-        self._count(
-            loss=outcome.loss * outcome.rows,
-            right=outcome.right * outcome.rows,
-            rows=outcome.rows,
-            seconds=seconds,
-            tokens=outcome.tokens,
-        )
-        if position.step % config.log_every == 0 or outcome.moved:
-            self._log(log, rate, outcome.moved)
+        if not math.isfinite(outcome.loss):
+            raise DivergedError(f"the loss of step {step + 1} is {outcome.loss}")
+        self.optimization.update(step, rate)
+        return outcome
 
-    def _log(self, log: Log | None, rate: float, moved: bool) -> None:
-        position, pending = self.position, self.position.pending
-        line = {
-            "step": position.step,
-            "loss": pending["loss"] / pending["rows"],
-            "accuracy": pending["right"] / pending["rows"],
-            **self.stages.columns(),
-            "new_stage": moved,
-            "lr": self.config.lr * rate,
-            "tokens": position.tokens,
-            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
-            "seconds": position.seconds,
-            "memory": resident_bytes(),
-        }
-        position.pending = {}
-        self._write(log, line, stage=self.stages.words)
+    def _line_is_due(self, outcome: Outcome) -> bool:
+        return outcome.moved
+
+    def _figures(self, outcome: Outcome) -> dict[str, Any]:
+        pending = self.position.pending
+        means = {"loss": pending["loss"] / pending["rows"], "accuracy": pending["right"] / pending["rows"]}
+        return means | self.stages.columns() | {"new_stage": outcome.moved}
+
+    def _shown(self) -> dict[str, Any]:
+        return {"stage": self.stages.words}
 
     def _data_state(self) -> dict[str, Any]:
         return self.stages.state_dict()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return self.optimization.tensors()

@@ -33,6 +33,11 @@ class StepResult(NamedTuple):
     units: int
     grad_norm: float
 
+    @property
+    def sums(self) -> dict[str, float]:
+        """What a line of the log adds up."""
+        return {"nats": self.nats, "units": self.units}
+
 
 class Optimization:
     """An optimiser, the learning rates its groups began with, and the random generators of a training.

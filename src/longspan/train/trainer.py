@@ -1,13 +1,9 @@
 """Training on documents in lanes: steps, log, and evaluations on the way and at the end."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
-
-from longspan.process import resident_bytes
 from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint
@@ -19,7 +15,7 @@ from longspan.train.log import Log, read_log
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
 from longspan.train.schedule import learning_rate_factor
-from longspan.train.step import DivergedError, Stepper, StepResult
+from longspan.train.step import Stepper, StepResult
 
 
 class Trainer(TrainingLoop):
@@ -41,7 +37,7 @@ class Trainer(TrainingLoop):
         self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Silent
     ) -> None:
         super().__init__(model, task, config, folder, group=group, display=display)
-        self.stepper = Stepper(model, config, group)
+        self.stepper = self.optimization = Stepper(model, config, group)
         self.lanes = Lanes(
             task.documents("train"),
             lanes=config.lanes,
@@ -59,7 +55,6 @@ class Trainer(TrainingLoop):
         """
         super().restore(checkpoint)
         self.lanes.load_state_dict(checkpoint.position.lanes)
-        self.stepper.load_tensors(checkpoint.tensors)
         self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
 
     def title(self) -> str:
@@ -71,9 +66,6 @@ class Trainer(TrainingLoop):
 
     def _data_state(self) -> dict[str, Any]:
         return self.lanes.state_dict()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return self.stepper.tensors()
 
     def _carried(self) -> list[Any]:
         return self.stepper.carried
@@ -110,41 +102,24 @@ class Trainer(TrainingLoop):
         found = [line["validation"] for line in lines if line["step"] == self.position.step]
         return cast(dict[str, Any], found[-1]) if found else None
 
-    def _step(self, log: Log | None) -> None:
-        position = self.position
-        started = time.perf_counter()
-        batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
-        rate = learning_rate_factor(self.config, position.step, position.seconds)
-        try:
-            result = self.stepper.step(batches, step=position.step, rate=rate)
-        except DivergedError as error:
-            raise DivergedError(f"{error}; {self._advice()}") from None
-        position.step += 1
-        position.tokens += result.tokens
-        position.units += result.units
-        # the clock of the main process counts, else processes would end at different steps
-        (seconds,) = self.group.sum(time.perf_counter() - started if self.group.main else 0.0)
-        position.seconds += seconds
-        self._count(nats=result.nats, tokens=result.tokens, units=result.units, seconds=seconds)
-        if position.step % self.config.log_every == 0 or self._done:
-            self._log_step(log, result, rate)
+    def _rate(self) -> float:
+        return learning_rate_factor(self.config, self.position.step, self.position.seconds)
 
-    def _log_step(self, log: Log | None, result: StepResult, rate: float) -> None:
-        position, pending = self.position, self.position.pending
-        line = {
-            "step": position.step,
+    def _train(self, rate: float) -> StepResult:
+        batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
+        return self.stepper.step(batches, step=self.position.step, rate=rate)
+
+    def _line_is_due(self, outcome: StepResult) -> bool:
+        return self._done
+
+    def _figures(self, outcome: StepResult) -> dict[str, Any]:
+        pending = self.position.pending
+        return {
             "loss": pending["nats"] / max(pending["tokens"], 1),
             f"bits_per_{self.task.unit}": bits(pending["nats"], pending["units"]),
-            "lr": self.config.lr * rate,
-            "grad_norm": result.grad_norm,
-            "tokens": position.tokens,
-            "epoch": round(position.tokens / max(self.lanes.places_per_epoch, 1), 4),
-            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
-            "seconds": position.seconds,
-            "memory": resident_bytes(),
+            "grad_norm": outcome.grad_norm,
+            "epoch": round(self.position.tokens / max(self.lanes.places_per_epoch, 1), 4),
         }
-        position.pending = {}
-        self._write(log, line)
 
     def _evaluate(self, log: Log | None, tokens: int) -> dict[str, Any] | None:
         """The figures, logged and shown; None where Ctrl-C has ended it."""
