@@ -163,7 +163,7 @@ def test_ctrl_c_is_130(longspan, byte_run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longspan.train.load_run", interrupted)
+    monkeypatch.setattr("longspan.train.opening.load_run", interrupted)
     assert longspan("stream", byte_run, "-").code == 130
 
 

@@ -16,14 +16,14 @@ from longspan.cli.convert import convert
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
-from longspan.cli.quickstart import quickstart
-from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.recipes import recipes
-from longspan.cli.reproduce import reproduce
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
+from longspan.experiments.quickstart import quickstart
+from longspan.experiments.quickstart_lm import quickstart_lm
+from longspan.experiments.reproduce import reproduce
 from longspan.process import handle_signal, stop_signals
 from longspan.version import __version__
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table, say
+from longspan.cli.options import PageOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
@@ -47,9 +48,7 @@ def patterns(
         bool, typer.Option("--both-sides", help="Draw the form that sees later tokens too, where there is one.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
-    ] = Path("out/patterns"),
+    output: PageOption = Path("out/patterns"),
 ) -> None:
     """Draw which keys each query reads, as the papers' figures do: queries down, keys across.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table, reading_progress
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, RunArgument
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def spans(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Dynamic spans are the mean over so many held-back tokens.")
     ] = 8192,
