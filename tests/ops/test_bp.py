@@ -45,17 +45,21 @@ def nodes_read(length: int, k: int, levels: int, causal: bool, tile: int) -> lis
     tree = Tree(k, levels, causal)
     layout = make_layout(length, tile, lengths=None, start=None, offset=torch.tensor([0]))
     highest = tree.highest_level(length)
-    table = make_table(tree, levels if causal else highest, tile, layout.count, False, torch.device("cpu"))
+    table = make_table(
+        tree, levels if causal else highest, tile, layout.chunks.begin.shape[1], False, torch.device("cpu")
+    )
     schedule = make_schedule(tree, table, layout, highest, 1)
     in_table = {}
-    for chunk in range(layout.count):
+    for chunk in range(layout.chunks.begin.shape[1]):
         number = torch.tensor([chunk])
-        seen_from = Chunks(number, number * tile, 0 * number, 0 * number + length, 0 * number + layout.count - 1)
+        seen_from = Chunks(
+            number, number * tile, 0 * number, 0 * number + length, 0 * number + layout.chunks.begin.shape[1] - 1
+        )
         for level in range(highest + 1):
             for node in range(chunk * tile >> level, ((chunk + 1) * tile - 1 >> level) + 1):
                 row = table.find(seen_from, torch.tensor(level), torch.tensor(node))
                 in_table[int(row)] = level, node
-    visible = schedule.visible(slice(0, layout.count))[0].flatten(0, 1)[:length]
+    visible = schedule.visible(slice(0, layout.chunks.begin.shape[1]))[0].flatten(0, 1)[:length]
     rows = schedule.rows.repeat_interleave(tile, 0)[:length]
     return [sorted(in_table[row] for row in rows[i][visible[i]].tolist()) for i in range(length)]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.bp_nodes import TreeNodes, make_table, nodes_after, pool
-from longspan.ops.bp_schedule import column_counts, make_schedule
+from longspan.ops.bp_schedule import make_columns, make_schedule
 from longspan.ops.bp_softmax import attend_schedule
 from longspan.ops.bp_tree import Tree, make_layout
 from longspan.ops.rows import check_positive, check_shapes
@@ -96,21 +96,24 @@ def bp_attention(
     Raises:
         ConfigError: shapes that do not fit, or a state where not causal.
     """
-    tree = _check(q, k, v, queries, relative, nearest, causal, state)
+    tree = Tree(nearest, len(queries), causal)
+    _check(q, k, v, queries, relative, tree, later=state is not None)
     batch, length, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    before = empty_nodes(batch, k.shape[1], head_dim, nearest, tree.levels, q.device, k.dtype) if state is None else state
+    before = (
+        empty_nodes(batch, k.shape[1], head_dim, nearest, tree.levels, q.device, k.dtype) if state is None else state
+    )
     if not batch * length:
         return q.new_zeros(q.shape), before if causal else None
     scale = head_dim**-0.5 if scale is None else scale
     layout = make_layout(length, tile_of(length), lengths=lengths, start=start, offset=before.live)
     highest = tree.highest_level(layout.longest)
     levels = tree.levels if causal else highest
-    table = make_table(tree, levels, layout.tile, layout.count, state is not None, q.device)
+    table = make_table(tree, levels, layout.tile, layout.chunks.begin.shape[1], state is not None, q.device)
     positioned_q, positioned_k = (q, k) if positioned is None else positioned
     with flash.full_precision(q.device):
         keys, values = layout.spread(positioned_k), layout.spread(v)
         content = keys if positioned is None else layout.spread(k)
-        inside, larger = pool(keys, values, content, queries[:levels], scale, layout, state)
+        inside, larger = pool(keys, values, content, queries[:levels], scale, table, layout, state)
         keys = table.join(None if state is None else state.k, keys, inside.k, larger.k)
         values = table.join(None if state is None else state.v, values, inside.v, larger.v)
         tiles = layout.spread(positioned_q).flatten(0, 1)
@@ -130,18 +133,9 @@ def tile_of(length: int) -> int:
     return min(TILE, 1 << (length - 1).bit_length())
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    relative: Tensor | None,
-    nearest: int,
-    causal: bool,
-    state: TreeNodes | None,
-) -> Tree:
+def _check(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, relative: Tensor | None, tree: Tree, later: bool) -> None:
     check_shapes(q, k, v)
-    check_positive("nearest", nearest)
+    check_positive("nearest", tree.nearest)
     if queries.ndim != 3 or queries.shape[1:] != (k.shape[1], k.shape[3]) or k.shape != v.shape:
         raise ConfigError(
             f"bp attention: queries {tuple(queries.shape)} must be (levels, kv_heads, head_dim) and k, v alike; "
@@ -149,16 +143,14 @@ def _check(
         )
     if k.shape[2] != q.shape[2]:
         raise ConfigError("bp attention: older tokens come as a state, not as older keys")
-    if queries.shape[0] > 24:
-        raise ConfigError(f"bp attention: {queries.shape[0]} levels; at most 24, a span of 16 million tokens")
-    if state is not None and not causal:
+    if tree.levels > 24:
+        raise ConfigError(f"bp attention: {tree.levels} levels; at most 24, a span of 16 million tokens")
+    if later and not tree.causal:
         raise ConfigError("bp attention: only the causal form takes a state")
-    tree = Tree(nearest, queries.shape[0], causal)
     if relative is not None and relative.shape != (tree.entries, q.shape[3]):
         raise ConfigError(
             f"bp attention: relative {tuple(relative.shape)} must be (entries, head_dim) = {(tree.entries, q.shape[3])}"
         )
-    return tree
 
 
 def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, relative: bool = True) -> tuple[int, int]:
@@ -178,27 +170,25 @@ def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, rela
     pooled = levels if causal else highest
     rows = sum(max(1, tile >> level) for level in range(1, pooled + 1))
     entries = Tree(nearest, highest, causal).entries if relative else 0
-    columns = sum(count for _, _, count in column_counts(tree, tile, highest))
+    columns = len(make_columns(tree, tile, highest, torch.device("cpu"))[0])
     return queries * (2 * columns + entries), queries * (pooled + 2 * rows)
 
 
 def bp_pairs(length: int, *, nearest: int, levels: int, causal: bool = True) -> int:
     """Pairs of a token and one that it sees, alone or within a node; one head."""
     size = 1 << levels
-    reach = 2 * nearest * size
-    left = length * (length + 1) // 2 - size * _quotients(length + nearest + size - 1 - reach, size)
+
+    def quotients(stop: int) -> int:
+        """The sum of i // size over i from 0 to stop - 1, also on below 0."""
+        whole, rest = divmod(stop, size)
+        return size * whole * (whole - 1) // 2 + rest * whole
+
+    def views(position: int, first: int) -> int:
+        """The sum, over `length` positions, of the first token in view of each, at least `first`."""
+        begin = position + nearest + size - 1 - 2 * nearest * size
+        bounded = min(max(-(-first // size) * size - begin, 0), length)
+        return bounded * first + size * (quotients(begin + length) - quotients(begin + bounded))
+
     if causal:
-        return left
-    # position i sees up to min(length, ((i + 1 - k >> levels) + 2 k) size); the first `near` do not see the end
-    near = min(max(nearest - 1 + -(-length // size) * size - reach, 0), length)
-    first = 1 - nearest + nearest * size
-    ends = size * (_quotients(first + near, size) - _quotients(first, size)) + near * nearest * size
-    return left + ends + (length - near) * length - length * (length + 1) // 2
-
-
-def _quotients(length: int, size: int) -> int:
-    """The sum of i // size over i from 0 to length - 1."""
-    if length <= 0:
-        return 0
-    whole, rest = divmod(length, size)
-    return size * whole * (whole - 1) // 2 + rest * whole
+        return length * (length + 1) // 2 - views(0, 0)
+    return -views(0, 0) - views(-length, -length)  # on the right in the mirror image

@@ -4,7 +4,7 @@ Every level has a query of its own, so a node is a softmax over its tokens. Thos
 larger node every chunk makes a share, and the shares are joined by their sums of weights.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,33 +54,27 @@ class Nodes(NamedTuple):
 class NodeTable(NamedTuple):
     """Rows of a table of nodes: those of the state, then chunk by chunk its tokens, its nodes and its larger nodes.
 
-    A node that is larger than a chunk lies in the last of its chunks in the call. `per_level` tensors have an entry per
-    level, from 0.
+    A node that is larger than a chunk lies in the last of its chunks in the call. Tensors have an entry per level.
 
     Attributes:
         tile: tokens of a chunk.
-        count: chunks.
         slots: rows of the state.
         width: rows of a chunk.
         inside: how many of them are tokens and nodes inside the chunk.
-        per_chunk: (levels + 1,) rows of each level in a chunk, 1 for larger nodes.
-        first: (levels + 1,) the first of them.
-        slots_end: (levels + 1,) the row behind the newest node of each level in the state.
+        size: rows.
+        per_chunk: rows of a level in a chunk, 1 for larger nodes.
+        first: the first of them.
+        slots_end: the row behind the newest node of a level in the state.
     """
 
     tile: int
-    count: int
     slots: int
     width: int
     inside: int
+    size: int
     per_chunk: Tensor
     first: Tensor
     slots_end: Tensor
-
-    @property
-    def size(self) -> int:
-        """Rows."""
-        return self.slots + self.count * self.width
 
     def column(self, level: Tensor, node: Tensor) -> Tensor:
         """The row of a node within its chunk."""
@@ -93,10 +87,10 @@ class NodeTable(NamedTuple):
         chunk = torch.minimum(seen_from.number + ahead, seen_from.last).clamp(min=0)
         row = self.slots + chunk * self.width + self.column(level, node)
         older = (seen_from.before >> level) - node
-        return torch.where(older > 0, (self.slots_end[level] - older).clamp(min=0), row)
+        return torch.where((older > 0) & (node >= 0), (self.slots_end[level] - older).clamp(min=0), row)
 
     def join(self, state: Tensor | None, tokens: Tensor, inside: Tensor, larger: Tensor) -> Tensor:
-        """Keys or values, all (batch, chunks, rows, kv_heads, head_dim) but the state's, as (batch, rows, ...)."""
+        """Keys or values, all (batch, chunks, rows, kv_heads, head_dim) but the state's, as (batch, size, ...)."""
         table = torch.cat([tokens, inside.to(tokens.dtype), larger.to(tokens.dtype)], 2).flatten(1, 2)
         return table if state is None else torch.cat([state.transpose(1, 2), table], 1)
 
@@ -105,37 +99,29 @@ class NodeTable(NamedTuple):
 def make_table(tree: Tree, levels: int, tile: int, count: int, with_state: bool, device: torch.device) -> NodeTable:
     """The table of `count` chunks and levels 0 .. `levels`."""
     per_chunk = [max(1, tile >> level) for level in range(levels + 1)]
-    slots_end = np.cumsum([tree.capacity(level) for level in range(levels + 1)]) * with_state
+    capacities = [tree.capacity(level) for level in range(levels + 1)]
+    slots = tree.slots if with_state else 0
     return NodeTable(
         tile=tile,
-        count=count,
-        slots=tree.slots if with_state else 0,
+        slots=slots,
         width=sum(per_chunk),
         inside=sum(per_chunk[: tile.bit_length()]),
+        size=slots + count * sum(per_chunk),
         per_chunk=torch.tensor(per_chunk, device=device),
-        first=torch.tensor(np.cumsum(per_chunk) - per_chunk, device=device),
-        slots_end=torch.tensor(slots_end, device=device),
+        first=torch.tensor(np.cumsum([0, *per_chunk[:-1]]), device=device),
+        slots_end=torch.tensor(np.cumsum(capacities), device=device),
     )
 
 
-@host.table
-def state_slots(tree: Tree, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(slots,) the level of each node of a state, and how far it is from its level's end, 1 = the newest."""
-    slots = [(level, back) for level in range(tree.levels + 1) for back in range(tree.capacity(level), 0, -1)]
-    level, back = torch.tensor(slots, device=device).unbind(1)
-    return level, back
-
-
-@host.table
-def pooled_nodes(tile: int, levels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(rows,) the level of each node that is made in a chunk, and its number there."""
-    nodes = [(level, node) for level in range(1, levels + 1) for node in range(max(1, tile >> level))]
-    level, node = torch.tensor(nodes, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    return level, node
-
-
 def pool(
-    k: Tensor, v: Tensor, content: Tensor, queries: Tensor, scale: float, layout: Layout, state: TreeNodes | None
+    k: Tensor,
+    v: Tensor,
+    content: Tensor,
+    queries: Tensor,
+    scale: float,
+    table: NodeTable,
+    layout: Layout,
+    state: TreeNodes | None,
 ) -> tuple[Nodes, Nodes]:
     """The nodes inside each chunk, and the larger ones in the last of their chunks, (batch, chunks, rows, ...).
 
@@ -145,78 +131,64 @@ def pool(
         content: like k, what the weights are made of.
         queries: (levels, kv_heads, head_dim).
         scale: of the logits.
+        table: where the nodes will lie.
         layout: of the call.
         state: whose open nodes the first chunk continues.
     """
-    batch, tile, levels = k.shape[0], layout.tile, len(queries)
+    batch, tile, device = len(k), table.tile, k.device
     dtype = torch.promote_types(torch.promote_types(k.dtype, queries.dtype), torch.float32)
-    hole = (layout.source < 0).view(-1, layout.count, tile, 1, 1)
     logits = torch.einsum("bctgd,lgd->bctgl", content.to(dtype), queries.to(dtype)) * scale
-    logits = logits.masked_fill(hole, HIDDEN).flatten(0, 1)
-    level, node = pooled_nodes(tile, levels, k.device)
-    mask = torch.zeros(len(level), tile, dtype=dtype, device=k.device)
-    mask.masked_fill_((torch.arange(tile, device=k.device) >> level[:, None]) != node[:, None], HIDDEN)
+    logits = logits.masked_fill((layout.source < 0).view(-1, *k.shape[1:3], 1, 1), HIDDEN).flatten(0, 1)
+    column = torch.arange(tile, table.width, device=device)
+    level = torch.bucketize(column, table.first, right=True) - 1
+    node = column - table.first[level]
+    outside = torch.arange(tile, device=device) >> level[:, None] != node[:, None]
+    mask = torch.zeros(outside.shape, dtype=dtype, device=device).masked_fill_(outside, HIDDEN)
     means = _pool(k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), logits, level - 1, mask)
     nodes = Nodes(*(t.unflatten(0, (batch, -1)) for t in means))
     if state is not None:
         first = _resume(Nodes(*(t[:, 0] for t in nodes)), layout, level, node, state)
         nodes = Nodes(*(torch.cat([one[:, None], t[:, 1:]], 1) for one, t in zip(first, nodes, strict=True)))
-    inside = int((tile >> torch.arange(1, levels + 1)).sum())
-    larger = Nodes(*(t[:, :, inside:] for t in nodes))
-    return Nodes(*(t[:, :, :inside] for t in nodes)), _join_shares(larger, layout)
+    parts = (t.tensor_split([table.inside - tile], 2) for t in nodes)
+    inside, larger = (Nodes(*part) for part in zip(*parts, strict=True))
+    return inside, _join_shares(larger, layout)
 
 
-def _weights(logits: Tensor, query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(chunks, kv_heads, rows, tile) weights, and (chunks, kv_heads, rows) the logarithm of their sum."""
+def _means(keys: Tensor, values: Tensor, logits: Tensor, query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """See `_Pool`."""
     rows = logits.permute(0, 2, 3, 1).index_select(2, query).add_(mask)
     weights = rows.softmax(-1)
+    k, v = ((weights @ t.transpose(1, 2)).transpose(1, 2) for t in (keys, values))
     # the largest weight is one over the sum
-    return weights, rows.amax(-1) - weights.amax(-1).log()
-
-
-def _blocks(logits: Tensor, mask: Tensor) -> Iterator[slice]:
-    size = max(1, ENTRIES // max(1, mask.numel() * logits.shape[2]))
-    for first in range(0, len(logits), size):
-        yield slice(first, min(first + size, len(logits)))
+    return k, v, (rows.amax(-1) - weights.amax(-1).log()).transpose(1, 2)
 
 
 class _Pool(FirstOrder):
-    """Softmax means; the backward pass makes the weights again.
+    """Softmax means of tokens, block by block; the backward pass makes the weights again.
 
-    Of keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels), and for each row its
-    entry of `levels` and a mask (rows, tile).
+    Of keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels), and for each row
+    which of the levels it takes and a mask (rows, tile).
     """
 
     what = "bp attention"
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, values: Tensor, logits: Tensor, query: Tensor, mask: Tensor) -> Any:
-        size = keys.shape[0], len(query), keys.shape[2]
-        k, v, mass = keys.new_empty(*size, keys.shape[3]), keys.new_empty(*size, keys.shape[3]), keys.new_empty(size)
-        for block in _blocks(logits, mask):
-            weights, sums = _weights(logits[block], query, mask)
-            mass[block] = sums.transpose(1, 2)
-            for target, source in ((k, keys), (v, values)):
-                target[block] = (weights @ source[block].transpose(1, 2)).transpose(1, 2)
-        ctx.save_for_backward(keys, values, logits, query, mask, k, v)
-        return k, v, mass
+    def forward(ctx: Any, *args: Tensor) -> Any:
+        ctx.save_for_backward(*args)
+        *tokens, query, mask = args
+        ctx.size = max(1, ENTRIES // max(1, mask.numel() * tokens[0].shape[2]))
+        blocks = [_means(*block, query, mask) for block in zip(*(t.split(ctx.size) for t in tokens), strict=True)]
+        return tuple(torch.cat(t) for t in zip(*blocks, strict=True))
 
     @staticmethod
-    def gradients(ctx: Any, saved: tuple[Tensor, ...], dk: Tensor, dv: Tensor, dmass: Tensor) -> Any:
-        keys, values, logits, query, mask, k, v = saved
-        dkeys, dvalues, dlogits = (torch.empty_like(t) for t in (keys, values, logits))
-        of_level = (query == torch.arange(logits.shape[3], device=keys.device)[:, None]).to(keys.dtype)
-        with flash.full_precision(keys.device):
-            for block in _blocks(logits, mask):
-                weights, _ = _weights(logits[block], query, mask)
-                gk, gv = (t[block].transpose(1, 2) for t in (dk, dv))
-                inner = (dk[block] * k[block]).sum(-1) + (dv[block] * v[block]).sum(-1) - dmass[block]
-                slope = gk @ keys[block].permute(0, 2, 3, 1) + gv @ values[block].permute(0, 2, 3, 1)
-                slope.sub_(inner.transpose(1, 2)[..., None]).mul_(weights)
-                dlogits[block] = (of_level @ slope).permute(0, 3, 1, 2)
-                dkeys[block] = (weights.mT @ gk).transpose(1, 2)
-                dvalues[block] = (weights.mT @ gv).transpose(1, 2)
-        return dkeys, dvalues, dlogits, None, None
+    def gradients(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> Any:
+        *tokens, query, mask = saved
+        blocks = []
+        with flash.full_precision(mask.device), torch.enable_grad():
+            for block in zip(*(t.detach().split(ctx.size) for t in (*tokens, *grads)), strict=True):
+                inputs = [t.requires_grad_() for t in block[:3]]
+                blocks.append(torch.autograd.grad(_means(*inputs, query, mask), inputs, block[3:]))
+        return *(torch.cat(t) for t in zip(*blocks, strict=True)), None, None
 
 
 _pool: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Pool.apply
@@ -235,9 +207,9 @@ def _resume(nodes: Nodes, layout: Layout, level: Tensor, node: Tensor, state: Tr
 
 
 def _join_shares(shares: Nodes, layout: Layout) -> Nodes:
-    """Nodes larger than a chunk, (batch, chunks, levels, ...), of every chunk's share: each at the last of its chunks."""
+    """Nodes larger than a chunk, each in the last of its chunks, of the chunks' shares (batch, chunks, levels, ...)."""
     mass, chunks = shares.mass, layout.chunks
-    if not mass.shape[2] or layout.count == 1:
+    if not mass.shape[2] or mass.shape[1] == 1:
         return shares
     size = 2 << torch.arange(mass.shape[2], device=mass.device)
     number = chunks.begin[..., None] // layout.tile
@@ -255,24 +227,19 @@ def nodes_after(
     tree: Tree, table: NodeTable, layout: Layout, inside: Nodes, larger: Nodes, keys: Tensor, values: Tensor
 ) -> TreeNodes:
     """The state after a call, of its nodes and its tables (batch, rows, kv_heads, head_dim)."""
-    batch, device = len(keys), keys.device
+    rows, device = torch.arange(len(keys), device=keys.device)[:, None], keys.device
     final = Chunks(*(t.gather(1, layout.final) for t in layout.chunks))
-    level, back = state_slots(tree, device)
-    node = (final.end >> level) - back
-    row = table.find(final, level, node).expand(batch, -1)[..., None, None]
-    k, v = (
-        t.gather(1, row.expand(-1, -1, *t.shape[2:])).masked_fill((node < 0)[..., None, None], 0).transpose(1, 2)
-        for t in (keys, values)
-    )
+    slot = torch.arange(tree.slots, device=device)
+    level = torch.bucketize(slot, table.slots_end, right=True)
+    node = (final.end >> level) + slot - table.slots_end[level]
+    found = table.find(final, level, node)
+    k, v = (t[rows, found].masked_fill((node < 0)[..., None, None], 0).transpose(1, 2) for t in (keys, values))
     level = torch.arange(1, tree.levels + 1, device=device)
     closed = (final.end & ((1 << level) - 1)) == 0
-    column = (table.column(level, final.end >> level) - table.tile).expand(batch, -1)
-    batch_index = torch.arange(batch, device=device)[:, None]
-    chunk = layout.final[:, 0].expand(batch)
-    sums = []
-    for small, large in zip(inside, larger, strict=True):
-        made = torch.cat([small[batch_index[:, 0], chunk], large[batch_index[:, 0], chunk]], 1)[batch_index, column]
-        sums.append(made.masked_fill(closed.view(*closed.shape, *(1,) * (made.ndim - 2)), 0).transpose(1, 2))
-    open_k, open_v, open_mass = (t.contiguous() for t in sums)
-    live = final.end[:, 0].expand(batch).contiguous()
-    return TreeNodes(k.contiguous(), v.contiguous(), open_k, open_v, open_mass, live)
+    column = table.column(level, final.end >> level) - table.tile
+    made = [torch.cat([t[rows, layout.final] for t in pair], 2)[:, 0] for pair in zip(inside, larger, strict=True)]
+    open_k, open_v, open_mass = (
+        t[rows, column].masked_fill(closed.view(*closed.shape, *[1] * (t.ndim - 2)), 0).transpose(1, 2) for t in made
+    )
+    live = final.end[:, 0].expand(len(keys))
+    return TreeNodes(*(t.contiguous() for t in (k, v, open_k, open_v, open_mass, live)))

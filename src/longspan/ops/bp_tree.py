@@ -54,17 +54,16 @@ class Tree(NamedTuple):
         return torch.cat([relative[:1], by_level[:, : highest + 1].reshape(-1, relative.shape[1])])
 
     def border(self, position: Any, level: Any) -> Any:
-        """L(level) for numbers or tensors: the first node that is not to the left of `position`, or is covered by lower levels."""
+        """L(level), the first node that is not to the left of all lower levels' nodes; of numbers or tensors."""
         return ((position + self.nearest + (((1 << level) + 1) >> 1) - 1) >> level) - self.nearest
 
     def highest_level(self, positions: int) -> int:
         """The highest level that any position of a document of so many tokens sees."""
-        for level in range(self.levels, 0, -1):
-            left = self.border(positions - 1, level) > 0
-            right = not self.causal and -self.border(-1, level) << level < positions
-            if left or right:
-                return level
-        return 0
+        levels = range(1, self.levels + 1)
+        seen = [level for level in levels if self.border(positions - 1, level) > 0]
+        if not self.causal:
+            seen += [level for level in levels if -self.border(-1, level) << level < positions]
+        return max(seen, default=0)
 
     def view(self, position: Tensor, end: Tensor, highest: int) -> tuple[Tensor, Tensor]:
         """The nodes that positions see, for every side and level 0 .. `highest`; on the right node m counts as -1 - m.
@@ -128,11 +127,6 @@ class Layout(NamedTuple):
     chunks: Chunks
     final: Tensor
     longest: int
-
-    @property
-    def count(self) -> int:
-        """C."""
-        return self.source.shape[1] // self.tile
 
     def spread(self, x: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), zeros in holes."""
