@@ -19,7 +19,6 @@ the mean of keys turned to their positions, so its score is the mean of theirs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,25 +51,10 @@ class BPConfig:
             raise ConfigError(f"bp.max_level = {self.max_level}: must be from 0 to 24")
 
 
-class BPState(NamedTuple):
-    """The spans that later tokens may still see; see `longspan.ops.TreeNodes`.
+class BPState(ops.TreeNodes):
+    """The spans that later tokens may still see."""
 
-    Attributes:
-        k: (batch, kv_heads, slots, head_dim), keys of finished spans, level by level, in a level the newest last;
-            about 2 k slots a level.
-        v: like k.
-        open_k: (batch, kv_heads, max_level, head_dim), fp32 at least: the open span of each level above the tokens.
-        open_v: like open_k.
-        open_mass: (batch, kv_heads, max_level), the logarithm of the sum of its weights.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    open_k: Tensor
-    open_v: Tensor
-    open_mass: Tensor
-    live: Tensor
+    __slots__ = ()
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""

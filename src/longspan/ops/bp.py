@@ -117,10 +117,8 @@ def bp_attention(
         keys = table.join(None if state is None else state.k, keys, inside.k, larger.k)
         values = table.join(None if state is None else state.v, values, inside.v, larger.v)
         tiles = layout.spread(positioned_q).flatten(0, 1)
-        bare = None
-        if relative is not None:
-            bare = tiles if positioned is None else layout.spread(q).flatten(0, 1)
-            relative = tree.trim_relative(relative, highest)
+        bare = None if positioned is None or relative is None else layout.spread(q).flatten(0, 1)
+        relative = None if relative is None else tree.trim_relative(relative, highest)
         schedule = make_schedule(tree, table, layout, highest, batch)
         out = attend_schedule(tiles, bare, keys.flatten(0, 1), values.flatten(0, 1), relative, schedule, scale)
         out = layout.collect(out.view(batch, -1, *out.shape[2:]), length)

@@ -154,8 +154,9 @@ def pool(
     return inside, _join_shares(larger, layout)
 
 
-def _means(keys: Tensor, values: Tensor, logits: Tensor, query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+def _means(*block: Tensor) -> tuple[Tensor, ...]:
     """See `_Pool`."""
+    keys, values, logits, query, mask = block
     rows = logits.permute(0, 2, 3, 1).index_select(2, query).add_(mask)
     weights = rows.softmax(-1)
     k, v = ((weights @ t.transpose(1, 2)).transpose(1, 2) for t in (keys, values))

@@ -34,7 +34,7 @@ def attend_schedule(
 
     Args:
         q: (tiles, tile, heads, head_dim).
-        bare: q before positions, for the relative term; None where there is none.
+        bare: q before positions, for the relative term; None = q.
         keys: (rows, kv_heads, head_dim).
         values: like keys.
         relative: (entries, head_dim); None where there is no relative term.
@@ -60,12 +60,12 @@ def _gather(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def _bias(
-    bare: Tensor | None, relative: Tensor | None, schedule: Schedule, block: slice, scale: float, dtype: torch.dtype
+    bare: Tensor, relative: Tensor | None, schedule: Schedule, block: slice, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What is added to scores, (tiles, heads or 1, tile, K), and the rows of `relative`, (tiles, tile, 1, K)."""
     visible, entry = (t[:, :, None] for t in schedule.visible(block))
-    if bare is None or relative is None:
-        bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    if relative is None:
+        bias = torch.zeros(visible.shape, dtype=bare.dtype, device=bare.device)
     else:
         terms = (bare[block] @ relative.mT).mul_(scale)
         bias = terms.gather(3, entry.expand(-1, -1, bare.shape[2], -1))
@@ -85,7 +85,7 @@ def _forward(*args: Any) -> Tensor:
     out = torch.empty_like(tensors[0])
     with flash.full_precision(q.device):
         for block in _blocks(q, schedule, FORWARD_ENTRIES):
-            mask, _ = _bias(bare, relative, schedule, block, scale, q.dtype)
+            mask, _ = _bias(q if bare is None else bare, relative, schedule, block, scale)
             k, v = (_gather(t, schedule.rows[block]) for t in (keys, values))
             part, _ = flash.attend(q[block].transpose(1, 2), k, v, scale=scale, mask=mask)
             out[block] = part.transpose(1, 2)
@@ -119,13 +119,15 @@ class _Attention(FirstOrder):
             target.index_add_(0, rows.flatten(), new.flatten(0, 1))
 
         dq, dkeys, dvalues = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-        dbare, drelative = (None, None) if relative is None else (torch.empty_like(bare), torch.zeros_like(relative))
+        source = q if bare is None else bare
+        dbare = None if bare is None or relative is None else torch.empty_like(bare)
+        drelative = None if relative is None else torch.zeros_like(relative)
         with flash.full_precision(q.device):
             for block in _blocks(q, schedule, BACKWARD_ENTRIES):
                 rows = schedule.rows[block]
                 queries, grads = folded(q[block]), folded(grad[block])
                 k, v = (_gather(t, rows).reshape(-1, rows.shape[1], dim) for t in (keys, values))
-                bias, entry = _bias(bare, relative, schedule, block, scale, q.dtype)
+                bias, entry = _bias(source, relative, schedule, block, scale)
                 bias = bias.expand(-1, heads, -1, -1).reshape(len(k), -1, rows.shape[1])
                 weights = torch.baddbmm(bias, queries, k.mT, alpha=scale).softmax(-1)
                 add_rows(dvalues, rows, torch.bmm(weights.mT, grads))
@@ -133,12 +135,15 @@ class _Attention(FirstOrder):
                 slope = torch.bmm(grads, v.mT).sub_(inner).mul_(weights).mul_(scale)
                 add_rows(dkeys, rows, torch.bmm(slope.mT, queries))
                 dq[block] = torch.bmm(slope, k).view(len(rows), heads, tile, dim).transpose(1, 2)
-                if dbare is not None and drelative is not None:
+                if drelative is not None:
                     slope = slope.view(len(rows), heads, tile, -1).transpose(1, 2)
                     terms = slope.new_zeros(len(rows), tile, heads, len(relative))
                     terms.scatter_add_(3, entry.expand(-1, -1, heads, -1), slope)
-                    dbare[block] = terms @ relative
-                    drelative.addmm_(terms.flatten(0, 2).mT, bare[block].reshape(-1, dim))
+                    if dbare is None:
+                        dq[block] += terms @ relative
+                    else:
+                        dbare[block] = terms @ relative
+                    drelative.addmm_(terms.flatten(0, 2).mT, source[block].reshape(-1, dim))
         gradients = zip((dq, dbare, dkeys, dvalues, drelative), saved[:5], strict=True)
         return *(None if d is None else d.to(t.dtype) for d, t in gradients), None, None
 

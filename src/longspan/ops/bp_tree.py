@@ -138,7 +138,7 @@ class Layout(NamedTuple):
             x = x.masked_fill(holes, 0)
         elif size != x.shape[1]:
             x = F.pad(x, (0, 0, 0, 0, self.front, size - self.front - x.shape[1]))
-        return x.unflatten(1, (-1, self.tile))
+        return x.reshape(len(x), -1, self.tile, *x.shape[2:])
 
     def collect(self, x: Tensor, length: int) -> Tensor:
         """(batch, C * tile, heads, head_dim) back to (batch, heads, length, head_dim)."""
