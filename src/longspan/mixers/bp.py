@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 
 
@@ -110,7 +109,7 @@ class BPCore(Core):
         )
         if nodes is None:
             return out, None
-        held = BPState(*(emptied_rows(rows, t) for t in nodes))
+        held = BPState(*(rows.clear_reset(t) for t in nodes))
         return out, held._replace(live=rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
