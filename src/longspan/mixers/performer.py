@@ -22,7 +22,6 @@ from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
 from longspan.mixers.choices import recording
 from longspan.mixers.draws import DrawnCore, processes, summed
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 from longspan.state import recomputing
 
@@ -164,8 +163,8 @@ class PerformerCore(DrawnCore):
         )
         if sums is None:
             return out, None
-        values, keys = emptied_rows(rows, sums.values), emptied_rows(rows, sums.keys)
-        maximum = emptied_rows(rows, sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
+        values, keys = rows.clear_reset(sums.values), rows.clear_reset(sums.keys)
+        maximum = rows.clear_reset(sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
         return out, PerformerState(values, keys, maximum, self.drawn_of(rows), rows.live)
 
     @property
@@ -178,7 +177,7 @@ class PerformerCore(DrawnCore):
         if recomputing():
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
-        real = torch.arange(rows.length, device=q.device) < rows.real_tokens()[:, None]
+        real = rows.real_columns()
         counts, squares, sums = [], [], []
         for t in (q, k):
             t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)

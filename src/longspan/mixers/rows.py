@@ -158,6 +158,14 @@ class Rows:
             "tokens", lambda: host.remember(torch.full_like(self.offset, self.length), self.lengths_read)
         )
 
+    def real_columns(self) -> Tensor:
+        """(B, N) bool: which columns of the call hold a token."""
+        return torch.arange(self.length, device=self.device) < self.real_tokens()[:, None]
+
+    def clear_reset(self, t: Tensor, value: float = 0.0) -> Tensor:
+        """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
+        return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
+
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
         if key not in self._cache:

@@ -15,7 +15,7 @@ from longspan.ops.associative import (
     dpfp,
 )
 from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
-from longspan.ops.bp_pool import TreeNodes
+from longspan.ops.bp_nodes import TreeNodes
 from longspan.ops.compressive import attention_reconstruction, attention_usage, compressive_attention, compressive_cost
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (

@@ -78,13 +78,13 @@ def _dynamic_spans(
     import torch
 
     from longspan.cli.show.reading import chosen
-    from longspan.train.watching import real_tokens, watch_layers
+    from longspan.train.watching import watch_layers
 
     totals = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
     counts = dict.fromkeys(totals, 0)
 
     def watch(core: "AdaptiveSpanCore", given: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
-        real = real_tokens(given[4], given[0])
+        real = given[4].real_columns()
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())
 
