@@ -333,6 +333,7 @@ def block_sparse_attention(
     scale: float | None = None,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of tiles of queries to chosen blocks of keys: the primitive of patterns yet to be invented.
@@ -353,6 +354,7 @@ def block_sparse_attention(
         scale: factor of the logits; default head_dim ** -0.5.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later keys are not seen.
         start: (batch, length) first visible key column of each query; None = no limit. Causal only.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
         return_lse: whether to return the log-sum-exps too, to merge the result with attention to other keys.
 
     Returns:
@@ -379,25 +381,32 @@ def block_sparse_attention(
     if q.numel() == 0 or v.numel() == 0:
         out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf, dtype=dtype)
     else:
-        schedule = _schedule(q, k, blocks, query_block, key_block, causal, lengths, start)
+        column = torch.arange(k.shape[2], device=q.device)
+        real = torch.ones(batch, k.shape[2], dtype=torch.bool, device=q.device)
+        if lengths is not None:
+            real &= column < (k.shape[2] - length + lengths)[:, None]
+        if memory_lengths is not None:
+            real &= column >= (k.shape[2] - length - memory_lengths)[:, None]
+        schedule = _schedule(blocks, real, length, heads, kv_heads, query_block, key_block, causal, start)
         out, lse = attend_blocks(q.to(dtype), (k.to(dtype),), (v.to(dtype),), (schedule,), scale)
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
 def _schedule(
-    q: Tensor,
-    k: Tensor,
     blocks: Tensor,
+    real: Tensor,
+    length: int,
+    heads: int,
+    kv_heads: int,
     query_block: int,
     key_block: int,
     causal: bool,
-    lengths: Tensor | None,
     start: Tensor | None,
 ) -> BlockSchedule:
-    """The schedule of `block_sparse_attention`."""
-    (batch, heads, length, _), (kv_heads, columns), device = q.shape, k.shape[1:3], q.device
+    """The schedule of `block_sparse_attention`; real (batch, columns) says which key columns hold a token."""
+    (batch, columns), device = real.shape, real.device
     lists = heads if blocks.shape[1] == heads else kv_heads
-    tiles, row_blocks, memory = blocks.shape[2], -(-columns // key_block), columns - length
+    tiles, row_blocks = blocks.shape[2], -(-columns // key_block)
     # the list of each tile sorted, so that equal blocks are neighbors; the block behind all others is empty
     blocks = F.pad(blocks.long(), (0, 1), value=-1) if blocks.shape[3] == 0 else blocks.long()
     ordered = blocks.masked_fill((blocks < 0) | (blocks >= row_blocks), row_blocks).sort(-1).values
@@ -412,13 +421,11 @@ def _schedule(
     query = F.pad(query, (0, tiles * query_block - length), value=-1).unflatten(3, (tiles, query_block))
     query = F.pad(query, (0, parts * height - query_block), value=-1).unflatten(4, (parts, height))
     query = query.permute(0, 1, 3, 4, 2, 5).reshape(-1, group * height)
-    column, real = torch.arange(columns, device=device), torch.ones(batch, 1, columns, dtype=torch.bool, device=device)
-    if lengths is not None:
-        real = column < (memory + lengths)[:, None, None]
-    key = torch.arange(batch * kv_heads * columns, device=device).view(batch, kv_heads, columns).masked_fill(~real, -1)
-    key = F.pad(key, (0, row_blocks * key_block - columns), value=-1).view(-1, key_block)
-    key = F.pad(key, (0, 0, 0, 1), value=-1)
-    stop = torch.where(real[..., memory:], column[memory:] + 1 if causal else columns, 0)
+    key = torch.arange(batch * kv_heads * columns, device=device).view(batch, kv_heads, columns)
+    key = F.pad(key.masked_fill(~real[:, None], -1), (0, row_blocks * key_block - columns), value=-1)
+    key = F.pad(key.view(-1, key_block), (0, 0, 0, 1), value=-1)
+    column = torch.arange(columns, device=device)
+    stop = torch.where(real, column + 1 if causal else columns, 0)[:, None, columns - length :]
 
     def of_queries(x: Tensor) -> Tensor:
         return x.expand(batch, heads, length).flatten().int()
