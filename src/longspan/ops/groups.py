@@ -264,12 +264,12 @@ def nearest_members_in_documents(
         real: (batch, length) bool, None = all.
         start: (batch, length) column at which a token's document starts, negative where the rings are seen too; None =
             one document that goes on with the rings.
-        ring_position: (batch, heads, rounds, count, width) positions in the rings, -1 where empty. The keys of a round
-            are then those of its rings, and behind them the call's.
+        ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the rings, -1 where empty. The keys
+            of a round are then those of its rings, and behind them the call's.
     """
     shared, first_column, memory = key_group is query_group and ring_position is None, None, 0
     if ring_position is not None:
-        ring_position = ring_position.flatten(3)
+        ring_position = by_heads(ring_position, query_group.shape[1]).flatten(3)
         memory = ring_position.shape[3]
     if start is not None and reach.after is None:
         first_column = torch.where(start < 0, 0, memory + start)

@@ -128,18 +128,15 @@ def lsh_attention(
     if selection == "sorted":
         schedules = _chunks(query_bucket, key_bucket, count, bucket_size, causal=causal, real=real, start=start)
     else:
-        reach = Reach(2 * bucket_size) if causal else Reach(bucket_size, bucket_size)
-        position = None if rings is None else by_heads(rings[2], heads)
+        reach, position = _reach(bucket_size, causal), None if rings is None else rings[2]
         schedules = nearest_members_in_documents(
             query_bucket, key_bucket, count, reach, real=real, start=start, ring_position=position
         )
     if rings is not None:
-        ring_k, ring_v = (t.to(dtype) for t in rings[:2])
-        all_keys = behind_rings(F.normalize(ring_k, dim=-1) if k is None else ring_k, keys, heads)
-        all_values = behind_rings(ring_v, values, heads)
+        ring_keys = F.normalize(rings[0].to(dtype), dim=-1) if k is None else rings[0].to(dtype)
+        all_keys, all_values = behind_rings(ring_keys, keys, heads), behind_rings(rings[1].to(dtype), values, heads)
     out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
-    out = torch.where((lse == -math.inf)[..., None], by_heads(values, heads), out)
-    return zero_padding(out, real, q.dtype)
+    return zero_padding(torch.where((lse == -math.inf)[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
@@ -214,36 +211,57 @@ def _chunks(
     schedules: list[BlockSchedule] = []
     pairs: list[ChunkPair] = []
     own_first, own_count = first_chunk.gather(1, document), chunks.gather(1, document)
-    height, empty = min(size, TILE), rows * row_chunks  # the chunk behind all others is empty
-    tiles = -(-size // height)  # of a chunk
     for number in range(rounds):
         key_slot = slots(key_bucket[:, :, number])
         query_slot = key_slot if key_bucket is query_bucket else slots(query_bucket[:, :, number])
-        absent, chunk = query_slot < 0, query_slot // size
+        chunk = query_slot // size
         previous = torch.where(chunk == own_first, own_first + own_count - 1, chunk - 1)
-        previous = previous.masked_fill_(own_count == 1, empty)
-        previous_of = torch.full((empty + 1,), empty, dtype=torch.int64, device=device)
-        previous_of.scatter_(0, chunk.masked_fill(absent, empty).flatten(), previous.flatten())
-        blocks = torch.stack([previous_of[:-1], torch.arange(empty, device=device)], 1)
-        place = (chunk * (tiles * height) + query_slot % size).masked_fill_(absent, -1)
-        schedule = BlockSchedule(
-            query=inverse(place, empty * tiles * height).view(-1, height),
-            query_place=place.flatten(),
-            key=inverse(key_slot, (empty + 1) * size).view(-1, size),
-            key_slot=key_slot.flatten(),
-            blocks=blocks.repeat_interleave(tiles, 0),
-            width=2,
-            visible=visible,
-            duplicates=tuple(pairs),
-        )
-        schedules.append(schedule)
-        pair = ChunkPair(
-            chunk=chunk.masked_fill(absent, -1).flatten().int(),
-            previous=previous.masked_fill(absent | (previous == empty), -1).flatten().int(),
-            key_chunk=(key_slot // size).masked_fill(key_slot < 0, ABSENT).flatten().int(),
-        )
+        previous = previous.masked_fill_(own_count == 1, rows * row_chunks)
+        schedule, pair = _chunk_round(query_slot, key_slot, previous, size, rows * row_chunks, visible)
+        schedules.append(schedule._replace(duplicates=tuple(pairs)))
         pairs.append(pair)
     return tuple(schedules)
+
+
+def _chunk_round(
+    query_slot: Tensor, key_slot: Tensor, previous: Tensor, size: int, count: int, visible: KeyRange
+) -> tuple[BlockSchedule, ChunkPair]:
+    """A round of `_chunks`, and the pairs that it shows.
+
+    Args:
+        query_slot: (rows, length) slot of each query in its chunk, counted over all `count` chunks; -1 = not real.
+        key_slot: like query_slot, of each key.
+        previous: (rows, length) the previous chunk of each query's; `count` where it has none.
+        size: tokens of a chunk.
+        count: chunks; behind them comes one that is empty.
+        visible: what a query sees of the two chunks.
+    """
+    height = min(size, TILE)
+    absent, chunk, tiles = query_slot < 0, query_slot // size, -(-size // height)  # tiles of a chunk
+    previous_of = torch.full((count + 1,), count, dtype=torch.int64, device=chunk.device)
+    previous_of.scatter_(0, chunk.masked_fill(absent, count).flatten(), previous.flatten())
+    blocks = torch.stack([previous_of[:-1], torch.arange(count, device=chunk.device)], 1)
+    place = (chunk * (tiles * height) + query_slot % size).masked_fill_(absent, -1)
+    schedule = BlockSchedule(
+        query=inverse(place, count * tiles * height).view(-1, height),
+        query_place=place.flatten(),
+        key=inverse(key_slot, (count + 1) * size).view(-1, size),
+        key_slot=key_slot.flatten(),
+        blocks=blocks.repeat_interleave(tiles, 0),
+        width=2,
+        visible=visible,
+    )
+    pairs = ChunkPair(
+        chunk=chunk.masked_fill(absent, -1).flatten().int(),
+        previous=previous.masked_fill(absent | (previous == count), -1).flatten().int(),
+        key_chunk=(key_slot // size).masked_fill(key_slot < 0, ABSENT).flatten().int(),
+    )
+    return schedule, pairs
+
+
+def _reach(bucket_size: int, causal: bool) -> Reach:
+    """What "strict" lets a query see of its bucket."""
+    return Reach(2 * bucket_size) if causal else Reach(bucket_size, bucket_size)
 
 
 def chunks_of(length: int, documents: int, size: int) -> int:
@@ -280,5 +298,4 @@ def lsh_cost(
         height = min(bucket_size, TILE)
         tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
         return num_hashes * tiles * height * 2 * bucket_size
-    reach = Reach(2 * bucket_size) if causal else Reach(bucket_size, bucket_size)
-    return num_hashes * nearest_entries(length, num_buckets, reach, shared=shared)
+    return num_hashes * nearest_entries(length, num_buckets, _reach(bucket_size, causal), shared=shared)

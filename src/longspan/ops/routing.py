@@ -116,16 +116,14 @@ def routing_attention(
         real_columns(q, lengths),
         q.dtype,
     )
-    if routes is None and (selection == "balanced" or clusters is None):
+    if routes is None:
         routes = (q, k) if selection == "strict" else _unit(q, k)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if selection == "balanced":
-        assert routes is not None
         near = _nearness(routes, centroids, dtype)
         form: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
         return zero_padding(balanced_attention(q, k, v, near, **form, real=real, start=start), real, target)
     if clusters is None:
-        assert routes is not None
         of_queries = routing_clusters(routes[0], centroids)
         clusters = of_queries, of_queries if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
     ring = None if rings is None else LSHRings(*(t[:, :, None] for t in rings))
@@ -163,7 +161,7 @@ def _strict(
         reach,
         real=real,
         start=start,
-        ring_position=None if rings is None else by_heads(rings.position, heads),
+        ring_position=None if rings is None else rings.position,
     )
     keys, values = (k,), (v,)
     if rings is not None:
