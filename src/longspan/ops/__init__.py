@@ -14,6 +14,7 @@ from longspan.ops.associative import (
     associative_write,
     dpfp,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
 from longspan.ops.bp_nodes import TreeNodes
 from longspan.ops.compressive import attention_reconstruction, attention_usage, compressive_attention, compressive_cost
@@ -42,9 +43,9 @@ from longspan.ops.linear import (
     linear_cost,
 )
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
-from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
 from longspan.ops.relative import relative_attention, relative_cost, relative_decode
+from longspan.ops.ring_buffer import LSHRings, push_rings, push_token
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
@@ -70,6 +71,7 @@ __all__ = [
     "associative_write",
     "attention_reconstruction",
     "attention_usage",
+    "block_sparse_attention",
     "bounded_constant",
     "bp_attention",
     "bp_cost",

@@ -5,6 +5,7 @@ Start here to understand a mechanism: each definition is the paper's equation on
 
 from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
+from longspan.reference.block_sparse import block_sparse_attention
 from longspan.reference.bp import bp_attention
 from longspan.reference.compressive import attention_reconstruction, attention_usage, compressive_attention
 from longspan.reference.entmax import entmax, entmax_attention
@@ -25,6 +26,7 @@ __all__ = [
     "associative_write",
     "attention_reconstruction",
     "attention_usage",
+    "block_sparse_attention",
     "bp_attention",
     "compressive_attention",
     "dpfp",
