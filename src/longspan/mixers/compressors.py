@@ -8,14 +8,17 @@ attention. The convolutions begin as means (the paper says nothing of their star
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan.mixers.maps import CalledParameters
+from longspan.mixers.rows import Rows
+from longspan.ops.compressive import CallSegments, CompressiveSizes
 from longspan.ops.first_order import FirstOrder
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -177,3 +180,114 @@ class AuxiliaryLoss:
     def mean(self) -> Tensor | None:
         """The mean squared error, a scalar; None where no segment had anything to compress."""
         return torch.stack(self.sums).sum() / torch.stack(self.counts).sum().clamp(min=1) if self.sums else None
+
+
+class SlotLayout(NamedTuple):
+    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made.
+
+    Attributes:
+        vectors: (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's.
+        groups: (closing,) how many slots of each are real, the first ones.
+        queries: (closing, most tokens) the call's tokens in each, flattened over the batch.
+        lengths: (closing,) how many of these are real, the first ones.
+        visible: (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see.
+        carried: (batch, compressed_len) in the same list: those of the next state.
+    """
+
+    vectors: Tensor
+    groups: Tensor
+    queries: Tensor
+    lengths: Tensor
+    visible: Tensor
+    carried: Tensor
+
+
+def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
+    """The layout of a call.
+
+    Args:
+        rows: of the call.
+        segments: of the call.
+        sizes: of the mechanism.
+        context: see `Compressor`.
+        capacity: columns of hidden states in a state.
+    """
+    old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
+    closing = CallSegments(*(field[segments.made > 0, None] for field in segments))
+    most = int(closing.made.max(initial=0))
+    position = sizes.closed_slots(closing.border) * sizes.ratio - context + np.arange(context + most * sizes.ratio)
+    column = closing.column - closing.opened - closing.border + position  # negative: in the state
+    in_state = 1 + (closing.row + 1) * capacity + column
+    vectors = np.where(column < 0, in_state, 1 + rows.batch * capacity + closing.row * rows.length + column)
+    vectors[(position < 0) | (position >= closing.border + sizes.segment)] = 0
+    queries = np.minimum(np.arange(closing.tokens.max(initial=0)), closing.tokens - 1)
+
+    made = np.zeros(rows.batch, np.int64)
+    np.add.at(made, segments.row, segments.made)
+    slots = np.zeros((rows.batch, compressed_len + made.max(initial=0)), np.int64)
+    slots[:, :compressed_len] = 1 + np.arange(old_slots).reshape(rows.batch, compressed_len)
+    group = np.arange(most)
+    row, place = np.broadcast_arrays(closing.row, compressed_len + closing.made_before + group)
+    new, real = 1 + old_slots + np.arange(place.size).reshape(place.shape), group < closing.made
+    slots[row[real], place[real]] = new[real]
+    last = np.arange(compressed_len)
+    live_before, live = (sizes.visible(live - live % sizes.segment)[0] for live in (rows.offsets, rows.lives))
+    carried = np.take_along_axis(slots, made[:, None] + last, 1) * (last >= compressed_len - live[:, None])
+    seen = slice(compressed_len - live_before.max(initial=0), compressed_len + segments.made_before.max(initial=0))
+    return SlotLayout(
+        vectors=host.put(vectors, rows.device),
+        groups=host.put(closing.made[:, 0], rows.device),
+        queries=host.put(closing.row * rows.length + closing.column + queries, rows.device),
+        lengths=host.put(closing.tokens[:, 0], rows.device),
+        visible=host.put(slots[:, seen], rows.device),
+        carried=host.put(carried, rows.device),
+    )
+
+
+class UsageLayout(NamedTuple):
+    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's.
+
+    Attributes:
+        visible: (batch, capacity + length) bool, in the memory or the open segment.
+        queries: (batch, capacity + length) how many of a segment's queries see each; all of it until it ends.
+        carried: (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of
+            the memory where a segment opens.
+    """
+
+    visible: Tensor
+    queries: Tensor
+    carried: Tensor
+
+    def add(self, usage: Tensor, received: Tensor) -> Tensor:
+        """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
+
+        Args:
+            usage: (batch, capacity) of the state.
+            received: (batch, keys) attention of the call's keys, newest last; see `ops.attention_usage`.
+        """
+        columns = self.visible.shape[1]
+        received = F.pad(received, (columns - received.shape[1], 0)) * self.visible
+        usage = F.pad(usage, (0, columns - usage.shape[1])) + received
+        return usage * (self.queries[:, :1] / self.queries.to(usage.dtype))
+
+    def carry(self, usage: Tensor, rows: Rows) -> Tensor:
+        """(batch, capacity) usage that the next state holds, of what `add` returned."""
+        capacity = self.carried.shape[1]
+        return rows.carry(usage[:, :capacity, None], usage[:, capacity:, None], capacity)[..., 0] * self.carried
+
+
+def usage_layout(rows: Rows, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
+    """The layout of a call within the open segment of every row; arguments as of `slot_layout`."""
+    opened = (rows.offsets % sizes.segment)[:, None]
+    closes = opened + rows.lengths_read[:, None] == sizes.segment
+    place = np.arange(-capacity, rows.length) + opened  # in the open segment, negative before it
+    memory = sizes.visible(rows.offsets[:, None] - opened)[1]
+    ends = closes & (place >= 0) & (place < sizes.segment)
+    live = rows.lives[:, None]
+    position = np.arange(-capacity, 0) + live
+    waits = position >= sizes.closed_slots(live - live % sizes.segment) * sizes.ratio
+    return UsageLayout(
+        visible=host.put(place >= -memory, rows.device),
+        queries=host.put(np.where(ends, sizes.segment - place, sizes.segment), rows.device),
+        carried=host.put(waits & (~closes | (position < live - sizes.mem_len)), rows.device),
+    )
