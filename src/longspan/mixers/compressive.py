@@ -406,8 +406,8 @@ class CompressiveCore(RelativeCore):
         width, projection = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
         border, tokens, visible = self._document(length)
         ended = border[tokens == sizes.segment]
-        made = sizes.closed_slots(ended + sizes.segment) - sizes.closed_slots(ended)
-        row = self.compressor.flops(int((made > 0).sum() * made.max(initial=0)))
+        new_slots = sizes.closed_slots(ended + sizes.segment) - sizes.closed_slots(ended)
+        row = self.compressor.flops(int((new_slots > 0).sum() * new_slots.max(initial=0)))
         if self.counts_usage:
             for queries, keys in zip(tokens.tolist(), visible.tolist(), strict=True):
                 content, position = ops.relative_cost(queries, memory=keys)

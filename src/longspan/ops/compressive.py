@@ -5,6 +5,7 @@ Its keys (slots, memory, the segment so far) are copied side by side by an index
 of about one size are one batch, whichever row, document or fill of the memory they are of.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,8 +53,8 @@ class CallSegments(NamedTuple):
         tokens: in this call.
         opened: tokens before this call.
         border: position at which it begins.
-        made: slots that are made when it ends in this call, otherwise 0.
-        made_before: slots made by earlier segments of the same row in this call.
+        new_slots: slots that are made at its end; 0 where it does not end in this call.
+        new_slots_before: those made in this call at the ends of earlier segments of the same row.
     """
 
     row: Array
@@ -61,8 +62,8 @@ class CallSegments(NamedTuple):
     tokens: Array
     opened: Array
     border: Array
-    made: Array
-    made_before: Array
+    new_slots: Array
+    new_slots_before: Array
 
 
 def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
@@ -81,10 +82,11 @@ def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> 
     tokens = np.where(last_of_row, lengths[row], np.append(first[1:], 0)[: len(row)]) - first
     opened = positions[row, first] % sizes.segment
     border = positions[row, first] - opened
-    made = sizes.closed_slots(border + sizes.segment) - sizes.closed_slots(border)
-    made = np.where(opened + tokens == sizes.segment, made, 0)
-    before = made.cumsum() - made
-    return CallSegments(row, first, tokens, opened, border, made, before - before[np.searchsorted(row, row)])
+    new_slots = sizes.closed_slots(border + sizes.segment) - sizes.closed_slots(border)
+    new_slots = np.where(opened + tokens == sizes.segment, new_slots, 0)
+    before = new_slots.cumsum() - new_slots
+    before -= before[np.searchsorted(row, row)]  # what earlier rows make
+    return CallSegments(row, first, tokens, opened, border, new_slots, before)
 
 
 class SegmentBatch(NamedTuple):
@@ -92,7 +94,7 @@ class SegmentBatch(NamedTuple):
 
     Attributes:
         queries: (segments, most tokens) tokens of the call, flattened over the batch.
-        keys: (segments, columns) columns of the list of keys: zeros, slots, tokens, tokens as later segments see them.
+        keys: (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them.
         lengths: (segments,) real queries.
         memory_lengths: (segments,) real keys before the first query, newest last.
     """
@@ -110,10 +112,14 @@ class AttentionLayout(NamedTuple):
     output: Tensor
 
 
-def _alike(tokens: Array, older: Array) -> list[Array]:
-    """Which segments are one batch, by their tokens and by their keys before these."""
-    size = -(-tokens // QUERIES) * (older.max(initial=0) + KEYS) + -(-older // KEYS)
-    return [np.flatnonzero(size == one) for one in np.unique(size)]
+def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) -> Iterator[Array]:
+    """Which segments are one batch, by their tokens and by their keys before these; about `most_keys` keys in each."""
+    size = -(-tokens // QUERIES) * (keys_before.max(initial=0) + KEYS) + -(-keys_before // KEYS)
+    for value in np.unique(size):
+        members = np.flatnonzero(size == value)
+        keys = int(tokens[members].max() + keys_before[members].max())
+        most = len(members) if most_keys is None else max(1, most_keys // keys)
+        yield from (members[first : first + most] for first in range(0, len(members), most))
 
 
 def attention_layout(
@@ -144,34 +150,28 @@ def attention_layout(
     Raises:
         ConfigError: a segment sees more slots than there are.
     """
-    slots_seen, memory_seen = sizes.visible(segments.border)
-    slots_end = slots - segments.made_before.max(initial=0) + segments.made_before
-    if (slots_end < slots_seen).any():
+    visible_slots, visible_memory = sizes.visible(segments.border)
+    slots_end = slots - segments.new_slots_before.max(initial=0) + segments.new_slots_before
+    if (slots_end < visible_slots).any():
         raise ConfigError(f"{slots} slots: the last segment sees more than these")
-    older = slots_seen + memory_seen + segments.opened
+    keys_before = visible_slots + visible_memory + segments.opened
     first_slot, first_token = 1, 1 + batch * slots
     first_stale = first_token + batch * (memory + length) if stale else first_token
-    output, queries_before, batches = np.zeros(batch * length, np.int64), 0, []
-    for alike in _alike(segments.tokens, older):
-        columns = int(older[alike].max() + segments.tokens[alike].max())
-        most = max(1, BATCH_ENTRIES // max(1, width * columns))
-        for members in (alike[i : i + most] for i in range(0, len(alike), most)):
-            row, column, tokens, opened = (field[members, None] for field in segments[:4])
-            before, queries = int(older[members].max()), np.arange(tokens.max())
-            # of a segment's keys, oldest first; negative where it has fewer than others of its batch
-            key = np.arange(before + len(queries)) - before + older[members, None]
-            slot = first_slot + row * slots + slots_end[members, None] - slots_seen[members, None] + key
-            own = older[members, None] - opened
-            token = row * (memory + length) + memory + column - opened + key - own
-            index = np.where(key < own, token + first_stale, token + first_token)
-            index = np.where(key < slots_seen[members, None], slot, index)
-            index[(key < 0) | (key >= older[members, None] + tokens)] = 0
-            token = row * length + column + np.minimum(queries, tokens - 1)
-            real = queries < tokens
-            output[token[real]] = (queries_before + np.arange(real.size).reshape(real.shape))[real]
-            queries_before += real.size
-            tensors = (host.put(t, device) for t in (token, index, tokens[:, 0], older[members]))
-            batches.append(SegmentBatch(*tensors))
+    output, batches, queries_before = np.zeros(batch * length, np.int64), [], 0
+    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, width)):
+        row, column, tokens, opened = (field[members, None] for field in segments[:4])
+        before, slots_before, end = (t[members, None] for t in (keys_before, visible_slots, slots_end))
+        query = np.arange(tokens.max())
+        # the number of a key among those of its segment, oldest first; negative where others of the batch have more
+        number = np.arange(-before.max(), len(query)) + before
+        token = row * (memory + length) + memory + column + number - before
+        keys = token + np.where(number < before - opened, first_stale, first_token)
+        keys = np.where(number < slots_before, first_slot + row * slots + end - slots_before + number, keys)
+        keys[(number < 0) | (number >= before + tokens)] = 0
+        queries, real = row * length + column + np.minimum(query, tokens - 1), query < tokens
+        output[queries[real]] = (queries_before + np.arange(real.size).reshape(real.shape))[real]
+        queries_before += real.size
+        batches.append(SegmentBatch(*(host.put(t, device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
     return AttentionLayout(batches, host.put(output, device))
 
 
@@ -182,7 +182,7 @@ def column_list(*tensors: Tensor) -> Tensor:
 
 
 def pick(columns: Tensor, index: Tensor) -> Tensor:
-    """Of a list (count, ...) those at the places of `index`: (*index.shape, ...)."""
+    """The entries of a list (count, ...) by an index: (*index.shape, ...)."""
     picked: Tensor = columns.index_select(0, index.flatten()).unflatten(0, index.shape)
     return picked
 
@@ -208,7 +208,7 @@ def attend_segments(
     if not layout.batches:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     sources = [(slots_k, slots_v), (k, v)] if stale is None else [(slots_k, slots_v), (k, v), stale]
-    keys, values = (column_list(*(t.transpose(1, 2) for t in each)) for each in zip(*sources, strict=True))
+    keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
     queries, outs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
         out = relative_attention(
@@ -299,10 +299,10 @@ def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len:
     """
     border = np.arange(0, length, segment)
     tokens = np.minimum(segment, length - border)
-    older = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
+    keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
     content = position = 0
-    for members in _alike(tokens, older):
-        pairs = relative_cost(int(tokens[members].max()), memory=int(older[members].max()))
+    for members in _batches(tokens, keys_before):
+        pairs = relative_cost(int(tokens[members].max()), memory=int(keys_before[members].max()))
         content += len(members) * pairs[0]
         position += len(members) * pairs[1]
     return content, position
