@@ -14,9 +14,11 @@ every layer makes them anew, with a learned query u_l a level. So an open node i
 is bounded. The paper's form is in `longspan.reference.bp`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.bp_nodes import TreeNodes, make_table, nodes_after, pool
@@ -99,13 +101,12 @@ def bp_attention(
     tree = Tree(nearest, len(queries), causal)
     _check(q, k, v, queries, relative, tree, later=state is not None)
     batch, length, head_dim = q.shape[0], q.shape[2], q.shape[3]
-    before = (
-        empty_nodes(batch, k.shape[1], head_dim, nearest, tree.levels, q.device, k.dtype) if state is None else state
-    )
     if not batch * length:
-        return q.new_zeros(q.shape), before if causal else None
+        empty = state or empty_nodes(batch, k.shape[1], head_dim, nearest, tree.levels, q.device, k.dtype)
+        return q.new_zeros(q.shape), empty if causal else None
+    offset = host.put(np.zeros(batch, np.int64), q.device) if state is None else state.live
     scale = head_dim**-0.5 if scale is None else scale
-    layout = make_layout(length, tile_of(length), lengths=lengths, start=start, offset=before.live)
+    layout = make_layout(length, tile_of(length), lengths=lengths, start=start, offset=offset)
     highest = tree.highest_level(layout.longest)
     levels = tree.levels if causal else highest
     table = make_table(tree, levels, layout.tile, layout.chunks.begin.shape[1], state is not None, q.device)
