@@ -45,7 +45,7 @@ from longspan.mixers.compressive_layout import (
 )
 from longspan.mixers.compressors import AuxiliaryLoss, Compressor
 from longspan.mixers.linear import emptied_rows
-from longspan.mixers.relative import RelativeCore
+from longspan.mixers.relative import NO_CONVERSION, RelativeCore
 from longspan.mixers.rows import Rows
 
 
@@ -94,8 +94,6 @@ class CompressiveCore(RelativeCore):
         {"segment": 4, "mem_len": 4, "compressed_len": 3, "ratio": 3, "compression": "most_used"},
         {"segment": 4, "mem_len": 2, "compressed_len": 4, "ratio": 3, "loss": "auto_encoding"},
     )
-    needs_hidden = True
-    linear_in_values = False  # slots are made of hidden states, not of values
 
     def __init__(self, shape: Shape, config: CompressiveConfig) -> None:
         super().__init__(shape, config)
@@ -113,9 +111,16 @@ class CompressiveCore(RelativeCore):
 
     @property
     def traits(self) -> Traits:
-        """Bounded; gradients stay inside the segment; "most_used" selects."""
+        """Bounded; gradients stay inside the segment; "most_used" selects; slots are made of hidden states."""
         return Traits(
-            bidirectional=False, bounded=True, selects=self.counts_usage, segment=self.config.segment, horizon=1
+            bidirectional=False,
+            bounded=True,
+            selects=self.counts_usage,
+            segment=self.config.segment,
+            horizon=1,
+            receives_hidden=True,
+            linear_in_values=False,
+            no_conversion_reason=NO_CONVERSION,
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -36,10 +36,10 @@ class Seen(NamedTuple):
 class ClusteredCore(DrawnCore):
     """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
 
-    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none.
+    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none. Traits of
+    subclasses say `tracks_statistics`.
     """
 
-    counts_forwards = True
     wide = STATISTICS
     centroids: Tensor
     ema_sum: Tensor

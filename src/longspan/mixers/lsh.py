@@ -93,6 +93,9 @@ class LSHState(NamedTuple):
     live: Tensor
 
 
+_NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
 class LSHCore(DrawnCore):
     """See the module."""
 
@@ -104,9 +107,6 @@ class LSHCore(DrawnCore):
         {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
         {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
         {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
-    )
-    no_stream = (
-        "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "lsh: rotations"
     wide = ("rotations",)
@@ -126,16 +126,19 @@ class LSHCore(DrawnCore):
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @property
-    def uses_keys(self) -> bool:  # type: ignore[override]
-        """Shared keys are queries."""
-        return not self.config.shared
-
-    @property
     def traits(self) -> Traits:
-        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted."""
-        streams = self.shape.causal and self.strict
+        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted.
+
+        Shared keys are queries.
+        """
         return Traits(
-            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            uses_keys=not self.config.shared,
         )
 
     def forward(

@@ -71,7 +71,7 @@ def _blind(mixer: Mixer) -> Mixer:
     for projection in (projections.q_proj, projections.k_proj):
         if projection is not None:
             projection.weight[:, -1] = 0
-    if core.linear_in_values:
+    if core.traits.linear_in_values:
         projections.v_proj.weight.zero_()
         if projections.v_proj.bias is not None:
             projections.v_proj.bias.zero_()

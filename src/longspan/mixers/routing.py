@@ -116,6 +116,9 @@ class RoutingState(NamedTuple):
     live: Tensor
 
 
+_NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
 class RoutingCore(ClusteredCore):
     """See the module."""
 
@@ -126,9 +129,6 @@ class RoutingCore(ClusteredCore):
         {"num_clusters": 2, "window": 3, "selection": "strict", "shared": False},
         {"num_clusters": 4, "window": 6, "selection": "balanced", "shared": True},
         {"num_clusters": 3, "window": 5, "selection": "balanced", "shared": False},
-    )
-    no_stream = (
-        "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "routing: centroids"
 
@@ -141,16 +141,20 @@ class RoutingCore(ClusteredCore):
         self._begin_clusters(routed, config.num_clusters, shape.head_dim)
 
     @property
-    def uses_keys(self) -> bool:  # type: ignore[override]
-        """Shared keys are queries."""
-        return not self.shared
-
-    @property
     def traits(self) -> Traits:
-        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take."""
-        streams = self.shape.causal and self.strict
+        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take.
+
+        Shared keys are queries.
+        """
         return Traits(
-            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            tracks_statistics=True,
+            uses_keys=not self.shared,
         )
 
     def forward(
