@@ -74,15 +74,15 @@ class GatedDeltaCore(Core):
         if not float(shape.head_dim * config.expand_v).is_integer() or config.expand_v <= 0:
             width = f"head_dim = {shape.head_dim} times expand_v = {config.expand_v}"
             raise ConfigError(f"gated_delta: {width}: must be a positive whole number")
-        heads, kv_heads, width = shape.num_heads, shape.num_kv_heads, self.value_dim
+        heads, kv_heads, value_dim = shape.num_heads, shape.num_kv_heads, self.value_dim
         self.decay = nn.Linear(shape.dim, kv_heads, bias=False)
         self.strength = nn.Linear(shape.dim, kv_heads, bias=False)
-        self.gate = nn.Linear(shape.dim, heads * width, bias=False)
-        self.norm = nn.Parameter(torch.ones(width))
+        self.gate = nn.Linear(shape.dim, heads * value_dim, bias=False)
+        self.norm = nn.Parameter(torch.ones(value_dim))
         self.q_conv, self.k_conv, self.v_conv = (
             # as `torch.nn.Conv1d` begins
             nn.Parameter(torch.empty(count, dim, config.conv_size).uniform_(-1, 1) * config.conv_size**-0.5)
-            for count, dim in ((heads, shape.head_dim), (kv_heads, shape.head_dim), (kv_heads, width))
+            for count, dim in ((heads, shape.head_dim), (kv_heads, shape.head_dim), (kv_heads, value_dim))
         )
         # as the authors' code begins: rates in (0, 16], steps from 0.001 to 0.1 by their logarithm (Mamba2's)
         self.A_log = nn.Parameter((16 * (1 - torch.rand(kv_heads))).log())
@@ -115,7 +115,6 @@ class GatedDeltaCore(Core):
         assert hidden is not None, "gates are made of hidden states"
         columns = self.config.conv_size - 1
         past = (None, None, None) if state is None else (state.q, state.k, state.v)
-        tails = [rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True)]
         mixed_q, mixed_k, mixed_v = (
             F.silu(ops.short_convolution(new, weight, past=old, start=rows.origin))
             for new, weight, old in zip((q, k, v), (self.q_conv, self.k_conv, self.v_conv), past, strict=True)
@@ -134,7 +133,9 @@ class GatedDeltaCore(Core):
         )
         gate = F.silu(self.gate(hidden.x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
         out = F.rms_norm(out, (self.value_dim,), self.norm.to(dtype), self.config.norm_eps) * gate
-        return out.to(v.dtype), GatedDeltaState(emptied_rows(rows, memory), *tails, rows.live)
+        tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
+        after = GatedDeltaState(emptied_rows(rows, memory), tail_q, tail_k, tail_v, rows.live)
+        return out.to(v.dtype), after
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
         """An empty memory and zeros before the text."""

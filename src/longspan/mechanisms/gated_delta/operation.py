@@ -13,7 +13,7 @@ Inside a chunk that is entered with S, with g_t the sum of the log decays up to 
 The backward pass keeps inputs and the state before every chunk, and makes the rest of a block of chunks again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ from longspan.errors import ConfigError
 from longspan.ops import flash
 from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating
-from longspan.state import needs_grad
 
 CHUNK = 64
 BLOCK = 1024
@@ -84,7 +83,7 @@ def gated_delta_attention(
             real = torch.arange(v.shape[2], device=v.device) < lengths[:, None]
             tensors[3:] = [t.masked_fill(~real[:, None], 0) for t in tensors[3:]]
             start = None if start is None else _joined_tail(start, lengths, real)
-        out, after = _GatedDelta.apply(needs_grad(*tensors, state), start, *tensors, state.to(dtype))
+        out, after = _GatedDelta.apply(start, *tensors, state.to(dtype))
     return out.to(v.dtype), after
 
 
@@ -158,6 +157,20 @@ def _taps(start: Tensor | None, length: int, taps: int) -> Iterator[tuple[int, s
         yield tap, slice(tap, tap + length), cut
 
 
+class Block(NamedTuple):
+    """Columns of a call that are worked off together, in chunks of `size`."""
+
+    columns: slice
+    size: int
+
+
+def _blocks(length: int) -> list[Block]:
+    """Whole chunks, then the rest as one."""
+    whole = length // CHUNK * CHUNK
+    blocks = [Block(slice(first, min(first + BLOCK, whole)), CHUNK) for first in range(0, whole, BLOCK)]
+    return blocks if whole == length else [*blocks, Block(slice(whole, length), length - whole)]
+
+
 class Chunks(NamedTuple):
     """Some chunks of a call, laid out for matrix products.
 
@@ -194,35 +207,43 @@ class Chunks(NamedTuple):
         return t if t.shape[3] == size else t.unflatten(3, (-1, size)).sum(3)
 
 
-def _chunks(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, strength: Tensor, start: Tensor | None, size: int
-) -> Chunks:
-    """Columns of a call, a multiple of `size`, as chunks; `start` counts from the first of them."""
-    batch, kv_heads, length = k.shape[:3]
-    count = length // size
-    logs = log_decay.reshape(batch, kv_heads, count, size).cumsum(-1)
+def _chunks(sequences: Sequence[Tensor], start: Tensor | None, block: Block) -> Chunks:
+    """The chunks of a block of q, k, v, log decays and strengths."""
+    size, kv_heads = block.size, sequences[1].shape[1]
+    q, k, v, log_decay, strength = (t[:, :, block.columns].unflatten(2, (-1, size)) for t in sequences)
+    logs = log_decay.cumsum(-1)
+    entering = logs.exp()[..., None]
     place = torch.arange(size, device=k.device)
     seen = place[:, None] >= place
-    inherits = None
     if start is not None:
-        begin = (start.view(batch, count, size) - size * torch.arange(count, device=k.device)[:, None])[:, None]
+        first = block.columns.start + size * torch.arange(k.shape[2], device=k.device)
+        begin = (start[:, block.columns].unflatten(1, (-1, size)) - first[:, None])[:, None]  # (B, 1, n, C)
         seen = seen & (place >= begin[..., None])
-        inherits = begin[..., None] < 0
+        entering = entering.masked_fill((begin >= 0)[..., None], 0)
     inside = (logs[..., :, None] - logs[..., None, :]).masked_fill_(~seen, -torch.inf).exp_()
-    entering = logs.exp()[..., None]
-    if inherits is not None:
-        entering = entering.masked_fill(~inherits, 0)
     return Chunks(
-        q=_as_chunks(q, kv_heads, size),
-        k=k.reshape(batch, kv_heads, count, size, -1),
-        v=v.reshape(batch, kv_heads, count, size, -1),
-        strength=strength.reshape(batch, kv_heads, count, size, 1),
+        q=_by_kv_head(q, kv_heads),
+        k=k.contiguous(),
+        v=v.contiguous(),
+        strength=strength[..., None],
         inside=inside,
         entering=entering,
         leaving=inside[..., -1, :, None],
         across=entering[..., -1:, :],
         seen=seen,
     )
+
+
+def _by_kv_head(t: Tensor, kv_heads: int) -> Tensor:
+    """(B, heads, n, C, x) as (B, K, n, G C, x)."""
+    grouped: Tensor = t.unflatten(1, (kv_heads, -1))
+    return grouped.transpose(2, 3).flatten(3, 4)
+
+
+def _by_head(t: Tensor, size: int) -> Tensor:
+    """The way back, in columns: (B, K, n, G C, x) to (B, heads, n C, x)."""
+    grouped: Tensor = t.unflatten(3, (-1, size))
+    return grouped.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def _inverse(chunks: Chunks) -> Tensor:
@@ -241,29 +262,27 @@ def _flat(t: Tensor) -> tuple[Tensor, ...]:
 
 def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (B, K, n, G C, E), the states before each chunk (B, K, n, D, E), and the one behind the last."""
-    shape = chunks.k.shape[:2]
     scores = (chunks.q @ chunks.k.mT).mul_(chunks.per_query(chunks.inside))
-    inverse = _flat(_inverse(chunks))
-    values = _flat(chunks.strength * chunks.v)
-    reading = _flat(chunks.strength * chunks.entering * chunks.k)
-    writing = _flat(chunks.leaving * chunks.k)
-    across = _flat(chunks.across)
+    parts = (
+        _inverse(chunks),
+        chunks.strength * chunks.v,
+        chunks.strength * chunks.entering * chunks.k,
+        (chunks.leaving * chunks.k).mT,
+        chunks.across,
+    )
     now, before, written = state.flatten(0, 1), [], []
-    for index in range(len(values)):
+    for inverse, values, reading, writing, across in zip(*map(_flat, parts), strict=True):
         before.append(now)
-        new = inverse[index].bmm(torch.baddbmm(values[index], reading[index], now, alpha=-1))
-        now = torch.baddbmm(across[index] * now, writing[index].mT, new)
-        written.append(new)
-    states = torch.stack(before, 1).unflatten(0, shape)
-    out = scores @ torch.stack(written, 1).unflatten(0, shape)
-    out += (chunks.q @ states).mul_(chunks.per_query(chunks.entering))
+        written.append(inverse.bmm(torch.baddbmm(values, reading, now, alpha=-1)))
+        now = torch.baddbmm(across * now, writing, written[-1])
+    shape = chunks.k.shape[:2]
+    states, new = (torch.stack(t, 1).unflatten(0, shape) for t in (before, written))
+    out = (scores @ new).add_((chunks.q @ states).mul_(chunks.per_query(chunks.entering)))
     return out, states, now.unflatten(0, shape)
 
 
-def _backward(
-    chunks: Chunks, states: Tensor, d_out: Tensor, d_state: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Gradients of q, k, v, log decays and strengths of some chunks, and of the state before the first.
+def _backward(chunks: Chunks, states: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Gradients of q, k, v, log decays and strengths of a block, in columns, and of the state before it.
 
     Args:
         chunks: as in the forward pass.
@@ -272,26 +291,28 @@ def _backward(
         d_state: of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
-    entering_q = chunks.per_query(entering)
-    inside_q = chunks.per_query(inside)
+    entering_q, inside_q = chunks.per_query(entering), chunks.per_query(inside)
     scores = (q @ k.mT).mul_(inside_q)
     inverse = _inverse(chunks)
     written = inverse @ (strength * (v - entering * (k @ states)))
-    d_read = (entering_q * q).mT @ d_out
-    d_written = scores.mT @ d_out
-    transposed, reading, writing = _flat(inverse.mT), _flat(strength * entering * k), _flat(leaving * k)
-    parts, direct, kept = _flat(d_written), _flat(d_read), _flat(across)
-    now, behind, d_rights = d_state.flatten(0, 1), [], []
-    for index in reversed(range(len(parts))):
+    parts = (
+        inverse.mT,
+        scores.mT @ d_out,
+        leaving * k,
+        (entering_q * q).mT @ d_out,
+        (strength * entering * k).mT,
+        across,
+    )
+    now, behind, rights = d_state.flatten(0, 1), [], []
+    for turned, d_written, writing, d_read, reading, kept in reversed(list(zip(*map(_flat, parts), strict=True))):
         behind.append(now)
-        d_right = transposed[index].bmm(torch.baddbmm(parts[index], writing[index], now))
-        now = torch.baddbmm(kept[index] * now + direct[index], reading[index].mT, d_right, alpha=-1)
-        d_rights.append(d_right)
-    d_behind, d_right = (torch.stack(t[::-1], 1).unflatten(0, k.shape[:2]) for t in (behind, d_rights))
+        rights.append(turned.bmm(torch.baddbmm(d_written, writing, now)))
+        now = torch.baddbmm((kept * now).add_(d_read), reading, rights[-1], alpha=-1)
+    d_behind, d_right = (torch.stack(t[::-1], 1).unflatten(0, k.shape[:2]) for t in (behind, rights))
     # below the diagonal only; on it `inside` is not a decay
     d_a = (d_right @ written.mT).mul_(inside).tril_(-1)
     d_scores = (d_out @ written.mT).mul_(inside_q)
-    d_q = torch.matmul(d_scores, k).add_((d_out @ states.mT).mul_(entering_q))
+    d_q = (d_scores @ k).add_((d_out @ states.mT).mul_(entering_q))
     # keys by what they do: as rows they read (and are multiplied by b), as columns they are read
     d_rows = (d_a @ k).add_((d_right @ states.mT).mul_(entering)).neg_()
     d_written_keys = (written @ d_behind.mT).mul_(leaving)
@@ -304,7 +325,8 @@ def _backward(
     d_logs = d_logs + (k * (strength * d_rows - d_columns)).sum(-1)
     d_logs[..., -1] += (k * d_written_keys).sum((-2, -1)) + (states * d_behind * across).sum((-2, -1))
     d_decay = (d_logs[..., None, :] @ seen.to(d_logs.dtype))[..., 0, :]
-    return (d_q, d_k, d_v, d_decay, d_strength), now.unflatten(0, k.shape[:2])
+    columns = [_by_head(d_q, k.shape[3]), *(t.flatten(2, 3) for t in (d_k, d_v, d_decay, d_strength))]
+    return columns, now.unflatten(0, k.shape[:2])
 
 
 class _GatedDelta(FirstOrder):
@@ -313,58 +335,31 @@ class _GatedDelta(FirstOrder):
     what = "the gated delta rule"
 
     @staticmethod
-    def forward(ctx: Any, keep: bool, start: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, start: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         *sequences, state = tensors
         out = sequences[2].new_empty(*sequences[0].shape[:3], sequences[2].shape[3])
-        given, borders = state, []
-        for first, last, size in _blocks(out.shape[2]):
-            chunks = _chunks(*(t[:, :, first:last] for t in sequences), _moved(start, first, last), size)
-            part, before, state = _forward(chunks, state)
-            out[:, :, first:last] = _as_columns(part, size, out.shape[1])
+        now, borders = state, []
+        for block in _blocks(out.shape[2]):
+            part, before, now = _forward(_chunks(sequences, start, block), now)
+            out[:, :, block.columns] = _by_head(part, block.size)
             borders.append(before)
         ctx.start = start
-        if keep:
-            ctx.save_for_backward(*tensors, *borders)
+        ctx.save_for_backward(*tensors, *borders)
         # never a tensor that was given, which autograd would take for an output computed in place
-        return out, state.clone() if state is given else state
+        return out, state.clone() if now is state else now
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, d_state: Tensor) -> Any:
         sequences, borders = saved[:5], saved[6:]
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in sequences]
-        blocks = list(_blocks(d_out.shape[2]))
-        for (first, last, size), states in zip(reversed(blocks), reversed(borders), strict=True):
-            chunks = _chunks(*(t[:, :, first:last] for t in sequences), _moved(ctx.start, first, last), size)
-            d_part = _as_chunks(d_out[:, :, first:last], sequences[1].shape[1], size)
+        blocks = _blocks(d_out.shape[2])
+        for block, states in zip(reversed(blocks), reversed(borders), strict=True):
+            chunks = _chunks(sequences, ctx.start, block)
+            d_part = _by_kv_head(d_out[:, :, block.columns].unflatten(2, (-1, block.size)), chunks.k.shape[1])
             parts, d_state = _backward(chunks, states, d_part, d_state)
-            grads[0][:, :, first:last] = _as_columns(parts[0], size, d_out.shape[1])
-            for grad, part in zip(grads[1:], parts[1:], strict=True):
-                grad[:, :, first:last] = part.flatten(2, 3)
-        return None, None, *grads, d_state
-
-
-def _blocks(length: int) -> Iterator[tuple[int, int, int]]:
-    """(first column, last, size of its chunks) of each block: whole chunks, then the rest as one."""
-    whole = length // CHUNK * CHUNK
-    for first in range(0, whole, BLOCK):
-        yield first, min(first + BLOCK, whole), CHUNK
-    if whole < length:
-        yield whole, length, length - whole
-
-
-def _moved(start: Tensor | None, first: int, last: int) -> Tensor | None:
-    """`start` of some columns, counted from the first of them."""
-    return None if start is None else start[:, first:last] - first
-
-
-def _as_chunks(t: Tensor, kv_heads: int, size: int) -> Tensor:
-    """(B, heads, columns, x) as queries are laid out, (B, K, n, G C, x)."""
-    return t.unflatten(2, (-1, size)).unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(3, 4)
-
-
-def _as_columns(t: Tensor, size: int, heads: int) -> Tensor:
-    """The way back: (B, K, n, G C, x) to (B, heads, n C, x)."""
-    return t.unflatten(3, (-1, size)).transpose(2, 3).reshape(t.shape[0], heads, -1, t.shape[4])
+            for grad, part in zip(grads, parts, strict=True):
+                grad[:, :, block.columns] = part
+        return None, *grads, d_state
 
 
 def gated_delta_cost(length: int, *, key_dim: int, value_dim: int, group: int = 1) -> int:
