@@ -60,14 +60,14 @@ def leaky_definition(
     document = fresh.cumsum(-1)
     place = torch.arange(length)
     near = (document[:, :, None] == document[:, None]) & (place[:, None] >= place) & real[:, None]
-    weights = ((log[..., :, None] - log[..., None, :]).exp() * near[:, None]).repeat_interleave(group, 1)
+    between = (log[..., :, None] - log[..., None, :]).masked_fill(~near[:, None], -torch.inf)
+    weights = between.exp().repeat_interleave(group, 1)
     keys, values, old = (t.repeat_interleave(group, 1) for t in (k, v, memory))
     carried = log.exp() * (document == 0)[:, None]
     out = (q @ keys.mT * weights) @ values + carried.repeat_interleave(group, 1)[..., None] * (q @ old)
     if not length:
         return out, memory
-    last = (log[..., -1:] - log).exp() * ((document == document[:, -1:]) & real)[:, None]
-    return out, (k * last[..., None]).mT @ v + carried[..., -1, None, None] * memory
+    return out, (k * between[..., -1, :, None].exp()).mT @ v + carried[..., -1, None, None] * memory
 
 
 ops = SimpleNamespace(leaky_attention=leaky_attention)
@@ -109,7 +109,7 @@ class LeakyCore(Core):
         before = self.init_state(rows.batch, q.device, q.dtype) if state is None else state
         column = torch.arange(rows.length, device=q.device)
         real = column < rows.real_tokens()[:, None]
-        fresh = torch.zeros_like(real) if rows.origin is None else rows.origin == column
+        fresh = torch.zeros_like(real) if rows.origin is None else real & (rows.origin == column)
         with torch.autocast(q.device.type, enabled=False):
             weights = self.gate.weight.to(wide), self.gate.bias.to(wide)
             gate = F.linear(hidden.x.to(wide), *weights).sigmoid().mT

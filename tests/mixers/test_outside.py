@@ -1,5 +1,8 @@
 """A mechanism from outside of the package is held to the laws and used as longspan's own are."""
 
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +10,8 @@ import torch
 from tests import outside
 
 import longspan as ls
-from longspan.mixers import registry
+from longspan.cli.app import run
+from longspan.mixers import Core, probe, registry
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4, "num_kv_heads": 2}
 HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "window": 4}]
@@ -68,3 +72,85 @@ def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
         for first, last in ((0, 5), (5, 6), (6, 24)):
             found = session.feed(tokens[:1, first:last])
             torch.testing.assert_close(found.view(-1), whole[0, last - 1])
+
+
+def test_what_it_reads_is_measured() -> None:
+    """The gate reads hidden states, too; what it does to earlier keys is not a key that is read."""
+    mixer = ls.mixers.build("leaky", **SIZES, value_dim=6)
+    found = probe.influence(mixer, 20)
+    assert int((found > 0).sum()) == mixer.pairs(20)
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    assert (mixer.double().attention_map(x)[0] != 0).sum() == mixer.pairs(20)
+
+
+def test_names_are_registered_once() -> None:
+    ls.mixers.register("leaky", outside.LeakyCore)  # the same again changes nothing
+    assert ls.mixers.names()[-1] == "leaky"
+    assert ls.mixers.examples("leaky") == outside.LeakyCore.examples
+    for name, core in (("full", outside.LeakyCore), ("leaky", registry.core_class("full"))):
+        with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
+            ls.mixers.register(name, core)
+    for core in (outside.NotACore, Core):
+        with pytest.raises(
+            ls.ConfigError, match=r"register 'new': .* is not a subclass of Core with a dataclass Config"
+        ):
+            ls.mixers.register("new", core)
+    assert "new" not in ls.mixers.names()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Packages that bring mechanisms: one that works, one of them under a name of longspan's, two that are broken."""
+    values = {
+        "forgetful": "tests.outside:LeakyCore",
+        "full": "tests.outside:LeakyCore",
+        "missing": "tests.outside:ThereIsNone",
+        "odd": "tests.outside:NotACore",
+    }
+    points = [EntryPoint(name, value, "longspan.mechanisms") for name, value in values.items()]
+    asked: list[str] = []
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [point for point in points if point.group == group]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    registry._installed.cache_clear()
+    yield asked
+    registry._installed.cache_clear()
+
+
+def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:
+    ls.mixers.build("window", **SIZES)
+    assert not installed, "nobody looks for packages where longspan knows the name"
+    assert ls.mixers.names()[-4:] == ["leaky", "forgetful", "missing", "odd"]
+    mixer = ls.mixers.build("forgetful", **SIZES, value_dim=6)
+    assert isinstance(mixer.core, outside.LeakyCore)
+    assert not isinstance(ls.mixers.build("full", **SIZES).core, outside.LeakyCore)
+    assert installed == ["longspan.mechanisms"]
+
+
+def test_a_broken_package_is_one_line_and_breaks_no_other(
+    installed: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, message in (
+        ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone does not load: AttributeError: "),
+        ("odd", "mixer: mixer 'odd' of tests.outside:NotACore: .* is not a subclass of Core with a dataclass Config"),
+    ):
+        with pytest.raises(ls.ConfigError, match=message) as caught:
+            ls.mixers.build(name, **SIZES)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ls.ConfigError, match="did you mean 'forgetful'"):
+        ls.mixers.build("forgetfull", **SIZES)
+    assert run(["mixers"]) == 0
+    listed = capfd.readouterr().out
+    assert "forgetful" in listed
+    assert "does not load" in " ".join(listed.split())
+    assert run(["mixers", "forgetful"]) == 0
+    assert "linear attention that forgets by a gate" in capfd.readouterr().out
+    assert run(["show", "patterns", "--length", "5", "-o", str(tmp_path / "all")]) == 0
+    drawn = capfd.readouterr()
+    assert "left out: mixer: mixer 'missing'" in drawn.err
+    assert "forgetful" in drawn.out
+    assert run(["show", "patterns", "missing", "-o", str(tmp_path / "one")]) == 2
+    assert "does not load" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from longspan import mixers
 from longspan.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.claims.runs import kept, trained, trained_seconds
 from longspan.config import read_toml
@@ -16,16 +17,13 @@ from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks.base import Documents, heads
-from longspan.train import Interval, evaluate_text, find_recipe, load_run, read_log
+from longspan.train import Interval, evaluate_text, find_recipe, load_run, read_log, recipe_names
 from longspan.train.evaluate import Evaluation
 
 DENSE = "full"
-# a table of every mechanism; each is recipes/lm/NAME.toml
-NAMES = (
-    *(DENSE, "window", "transformer_xl", "compressive", "infini", "associative", "rmt", "linear", "performer"),
-    *("sparse", "adaptive_span", "entmax", "bp", "lsh", "routing", "memorizing"),
-    *("segments", "segments_relative"),
-)
+RECIPES = [name.removeprefix("lm/") for name in recipe_names() if name.startswith("lm/")]
+NAMES = tuple(dict.fromkeys(name for name in (*mixers.names(), *RECIPES) if name in RECIPES))
+"""All of recipes/lm/NAME.toml: mechanisms as the registry lists them, then models that are not one of them."""
 WITHOUT = {"transformer_xl": "segments_relative", "compressive": "segments_relative", "infini": "segments"}
 """Those that must beat the same model without memory, and that model: the same parameters on the same bytes in the same
 order, each segment alone."""

@@ -5,7 +5,6 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Iterable
@@ -30,8 +29,6 @@ from longspan.mixers.maps import collected, place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
-
-_STRONGLY_LOCAL = -4.0
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,9 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
         name: of the mixer. Those whose traits are not `convertible` (`transformer_xl`) cannot be used.
         layers: which; negative ones count from the end; None = all.
-        fields: of the mixer. The gates of `infini` and `associative` begin at -4, so that a text of one segment gives
-            the original logits and a longer one nearly those of local attention; `lsh` and `routing` use the model's
-            keys.
+        fields: of the mixer; some begin elsewhere than in a new model (`Core.conversion_fields`). The gates of `infini`
+            and `memorizing` begin at -4, so that a text of one segment gives the original logits and a longer one
+            nearly those of local attention; `lsh` and `routing` use the model's keys.
 
     Returns:
         What was done.
@@ -198,9 +195,7 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields with what conversions begin from, in the parts of `heads` too."""
-    known = {each.name for each in dataclasses.fields(core_class(name, "convert").Config)}
-    begun = {"gate_init": _STRONGLY_LOCAL, "shared": False}
-    found = {key: value for key, value in begun.items() if key in known} | fields
+    found = core_class(name, "convert").conversion_fields | fields
     if isinstance(found.get("parts"), list | tuple):
         found["parts"] = [
             _defaults(part["name"], part) if isinstance(part, dict) and isinstance(part.get("name"), str) else part

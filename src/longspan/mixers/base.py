@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,6 +129,8 @@ class Core(nn.Module):
     Config: ClassVar[type]
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Small field sets that show every form of the mechanism: what the law matrix and the pictures run."""
+    conversion_fields: ClassVar[dict[str, Any]] = {}
+    """Fields with which a converted pretrained model begins, where they are not given."""
 
     def __init__(self, shape: Shape, config: Any) -> None:
         super().__init__()
@@ -142,6 +145,11 @@ class Core(nn.Module):
     def value_dim(self) -> int:
         """Width of the values and outputs of a head."""
         return self.traits.value_dim or self.shape.head_dim
+
+    @classmethod
+    def about(cls) -> str:
+        """Its equations and where they come from: the docstring of its module, its own where that has none."""
+        return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
 
     def head_traits(self) -> list[Traits]:
         """What each query head promises, one entry a head: they differ only where mechanisms stand side by side."""

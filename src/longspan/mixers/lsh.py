@@ -28,7 +28,7 @@ Rotations are drawn by a generator of their own, saved with the model, and drawn
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,6 +101,7 @@ class LSHCore(DrawnCore):
 
     Config = LSHConfig
     config: LSHConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
     examples = (
         {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
         {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},

@@ -90,7 +90,9 @@ def core_class(name: str, where: str = "mixer") -> type[Core]:
 
 def _checked(found: Any, where: str) -> type[Core]:
     """A class that is a mechanism, or an error."""
-    if not (isinstance(found, type) and issubclass(found, Core) and dataclasses.is_dataclass(found.Config)):
+    if not (
+        isinstance(found, type) and issubclass(found, Core) and dataclasses.is_dataclass(getattr(found, "Config", None))
+    ):
         raise ConfigError(f"{where}: {found!r} is not a subclass of Core with a dataclass Config")
     return found
 

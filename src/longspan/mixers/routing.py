@@ -53,7 +53,7 @@ share, on average over heads and the last 100 steps (the least anywhere; share o
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,7 @@ class RoutingCore(ClusteredCore):
 
     Config = RoutingConfig
     config: RoutingConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
     examples = (
         {"num_clusters": 3, "window": 4},
         {"num_clusters": 2, "window": 3, "selection": "strict", "shared": False},
