@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan import ops, reference
+from longspan import mixers, ops, reference
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mechanisms.gated_delta import operation
 
@@ -184,3 +184,89 @@ def test_wrong_shapes_are_one_clear_line() -> None:
         ops.gated_delta_attention(q, k, v, log_decay[:, :1], strength)
     with pytest.raises(ConfigError, match="do not fit"):
         ops.short_convolution(q, draw(0, 4, 5, 4), past=q[:, :, :2])
+
+
+# the layer ---------------------------------------------------------------------------------------------------
+
+
+def layer(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    return mixers.build("gated_delta", dim=24, num_heads=4, num_kv_heads=2, head_dim=6, **fields).double()
+
+
+def by_hand(mixer: Any, x: Tensor) -> Tensor:
+    """One row of the layer, token by token and head by head, from the paper's equations."""
+    core, maps = mixer.core, mixer.projections
+    memory = [torch.zeros(6, core.value_dim, dtype=FP64) for _ in range(2)]
+    mixed = []
+    for linear, weight in ((maps.q_proj, core.q_conv), (maps.k_proj, core.k_conv), (maps.v_proj, core.v_conv)):
+        channels = F.pad(linear(x).mT, (weight.shape[2] - 1, 0))
+        taps = weight.flatten(0, 1)[:, None]
+        mixed.append(F.silu(F.conv1d(channels, taps, groups=len(taps))).mT.unflatten(1, (len(weight), -1)))
+    outs = []
+    for t, token in enumerate(x):
+        q, k, v = (each[t] for each in mixed)
+        a = torch.exp(-core.A_log.exp() * F.softplus(core.decay(token) + core.dt_bias))
+        b = core.strength(token).sigmoid()
+        gate = F.silu(core.gate(token)).view(4, -1)
+        heads = []
+        for head in range(4):
+            if head % 2 == 0:  # once for the two query heads of a kv head
+                i, key = head // 2, F.normalize(k[head // 2], dim=0)
+                memory[i] = a[i] * (torch.eye(6) - b[i] * torch.outer(key, key)) @ memory[i]
+                memory[i] = memory[i] + b[i] * torch.outer(key, v[i])
+            o = F.normalize(q[head], dim=0) @ memory[head // 2]
+            heads.append(o / (o.square().mean() + core.config.norm_eps).sqrt() * core.norm * gate[head])
+        outs.append(maps.o_proj(torch.cat(heads)))
+    return torch.stack(outs)
+
+
+@pytest.mark.parametrize("fields", [{}, {"expand_v": 1.5, "conv_size": 3}])
+@torch.no_grad()
+def test_the_layer_is_what_the_equations_say(fields: dict[str, Any]) -> None:
+    mixer = layer(**fields)
+    mixer.core.norm.copy_(1 + 0.1 * draw(0, mixer.core.value_dim))
+    x = draw(1, 1, 75, 24)
+    # lengths are brought to one with an eps of 1e-6 under the root
+    torch.testing.assert_close(mixer(x)[0][0], by_hand(mixer, x[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_layer_begins_as_the_paper_does() -> None:
+    core = mixers.build("gated_delta", dim=64, num_heads=512, head_dim=2).core
+    rates, steps = core.A_log.exp(), F.softplus(core.dt_bias)
+    assert 0 < rates.min() < 1 < 15 < rates.max() <= 16
+    assert 1e-3 <= steps.min() * 1.0001 < 2e-3 < 5e-2 < steps.max() <= 0.1001
+    (group,) = core.parameter_groups()
+    assert {id(each) for each in group.parameters} == {id(core.A_log), id(core.dt_bias)}
+    assert group.weight_decay == 0
+
+
+@torch.no_grad()
+def test_a_hundred_thousand_tokens_under_autocast_stay_finite() -> None:
+    mixer = layer().float()
+    state, x = None, 3 * torch.randn(1, 12_500, 24, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(8):
+            y, state = mixer(x, state)
+    assert torch.isfinite(y).all()
+    assert state.memory.dtype == torch.float32
+    assert state.memory.abs().max() < 100
+    assert state.q.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"conv_size": 0}, "gated_delta.conv_size = 0: must be at least 1"),
+        ({"norm_eps": 0.0}, "gated_delta.norm_eps = 0.0: must be positive"),
+        ({"expand_v": 0.7}, "head_dim = 6 times expand_v = 0.7"),
+        ({"causal": False}, "no bidirectional form"),
+    ],
+)
+def test_fields_that_do_not_fit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layer(**fields)
+
+
+def test_about_is_the_docstring_of_the_folder() -> None:
+    assert mixers.build("gated_delta", dim=8, num_heads=2).core.about().startswith("Gated DeltaNet (Yang")
