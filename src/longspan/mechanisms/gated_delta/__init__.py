@@ -18,7 +18,7 @@ query heads. The recurrence knows positions, so RoPE is not applied. A_log and d
 Keeps, per row: S of each kv head in fp32 (it does not grow with the stream, so fp64 is not needed) and conv_size - 1
 columns of q, k and v, at any length. Costs, per token and head, about (4 C + 3 value_dim) key_dim multiply-adds in
 chunks of C = 64 for value_dim = key_dim; only the states between chunks are made one after the other. Training keeps
-one state a chunk.
+one state in 1,024 tokens, and makes the others again.
 
     definition.py    the recurrence, token by token, in fp64
     operation.py     chunks and their gradients

@@ -10,7 +10,7 @@ Inside a chunk that is entered with S, with g_t the sum of the log decays up to 
 (the WY form, Yang et al. 2024, section 3.3). Decays are exponentials of differences, never above 1. Keys no longer than
 1 and strengths in [0, 1] keep the entries of (I + A)^-1 in [-1, 1], so solving for it is stable in fp32.
 
-The backward pass keeps inputs and the state before every chunk, and makes the rest of a block of chunks again.
+The backward pass keeps inputs and the state before every block of chunks, and makes the rest again, block by block.
 """
 
 from collections.abc import Iterator, Sequence
@@ -260,41 +260,57 @@ def _flat(t: Tensor) -> tuple[Tensor, ...]:
     return t.flatten(0, 1).unbind(1)
 
 
-def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outputs (B, K, n, G C, E), the states before each chunk (B, K, n, D, E), and the one behind the last."""
-    scores = (chunks.q @ chunks.k.mT).mul_(chunks.per_query(chunks.inside))
-    parts = (
-        _inverse(chunks),
-        chunks.strength * chunks.v,
-        chunks.strength * chunks.entering * chunks.k,
-        (chunks.leaving * chunks.k).mT,
-        chunks.across,
-    )
+class Scan(NamedTuple):
+    """What comes of going through a block chunk by chunk.
+
+    Attributes:
+        inverse: (I + A)^-1, (B, K, n, C, C).
+        before: S before each chunk, (B, K, n, D, E).
+        written: U of each chunk, (B, K, n, C, E).
+        after: S behind the last chunk, (B, K, D, E).
+    """
+
+    inverse: Tensor
+    before: Tensor
+    written: Tensor
+    after: Tensor
+
+
+def _scan(chunks: Chunks, state: Tensor) -> Scan:
+    """The states and what is written; only this goes from chunk to chunk."""
+    k, v, strength = chunks.k, chunks.v, chunks.strength
+    inverse = _inverse(chunks)
+    parts = (inverse, strength * v, strength * chunks.entering * k, (chunks.leaving * k).mT, chunks.across)
     now, before, written = state.flatten(0, 1), [], []
-    for inverse, values, reading, writing, across in zip(*map(_flat, parts), strict=True):
+    for turn, values, reading, writing, across in zip(*map(_flat, parts), strict=True):
         before.append(now)
-        written.append(inverse.bmm(torch.baddbmm(values, reading, now, alpha=-1)))
+        written.append(turn.bmm(torch.baddbmm(values, reading, now, alpha=-1)))
         now = torch.baddbmm(across * now, writing, written[-1])
-    shape = chunks.k.shape[:2]
-    states, new = (torch.stack(t, 1).unflatten(0, shape) for t in (before, written))
-    out = (scores @ new).add_((chunks.q @ states).mul_(chunks.per_query(chunks.entering)))
-    return out, states, now.unflatten(0, shape)
+    stacked = (torch.stack(t, 1).unflatten(0, k.shape[:2]) for t in (before, written))
+    return Scan(inverse, *stacked, after=now.unflatten(0, k.shape[:2]))
 
 
-def _backward(chunks: Chunks, states: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
+def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (B, K, n, G C, E), and the state behind the last chunk."""
+    scan = _scan(chunks, state)
+    scores = (chunks.q @ chunks.k.mT).mul_(chunks.per_query(chunks.inside))
+    out = (scores @ scan.written).add_((chunks.q @ scan.before).mul_(chunks.per_query(chunks.entering)))
+    return out, scan.after
+
+
+def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
     """Gradients of q, k, v, log decays and strengths of a block, in columns, and of the state before it.
 
     Args:
         chunks: as in the forward pass.
-        states: before each chunk.
+        state: before the first chunk.
         d_out: of the outputs, (B, K, n, G C, E).
         d_state: of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
+    inverse, states, written, _ = _scan(chunks, state)
     entering_q, inside_q = chunks.per_query(entering), chunks.per_query(inside)
     scores = (q @ k.mT).mul_(inside_q)
-    inverse = _inverse(chunks)
-    written = inverse @ (strength * (v - entering * (k @ states)))
     parts = (
         inverse.mT,
         scores.mT @ d_out,
@@ -340,23 +356,23 @@ class _GatedDelta(FirstOrder):
         out = sequences[2].new_empty(*sequences[0].shape[:3], sequences[2].shape[3])
         now, borders = state, []
         for block in _blocks(out.shape[2]):
-            part, before, now = _forward(_chunks(sequences, start, block), now)
+            borders.append(now)
+            part, now = _forward(_chunks(sequences, start, block), now)
             out[:, :, block.columns] = _by_head(part, block.size)
-            borders.append(before)
         ctx.start = start
-        ctx.save_for_backward(*tensors, *borders)
+        ctx.save_for_backward(*sequences, *borders)
         # never a tensor that was given, which autograd would take for an output computed in place
         return out, state.clone() if now is state else now
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, d_state: Tensor) -> Any:
-        sequences, borders = saved[:5], saved[6:]
+        sequences, borders = saved[:5], saved[5:]
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in sequences]
         blocks = _blocks(d_out.shape[2])
-        for block, states in zip(reversed(blocks), reversed(borders), strict=True):
+        for block, state in zip(reversed(blocks), reversed(borders), strict=True):
             chunks = _chunks(sequences, ctx.start, block)
             d_part = _by_kv_head(d_out[:, :, block.columns].unflatten(2, (-1, block.size)), chunks.k.shape[1])
-            parts, d_state = _backward(chunks, states, d_part, d_state)
+            parts, d_state = _backward(chunks, state, d_part, d_state)
             for grad, part in zip(grads, parts, strict=True):
                 grad[:, :, block.columns] = part
         return None, *grads, d_state
