@@ -14,6 +14,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "full": {},
     "window": {"window": 4},
     "linear": {},
+    "gated_delta": {},
     "performer": {"num_features": 8},
     "infini": {"segment": 4},
     "associative": {"segment": 4, "num_memory_tokens": 3, "memory_dim": 4},

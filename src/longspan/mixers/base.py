@@ -148,8 +148,13 @@ class Core(nn.Module):
 
     @classmethod
     def about(cls) -> str:
-        """Its equations and where they come from: the docstring of its module, its own where that has none."""
-        return (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
+        """Its equations and where they come from: the docstring of its module, its own where that has none.
+
+        Of a module named `layer`, which is one part of a mechanism's folder, that of the folder.
+        """
+        folder, _, name = cls.__module__.rpartition(".")
+        module = sys.modules[folder if name == "layer" else cls.__module__]
+        return (module.__doc__ or cls.__doc__ or "").strip()
 
     def head_traits(self) -> list[Traits]:
         """What each query head promises, one entry a head: they differ only where mechanisms stand side by side."""

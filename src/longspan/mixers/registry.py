@@ -19,6 +19,7 @@ _CORES = {
     "full": "longspan.mixers.full:FullCore",
     "window": "longspan.mixers.window:WindowCore",
     "linear": "longspan.mixers.linear:LinearCore",
+    "gated_delta": "longspan.mechanisms.gated_delta.layer:GatedDeltaCore",
     "performer": "longspan.mixers.performer:PerformerCore",
     "infini": "longspan.mixers.infini:InfiniCore",
     "associative": "longspan.mixers.associative:AssociativeCore",

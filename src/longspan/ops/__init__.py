@@ -4,6 +4,7 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from longspan.mechanisms.gated_delta.operation import gated_delta_attention, gated_delta_cost, short_convolution
 from longspan.ops.adaptive_span import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.ops.associative import (
     AssociativeMaps,
@@ -92,6 +93,8 @@ __all__ = [
     "favor_features",
     "full_attention",
     "full_cost",
+    "gated_delta_attention",
+    "gated_delta_cost",
     "group_attention",
     "group_attention_cost",
     "group_cost",
@@ -117,6 +120,7 @@ __all__ = [
     "routing_attention",
     "routing_clusters",
     "routing_cost",
+    "short_convolution",
     "span_reach",
     "sparse_attention",
     "sparse_cost",

@@ -3,6 +3,7 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.mechanisms.gated_delta.definition import gated_delta_attention, short_convolution
 from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
 from longspan.reference.block_sparse import block_sparse_attention
@@ -35,6 +36,7 @@ __all__ = [
     "favor_attention",
     "favor_features",
     "full_attention",
+    "gated_delta_attention",
     "group_attention",
     "infini_attention",
     "infini_open",
@@ -48,6 +50,7 @@ __all__ = [
     "rotate",
     "routing_attention",
     "routing_clusters",
+    "short_convolution",
     "sparse_attention",
     "window_attention",
 ]
