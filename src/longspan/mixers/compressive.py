@@ -40,7 +40,6 @@ from longspan.mixers.compressors import (
     slot_layout,
     usage_layout,
 )
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.relative import NO_CONVERSION, RelativeCore
 from longspan.mixers.rows import Rows
 from longspan.ops.compressive import (
@@ -242,7 +241,7 @@ class CompressiveCore(RelativeCore):
             out = ops.relative_attention(q, k, v, *biases, **real)
             if self.counts_usage:
                 usage = self._usage_layout(rows).add(usage, ops.attention_usage(q, k, *biases, **real))
-        compressed = emptied_rows(rows, state.compressed)
+        compressed = rows.clear_reset(state.compressed)
         if (rows.offsets % segment + rows.lengths_read == segment).any():
             layout = self._slot_layout(rows)
             compressed = pick(self._compress(inputs, state, usage, layout), layout.carried)
@@ -324,7 +323,7 @@ class CompressiveCore(RelativeCore):
             inner = inputs._replace(q=q, k=k, v=v, x=part.gather(spread[3][:, columns]))
             out, state = self._within_segment(inner, state, part)
             outs.append(part.scatter(out.transpose(1, 2)).transpose(1, 2))
-        hidden, compressed, usage = (emptied_rows(rows, t) for t in state[:3])
+        hidden, compressed, usage = (rows.clear_reset(t) for t in state[:3])
         return layout.collect(torch.cat(outs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
 
     def _parts(self, rows: Rows) -> list[tuple[slice, Tensor | None, Rows]]:

@@ -137,8 +137,3 @@ class LinearCore(Core):
     def pairs(self, length: int) -> int:
         """All pairs, as dense attention has them."""
         return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
-
-
-def emptied_rows(rows: Rows, t: Tensor, value: float = 0.0) -> Tensor:
-    """See `Rows.clear_reset`."""
-    return rows.clear_reset(t, value)

@@ -12,7 +12,6 @@ from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mechanisms.gated_delta.operation import gated_delta_cost
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 
 
@@ -134,7 +133,7 @@ class GatedDeltaCore(Core):
         gate = F.silu(self.gate(hidden.x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
         out = F.rms_norm(out, (self.value_dim,), self.norm.to(dtype), self.config.norm_eps) * gate
         tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
-        after = GatedDeltaState(emptied_rows(rows, memory), tail_q, tail_k, tail_v, rows.live)
+        after = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)
         return out.to(v.dtype), after
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
