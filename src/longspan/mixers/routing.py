@@ -253,8 +253,8 @@ class RoutingCore(ClusteredCore):
     def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RoutingState | None, rows: Rows) -> RoutingState:
         state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
         rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
-        rings = next_rings(rings, k, v, clusters[:, :, None], rows)
-        return RoutingState(*(t[:, :, 0] for t in rings), self.drawn_of(rows), rows.live)
+        ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
+        return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
     def _rings(self) -> tuple[int, ...]:
         return self.routed_heads, self.config.num_clusters, self.config.window

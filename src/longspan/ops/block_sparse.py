@@ -8,7 +8,7 @@ computes the weights of every tile again.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class ChunkPair(NamedTuple):
         return (self.key_chunk == self.chunk).logical_or_(self.key_chunk == self.previous)
 
 
-Pairs = TypeVar("Pairs", KeyRange, ChunkPair)
+Pairs = TypeVar("Pairs", bound=KeyRange | ChunkPair)
 
 
 class BlockSchedule(NamedTuple):
@@ -136,13 +136,13 @@ class BlockSchedule(NamedTuple):
         """The numbers of queries by tile (tiles, height), those of keys (the last field) by block (blocks, size)."""
         *of_queries, of_keys = pairs
         by_tile = (None if t is None else _pick(t, self.query, -1) for t in of_queries)
-        return type(pairs)(*by_tile, _pick(of_keys, self.key, ABSENT))
+        return cast(Pairs, cast(Any, type(pairs))(*by_tile, _pick(of_keys, self.key, ABSENT)))
 
     def at(self, pairs: Pairs, tiles: slice) -> Pairs:
         """Of some tiles, the numbers of queries (tiles, height, 1) and those of the keys they read (tiles, 1, keys)."""
         *by_tile, by_block = pairs
         of_queries = (None if t is None else t[tiles][..., None] for t in by_tile)
-        return type(pairs)(*of_queries, self.read(by_block, tiles)[:, None])
+        return cast(Pairs, cast(Any, type(pairs))(*of_queries, self.read(by_block, tiles)[:, None]))
 
 
 class _Step(NamedTuple):
@@ -313,14 +313,6 @@ def _backward(
     return dq.view(q.shape), *dk, *dv
 
 
-@overload
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, return_lse: Literal[False] = False, **options: Any
-) -> Tensor: ...
-@overload
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, *, return_lse: Literal[True], **options: Any
-) -> tuple[Tensor, Tensor]: ...
 def block_sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -335,7 +327,7 @@ def block_sparse_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Softmax attention of tiles of queries to chosen blocks of keys: the primitive of patterns yet to be invented.
 
     Tile t are the queries t * query_block onwards, block b the key columns b * key_block onwards; the last ones may be

@@ -124,7 +124,7 @@ def lsh_attention(
     queries, values = q.to(dtype), v.to(dtype)
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
     key_bucket = query_bucket if k is None and rings is None else by_heads(buckets[1], heads)
-    count, all_keys, all_values = 2 * rotations.shape[3], (keys,), (values,)
+    count = 2 * rotations.shape[3]
     if selection == "sorted":
         schedules = _chunks(query_bucket, key_bucket, count, bucket_size, causal=causal, real=real, start=start)
     else:
@@ -132,9 +132,7 @@ def lsh_attention(
         schedules = nearest_members_in_documents(
             query_bucket, key_bucket, count, reach, real=real, start=start, ring_position=position
         )
-    if rings is not None:
-        ring_keys = F.normalize(rings[0].to(dtype), dim=-1) if k is None else rings[0].to(dtype)
-        all_keys, all_values = behind_rings(ring_keys, keys, heads), behind_rings(rings[1].to(dtype), values, heads)
+    all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
     out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
     return zero_padding(torch.where((lse == -math.inf)[..., None], by_heads(values, heads), out), real, q.dtype)
 

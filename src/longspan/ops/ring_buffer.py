@@ -1,6 +1,7 @@
 """Ring buffers: what a stream of attention in groups carries, the last tokens of every bucket or cluster."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,10 +106,28 @@ def push_token(rings: LSHRings, k: Tensor, v: Tensor, buckets: Tensor, position:
     return LSHRings(pushed[0], pushed[1], pushed[2][..., 0])
 
 
-def behind_rings(ring: Tensor, call: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """For each round what its rings (batch, heads or kv_heads, rounds, buckets, width, dim) have, then the call."""
-    ring, call = by_heads(ring, heads), by_heads(call, heads)
-    return tuple(torch.cat([ring[:, :, number].flatten(2, 3), call], 2) for number in range(ring.shape[2]))
+def behind_rings(
+    rings: Sequence[Tensor] | None, k: Tensor, v: Tensor, heads: int, *, unit_keys: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The keys and the values of each round: what its rings have, then the call's.
+
+    Args:
+        rings: see `LSHRings`; None = none: the call's serve all rounds.
+        k: (batch, kv_heads, length, head_dim).
+        v: like k.
+        heads: query heads.
+        unit_keys: keys of the rings are scaled to length one.
+    """
+    if rings is None:
+        return (k,), (v,)
+    ring_k, ring_v = rings[0].to(k.dtype), rings[1].to(v.dtype)
+    ring_k = F.normalize(ring_k, dim=-1) if unit_keys else ring_k
+
+    def join(ring: Tensor, call: Tensor) -> tuple[Tensor, ...]:
+        ring, call = by_heads(ring, heads), by_heads(call, heads)
+        return tuple(torch.cat([ring[:, :, number].flatten(2, 3), call], 2) for number in range(ring.shape[2]))
+
+    return join(ring_k, k), join(ring_v, v)
 
 
 def attend_token(

@@ -163,9 +163,7 @@ def _strict(
         start=start,
         ring_position=None if rings is None else rings.position,
     )
-    keys, values = (k,), (v,)
-    if rings is not None:
-        keys, values = (behind_rings(old.to(q.dtype), new, heads) for old, new in ((rings.k, k), (rings.v, v)))
+    keys, values = behind_rings(rings, k, v, heads)
     out, lse = attend_blocks(q, keys, values, schedules, scale)
     own_value = by_heads(v, heads)
     if itself and not shared:  # the query's own key may be in another cluster
