@@ -30,7 +30,6 @@ from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.choices import recording
 from longspan.mixers.compressors import (
     AuxiliaryLoss,
     Compressor,
@@ -188,7 +187,9 @@ class CompressiveCore(RelativeCore):
     ) -> tuple[Tensor, CompressiveState]:
         """See `Core.forward`."""
         assert hidden is not None, "compressive projects hidden states"
-        loss = AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns() else None
+        loss = (
+            AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns(rows) else None
+        )
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
         folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
@@ -207,10 +208,10 @@ class CompressiveCore(RelativeCore):
             penalties.append(self.config.loss_weight * penalty)
         return out, state
 
-    def _learns(self) -> bool:
+    def _learns(self, rows: Rows) -> bool:
         config = self.config
         has_loss = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
-        return has_loss and config.compressed_len > 0 and (torch.is_grad_enabled() or recording())
+        return has_loss and config.compressed_len > 0 and rows.learns
 
     def _distances(self, rows: Rows) -> int:
         """Distances that pairs of the call have at most."""

@@ -37,7 +37,6 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import choose
 from longspan.mixers.draws import DrawnCore
 from longspan.mixers.rings import empty_rings, next_rings, rings_nbytes
 from longspan.mixers.rows import Rows
@@ -167,8 +166,8 @@ class LSHCore(DrawnCore):
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
         count = self.config.num_buckets
-        query_buckets = choose(lambda: ops.lsh_buckets(q, rotations), below=count)
-        key_buckets = query_buckets if shared else choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
+        query_buckets = rows.choose(lambda: ops.lsh_buckets(q, rotations), below=count)
+        key_buckets = query_buckets if shared else rows.choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
         out = ops.lsh_attention(
             q,
             v,

@@ -20,7 +20,6 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import recording
 from longspan.mixers.draws import DrawnCore, processes, summed
 from longspan.mixers.rows import Rows
 from longspan.state import recomputing
@@ -143,7 +142,7 @@ class PerformerCore(DrawnCore):
         """
         q, k = self.rotate(q, k, rows)
         bounded = self.config.kind == "bounded"
-        if self.measures and self.training and (torch.is_grad_enabled() or recording()):
+        if self.measures and self.training and rows.learns:
             self._measure(q, k, rows)
         before = None
         if state is not None:

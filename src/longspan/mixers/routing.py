@@ -62,7 +62,6 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import choose, recording
 from longspan.mixers.kmeans import ClusteredCore
 from longspan.mixers.rings import empty_rings, next_rings, rings_nbytes
 from longspan.mixers.rows import Rows
@@ -177,12 +176,12 @@ class RoutingCore(ClusteredCore):
         if state is not None:
             self.check_draw(state, rows)
         committed = penalties is not None and self.config.commitment > 0
-        learns = self.training and (torch.is_grad_enabled() or recording())
+        learns = self.training and rows.learns
         with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
             routes = self._unit(q, k)
         clusters = None
         if committed or learns or self.strict:
-            clusters = self._clusters(*routes)
+            clusters = self._clusters(*routes, rows)
         if clusters is not None and learns and not recomputing():
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
             self.see(self._clustered(routes, clusters), self._real(rows, q.device), bool(begun))
@@ -224,12 +223,12 @@ class RoutingCore(ClusteredCore):
         unit = F.normalize(q.to(dtype), dim=-1)
         return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
 
-    def _clusters(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _clusters(self, queries: Tensor, keys: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         count = self.config.num_clusters
-        of_queries = choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
+        of_queries = rows.choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
         if self.shared:
             return of_queries, of_queries
-        return of_queries, choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
+        return of_queries, rows.choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
 
     def _clustered(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is clustered, with its clusters: queries, and separate keys."""

@@ -9,6 +9,7 @@ Legend: B batch, N gathered columns (the most real tokens of any row), M columns
 last); a *key column* counts older keys first: the token in column t stands at key column M + t.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from longspan import host
 from longspan.errors import ConfigError
 from longspan.host import Array
+from longspan.mixers.replay import Choices
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class Rows:
         self.batch, self.columns = offset.shape[0], columns
         self.device = offset.device
         self._cache: dict[Any, Any] = {}
+        self.choices: Choices | None = None
         for name, given in (("mask", mask), ("reset", reset)):
             if given is not None and (given.dtype != torch.bool or given.shape != (self.batch, columns)):
                 raise ConfigError(
@@ -165,6 +168,26 @@ class Rows:
     def clear_reset(self, t: Tensor, value: float = 0.0) -> Tensor:
         """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
         return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
+
+    def with_choices(self, choices: Choices) -> "Rows":
+        """The same layout for one layer whose discrete choices are recorded or replayed."""
+        rows = copy.copy(self)
+        rows.choices = choices
+        return rows
+
+    def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
+        """`make()`; in the recomputation of a forward pass, what it gave there.
+
+        Args:
+            make: gives integers without a graph.
+            below: all of them are from 0 to below it.
+        """
+        return make() if self.choices is None else self.choices.choose(make, below)
+
+    @property
+    def learns(self) -> bool:
+        """Whether this is a forward pass of training: gradients are on, or it is recorded to be computed again."""
+        return torch.is_grad_enabled() or (self.choices is not None and not self.choices.replays)
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""

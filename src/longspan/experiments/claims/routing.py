@@ -24,7 +24,7 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.language_modelling import recipe_of
 from longspan.experiments.claims.runs import kept
-from longspan.mixers.choices import Choices
+from longspan.mixers.replay import Choices
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -70,6 +70,16 @@ def equal_window() -> int:
     return low
 
 
+def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
+    """A hook before a core that records what it chooses."""
+
+    def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        *rest, rows = arguments
+        return (*rest, rows.with_choices(choices))
+
+    return hook
+
+
 @torch.no_grad()
 def usage(model: Any, documents: Documents) -> list[list[float]]:
     """Share of the tokens that each cluster takes, the largest first, for every routed head of every layer."""
@@ -78,9 +88,11 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
     for document in documents.items:
         tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), PIECE)).tokens)).long()
         choices = Choices()
-        with choices.record():
-            model(tokens[None], None)
-        chosen = torch.cat([layer[0] for layer in choices.kept])
+        hooks = [core.register_forward_pre_hook(_recorded_in(choices)) for core in model.cores()]
+        model(tokens[None], None)
+        for hook in hooks:
+            hook.remove()
+        chosen = torch.cat([layer[0] for layer in choices.recorded])
         found = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
         counts.append(found)
     total = np.sum(counts, axis=0)

@@ -286,8 +286,8 @@ def _scan(chunks: Chunks, state: Tensor) -> Scan:
         before.append(now)
         written.append(turn.bmm(torch.baddbmm(values, reading, now, alpha=-1)))
         now = torch.baddbmm(across * now, writing, written[-1])
-    stacked = (torch.stack(t, 1).unflatten(0, k.shape[:2]) for t in (before, written))
-    return Scan(inverse, *stacked, after=now.unflatten(0, k.shape[:2]))
+    states, updates = (torch.stack(t, 1).unflatten(0, k.shape[:2]) for t in (before, written))
+    return Scan(inverse, before=states, written=updates, after=now.unflatten(0, k.shape[:2]))
 
 
 def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
