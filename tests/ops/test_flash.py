@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longspan import ops, reference
-from longspan.ops import flash
+from longspan.engine import flash
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

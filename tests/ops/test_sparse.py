@@ -9,7 +9,8 @@ from torch import Tensor
 
 import longspan as ls
 from longspan import ops
-from longspan.ops.sparse_strided import make_classes
+from longspan.engine.tiles import Bands
+from longspan.ops.sparse_schedules import make_class_plan
 
 PARTS = ("union", "local", "summary")
 FORMS = [(pattern, part) for pattern in ("strided", "fixed") for part in PARTS]
@@ -105,12 +106,14 @@ def test_a_stride_of_the_length_is_dense(pattern: str) -> None:
 @pytest.mark.parametrize("nearest", [0, 2])
 def test_classes_hold_every_pair_once(memory: int, stride: int, nearest: int) -> None:
     for length in range(1, 40):
+        plan = make_class_plan(length, memory, stride, nearest)
+        bands = Bands(plan, torch.float32, torch.device("cpu"))
         count = torch.zeros(length, memory + length, dtype=torch.int64)
-        for run in make_classes(length, memory, stride, nearest):
-            for number in range(run.size):
-                for t in range(run.queries):
-                    columns = run.low + number + stride * torch.arange(run.older + t + 1)
-                    count[run.start + number + t * stride, columns] += 1
+        for run in plan.runs:
+            pattern = bands(run)
+            pairs = torch.ones(run.queries, run.keys) if pattern is None else pattern == 0
+            for tile in range(run.tiles):
+                count[run.query_slice(tile), run.key_slice(tile)] += pairs.long()
         distance = torch.arange(memory, memory + length)[:, None] - torch.arange(memory + length)
         expected = (distance % stride == 0) & (distance >= nearest * stride)
         assert torch.equal(count, expected.long()), length

@@ -5,20 +5,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.ops.tiles import Visibility, band, make_blocks, make_parts, make_plan, take, trim_plan
+from longspan.engine.tiles import Bands, Visibility, make_blocks, make_parts, make_plan, take, trim_plan
 
 
 def covered(plan, length: int, columns: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """How many tiles compute each pair that the plan lets meet."""
     count = torch.zeros(length, columns, dtype=torch.int64)
+    bands = Bands(plan, torch.float32, torch.device("cpu"))
     for run in plan.runs:
-        pattern = band(plan, run, dtype=torch.float32, device=torch.device("cpu"))
+        pattern = bands(run)
         open_pairs = torch.ones(run.queries, run.keys, dtype=torch.bool) if pattern is None else pattern == 0
         for tile in range(run.tiles):
-            start, low = run.start + tile * run.step, run.low + tile * run.step
-            assert low >= 0
-            assert low + run.keys <= columns
-            count[start : start + run.queries, low : low + run.keys] += open_pairs
+            assert run.key_slice(tile).start >= 0
+            assert run.key_slice(tile).stop <= columns
+            count[run.query_slice(tile), run.key_slice(tile)] += open_pairs
     return count
 
 

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from longspan import host, ops
+from longspan.engine import flash
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import carried, join
 from longspan.mixers.rows import Rows
-from longspan.ops import flash
 
 
 @dataclass(frozen=True, kw_only=True)

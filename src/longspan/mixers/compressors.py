@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import host, ops
+from longspan.engine.first_order import FirstOrder
 from longspan.mixers.maps import CalledParameters
 from longspan.mixers.rows import Rows
 from longspan.ops.compressive import CallSegments, CompressiveSizes
-from longspan.ops.first_order import FirstOrder
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.config import check_least
+from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
 from longspan.mixers.keys import join
 from longspan.mixers.memory_store import MemoryStore, read_and_write
 from longspan.mixers.rows import Rows
-from longspan.ops import flash
 from longspan.state import needs_grad
 
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from longspan import state as states
+from longspan.engine.first_order import FirstOrder
 from longspan.mixers import Rows
 from longspan.mixers.replay import Choices
 from longspan.models.blocks import Block
-from longspan.ops.first_order import FirstOrder
 
 
 class Streamed(NamedTuple):

@@ -2,45 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import Round, RoundInputs, Schedule, Scores, Tile, attention
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import HIDDEN, ByDistance, Plan, make_open_plan, make_plan, plan_hides
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import Call, check_positive, read_call
-from longspan.ops.tiled import default_scale, new_gradients, new_like_heads
-from longspan.ops.tiles import HIDDEN, Block, Plan, Run, Visibility, make_blocks, make_parts, make_plan, take
-from longspan.state import needs_grad
 
 TILE = 64
+PERSISTENT_TILES = 1024, 128  # of the forward and of the backward pass
 ROUND = 64  # spans are rounded up to it, so that heads of like span are computed together
-FORWARD_ENTRIES = 1 << 22
-BACKWARD_ENTRIES = 1 << 20
-
-
-class Slice(NamedTuple):
-    """Neighbouring heads of one rounded span: their slice, that of their kv heads, and their tiles."""
-
-    heads: slice
-    kv: slice
-    plan: Plan
-
-
-class Spans(NamedTuple):
-    """What a call needs beside its tensors; `nearest` is the least distance seen, `farthest` the limit of any span."""
-
-    slices: tuple[Slice, ...]
-    ramp: int
-    nearest: int
-    farthest: int
-    scale: float
-    visibility: Visibility | None
-    dead: Tensor | None
 
 
 def adaptive_span_attention(
@@ -95,15 +72,20 @@ def adaptive_span_attention(
     call = read_call(q, k, v, causal=True, keep=max(reach), lengths=lengths, start=start, memory_lengths=memory_lengths)
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    slices = tuple(_slices(call, reach, nearest))
     dead = _dead(call, span, ramp, nearest, lengths if persistent is not None else None, persistent is not None)
-    spec = Spans(slices, ramp, nearest, farthest, default_scale(q, scale), call.visibility, dead)
-    more = () if persistent is None else persistent
-    tensors = call.q, call.k, call.v, span, *more
-    if needs_grad(*tensors):
-        return _apply(spec, *tensors)
-    with flash.full_precision(q.device):
-        return span_forward(spec, *tensors)[0].to(q.dtype)
+    scale = default_scale(q, scale)
+    scores = partial(SpanScores, ramp=ramp, farthest=farthest, scale=scale)
+    rounds = list(_rounds(call, reach, nearest, scores))
+    k, v = call.k, call.v
+    if persistent is not None:
+        # behind the other keys, in a round of its own: every query sees them
+        k, v = (torch.cat([t, more.expand(len(t), -1, -1, -1)], 2) for t, more in zip((k, v), persistent, strict=True))
+        forward, backward = (
+            make_open_plan(q.shape[2], tile, call.k.shape[2], persistent[0].shape[1]) for tile in PERSISTENT_TILES
+        )
+        rounds.append(Round(forward, backward, merges=True))
+    out, _ = attention(call.q, k, v, Schedule(tuple(rounds), scale), span)
+    return out if dead is None else out.masked_fill(dead[..., None], 0)
 
 
 def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: int | None, include_self: bool) -> int:
@@ -146,7 +128,7 @@ def _plan(length: int, memory: int, farthest: int, nearest: int) -> Plan:
     return plan._replace(nearest=nearest)
 
 
-def _slices(call: Call, reach: list[int], nearest: int) -> Iterator[Slice]:
+def _rounds(call: Call, reach: list[int], nearest: int, scores: Callable[[RoundInputs], Scores]) -> Iterator[Round]:
     """Heads of one reach side by side, unless they cut through a group of query heads that share a kv head."""
     heads, group = call.q.shape[1], call.q.shape[1] // call.k.shape[1]
     first = 0
@@ -159,7 +141,8 @@ def _slices(call: Call, reach: list[int], nearest: int) -> Iterator[Slice]:
         else:
             last = min(last, first // group * group + group)  # within one
         kv = slice(first // group, -(-last // group))
-        yield Slice(slice(first, last), kv, _plan(call.q.shape[2], call.memory, reach[first], nearest))
+        plan = _plan(call.q.shape[2], call.memory, reach[first], nearest)
+        yield Round(plan, plan, call.visibility, scores, slice(first, last), kv)
         first = last
 
 
@@ -179,174 +162,56 @@ def _dead(call: Call, span: Tensor, ramp: int, nearest: int, lengths: Tensor | N
     return dead
 
 
-class _Bias:
-    """log m of the tiles of one slice, and its slope by the span."""
+class SpanScores(Scores):
+    """Adds log m of the distance.
 
-    def __init__(self, spec: Spans, piece: Slice, span: Tensor) -> None:
-        self.spec, self.piece, self.span = spec, piece, span
-        self.kept: dict[tuple[int, int, int], Tensor] = {}
+    The schedule's tensor is the span, (heads,) or (batch, heads, length); no distance above `farthest` is seen.
+    """
 
-    def _rest(self, run: Run, block: Block) -> tuple[Tensor, Tensor]:
-        """ramp + span - distance, (rows * tiles or 1, heads, queries, keys), and the distances."""
-        offset = self.piece.plan.offset(run)
-        query = torch.arange(offset, offset + run.queries, device=self.span.device)[:, None]
-        distance = query - torch.arange(run.keys, device=self.span.device)
-        if self.span.ndim == 1:
-            return self.spec.ramp + self.span[None, self.piece.heads, None, None] - distance, distance
-        own = take(self.span[:, self.piece.heads, :, None], block, run.start, run.queries, run.step)
-        return self.spec.ramp + own - distance, distance
+    def __init__(self, inputs: RoundInputs, *, ramp: int, farthest: int, scale: float) -> None:
+        super().__init__(inputs)
+        self.ramp, self.scale, self.span = ramp, scale, self.tensors[0]
+        self.pattern = self.plan._replace(farthest=farthest)
+        self.by_distance: dict[tuple[int, int, bool], ByDistance] = {}
 
-    def mask(self, run: Run, block: Block) -> Tensor:
-        """(rows * tiles or 1, heads, queries, keys) added to the scores."""
-        key = (run.queries, run.keys, self.piece.plan.offset(run))
-        bias = self.kept.get(key)
-        if bias is None:
-            rest, distance = self._rest(run, block)
-            hidden = (rest <= 0) | (distance < self.spec.nearest) | (distance > self.spec.farthest)
-            bias = (rest / self.spec.ramp).clamp_(max=1).masked_fill_(hidden, 1).log_().masked_fill_(hidden, HIDDEN)
-            if self.span.ndim == 1:
-                self.kept[key] = bias
-        seen = None if self.spec.visibility is None else self.spec.visibility.seen(run, block)
+    def _terms(self, tile: Tile, slopes: bool) -> Tensor:
+        """log m, or its derivatives by the span, (rows * tiles or 1, heads, queries, keys)."""
+        if self.span.ndim == 1:  # the same for all tiles
+            key = tile.heads.start, tile.heads.stop, slopes
+            if key not in self.by_distance:
+                span = self.span[tile.heads, None, None]
+                function = partial(self._slope if slopes else self._log, span=span)
+                self.by_distance[key] = ByDistance(self.plan, function, self.like.device)
+            return self.by_distance[key](tile.run)[None]
+        offset, device = tile.run.offset, self.like.device
+        query = torch.arange(offset, offset + tile.run.queries, device=device)[:, None]
+        distance = query - torch.arange(tile.run.keys, device=device)
+        return (self._slope if slopes else self._log)(distance, span=tile.queries(self.span[..., None]))
+
+    def _log(self, distance: Tensor, span: Tensor) -> Tensor:
+        rest = self.ramp + span - distance
+        hidden = (rest <= 0) | plan_hides(self.pattern, distance)
+        return (rest / self.ramp).clamp_(max=1).masked_fill_(hidden, 1).log_().masked_fill_(hidden, HIDDEN)
+
+    def _slope(self, distance: Tensor, span: Tensor) -> Tensor:
+        """1 / (ramp + span - distance) on the ramp with its upper end, else 0."""
+        rest = self.ramp + span - distance
+        return torch.where((rest > 0) & (rest <= self.ramp), 1 / rest, 0)
+
+    def added(self, tile: Tile) -> Tensor:
+        """See `Scores`."""
+        bias = self._terms(tile, slopes=False)
+        seen = self.seen(tile)
         return bias if seen is None else torch.where(seen, bias, HIDDEN)
 
-    def slope(self, run: Run, block: Block) -> Tensor:
-        """The derivative of log m by the span: 1 / (ramp + span - distance) on the ramp with its upper end, else 0."""
-        rest, _ = self._rest(run, block)
-        return torch.where((rest > 0) & (rest <= self.spec.ramp), 1 / rest, 0)
-
-
-def span_forward(
-    spec: Spans, q: Tensor, k: Tensor, v: Tensor, span: Tensor, *more: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Without autograd: out in the working dtype, log-sum-exps, and the keys' share of the softmax beside `more`."""
-    dtype = flash.working_dtype(q, k, v)
-    q, k, v, span = (t.to(dtype) for t in (q, k, v, span))
-    out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype)
-    lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
-    for piece in spec.slices:
-        bias = _Bias(spec, piece, span)
-        qs, ks, vs = q[:, piece.heads], k[:, piece.kv], v[:, piece.kv]
-        outs, sums = out[:, piece.heads], lse[:, piece.heads, :, None]
-        for run in piece.plan.runs:
-            most = max(1, FORWARD_ENTRIES // (run.queries * run.keys))
-            for block in make_blocks(run, q.shape[0], most):
-                part, part_lse = flash.attend(
-                    take(qs, block, run.start, run.queries, run.step),
-                    take(ks, block, run.low, run.keys, run.step),
-                    take(vs, block, run.low, run.keys, run.step),
-                    scale=spec.scale,
-                    mask=bias.mask(run, block),
-                )
-                take(outs, block, run.start, run.queries, run.step).copy_(part)
-                take(sums, block, run.start, run.queries, run.step).copy_(part_lse[..., None])
-    share = None
-    if more:
-        more_k, more_v = (t.to(dtype).expand(q.shape[0], -1, -1, -1) for t in more)
-        other, other_lse = flash.attend(q, more_k, more_v, scale=spec.scale)
-        total = torch.logaddexp(lse, other_lse)
-        share = (lse - total).exp_()
-        out.mul_(share[..., None]).addcmul_(other, (other_lse - total).exp_()[..., None])
-        lse = total
-    if spec.dead is not None:
-        out.masked_fill_(spec.dead[..., None], 0)
-    return out, lse, share
-
-
-class _Attention(FirstOrder):
-    """Saves the inputs, the output and its log-sum-exps; every weight is computed again."""
-
-    what = "attention with adaptive spans"
-
-    @staticmethod
-    def forward(ctx: Any, spec: Spans, *tensors: Tensor) -> Tensor:
-        with flash.full_precision(tensors[0].device):
-            out, lse, share = span_forward(spec, *tensors)
-        out = out.to(tensors[0].dtype)
-        ctx.save_for_backward(out, lse, share, *tensors)
-        ctx.spec = spec
-        return out
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, lse, share, *given = saved
-        dtype = flash.working_dtype(*given[:3])
-        q, k, v, span, *more = (t.to(dtype) for t in given)
-        out, grad = out.to(dtype), grad.to(dtype)
-        if ctx.spec.dead is not None:
-            grad = grad.masked_fill(ctx.spec.dead[..., None], 0)
-        with flash.full_precision(q.device):
-            found = list(_backward(ctx.spec, grad, q, k, v, span, out, share, ctx.needs_input_grad[4]))
-            if more:
-                more_k, more_v = (t.expand(q.shape[0], -1, -1, -1) for t in more)
-                dq, dk, dv = flash.attend_backward(
-                    grad.contiguous(), q, more_k, more_v, out, lse.contiguous(), scale=ctx.spec.scale
-                )
-                found[0].add_(dq)
-                found += [dk.sum(0), dv.sum(0)]
-        return None, *(d.to(t.dtype) for d, t in zip(found, given, strict=True))
-
-
-_apply: Callable[..., Tensor] = _Attention.apply
-
-
-def _backward(
-    spec: Spans,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    span: Tensor,
-    out: Tensor,
-    share: Tensor | None,
-    learns: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, where it `learns`, of the span."""
-    dq, dk, dv = new_gradients(q, k, v, q.dtype)
-    dspan = torch.zeros_like(span)
-    for piece in spec.slices:
-        heads = piece.heads.stop - piece.heads.start
-        size = heads * max(run.queries * run.keys for run in piece.plan.runs)
-        bias = _Bias(spec, piece, span)
-        for part in make_parts(q.shape[0], 1, size, BACKWARD_ENTRIES):
-            rows = part.rows
-            views = [t[rows, h] for t, h in ((q, piece.heads), (k, piece.kv), (v, piece.kv))]
-            views += [t[rows, piece.heads] for t in (out, grad)]
-            slots = [t[rows, h] for t, h in ((dq, piece.heads), (dk, piece.kv), (dv, piece.kv))]
-            shares = None if share is None else share[rows, piece.heads]
-            found = dspan[piece.heads] if span.ndim == 1 else dspan[rows, piece.heads]
-            _part_backward(bias, rows, views, slots, shares, found if learns else None)
-    return dq, dk, dv, dspan
-
-
-def _part_backward(
-    bias: _Bias, rows: slice, views: list[Tensor], slots: list[Tensor], share: Tensor | None, dspan: Tensor | None
-) -> None:
-    """Some rows of one slice; views, slots (rows, heads, positions, dim); dspan (heads,) or (rows, heads, length)."""
-    q, k, v, out, grad = views
-    dq, dk, dv = slots
-    count, heads, kv_heads, scale = q.shape[0], q.shape[1], k.shape[1], bias.spec.scale
-    for run in bias.piece.plan.runs:
-        for tile in range(run.tiles):
-            block = Block(rows.start, count, tile, 1)
-            start, low = run.start + tile * run.step, run.low + tile * run.step
-            here, there = slice(start, start + run.queries), slice(low, low + run.keys)
-            mask = bias.mask(run, block)
-            # (rows, kv_heads, query heads of one kv head * queries, ...): no key is repeated
-            qt, gt = (t[:, :, here].reshape(count, kv_heads, -1, t.shape[3]) for t in (q, grad))
-            kt, vt = k[:, :, there], v[:, :, there]
-            inner = (grad[:, :, here] * out[:, :, here]).sum(-1, keepdim=True)
-            scores = (qt @ kt.mT).view(count, heads, run.queries, run.keys).mul_(scale).add_(mask)
-            weights = torch.softmax(scores, -1)
-            if share is not None:
-                weights.mul_(share[:, :, here, None])
-            slope = (gt @ vt.mT).view_as(scores).sub_(inner).mul_(weights)
-            if dspan is not None:
-                pulled = (slope * bias.slope(run, block)).sum(-1)  # (rows, heads, queries)
-                if dspan.ndim == 1:
-                    dspan += pulled.sum((0, 2))
-                else:
-                    dspan[:, :, here] += pulled
-            slope = slope.mul_(scale).view(count, kv_heads, -1, run.keys)
-            dv[:, :, there] += weights.view_as(slope).mT @ gt
-            dk[:, :, there] += slope.mT @ qt
-            dq[:, :, here] = (slope @ kt).view(count, heads, run.queries, -1)
+    def backward(self, tile: Tile, slopes: Tensor) -> None:
+        """See `Scores`."""
+        assert self.gradients is not None
+        (total,), rows, terms = self.gradients, tile.block.rows, self._terms(tile, slopes=True)
+        # by (kv_heads, rows, group, queries, keys)
+        shaped = slopes.view(-1, rows, terms.shape[1] * rows // len(slopes), *terms.shape[2:])
+        pulled = (shaped * terms.unflatten(1, shaped.shape[:3:2]).transpose(0, 1)).sum(-1) / self.scale
+        if total.ndim == 1:
+            total[tile.heads] += pulled.sum((1, 3)).flatten()
+        else:
+            tile.queries(total[..., None])[..., 0].add_(pulled.transpose(0, 1).flatten(1, 2))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.ops import flash
+from longspan.engine import flash
 from longspan.ops.rows import check_floating
 from longspan.ops.segments import Layout, SegmentMemory, attend_open, attend_segments, inside_cost
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import HIDDEN
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_positive, check_shapes
-from longspan.ops.tiled import default_scale
-from longspan.ops.tiles import HIDDEN
 
 ENTRIES = 1 << 19  # scores of one step: they stay in cache through all passes over them
 KEY_ENTRIES = 1 << 21  # numbers in the keys of one step

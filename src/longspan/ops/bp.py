@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.bp_nodes import TreeNodes, make_table, nodes_after, pool
 from longspan.ops.bp_schedule import make_columns, make_schedule
 from longspan.ops.bp_softmax import attend_schedule

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from longspan import host
-from longspan.ops import flash
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import HIDDEN
 from longspan.ops.bp_tree import Chunks, Layout, Tree
-from longspan.ops.first_order import FirstOrder
-from longspan.ops.tiles import HIDDEN
 
 ENTRIES = 1 << 18
 """Weights of one block of chunks over all its heads: they stay in cache."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.ops import flash
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import HIDDEN
 from longspan.ops.bp_schedule import Schedule
-from longspan.ops.first_order import FirstOrder
-from longspan.ops.tiles import HIDDEN
 from longspan.state import needs_grad
 
 FORWARD_ENTRIES = 1 << 20

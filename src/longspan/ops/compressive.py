@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import scaled_dot_product_attention
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import HIDDEN, make_blocks, make_plan, take
 from longspan.errors import ConfigError
 from longspan.host import Array
-from longspan.ops import flash
-from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
 from longspan.ops.rows import check_floating, read_call
-from longspan.ops.tiled import default_scale
-from longspan.ops.tiles import HIDDEN, make_blocks, make_plan, take
 
 BATCH_ENTRIES = 1 << 24  # numbers of keys that are copied for one batch of segments
 QUERIES, KEYS = 64, 128  # segments whose counts round up to the same multiples of these are one batch

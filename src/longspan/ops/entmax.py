@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import Plan, make_plan, trim_plan
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.decode import is_decode
 from longspan.ops.entmax_curve import dense_slopes, dense_weights
-from longspan.ops.entmax_tiles import entmax_forward, entmax_tiles, tile_queries
-from longspan.ops.first_order import FirstOrder
+from longspan.ops.entmax_tiles import Plans, entmax_forward, entmax_tiles, tile_queries
 from longspan.ops.rows import Call, check_floating, check_positive, read_call
-from longspan.ops.tiled import Plans, default_scale
-from longspan.ops.tiles import Plan, make_plan, trim_plan
 from longspan.state import needs_grad
 
 

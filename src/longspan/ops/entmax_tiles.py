@@ -12,11 +12,21 @@ import torch
 from torch import Tensor
 
 from longspan import host
-from longspan.ops import flash
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import (
+    Bands,
+    Block,
+    Plan,
+    Run,
+    Visibility,
+    make_blocks,
+    new_gradient,
+    new_like_heads,
+    take,
+    tile_mask,
+)
 from longspan.ops.entmax_curve import Curve, dense_weights
-from longspan.ops.first_order import FirstOrder
-from longspan.ops.tiled import Plans, new_gradients, new_like_heads
-from longspan.ops.tiles import Block, Plan, Run, band, make_blocks, take, tile_mask
 
 ENTRIES = 1 << 17  # scores of one head computed at a time: a handful of buffers of this size stays in cache
 FEWEST, MOST = 16, 128  # queries of a tile
@@ -25,6 +35,15 @@ FEWEST, MOST = 16, 128  # queries of a tile
 def tile_queries(columns: int) -> int:
     """Queries of a tile that sees `columns` keys."""
     return max(FEWEST, min(MOST, ENTRIES // max(columns, 1) // FEWEST * FEWEST))
+
+
+class Plans(NamedTuple):
+    """Tiles of the forward and of the backward pass, the factor of the scores, and what hides keys row by row."""
+
+    forward: Plan
+    backward: Plan
+    scale: float
+    visibility: Visibility | None
 
 
 class Sheet:
@@ -94,9 +113,10 @@ def entmax_forward(
     if exponents is None:
         return _without_values(q, k, v, alpha, plans, out), thresholds
     sheet = Sheet(plan, q.shape[0], 5, q)
+    bands = Bands(plan, dtype, q.device)
     with flash.full_precision(q.device):
         for run in plan.runs:
-            pattern = band(plan, run, dtype=dtype, device=q.device)
+            pattern = bands(run)
             for block in make_blocks(run, q.shape[0], most_items(run, q.shape[0])):
                 tile = Tile(run, block, _mask(plans, run, block, pattern, dtype))
                 queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
@@ -122,9 +142,10 @@ def _exponents(alpha: Tensor) -> list[float] | None:
 def _without_values(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans, out: Tensor) -> Tensor:
     """`entmax_forward` where the alphas are not known beforehand, as in an exported graph: more steps, more buffers."""
     group, exponents = q.shape[1] // k.shape[1], (alpha.to(q.dtype) - 1).unbind()
+    bands = Bands(plans.forward, q.dtype, q.device)
     with flash.full_precision(q.device):
         for run in plans.forward.runs:
-            pattern = band(plans.forward, run, dtype=q.dtype, device=q.device)
+            pattern = bands(run)
             for block in make_blocks(run, q.shape[0], most_items(run, q.shape[0])):
                 tile = Tile(run, block, _mask(plans, run, block, pattern, q.dtype))
                 queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
@@ -174,13 +195,14 @@ def _backward(
     plan, dtype, group = plans.backward, thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    dq, dk, dv = new_gradients(q, k, v, dtype)
+    dq, dk, dv = (new_gradient(t, dtype) for t in (q, k, v))
     slopes = [q.new_zeros(()) for _ in range(q.shape[1])]
     if exponents is None:  # a tensor without values: shapes are all there is
         return dq, dk, dv, torch.stack(slopes)
     sheet = Sheet(plan, q.shape[0], 6, q)
+    bands = Bands(plan, dtype, q.device)
     for run in plan.runs:
-        pattern, most = band(plan, run, dtype=dtype, device=q.device), most_items(run, q.shape[0])
+        pattern, most = bands(run), most_items(run, q.shape[0])
         for index in range(run.tiles):
             for row in range(0, q.shape[0], most):
                 block = Block(row, min(most, q.shape[0] - row), index, 1)

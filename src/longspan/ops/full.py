@@ -1,18 +1,12 @@
 """Full softmax attention (Vaswani et al. 2017, equation 1): causal or not, over older keys, padding and documents."""
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from longspan.ops import flash
+from longspan.engine import Round, Schedule, attention, flash
+from longspan.engine.first_order import scaled_dot_product_attention
+from longspan.engine.tiles import make_open_plan, make_plan, trim_plan
 from longspan.ops.decode import decode, is_decode
-from longspan.ops.first_order import FirstOrder, scaled_dot_product_attention
 from longspan.ops.rows import Call, read_call
-from longspan.ops.tiled import Plans, default_scale, new_like_heads, tiled_attention
-from longspan.ops.tiles import make_plan, trim_plan
-from longspan.state import needs_grad
 
 FORWARD_TILE = 256
 BACKWARD_TILE = 64
@@ -48,7 +42,7 @@ def full_attention(
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
     call = read_call(q, k, v, causal=causal, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths)
-    return attend_call(call, causal=causal, scale=default_scale(q, scale))
+    return attend_call(call, causal=causal, scale=flash.default_scale(q, scale))
 
 
 def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
@@ -67,7 +61,7 @@ def attend_call(call: Call, *, causal: bool, scale: float) -> Tensor:
     backward = make_plan(*size, tile=BACKWARD_TILE, causal=causal)
     if call.visibility is not None and causal:
         forward, backward = (trim_plan(plan, call.visibility) for plan in (forward, backward))
-    return call.finish(tiled_attention(q, k, v, Plans(forward, backward, scale, call.visibility)))
+    return call.finish(attention(q, k, v, Schedule((Round(forward, backward, call.visibility),), scale))[0])
 
 
 def full_cost(length: int, *, causal: bool = True) -> int:
@@ -99,46 +93,8 @@ def _library(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Ten
 
 
 def _extend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention with older keys: two kernel calls, merged by their sums."""
-    if needs_grad(q, k, v):
-        return _apply(q, k, v, scale)
-    return _extend_forward(q, k, v, scale)[0].to(q.dtype)
-
-
-def _extend_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    memory = k.shape[2] - q.shape[2]
-    q, k, v = _upcast(q, k, v)
-    old, old_lse = flash.attend(q, k[:, :, :memory], v[:, :, :memory], scale=scale)
-    new, new_lse = flash.attend(q, k[:, :, memory:], v[:, :, memory:], scale=scale, causal=True)
-    return flash.merge(old, old_lse, new, new_lse)
-
-
-class _Extend(FirstOrder):
-    what = "softmax attention"
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out, lse = _extend_forward(q, k, v, scale)
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        lse = saved[4]
-        q, k, v, out, grad = _upcast(*saved[:4], grad)
-        memory = k.shape[2] - q.shape[2]
-        dk = new_like_heads(q, k.shape[2], k.shape[1], k.shape[3], zero=False, dtype=k.dtype)
-        dv = torch.empty_like(dk)
-        dq = None
-        for keys, causal in ((slice(0, memory), False), (slice(memory, None), True)):
-            part, dk[:, :, keys], dv[:, :, keys] = flash.attend_backward(
-                grad, q, k[:, :, keys], v[:, :, keys], out, lse, scale=ctx.scale, causal=causal
-            )
-            dq = part if dq is None else dq.add_(part)
-        assert dq is not None
-        return dq.to(saved[0].dtype), dk.to(saved[1].dtype), dv.to(saved[2].dtype), None
-
-
-_apply: Callable[..., Tensor] = _Extend.apply
+    """Causal attention with older keys: those of the call, then the older ones, a kernel call each."""
+    length, memory = q.shape[2], k.shape[2] - q.shape[2]
+    own, older = (make_open_plan(length, length, *place) for place in ((memory, length), (0, memory)))
+    rounds = Round(own, own, fused="causal"), Round(older, older, merges=True, fused="open")
+    return attention(q, k, v, Schedule(rounds, scale))[0]

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.flash import default_scale
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.ops import flash
 from longspan.ops.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse
 from longspan.ops.rows import check_positive, check_shapes
-from longspan.ops.tiled import default_scale
 
 TILE = 32  # larger tiles leave more slots empty, as every group begins one
 

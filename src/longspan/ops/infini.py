@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops import flash
+from longspan.engine import flash
 from longspan.ops.linear import elu_features
 from longspan.ops.segments import Layout, SegmentMemory, attend_inside, attend_open, attend_segments, inside_cost
 from longspan.ops.sums import smallest, sums_dtype

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating
 from longspan.ops.sums import smallest, sums_dtype
 

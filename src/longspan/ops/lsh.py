@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import flash
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse
 from longspan.ops.groups import (
     TILE,

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import make_parts, new_like_heads
 from longspan.errors import ConfigError
 from longspan.host import Array
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating, check_positive
-from longspan.ops.tiled import new_like_heads
-from longspan.ops.tiles import make_parts
 from longspan.state import needs_grad
 
 EPSILON = 1e-6

@@ -1,17 +1,18 @@
 """Transformer-XL's relative attention (Dai et al. 2019, section 3.3), in tiles, trained through or across segments."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import Round, Schedule, attention, flash
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import Plan, make_plan
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
-from longspan.ops.relative_tiles import Relative, relative_forward, relative_tiles
+from longspan.ops.relative_tiles import RelativeScores
 from longspan.ops.rows import Call, check_positive, read_call
-from longspan.ops.tiled import default_scale
-from longspan.ops.tiles import Plan, make_plan
-from longspan.state import needs_grad
 
 FORWARD_TILE = 64
 BACKWARD_TILE = 64
@@ -76,13 +77,20 @@ def relative_attention(
     cut = border if older and isinstance(border, int) else None
     size = q.shape[2], call.memory, window, segment
     forward, backward = _plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size, cut=cut)
-    spec = Relative(forward, backward, scale, call.visibility, border if older else None)
+    tiles = Round(forward, backward, call.visibility, partial(RelativeScores, scale=scale))
     distances = max(plan.distances(run) for plan in (forward, backward) for run in plan.runs)
-    tensors = (call.q, call.k, call.v, farthest_first(r, distances), content_bias, position_bias)
-    older = tuple(t[:, :, call.dropped :] for t in older)
-    if needs_grad(*tensors, *older):
-        return call.finish(relative_tiles(spec, *tensors, *older))
-    return call.finish(relative_forward(*tensors, spec))
+    content, position = (call.q + bias[:, None] for bias in (content_bias, position_bias))
+    detached = (older[0][:, :, call.dropped :], older[1][:, :, call.dropped :]) if older else None
+    out, _ = attention(
+        content,
+        call.k,
+        call.v,
+        Schedule((tiles,), scale, border if older else None),
+        position,
+        farthest_first(r, distances),
+        detached=detached,
+    )
+    return call.finish(out.to(q.dtype))
 
 
 def relative_cost(

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.ops import flash
+from longspan.engine import flash
+from longspan.engine.tiles import HIDDEN
 from longspan.ops.groups import by_heads, stable_sort
-from longspan.ops.tiles import HIDDEN
 from longspan.state import on_failure
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import flash
+from longspan.engine.flash import default_scale
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.block_sparse import attend_blocks
 from longspan.ops.groups import (
     Reach,
@@ -23,7 +24,6 @@ from longspan.ops.groups import (
 from longspan.ops.ring_buffer import LSHRings, attend_token, behind_rings
 from longspan.ops.routing_balanced import balanced_attention, balanced_entries
 from longspan.ops.rows import check_floating, check_positive, check_shapes
-from longspan.ops.tiled import default_scale
 from longspan.state import needs_grad
 
 SELECTIONS = ("strict", "balanced")

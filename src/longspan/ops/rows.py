@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine.tiles import Visibility
 from longspan.errors import ConfigError
-from longspan.ops.tiles import Visibility
 
 NOBODY = -(2**62)  # the document of keys that are not real
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
-from longspan.ops import flash
+from longspan.engine import flash
 from longspan.ops.full import full_attention, full_cost
 
 

@@ -8,22 +8,19 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import Round, Schedule, attention, flash
+from longspan.engine.first_order import scaled_dot_product_attention
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import Plan, make_plan
 from longspan.errors import ConfigError
-from longspan.ops import flash
 from longspan.ops.decode import decode, is_decode
-from longspan.ops.first_order import scaled_dot_product_attention
 from longspan.ops.full import attend_call, full_cost
 from longspan.ops.rows import Call, check_positive, read_call
-from longspan.ops.sparse_fixed import FORWARD_TILE as FIXED_TILE
-from longspan.ops.sparse_fixed import SPAN, Fixed, fixed_attention, make_spans
-from longspan.ops.sparse_strided import Strided, make_classes, strided_attention
-from longspan.ops.tiled import Plans, default_scale, tiled_attention
-from longspan.ops.tiles import Plan, make_plan
+from longspan.ops.sparse_schedules import LOCAL_TILE, Fixed, fixed_plans, fixed_rounds, make_class_plan, strided_rounds
 from longspan.ops.window import window_attention, window_cost
 
 PATTERNS = ("strided", "fixed")
 PARTS = ("union", "local", "summary")
-LOCAL_TILE = 64
 
 
 def sparse_attention(
@@ -111,15 +108,12 @@ def sparse_cost(
         local = 0 if part == "summary" else window_cost(length, window=stride + 1)
         if part == "local" or (part == "union" and length <= 2 * stride):
             return local
-        classes = make_classes(length, 0, stride, 0 if part == "summary" else 2)
-        return local + sum(run.size * run.queries * run.keys for run in classes)
+        return local + make_class_plan(length, 0, stride, 0 if part == "summary" else 2).pairs()
     if part == "local":
         return full_cost(length) if length <= stride else _local_plan(length, 0, stride).pairs()
     if part == "union" and (length <= stride or summary == stride):
         return full_cost(length)
-    blocks = max(1, SPAN // stride)
-    spans = make_spans(length, 0, span=blocks * stride, kept=blocks * summary, tile=FIXED_TILE)
-    return sum(tile.queries * tile.keys for span in spans for tile in span.tiles)
+    return sum(plan.pairs() for plan in fixed_plans(length, 0, stride, summary))
 
 
 def check_pattern(
@@ -152,10 +146,11 @@ def _strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
     if union and memory + length <= 2 * stride:
         # every key is near, or a whole stride away from its query
         return window_attention_call(call, stride + 1, scale)
-    plan = make_plan(length, memory, tile=LOCAL_TILE, window=stride + 1)
-    local = Plans(plan, plan, scale, call.visibility) if union else None
-    classes = tuple(make_classes(length, memory, stride, 2 if union else 0))
-    return call.finish(strided_attention(call, Strided(local, classes, stride, scale, call.visibility)))
+    return _scheduled(call, scale, *strided_rounds(length, memory, stride, call.visibility, local=union))
+
+
+def _scheduled(call: Call, scale: float, *rounds: Round) -> Tensor:
+    return call.finish(attention(call.q, call.k, call.v, Schedule(rounds, scale))[0])
 
 
 def window_attention_call(call: Call, window: int, scale: float) -> Tensor:
@@ -163,7 +158,7 @@ def window_attention_call(call: Call, window: int, scale: float) -> Tensor:
     if window >= call.memory + call.q.shape[2]:
         return attend_call(call, causal=True, scale=scale)
     plan = make_plan(call.q.shape[2], call.memory, tile=LOCAL_TILE, window=window)
-    return call.finish(tiled_attention(call.q, call.k, call.v, Plans(plan, plan, scale, call.visibility)))
+    return _scheduled(call, scale, Round(plan, plan, call.visibility))
 
 
 def _class_of_last(call: Call, stride: int, union: bool) -> Call:
@@ -186,14 +181,14 @@ def _fixed(call: Call, stride: int, summary: int, part: str, offsets: tuple[int,
     length, memory = call.q.shape[2], call.memory
     if part == "local" and length > stride:
         plan = _local_plan(length, memory, stride)
-        return call.finish(tiled_attention(call.q, call.k, call.v, Plans(plan, plan, scale, call.visibility)))
+        return _scheduled(call, scale, Round(plan, plan, call.visibility))
     if part == "local":
         return attend_call(_without_older(call), causal=True, scale=scale)
     if part == "union" and (length <= stride or summary == stride):
         return attend_call(call, causal=True, scale=scale)
-    return call.finish(
-        fixed_attention(call, Fixed(stride, summary, offsets, part == "union", memory, scale, call.visibility))
-    )
+    pattern = Fixed(stride, summary, offsets, local=part == "union")
+    group = call.q.shape[1] // call.k.shape[1]
+    return _scheduled(call, scale, *fixed_rounds(length, memory, pattern, call.visibility, group))
 
 
 def _without_older(call: Call) -> Call:

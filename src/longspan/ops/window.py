@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
+from longspan.engine import Round, Schedule, attention
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import Plan, make_plan
 from longspan.ops.decode import decode, is_decode
 from longspan.ops.full import attend_call, full_cost
 from longspan.ops.rows import check_positive, read_call
-from longspan.ops.tiled import Plans, default_scale, tiled_attention
-from longspan.ops.tiles import Plan, make_plan
 
 FORWARD_TILE = 64
 BACKWARD_TILE = 64
@@ -56,8 +57,8 @@ def window_attention(
     if is_decode(call):
         return decode(call, scale=scale)
     size = q.shape[2], call.memory, window, causal, blocks
-    plans = Plans(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), scale, call.visibility)
-    return call.finish(tiled_attention(call.q, call.k, call.v, plans))
+    tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
+    return call.finish(attention(call.q, call.k, call.v, Schedule((tiles,), scale))[0])
 
 
 def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool = False) -> int:

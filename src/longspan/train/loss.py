@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from longspan.engine.first_order import FirstOrder
 from longspan.errors import UnsupportedError
 from longspan.models import AdaptiveHead, Head
 from longspan.models.head import CalledHead, Softmax
-from longspan.ops.first_order import FirstOrder
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:

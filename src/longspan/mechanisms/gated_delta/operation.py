@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import FirstOrder
 from longspan.ops.rows import check_floating
 
 CHUNK = 64

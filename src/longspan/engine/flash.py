@@ -44,6 +44,11 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def default_scale(q: Tensor, scale: float | None) -> float:
+    """head_dim ** -0.5 unless given."""
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

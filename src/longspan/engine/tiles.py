@@ -6,7 +6,7 @@ no tile border can carry the future into the past.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,13 +16,17 @@ from torch import Tensor
 from longspan.host import Array
 
 ALIGN = 16  # rows of scores start on 64-byte borders where a key more or less is masked anyway
-# for keys hidden row by row: finite, so that a row that sees nothing is no NaN before it is zeroed; half of what fp32
-# holds, so that whatever finite score it is added to stays far below every visible one
+# added to the scores of hidden keys: finite, so that a row that sees nothing is not NaN before it is zeroed; half of
+# what fp32 holds, so that whatever finite score it is added to stays far below every visible one
 HIDDEN = -1.7e38
 
 
 class Run(NamedTuple):
-    """`tiles` tiles of one shape; tile t has queries start + t * step and key columns low + t * step onwards."""
+    """`tiles` tiles of one shape: tile t has queries start + t * step and key columns low + t * key_step onwards.
+
+    Each is `spread` positions after the one before it. `offset` is the distance from the first query of a tile to its
+    first key, where neighbors of a tile are at a distance of 1.
+    """
 
     queries: int
     keys: int
@@ -30,10 +34,33 @@ class Run(NamedTuple):
     low: int
     step: int
     tiles: int
+    key_step: int
+    offset: int
+    spread: int = 1
+
+    def queries_of(self, x: Tensor, block: "Block") -> Tensor:
+        """View of a block's part of x (batch, heads, length, dim): (rows * tiles, heads, queries, dim)."""
+        return take(x, block, self.start, self.queries, self.step, self.spread)
+
+    def keys_of(self, x: Tensor, block: "Block") -> Tensor:
+        """View of a block's part of x (batch, kv_heads, columns, dim): (rows * tiles, kv_heads, keys, dim)."""
+        return take(x, block, self.low, self.keys, self.key_step, self.spread)
+
+    def query_slice(self, tile: int) -> slice:
+        """The queries of a tile."""
+        start = self.start + tile * self.step
+        return slice(start, start + (self.queries - 1) * self.spread + 1, self.spread)
+
+    def key_slice(self, tile: int) -> slice:
+        """The key columns of a tile."""
+        low = self.low + tile * self.key_step
+        return slice(low, low + (self.keys - 1) * self.spread + 1, self.spread)
 
 
 class Plan(NamedTuple):
-    """The tiles of a call. Query i and key column c, d = memory + i - c, may meet where nearest <= d <= farthest.
+    """The tiles of a call. A query and a key at a distance d may meet where nearest <= d <= farthest.
+
+    Where a plan says no more, d = memory + i - c for query i and key column c.
 
     Without `itself` they may not where d = 0.
     """
@@ -44,17 +71,13 @@ class Plan(NamedTuple):
     farthest: int | None
     itself: bool = True
 
-    def offset(self, run: Run) -> int:
-        """Distance from the first query of a tile to its first key."""
-        return self.memory + run.start - run.low
-
     def pairs(self) -> int:
         """Score entries computed per head: the sum over tiles of queries x keys."""
         return sum(run.tiles * run.queries * run.keys for run in self.runs)
 
     def distances(self, run: Run) -> int:
         """How many distances, counted from 0, the pairs of a causal tile can have."""
-        reach = self.offset(run) + run.queries
+        reach = run.offset + run.queries
         return reach if self.farthest is None else min(reach, self.farthest + 1)
 
 
@@ -105,7 +128,17 @@ def make_plan(
     farthest = None
     if window is not None and segment is None:
         nearest, farthest = (0 if causal else 1 - window), window - 1
-    return Plan(tuple(_runs(tiles)), memory, nearest, farthest)
+    return Plan(tuple(_runs(tiles, memory)), memory, nearest, farthest)
+
+
+@lru_cache(maxsize=256)
+def make_open_plan(length: int, tile: int, low: int, keys: int) -> Plan:
+    """Tiles of at most `tile` queries that all read the same `keys` key columns from `low` on, none of them hidden."""
+    whole, rest = divmod(length, tile)
+    runs = [Run(tile, keys, 0, low, tile, whole, 0, 0)] if whole else []
+    if rest:
+        runs.append(Run(rest, keys, whole * tile, low, 0, 1, 0, 0))
+    return Plan(tuple(runs), 0, None, None)
 
 
 def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
@@ -124,10 +157,10 @@ def trim_plan(plan: Plan, visibility: "Visibility") -> Plan:
             least = min(first[start : start + run.queries]) // ALIGN * ALIGN
             low = min(max(low, least), high - 1)
             tiles.append((run.queries, high - low, start, low))
-    return plan._replace(runs=tuple(_runs(tiles)))
+    return plan._replace(runs=tuple(_runs(tiles, plan.memory)))
 
 
-def _runs(tiles: list[tuple[int, int, int, int]]) -> Iterator[Run]:
+def _runs(tiles: list[tuple[int, int, int, int]], memory: int) -> Iterator[Run]:
     """Join tiles (queries, keys, start, low) of one shape and offset whose starts are equally spaced."""
     shapes: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for queries, keys, start, low in tiles:
@@ -141,7 +174,7 @@ def _runs(tiles: list[tuple[int, int, int, int]]) -> Iterator[Run]:
                 last += 1
             last = min(last + 1, len(places))
             start, low = places[first]
-            yield Run(queries, keys, start, low, step, last - first)
+            yield Run(queries, keys, start, low, step, last - first, step, memory + start - low)
             first = last
 
 
@@ -166,12 +199,12 @@ def make_blocks(run: Run, batch: int, most: int) -> Iterator[Block]:
                 yield Block(row, 1, tile, min(most, run.tiles - tile))
 
 
-def take(x: Tensor, block: Block, start: int, width: int, step: int) -> Tensor:
+def take(x: Tensor, block: Block, start: int, width: int, step: int, spread: int = 1) -> Tensor:
     """View of a block's part of x (batch, heads, positions, dim): (rows * tiles, heads, width, dim)."""
     offset = x.storage_offset() + block.row * x.stride(0) + (start + block.tile * step) * x.stride(2)
     lead = x.stride(0) if block.tiles == 1 else step * x.stride(2)
     size = (block.rows * block.tiles, x.shape[1], width, x.shape[3])
-    return x.as_strided(size, (lead, x.stride(1), x.stride(2), x.stride(3)), offset)
+    return x.as_strided(size, (lead, x.stride(1), spread * x.stride(2), x.stride(3)), offset)
 
 
 class Visibility(NamedTuple):
@@ -189,22 +222,63 @@ class Visibility(NamedTuple):
 
     def seen(self, run: Run, block: Block) -> Tensor | None:
         """(rows * tiles, 1, queries, keys), True = visible; None where all are."""
-        if run.low + block.tile * run.step >= self.top:
+        if run.low + block.tile * run.key_step >= self.top:
             return None
-        query = take(self.query, block, run.start, run.queries, run.step)
-        key = take(self.key, block, run.low, run.keys, run.step).transpose(-1, -2)
+        query, key = run.queries_of(self.query, block), run.keys_of(self.key, block).transpose(-1, -2)
         return key == query if self.equal else key >= query
 
 
-def band(plan: Plan, run: Run, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """(queries, keys): 0 where a pair may meet, -inf elsewhere; None where all pairs of the tile may."""
-    offset = plan.offset(run)
-    early = plan.nearest is not None and offset - run.keys + 1 < plan.nearest
-    late = plan.farthest is not None and offset + run.queries - 1 > plan.farthest
-    if not early and not late and plan.itself:
-        return None
-    query = torch.arange(offset, offset + run.queries, device=device)[:, None]
-    distance = query - torch.arange(run.keys, device=device)
+class ByDistance:
+    """What is added to the scores and depends on the distance of query and key alone, for every tile of a plan.
+
+    Tiles of as many queries are views of one wide tile.
+    """
+
+    def __init__(self, plan: Plan, added: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """`added` takes distances (queries, keys) and gives (..., queries, keys)."""
+        self.plan, self.added, self.device = plan, added, device
+        self.far: dict[int, int] = {}
+        self.near: dict[int, int] = {}
+        self.wide: dict[int, Tensor] = {}
+        for run in plan.runs:
+            offset = run.offset
+            self.far[run.queries] = max(self.far.get(run.queries, offset), offset)
+            near = offset - run.keys + 1
+            self.near[run.queries] = min(self.near.get(run.queries, near), near)
+
+    def __call__(self, run: Run) -> Tensor:
+        """(..., queries, keys) of the tiles of a run."""
+        far = self.far[run.queries]
+        wide = self.wide.get(run.queries)
+        if wide is None:
+            query = torch.arange(far, far + run.queries, device=self.device)[:, None]
+            wide = self.added(query - torch.arange(far - self.near[run.queries] + 1, device=self.device))
+            self.wide[run.queries] = wide
+        first = far - run.offset
+        return wide[..., first : first + run.keys]
+
+
+class Bands:
+    """What the pattern of a plan adds to the scores: 0 where a pair may meet, HIDDEN elsewhere."""
+
+    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+        self.plan, self.dtype = plan, dtype
+        self.by_distance = ByDistance(plan, self._added, device)
+
+    def __call__(self, run: Run) -> Tensor | None:
+        """(queries, keys); None where all pairs of the tile may meet."""
+        plan, offset = self.plan, run.offset
+        early = plan.nearest is not None and offset - run.keys + 1 < plan.nearest
+        late = plan.farthest is not None and offset + run.queries - 1 > plan.farthest
+        return None if plan.itself and not early and not late else self.by_distance(run)
+
+    def _added(self, distance: Tensor) -> Tensor:
+        hidden = plan_hides(self.plan, distance)
+        return torch.zeros(distance.shape, dtype=self.dtype, device=distance.device).masked_fill_(hidden, HIDDEN)
+
+
+def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
+    """Which distances the pattern of a plan hides."""
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if plan.nearest is not None:
         hidden |= distance < plan.nearest
@@ -212,7 +286,7 @@ def band(plan: Plan, run: Run, *, dtype: torch.dtype, device: torch.device) -> T
         hidden |= distance > plan.farthest
     if not plan.itself:
         hidden |= distance == 0
-    return torch.zeros(run.queries, run.keys, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+    return hidden
 
 
 def tile_mask(pattern: Tensor | None, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -245,3 +319,14 @@ def make_parts(batch: int, kv_heads: int, size: int, most: int, *, one_row: bool
         rows = max(1, most // max(size * kv_heads, 1))
         for row in range(0, batch, rows):
             yield Part(slice(row, min(row + rows, batch)), slice(0, kv_heads))
+
+
+def new_like_heads(q: Tensor, length: int, heads: int, dim: int, *, zero: bool, dtype: torch.dtype) -> Tensor:
+    """(batch, heads, length, dim) laid out as (batch, length, heads, dim): what projections read and write."""
+    make = torch.zeros if zero else torch.empty
+    return make(q.shape[0], length, heads, dim, dtype=dtype, device=q.device).transpose(1, 2)
+
+
+def new_gradient(x: Tensor, dtype: torch.dtype, *, zero: bool = True) -> Tensor:
+    """Room for the gradient of x (batch, heads, length, dim)."""
+    return new_like_heads(x, x.shape[2], x.shape[1], x.shape[3], zero=zero, dtype=dtype)

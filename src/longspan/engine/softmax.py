@@ -1,0 +1,543 @@
+"""Softmax attention over a schedule of tiles: the one forward and the one backward pass of every pattern.
+
+A tile is some evenly spaced queries and the evenly spaced keys that they read, in the order of the sequence or in one
+of the schedule's own. The backward pass computes each tile's weights again:
+
+    weights = softmax(scale q k^T + added)              dv += weights^T grad
+    slopes  = scale weights (grad v^T - inner)          dk += slopes^T q,  dq += slopes k
+    inner   = sum(grad * out) - gradient of lse
+
+What is added to the scores (what hides keys, a bias with gradients of its own) is a `Scores`. A query may be served by
+several rounds, whose softmaxes are merged into one by their log-sum-exps; no pair may then occur in two of them. In the
+backward pass grad and inner are then multiplied by the round's share of the softmax.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import (
+    HIDDEN,
+    Bands,
+    Block,
+    Part,
+    Plan,
+    Run,
+    Visibility,
+    make_blocks,
+    make_parts,
+    new_gradient,
+    new_like_heads,
+    tile_mask,
+)
+from longspan.state import needs_grad
+
+FORWARD_ENTRIES = 1 << 22  # scores of one kernel call, where what is added to them is made for the call
+BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
+INNER_ENTRIES = 1 << 16
+
+
+class Tile(NamedTuple):
+    """What is computed at once: the tiles of a run in a block, for some query heads."""
+
+    run: Run
+    block: Block
+    heads: slice
+
+    def queries(self, x: Tensor) -> Tensor:
+        """View of the tile's part of x (batch, heads, length, dim): (rows * tiles, heads, queries, dim)."""
+        return self.run.queries_of(x[:, self.heads], self.block)
+
+
+class RoundInputs(NamedTuple):
+    """What the scores of a round are made of, in one pass.
+
+    Attributes:
+        plan: the tiles of the pass.
+        visibility: what hides keys row by row.
+        tensors: those of the schedule beside q, k and v, in the working dtype.
+        gradients: zeros like them, to be added to; None in a forward pass, or where they are not wanted.
+        like: a tensor of the working dtype, on the device.
+    """
+
+    plan: Plan
+    visibility: Visibility | None
+    tensors: Sequence[Tensor]
+    gradients: Sequence[Tensor] | None
+    like: Tensor
+
+
+class Scores:
+    """What is added to the scores of a round: it hides keys, and may have terms with gradients.
+
+    One is made for each round of each pass, opened for each run, and then asked tile by tile.
+    """
+
+    one_row = False
+    """Whether grouped query heads can be computed for one batch row at a time only."""
+
+    def __init__(self, inputs: RoundInputs) -> None:
+        self.plan, self.visibility, self.tensors, self.gradients, self.like = inputs
+
+    def tiles_at_once(self, run: Run, heads: int) -> int:
+        """Tiles of a forward call of so many heads."""
+        return max(1, FORWARD_ENTRIES // (run.queries * run.keys))
+
+    def open(self, run: Run, tiles: int, heads: slice) -> None:
+        """Prepare for a run, of which `tiles` tiles of these query heads are computed at once at most."""
+
+    def added(self, tile: Tile) -> Tensor | None:
+        """(rows * tiles or 1, heads or 1, queries, keys) or (queries, keys); None = nothing."""
+        raise NotImplementedError
+
+    def seen(self, tile: Tile) -> Tensor | None:
+        """(rows * tiles, heads or 1, queries, keys) which keys the rows leave to be seen; None = all."""
+        seen = None if self.visibility is None else self.visibility.seen(tile.run, tile.block)
+        return seen if seen is None or seen.shape[1] == 1 else seen[:, tile.heads]
+
+    def slopes(self, spare: Tensor) -> Tensor:
+        """Where the slopes of a backward tile are written, (items, group * queries, keys) like `spare`."""
+        return spare
+
+    def backward(self, tile: Tile, slopes: Tensor) -> None:
+        """Add to the gradients; slopes (kv_heads * rows, group * queries, keys) of the scores, times scale."""
+
+
+class Pattern(Scores):
+    """Hides what the plan and the rows hide."""
+
+    def __init__(self, inputs: RoundInputs) -> None:
+        super().__init__(inputs)
+        self.bands = Bands(self.plan, self.like.dtype, self.like.device)
+
+    def added(self, tile: Tile) -> Tensor | None:
+        """See `Scores.added`."""
+        return tile_mask(self.bands(tile.run), self.seen(tile), self.like.dtype)
+
+
+class QueryOrder(Protocol):
+    """An order of the queries in which tiles are ranges."""
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, heads, length, dim) in this order, any empty places zero."""
+
+    def restored(self, x: Tensor) -> Tensor:
+        """What `ordered` gave, in the order of the sequence."""
+
+
+class KeyOrder(Protocol):
+    """An order of the keys in which tiles are ranges. A key may occur several times, or not at all."""
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, kv_heads, columns, dim) in this order, any empty places zero."""
+
+    def add_restored(self, total: Tensor, x: Tensor) -> None:
+        """Add gradients of what `ordered` gave to those of the keys."""
+
+
+class Round(NamedTuple):
+    """Tiles in which every query occurs at most once.
+
+    Attributes:
+        forward: tiles of the forward pass.
+        backward: tiles of the backward pass, whose best size differs.
+        visibility: what hides keys row by row, in the order of the round.
+        scores: makes what is added to the scores.
+        heads: query heads that it serves, and kv: their kv heads; None = all.
+        query_order: of the queries, and key_order: of the keys; None = that of the sequence.
+        merges: an earlier round served these heads too; then this one may leave queries out.
+        fused: one tile of which nothing is hidden ("open"), or what a query does not see of as many keys ("causal"), as
+            one call of the fused kernel, forward and backward. Where all is one tile, its blocks of keys, smaller than
+            rows of scores, are a quarter faster than the engine's own products.
+    """
+
+    forward: Plan
+    backward: Plan
+    visibility: Visibility | None = None
+    scores: Callable[[RoundInputs], Scores] = Pattern
+    heads: slice | None = None
+    kv: slice | None = None
+    query_order: QueryOrder | None = None
+    key_order: KeyOrder | None = None
+    merges: bool = False
+    fused: Literal["open", "causal"] | None = None
+
+    def sorted_queries(self, x: Tensor) -> Tensor:
+        """x (batch, heads, length, dim) as the round takes it."""
+        x = x if self.heads is None else x[:, self.heads]
+        return x if self.query_order is None else self.query_order.ordered(x)
+
+    def sorted_keys(self, x: Tensor) -> Tensor:
+        """x (batch, kv_heads, columns, dim) as the round takes it."""
+        x = x if self.kv is None else x[:, self.kv]
+        return x if self.key_order is None else self.key_order.ordered(x)
+
+
+class Schedule(NamedTuple):
+    """Which keys every query reads, and how.
+
+    Attributes:
+        rounds: tiles; see `Round`.
+        scale: factor of the scores.
+        border: where the gradients of detached keys and values end: those of keys before the border of their query go
+            to the detached ones. A number of query columns per segment, at whose multiples the backward tiles end, or
+            (batch, length) key columns.
+    """
+
+    rounds: tuple[Round, ...]
+    scale: float
+    border: int | Tensor | None = None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    *tensors: Tensor,
+    detached: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the tiles of a schedule, differentiable.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads.
+        v: (batch, kv_heads, memory + length, value_dim).
+        schedule: the tiles.
+        tensors: what the scores of the schedule need beside q and k, differentiable.
+        detached: k and v of the same values, for gradients across the border of the schedule; None = no border.
+
+    Returns:
+        out (batch, heads, length, value_dim) in q's dtype, and the log-sum-exps (batch, heads, length) in the working
+        dtype, both differentiable (the second not where a round is fused). For a query that sees no key out is finite
+        and the log-sum-exp below HIDDEN / 2.
+    """
+    detached = None if schedule.border is None else detached
+    if needs_grad(q, k, v, *tensors, *(detached or ())):
+        return _apply(schedule, len(tensors), q, k, v, *tensors, *(detached or ()))
+    out, sums = forward(q, k, v, schedule, tensors)
+    return out, sums.total
+
+
+class Attention(FirstOrder):
+    """Saves the inputs, the output and, where rounds are merged, the log-sum-exps of each."""
+
+    what = "softmax attention"
+
+    @staticmethod
+    def forward(ctx: Any, schedule: Schedule, count: int, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:
+        """`forward`; rest is the schedule's tensors, then detached k and v, which are used for gradients only."""
+        tensors, detached = rest[:count], rest[count:]
+        out, sums = forward(q, k, v, schedule, tensors)
+        # all that the gradients depend on: the sums too, although only those of merged rounds are read
+        ctx.save_for_backward(q, k, v, out, sums.total, *sums.parts, *tensors)
+        ctx.set_materialize_grads(False)
+        if any(round_.fused for round_ in schedule.rounds):
+            ctx.mark_non_differentiable(sums.total)
+        ctx.schedule, ctx.count, ctx.detached = schedule, count, [t.dtype for t in detached]
+        return out, sums.total
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        """Gradients of all tensors."""
+        q, k, v, out, lse, *rest = saved
+        parts, tensors = rest[: len(rest) - ctx.count], rest[len(rest) - ctx.count :]
+        if grad is None:
+            grad = torch.zeros_like(out)
+        with flash.full_precision(q.device):
+            learns = any(ctx.needs_input_grad[5 : 5 + len(tensors)])
+            totals = backward(
+                (grad, grad_lse),
+                (q, k, v, out, Sums(lse, tuple(parts))),
+                ctx.schedule,
+                tensors,
+                learns=learns,
+                detached=len(ctx.detached) > 0,
+            )
+        dtypes = [t.dtype for t in (q, k, v, *tensors)] + ctx.detached
+        return None, None, *(t.to(dtype) for t, dtype in zip(totals, dtypes, strict=True))
+
+
+_apply: Callable[..., tuple[Tensor, Tensor]] = Attention.apply
+
+
+class Sums(NamedTuple):
+    """Log-sum-exps (batch, heads, length) of a call, and those of each round's heads where rounds are merged."""
+
+    total: Tensor
+    parts: tuple[Tensor, ...]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequence[Tensor] = ()) -> tuple[Tensor, Sums]:
+    """`attention` without autograd."""
+    target, dtype = q.dtype, flash.working_dtype(q, k, v)
+    q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
+    merged, parts = any(round_.merges for round_ in schedule.rounds), []
+    out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
+    lse = q.new_empty(*q.shape[:3], 1)
+    with flash.full_precision(q.device):
+        for round_ in schedule.rounds:
+            here = out[:, round_.heads or slice(None)], lse[:, round_.heads or slice(None)]
+            part, sums = _forward_round(round_, schedule.scale, (q, k, v), tensors, here)
+            if round_.merges:
+                total = torch.logaddexp(here[1], sums)
+                here[0].mul_((here[1] - total).exp_()).addcmul_(part, (sums - total).exp_())
+                here[1].copy_(total)
+            elif part is not here[0]:
+                here[0].copy_(part)
+                here[1].copy_(sums)
+            if merged:
+                parts.append(sums.clone() if sums is here[1] else sums)
+    return out.to(target), Sums(lse[..., 0], tuple(parts))
+
+
+def _forward_round(
+    round_: Round, scale: float, inputs: tuple[Tensor, ...], tensors: Sequence[Tensor], room: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exps (batch, heads, length, 1) of a round's heads, written to `room` where that fits."""
+    q, k, v = round_.sorted_queries(inputs[0]), round_.sorted_keys(inputs[1]), round_.sorted_keys(inputs[2])
+    out, lse = room
+    if round_.query_order is not None or round_.merges:
+        out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=round_.merges, dtype=q.dtype)
+        lse = q.new_full((*q.shape[:3], 1), HIDDEN)
+    scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, q))
+    heads = slice(0, q.shape[1]) if round_.heads is None else round_.heads
+    for run in round_.forward.runs:
+        most = scores.tiles_at_once(run, q.shape[1])
+        blocks = list(make_blocks(run, q.shape[0], most))
+        scores.open(run, max(block.rows * block.tiles for block in blocks), heads)
+        for block in blocks:
+            part, sums = flash.attend(
+                run.queries_of(q, block),
+                run.keys_of(k, block),
+                run.keys_of(v, block),
+                scale=scale,
+                causal=round_.fused == "causal",
+                mask=None if round_.fused else scores.added(Tile(run, block, heads)),
+            )
+            run.queries_of(out, block).copy_(part)
+            run.queries_of(lse, block).copy_(sums[..., None])
+    if round_.query_order is not None:
+        return round_.query_order.restored(out), round_.query_order.restored(lse)
+    return out, lse
+
+
+def backward(
+    grads: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Sums],
+    schedule: Schedule,
+    tensors: Sequence[Tensor],
+    *,
+    learns: bool,
+    detached: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, v, the schedule's tensors and, where there are any, the detached k and v.
+
+    Args:
+        grads: of out and of the log-sum-exps; None = zero.
+        saved: q, k and v, out and the log-sum-exps.
+        schedule, tensors: see `attention`.
+        learns: whether the gradients of the tensors are wanted.
+        detached: whether gradients before the border are parted from the others.
+    """
+    sums, dtype = saved[4], flash.working_dtype(*saved[:3])
+    q, k, v, out, grad, *tensors = (t.to(dtype) for t in (*saved[:4], grads[0], *tensors))
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    inner = _inner(grad, out, grads[1])
+    own = tensors, [torch.zeros_like(t) for t in tensors]
+    ordered = any(round_.query_order is not None for round_ in schedule.rounds)
+    dq = new_gradient(q, dtype, zero=ordered)
+    keyed = [new_gradient(t, dtype) for t in ((k, v, k, v) if detached else (k, v))]
+    for number, round_ in enumerate(schedule.rounds):
+        if round_.fused:
+            _backward_fused(round_, schedule.scale, (q, k, v), (grad, out, sums.total), [dq, *keyed])
+            continue
+        queries = [q, grad, inner]
+        if sums.parts:
+            queries.append((sums.parts[number] - sums.total[:, round_.heads or slice(None), :, None]).exp_())
+        _backward_round(round_, schedule, queries, (k, v), own if learns else (tensors, None), [dq, *keyed])
+    return [dq, *keyed[:2], *own[1], *keyed[2:]]
+
+
+def _backward_fused(
+    round_: Round, scale: float, inputs: tuple[Tensor, ...], outer: tuple[Tensor, ...], totals: list[Tensor]
+) -> None:
+    """Add a fused round to the totals, from the gradient of out, out and the log-sum-exps of all rounds."""
+    (run,), (grad, out, lse) = round_.backward.runs, (t.contiguous() for t in outer)
+    there = run.key_slice(0)
+    parts = flash.attend_backward(
+        grad,
+        inputs[0],
+        inputs[1][:, :, there],
+        inputs[2][:, :, there],
+        out,
+        lse,
+        scale=scale,
+        causal=round_.fused == "causal",
+    )
+    for total, part, columns in zip(totals[:3], parts, (slice(None), there, there), strict=True):
+        if round_.merges or total is not totals[0]:
+            total[:, :, columns] += part
+        else:
+            total.copy_(part)
+
+
+def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """(batch, heads, length, 1); some queries at a time, so that their product stays in cache."""
+    inner = grad.new_empty(*grad.shape[:3], 1)
+    step = max(1, INNER_ENTRIES // max(1, grad.shape[0] * grad.shape[1] * grad.shape[3]))
+    for first in range(0, grad.shape[2], step):
+        here = slice(first, first + step)
+        torch.sum(grad[:, :, here] * out[:, :, here], -1, keepdim=True, out=inner[:, :, here])
+    return inner if grad_lse is None else inner.sub_(grad_lse[..., None])
+
+
+def _backward_round(
+    round_: Round,
+    schedule: Schedule,
+    inputs: list[Tensor],
+    keyed: tuple[Tensor, Tensor],
+    own: tuple[Sequence[Tensor], Sequence[Tensor] | None],
+    totals: list[Tensor],
+) -> None:
+    """Add a round to the totals: gradients of q, k, v and any detached k and v.
+
+    Args:
+        round_: the round.
+        schedule: all of them.
+        inputs: q, the gradient of out, `_inner` and, where rounds are merged, the round's share of the softmax.
+        keyed: k and v.
+        own: the schedule's tensors and their gradients.
+        totals: see above.
+    """
+    queries = [round_.sorted_queries(t) for t in inputs[:3]]
+    queries += [t if round_.query_order is None else round_.query_order.ordered(t) for t in inputs[3:]]
+    keys = [round_.sorted_keys(t) for t in keyed]
+    dq = totals[0][:, round_.heads or slice(None)]
+    slots = [t[:, round_.kv or slice(None)] for t in totals[1:]]
+    room = [dq if round_.query_order is None else torch.zeros_like(queries[0])]
+    room += slots if round_.key_order is None else [torch.zeros_like(t) for t in keys]
+    scores = round_.scores(RoundInputs(round_.backward, round_.visibility, *own, queries[0]))
+    group = queries[0].shape[1] // keys[0].shape[1]
+    size = group * max((run.queries * run.keys for run in round_.backward.runs), default=1)
+    one_row = scores.one_row and group > 1
+    for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, BACKWARD_ENTRIES, one_row=one_row):
+        _Part(round_, schedule, scores, part, group).run(queries, keys, room)
+    if round_.query_order is not None:
+        dq += round_.query_order.restored(room[0])
+    if round_.key_order is not None:
+        for total, slot in zip(slots, room[1:], strict=True):
+            round_.key_order.add_restored(total, slot)
+
+
+class _Part:
+    """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
+
+    def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
+        self.plan, self.adds, self.schedule = round_.backward, round_.merges, schedule
+        self.scores, self.group, (self.rows, self.kv) = scores, group, part
+        first = 0 if round_.heads is None else round_.heads.start
+        self.heads = slice(self.kv.start * group, self.kv.stop * group)
+        self.global_heads = slice(first + self.heads.start, first + self.heads.stop)
+        self.shape = self.kv.stop - self.kv.start, self.rows.stop - self.rows.start, group
+        self.items = self.shape[0] * self.shape[1]
+
+    def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
+        """Go over the tiles; all tensors are (batch, heads, positions, dim)."""
+        self.q, self.grad, self.inner, *self.share = (self._by_query(t)[1] for t in queries)
+        self.k, self.v = (self._by_key(t)[1] for t in keys)
+        pairs = [self._by_query(slots[0]), *(self._by_key(t) for t in slots[1:])]
+        self.dq, *self.keyed = (flat for _, flat in pairs)
+        for run in self.plan.runs:
+            self.scores.open(run, self.shape[1], self.global_heads)
+            scores = self.q.new_empty(self.items, self.group * run.queries, run.keys)
+            weights = torch.empty_like(scores)
+            for number in range(run.tiles):
+                self._tile(run, number, scores, weights)
+        for shaped, flat in pairs:
+            if flat.data_ptr() != shaped.data_ptr():
+                shaped.copy_(flat.view(shaped.shape))
+
+    def _by_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(kv_heads, rows, group, length, dim), and (items * group, length, dim): a view of it where one exists."""
+        shaped = x[self.rows, self.heads].unflatten(1, (-1, self.group)).transpose(0, 1)
+        return shaped, shaped.flatten(0, 2)
+
+    def _by_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(kv_heads, rows, columns, dim), and (items, columns, dim)."""
+        shaped = x[self.rows, self.kv].transpose(0, 1)
+        return shaped, shaped.flatten(0, 1)
+
+    def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
+        here, there = run.query_slice(number), run.key_slice(number)
+        tile = Tile(run, Block(self.rows.start, self.shape[1], number, 1), self.global_heads)
+        height, scale, shape = self.group * run.queries, self.schedule.scale, (*self.shape, run.queries, run.keys)
+        q, grad, inner = (t[:, here].reshape(self.items, height, -1) for t in (self.q, self.grad, self.inner))
+        k, v = self.k[:, there], self.v[:, there]
+        if self.share:
+            share = self.share[0][:, here].reshape(self.items, height, 1)
+            grad, inner = grad * share, inner * share
+        added = self.scores.added(tile)
+        if added is None:
+            scores.baddbmm_(q, k.mT, beta=0, alpha=scale)
+        else:
+            scores.view(shape).copy_(self._shaped(added))
+            scores.baddbmm_(q, k.mT, alpha=scale)
+        torch.softmax(scores, -1, out=weights)
+        scores.copy_(inner * -scale)
+        scores.baddbmm_(grad, v.mT, alpha=scale)
+        slopes = torch.mul(scores, weights, out=self.scores.slopes(scores))
+        self._add(here.start, there, (slopes, q), (weights, grad))
+        dq = torch.bmm(slopes, k).view(-1, run.queries, k.shape[2])
+        if self.adds:
+            self.dq[:, here] += dq
+        else:
+            self.dq[:, here] = dq
+        if self.scores.gradients is not None:
+            self.scores.backward(tile, slopes)
+
+    def _shaped(self, added: Tensor) -> Tensor:
+        """What is added to the scores, by (kv_heads, rows, group, queries, keys)."""
+        if added.ndim > 2:
+            grouped: Tensor = added.unflatten(1, (-1, self.group) if added.shape[1] > 1 else (1, 1))
+            added = grouped.transpose(0, 1)
+        return added
+
+    def _add(self, start: int, there: slice, *pairs: tuple[Tensor, Tensor]) -> None:
+        """Add to the gradients of keys and values: where parted, those before the border to the detached ones."""
+        border, low, high = self.schedule.border, there.start, there.stop
+
+        def add(index: int, columns: slice, mask: Tensor | None = None) -> None:
+            if columns.start >= columns.stop:
+                return
+            keys = slice(None) if columns is there else slice(columns.start - low, columns.stop - low)
+            for slot, (weights, source) in zip(self.keyed[index : index + 2], pairs, strict=True):
+                part = weights[:, :, keys] if mask is None else weights[:, :, keys] * mask
+                slot[:, columns].baddbmm_(part.mT, source)
+
+        if len(self.keyed) == 2 or border is None:
+            add(0, there)
+        elif isinstance(border, int):
+            middle = min(max(self.plan.memory + start // border * border, low), high)
+            add(2, slice(low, middle))
+            add(0, slice(middle, high))
+        else:
+            queries = pairs[0][0].shape[1] // self.group
+            rows = self.rows, slice(start, start + queries)
+            first, read, least, most = border[rows].clamp(low, high), host.values(border), low, high
+            if read is not None:
+                columns = read[rows].clip(low, high)
+                least, most = int(columns.min()), int(columns.max())
+            add(2, slice(low, least))
+            add(0, slice(most, high))
+            if least < most:
+                mine = torch.arange(least, most, device=border.device) >= first[:, None, :, None]
+                mine = mine.expand(*self.shape, queries, most - least).reshape(self.items, -1, most - least)
+                add(0, slice(least, most), mine)
+                add(2, slice(least, most), ~mine)

@@ -1,0 +1,53 @@
+"""How many autograd functions the operations have, and why each exists: softmax attention is to have one.
+
+Every such function repeats a forward and a backward pass by hand. One may be added only with a reason in this table;
+`MOST` counts down as the others move to the engine.
+"""
+
+import ast
+from pathlib import Path
+
+import longspan
+
+PACKAGE = Path(longspan.__file__).parent
+ROOMS = ("engine", "ops", "mechanisms", "mixers")
+BASES = ("FirstOrder", "Function")
+MOST = 15
+
+SOFTMAX = {
+    "engine/softmax.py:Attention": "schedules of tiles: the one that all patterns should use",
+    "ops/bp_softmax.py:_Attention": "rows of a table, gathered: to become a schedule of blocks",
+    "ops/block_sparse.py:_BlockSparse": "sorted lists of blocks: to become a schedule of blocks",
+}
+OTHERS = {
+    "engine/first_order.py:FirstOrder": "the base of the others",
+    "engine/first_order.py:_Refused": "refuses second derivatives",
+    "engine/first_order.py:_Library": "refuses them for torch's fused kernel",
+    "ops/memorizing.py:_Retrieve": "the best keys of a search: their columns and weights are saved",
+    "ops/entmax_tiles.py:EntmaxTiles": "entmax has no log-sum-exp to merge or recompute from",
+    "ops/entmax.py:_Entmax": "entmax of scores",
+    "ops/linear.py:_Blocked": "linear attention has no softmax",
+    "mechanisms/gated_delta/operation.py:_GatedDelta": "the gated delta rule has no softmax",
+    "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, faster than torch's convolution",
+    "ops/bp_nodes.py:_Pool": "nodes of a tree, pooled level by level",
+    "mixers/compressors.py:Frozen": "a projection that passes gradients to its input, not to its parameters",
+    "mixers/gradients.py:_WithGradients": "zero gradients for the parameters that a call did not use",
+}
+
+
+def functions() -> set[str]:
+    """Every autograd function of the operations, as file:class."""
+    names = set()
+    for room in ROOMS:
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and any(
+                    ast.unparse(base).split(".")[-1] in BASES for base in node.bases
+                ):
+                    names.add(f"{path.relative_to(PACKAGE)}:{node.name}")
+    return names
+
+
+def test_every_autograd_function_has_a_reason() -> None:
+    assert functions() == set(SOFTMAX) | set(OTHERS)
+    assert len(functions()) <= MOST
