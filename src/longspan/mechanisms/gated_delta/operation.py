@@ -286,8 +286,8 @@ def _scan(chunks: Chunks, state: Tensor) -> Scan:
         before.append(now)
         written.append(turn.bmm(torch.baddbmm(values, reading, now, alpha=-1)))
         now = torch.baddbmm(across * now, writing, written[-1])
-    stacked = (torch.stack(t, 1).unflatten(0, k.shape[:2]) for t in (before, written))
-    return Scan(inverse, *stacked, after=now.unflatten(0, k.shape[:2]))
+    states, new = (torch.stack(t, 1).unflatten(0, k.shape[:2]) for t in (before, written))
+    return Scan(inverse=inverse, before=states, written=new, after=now.unflatten(0, k.shape[:2]))
 
 
 def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,11 +308,12 @@ def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> 
         d_state: of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
-    inverse, states, written, _ = _scan(chunks, state)
+    scan = _scan(chunks, state)
+    states, written = scan.before, scan.written
     entering_q, inside_q = chunks.per_query(entering), chunks.per_query(inside)
     scores = (q @ k.mT).mul_(inside_q)
     parts = (
-        inverse.mT,
+        scan.inverse.mT,
         scores.mT @ d_out,
         leaving * k,
         (entering_q * q).mT @ d_out,
