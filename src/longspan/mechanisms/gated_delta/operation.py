@@ -308,11 +308,12 @@ def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> 
         d_state: of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
-    inverse, states, written, _ = _scan(chunks, state)
+    scan = _scan(chunks, state)
+    states, written = scan.before, scan.written
     entering_q, inside_q = chunks.per_query(entering), chunks.per_query(inside)
     scores = (q @ k.mT).mul_(inside_q)
     parts = (
-        inverse.mT,
+        scan.inverse.mT,
         scores.mT @ d_out,
         leaving * k,
         (entering_q * q).mT @ d_out,
