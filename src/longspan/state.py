@@ -312,8 +312,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def recomputing() -> bool:
     """Whether this is a recomputation in a backward pass (checkpointing), so that what it sees was counted already.
 
-    Asked of autograd, as torch's checkpoint calls a function again with the arguments of the first call: nothing that is
-    handed down could tell the two apart.
+    Asked of autograd, as torch's checkpoint calls a function again with the arguments of the first call: nothing that
+    is handed down could tell the two apart.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
