@@ -1,10 +1,13 @@
 """Speed of the attention operations against dense causal attention of PyTorch, in one process, timed in turn.
 
-    python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--cpu-time]
+    python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--against CASE]
+                                  [--cpu-time]
 
 Every operation is first held against its dense definition, outputs and gradients, at a small size; a wrong one gets no
-speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense. fp32, batch 1, 4 heads of 64;
-the rows named "training" are 8 rows of 512 tokens with 512 older keys against dense attention over the same keys.
+speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense; with `--against` the time of
+another case stands for dense attention (`--only "gated delta" --against "linear, features given"`). fp32, batch 1, 4
+heads of 64; the rows named "training" are 8 rows of 512 tokens with 512 older keys against dense attention over the
+same keys.
 """
 
 import argparse
@@ -44,6 +47,7 @@ CASES = (
     Case("sparse fixed 128, 8", "sparse_attention", {"pattern": "fixed", "stride": 128, "summary": 8}),
     Case("adaptive span 128 of 1024", "adaptive_span_attention", {"ramp": 32, "window": 1024}),
     Case("linear, features given", "linear_attention", {}),
+    Case("gated delta", "gated_delta_attention", {}),
     Case("performer 256", "favor_attention", {}),
     Case("performer 256, both sides", "favor_attention", {"causal": False}),
     Case("lsh 64, 1 round", "lsh_attention", {"bucket_size": 64, "rounds": 1}),
@@ -80,6 +84,9 @@ def tensors(
         found += [found[1].clone(), found[2].clone()]
     if case.op == "linear_attention":
         found[:2] = [F.elu(t) + 1 for t in found[:2]]
+    if case.op == "gated_delta_attention":  # decays as they begin in training, a few per cent a token
+        found[:2] = [F.normalize(t, dim=-1) for t in found[:2]]
+        found += [-F.softplus(torch.randn(batch, heads, length) - 3), torch.rand(batch, heads, length)]
     if case.op == "infini_attention":
         found.append(torch.zeros(heads))
     if case.op == "bp_attention":  # levels that reach all of 65,536 tokens
@@ -221,6 +228,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="")
+    parser.add_argument("--against", choices=[case.name for case in CASES], help="a case in place of dense attention")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--cpu-time", action="store_true", help="with --threads 1 where the machine is busy")
     options = parser.parse_args()
@@ -238,10 +246,15 @@ def main() -> None:
                 cases.append(case)
             else:
                 print(f"{case.name}: differs from its definition; no speed is shown")
+    other = next((case for case in CASES if case.name == options.against), None)
     for length in options.lengths:
         base_inputs = [torch.randn(1, HEADS, length, DIM).requires_grad_() for _ in range(3)]
+        if other is not None:
+            base_inputs = tensors(other, length)
         for case in cases:
             base = dense if case.settings.get("causal", True) else dense_both
+            if other is not None:
+                base = functools.partial(call, other, ops)
             report(case, str(length), base, base_inputs, tensors(case, length), options)
     for case in cases:
         if case.op not in ("window_attention", "relative_attention"):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench_ops import CASES, DIM, HEADS, Case, call, steps, tensors
 from longspan import ops
-from longspan.claims.growth import peak_bytes
+from longspan.experiments.claims.growth import peak_bytes
 from timing import compare
 
 OURS: dict[str, Case] = {case.name: case for case in CASES}

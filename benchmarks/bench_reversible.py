@@ -15,7 +15,7 @@ import json
 import torch
 from torch import Tensor
 
-from longspan.claims.activations import MODES, blocks_alone, in_own_process, measured
+from longspan.experiments.claims.activations import MODES, blocks_alone, in_own_process, measured
 from longspan.models import Head
 from longspan.train import chunked_next_token_loss, next_token_loss
 

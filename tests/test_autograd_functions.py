@@ -12,12 +12,12 @@ import longspan
 PACKAGE = Path(longspan.__file__).parent
 ROOMS = ("engine", "ops", "mechanisms", "mixers")
 BASES = ("FirstOrder", "Function")
-MOST = 13
+MOST = 15
 
 SOFTMAX = {
     "engine/softmax.py:Attention": "schedules of tiles: the one that all patterns should use",
-    "ops/bp_tiles.py:_Table": "rows of a table, gathered: to become a schedule of blocks",
-    "ops/lsh_tiles.py:_Attention": "sorted lists of blocks: to become a schedule of blocks",
+    "ops/bp_softmax.py:_Attention": "rows of a table, gathered: to become a schedule of blocks",
+    "ops/block_sparse.py:_BlockSparse": "sorted lists of blocks: to become a schedule of blocks",
 }
 OTHERS = {
     "engine/first_order.py:FirstOrder": "the base of the others",
@@ -27,7 +27,9 @@ OTHERS = {
     "ops/entmax_tiles.py:EntmaxTiles": "entmax has no log-sum-exp to merge or recompute from",
     "ops/entmax.py:_Entmax": "entmax of scores",
     "ops/linear.py:_Blocked": "linear attention has no softmax",
-    "ops/bp_pool.py:_Pool": "nodes of a tree, pooled level by level",
+    "mechanisms/gated_delta/operation.py:_GatedDelta": "the gated delta rule has no softmax",
+    "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, faster than torch's convolution",
+    "ops/bp_nodes.py:_Pool": "nodes of a tree, pooled level by level",
     "mixers/compressors.py:Frozen": "a projection that passes gradients to its input, not to its parameters",
     "mixers/gradients.py:_WithGradients": "zero gradients for the parameters that a call did not use",
 }

@@ -178,3 +178,10 @@ def check_shares(config: Any, where: str, names: Iterable[str]) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ConfigError(f"{where}.{name} = {getattr(config, name)}: from 0 to 1")
+
+
+def check_fractions(config: Any, where: str, names: Iterable[str]) -> None:
+    """The same of fields that are neither 0 nor 1."""
+    for name in names:
+        if not 0 < getattr(config, name) < 1:
+            raise ConfigError(f"{where}.{name} = {getattr(config, name)}: a share between 0 and 1")

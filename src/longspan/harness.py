@@ -13,10 +13,11 @@ On the command line it is `--model longspan --model_args run=runs/xl`: of `lm_ev
 any release (0.4.13 looks for none).
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from longspan.errors import ConfigError, UnsupportedError
 
@@ -28,8 +29,9 @@ except ImportError as error:
 
 import torch
 
-from longspan.cli.runs import open_run
 from longspan.stream import StreamSession
+from longspan.tasks import TextTask
+from longspan.train import open_run
 
 
 class LongspanLM(TemplateLM):  # type: ignore[misc]
@@ -53,8 +55,10 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
                 "there, and give its path"
             )
         self.run, self.max_gen_toks = str(run), int(max_gen_toks)
-        self.model, task = open_run(self.run)
-        self.task_tokenizer = task.tokenizer
+        self.model, task, notes = open_run(self.run, text=True)
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
+        self.task_tokenizer = cast(TextTask, task).tokenizer
         self._start = StreamSession(self.model)
         self._start.feed([self.task_tokenizer.begin])
 
@@ -96,7 +100,9 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
         """The index of each context with a session behind it; equal ones, and the start all share, are read once."""
         if not contexts:
             return
-        shared = _common(min(contexts), max(contexts))
+        # of sorted contexts the first and the last have least in common
+        pairs = zip(min(contexts), max(contexts), strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         start = self._start.fork()
         start.feed(contexts[0][:shared])
         order = sorted(range(len(contexts)), key=contexts.__getitem__)
@@ -147,14 +153,6 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     def _text(self, tokens: list[int]) -> str:
         return self.task_tokenizer.decode(tokens).decode("utf-8", errors="replace")
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """How many tokens two contexts begin with alike."""
-    for index, (first, second) in enumerate(zip(one, other, strict=False)):
-        if first != second:
-            return index
-    return min(len(one), len(other))
 
 
 def main() -> None:

@@ -23,6 +23,20 @@ R = TypeVar("R")
 _NAME = "_longspan_values"
 
 
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that torch.compile leaves as it is: the graph ends before it and goes on behind it.
+
+    For what depends on values that the host reads, and for the library's autograd functions.
+    """
+    outside: Callable[P, R] = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return outside(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
+
+    return call
+
+
 def remember(tensor: Tensor, array: Array | None) -> Tensor:
     """The tensor, knowing its values; it must not be written to afterwards."""
     if array is not None:
@@ -73,6 +87,7 @@ def every(tensor: Tensor) -> bool:
     return bool(tensor.all()) if array is None else bool(array.all())
 
 
+@eager
 def read(tensors: Sequence[Tensor | None]) -> list[Array | None]:
     """The values of several tensors by at most one transfer a device; None for None and where there are no values.
 

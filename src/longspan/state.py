@@ -247,6 +247,8 @@ class Undo:
             self._steps.pop()
 
 
+# Context variables, not arguments: between a session and the layers that write may lie a model of transformers, inside
+# PEFT or accelerate, whose calls take none of ours; and `owned` is public.
 _owned: contextvars.ContextVar[bool] = contextvars.ContextVar("longspan_state_owned", default=False)
 _undo: contextvars.ContextVar[Undo | None] = contextvars.ContextVar("longspan_state_undo", default=None)
 
@@ -308,7 +310,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def recomputing() -> bool:
-    """Whether this is a recomputation in a backward pass (checkpointing), so that what it sees was counted already."""
+    """Whether this is a recomputation in a backward pass (checkpointing), so that what it sees was counted already.
+
+    Asked of autograd, as torch's checkpoint calls a function again with the arguments of the first call: nothing that
+    is handed down could tell the two apart.
+    """
     return bool(torch._C._current_graph_task_id() != -1)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import longspan.state as states
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.mixers.maps import place_of
-from longspan.models import RecurrentState, StackState, model_hash
+from longspan.models import RecurrentState, StackState, accepted_hashes, model_hash
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.version import __version__
 
@@ -294,12 +294,12 @@ class StreamSession:
         model = session.model
         state, header = states.load(path, like=session._state)
         for key, ours, what in (
-            ("model", model_hash(model), "weights or configuration"),
-            ("draw", model.draw, "draw number of the random projections"),
+            ("model", accepted_hashes(model), "weights or configuration"),
+            ("draw", (model.draw,), "draw number of the random projections"),
         ):
-            if header.get(key) != ours:
+            if header.get(key) not in ours:
                 raise CheckpointError(
-                    f"{path}: the state of another model: {what}: {header.get(key)} there, {ours} here"
+                    f"{path}: the state of another model: {what}: {header.get(key)} there, {ours[0]} here"
                 )
         session._settle(state, int(header["position"]))
         session.chunk = int(header["chunk"])

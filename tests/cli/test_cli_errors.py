@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -161,5 +163,21 @@ def test_ctrl_c_is_130(longspan, byte_run, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("longspan.train.load_run", interrupted)
+    monkeypatch.setattr("longspan.train.opening.load_run", interrupted)
     assert longspan("stream", byte_run, "-").code == 130
+
+
+def test_ctrl_c_while_the_verbs_are_imported_is_130():
+    # app is not imported yet in a process of its own
+    script = """
+import builtins, sys
+def interrupted(name, *rest, original=builtins.__import__):
+    if name == "longspan.cli.app":
+        raise KeyboardInterrupt
+    return original(name, *rest)
+from longspan.cli import main
+builtins.__import__ = interrupted
+main(["mixers"])
+"""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (130, "")

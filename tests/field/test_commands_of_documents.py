@@ -24,8 +24,8 @@ SMALL = {
 OF_MEMORY = "--segments 1,2 --count 2"
 # commands that are not run here, and where they are
 ELSEWHERE = {
-    "quickstart": "takes minutes; tests/cli/test_cli_quickstart.py runs it small",
-    "quickstart-lm": "takes minutes; tests/cli/test_cli_quickstart_lm.py runs it small",
+    "quickstart": "takes minutes; tests/experiments/test_quickstart.py runs it small",
+    "quickstart-lm": "takes minutes; tests/experiments/test_quickstart_lm.py runs it small",
     "reproduce rmt --full --docs docs": "takes hours; tests of claims run it small",
     "stream runs/first -": "reads a log without end",
     "train sparse-tiles -o runs/tiles": "needs images; tests/tasks/test_bytes.py reads tiles",

@@ -19,7 +19,7 @@ from tests.field.test_work_is_kept import recipe_of
 
 import longspan as ls
 from longspan.cli.console import StatusLine, column_widths, print_table, reading_progress
-from longspan.cli.training_table import TrainingTable
+from longspan.experiments.training_table import TrainingTable
 from longspan.report import Table
 from longspan.train import Silent, progress, run
 

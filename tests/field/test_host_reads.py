@@ -14,6 +14,7 @@ import longspan as ls
 from longspan.errors import UnsupportedError
 
 CACHE = pytest.importorskip("longspan.hf.cache").CACHE
+ConvertedDecoder = pytest.importorskip("longspan.hf").ConvertedDecoder
 BOUNDED = [name for name in NAMES if own(name).traits.bounded]
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero"}
 
@@ -90,6 +91,17 @@ def test_a_call_of_a_converted_model_reads_a_device_once_at_most(name: str, kind
         device.reads.clear()
         model(text, **keywords)
         assert len(device.reads) <= 1, device.reads
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_session_over_a_converted_model_reads_as_often_for_any_depth(layers: int) -> None:
+    model = converted("infini", layers=layers)
+    with emulated() as device, torch.no_grad():
+        decoder = ConvertedDecoder(model.to(device.device))
+        _, state = decoder.last(tokens(1, 9).to(device.device), None)
+        device.reads.clear()
+        decoder.last(tokens(1, 1).to(device.device), state)
+        assert len(device.reads) <= 2, device.reads  # how many tokens were read, and the layout
 
 
 @LONG

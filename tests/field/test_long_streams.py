@@ -25,7 +25,7 @@ SUMS: dict[str, tuple[str, dict[str, Any]]] = {
     "infini gamma": ("infini", {"segment": 4, "normaliser": "gamma"}),
 }
 BOUNDED = ["window", "linear", "performer", "infini", "associative", "bp", "lsh", "routing", "memorizing"]
-BOUNDED += ["adaptive_span", "transformer_xl", "compressive"]
+BOUNDED += ["gated_delta", "adaptive_span", "transformer_xl", "compressive"]
 
 
 def _mixer(name: str, fields: dict[str, Any], dtype: torch.dtype) -> Any:

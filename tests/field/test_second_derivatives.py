@@ -181,6 +181,14 @@ def _ops() -> Iterator[tuple[str, Callable[[list[Tensor]], Tensor], list[Tensor]
     lengths = torch.tensor([5])
     yield "full, masked", lambda t: ops.full_attention(*t, lengths=lengths), [q, k, v]
     yield "window", lambda t: ops.window_attention(*t, window=3), [q, k, v]
+    blocks = torch.tensor([[0, 0], [0, 1], [1, 2]]).expand(1, 2, -1, -1)
+    sizes = {"query_block": 3, "key_block": 3}
+    yield "block sparse", lambda t: ops.block_sparse_attention(*t, blocks, **sizes), [q, k, v]
+    yield (
+        "block sparse, log-sum-exps",
+        lambda t: torch.cat([x.flatten() for x in ops.block_sparse_attention(*t, blocks, return_lse=True, **sizes)]),
+        [q, k, v],
+    )
     yield "linear", lambda t: ops.linear_attention(t[0].exp(), t[1].exp(), t[2])[0], [q, k, v]
     yield "entmax", lambda t: ops.entmax(t[0], t[1][:, None, None]), [q, alpha]
     half = _draw(1, 2, 7, 4, seed=4).detach().half().requires_grad_()

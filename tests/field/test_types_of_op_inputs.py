@@ -35,6 +35,11 @@ def _cases() -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
     yield "sparse_attention", lambda q, k, v: ops.sparse_attention(q, k, v, pattern="fixed", stride=3, summary=1), qkv
     yield "group_attention", lambda q, k, v: ops.group_attention(q, k, v, _groups(), num_groups=2, window=2), qkv
     yield (
+        "block_sparse_attention",
+        lambda q, k, v: ops.block_sparse_attention(q, k, v, _blocks(), query_block=4, key_block=3),
+        qkv,
+    )
+    yield (
         "adaptive_span_attention",
         lambda q, k, v: ops.adaptive_span_attention(q, k, v, torch.tensor([2.0, 4.0]), ramp=2),
         qkv,
@@ -60,6 +65,10 @@ def _cases() -> Iterator[tuple[str, Callable[..., Any], list[Tensor]]]:
 
 def _groups() -> Tensor:
     return torch.arange(9).remainder(2).expand(1, 2, 9)
+
+
+def _blocks() -> Tensor:
+    return torch.tensor([[0, 1], [-1, 1], [2, 0]]).expand(1, 2, -1, -1)
 
 
 def _slots() -> tuple[Tensor, Tensor]:

@@ -282,7 +282,7 @@ def test_a_verb_ended_by_sigterm_leaves_no_traceback(tmp_path, monkeypatch, long
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
 
-    monkeypatch.setattr("longspan.train.load_run", ended)
+    monkeypatch.setattr("longspan.train.opening.load_run", ended)
     found = longspan("eval", "run")
     assert (found.code, found.err) == (130, "")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

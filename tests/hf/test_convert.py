@@ -6,37 +6,29 @@ from typing import Any
 
 import pytest
 import torch
+from tests import outside
 from tests.hf.conftest import ids, make
 from torch import Tensor
 
 from longspan import hf, mixers
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE
-from longspan.mixers.registry import core_class
+from longspan.mixers import registry
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # transformers keeps the angles of RoPE in fp32, whatever the weights are
 TOLERANCE = dict.fromkeys(CAUSAL, 2e-5) | {"gpt2": 1e-9, "bert": 1e-9}
-# a property where only some forms need hidden states; `converted` skips those
-CONVERTS = [name for name in mixers.names() if core_class(name).needs_hidden is not True]
 
 
 def examples() -> list[Any]:
-    """Every form of every mixer that works on q, k, v; those whose heads do not fit four of them are left out."""
+    """Every form of every mixer that converts."""
+    forms = [(name, *each) for name in mixers.names() for each in enumerate(mixers.examples(name))]
+    built = [mixers.build(name, dim=16, num_heads=4, **fields).core for name, _, fields in forms]
     return [
         pytest.param(name, fields, id=f"{name}-{place}")
-        for name in CONVERTS
-        for place, fields in enumerate(core_class(name).examples)
+        for (name, place, fields), core in zip(forms, built, strict=True)
+        if core.traits.convertible and core.value_dim == core.shape.head_dim
     ]
-
-
-def converted(kind: str, name: str, fields: dict[str, Any], **more: Any) -> Any:
-    model = make(kind, **more)
-    try:
-        hf.convert(model, name, **fields)
-    except UnsupportedError:
-        pytest.skip("this form does not convert")
-    return model.double()
 
 
 @torch.no_grad()
@@ -51,6 +43,7 @@ def greedy(model: Any, prompt: Tensor, count: int) -> Tensor:
     return torch.stack(rows)
 
 
+XL_SECOND = [{"name": "full", "num_heads": 2}, {"name": "transformer_xl", "num_heads": 2}]
 PARTS = [{"name": "window", "num_heads": 2, "window": 64}, {"name": "full", "num_heads": 2}]
 
 
@@ -58,14 +51,11 @@ PARTS = [{"name": "window", "num_heads": 2, "window": 64}, {"name": "full", "num
     ("name", "fields"), [("heads", {"parts": PARTS}), ("adaptive_span", {"max_span": 64, "initial": 1.0})]
 )
 @torch.no_grad()
-def test_forms_that_need_no_hidden_states_convert(name: str, fields: dict[str, Any]) -> None:
-    # found by reading: the class says so by a property, which is true whatever it holds
+def test_forms_that_see_all_give_the_original(name: str, fields: dict[str, Any]) -> None:
     model, text = make("llama"), ids(2, 37)
     before = model(text)[0]
     hf.convert(model, name, **fields)
     torch.testing.assert_close(model(text)[0], before, atol=TOLERANCE["llama"], rtol=0)
-    with pytest.raises(UnsupportedError, match="adaptive_span works on hidden states"):
-        hf.convert(make("llama"), "adaptive_span", max_span=8, dynamic=True)
 
 
 def test_parts_of_heads_begin_as_they_do_alone() -> None:
@@ -134,7 +124,9 @@ def test_infini_begins_strongly_local() -> None:
 @pytest.mark.parametrize(("name", "fields"), examples())
 @torch.no_grad()
 def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, Any]) -> None:
-    model = converted("llama", name, fields)
+    model = make("llama")
+    hf.convert(model, name, **fields)
+    model = model.double()
     if not next(iter(hf.cores(model).values())).traits.streams:
         pytest.skip("does not stream")
     for length in (1, 4, 7, 9):
@@ -377,8 +369,10 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("transformer_xl", {}, "hidden states"),
-        ("compressive", {}, "hidden states"),
+        ("transformer_xl", {}, "transformer_xl does not convert: it projects remembered hidden states"),
+        ("compressive", {}, "compressive does not convert: it projects remembered hidden states"),
+        ("heads", {"parts": XL_SECOND}, r"heads does not convert: parts\[1\]: it projects remembered hidden states"),
+        ("gated_delta", {"expand_v": 2.0}, "takes values of 8 a head; those of this model have 4"),
         ("infinni", {}, "infini"),
         ("infini", {"segmnt": 4}, "segment"),
         ("full", {"layers": [7]}, "has 2 layers"),
@@ -388,6 +382,62 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
 def test_what_cannot_be_is_said_in_a_line(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, UnsupportedError), match=message):
         hf.convert(make("llama"), name, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("leaky", {}),
+        ("heads", {"parts": [{"name": "window", "num_heads": 2, "window": 3}, {"name": "leaky", "num_heads": 2}]}),
+        ("adaptive_span", {"max_span": 6, "ramp": 3, "dynamic": True}),
+    ],
+)
+@torch.no_grad()
+def test_cores_receive_the_normalized_input_of_their_layer(
+    monkeypatch: pytest.MonkeyPatch, kind: str, name: str, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {"leaky": outside.LeakyCore})
+    model, text = make(kind), ids(2, 20)
+    report = hf.convert(model, name, **fields)
+    model = model.double()
+    assert report.new_parameters
+    read, received = [], []
+    layer = model.base_model.layers[1] if kind == "llama" else model.base_model.h[1]
+    norm = layer.input_layernorm if kind == "llama" else layer.ln_1
+    norm.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+    core = hf.cores(model)[1]
+    core = core.cores[1] if name == "heads" else core
+    core.register_forward_pre_hook(lambda _core, _args, given: received.append(given["hidden"].x), with_kwargs=True)
+    whole = model(text).logits
+    assert torch.equal(received[0], read[0])
+    # padding is gathered away before the core sees it
+    mask = torch.ones_like(text)
+    mask[0, 4:9] = 0
+    padded = model(text, attention_mask=mask).logits
+    torch.testing.assert_close(padded[:1, mask[0].bool()], model(text[:1, mask[0].bool()]).logits)
+    cache, outs = None, []
+    for first, last in ((0, 7), (7, 8), (8, 20)):
+        out = model(text[:, first:last], use_cache=True, **{CACHE: cache})
+        cache = out[CACHE]
+        outs.append(out.logits)
+    torch.testing.assert_close(torch.cat(outs, 1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {"leaky": outside.LeakyCore})
+    with pytest.raises(UnsupportedError, match=r"leaky takes values of 6 a head; those of this model have 4$"):
+        hf.convert(make("llama"), "leaky", value_dim=6)
+
+
+def test_the_layer_projects_for_its_core() -> None:
+    """`Hidden.project` of a converted layer, as of one of longspan's own."""
+    model, x = make("qwen3"), torch.randn(2, 5, 16, dtype=torch.float64)
+    hf.convert(model, "window", window=4)
+    attention = model.model.layers[0].self_attn
+    k, v = attention.longspan_keys_values(x, slice(1, 2))
+    torch.testing.assert_close(v[:, 0], attention.v_proj(x)[..., 4:])
+    torch.testing.assert_close(k[:, 0], attention.k_norm(attention.k_proj(x)[..., 4:]))
 
 
 def test_order_of_calls_is_checked() -> None:

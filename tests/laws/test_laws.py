@@ -2,51 +2,14 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
 import longspan as ls
 
-from .checks import CHECKS, runs
-from .tools import DIM, HEADS, Make, perturb, trains
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A `Make` of a registered mixer: the same parameters on every call, moved off their initial values."""
-
-    name: str
-    fields: dict[str, Any]
-
-    def __call__(
-        self,
-        *,
-        causal: bool | None = None,
-        dtype: torch.dtype = torch.float64,
-        dim: int = DIM,
-        kv_heads: int = 2,
-        rope: float | None = 10000.0,
-        dropout: float = 0.0,
-    ) -> nn.Module:
-        keywords = dict(dim=dim, num_heads=HEADS, num_kv_heads=kv_heads, dropout=dropout, **self.fields)
-        keywords["causal"] = self.default_form() if causal is None else causal
-        torch.manual_seed(0)
-        try:
-            mixer = ls.mixers.build(self.name, rope=rope, **keywords)
-        except (ls.errors.ConfigError, ls.errors.UnsupportedError):
-            mixer = ls.mixers.build(self.name, rope=None, **keywords)  # it has positions of its own
-        return perturb(mixer).to(dtype).eval()
-
-    def default_form(self) -> bool:
-        try:
-            ls.mixers.build(self.name, dim=DIM, num_heads=HEADS, **self.fields)
-        except (ls.errors.ConfigError, ls.errors.UnsupportedError):
-            return False
-        return True
+from .checks import CHECKS, why_not
+from .tools import Make, Registered, trains
 
 
 def subjects() -> list[Any]:
@@ -68,8 +31,40 @@ def laws() -> list[Any]:
 @pytest.mark.parametrize("make", subjects())
 @pytest.mark.parametrize("check", laws())
 def test_law(make: Make, check: Callable[[Make], None]) -> None:
-    if runs(check, make()):
-        check(make)
+    if reason := why_not(check, make()):
+        pytest.skip(reason)
+    check(make)
+
+
+# Which laws are not for which forms (NAME alone: all of its forms), by reason.
+SKIPS = {
+    "later tokens change which earlier ones are seen": "lsh-3 lsh-4 routing-2 routing-3",
+    "does not stream": "lsh-3 lsh-4 routing-2 routing-3",
+    "for inference alone": "transformer_xl-3",
+    "has no bidirectional form": (
+        "gated_delta infini associative sparse adaptive_span memorizing transformer_xl compressive heads-1"
+    ),
+    "its state grows": "full sparse-0 sparse-1 sparse-2 sparse-4 sparse-5 entmax-0 entmax-2 entmax-3 heads-0",
+    "its state does not grow": (
+        "window linear gated_delta performer infini associative sparse-3 sparse-6 adaptive_span entmax-1 bp lsh-0 "
+        "lsh-1 lsh-2 routing-0 routing-1 memorizing transformer_xl compressive heads-1"
+    ),
+    "its output is not a map times the values": "gated_delta associative adaptive_span-2 compressive",
+    "its weights do not sum to one": "linear-1 infini-2 infini-3",
+}
+
+
+def test_no_law_is_left_by_a_trait_that_nobody_looked_at() -> None:
+    checks = [check for law in CHECKS.values() for check in law]
+    found: dict[str, list[str]] = {}
+    for name in ls.mixers.names():
+        forms = [Registered(name, fields)() for fields in ls.mixers.examples(name)]
+        reasons = [{why_not(check, mixer) for check in checks} for mixer in forms]
+        for reason in sorted(set().union(*reasons) - {""}):
+            numbers = [number for number, found_here in enumerate(reasons) if reason in found_here]
+            whole = len(numbers) == len(forms)
+            found.setdefault(reason, []).extend([name] if whole else [f"{name}-{number}" for number in numbers])
+    assert {reason: " ".join(names) for reason, names in found.items()} == SKIPS
 
 
 @pytest.mark.parametrize("name", ls.mixers.names())

@@ -25,6 +25,8 @@ class Traits(NamedTuple):
     sparse: bool = False
     segment: int | None = None
     horizon: int | None = None
+    value_causal: bool = False
+    linear_in_values: bool = True
 
 
 # A fast op and its definition, as longspan.ops and longspan.reference would hold them.
@@ -214,7 +216,7 @@ class TinySegments(Rowwise):
 
     def __init__(self, horizon: int | None = None, *, dim: int = DIM) -> None:
         super().__init__()
-        self.traits = Traits(True, False, True, True, segment=self.segment, horizon=horizon)
+        self.traits = Traits(True, False, True, True, segment=self.segment, horizon=horizon, linear_in_values=False)
         self.q, self.v, self.o = (nn.Linear(dim, dim, bias=False) for _ in range(3))
 
     def accumulator(self, dtype: torch.dtype) -> torch.dtype:

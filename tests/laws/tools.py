@@ -25,6 +25,37 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 Make = Callable[..., nn.Module]
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A `Make` of a registered mixer: the same parameters on every call, moved off their initial values."""
+
+    name: str
+    fields: dict[str, Any]
+
+    def __call__(
+        self,
+        *,
+        causal: bool | None = None,
+        dtype: torch.dtype = torch.float64,
+        dim: int = DIM,
+        kv_heads: int = 2,
+        rope: float | None = 10000.0,
+        dropout: float = 0.0,
+    ) -> nn.Module:
+        torch.manual_seed(0)
+        mixer = ls.mixers.build(
+            self.name,
+            dim=dim,
+            num_heads=HEADS,
+            num_kv_heads=kv_heads,
+            causal=causal is not False,
+            rope=rope,
+            dropout=dropout,
+            **self.fields,
+        )
+        return perturb(mixer).to(dtype).eval()
+
+
 def forms(make: Make) -> list[dict[str, bool]]:
     """Keywords of `make` for every form that exists."""
     return [{}, {"causal": False}] if make().traits.bidirectional else [{}]

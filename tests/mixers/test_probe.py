@@ -33,7 +33,7 @@ def test_every_mechanism_is_measured(name, fields):
     seen = int((found > 0).sum())
     # a slot of compressed memory is one key made of several tokens
     assert 0 < seen <= mixer.pairs(35) * fields.get("ratio", 1)
-    exact = not (mixer.traits.selects or mixer.traits.sparse) and mixer.core.linear_in_values
+    exact = not (mixer.traits.selects or mixer.traits.sparse) and mixer.traits.linear_in_values
     assert seen == mixer.pairs(35) or not exact
     if fields["causal"]:
         assert not found.triu(1).any(), "no query reads a later key"

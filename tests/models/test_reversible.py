@@ -11,7 +11,7 @@ from torch import Tensor
 import longspan as ls
 from longspan import mixers
 from longspan.mixers import Rows
-from longspan.mixers.choices import Choices, choose, recording
+from longspan.mixers.replay import Choices
 from longspan.models import StackState, load_model, save_model
 
 DYNAMIC: dict[str, Any] = {"name": "adaptive_span", "max_span": 6, "ramp": 3, "dynamic": True, "penalty": 0.1}
@@ -189,18 +189,20 @@ def test_buckets_are_kept_not_found_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_choices_come_back_in_their_order_and_type() -> None:
     choices, many = Choices(), torch.tensor([0, 70_000])
-    assert torch.equal(choose(lambda: many, below=2), many), "no pass records"
-    with choices.record():
-        assert recording()
-        for each, below in ((torch.tensor([255]), 256), (torch.tensor([256]), 257), (many, 70_001)):
-            assert choose(lambda each=each: each, below=below) is each
-    for _ in range(2):
-        with choices.replay():
-            assert not recording()
-            kept = [choose(lambda: torch.tensor([-1]), below=1) for _ in range(3)]
-        assert [t.tolist() for t in kept] == [[255], [256], [0, 70_000]]
-        assert all(t.dtype == torch.int64 for t in kept)
-    assert not recording()
+    plain = Rows(torch.zeros(1, dtype=torch.int64), 3)
+    assert torch.equal(plain.choose(lambda: many, below=2), many), "no pass records"
+    rows = plain.with_choices(choices)
+    with torch.no_grad():
+        assert rows.learns
+        assert not plain.learns
+        for chosen, below in ((torch.tensor([255]), 256), (torch.tensor([256]), 257), (many, 70_001)):
+            assert rows.choose(lambda chosen=chosen: chosen, below=below) is chosen
+        for _ in range(2):
+            choices.rewind()
+            assert not rows.learns
+            replayed = [rows.choose(lambda: torch.tensor([-1]), below=1) for _ in range(3)]
+            assert [t.tolist() for t in replayed] == [[255], [256], [0, 70_000]]
+            assert all(t.dtype == torch.int64 for t in replayed)
 
 
 def test_statistics_count_a_step_once() -> None:

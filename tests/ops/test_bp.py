@@ -8,7 +8,9 @@ from torch import Tensor
 
 from longspan import ops, reference
 from longspan.errors import ConfigError
-from longspan.ops.bp_tree import Tree, make_book, make_chunks, make_reading
+from longspan.ops.bp_nodes import make_table
+from longspan.ops.bp_schedule import make_schedule
+from longspan.ops.bp_tree import Chunks, Tree, make_layout
 from longspan.reference import bp
 
 FP64 = torch.float64
@@ -41,20 +43,31 @@ def walk(i: int, length: int, k: int, levels: int, causal: bool) -> list[tuple[i
 def nodes_read(length: int, k: int, levels: int, causal: bool, tile: int) -> list[list[tuple[int, int]]]:
     """The nodes that the operation reads for each position, sorted."""
     tree = Tree(k, levels, causal)
-    chunks = make_chunks(1, length, tile, lengths=None, start=None, offset=torch.tensor([0]))
-    used = tree.used(length)
-    book = make_book(tree, levels if causal else used, tile, chunks.total, False, torch.device("cpu"))
-    reading = make_reading(tree, chunks, book, used, 1)
-    seen = reading.seen(slice(0, chunks.total))[0].flatten(0, 1)[:length]
-    level, rows = reading.columns.level.tolist(), reading.node.repeat_interleave(tile, 0).tolist()
-    return [sorted((level[c], rows[i][c]) for c in seen[i].nonzero()[:, 0].tolist()) for i in range(length)]
+    layout = make_layout(length, tile, lengths=None, start=None, offset=torch.tensor([0]))
+    highest = tree.highest_level(length)
+    table = make_table(
+        tree, levels if causal else highest, tile, layout.chunks.begin.shape[1], False, torch.device("cpu")
+    )
+    schedule = make_schedule(tree, table, layout, highest, 1)
+    in_table = {}
+    for chunk in range(layout.chunks.begin.shape[1]):
+        number = torch.tensor([chunk])
+        seen_from = Chunks(
+            number, number * tile, 0 * number, 0 * number + length, 0 * number + layout.chunks.begin.shape[1] - 1
+        )
+        for level in range(highest + 1):
+            for node in range(chunk * tile >> level, ((chunk + 1) * tile - 1 >> level) + 1):
+                row = table.find(seen_from, torch.tensor(level), torch.tensor(node))
+                in_table[int(row)] = level, node
+    visible = schedule.visible(slice(0, layout.chunks.begin.shape[1]))[0].flatten(0, 1)[:length]
+    rows = schedule.rows.repeat_interleave(tile, 0)[:length]
+    return [sorted(in_table[row] for row in rows[i][visible[i]].tolist()) for i in range(length)]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_every_position_reads_the_nodes_of_the_definition(k: int, causal: bool) -> None:
     for length in range(1, 81):
-        # numbers of nodes count from a border of the highest level, so one level that is never reached makes them plain
         levels = 7
         read = nodes_read(length, k, levels, causal, tile=8 if length % 2 else 64)
         for i in range(length):

@@ -158,6 +158,11 @@ def test_low_precision_stays_near(dtype: torch.dtype) -> None:
     for name, count, keywords in (
         ("full_attention", 3, {}),
         ("window_attention", 3, {"window": 40}),
+        (
+            "block_sparse_attention",
+            3,
+            {"blocks": torch.arange(3).expand(1, 1, 3, 3), "query_block": 64, "key_block": 50},
+        ),
         ("relative_attention", 6, {"window": 40}),
     ):
         out = getattr(ops, name)(*rough[:count], **keywords)

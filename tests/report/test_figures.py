@@ -6,6 +6,7 @@ import matplotlib
 import pytest
 from matplotlib.colors import to_rgba
 
+from longspan.experiments.figures import matrix_figure
 from longspan.report import DARK, LIGHT
 from longspan.report.figures import (
     Mark,
@@ -13,7 +14,6 @@ from longspan.report.figures import (
     PlainNumbers,
     Series,
     line_figure,
-    matrix_figure,
     pattern_figure,
     picture,
     to_png,

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from longspan.errors import CheckpointError
+from longspan.experiments.checks import Check, check_table
 from longspan.report import (
-    Check,
     Code,
     Picture,
     Quote,
     Section,
     Table,
     Text,
-    check_table,
     number,
     page,
     si_bytes,

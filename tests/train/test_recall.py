@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from longspan.errors import CheckpointError, ConfigError
+from longspan.experiments.claims.rmt import seeds_interval
 from longspan.tasks import MemoryConfig, MemoryTask
 from longspan.train import (
     Curriculum,
@@ -15,7 +16,6 @@ from longspan.train import (
     load_run,
     read_log,
     run,
-    seeds_interval,
     wilson,
 )
 from longspan.train.recall import draw_samples, gate_losses

@@ -1,5 +1,5 @@
 """`python -m longspan.cli` is `longspan`."""
 
-from longspan.cli.app import main
+from longspan.cli import main
 
 main()

@@ -16,14 +16,14 @@ from longspan.cli.convert import convert
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
 from longspan.cli.mixers import mixers
-from longspan.cli.quickstart import quickstart
-from longspan.cli.quickstart_lm import quickstart_lm
 from longspan.cli.recipes import recipes
-from longspan.cli.reproduce import reproduce
 from longspan.cli.show import patterns, scaling, spans, support
 from longspan.cli.stream import stream
 from longspan.cli.train import train
 from longspan.errors import LongspanError
+from longspan.experiments.quickstart import quickstart
+from longspan.experiments.quickstart_lm import quickstart_lm
+from longspan.experiments.reproduce import reproduce
 from longspan.process import handle_signal, stop_signals
 from longspan.version import __version__
 
@@ -124,14 +124,8 @@ def _everything(
         print(context.get_help())
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave the process.
-
-    Exit codes: 0 done, 1 a check failed, 2 an error that the message explains, 130 interrupted.
-
-    Args:
-        arguments: as typed behind `longspan`; None: those of this process.
-    """
+def start(arguments: Sequence[str] | None = None) -> NoReturn:
+    """See `longspan.cli.main`."""
     if not sys.stderr.isatty():
         # bars of other libraries, which are drawn over themselves, would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

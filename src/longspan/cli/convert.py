@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_command, say
-from longspan.cli.options import DeviceOption, DtypeOption, parse_dtype
+from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError
 
@@ -67,6 +67,7 @@ def convert(
     from longspan.hf.opening import locate_weights
     from longspan.train.distributed import choose_device
     from longspan.train.folders import seal, write_folder
+    from longspan.train.opening import parse_dtype
 
     weights = locate_weights(model, gguf)
     opened = open_pretrained(weights.source, gguf=weights.gguf, dtype=parse_dtype(dtype))

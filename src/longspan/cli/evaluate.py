@@ -8,10 +8,10 @@ import typer
 
 from longspan.cli.console import console, interval, print_table, reading_progress
 from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
-from longspan.cli.options import DeviceOption, DtypeOption, place
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
 from longspan.cli.outputs import check_output_folder
-from longspan.cli.reading import ERRORS_HELP, check_errors
-from longspan.cli.runs import SET_HELP, is_pretrained_folder, open_any_run
+from longspan.cli.reading import check_errors
+from longspan.cli.runs import open_any_run
 from longspan.errors import ConfigError
 
 SPLIT = "validation"
@@ -55,7 +55,7 @@ OutputOption = Annotated[
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     files: Annotated[
         list[str] | None,
         typer.Argument(
@@ -67,7 +67,7 @@ def evaluate(
     tokens: TokensOption = 0,
     head: HeadOption = 0,
     segment: SegmentOption = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    set_: SetOption = None,
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
     ] = "1,4,16,64",
@@ -79,7 +79,7 @@ def evaluate(
     split: SplitOption = SPLIT,
     contexts: ContextsOption = CONTEXTS,
     output: OutputOption = "",
-    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
+    errors: ErrorsOption = "strict",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
@@ -103,7 +103,8 @@ def evaluate(
       longspan eval out/quickstart/run --segments 16,256 --count 128
     """
     from longspan.tasks.base import heads
-    from longspan.train import first_places, load_run
+    from longspan.train import first_places
+    from longspan.train.opening import is_memory_run, is_passkey_run
 
     if output:
         check_output_folder(output, "--output")
@@ -114,8 +115,7 @@ def evaluate(
     given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
     if is_memory_run(run):
         _refuse(f"{run}: a run of a memory task makes its own questions; give --segments and --count only", given)
-        model, task = load_run(run)
-        _eval_memory(place(model, device, dtype), task, segments, count, as_json)
+        _eval_memory(*open_any_run(run, device=device, dtype=dtype), segments, count, as_json)
     elif is_passkey_run(run) and not files:
         del given["--set"]
         _refuse(f"{run}: a run of pass keys makes its own texts; give --lengths, --count and --set only", given)
@@ -211,26 +211,6 @@ def _read(task: Any, files: list[str], run: str, split: str, errors: str) -> "Do
     return documents
 
 
-def is_memory_run(run: str) -> bool:
-    """Whether a folder holds a classifier on a memory task."""
-    from pathlib import Path
-
-    from longspan.files import read_object
-
-    path = Path(run) / "recipe.json"
-    return path.is_file() and "classes" in read_object(path).get("model", {})
-
-
-def is_passkey_run(run: str) -> bool:
-    """Whether a folder holds a model that was trained along a curriculum of pass keys."""
-    from pathlib import Path
-
-    from longspan.files import read_object
-
-    path = Path(run) / "recipe.json"
-    return path.is_file() and read_object(path).get("train", {}).get("curriculum") == "retrieval"
-
-
 def _numbers(option: str, given: str, example: str) -> list[int]:
     found = [whole_number(part.strip()) for part in given.split(",")]
     if not all(found):
@@ -303,13 +283,11 @@ def _show_records(
 
 def _segment(run: str, model: Any) -> int:
     """The segment a run was trained with; of a converted model, that of its mixers."""
-    from pathlib import Path
-
-    from longspan.files import read_object
+    from longspan.train.opening import is_pretrained_folder, recipe_table
 
     if is_pretrained_folder(run):
         return int(model.traits.segment or 1024)
-    value = read_object(Path(run) / "recipe.json").get("train", {}).get("segment_length", 0)
+    value = recipe_table(run, "train").get("segment_length", 0)
     if not isinstance(value, int) or value < 1:
         raise ConfigError(f"{run}: its recipe names no train.segment_length; give --segment")
     return value

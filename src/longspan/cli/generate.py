@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, cast
 import typer
 
 from longspan.cli.console import harmless, reading_progress, say
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
 from longspan.cli.outputs import check_output_file
-from longspan.cli.reading import ERRORS_HELP, check_errors
-from longspan.cli.runs import SET_HELP, open_run
+from longspan.cli.reading import check_errors
+from longspan.cli.runs import open_run
 from longspan.cli.stream import open_session
 from longspan.errors import ConfigError, DataError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.", show_default=False)
     ] = None,
@@ -51,9 +51,9 @@ def generate(
     save_state: Annotated[
         Path | None, typer.Option("--save-state", metavar="STATE", help="Save where the text ends.")
     ] = None,
-    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
+    errors: ErrorsOption = "strict",
     echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
+    set_: SetOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
 ) -> int:

@@ -44,11 +44,16 @@ def _build(name: str) -> "Mixer":
 
 
 def _list(names: list[str]) -> None:
+    from longspan.errors import ConfigError
     from longspan.report import Table, si_bytes
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in names:
-        mixer = _build(name)
+        try:
+            mixer = _build(name)
+        except ConfigError as error:  # of a package whose mechanism does not load
+            rows.append((name, "-", "-", "-", "-", str(error)))
+            continue
         traits = mixer.traits
         cost = [si_bytes(mixer.state_nbytes(1, length)) for length in (_SHORT, _LONG)] if traits.streams else ["-", "-"]
         sides = " and ".join(
@@ -74,8 +79,6 @@ def _fields(mixer: "Mixer") -> dict[str, Any]:
 
 
 def _explain(name: str) -> None:
-    import sys
-
     from longspan.mixers.registry import core_class
     from longspan.report import Table, si_bytes
 
@@ -84,7 +87,7 @@ def _explain(name: str) -> None:
     traits = mixer.traits
     out = console()
     out.print(f"{name}\n", style="bold", markup=False)
-    out.print((sys.modules[core.__module__].__doc__ or "").strip(), markup=False)
+    out.print(core.about(), markup=False)
     said = _attributes(core.Config.__doc__ or "")
     rows = [(key, repr(value), said.get(key, "")) for key, value in _fields(mixer).items()]
     if rows:

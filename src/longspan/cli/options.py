@@ -1,16 +1,30 @@
-"""Options that verbs share: the device and the precision a model runs in."""
+"""Options that verbs share."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from longspan.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="A.B=C",
+        help="Change a field of the model that holds no weights, such as model.mixers.0.mem_len=1024. Repeatable.",
+        show_default=False,
+    ),
+]
+ErrorsOption = Annotated[
+    str,
+    typer.Option(
+        "--errors",
+        metavar="strict|replace",
+        help="Of bytes that are not UTF-8, where a run reads subwords or words: stop there, or read U+FFFD in their "
+        "place.",
+    ),
+]
+PageOption = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")]
 DeviceOption = Annotated[
     str,
     typer.Option("--device", metavar="NAME", help="auto (CUDA where there is one), cpu, cuda, cuda:1 or another."),
@@ -20,34 +34,7 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         metavar="TYPE",
-        help=f"Of the weights: {', '.join(DTYPES)}.",
+        help="Of the weights: float32, bfloat16, float16, float64.",
         show_default="as they are stored",
     ),
 ]
-
-
-def parse_dtype(name: str) -> "torch.dtype | None":
-    """The type of a name; None where it is empty.
-
-    Raises:
-        ConfigError: it is none of `DTYPES`.
-    """
-    import torch
-
-    if not name:
-        return None
-    if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r}: one of {', '.join(DTYPES)}")
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def place(model: Any, device: str, dtype: str) -> Any:
-    """The model on a device and in a floating-point type, as the options name them.
-
-    Raises:
-        ConfigError: an unknown type, or a device that torch cannot reach.
-    """
-    from longspan.train.distributed import choose_device
-
-    return model.to(choose_device(device, what="--device"), parse_dtype(dtype))

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 # characters in a piece that subwords are looked for in: as `Subword.encode` cuts, so that a stream gives its tokens
 PIECE = 1 << 16
-ERRORS_HELP = (
-    "Of bytes that are not UTF-8, where a run reads subwords or words: stop there, or read U+FFFD in their place."
-)
 # a text without newlines is cut here, or it would have to be held whole
 LONGEST = 4 * PIECE
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import StatusLine, say
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
 from longspan.cli.outputs import check_output_file, check_output_folder
-from longspan.cli.reading import ERRORS_HELP, check_errors
-from longspan.cli.runs import SET_HELP, open_run
+from longspan.cli.reading import check_errors
+from longspan.cli.runs import open_run
 from longspan.errors import ConfigError, DataError, LongspanError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def stream(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file, or - for standard input.", show_default=False)],
     save_state: Annotated[
         Path | None,
@@ -50,8 +50,8 @@ def stream(
     chunk: Annotated[
         int, typer.Option("--chunk", min=0, help="Tokens the model computes at once; 0: as suits the model.")
     ] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SET_HELP, show_default=False)] = None,
-    errors: Annotated[str, typer.Option("--errors", metavar="strict|replace", help=ERRORS_HELP)] = "strict",
+    set_: SetOption = None,
+    errors: ErrorsOption = "strict",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",

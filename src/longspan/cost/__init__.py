@@ -1,7 +1,6 @@
-"""What a configuration costs before it is run: FLOPs, memory, state."""
+"""What models cost: FLOPs by the convention of scaling papers, and fits of scaling laws."""
 
 from longspan.cost import scaling
-from longspan.cost.memory import MemorySetting
 from longspan.cost.transformer import OPT, TransformerSize, forward_flops, recurrent_ratio
 
-__all__ = ["OPT", "MemorySetting", "TransformerSize", "forward_flops", "recurrent_ratio", "scaling"]
+__all__ = ["OPT", "TransformerSize", "forward_flops", "recurrent_ratio", "scaling"]

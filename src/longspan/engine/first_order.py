@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import UnsupportedError
+from longspan.host import eager
 from longspan.state import needs_grad
 
 __all__ = ["FirstOrder", "scaled_dot_product_attention"]
@@ -41,6 +42,7 @@ class FirstOrder(torch.autograd.Function):
         raise NotImplementedError
 
     @classmethod
+    @eager
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         """Call it.
 

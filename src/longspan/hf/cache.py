@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import MutableMapping
-from typing import Any, Protocol
+from collections.abc import Callable, MutableMapping
+from typing import Any
 
 import torch
 import transformers
@@ -271,13 +271,7 @@ def _cache_layers(layers: list[bool], config: Any) -> list[Any]:
     ]
 
 
-class _Makes(Protocol):
-    """Makes an empty cache of a model."""
-
-    def __call__(self) -> StateCache: ...
-
-
-def own_cache(cache: Any, make: _Makes) -> StateCache:
+def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:
     """The cache of a call as a model of longspan reads and fills it.
 
     An empty cache of transformers becomes one in place, so that whoever made it may go on passing it.

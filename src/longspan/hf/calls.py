@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, masking_utils
 
+from longspan import host
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_cache
@@ -82,6 +83,7 @@ def check_caches(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             )
 
 
+@host.eager
 def prepare_call(
     base: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,7 +5,6 @@ with its new parameters (gates, projections); only what happens between q, k, v 
 `save_pretrained`, PEFT (`modules_to_save=["longspan"]`) and optimisers see ordinary modules.
 """
 
-import dataclasses
 import functools
 import types
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.errors import ConfigError, UnsupportedError
@@ -24,14 +24,12 @@ from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
-from longspan.mixers.base import Core, merge_traits
+from longspan.mixers.base import Core, Hidden, merge_traits
 from longspan.mixers.gradients import with_gradients
 from longspan.mixers.maps import collected, place_of
 from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
-
-_STRONGLY_LOCAL = -4.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class Converted(Resting):
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         return (_blank, (original_class(self),), *reduced[2:])
 
+    @host.eager
     def forward(self, hidden_states: Tensor, *args: Any, longspan_call: Call | None = None, **kwargs: Any) -> Any:
         """What the module's own forward returns, without attention weights."""
         if longspan_call is None:
@@ -78,13 +77,16 @@ class Converted(Resting):
             )
         check_caches(args, kwargs)
         rows, index = longspan_call.rows, self.longspan_index
-        q, k, v = self.longspan_family.project(self, rows.gather(hidden_states), self.longspan.uses_keys)
+        x, traits = rows.gather(hidden_states), self.longspan.traits
+        q, k, v = self.longspan_family.project(self, x, traits.uses_keys)
+        hidden = Hidden(x, self.longspan_keys_values) if traits.receives_hidden else None
         # what is made again in a backward pass was appended already
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
-        before = self.longspan.fit(before, k)
-        out, following = self.longspan(q, k, v, before, rows, penalties=collected(penalties, self.longspan))
+        before = self.longspan.fit(before, k, hidden)
+        kept = collected(penalties, self.longspan)
+        out, following = self.longspan(q, k, v, before, rows, hidden=hidden, penalties=kept)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
         unread = () if out.numel() else (q, k, v)
@@ -94,6 +96,12 @@ class Converted(Resting):
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
 
+    def longspan_keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
+        """See `Projections.keys_values`."""
+        _, k, v = self.longspan_family.project(self, x)
+        part = slice(None) if kv_heads is None else kv_heads
+        return k[:, part], v[:, part]
+
 
 def _check_reentry(core: Core, penalised: bool) -> None:
     """Refuse what trains without a graph inside a call that has one.
@@ -101,7 +109,7 @@ def _check_reentry(core: Core, penalised: bool) -> None:
     Raises:
         UnsupportedError: the mixer counts its training forwards, or has auxiliary losses, which would go unlearned.
     """
-    if core.counts_forwards or penalised:
+    if core.traits.tracks_statistics or penalised:
         raise UnsupportedError(
             "this mixer learns beside the loss, which re-entrant checkpointing loses; call "
             "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
@@ -114,12 +122,11 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     Args:
         model: of transformers, with or without a head, perhaps inside PEFT: Llama, Mistral, Qwen2, Qwen3, SmolLM,
             GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
-        name: of the mixer. Those that carry hidden states (`transformer_xl`) cannot be used: they need projections of
-            their own training.
+        name: of the mixer. Those whose traits are not `convertible` (`transformer_xl`) cannot be used.
         layers: which; negative ones count from the end; None = all.
-        fields: of the mixer. The gates of `infini` and `associative` begin at -4, so that a text of one segment gives
-            the original logits and a longer one nearly those of local attention; `lsh` and `routing` use the model's
-            keys.
+        fields: of the mixer; some begin elsewhere than in a new model (`Core.conversion_fields`). The gates of `infini`
+            and `memorizing` begin at -4, so that a text of one segment gives the original logits and a longer one
+            nearly those of local attention; `lsh` and `routing` use the model's keys.
 
     Returns:
         What was done.
@@ -139,13 +146,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     for index in chosen:
         attention = found.attentions[index]
         core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
-        if core.needs_hidden:
-            raise UnsupportedError(
-                f"{name} works on hidden states and weights of its own here, which a pretrained model does not know; "
-                "convert to a mixer, or a form of it, that works on q, k and v"
-            )
-        if core.traits.bidirectional is False and not found.family.causal:
-            raise UnsupportedError(f"{name} is causal only; {model.config.model_type} sees both sides")
+        _check_fit(name, core, found.family, model.config.model_type)
         cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
         _swap(found.attentions[index], core, found.family, index)
@@ -155,6 +156,21 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     report = _report(model, name, chosen, record["fields"])
     _save_with_adapters(outside, [found.attentions[index] for index in chosen])
     return report
+
+
+def _check_fit(name: str, core: Core, family: Family, model_type: str) -> None:
+    """Refuse a mechanism that a pretrained model of this family cannot hold.
+
+    Raises:
+        UnsupportedError: the traits of the core say so.
+    """
+    traits, head_dim = core.traits, core.shape.head_dim
+    if not traits.convertible:
+        raise UnsupportedError(f"{name} does not convert: {traits.no_conversion_reason}")
+    if core.value_dim != head_dim:
+        raise UnsupportedError(f"{name} takes values of {core.value_dim} a head; those of this model have {head_dim}")
+    if not traits.bidirectional and not family.causal:
+        raise UnsupportedError(f"{name} is causal only; {model_type} sees both sides")
 
 
 def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
@@ -181,9 +197,7 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields with what conversions begin from, in the parts of `heads` too."""
-    known = {each.name for each in dataclasses.fields(core_class(name, "convert").Config)}
-    begun = {"gate_init": _STRONGLY_LOCAL, "shared": False}
-    found = {key: value for key, value in begun.items() if key in known} | fields
+    found = core_class(name, "convert").conversion_fields | fields
     if isinstance(found.get("parts"), list | tuple):
         found["parts"] = [
             _defaults(part["name"], part) if isinstance(part, dict) and isinstance(part.get("name"), str) else part
@@ -235,7 +249,7 @@ def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
     original: Any = type(attention)
     _turn(attention, converted_class(original))
     attention.add_module(CORE, core)
-    if not core.uses_keys:
+    if not core.traits.uses_keys:
         put_aside(attention, family.key_maps)
     attention.longspan_family, attention.longspan_index = family, index
 
@@ -271,6 +285,7 @@ def _hook(base: Any) -> None:
         ]
 
 
+@host.eager
 def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Keep the states, where there is a cache."""
     call: Call = kwargs["longspan_call"]

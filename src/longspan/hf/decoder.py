@@ -178,9 +178,10 @@ class ConvertedDecoder(nn.Module):
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
         places = cast(list[StateLayer], cache.layers)
-        for place, each in zip(places, before.layers, strict=True):
-            # columns are tokens: what positions transformers makes of them are right
-            place.state, place.columns, place.is_initialized = each, int(before.live.max()), True
+        # columns are tokens: what positions transformers makes of them are right
+        columns = int(before.live.max())
+        for place, layer_state in zip(places, before.layers, strict=True):
+            place.state, place.columns, place.is_initialized = layer_state, columns, True
         out = model(
             tokens,
             attention_mask=None if mask is None else mask.long(),

@@ -354,11 +354,10 @@ def register_causal(cls: type[LongspanForCausalLM]) -> None:
 register_causal(LongspanForCausalLM)
 
 
-class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
-    """A masked language model."""
+class _WholeTexts(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
+    """What models share that read whole texts in one call and keep no state."""
 
-    kinds = ("masked_lm",)
-    loss_kind = "ForMaskedLM"
+    output_class: type[Any]
 
     def forward(
         self,
@@ -371,10 +370,10 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         **kwargs: Any,
-    ) -> LongspanMaskedOutput | tuple[Any, ...]:
-        """Logits at every place; the loss over the places whose label is not -100.
+    ) -> Any:
+        """Logits, and the loss where labels are given; arguments as of `LongspanForCausalLM`.
 
-        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
+        Documents of one row (`position_ids`, `reset`, ...) do not see each other.
         """
         options = take_options(kwargs, self.config)
         packed = self._documents(
@@ -394,24 +393,48 @@ class LongspanForMaskedLM(LongspanPreTrainedModel):  # type: ignore[no-untyped-c
             penalties=penalties,
             hidden_states=options.hidden_states,
         )
-        logits = rows.scatter(self.model.logits(h))
+        logits = self._logits(h, rows)
         self._note_unread(penalties, labels, kwargs)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self._loss(logits, labels, kwargs)
             loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
-        output = LongspanMaskedOutput(
-            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
-        )
+        output = self.output_class(loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties))
         return output.to_tuple() if options.as_tuple else output
 
+    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
+        """Of hidden states (B, N, dim), gathered."""
+        raise NotImplementedError
 
-class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
-    """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder."""
+    def _loss(self, logits: Tensor, labels: Tensor, keywords: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
+
+
+class LongspanForMaskedLM(_WholeTexts):  # type: ignore[no-untyped-call]
+    """A masked language model: logits at every place, the loss over the places whose label is not -100."""
+
+    kinds = ("masked_lm",)
+    loss_kind = "ForMaskedLM"
+    output_class = LongspanMaskedOutput
+
+    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
+        return rows.scatter(self.model.logits(h))
+
+    def _loss(self, logits: Tensor, labels: Tensor, keywords: dict[str, Any]) -> Tensor:
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **keywords)
+        return loss
+
+
+class LongspanForSequenceClassification(_WholeTexts):  # type: ignore[no-untyped-call]
+    """A classifier: of the mean over real tokens of an encoder, or of the last real token of a decoder.
+
+    Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`.
+    """
 
     kinds = ("encoder", "decoder")
     _flush = True
     loss_kind = "ForSequenceClassification"
+    output_class = LongspanClassifierOutput
 
     def _heads(self) -> None:
         config = self.config
@@ -420,53 +443,15 @@ class LongspanForSequenceClassification(LongspanPreTrainedModel):  # type: ignor
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
-        position_ids: Tensor | None = None,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        **kwargs: Any,
-    ) -> LongspanClassifierOutput | tuple[Any, ...]:
-        """Logits (batch, num_labels); the loss by `config.problem_type`, see `longspan.hf.losses`.
-
-        Documents of one row (`position_ids`, `reset`, ...: see `LongspanForCausalLM`) do not see each other.
-        """
-        options = take_options(kwargs, self.config)
-        packed = self._documents(
-            input_ids if inputs_embeds is None else inputs_embeds,
-            kwargs,
-            attention_mask=attention_mask,
-            mask=mask,
-            reset=reset,
-            position_ids=position_ids,
-        )
-        penalties = self._penalties()
-        h, _, rows, hidden_states = self._run(
-            input_ids,
-            inputs_embeds,
-            mask=packed.mask,
-            reset=packed.reset,
-            penalties=penalties,
-            hidden_states=options.hidden_states,
-        )
+    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
         pooled = self._pooled(h, rows)
         if isinstance(self._stack, Decoder):
             pooled = with_gradients(pooled, self._stack.output_parameters())  # nothing makes logits of tokens
-        logits = self.score(self.dropout(pooled))
-        self._note_unread(penalties, labels, kwargs)
-        loss = None
-        if labels is not None:
-            loss = classification_loss(self.loss_function, logits, labels, self.config, **counting(kwargs))
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
-        output = LongspanClassifierOutput(
-            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties)
-        )
-        return output.to_tuple() if options.as_tuple else output
+        logits: Tensor = self.score(self.dropout(pooled))
+        return logits
+
+    def _loss(self, logits: Tensor, labels: Tensor, keywords: dict[str, Any]) -> Tensor:
+        return classification_loss(self.loss_function, logits, labels, self.config, **counting(keywords))
 
     def _pooled(self, h: Tensor, rows: Rows) -> Tensor:
         """What the head reads (batch, hidden_dim); zeros where a row has no real token."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longspan import host
 from longspan.errors import ConfigError, UnsupportedError
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -53,6 +54,7 @@ class Past(NamedTuple):
     shift: Tensor | None
 
 
+@host.eager
 def documents(inputs: Tensor, past: Past, arguments: Mapping[str, Any], first: int = 0) -> Documents:
     """Padding and documents of a call.
 

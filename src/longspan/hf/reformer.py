@@ -47,7 +47,7 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
             see other than themselves and the one before, an encoder, an activation that is neither relu nor gelu.
         CheckpointError: weights that are missing, left over, or of other shapes.
     """
-    table = _Table(_WHERE, config)
+    table = PublishedConfig(_WHERE, config)
     model = Decoder(_decoder(table))
     given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
     # two names of one tensor in transformers 4; where they differ (5.24 on), the logits take this one
@@ -58,15 +58,7 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     return model
 
 
-class _Table(PublishedConfig):
-    """Its configuration."""
-
-    def seed(self) -> int | None:
-        """Of the rotations; None = drawn anew in every call."""
-        return self.config.get("hash_seed")
-
-
-def _decoder(table: _Table) -> DecoderConfig:
+def _decoder(table: PublishedConfig) -> DecoderConfig:
     """The same architecture in this library's fields."""
     if not table["is_decoder"]:
         raise UnsupportedError(f"{_WHERE}: is_decoder = false is an encoder; only language models are imported")
@@ -101,7 +93,7 @@ def _decoder(table: _Table) -> DecoderConfig:
     )
 
 
-def _axial(table: _Table) -> dict[str, Any]:
+def _axial(table: PublishedConfig) -> dict[str, Any]:
     """Positions by their coordinates."""
     dim, shape, widths = int(table["hidden_size"]), tuple(table["axial_pos_shape"]), tuple(table["axial_pos_embds_dim"])
     if sum(widths) != dim:
@@ -111,7 +103,7 @@ def _axial(table: _Table) -> dict[str, Any]:
     return {"positions": "factorised", "position_shape": shape, "position_dims": widths}
 
 
-def _mixer(table: _Table, kind: str, index: int) -> dict[str, Any]:
+def _mixer(table: PublishedConfig, kind: str, index: int) -> dict[str, Any]:
     """The mixer of a layer."""
     if kind not in ("local", "lsh"):
         raise UnsupportedError(f"{_WHERE}: attn_layers[{index}] = {kind!r}: only local and lsh are known")
@@ -129,12 +121,12 @@ def _mixer(table: _Table, kind: str, index: int) -> dict[str, Any]:
         "num_hashes": 1,
         "num_buckets": _buckets(table),
         "selection": "sorted",
-        "redraw": 1 if table.seed() is None else 0,
+        "redraw": 1 if table.config.get("hash_seed") is None else 0,  # drawn anew in every call
         "seed": index,
     }
 
 
-def _buckets(table: _Table) -> int:
+def _buckets(table: PublishedConfig) -> int:
     """The number of buckets, of a hash that is the same here and there."""
     rounds, buckets = table["num_hashes"], table["num_buckets"]
     if rounds != 1:
@@ -160,7 +152,7 @@ def _buckets(table: _Table) -> int:
 class _Mapping(Renaming):
     """Weights under the names of a `Decoder`, each of the published ones used once."""
 
-    def __init__(self, given: dict[str, Tensor], model: Decoder, table: _Table) -> None:
+    def __init__(self, given: dict[str, Tensor], model: Decoder, table: PublishedConfig) -> None:
         super().__init__(_WHERE, given)
         self.table = table
         self.ours = dict(model.state_dict())
@@ -206,7 +198,7 @@ class _Mapping(Renaming):
             self._rotations(f"{ours}.mixer.core.rotations", found["value"].dtype)
 
     def _rotations(self, name: str, dtype: torch.dtype) -> None:
-        own, seed = self.ours[name].to(dtype), self.table.seed()
+        own, seed = self.ours[name].to(dtype), self.table.config.get("hash_seed")
         if seed is not None:
             heads, rounds, head_dim, half = own.shape
             generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from longspan.lazy import submodules_of
 from longspan.mixers.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
 from longspan.mixers.projections import Projections
-from longspan.mixers.registry import build, examples, names
+from longspan.mixers.registry import build, examples, names, register
 from longspan.mixers.rows import Rows, Segments
 
 if TYPE_CHECKING:
@@ -27,5 +27,6 @@ __all__ = [
     "examples",
     "names",
     "probe",
+    "register",
     "with_penalties",
 ]

@@ -108,19 +108,20 @@ class AdaptiveSpanCore(Core):
             self.persistent_v = nn.Parameter(torch.empty(size).normal_(0, config.persistent**-0.5))
 
     @property
-    def needs_hidden(self) -> bool:  # type: ignore[override]
-        """Dynamic spans are read off the hidden states."""
-        return self.config.dynamic
-
-    @property
-    def linear_in_values(self) -> bool:  # type: ignore[override]
-        """Persistent values are added whatever the values of the text."""
-        return not self.config.persistent
-
-    @property
     def traits(self) -> Traits:
-        """Bounded by the spans. Dynamic ones hide keys as the data have it, so weights may be zero (`sparse`)."""
-        return Traits(bidirectional=False, bounded=True, sparse=self.config.dynamic)
+        """Bounded by the spans.
+
+        Dynamic ones are read off the hidden states and hide keys as the data have it, so weights may be zero
+        (`sparse`). Persistent values are added whatever the values of the text.
+        """
+        dynamic = self.config.dynamic
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            sparse=dynamic,
+            receives_hidden=dynamic,
+            linear_in_values=not self.config.persistent,
+        )
 
     @property
     def spans(self) -> list[float]:

@@ -55,7 +55,6 @@ class AssociativeCore(SegmentCore):
 
     Config = AssociativeConfig
     config: AssociativeConfig
-    linear_in_values = False
     examples = (
         {"segment": 4, "num_memory_tokens": 3, "memory_dim": 4},
         {"segment": 3, "num_memory_tokens": 2, "memory_dim": 3, "nu": 2, "bptt_segments": 2},
@@ -78,7 +77,12 @@ class AssociativeCore(SegmentCore):
         """Bounded; causal only; features of a query and of a key may have no place in common."""
         config = self.config
         return Traits(
-            bidirectional=False, bounded=True, sparse=True, segment=config.segment, horizon=config.bptt_segments
+            bidirectional=False,
+            bounded=True,
+            sparse=True,
+            segment=config.segment,
+            horizon=config.bptt_segments,
+            linear_in_values=False,
         )
 
     @property

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.gradients import with_gradients
@@ -19,7 +20,7 @@ from longspan.mixers.rows import Rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a mechanism promises, and so which laws it is held to.
+    """The facts about one built instance: what it promises, and so which laws it is held to, and what it needs.
 
     Attributes:
         causal: the causal form exists.
@@ -32,6 +33,14 @@ class Traits:
         sparse: the weight of a key that is seen may be exactly zero, as the data have it (sparse features, entmax).
         segment: positions per segment; None = the mechanism knows no segments.
         horizon: segments reached by gradients, the loss's own counted as the first; None = the graph is never cut.
+        no_stream_reason: why a causal form does not stream; read only where `streams` is False.
+        no_conversion_reason: why a pretrained model cannot be converted to it; "" = it can (`convertible`).
+        receives_hidden: the core is given the hidden states that its layer projects (for gates, decays, spans); in a
+            converted model these are what the layer's own projections read, normalized as the model does it.
+        tracks_statistics: a training forward adds to statistics that `after_step` applies.
+        uses_keys: keys are read; a mechanism whose keys are its queries needs no projection to keys.
+        linear_in_values: the output is an attention map times the values, so that `attention_map` exists.
+        value_dim: width of the values and outputs of a head; None = head_dim.
     """
 
     causal: bool = True
@@ -43,6 +52,18 @@ class Traits:
     segment: int | None = None
     horizon: int | None = None
     value_causal: bool = False
+    no_stream_reason: str = "does not stream"
+    no_conversion_reason: str = ""
+    receives_hidden: bool = False
+    tracks_statistics: bool = False
+    uses_keys: bool = True
+    linear_in_values: bool = True
+    value_dim: int | None = None
+
+    @property
+    def convertible(self) -> bool:
+        """A pretrained model can be converted to it."""
+        return not self.no_conversion_reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +87,7 @@ class Shape:
 
 
 class Hidden(NamedTuple):
-    """Hidden states for the cores that carry them: x (B, N, dim), and the layer's `keys_values(x, kv_heads=None)`."""
+    """For cores that receive hidden states: x (B, N, dim), and the layer's `keys_values(x, kv_heads=None)`."""
 
     x: Tensor
     project: Callable[..., tuple[Tensor, Tensor]]
@@ -108,16 +129,8 @@ class Core(nn.Module):
     Config: ClassVar[type]
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Small field sets that show every form of the mechanism: what the law matrix and the pictures run."""
-    needs_hidden: ClassVar[bool] = False
-    """The core carries hidden states and projects them again; a converted pretrained model cannot hold it."""
-    no_stream: ClassVar[str] = "does not stream"
-    """Why a causal form that does not stream does not, for the message that refuses a state."""
-    counts_forwards: ClassVar[bool] = False
-    """A training forward adds to statistics that `after_step` applies."""
-    uses_keys: ClassVar[bool] = True
-    """Keys are read; a mechanism whose keys are its queries needs no projection to keys."""
-    linear_in_values: ClassVar[bool] = True
-    """The output is an attention map times the values, so that `attention_map` exists."""
+    conversion_fields: ClassVar[dict[str, Any]] = {}
+    """Fields with which a converted pretrained model begins, where they are not given."""
 
     def __init__(self, shape: Shape, config: Any) -> None:
         super().__init__()
@@ -125,8 +138,23 @@ class Core(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """What this instance promises."""
+        """The facts about this instance; they follow from its shape and configuration and never change."""
         raise NotImplementedError
+
+    @property
+    def value_dim(self) -> int:
+        """Width of the values and outputs of a head."""
+        return self.traits.value_dim or self.shape.head_dim
+
+    @classmethod
+    def about(cls) -> str:
+        """Its equations and where they come from: the docstring of its module, its own where that has none.
+
+        Of a module named `layer`, which is one part of a mechanism's folder, that of the folder.
+        """
+        folder, _, name = cls.__module__.rpartition(".")
+        module = sys.modules[folder if name == "layer" else cls.__module__]
+        return (module.__doc__ or cls.__doc__ or "").strip()
 
     def head_traits(self) -> list[Traits]:
         """What each query head promises, one entry a head: they differ only where mechanisms stand side by side."""
@@ -148,14 +176,14 @@ class Core(nn.Module):
         Args:
             q: (B, heads, N, head_dim), contiguous rows as `rows` gathered them.
             k: (B, kv_heads, N, head_dim).
-            v: like k.
+            v: (B, kv_heads, N, value_dim).
             state: what the last call returned; None = empty past.
             rows: lengths, documents and positions of this call.
-            hidden: given where `needs_hidden`.
+            hidden: given where `traits.receives_hidden`.
             penalties: a list to which auxiliary losses are appended.
 
         Returns:
-            (B, heads, N, head_dim), arbitrary behind a row's real tokens, and the next state.
+            (B, heads, N, value_dim), arbitrary behind a row's real tokens, and the next state.
         """
         raise NotImplementedError
 
@@ -202,7 +230,9 @@ class Core(nn.Module):
 
     def why_no_stream(self) -> str:
         """Why this instance does not stream, where it does not."""
-        return self.no_stream if self.shape.causal else "a bidirectional mixer sees the future and does not stream"
+        if self.shape.causal:
+            return self.traits.no_stream_reason
+        return "a bidirectional mixer sees the future and does not stream"
 
     @property
     def draw(self) -> int:
@@ -260,7 +290,7 @@ class Mixer(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """What this instance promises."""
+        """The facts about this instance."""
         return self.core.traits
 
     @states.all_or_nothing
@@ -301,14 +331,30 @@ class Mixer(nn.Module):
         Returns:
             (B, N, dim), arbitrary behind a row's real tokens, and the next state.
         """
+        traits = self.traits
         q, k, v = self.projections(x)
-        hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        hidden = Hidden(x, self.projections.keys_values) if traits.receives_hidden else None
+        out, state = self._attend(q, k, v, state, rows, hidden, penalties)
+        y: Tensor = self.dropout(self.projections.output(out))
+        return y, state if traits.streams else None
+
+    @host.eager
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        rows: Rows,
+        hidden: Hidden | None,
+        penalties: list[Tensor] | None,
+    ) -> tuple[Tensor, Any]:
+        """The core, which torch.compile leaves alone: tiles depend on values that the host has read."""
         state = self.core.fit(state, k, hidden)
         out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self.core))
         if torch.is_grad_enabled():
             out = with_gradients(out, [*self.core.parameters(), *(() if out.numel() else (q, k, v))])
-        y: Tensor = self.dropout(self.projections.output(out))
-        return y, state if self.traits.streams else None
+        return out, state
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -363,11 +409,11 @@ class Mixer(nn.Module):
         Raises:
             UnsupportedError: the mechanism is not linear in its values.
         """
-        if not self.core.linear_in_values:
+        if not self.traits.linear_in_values:
             raise UnsupportedError(f"{self.name}: its output is not a map times the values")
         rows = Rows(self._offset(x, None), x.shape[1])
         q, k, v = self.projections(x)
-        hidden = Hidden(x, self.projections.keys_values) if self.core.needs_hidden else None
+        hidden = Hidden(x, self.projections.keys_values) if self.traits.receives_hidden else None
         length, width = x.shape[1], v.shape[-1]
         maps = []
         for first in range(0, length, width):
@@ -401,7 +447,11 @@ def why_no_stream(cores: Sequence[Core]) -> str:
 
 
 def merge_traits(parts: Sequence[Traits]) -> Traits:
-    """The traits of several mechanisms side by side: what all of them promise, the farthest reach of gradients."""
+    """The traits of several mechanisms side by side: what all of them promise and any of them needs.
+
+    The horizon is the farthest reach of any, a reason that of the first which has one; `value_dim` is None where they
+    differ.
+    """
     segments = [part.segment for part in parts if part.segment is not None]
     segment = math.lcm(*segments) if segments else None
     reach: int | None = 0
@@ -411,6 +461,8 @@ def merge_traits(parts: Sequence[Traits]) -> Traits:
             break
         assert reach is not None
         reach = max(reach, -(-part.horizon * part.segment // segment))
+    still = [part.no_stream_reason for part in parts if not part.streams]
+    value_dims = {part.value_dim for part in parts}
     return Traits(
         causal=all(part.causal for part in parts),
         bidirectional=all(part.bidirectional for part in parts),
@@ -421,4 +473,11 @@ def merge_traits(parts: Sequence[Traits]) -> Traits:
         value_causal=all(part.causal or part.value_causal for part in parts) and not all(part.causal for part in parts),
         segment=segment,
         horizon=reach,
+        no_stream_reason=still[0] if still else Traits.no_stream_reason,
+        no_conversion_reason=next((part.no_conversion_reason for part in parts if not part.convertible), ""),
+        receives_hidden=any(part.receives_hidden for part in parts),
+        tracks_statistics=any(part.tracks_statistics for part in parts),
+        uses_keys=any(part.uses_keys for part in parts),
+        linear_in_values=all(part.linear_in_values for part in parts),
+        value_dim=value_dims.pop() if len(value_dims) == 1 else None,
     )

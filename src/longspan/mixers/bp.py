@@ -19,7 +19,6 @@ the mean of keys turned to their positions, so its score is the mean of theirs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 
 
@@ -52,25 +50,10 @@ class BPConfig:
             raise ConfigError(f"bp.max_level = {self.max_level}: must be from 0 to 24")
 
 
-class BPState(NamedTuple):
-    """The spans that later tokens may still see; see `longspan.ops.TreeNodes`.
+class BPState(ops.TreeNodes):
+    """The spans that later tokens may still see."""
 
-    Attributes:
-        k: (batch, kv_heads, slots, head_dim), keys of finished spans, level by level, in a level the newest last;
-            about 2 k slots a level.
-        v: like k.
-        open_k: (batch, kv_heads, max_level, head_dim), fp32 at least: the open span of each level above the tokens.
-        open_v: like open_k.
-        open_mass: (batch, kv_heads, max_level), the logarithm of the sum of its weights.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    open_k: Tensor
-    open_v: Tensor
-    open_mass: Tensor
-    live: Tensor
+    __slots__ = ()
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -126,7 +109,7 @@ class BPCore(Core):
         )
         if nodes is None:
             return out, None
-        held = BPState(*(emptied_rows(rows, t) for t in nodes))
+        held = BPState(*(rows.clear_reset(t) for t in nodes))
         return out, held._replace(live=rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:

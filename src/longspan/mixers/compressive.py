@@ -18,8 +18,7 @@ only. The parameters are an optimiser group of their own, "compressor".
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,24 +28,28 @@ from longspan import host, ops
 from longspan import state as states
 from longspan.config import check_least
 from longspan.errors import ConfigError
+from longspan.host import Array
 from longspan.mixers.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.choices import recording
-from longspan.mixers.compressive_layout import (
-    CompressiveState,
-    Inputs,
-    Piece,
-    Sizes,
-    attend,
-    carry_usage,
-    count_usage,
-    lines_of,
-    make_layout,
+from longspan.mixers.compressors import (
+    AuxiliaryLoss,
+    Compressor,
+    Project,
+    SlotLayout,
+    UsageLayout,
+    slot_layout,
+    usage_layout,
+)
+from longspan.mixers.relative import NO_CONVERSION, RelativeCore
+from longspan.mixers.rows import Rows
+from longspan.ops.compressive import (
+    CallSegments,
+    CompressiveSizes,
+    attend_segments,
+    attention_layout,
+    call_segments,
+    column_list,
     pick,
 )
-from longspan.mixers.compressors import AuxiliaryLoss, Compressor
-from longspan.mixers.linear import emptied_rows
-from longspan.mixers.relative import RelativeCore
-from longspan.mixers.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,48 @@ class CompressiveConfig:
             raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
 
 
+class CompressiveState(NamedTuple):
+    """Memory.
+
+    Attributes:
+        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
+            for its group (or gives a compression its context). Columns beyond `live` are zero and masked.
+        compressed: (batch, compressed_len, dim), newest last.
+        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
+            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
+        live: (batch,) live tokens.
+    """
+
+    hidden: Tensor
+    compressed: Tensor
+    usage: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
+
+
+class Inputs(NamedTuple):
+    """Arguments of a call, or of one segment of it.
+
+    Attributes:
+        q, k, v: see `Core.forward`.
+        x: (batch, length, dim), the hidden states they are projections of.
+        project: hidden states to keys and values.
+        r: (heads, distances, head_dim), projected distances; None where they are folded into the query.
+        loss: what the compressor learns from; None where it does not learn.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    project: Project
+    r: Tensor | None
+    loss: AuxiliaryLoss | None
+
+
 class CompressiveCore(RelativeCore):
     """See the module."""
 
@@ -94,8 +139,6 @@ class CompressiveCore(RelativeCore):
         {"segment": 4, "mem_len": 4, "compressed_len": 3, "ratio": 3, "compression": "most_used"},
         {"segment": 4, "mem_len": 2, "compressed_len": 4, "ratio": 3, "loss": "auto_encoding"},
     )
-    needs_hidden = True
-    linear_in_values = False  # slots are made of hidden states, not of values
 
     def __init__(self, shape: Shape, config: CompressiveConfig) -> None:
         super().__init__(shape, config)
@@ -104,55 +147,30 @@ class CompressiveCore(RelativeCore):
         # with no slots nothing is compressed, and a function without parameters stands for what would do it
         how = config.compression if config.compressed_len else "mean"
         self.compressor = Compressor(how, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
-        self.fields = {name: getattr(config, name) for name in ("segment", "mem_len", "compressed_len", "ratio")}
+        self.sizes = CompressiveSizes(config.segment, config.mem_len, config.compressed_len, config.ratio)
         self.reach = config.segment + config.mem_len + config.compressed_len
         waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0
         self.capacity = waiting + config.mem_len + config.segment - 1
         self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
-        self.sizes = Sizes(**self.fields, context=self.compressor.context, capacity=self.capacity)
 
     @property
     def traits(self) -> Traits:
-        """Bounded; gradients stay inside the segment; "most_used" selects."""
+        """Bounded; gradients stay inside the segment; "most_used" selects; slots are made of hidden states."""
         return Traits(
-            bidirectional=False, bounded=True, selects=self.counts_usage, segment=self.config.segment, horizon=1
+            bidirectional=False,
+            bounded=True,
+            selects=self.counts_usage,
+            segment=self.config.segment,
+            horizon=1,
+            receives_hidden=True,
+            linear_in_values=False,
+            no_conversion_reason=NO_CONVERSION,
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The compression's parameters."""
         parameters = list(self.compressor.parameters())
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
-
-    # -- what is where ---------------------------------------------------------------------------------------------
-
-    def _pieces(self, rows: Rows) -> list[Piece]:
-        """The call cut at the segment borders; the same for all layers."""
-        segment = self.config.segment
-
-        def plain() -> list[Piece]:
-            first, pieces, column = rows.offset_range[0], [], 0
-            while column < rows.length:
-                end = min(rows.length, column + segment - (first + column) % segment)
-                if (first + column) % segment == 0 and not self.counts_usage:
-                    end = rows.length  # without usage, segments do not wait for each other
-                offset = host.remember(rows.offset + column, rows.offsets + column)
-                pieces.append(Piece(slice(column, end), None, Rows(offset, end - column)))
-                column = end
-            return pieces
-
-        def spread() -> list[Piece]:
-            layout = rows.segments(segment)
-            position, live, pieces = layout.spread_positions(), rows.offsets, []
-            for column in range(0, layout.columns, segment):
-                here = slice(column, column + segment)
-                begins = position[:, column] == 1
-                offset = host.put(np.where(begins, 0, live), rows.device)
-                part = Rows(offset, segment, host.put(position[:, here] > 0, rows.device))
-                pieces.append(Piece(here, host.put(begins, rows.device) if begins.any() else None, part))
-                live = part.lives
-            return pieces
-
-        return rows.cached(("compressive", segment, self.counts_usage), plain if rows.plain else spread)
 
     # -- the call --------------------------------------------------------------------------------------------------
 
@@ -169,224 +187,191 @@ class CompressiveCore(RelativeCore):
     ) -> tuple[Tensor, CompressiveState]:
         """See `Core.forward`."""
         assert hidden is not None, "compressive projects hidden states"
-        segment, loss = self.config.segment, None
-        if penalties is not None and self._learns():
-            loss = AuxiliaryLoss(self.compressor, self.config.loss)
-        inside = rows.inside(segment)
+        loss = (
+            AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns(rows) else None
+        )
         distances = self._distances(rows)
-        folded = inside and not self.counts_usage and self.folds(q, distances, k, v)
-        r = None if folded else self.relative(distances, rows)
-        given = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
-        if inside:
-            out, state = self._inside(given, state, rows)
-        elif rows.plain or self.counts_usage:
-            out, state = self._in_pieces(given, state, rows)
+        one_segment = rows.inside(self.config.segment) or not rows.batch
+        folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
+        r = None if folds else self.relative(distances, rows)
+        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
+        if state is None:
+            state = self.init_state(rows.batch, q.device, hidden.x.dtype)
+        if one_segment:
+            out, state = self._within_segment(inputs, state, rows)
+        elif self.counts_usage:
+            out, state = self._segment_by_segment(inputs, state, rows)
         else:
-            out, state = self._in_parts(given, state, rows)
-        lost = None if loss is None else loss.mean()
-        if penalties is not None and lost is not None:
-            penalties.append(self.config.loss_weight * lost)
+            out, state = self._all_segments(inputs, state, rows)
+        penalty = None if loss is None else loss.mean()
+        if penalties is not None and penalty is not None:
+            penalties.append(self.config.loss_weight * penalty)
         return out, state
 
-    def _learns(self) -> bool:
+    def _learns(self, rows: Rows) -> bool:
         config = self.config
-        wanted = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
-        return wanted and config.compressed_len > 0 and (torch.is_grad_enabled() or recording())
+        has_loss = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
+        return has_loss and config.compressed_len > 0 and rows.learns
 
     def _distances(self, rows: Rows) -> int:
         """Distances that pairs of the call have at most."""
         if not rows.plain:
             return self.reach
-        first, most = rows.offset_range[0], 1
-        for border in range(first - first % self.config.segment, first + rows.length, self.config.segment):
-            end = min(border + self.config.segment, first + rows.length)
-            most = max(most, end - border + sum(self.sizes.seen(border)))
+        first, last = rows.offset_range[0], rows.offset_range[0] + rows.length
+        segment, most = self.config.segment, 1
+        for border in range(first - first % segment, last, segment):
+            most = max(most, int(min(border + segment, last) - border + sum(self.sizes.visible(border))))
             if most == self.reach:
                 break
         return most
 
-    def _in_pieces(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
-        """A call that reaches over segment borders or begins documents."""
-        parts: tuple[Tensor, ...] = given[:4]
-        layout, outs = None, []
-        if not rows.plain:
-            layout = rows.segments(self.config.segment)
-            parts = tuple(layout.spread(t) for t in parts)
-        q, k, v = (t.transpose(1, 2) for t in parts[:3])
-        if state is None:
-            state = self.init_state(rows.batch, q.device, given.x.dtype)
-        for columns, begins, part in self._pieces(rows):
-            if begins is not None:
-                kept = [t.masked_fill(begins.view(-1, *(1,) * (t.ndim - 1)), 0) for t in state]
-                state = CompressiveState(kept[0], kept[1], kept[2], kept[3])
-            if not part.length:
-                outs.append(torch.zeros_like(q[:, columns]))
-                continue
-            heads = [part.gather(t[:, columns]).transpose(1, 2) for t in (q, k, v)]
-            inner = given._replace(q=heads[0], k=heads[1], v=heads[2], x=part.gather(parts[3][:, columns]))
-            many = part.plain and part.length > self.config.segment
-            out, state = (self._aligned if many else self._inside)(inner, state, part)
-            outs.append(part.scatter(out.transpose(1, 2)))
-        out = (torch.cat(outs, 1) if outs else torch.zeros_like(q)).transpose(1, 2)
-        if layout is not None:
-            out = layout.collect(out)
-        left = [emptied_rows(rows, t) for t in state[:3]]
-        return out, CompressiveState(left[0], left[1], left[2], rows.live)
-
-    def _inside(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
-        """A call within the open segment of every row, to its end at most."""
-        q, k, v, _, project, r, _ = given
+    def _within_segment(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
+        q, k, v, segment = inputs.q, inputs.k, inputs.v, self.config.segment
         past, memory_lengths = self._past(state, rows)
         if past is not None:
-            old_k, old_v = project(past)
-            k, v = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        seen: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
-        if r is None:
+            past_k, past_v = inputs.project(past)
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        real: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        usage = state.usage
+        if inputs.r is None:
             scores = self.position_scores(q, k.shape[2], rows)
-            out = ops.relative_decode(q, k, v, scores, self.content_bias, **seen)
-            return out, self._next(given, state, None, rows)
-        biases = r, self.content_bias, self.position_bias
-        out = ops.relative_attention(q, k, v, *biases, **seen)
-        usage = ops.attention_usage(q, k, *biases, **seen) if self.counts_usage else None
-        return out, self._next(given, state, usage, rows)
+            out = ops.relative_decode(q, k, v, scores, self.content_bias, **real)
+        else:
+            biases = inputs.r, self.content_bias, self.position_bias
+            out = ops.relative_attention(q, k, v, *biases, **real)
+            if self.counts_usage:
+                usage = self._usage_layout(rows).add(usage, ops.attention_usage(q, k, *biases, **real))
+        compressed = rows.clear_reset(state.compressed)
+        if (rows.offsets % segment + rows.lengths_read == segment).any():
+            layout = self._slot_layout(rows)
+            compressed = pick(self._compress(inputs, state, usage, layout), layout.carried)
+        if self.counts_usage:
+            usage = self._usage_layout(rows).carry(usage, rows)
+        return out, CompressiveState(self._carry_hidden(state, inputs.x, rows), compressed, usage, rows.live)
 
-    def _past(self, state: CompressiveState | None, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    def _past(self, state: CompressiveState, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
         """Hidden states (batch, columns, dim) that the call sees besides its own; how many are real, newest last."""
-        if state is None or not rows.batch:
-            return None, None
-        low, high = rows.offset_range
-        segment, capacity = self.config.segment, self.capacity
+        sizes, low, high = self.sizes, *rows.offset_range
         if low == high:
-            opened = low % segment
-            slots, older = self.sizes.seen(low - opened)
-            if not slots + older + opened:
-                return None, None
-            near = state.hidden[:, capacity - older - opened :]
-            return (torch.cat([state.compressed[:, -slots:], near], 1) if slots else near), None
+            opened = low % sizes.segment
+            slots, memory = sizes.visible(low - opened)
+            past = state.hidden[:, self.capacity - memory - opened :]
+            if slots:
+                past = torch.cat([state.compressed[:, sizes.compressed_len - slots :], past], 1)
+            return (past if past.shape[1] else None), None
 
         def layout() -> tuple[Tensor, Tensor]:
-            opened = rows.offsets % segment
-            slots, older = self.sizes.seen(rows.offsets - opened)
-            near, count = older + opened, slots + older + opened
+            opened = rows.offsets % sizes.segment
+            slots, memory = sizes.visible(rows.offsets - opened)
+            count, near = slots + memory + opened, (memory + opened)[:, None]
             back = np.arange(count.max(), 0, -1)
-            far = self.config.compressed_len + near[:, None] - back  # among the slots
-            place = np.where(back <= near[:, None], self.config.compressed_len + capacity - back, far)
-            return host.put(place.clip(min=0), rows.device), host.put(count, rows.device)
+            column = sizes.compressed_len - back + np.where(back <= near, self.capacity, near)
+            return host.put(column.clip(min=0), rows.device), host.put(count, rows.device)
 
-        place, count = rows.cached(("compressive past", self.sizes), layout)
-        if not place.shape[1]:
-            return None, None
+        column, count = rows.cached(("compressive past", sizes, self.capacity), layout)
         joined = torch.cat([state.compressed, state.hidden], 1)
-        return joined.gather(1, place[..., None].expand(-1, -1, joined.shape[2])), count
+        return joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2])), count
 
-    def _aligned(self, given: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
-        """Several segments at once, from a border on, the rows laid out alike: slots are made of inputs alone."""
-        q, k, v, x, project, r, loss = given
+    def _all_segments(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """Any call, all segments at once: its slots are made of hidden states alone, before anything is attended."""
+        q, k, v, x, project, r, _ = inputs
         assert r is not None, "only a call within the open segment folds queries"
-        config, first, stale = self.config, rows.offset_range[0], None
-        new, spans = self._all_slots(state, x, rows, trains=loss is not None)
-        before, last = self.sizes.closed(first), first + (rows.length - 1) // config.segment * config.segment
-        held = min(before, config.compressed_len)
-        slots = torch.cat([state.compressed[:, config.compressed_len - held :], new.detach()], 1)
-        slots_k, slots_v = project(slots[:, : held + self.sizes.closed(last) - before])
-        older = min(first, config.mem_len)
-        past = state.hidden[:, self.capacity - older :].detach()
+        slot_layout = self._slot_layout(rows)
+        slots = self._compress(inputs, state, None, slot_layout)
+        slots_k, slots_v = project(pick(slots, slot_layout.visible))
+        segments = self._segments(rows)
+        memory = int((segments.opened + self.sizes.visible(segments.border)[1] - segments.column).max(initial=0))
+        past, stale = state.hidden[:, self.capacity - memory :], None
         if torch.is_grad_enabled():
-            stale = project(torch.cat([past, x.detach()], 1))
-            past_k, past_v = (t[:, :, :older].detach() for t in stale)
-        else:
+            stale = project(torch.cat([past, x], 1).detach())
+        if stale is None or past.requires_grad:
             past_k, past_v = project(past)
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-        out = ops.compressive_attention(
-            q,
-            k,
-            v,
-            slots_k,
-            slots_v,
-            r,
-            self.content_bias,
-            self.position_bias,
-            **self.fields,
-            position=first,
-            stale=stale,
+        else:
+            past_k, past_v = (t[:, :, :memory] for t in stale)
+        width = k.shape[1] * k.shape[3]
+        layout = rows.cached(
+            ("compressive attention", self.sizes, width, stale is not None),
+            lambda: attention_layout(
+                segments,
+                self.sizes,
+                batch=rows.batch,
+                length=rows.length,
+                memory=memory,
+                slots=slot_layout.visible.shape[1],
+                width=width,
+                stale=stale is not None,
+                device=rows.device,
+            ),
         )
-        for number, (low, high, old) in enumerate(spans):
-            if loss is not None and low < high:
-                queries = q[:, :, number * config.segment : (number + 1) * config.segment]
-                groups, lengths = (torch.full_like(rows.offset, n) for n in (high - low, config.segment))
-                loss.add(old, new[:, low:high], queries, project, groups, lengths)
-        compressed = torch.cat([state.compressed, new.detach()], 1)[:, new.shape[1] :].clone()
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        biases = r, self.content_bias, self.position_bias
+        out = attend_segments(layout, q, k, v, slots_k, slots_v, *biases, stale=stale)
+        compressed = pick(slots, slot_layout.carried)
         return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
 
-    def _in_parts(self, given: Inputs, state: CompressiveState | None, rows: Rows) -> tuple[Tensor, CompressiveState]:
-        """Rows laid out unlike each other, over segment borders and documents, all segments at once."""
-        q, k, v, x, project, r, loss = given
-        assert r is not None, "only a call within the open segment folds queries"
-        if state is None:
-            state = self.init_state(rows.batch, x.device, x.dtype)
-        context, sizes = self.compressor.context, self.sizes
-        layout = rows.cached(("compressive layout", sizes), lambda: make_layout(rows, sizes))
-        lines = torch.cat([state.hidden, x], 1).detach().flatten(0, 1)
-        made = lines[:0]
-        if len(layout.groups):
-            old = lines.index_select(0, layout.old.clamp(min=0).flatten()).unflatten(0, layout.old.shape)
-            old = old.masked_fill((layout.old < 0)[..., None], 0.0)
+    def _segment_by_segment(
+        self, inputs: Inputs, state: CompressiveState, rows: Rows
+    ) -> tuple[Tensor, CompressiveState]:
+        """Any call of "most_used", which compresses by the attention of a whole segment before the next one begins."""
+        layout, outs = rows.segments(self.config.segment), []
+        spread = [layout.spread(t) for t in (inputs.q, inputs.k, inputs.v, inputs.x)]
+        for columns, begins, part in rows.cached(("compressive parts", self.sizes), lambda: self._parts(rows)):
+            if begins is not None:
+                emptied = [t.masked_fill(begins.view(-1, *(1,) * (t.ndim - 1)), 0) for t in state]
+                state = CompressiveState(*emptied)
+            q, k, v = (part.gather(t[:, :, columns].transpose(1, 2)).transpose(1, 2) for t in spread[:3])
+            inner = inputs._replace(q=q, k=k, v=v, x=part.gather(spread[3][:, columns]))
+            out, state = self._within_segment(inner, state, part)
+            outs.append(part.scatter(out.transpose(1, 2)).transpose(1, 2))
+        hidden, compressed, usage = (rows.clear_reset(t) for t in state[:3])
+        return layout.collect(torch.cat(outs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
+
+    def _parts(self, rows: Rows) -> list[tuple[slice, Tensor | None, Rows]]:
+        """Of each segment of all rows: its columns, (batch,) rows in which a document begins or None, its layout."""
+        segment, live, parts = self.config.segment, rows.offsets, []
+        layout = rows.segments(segment)
+        positions = layout.spread_positions()
+        for first in range(0, layout.columns, segment):
+            columns = slice(first, first + segment)
+            begins = positions[:, first] == 1
+            offset = host.put(np.where(begins, 0, live), rows.device)
+            part = Rows(offset, segment, host.put(positions[:, columns] > 0, rows.device))
+            parts.append((columns, host.put(begins, rows.device) if begins.any() else None, part))
+            live = part.lives
+        return parts
+
+    # -- compression -----------------------------------------------------------------------------------------------
+
+    def _segments(self, rows: Rows) -> CallSegments:
+        key = "compressive segments", self.sizes
+        return rows.cached(key, lambda: call_segments(rows.positions_read, rows.lengths_read, self.sizes))
+
+    def _slot_layout(self, rows: Rows) -> SlotLayout:
+        sizes = self.sizes, self.compressor.context, self.capacity
+        return rows.cached(("compressive slots", *sizes), lambda: slot_layout(rows, self._segments(rows), *sizes))
+
+    def _usage_layout(self, rows: Rows) -> UsageLayout:
+        sizes = self.sizes, self.capacity
+        return rows.cached(("compressive usage", *sizes), lambda: usage_layout(rows, *sizes))
+
+    def _compress(self, inputs: Inputs, state: CompressiveState, usage: Tensor | None, layout: SlotLayout) -> Tensor:
+        """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
+        if not len(layout.groups):
+            return column_list(state.compressed)
+        loss, context = inputs.loss, self.compressor.context
+        old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
+        if self.counts_usage:
+            assert usage is not None
+            columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
+            new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
+        else:
             with torch.set_grad_enabled(loss is not None):
                 new = self.compressor(old).to(old.dtype)
-            if loss is not None:
-                queries = pick(lines_of(q), layout.queries)
-                loss.add(old[:, context:], new, queries, project, layout.groups, layout.lengths)
-            made = new.detach().flatten(0, 1)
-        slots = torch.cat([state.compressed.flatten(0, 1), made, lines.new_zeros(1, lines.shape[1])])
-        stale = None
-        if torch.is_grad_enabled():
-            stale = project(torch.cat([state.hidden, x], 1).detach())
-        if stale is None or state.hidden.requires_grad:
-            old_k, old_v = project(state.hidden)
-        else:
-            old_k, old_v = (t[:, :, : self.capacity] for t in stale)
-        own = torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)
-        out = attend(layout, q, project(slots[None]), stale or own, own, (r, self.content_bias, self.position_bias))
-        compressed = slots.index_select(0, layout.carried.flatten()).unflatten(0, layout.carried.shape)
-        return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
-
-    def _all_slots(
-        self, state: CompressiveState, x: Tensor, rows: Rows, *, trains: bool
-    ) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-        """Slots that a call makes, and for every segment that ends: which of them, and what they are made of."""
-        config, context, first = self.config, self.compressor.context, rows.offset_range[0]
-        ends = range(first + config.segment, first + rows.length + 1, config.segment)
-        made = [self.sizes.closed(end) for end in ends]
-        before = self.sizes.closed(first)
-        if made[-1] == before:
-            return x[:, :0], [(0, 0, x[:, :0]) for _ in made]
-        joined = torch.cat([state.hidden, x], 1).detach()
-        column = self.capacity - first + before * config.ratio
-        old = joined[:, column - context : column + (made[-1] - before) * config.ratio]
-        with torch.set_grad_enabled(trains):
-            new = self.compressor(old).to(old.dtype)
-        edges = [0, *(each - before for each in made)]
-        spans = [(a, b, old[:, context + a * config.ratio : context + b * config.ratio]) for a, b in pairwise(edges)]
-        return new, spans
-
-    # -- what is carried on ----------------------------------------------------------------------------------------
-
-    def _next(
-        self, given: Inputs, state: CompressiveState | None, received: Tensor | None, rows: Rows
-    ) -> CompressiveState:
-        segment, x = self.config.segment, given.x
-        if state is None:
-            state = self.init_state(rows.batch, x.device, x.dtype)
-        closes = rows.closes(segment)
-        usage = state.usage if received is None else count_usage(state.usage, received, closes, rows, self.sizes)
-        compressed = state.compressed
-        if self.config.compressed_len and (rows.offsets % segment + rows.lengths_read == segment).any():
-            compressed = self._compress(given, state, usage, closes, rows)
-        carried = self._carry_hidden(state, x, rows)
-        if received is not None:
-            usage = carry_usage(usage, closes, rows, self.sizes)
-        compressed, usage = emptied_rows(rows, compressed), emptied_rows(rows, usage)
-        return CompressiveState(carried, compressed, usage, rows.live)
+        if loss is not None:
+            queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
+            loss.add(old[:, context:], new, queries, inputs.project, layout.groups, layout.lengths)
+        return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
         """What lies before the open segment is memory: it is read, not trained through."""
@@ -397,33 +382,6 @@ class CompressiveCore(RelativeCore):
         is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
         some = self.capacity > 0 and (rows.lives % self.config.segment).any()
         return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
-
-    def _compress(self, given: Inputs, state: CompressiveState, usage: Tensor, closes: Tensor, rows: Rows) -> Tensor:
-        """The compressed memory after the segments that end here."""
-        config, context, loss = self.config, self.compressor.context, given.loss
-        before, groups = self.sizes.groups(closes, rows.offset)
-        closing = rows.offsets % config.segment + rows.lengths_read == config.segment
-        most = int(self.sizes.groups(closing, rows.offsets)[1].max())
-        if not most:
-            return state.compressed
-        joined = torch.cat([state.hidden, given.x], 1).detach()
-        position = (before * config.ratio - context)[:, None] + torch.arange(
-            context + most * config.ratio, device=joined.device
-        )
-        column = (self.capacity - rows.offset[:, None] + position).clamp(0, joined.shape[1] - 1)
-        old = joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2]))
-        if context:
-            old = old.masked_fill((position < 0)[..., None], 0.0)
-        with torch.set_grad_enabled(loss is not None):
-            if self.counts_usage:
-                new = self.compressor(old, usage.gather(1, column), groups)
-            else:
-                new = self.compressor(old).to(old.dtype)
-        if loss is not None:
-            loss.add(old[:, context:], new, given.q, given.project, groups, rows.real_tokens())
-        slot = torch.arange(config.compressed_len, device=joined.device) + groups[:, None]
-        place = slot[..., None].expand(-1, -1, joined.shape[2])
-        return torch.cat([state.compressed, new.detach()], 1).gather(1, place)
 
     # -- what it costs ---------------------------------------------------------------------------------------------
 
@@ -449,26 +407,27 @@ class CompressiveCore(RelativeCore):
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
-        config, shape = self.config, self.shape
-        width, projected = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
-        last = max(0, length - 1) // config.segment * config.segment
-        most = max((size + sum(self.sizes.seen(border)) for border, size in self._sizes(length)), default=1)
-        row = self.compressor.flops(self.sizes.closed(length // config.segment * config.segment))
+        shape, sizes = self.shape, self.sizes
+        width, projection = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
+        border, tokens, visible = self._document(length)
+        ended = border[tokens == sizes.segment]
+        new_slots = sizes.closed_slots(ended + sizes.segment) - sizes.closed_slots(ended)
+        row = self.compressor.flops(int((new_slots > 0).sum() * new_slots.max(initial=0)))
         if self.counts_usage:
-            for border, size in self._sizes(length):
-                content, position = ops.relative_cost(size, memory=sum(self.sizes.seen(border)))
-                row += (6 * content + 4 * position) * width + projected * sum(self.sizes.seen(border))
+            for queries, keys in zip(tokens.tolist(), visible.tolist(), strict=True):
+                content, position = ops.relative_cost(queries, memory=keys)
+                row += (6 * content + 4 * position) * width + projection * keys
         else:
-            content, position = ops.compressive_cost(length, **self.fields)
-            row += (4 * content + 2 * position) * width + projected * self.sizes.closed(last)
-        return batch_size * row + 2 * most * shape.dim * width
+            content, position = ops.compressive_cost(length, **sizes._asdict())
+            row += (4 * content + 2 * position) * width + projection * int(sizes.closed_slots(border).max(initial=0))
+        return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
 
-    def _sizes(self, length: int) -> list[tuple[int, int]]:
-        """The border at which each segment of a document begins, and the segment's tokens."""
-        segment = self.config.segment
-        return [(border, min(segment, length - border)) for border in range(0, length, segment)]
+    def _document(self, length: int) -> tuple[Array, Array, Array]:
+        """Of each segment of a document: the border at which it begins, its tokens, the keys that it sees before it."""
+        border = np.arange(0, length, self.config.segment)
+        return border, np.minimum(self.config.segment, length - border), sum(self.sizes.visible(border))
 
     def pairs(self, length: int) -> int:
         """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
-        total: int = sum(n * (n + 1) // 2 + n * sum(self.sizes.seen(border)) for border, n in self._sizes(length))
-        return self.shape.num_heads * total
+        _, tokens, visible = self._document(length)
+        return self.shape.num_heads * int((tokens * (tokens + 1) // 2 + tokens * visible).sum())

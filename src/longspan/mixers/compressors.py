@@ -8,15 +8,18 @@ attention. The convolutions begin as means (the paper says nothing of their star
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan import ops
+from longspan import host, ops
 from longspan.engine.first_order import FirstOrder
 from longspan.mixers.maps import CalledParameters
+from longspan.mixers.rows import Rows
+from longspan.ops.compressive import CallSegments, CompressiveSizes
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -93,13 +96,13 @@ class Compressor(nn.Module):
         real = column < (groups * self.ratio)[:, None]
         order = usage.masked_fill(~real, -1.0).argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
-        kept = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
-        return vectors.gather(1, kept[..., None].expand(-1, -1, vectors.shape[2]))
+        chosen = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
+        return vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
 
     def decode(self, slots: Tensor) -> Tensor:
         """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
-        found: Tensor = self(slots, decode=True)
-        return found
+        vectors: Tensor = self(slots, decode=True)
+        return vectors
 
     def flops(self, slots: int) -> int:
         """Of one row's compression to so many slots."""
@@ -115,13 +118,13 @@ class Frozen(FirstOrder):
     what = "the loss of a compressor"
 
     @staticmethod
-    def forward(ctx: Any, project: Project, given: Tensor) -> tuple[Tensor, Tensor]:
-        """`project(given)`, its graph kept apart."""
+    def forward(ctx: Any, project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`project(x)`, its graph kept apart."""
         with torch.enable_grad():
-            x = given.detach().requires_grad_()
-            k, v = project(x)
-        ctx.inner = x, k, v
-        ctx.save_for_backward(given)
+            inner = x.detach().requires_grad_()
+            k, v = project(inner)
+        ctx.inner = inner, k, v
+        ctx.save_for_backward(x)
         return k.detach(), v.detach()
 
     @staticmethod
@@ -147,8 +150,7 @@ class AuxiliaryLoss:
 
     def __init__(self, compressor: Compressor, kind: str) -> None:
         self.compressor, self.kind = compressor, kind
-        self.sums: list[Tensor] = []
-        self.counts: list[Tensor] = []
+        self.sums: list[tuple[Tensor, Tensor]] = []  # squared errors, and how many
 
     def add(self, old: Tensor, new: Tensor, q: Tensor, project: Project, groups: Tensor, lengths: Tensor) -> None:
         """Segments that end, one a row.
@@ -165,15 +167,130 @@ class AuxiliaryLoss:
             dtype = torch.promote_types(old.dtype, torch.float32)
             lost = (self.compressor.decode(new).to(dtype) - old).square().mean(2)
             real = torch.arange(old.shape[1], device=old.device) < (groups * self.compressor.ratio)[:, None]
-            self.sums.append((lost * real).sum())
-            self.counts.append(real.sum())
+            self.sums.append(((lost * real).sum(), real.sum()))
             return
         with torch.no_grad():
             k, v = project(old)
         lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
-        self.sums.append(lost.sum())
-        self.counts.append((lengths * (groups > 0)).sum())
+        self.sums.append((lost.sum(), (lengths * (groups > 0)).sum()))
 
     def mean(self) -> Tensor | None:
         """The mean squared error, a scalar; None where no segment had anything to compress."""
-        return torch.stack(self.sums).sum() / torch.stack(self.counts).sum().clamp(min=1) if self.sums else None
+        if not self.sums:
+            return None
+        errors, counts = (torch.stack(terms).sum() for terms in zip(*self.sums, strict=True))
+        return errors / counts.clamp(min=1)
+
+
+class SlotLayout(NamedTuple):
+    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made.
+
+    Attributes:
+        vectors: (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's.
+        groups: (closing,) how many slots of each are real, the first ones.
+        queries: (closing, most tokens) the call's tokens in each, flattened over the batch.
+        lengths: (closing,) how many of these are real, the first ones.
+        visible: (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see.
+        carried: (batch, compressed_len) in the same list: those of the next state.
+    """
+
+    vectors: Tensor
+    groups: Tensor
+    queries: Tensor
+    lengths: Tensor
+    visible: Tensor
+    carried: Tensor
+
+
+def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
+    """The layout of a call.
+
+    Args:
+        rows: of the call.
+        segments: of the call.
+        sizes: of the mechanism.
+        context: see `Compressor`.
+        capacity: columns of hidden states in a state.
+    """
+    old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
+    closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
+    group = np.arange(closing.new_slots.max(initial=0))
+    first = sizes.closed_slots(closing.border) * sizes.ratio - context
+    position = first + np.arange(context + len(group) * sizes.ratio)
+    column = closing.column - closing.opened - closing.border + position  # negative: in the state
+    in_state = 1 + (closing.row + 1) * capacity + column
+    vectors = np.where(column < 0, in_state, 1 + rows.batch * capacity + closing.row * rows.length + column)
+    vectors[(position < 0) | (position >= closing.border + sizes.segment)] = 0
+    query = np.minimum(np.arange(closing.tokens.max(initial=0)), closing.tokens - 1)
+    # the slots of a row: those of the state, then the new ones
+    new_slots = np.zeros(rows.batch, np.int64)
+    np.add.at(new_slots, segments.row, segments.new_slots)
+    slots = np.zeros((rows.batch, compressed_len + new_slots.max(initial=0)), np.int64)
+    slots[:, :compressed_len] = 1 + np.arange(old_slots).reshape(rows.batch, compressed_len)
+    row, column = np.broadcast_arrays(closing.row, compressed_len + closing.new_slots_before + group)
+    real = group < closing.new_slots
+    slots[row[real], column[real]] = (1 + old_slots + np.arange(real.size).reshape(real.shape))[real]
+    live_before, live = (sizes.visible(count - count % sizes.segment)[0] for count in (rows.offsets, rows.lives))
+    last = np.arange(compressed_len)
+    carried = np.take_along_axis(slots, new_slots[:, None] + last, 1) * (last >= compressed_len - live[:, None])
+    visible_end = compressed_len + segments.new_slots_before.max(initial=0)
+    return SlotLayout(
+        vectors=host.put(vectors, rows.device),
+        groups=host.put(closing.new_slots[:, 0], rows.device),
+        queries=host.put(closing.row * rows.length + closing.column + query, rows.device),
+        lengths=host.put(closing.tokens[:, 0], rows.device),
+        visible=host.put(slots[:, compressed_len - live_before.max(initial=0) : visible_end], rows.device),
+        carried=host.put(carried, rows.device),
+    )
+
+
+class UsageLayout(NamedTuple):
+    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's.
+
+    Attributes:
+        visible: (batch, capacity + length) bool, in the memory or the open segment.
+        queries: (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all.
+        carried: (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of
+            the memory where a segment opens.
+        segment: its positions.
+    """
+
+    visible: Tensor
+    queries: Tensor
+    carried: Tensor
+    segment: int
+
+    def add(self, usage: Tensor, received: Tensor) -> Tensor:
+        """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
+
+        Args:
+            usage: (batch, capacity) of the state.
+            received: (batch, keys) attention of the call's keys, newest last; see `ops.attention_usage`.
+        """
+        columns = self.visible.shape[1]
+        received = F.pad(received, (columns - received.shape[1], 0)) * self.visible
+        usage = F.pad(usage, (0, columns - usage.shape[1])) + received
+        return usage * (self.segment / self.queries.to(usage.dtype))
+
+    def carry(self, usage: Tensor, rows: Rows) -> Tensor:
+        """(batch, capacity) usage that the next state holds, of what `add` returned."""
+        capacity = self.carried.shape[1]
+        return rows.carry(usage[:, :capacity, None], usage[:, capacity:, None], capacity)[..., 0] * self.carried
+
+
+def usage_layout(rows: Rows, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
+    """The layout of a call within the open segment of every row; arguments as of `slot_layout`."""
+    opened = (rows.offsets % sizes.segment)[:, None]
+    closes = opened + rows.lengths_read[:, None] == sizes.segment
+    rank = np.arange(-capacity, rows.length) + opened  # in the open segment, negative before it
+    memory = sizes.visible(rows.offsets[:, None] - opened)[1]
+    averaged = closes & (rank >= 0) & (rank < sizes.segment)
+    live = rows.lives[:, None]
+    position = np.arange(-capacity, 0) + live
+    waits = position >= sizes.closed_slots(live - live % sizes.segment) * sizes.ratio
+    return UsageLayout(
+        visible=host.put(rank >= -memory, rows.device),
+        queries=host.put(np.where(averaged, sizes.segment - rank, sizes.segment), rows.device),
+        carried=host.put(waits & (~closes | (position < live - sizes.mem_len)), rows.device),
+        segment=sizes.segment,
+    )

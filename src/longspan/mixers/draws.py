@@ -25,7 +25,7 @@ class DrawnCore(Core):
     draws: Tensor
     what: ClassVar[str]
     """The mechanism and what is drawn, as a message says it: "performer: projection"."""
-    wide: ClassVar[tuple[str, ...]] = ()
+    wide: tuple[str, ...] = ()
     """Buffers that are never narrower than fp32."""
     pending: Any = None
     """What the training forwards since the last step have counted in this process: tensors; None = nothing."""

@@ -5,7 +5,7 @@ of a layer may look near and half far, as in Routing Transformer (Roy et al. 202
 """
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,9 @@ class HeadsCore(Core):
                 rope=shape.rope,
             )
             cores.append(registry.build_core(table["name"], part, fields, where))
+            if cores[-1].value_dim != cores[0].value_dim:
+                widths = f"values of {cores[-1].value_dim}, parts[0] of {cores[0].value_dim}"
+                raise ConfigError(f"{where}: {widths}; the parts of a layer share one width")
             self.queries.append(slice(first, first + count))
             self.keys.append(keys)
             first += count
@@ -106,35 +109,9 @@ class HeadsCore(Core):
         return [core for core in self.parts if isinstance(core, Core)]
 
     @property
-    def needs_hidden(self) -> bool:  # type: ignore[override]
-        """Whether any part carries hidden states."""
-        return any(core.needs_hidden for core in self.cores)
-
-    @property
-    def uses_keys(self) -> bool:  # type: ignore[override]
-        """Whether any part reads keys."""
-        return any(core.uses_keys for core in self.cores)
-
-    @property
-    def counts_forwards(self) -> bool:  # type: ignore[override]
-        """Whether any part does."""
-        return any(core.counts_forwards for core in self.cores)
-
-    @property
-    def linear_in_values(self) -> bool:  # type: ignore[override]
-        """Whether all parts are."""
-        return all(core.linear_in_values for core in self.cores)
-
-    @property
-    def no_stream(self) -> str:  # type: ignore[override]
-        """That of the first part that does not stream."""
-        found = [(index, core.no_stream) for index, core in enumerate(self.cores) if not core.traits.streams]
-        return f"parts[{found[0][0]}]: {found[0][1]}" if found else "does not stream"
-
-    @property
     def traits(self) -> Traits:
-        """What all parts promise; the horizon is the farthest of any part, each part keeping its own."""
-        return merge_traits([core.traits for core in self.cores])
+        """See `merge_traits`; reasons say of which part they are."""
+        return merge_traits([_labeled(core.traits, f"parts[{index}]: ") for index, core in enumerate(self.cores)])
 
     def head_traits(self) -> list[Traits]:
         """The traits of the part that each head belongs to."""
@@ -155,7 +132,7 @@ class HeadsCore(Core):
         outs, nexts = [], []
         for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
             part = None
-            if hidden is not None and core.needs_hidden:
+            if hidden is not None and core.traits.receives_hidden:
                 part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
             before = None if state is None else state.parts[i]
             out, after = core(
@@ -209,3 +186,12 @@ class HeadsCore(Core):
     def parameter_groups(self) -> list[ParameterGroup]:
         """Those of all parts."""
         return [group for core in self.cores for group in core.parameter_groups()]
+
+
+def _labeled(traits: Traits, label: str) -> Traits:
+    """Traits whose reasons begin with a label."""
+    return replace(
+        traits,
+        no_stream_reason=label + traits.no_stream_reason,
+        no_conversion_reason=label + traits.no_conversion_reason if traits.no_conversion_reason else "",
+    )

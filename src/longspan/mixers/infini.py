@@ -8,7 +8,7 @@ kv head, in fp64, so that 10^8 tokens are summed like the first.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class InfiniCore(SegmentCore):
 
     Config = InfiniConfig
     config: InfiniConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
     examples = (
         {"segment": 4},
         {"segment": 4, "update": "delta", "normaliser": "gamma"},

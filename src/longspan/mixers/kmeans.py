@@ -36,10 +36,10 @@ class Seen(NamedTuple):
 class ClusteredCore(DrawnCore):
     """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
 
-    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none.
+    The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none. Traits of
+    subclasses say `tracks_statistics`.
     """
 
-    counts_forwards = True
     wide = STATISTICS
     centroids: Tensor
     ema_sum: Tensor
@@ -58,7 +58,7 @@ class ClusteredCore(DrawnCore):
         self.register_buffer("ema_count", torch.zeros(heads, count, dtype=wide))
         self._count_draws()
 
-    def _nothing(self) -> Seen:
+    def _no_statistics(self) -> Seen:
         heads, count, dim = self.centroids.shape
         sums, counts = self.centroids.new_zeros, self.draws.new_zeros
         samples = SAMPLES * count
@@ -71,8 +71,8 @@ class ClusteredCore(DrawnCore):
 
     def _own(self, chosen: Tensor) -> Tensor:
         """(batch, heads, length, head_dim) the centroid of each token's cluster."""
-        found = self.centroids.flatten(0, 1).index_select(0, self._flat(chosen).flatten())
-        return found.view(*chosen.shape, self.centroids.shape[2])
+        centroids = self.centroids.flatten(0, 1).index_select(0, self._flat(chosen).flatten())
+        return centroids.view(*chosen.shape, self.centroids.shape[2])
 
     @torch.no_grad()
     def see(self, seen: list[tuple[Tensor, Tensor]], real: Tensor, begun: bool | None = None) -> None:
@@ -88,7 +88,7 @@ class ClusteredCore(DrawnCore):
             return
         pending = self.pending
         if pending is None:
-            pending = self.pending = self._nothing()
+            pending = self.pending = self._no_statistics()
         size = pending.counts.numel()
         for vectors, chosen in seen:
             index = self._flat(chosen).masked_fill(~real[:, None], size).flatten()
@@ -108,20 +108,19 @@ class ClusteredCore(DrawnCore):
         part = slice(rank * size // world, (rank + 1) * size // world)
         slots = torch.arange(part.stop - part.start, device=real.device)
         # each row's vectors one kind behind the other: those of every head that shares centroids, queries before keys
-        kinds = [(each.unflatten(1, (self.routed_heads, -1)), i) for each in vectors for i in range(self._group(each))]
-        passed = real.repeat(1, len(kinds)).flatten().cumsum(0)
-        total, taken = passed[-1], pending.filled[part].sum()
-        count = torch.minimum(len(slots) - taken, total)
-        number = (slots - taken) * total // count.clamp(min=1)
-        place = torch.searchsorted(passed, number + 1).clamp(max=len(passed) - 1)
-        row, column = place // (len(kinds) * length), place % length
-        kind = place // length % len(kinds)
-        found = torch.zeros_like(pending.sample[:, part])
-        for which, (each, i) in enumerate(kinds):
-            picked = each[row, :, i, column].transpose(0, 1).to(found.dtype)
-            found = torch.where((kind == which)[:, None], picked, found)
-        fits = (slots >= taken) & (slots < taken + count)
-        pending.sample[:, part] = torch.where(fits[:, None], found, pending.sample[:, part])
+        kinds = [x.unflatten(1, (self.routed_heads, -1))[:, :, i] for x in vectors for i in range(self._group(x))]
+        counted = real.repeat(1, len(kinds)).flatten().cumsum(0)
+        total, filled = counted[-1], pending.filled[part].sum()
+        count = torch.minimum(len(slots) - filled, total)
+        number = (slots - filled) * total // count.clamp(min=1)
+        index = torch.searchsorted(counted, number + 1).clamp(max=len(counted) - 1)
+        row, kind, column = index // (len(kinds) * length), index // length % len(kinds), index % length
+        sample = torch.zeros_like(pending.sample[:, part])
+        for which, of_kind in enumerate(kinds):
+            picked = of_kind[row, :, column].transpose(0, 1).to(sample.dtype)
+            sample = torch.where((kind == which)[:, None], picked, sample)
+        fits = (slots >= filled) & (slots < filled + count)
+        pending.sample[:, part] = torch.where(fits[:, None], sample, pending.sample[:, part])
         pending.filled[part] = torch.where(fits, 1, pending.filled[part])
 
     def _group(self, vectors: Tensor) -> int:
@@ -134,7 +133,7 @@ class ClusteredCore(DrawnCore):
         if pending is None:
             if processes()[1] == 1:
                 return
-            pending = self._nothing()  # others may have seen something
+            pending = self._no_statistics()  # others may have seen something
         total, count = summed(pending.sums, pending.counts)
         if int(self.draws):
             self._move(total, count)
@@ -148,10 +147,11 @@ class ClusteredCore(DrawnCore):
         if not bool(filled.any()):
             return
         vectors = sample[:, filled > 0].cpu()
-        found = spherical_kmeans(vectors, self.centroids.cpu(), generator)
-        members = F.one_hot((vectors.to(found.dtype) @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
+        centroids = spherical_kmeans(vectors, self.centroids.cpu(), generator)
+        nearest = (vectors.to(centroids.dtype) @ centroids.mT).argmax(-1)
+        members = F.one_hot(nearest, centroids.shape[1]).to(vectors.dtype)
         weight = count.sum(1).cpu()[:, None] / vectors.shape[1]
-        self.centroids.copy_(found)
+        self.centroids.copy_(centroids)
         self.ema_sum.copy_(members.mT @ vectors * weight[..., None])
         self.ema_count.copy_(members.sum(1) * weight)
         self._agree()
@@ -178,9 +178,9 @@ class ClusteredCore(DrawnCore):
             return
         # of its own, a function of the step: a resumed run and every process draw the same
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
-        found = seeded(sample[:, filled > 0].cpu(), self.centroids.cpu(), dead.cpu(), generator).to(self.centroids)
-        self.centroids.copy_(torch.where(dead[..., None], found, self.centroids))
-        self.ema_sum.copy_(torch.where(dead[..., None], found * even[..., None], self.ema_sum))
+        revived = seeded(sample[:, filled > 0].cpu(), self.centroids.cpu(), dead.cpu(), generator).to(self.centroids)
+        self.centroids.copy_(torch.where(dead[..., None], revived, self.centroids))
+        self.ema_sum.copy_(torch.where(dead[..., None], revived * even[..., None], self.ema_sum))
         self.ema_count.copy_(torch.where(dead, even, self.ema_count))
         self._agree()
 
@@ -199,34 +199,34 @@ def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generat
     """
     vectors = vectors.float()
     every = torch.ones(fallback.shape[:2], dtype=torch.bool, device=fallback.device)
-    found = seeded(vectors, fallback.float(), every, generator)
+    centroids = seeded(vectors, fallback.float(), every, generator)
     for _ in range(ROUNDS):
-        nearest = F.one_hot((vectors @ found.mT).argmax(-1), found.shape[1]).to(vectors.dtype)
+        nearest = F.one_hot((vectors @ centroids.mT).argmax(-1), centroids.shape[1]).to(vectors.dtype)
         total = nearest.mT @ vectors
-        found = torch.where(nearest.any(1)[..., None], F.normalize(total, dim=-1), found)
-    return found
+        centroids = torch.where(nearest.any(1)[..., None], F.normalize(total, dim=-1), centroids)
+    return centroids
 
 
-def seeded(vectors: Tensor, centroids: Tensor, wanted: Tensor, generator: torch.Generator | None) -> Tensor:
+def seeded(vectors: Tensor, centroids: Tensor, reseeded: Tensor, generator: torch.Generator | None) -> Tensor:
     """The centroids with some put anew by k-means++: each at a vector drawn in proportion to 1 - cos to the nearest.
 
     Args:
         vectors: (heads, n, head_dim) of length one, or zero and then never drawn.
         centroids: (heads, clusters, head_dim).
-        wanted: (heads, clusters) bool, those that are put anew; as they are where all vectors have a centroid.
+        reseeded: (heads, clusters) bool, those that are put anew; as they are where all vectors have a centroid.
         generator: draws; None = torch's.
     """
-    found, vectors = centroids.float().clone(), vectors.float()
-    head = torch.arange(len(found), device=found.device)
-    source = found.device if generator is None else generator.device
-    nearness = (vectors @ found.mT).masked_fill(wanted[:, None], -1).amax(-1)
+    centroids, vectors = centroids.float().clone(), vectors.float()
+    head = torch.arange(len(centroids), device=centroids.device)
+    source = centroids.device if generator is None else generator.device
+    nearness = (vectors @ centroids.mT).masked_fill(reseeded[:, None], -1).amax(-1)
     farthest = torch.where(vectors.norm(dim=-1) > 0.5, 1 - nearness, 0.0)
-    for number in wanted.any(0).nonzero()[:, 0].tolist():
+    for number in reseeded.any(0).nonzero()[:, 0].tolist():
         distance = torch.where(farthest > 1e-5, farthest, 0.0)  # beyond rounding: equal vectors give one seed
-        left = wanted[:, number] & (distance.sum(-1) > 0)
+        left = reseeded[:, number] & (distance.sum(-1) > 0)
         shares = torch.where(left[:, None], distance, 1.0).to(source)
-        chosen = torch.multinomial(shares, 1, generator=generator)[:, 0].to(found.device)
-        found[:, number] = torch.where(left[:, None], vectors[head, chosen], found[:, number])
-        nearness = (vectors @ found[:, number, :, None])[..., 0]
+        chosen = torch.multinomial(shares, 1, generator=generator)[:, 0].to(centroids.device)
+        centroids[:, number] = torch.where(left[:, None], vectors[head, chosen], centroids[:, number])
+        nearness = (vectors @ centroids[:, number, :, None])[..., 0]
         farthest = torch.minimum(farthest, torch.where(left[:, None], 1 - nearness, farthest))
-    return found
+    return centroids

@@ -107,7 +107,7 @@ class LinearCore(Core):
         )
         if sums is None:
             return out, None
-        values, keys = (emptied_rows(rows, t) for t in sums[:2])
+        values, keys = (rows.clear_reset(t) for t in sums[:2])
         return out, LinearState(values, keys, rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LinearState:
@@ -137,10 +137,3 @@ class LinearCore(Core):
     def pairs(self, length: int) -> int:
         """All pairs, as dense attention has them."""
         return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
-
-
-def emptied_rows(rows: Rows, t: Tensor, value: float = 0.0) -> Tensor:
-    """A part of a state (batch, ...) with the rows emptied whose last reset lies behind their last real token."""
-    if rows.emptied is None:
-        return t
-    return t.masked_fill(rows.emptied.view(-1, *(1,) * (t.ndim - 1)), value)

@@ -13,10 +13,11 @@ Two ways to choose, in each round:
 
 - "strict": token i sees the last 2 * bucket_size tokens j < i of its bucket (not causal: the nearest bucket_size on
   either side). A later token changes nothing, so decoding equals training. The default where causal.
-- "sorted", the paper's: tokens sorted by bucket and cut into chunks of bucket_size that see themselves and the chunk
-  before, in a circle inside each round. Buckets share chunks, so a later token changes which keys an earlier one sees,
-  though no value of it reaches there: law 1 holds for values alone (`traits.causal` False, `value_causal` True), and
-  what is decoded token by token is not what was trained: it does not stream. The default where not causal.
+- "sorted", the paper's: in each round, tokens sorted by bucket and cut into chunks of bucket_size that see themselves
+  and the previous chunk (the first one sees the last). Buckets share chunks, so a later token changes which keys an
+  earlier one sees, though no value of it reaches there: law 1 holds for values alone (`traits.causal` False,
+  `value_causal` True), and what is decoded token by token is not what was trained: it does not stream. The default
+  where not causal.
 
 The state is a ring of 2 * bucket_size tokens for every bucket of every round and head: at the defaults with heads of 64
 in fp32 smaller than a KV cache of as many kv heads from 16,641 tokens on (num_hashes * num_buckets * 2 * bucket_size
@@ -28,7 +29,7 @@ Rotations are drawn by a generator of their own, saved with the model, and drawn
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,9 +37,8 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import choose
 from longspan.mixers.draws import DrawnCore
-from longspan.mixers.rings import next_rings
+from longspan.mixers.rings import empty_rings, next_rings, rings_nbytes
 from longspan.mixers.rows import Rows
 
 
@@ -93,20 +93,21 @@ class LSHState(NamedTuple):
     live: Tensor
 
 
+_NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
 class LSHCore(DrawnCore):
     """See the module."""
 
     Config = LSHConfig
     config: LSHConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
     examples = (
         {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
         {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},
         {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
         {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
         {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
-    )
-    no_stream = (
-        "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "lsh: rotations"
     wide = ("rotations",)
@@ -126,16 +127,19 @@ class LSHCore(DrawnCore):
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @property
-    def uses_keys(self) -> bool:  # type: ignore[override]
-        """Shared keys are queries."""
-        return not self.config.shared
-
-    @property
     def traits(self) -> Traits:
-        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted."""
-        streams = self.shape.causal and self.strict
+        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted.
+
+        Shared keys are queries.
+        """
         return Traits(
-            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            uses_keys=not self.config.shared,
         )
 
     def forward(
@@ -162,8 +166,8 @@ class LSHCore(DrawnCore):
         shared = self.config.shared
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
         count = self.config.num_buckets
-        queried = choose(lambda: ops.lsh_buckets(q, rotations), below=count)
-        kept = queried if shared else choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
+        query_buckets = rows.choose(lambda: ops.lsh_buckets(q, rotations), below=count)
+        key_buckets = query_buckets if shared else rows.choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
         out = ops.lsh_attention(
             q,
             v,
@@ -172,7 +176,7 @@ class LSHCore(DrawnCore):
             bucket_size=self.config.bucket_size,
             causal=self.shape.causal,
             selection="strict" if self.strict else "sorted",
-            buckets=(queried, kept),
+            buckets=(query_buckets, key_buckets),
             rings=rings,
             lengths=rows.lengths,
             start=rows.origin,
@@ -181,32 +185,26 @@ class LSHCore(DrawnCore):
             return out, None
         if shared:
             k, v = q, v.repeat_interleave(self.shape.group, 1)
-        return out, self._next(k, v, kept, rings, rows)
-
-    def _next(self, k: Tensor, v: Tensor, buckets: Tensor, rings: ops.LSHRings | None, rows: Rows) -> LSHState:
         if rings is None:
             empty = self.init_state(rows.batch, k.device, k.dtype)
             rings = ops.LSHRings(empty.k, empty.v, empty.position)
-        return LSHState(*next_rings(rings, k, v, buckets, rows), self.drawn_of(rows), rows.live)
+        return out, LSHState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the rotations anew every `redraw` steps."""
         self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
 
+    def _rings(self) -> tuple[int, ...]:
+        config = self.config
+        return self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
+
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
         """Full capacity, nothing live."""
-        config = self.config
-        shape = (batch_size, self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size)
-        k = torch.zeros(*shape, self.shape.head_dim, device=device, dtype=dtype)
-        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        position = torch.full(shape, -1, dtype=torch.int64, device=device)
-        return LSHState(k, k.clone(), position, zeros, zeros.clone())
+        return LSHState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors and a position for every slot of every ring, and two counts a row, whatever the length."""
-        config = self.config
-        slots = self.hashed_heads * config.num_hashes * config.num_buckets * 2 * config.bucket_size
-        return batch_size * (slots * (2 * self.shape.head_dim * dtype.itemsize + 8) + 16)
+        """That of the rings, whatever the length."""
+        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""

@@ -21,7 +21,7 @@ the one in the state: see `MemorizingCore.attach` and `longspan.mixers.memory_st
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ class MemorizingCore(Core):
 
     Config = MemorizingConfig
     config: MemorizingConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
     examples = (
         {"window": 4, "max_memories": 10, "k": 3},
         {"window": 5, "max_memories": 1000, "k": 1000, "gate_init": 1.0},

@@ -20,9 +20,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.errors import ConfigError
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import recording
 from longspan.mixers.draws import DrawnCore, processes, summed
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 from longspan.state import recomputing
 
@@ -104,10 +102,13 @@ class PerformerCore(DrawnCore):
     def __init__(self, shape: Shape, config: PerformerConfig) -> None:
         super().__init__(shape, config)
         self.features = ops.num_features_of(config.num_features, config.kind)
+        # the bound of FAVOR++ is measured where a redraw will want it
+        self.measures = config.kind == "bounded" and config.redraw > 0
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("projection", self._drawn(generator))
         self._count_draws()
         if config.kind == "bounded":
+            self.wide = ("projection", "bound", "pending_square")
             # of queries and keys of unit variance, until training has seen some
             square = torch.tensor(2.0 * shape.head_dim**0.5, dtype=self.projection.dtype)
             self.register_buffer("bound", ops.bounded_constant(square, shape.head_dim))
@@ -119,19 +120,9 @@ class PerformerCore(DrawnCore):
         )
 
     @property
-    def wide(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The projection, and the bound of FAVOR++ with what it is made of."""
-        return ("projection", "bound", "pending_square") if self.config.kind == "bounded" else ("projection",)
-
-    @property
-    def counts_forwards(self) -> bool:  # type: ignore[override]
-        """The bound of FAVOR++ is measured, where a redraw will want it."""
-        return self.config.kind == "bounded" and self.config.redraw > 0
-
-    @property
     def traits(self) -> Traits:
         """Bounded at any length."""
-        return Traits(streams=self.shape.causal, bounded=True)
+        return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
 
     def forward(
         self,
@@ -151,7 +142,7 @@ class PerformerCore(DrawnCore):
         """
         q, k = self.rotate(q, k, rows)
         bounded = self.config.kind == "bounded"
-        if self.counts_forwards and self.training and (torch.is_grad_enabled() or recording()):
+        if self.measures and self.training and rows.learns:
             self._measure(q, k, rows)
         before = None
         if state is not None:
@@ -171,8 +162,8 @@ class PerformerCore(DrawnCore):
         )
         if sums is None:
             return out, None
-        values, keys = emptied_rows(rows, sums.values), emptied_rows(rows, sums.keys)
-        maximum = emptied_rows(rows, sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
+        values, keys = rows.clear_reset(sums.values), rows.clear_reset(sums.keys)
+        maximum = rows.clear_reset(sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
         return out, PerformerState(values, keys, maximum, self.drawn_of(rows), rows.live)
 
     @property
@@ -185,7 +176,7 @@ class PerformerCore(DrawnCore):
         if recomputing():
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
-        real = torch.arange(rows.length, device=q.device) < rows.real_tokens()[:, None]
+        real = rows.real_columns()
         counts, squares, sums = [], [], []
         for t in (q, k):
             t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)
@@ -197,7 +188,7 @@ class PerformerCore(DrawnCore):
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Apply what was measured, and every `redraw` steps draw the projection, and FAVOR++'s bound with it, anew."""
-        if self.counts_forwards:
+        if self.measures:
             self._apply_measured()
         if not self.redraw_at(step, self.config.redraw, self.projection, lambda: self._drawn(generator)):
             return

@@ -6,11 +6,10 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longspan.errors import ConfigError
-from longspan.mixers.adaptive_span import AdaptiveSpanCore
-from longspan.mixers.base import Mixer
+from longspan.mixers.base import Core, Mixer
 from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.rows import Rows
 
@@ -25,7 +24,7 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
     """How much the output of each query changes where the value of a key does; zero where it does not read that key.
 
     The whole mixer runs, in fp64, on hidden states of normal numbers from an empty past. Queries and keys (and
-    dynamic spans, which read hidden states too) are made blind to the last coordinate of the hidden states, so changing
+    gates and spans that read hidden states) are made blind to the last coordinate of the hidden states, so changing
     that coordinate at position j changes the value there and nothing else, through whatever path values take: memories
     are measured as attention is, and no mask of any mechanism is asked. Where the output is an attention map times the
     values (`linear_in_values`) all other values are zero and the changed one is one: the result is the map, and a
@@ -71,15 +70,22 @@ def _blind(mixer: Mixer) -> Mixer:
     for projection in (projections.q_proj, projections.k_proj):
         if projection is not None:
             projection.weight[:, -1] = 0
-    if core.linear_in_values:
+    if core.traits.linear_in_values:
         projections.v_proj.weight.zero_()
         if projections.v_proj.bias is not None:
             projections.v_proj.bias.zero_()
     projections.v_proj.weight[:, -1] = 1
     for module in core.modules():
-        if isinstance(module, AdaptiveSpanCore) and module.config.dynamic:
-            module.span_weight[:, -1] = 0
+        if isinstance(module, Core) and module.traits.receives_hidden and module.traits.convertible:
+            module.register_forward_pre_hook(_blind_hidden, with_kwargs=True)
     return probed
+
+
+def _blind_hidden(core: nn.Module, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hidden states for gates and spans; a core that makes values of them has `no_conversion_reason`, and gets all."""
+    x = keywords["hidden"].x.clone()
+    x[..., -1] = 0
+    return arguments, {**keywords, "hidden": keywords["hidden"]._replace(x=x)}
 
 
 @torch.no_grad()

@@ -19,47 +19,56 @@ class Projections(nn.Module):
         bias: add biases.
         keys: project keys; False for mechanisms whose keys are their queries. `k_proj` is then None, and what is given
             as k are the values, which nobody reads as keys.
+        value_dim: width of the values and outputs of a head; default: head_dim.
     """
 
     k_proj: nn.Linear | None
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False, keys: bool = True
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        keys: bool = True,
+        value_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
         # registered where it is None too: `load_state_dict` then passes over weights that earlier versions saved
         self.register_module("k_proj", nn.Linear(dim, num_kv_heads * head_dim, bias=bias) if keys else None)
-        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, dim, bias=bias)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.value_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, N, dim) to q (B, heads, N, head_dim) and k, v (B, kv_heads, N, head_dim)."""
+        """x (B, N, dim) to q (B, heads, N, head_dim), k (B, kv_heads, N, head_dim), v (B, kv_heads, N, value_dim)."""
         if self.k_proj is None:
-            v = self._heads(self.v_proj(x), self.num_kv_heads)
-            return self._heads(self.q_proj(x), self.num_heads), v, v
+            v = _heads(self.v_proj(x), self.num_kv_heads)
+            return _heads(self.q_proj(x), self.num_heads), v, v
         k, v = self.keys_values(x)
-        return self._heads(self.q_proj(x), self.num_heads), k, v
+        return _heads(self.q_proj(x), self.num_heads), k, v
 
     def keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, M, dim) to k and v (B, kv_heads, M, head_dim), of all kv heads or of a slice of them."""
+        """x (B, M, dim) to k and v as in a call, of all kv heads or of a slice of them."""
         assert self.k_proj is not None, "a mechanism that projects hidden states anew has keys"
         if kv_heads is None or not (is_plain(self.k_proj) and is_plain(self.v_proj)):
             # a part of what an adapter, a hook or a quantized map gives is a part of its output
             part = slice(None) if kv_heads is None else kv_heads
-            k, v = (self._heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
+            k, v = (_heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
             return k, v
         first, last, _ = kv_heads.indices(self.num_kv_heads)
-        part = slice(first * self.head_dim, last * self.head_dim)
-        k, v = (
-            F.linear(x, proj.weight[part], None if proj.bias is None else proj.bias[part])
-            for proj in (self.k_proj, self.v_proj)
-        )
-        return self._heads(k, last - first), self._heads(v, last - first)
+        found = []
+        for proj, width in ((self.k_proj, self.head_dim), (self.v_proj, self.value_dim)):
+            part = slice(first * width, last * width)
+            bias = None if proj.bias is None else proj.bias[part]
+            found.append(_heads(F.linear(x, proj.weight[part], bias), last - first))
+        return found[0], found[1]
 
     def output(self, out: Tensor) -> Tensor:
-        """(B, heads, N, head_dim) to (B, N, dim)."""
+        """(B, heads, N, value_dim) to (B, N, dim)."""
         y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
         return y
 
@@ -72,5 +81,6 @@ class Projections(nn.Module):
         """Names that earlier versions saved, of weights that nothing used."""
         return ["k_proj.weight", "k_proj.bias"] if self.k_proj is None else []
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)

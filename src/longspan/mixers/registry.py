@@ -1,6 +1,13 @@
-"""Mechanisms by name. A new one is one line here, one file beside this one, and its definition in `reference`."""
+"""Mechanisms by name: longspan's own, those that a program registers, and those of installed packages.
 
+A new one of longspan's own is one line here, one file beside this one, and its definition in `reference`. A package
+brings mechanisms of its own by entry points of the group `longspan.mechanisms`, `name = "module:CoreClass"`.
+"""
+
+import dataclasses
+import functools
 import importlib
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from longspan.config import from_dict, nearest
@@ -12,6 +19,7 @@ _CORES = {
     "full": "longspan.mixers.full:FullCore",
     "window": "longspan.mixers.window:WindowCore",
     "linear": "longspan.mixers.linear:LinearCore",
+    "gated_delta": "longspan.mechanisms.gated_delta.layer:GatedDeltaCore",
     "performer": "longspan.mixers.performer:PerformerCore",
     "infini": "longspan.mixers.infini:InfiniCore",
     "associative": "longspan.mixers.associative:AssociativeCore",
@@ -28,21 +36,64 @@ _CORES = {
 }
 
 
+_REGISTERED: dict[str, type[Core]] = {}
+
+
+@functools.cache
+def _installed() -> dict[str, EntryPoint]:
+    """Entry points of installed packages by name, not loaded yet; names of longspan's own are left out."""
+    return {point.name: point for point in entry_points(group="longspan.mechanisms") if point.name not in _CORES}
+
+
 def names() -> list[str]:
-    """The names that `build` knows."""
-    return list(_CORES)
+    """The names that `build` knows; none of an installed package is loaded for it."""
+    return list(dict.fromkeys([*_CORES, *_REGISTERED, *sorted(_installed())]))
+
+
+def register(name: str, core_class: type[Core]) -> None:
+    """Make a mechanism known by a name, as if it were longspan's own, for as long as the program runs.
+
+    Args:
+        name: of the mechanism, new.
+        core_class: a subclass of `Core` whose `Config` is a dataclass with a default for every field.
+
+    Raises:
+        ConfigError: the name is taken, or the class is not such a class.
+    """
+    if name in _CORES or _REGISTERED.get(name, core_class) is not core_class:
+        raise ConfigError(f"register: there is a mixer {name!r} already")
+    _REGISTERED[name] = _checked(core_class, f"register {name!r}")
 
 
 def core_class(name: str, where: str = "mixer") -> type[Core]:
     """The class behind a name.
 
     Raises:
-        ConfigError: no mechanism of that name; names the nearest.
+        ConfigError: no mechanism of that name (names the nearest), or one of an installed package that fails to load.
     """
-    if name not in _CORES:
-        raise ConfigError(f"{where}: unknown mixer {name!r}{nearest(str(name), _CORES)}")
-    module, _, attribute = _CORES[name].partition(":")
-    found: type[Core] = getattr(importlib.import_module(module), attribute)
+    if name in _CORES:
+        module, _, attribute = _CORES[name].partition(":")
+        found: type[Core] = getattr(importlib.import_module(module), attribute)
+        return found
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    point = _installed().get(name)
+    if point is None:
+        raise ConfigError(f"{where}: unknown mixer {name!r}{nearest(str(name), names())}")
+    origin = f"{where}: mixer {name!r} of {point.dist.name if point.dist else point.value}"
+    try:
+        loaded = point.load()
+    except Exception as error:  # whatever a module of others raises
+        raise ConfigError(f"{origin} does not load: {type(error).__name__}: {error}") from error
+    return _checked(loaded, origin)
+
+
+def _checked(found: Any, where: str) -> type[Core]:
+    """A class that is a mechanism, or an error."""
+    if not (
+        isinstance(found, type) and issubclass(found, Core) and dataclasses.is_dataclass(getattr(found, "Config", None))
+    ):
+        raise ConfigError(f"{where}: {found!r} is not a subclass of Core with a dataclass Config")
     return found
 
 
@@ -104,4 +155,8 @@ def build(
         raise ConfigError(f"{name}: dropout = {dropout}: must be in [0, 1)")
     shape = Shape(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, rope=rope)
     core = build_core(name, shape, fields)
-    return Mixer(name, core, Projections(dim, num_heads, num_kv_heads, head_dim, bias, core.uses_keys), dropout)
+    traits = core.traits
+    projections = Projections(
+        dim, num_heads, num_kv_heads, head_dim, bias, keys=traits.uses_keys, value_dim=traits.value_dim
+    )
+    return Mixer(name, core, projections, dropout)

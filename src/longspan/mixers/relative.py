@@ -15,6 +15,11 @@ from longspan.mixers.base import Core, Shape
 from longspan.mixers.maps import is_plain
 from longspan.mixers.rows import Rows
 
+NO_CONVERSION = (
+    "it projects remembered hidden states again and scores positions by weights of its own, for which the weights of a "
+    "pretrained model were not trained"
+)
+
 
 def sinusoid(distances: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(distances, dim): sines then cosines of distance * 10000 ** (-2 i / dim), computed in fp64."""

@@ -53,7 +53,7 @@ share, on average over heads and the last 100 steps (the least anywhere; share o
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,9 +62,8 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.mixers.base import Hidden, Shape, Traits
-from longspan.mixers.choices import choose, recording
 from longspan.mixers.kmeans import ClusteredCore
-from longspan.mixers.rings import next_rings
+from longspan.mixers.rings import empty_rings, next_rings, rings_nbytes
 from longspan.mixers.rows import Rows
 from longspan.state import recomputing
 
@@ -116,19 +115,20 @@ class RoutingState(NamedTuple):
     live: Tensor
 
 
+_NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
 class RoutingCore(ClusteredCore):
     """See the module."""
 
     Config = RoutingConfig
     config: RoutingConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
     examples = (
         {"num_clusters": 3, "window": 4},
         {"num_clusters": 2, "window": 3, "selection": "strict", "shared": False},
         {"num_clusters": 4, "window": 6, "selection": "balanced", "shared": True},
         {"num_clusters": 3, "window": 5, "selection": "balanced", "shared": False},
-    )
-    no_stream = (
-        "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
     )
     what = "routing: centroids"
 
@@ -141,16 +141,20 @@ class RoutingCore(ClusteredCore):
         self._begin_clusters(routed, config.num_clusters, shape.head_dim)
 
     @property
-    def uses_keys(self) -> bool:  # type: ignore[override]
-        """Shared keys are queries."""
-        return not self.shared
-
-    @property
     def traits(self) -> Traits:
-        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take."""
-        streams = self.shape.causal and self.strict
+        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take.
+
+        Shared keys are queries.
+        """
         return Traits(
-            causal=self.strict, value_causal=not self.strict, streams=streams, bounded=self.strict, selects=True
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            tracks_statistics=True,
+            uses_keys=not self.shared,
         )
 
     def forward(
@@ -172,17 +176,17 @@ class RoutingCore(ClusteredCore):
         if state is not None:
             self.check_draw(state, rows)
         committed = penalties is not None and self.config.commitment > 0
-        learns = self.training and (torch.is_grad_enabled() or recording())
+        learns = self.training and rows.learns
         with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
-            asked, held = self._unit(q, k)
+            routes = self._unit(q, k)
         clusters = None
         if committed or learns or self.strict:
-            clusters = self._clusters(asked, held)
+            clusters = self._clusters(*routes, rows)
         if clusters is not None and learns and not recomputing():
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
-            self.see(self._vectors(asked, held, clusters), self._real(rows, asked.device), bool(begun))
+            self.see(self._clustered(routes, clusters), self._real(rows, q.device), bool(begun))
         if clusters is not None and penalties is not None and committed:
-            penalties.append(self.config.commitment * self._distance(asked, held, clusters, rows))
+            penalties.append(self.config.commitment * self._distance(routes, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
         if self.shared:
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -198,7 +202,7 @@ class RoutingCore(ClusteredCore):
             selection="strict" if self.strict else "balanced",
             itself=not self.shared,
             scale=1.0 if self.shared else None,
-            routes=(asked, held),
+            routes=routes,
             clusters=clusters,
             rings=rings,
             lengths=rows.lengths,
@@ -216,54 +220,51 @@ class RoutingCore(ClusteredCore):
     def _unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Routing vectors, at least fp32; one tensor twice where shared."""
         dtype = torch.promote_types(q.dtype, torch.float32)
-        asked = F.normalize(q.to(dtype), dim=-1)
-        return asked, asked if self.shared else F.normalize(k.to(dtype), dim=-1)
+        unit = F.normalize(q.to(dtype), dim=-1)
+        return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
 
-    def _clusters(self, asked: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    def _clusters(self, queries: Tensor, keys: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         count = self.config.num_clusters
-        queried = choose(lambda: ops.routing_clusters(asked, self._by_heads()), below=count)
-        return queried, queried if self.shared else choose(
-            lambda: ops.routing_clusters(held, self.centroids), below=count
-        )
+        of_queries = rows.choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
+        if self.shared:
+            return of_queries, of_queries
+        return of_queries, rows.choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
 
-    def _vectors(self, asked: Tensor, held: Tensor, clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _clustered(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """What is clustered, with its clusters: queries, and separate keys."""
-        pairs = list(zip((asked, held), clusters, strict=True))
+        pairs = list(zip(routes, clusters, strict=True))
         return pairs[:1] if self.shared else pairs
 
     def _real(self, rows: Rows, device: torch.device) -> Tensor:
         """(batch, length) bool."""
         return torch.arange(rows.length, device=device) < rows.real_tokens()[:, None]
 
-    def _distance(self, asked: Tensor, held: Tensor, clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
+    def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
         """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
-        real = self._real(rows, asked.device)
-        total = asked.new_zeros(())
-        for vectors, chosen in self._vectors(asked, held, clusters):
+        real = self._real(rows, routes[0].device)
+        total = routes[0].new_zeros(())
+        for vectors, chosen in self._clustered(routes, clusters):
             square = (vectors - self._own(chosen).to(vectors.dtype)).square().sum(-1)
             square = square.masked_fill(~real[:, None], 0)
             total = total + square.sum() / (real.sum() * vectors.shape[1]).clamp(min=1)
         return total
 
     def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RoutingState | None, rows: Rows) -> RoutingState:
-        before = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
-        rings = ops.LSHRings(before.k[:, :, None], before.v[:, :, None], before.position[:, :, None])
-        rings = next_rings(rings, k, v, clusters[:, :, None], rows)
-        ring_k, ring_v, position = (t[:, :, 0] for t in rings)
+        state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
+        rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
+        ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
         return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
+
+    def _rings(self) -> tuple[int, ...]:
+        return self.routed_heads, self.config.num_clusters, self.config.window
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
         """Full capacity, nothing live."""
-        shape = (batch_size, self.routed_heads, self.config.num_clusters, self.config.window)
-        k = torch.zeros(*shape, self.shape.head_dim, device=device, dtype=dtype)
-        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        position = torch.full(shape, -1, dtype=torch.int64, device=device)
-        return RoutingState(k, k.clone(), position, zeros, zeros.clone())
+        return RoutingState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors and a position for every slot of every ring, and two counts a row, whatever the length."""
-        slots = self.routed_heads * self.config.num_clusters * self.config.window
-        return batch_size * (slots * (2 * self.shape.head_dim * dtype.itemsize + 8) + 16)
+        """That of the rings, whatever the length."""
+        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""

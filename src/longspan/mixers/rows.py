@@ -9,6 +9,7 @@ Legend: B batch, N gathered columns (the most real tokens of any row), M columns
 last); a *key column* counts older keys first: the token in column t stands at key column M + t.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from longspan import host
 from longspan.errors import ConfigError
 from longspan.host import Array
+from longspan.mixers.replay import Choices
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class Rows:
         reads: more small tensors whose values are wanted on the host, by names; see `read`.
     """
 
+    @host.eager
     def __init__(
         self,
         offset: Tensor,
@@ -61,6 +64,7 @@ class Rows:
         self.batch, self.columns = offset.shape[0], columns
         self.device = offset.device
         self._cache: dict[Any, Any] = {}
+        self.choices: Choices | None = None
         for name, given in (("mask", mask), ("reset", reset)):
             if given is not None and (given.dtype != torch.bool or given.shape != (self.batch, columns)):
                 raise ConfigError(
@@ -141,12 +145,14 @@ class Rows:
             live = np.where(self.lengths_read > 0, since, self.offsets)
         return live if emptied is None else np.where(emptied, 0, live)
 
+    @host.eager
     def read(self, wanted: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
         """Values of tensors by the names under which they were `reads`; read now where they were not."""
         if all(name in self._read for name in wanted):
             return {name: self._read[name] for name in wanted}
         return dict(zip(wanted, host.read(list(wanted.values())), strict=True))
 
+    @host.eager
     def real_tokens(self) -> Tensor:
         """(B,) real tokens of each row in this call."""
         if self.lengths is not None:
@@ -154,6 +160,34 @@ class Rows:
         return self.cached(
             "tokens", lambda: host.remember(torch.full_like(self.offset, self.length), self.lengths_read)
         )
+
+    def real_columns(self) -> Tensor:
+        """(B, N) bool: which columns of the call hold a token."""
+        return torch.arange(self.length, device=self.device) < self.real_tokens()[:, None]
+
+    def clear_reset(self, t: Tensor, value: float = 0.0) -> Tensor:
+        """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
+        return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
+
+    def with_choices(self, choices: Choices) -> "Rows":
+        """The same layout for one layer whose discrete choices are recorded or replayed."""
+        rows = copy.copy(self)
+        rows.choices = choices
+        return rows
+
+    def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
+        """`make()`; in the recomputation of a forward pass, what it gave there.
+
+        Args:
+            make: gives integers without a graph.
+            below: all of them are from 0 to below it.
+        """
+        return make() if self.choices is None else self.choices.choose(make, below)
+
+    @property
+    def learns(self) -> bool:
+        """Whether this is a forward pass of training: gradients are on, or it is recorded to be computed again."""
+        return torch.is_grad_enabled() or (self.choices is not None and not self.choices.replays)
 
     def cached(self, key: Any, make: Callable[[], T]) -> T:
         """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
@@ -165,6 +199,7 @@ class Rows:
     # -- where things are ------------------------------------------------------------------------------------------
 
     @property
+    @host.eager
     def offset_range(self) -> tuple[int, int]:
         """The least and the largest offset of any row."""
         if not self.batch:
@@ -178,6 +213,7 @@ class Rows:
         return self.lengths is None and self.origin is None and low == high
 
     @property
+    @host.eager
     def positions(self) -> Tensor:
         """(B, N) positions, or (1, N) where they are the same for every row; meaningless behind a row's real tokens."""
 
@@ -191,6 +227,7 @@ class Rows:
         return self.cached("positions", make)
 
     @property
+    @host.eager
     def largest_position(self) -> int:
         """The largest position of any real token of this call; -1 where there is none."""
         if not self.length or not self.batch:
@@ -277,6 +314,7 @@ class Rows:
 
     # -- moving things ---------------------------------------------------------------------------------------------
 
+    @host.eager
     def gather(self, x: Tensor) -> Tensor:
         """(B, columns, ...) to (B, N, ...): real tokens to the front, zeros behind them."""
         if self._index is None:
@@ -287,6 +325,7 @@ class Rows:
         column = torch.arange(self.length, device=self.device)
         return found.masked_fill((column >= self.lengths[:, None]).view(shape), 0)
 
+    @host.eager
     def scatter(self, y: Tensor) -> Tensor:
         """(B, N, ...) back to (B, columns, ...), zeros at padding: the inverse of `gather`."""
         if self._mask is None or self._rank is None:
@@ -297,6 +336,7 @@ class Rows:
         found = y.gather(1, self._rank.view(shape).expand(-1, -1, *y.shape[2:]))
         return found.masked_fill(~self._mask.view(shape), 0)
 
+    @host.eager
     def carry(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
         """The last `columns` live columns of every row, newest last, zeros where a row has fewer.
 
@@ -334,6 +374,7 @@ class Rows:
             parts.insert(0, new.new_zeros(*new.shape[:-2], missing, new.shape[-1]))
         return torch.cat(parts, -2)
 
+    @host.eager
     def segments(self, size: int) -> "Segments":
         """This call's tokens laid out over whole segments of `size` positions; made once and shared by all layers."""
         return self.cached(("segments", size), lambda: Segments(self, size))
@@ -395,6 +436,7 @@ class Segments:
             return np.zeros((new.shape[0], self.columns), new.dtype)
         return np.where(self._read >= 0, np.take_along_axis(new, self._read.clip(min=0), 1), new.dtype.type(0))
 
+    @host.eager
     def spread(self, new: Tensor, old: Tensor | None = None) -> Tensor:
         """(B, ..., N, dim) to (B, ..., C, dim), zeros in holes.
 
@@ -417,6 +459,7 @@ class Segments:
         index = index.clamp(0, joined.shape[-2] - 1).view(shape).expand(*new.shape[:-2], self.columns, new.shape[-1])
         return joined.gather(-2, index).masked_fill(~kept.view(shape), 0)
 
+    @host.eager
     def collect(self, y: Tensor) -> Tensor:
         """(B, ..., C, dim) back to (B, ..., N, dim): the inverse of `spread` for this call's tokens."""
         if self._views or not self.rows.length:

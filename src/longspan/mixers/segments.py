@@ -12,7 +12,6 @@ from torch import Tensor
 
 from longspan import host, ops
 from longspan.mixers.base import Core, Hidden
-from longspan.mixers.linear import emptied_rows
 from longspan.mixers.rows import Rows
 
 
@@ -107,7 +106,7 @@ class SegmentCore(Core):
             out, memory = self.attend(q, k, v, state=before, local=local, real=None, begins=None)
         else:
             out, memory = self._spread(q, k, v, state, before, rows)
-        values, keys = emptied_rows(rows, memory.values), emptied_rows(rows, memory.keys)
+        values, keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
         old_k, old_v = (None, None) if state is None else (state.k, state.v)
         carried_k, carried_v = rows.carry(old_k, k, segment - 1), rows.carry(old_v, v, segment - 1)
         return out, self.State(values, keys, carried_k, carried_v, rows.live)

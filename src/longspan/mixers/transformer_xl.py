@@ -21,7 +21,7 @@ from longspan import host, ops
 from longspan import state as states
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mixers.base import Hidden, Shape, Traits, sum_nbytes
-from longspan.mixers.relative import RelativeCore
+from longspan.mixers.relative import NO_CONVERSION, RelativeCore
 from longspan.mixers.rows import Rows
 
 
@@ -89,7 +89,6 @@ class TransformerXLCore(RelativeCore):
         {"segment": 4, "mem_len": 6, "same_length": True},
         {"segment": 4, "mem_len": 6, "memory": "kv"},
     )
-    needs_hidden = True
 
     def __init__(self, shape: Shape, config: TransformerXLConfig) -> None:
         super().__init__(shape, config)
@@ -102,7 +101,14 @@ class TransformerXLCore(RelativeCore):
     @property
     def traits(self) -> Traits:
         """Bounded; gradients stay inside the segment."""
-        return Traits(bidirectional=False, bounded=True, segment=self.config.segment, horizon=1)
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            segment=self.config.segment,
+            horizon=1,
+            receives_hidden=True,
+            no_conversion_reason=NO_CONVERSION,
+        )
 
     def forward(
         self,

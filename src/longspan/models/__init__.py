@@ -5,7 +5,7 @@ from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, Head
-from longspan.models.io import load_model, load_weights, model_hash, save_model
+from longspan.models.io import accepted_hashes, load_model, load_weights, model_hash, save_model
 from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.recurrent_config import RecurrentConfig
@@ -29,6 +29,7 @@ __all__ = [
     "StackConfig",
     "StackState",
     "Trace",
+    "accepted_hashes",
     "build_model",
     "describe_model",
     "load_model",

@@ -24,6 +24,7 @@ _LATER: dict[str, Any] = {
     "tie_projections": "all",
     "position_dims": [],
 }
+_EARLIER = "_longspan_earlier_hash"
 
 
 def save_model(model: torch.nn.Module, folder: str | Path) -> Path:
@@ -77,7 +78,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
         CheckpointError: names or shapes differ; says which first.
     """
     expected = model.state_dict()
-    weights = {name: value for name, value in weights.items() if name not in _unused(model)}
+    unused = {name: weights[name] for name in _unused(model) if name in weights}
+    weights = {name: value for name, value in weights.items() if name not in unused}
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             problem = "missing" if name not in weights else "unexpected"
@@ -93,6 +95,8 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     if len(dtypes) == 1:
         model.to(dtypes.pop())
     model.load_state_dict(weights)
+    if unused:
+        setattr(model, _EARLIER, (model_hash(model), _digest(model, unused)))
 
 
 def _unused(model: torch.nn.Module) -> set[str]:
@@ -107,10 +111,23 @@ def model_hash(model: torch.nn.Module) -> str:
     Fields that change how the model computes but not what (checkpointing, dropout) are left out; so is a field that
     earlier versions did not have, where it says what they did.
     """
+    return _digest(model, {})
+
+
+def accepted_hashes(model: torch.nn.Module) -> tuple[str, ...]:
+    """The digests by which saved states may name this model: its own, and while its weights are those of a file with
+    weights that nothing uses any more, the one that earlier versions wrote, which counted them.
+    """
+    own = model_hash(model)
+    loaded, earlier = getattr(model, _EARLIER, ("", ""))
+    return (own, earlier) if loaded == own else (own,)
+
+
+def _digest(model: torch.nn.Module, unused: dict[str, torch.Tensor]) -> str:
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
     described = {k: v for k, v in described.items() if k not in _LATER or v != _LATER[k]}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted({**model.state_dict(), **unused}.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -205,7 +205,7 @@ class LayerMemory(nn.Module):
         """Whether the first layer, stacked with itself, runs as a batch of layers, backward too, and adds no auxiliary
         losses that are wanted; tried on a copy once for each kind of call.
         """
-        if any(core.counts_forwards for core in backbone.stack.cores()):
+        if any(core.traits.tracks_statistics for core in backbone.stack.cores()):
             return False
         weight, graph = self.tokens.weight, (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         kind = weight.device.type

@@ -206,6 +206,7 @@ class RecurrentMemory(nn.Module):
         return self.adapter.head()
 
     @states.all_or_nothing
+    @host.eager
     def run(
         self,
         tokens: Tensor,

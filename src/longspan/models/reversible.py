@@ -11,7 +11,7 @@ unties it from the embeddings: `streams = "both"`.
 In training the last values of the two streams are all that is kept of the activations, whatever the depth. What does
 grow with it, as little as it is: the states of the layers (given and returned, as without reversibility), a copy of
 torch's generator for each sublayer (5 KB on a CPU), so that dropout is drawn again as it was, and the choices of
-`longspan.mixers.choices` (buckets). The price is a second forward pass in the backward pass.
+`longspan.mixers.replay` (buckets). The price is a second forward pass in the backward pass.
 
 Gradients are those of autograd through the same equations, for whatever the blocks take: embeddings, parameters, the
 state that was given; penalties and the returned state have a graph as in other models, so the caller cuts
@@ -30,7 +30,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from longspan import state as states
 from longspan.engine.first_order import FirstOrder
 from longspan.mixers import Rows
-from longspan.mixers.choices import Choices
+from longspan.mixers.replay import Choices
 from longspan.models.blocks import Block
 
 
@@ -103,8 +103,8 @@ class _Replay:
         with torch.random.fork_rng(devices=self.devices, device_type=self.kind):
             torch.set_rng_state(self.generator)
             set_device_states(self.devices, self.generators, device_type=self.kind)
-            with self.choices.replay():
-                yield
+            self.choices.rewind()
+            yield
 
 
 def _learning(*modules: nn.Module) -> list[Tensor]:
@@ -186,12 +186,11 @@ class _TwoStreams(FirstOrder):
         with call.precision(h.device):
             for block, before in zip(call.blocks, call.before, strict=True):
                 attending = _Replay(h)
-                with attending.choices.record():
-                    f, after, losses = block.attend(y2.to(call.dtype), before, call.rows, call.collect)
+                rows = call.rows.with_choices(attending.choices)
+                f, after, losses = block.attend(y2.to(call.dtype), before, rows, call.collect)
                 y1 = y1 + f
                 feeding = _Replay(h)
-                with feeding.choices.record():
-                    y2 = y2 + block.feed(y1.to(call.dtype))
+                y2 = y2 + block.feed(y1.to(call.dtype))
                 floats = _floats(after)
                 call.replays.append((attending, feeding))
                 call.following.append(after)
@@ -251,7 +250,8 @@ class _Step:
         before = states.replace(states.detach(self.before), dict(zip(self.names, leaves, strict=True)))
         with torch.enable_grad(), self.attending.again():
             x = x2.detach().requires_grad_()
-            f, after, losses = self.block.attend(x.to(call.dtype), before, call.rows, call.collect)
+            rows = call.rows.with_choices(self.attending.choices)
+            f, after, losses = self.block.attend(x.to(call.dtype), before, rows, call.collect)
         outputs = [f, *losses, *_floats(after).values()]
         inputs = [x, *(leaf for leaf, want in zip(leaves, wants, strict=True) if want), *learnt]
         own, *others = _gradients(outputs, [d1, *self.gradients], inputs)

@@ -4,6 +4,7 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from longspan.mechanisms.gated_delta.operation import gated_delta_attention, gated_delta_cost, short_convolution
 from longspan.ops.adaptive_span import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.ops.associative import (
     AssociativeMaps,
@@ -14,8 +15,9 @@ from longspan.ops.associative import (
     associative_write,
     dpfp,
 )
+from longspan.ops.block_sparse import block_sparse_attention
 from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
-from longspan.ops.bp_pool import TreeNodes
+from longspan.ops.bp_nodes import TreeNodes
 from longspan.ops.compressive import attention_reconstruction, attention_usage, compressive_attention, compressive_cost
 from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
 from longspan.ops.favor import (
@@ -42,9 +44,9 @@ from longspan.ops.linear import (
     linear_cost,
 )
 from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
-from longspan.ops.lsh_rings import LSHRings, push_rings, push_token
 from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
 from longspan.ops.relative import relative_attention, relative_cost, relative_decode
+from longspan.ops.ring_buffer import LSHRings, push_rings, push_token
 from longspan.ops.rotary import rotary_table, rotate
 from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
 from longspan.ops.segments import SegmentMemory, empty_memory
@@ -70,6 +72,7 @@ __all__ = [
     "associative_write",
     "attention_reconstruction",
     "attention_usage",
+    "block_sparse_attention",
     "bounded_constant",
     "bp_attention",
     "bp_cost",
@@ -90,6 +93,8 @@ __all__ = [
     "favor_features",
     "full_attention",
     "full_cost",
+    "gated_delta_attention",
+    "gated_delta_cost",
     "group_attention",
     "group_attention_cost",
     "group_cost",
@@ -115,6 +120,7 @@ __all__ = [
     "routing_attention",
     "routing_clusters",
     "routing_cost",
+    "short_convolution",
     "span_reach",
     "sparse_attention",
     "sparse_cost",

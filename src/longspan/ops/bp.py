@@ -19,21 +19,12 @@ import torch
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.bp_pool import Pooled, TreeNodes, join, pool
-from longspan.ops.bp_tiles import Spec, attend_table
-from longspan.ops.bp_tree import (
-    Book,
-    Chunks,
-    Tree,
-    count_columns,
-    find_rows,
-    make_book,
-    make_chunks,
-    make_reading,
-    make_slots,
-)
+from longspan.ops.bp_nodes import TreeNodes, make_table, nodes_after, pool
+from longspan.ops.bp_schedule import make_columns, make_schedule
+from longspan.ops.bp_softmax import attend_schedule
+from longspan.ops.bp_tree import Tree, make_layout
 from longspan.ops.rows import check_positive, check_shapes
 
 TILE = 64
@@ -107,39 +98,32 @@ def bp_attention(
     Raises:
         ConfigError: shapes that do not fit, or a state where not causal.
     """
-    tree = _check(q, k, v, queries, relative, nearest, causal, state)
-    batch, length, heads_dim = q.shape[0], q.shape[2], q.shape[3]
+    tree = Tree(nearest, len(queries), causal)
+    _check(q, k, v, queries, relative, tree, later=state is not None)
+    batch, length, head_dim = q.shape[0], q.shape[2], q.shape[3]
     if not batch * length:
-        if not causal:
-            return q.new_zeros(q.shape), None
-        return q.new_zeros(q.shape), state or empty_nodes(
-            batch, k.shape[1], heads_dim, nearest, tree.levels, q.device, k.dtype
-        )
-    scale = heads_dim**-0.5 if scale is None else scale
+        empty = state or empty_nodes(batch, k.shape[1], head_dim, nearest, tree.levels, q.device, k.dtype)
+        return q.new_zeros(q.shape), empty if causal else None
     offset = host.put(np.zeros(batch, np.int64), q.device) if state is None else state.live
-    chunks = make_chunks(batch, length, tile_of(length), lengths=lengths, start=start, offset=offset)
-    used = tree.used(chunks.longest)
-    levels = tree.levels if causal else used
-    book = make_book(tree, levels, chunks.tile, chunks.total, state is not None, q.device)
-    turned_q, turned_k = (q, k) if positioned is None else positioned
+    scale = head_dim**-0.5 if scale is None else scale
+    layout = make_layout(length, tile_of(length), lengths=lengths, start=start, offset=offset)
+    highest = tree.highest_level(layout.longest)
+    levels = tree.levels if causal else highest
+    table = make_table(tree, levels, layout.tile, layout.chunks.begin.shape[1], state is not None, q.device)
+    positioned_q, positioned_k = (q, k) if positioned is None else positioned
     with flash.full_precision(q.device):
-        keys, values = (chunks.spread(t.transpose(1, 2)) for t in (turned_k, v))
-        content = keys if positioned is None else chunks.spread(k.transpose(1, 2))
-        pooled = pool(keys, values, content, queries[:levels], scale, chunks, state)
-        higher = join(pooled, chunks, book)
-        keys = _table(keys, pooled.k, higher.k, None if state is None else state.k, book)
-        values = _table(values, pooled.v, higher.v, None if state is None else state.v, book)
-        reading = make_reading(tree, chunks, book, used, batch)
-        tiles = [
-            chunks.spread(t.transpose(1, 2)).reshape(-1, chunks.tile, *t.shape[1::2])
-            for t in ((q,) if positioned is None else (turned_q, q))
-        ]
-        bare = tiles[1] if positioned is not None and relative is not None else None
-        if relative is not None:
-            relative = tree.relative_of(relative, used)
-        out = attend_table(tiles[0], bare, keys.flatten(0, 1), values.flatten(0, 1), relative, Spec(reading, scale))
-        out = chunks.collect(out.view(batch, -1, *out.shape[2:]), length).transpose(1, 2)
-        after = _nodes_after(tree, chunks, book, pooled, higher, (keys, values), batch) if causal else None
+        keys, values = layout.spread(positioned_k), layout.spread(v)
+        content = keys if positioned is None else layout.spread(k)
+        inside, larger = pool(keys, values, content, queries[:levels], scale, table, layout, state)
+        keys = table.join(None if state is None else state.k, keys, inside.k, larger.k)
+        values = table.join(None if state is None else state.v, values, inside.v, larger.v)
+        tiles = layout.spread(positioned_q).flatten(0, 1)
+        bare = None if positioned is None or relative is None else layout.spread(q).flatten(0, 1)
+        relative = None if relative is None else tree.trim_relative(relative, highest)
+        schedule = make_schedule(tree, table, layout, highest, batch)
+        out = attend_schedule(tiles, bare, keys.flatten(0, 1), values.flatten(0, 1), relative, schedule, scale)
+        out = layout.collect(out.view(batch, -1, *out.shape[2:]), length)
+        after = nodes_after(tree, table, layout, inside, larger, keys, values) if causal else None
     return out.to(v.dtype), after
 
 
@@ -148,18 +132,9 @@ def tile_of(length: int) -> int:
     return min(TILE, 1 << (length - 1).bit_length())
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Tensor,
-    relative: Tensor | None,
-    nearest: int,
-    causal: bool,
-    state: TreeNodes | None,
-) -> Tree:
+def _check(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, relative: Tensor | None, tree: Tree, later: bool) -> None:
     check_shapes(q, k, v)
-    check_positive("nearest", nearest)
+    check_positive("nearest", tree.nearest)
     if queries.ndim != 3 or queries.shape[1:] != (k.shape[1], k.shape[3]) or k.shape != v.shape:
         raise ConfigError(
             f"bp attention: queries {tuple(queries.shape)} must be (levels, kv_heads, head_dim) and k, v alike; "
@@ -167,52 +142,14 @@ def _check(
         )
     if k.shape[2] != q.shape[2]:
         raise ConfigError("bp attention: older tokens come as a state, not as older keys")
-    if queries.shape[0] > 24:
-        raise ConfigError(f"bp attention: {queries.shape[0]} levels; at most 24, a span of 16 million tokens")
-    if state is not None and not causal:
+    if tree.levels > 24:
+        raise ConfigError(f"bp attention: {tree.levels} levels; at most 24, a span of 16 million tokens")
+    if later and not tree.causal:
         raise ConfigError("bp attention: only the causal form takes a state")
-    tree = Tree(nearest, queries.shape[0], causal)
     if relative is not None and relative.shape != (tree.entries, q.shape[3]):
         raise ConfigError(
             f"bp attention: relative {tuple(relative.shape)} must be (entries, head_dim) = {(tree.entries, q.shape[3])}"
         )
-    return tree
-
-
-def _table(tokens: Tensor, inside: Tensor, higher: Tensor, slots: Tensor | None, book: Book) -> Tensor:
-    """(batch, rows, kv_heads, head_dim) in the order of the book."""
-    parts = [] if slots is None else [slots.transpose(1, 2)]
-    parts += [tokens, inside[:, :, : book.inside].flatten(1, 2).to(tokens.dtype)]
-    return torch.cat([*parts, higher.flatten(1, 2).to(tokens.dtype)], 1)
-
-
-def _nodes_after(
-    tree: Tree, chunks: Chunks, book: Book, pooled: Pooled, higher: Pooled, tables: tuple[Tensor, Tensor], batch: int
-) -> TreeNodes:
-    device = chunks.begin.device
-    final = chunks.final[:, None]
-    begin, before, last, live = (t.gather(1, final) for t in (chunks.begin, chunks.before, chunks.last, chunks.end))
-    level, back = make_slots(tree, device)
-    node = (live >> level) - back
-    row = find_rows(chunks, book, level, node, final, begin=begin, before=before, last=last)
-    row = row.expand(batch, -1)[:, :, None, None]
-    k, v = (
-        t.gather(1, row.expand(-1, -1, *t.shape[2:])).masked_fill((node < 0)[:, :, None, None], 0).transpose(1, 2)
-        for t in tables
-    )
-    level = torch.arange(1, tree.levels + 1, device=device)
-    small = level <= chunks.shift
-    at = book.row[level] + torch.where(small, ((live - begin) >> level).clamp(max=(chunks.tile - 1) >> level), 0)
-    opened = (live & ((1 << level) - 1)) > 0
-    row_of, chunk_of, each = torch.arange(batch, device=device), chunks.final.expand(batch), []
-    for inner, outer in zip(pooled, higher, strict=True):
-        joined = torch.cat([inner[row_of, chunk_of, : book.inside], outer[row_of, chunk_of]], 1)
-        found = joined[row_of[:, None], at.expand(batch, -1)]
-        hidden = ~opened.view(*opened.shape, *(1,) * (found.ndim - 2))
-        each.append(found.masked_fill(hidden, 0).transpose(1, 2).contiguous())
-    open_k, open_v, open_mass = each
-    count = live[:, 0].expand(batch).contiguous()
-    return TreeNodes(k.contiguous(), v.contiguous(), open_k, open_v, open_mass, count)
 
 
 def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, relative: bool = True) -> tuple[int, int]:
@@ -228,30 +165,29 @@ def bp_cost(length: int, *, nearest: int, levels: int, causal: bool = True, rela
         Those of one query head (scores, values, relative term), and of one kv head (making nodes).
     """
     tree, tile = Tree(nearest, levels, causal), tile_of(length)
-    used, columns = tree.used(length), -(-length // tile) * tile
-    made = levels if causal else used
-    rows = sum(max(1, tile >> level) for level in range(1, made + 1))
-    entries = Tree(nearest, used, causal).entries if relative else 0
-    return columns * (2 * count_columns(tree, tile, used) + entries), columns * (made + 2 * rows)
+    highest, queries = tree.highest_level(length), -(-length // tile) * tile
+    pooled = levels if causal else highest
+    rows = sum(max(1, tile >> level) for level in range(1, pooled + 1))
+    entries = Tree(nearest, highest, causal).entries if relative else 0
+    columns = len(make_columns(tree, tile, highest, torch.device("cpu"))[0])
+    return queries * (2 * columns + entries), queries * (pooled + 2 * rows)
 
 
 def bp_pairs(length: int, *, nearest: int, levels: int, causal: bool = True) -> int:
     """Pairs of a token and one that it sees, alone or within a node; one head."""
     size = 1 << levels
-    reach = 2 * nearest * size
-    left = length * (length + 1) // 2 - size * _quotients(length + nearest + size - 1 - reach, size)
+
+    def quotients(stop: int) -> int:
+        """The sum of i // size over i from 0 to stop - 1, also on below 0."""
+        whole, rest = divmod(stop, size)
+        return size * whole * (whole - 1) // 2 + rest * whole
+
+    def views(position: int, first: int) -> int:
+        """The sum, over `length` positions, of the first token in view of each, at least `first`."""
+        begin = position + nearest + size - 1 - 2 * nearest * size
+        bounded = min(max(-(-first // size) * size - begin, 0), length)
+        return bounded * first + size * (quotients(begin + length) - quotients(begin + bounded))
+
     if causal:
-        return left
-    # position i sees up to min(length, ((i + 1 - k >> levels) + 2 k) size); the first `near` do not see the end
-    near = min(max(nearest - 1 + -(-length // size) * size - reach, 0), length)
-    first = 1 - nearest + nearest * size
-    ends = size * (_quotients(first + near, size) - _quotients(first, size)) + near * nearest * size
-    return left + ends + (length - near) * length - length * (length + 1) // 2
-
-
-def _quotients(length: int, size: int) -> int:
-    """The sum of i // size over i from 0 to length - 1."""
-    if length <= 0:
-        return 0
-    whole, rest = divmod(length, size)
-    return size * whole * (whole - 1) // 2 + rest * whole
+        return length * (length + 1) // 2 - views(0, 0)
+    return -views(0, 0) - views(-length, -length)  # on the right in the mirror image

@@ -1,68 +1,229 @@
 """The Compressive Transformer (Rae et al. 2019): attention over slots, memory and segment; usage; lost attention.
 
-A segment's keys are its slots, its memory and itself, copied side by side, so that all segments of a call which see
-equally many are one batch of `relative_attention`; segments of a document's start, whose memory is not full, go in a
-few batches of their own. How many each sees depends on positions alone.
+Every query of a segment sees the same slots and the same memory, so a segment is a small call of `relative_attention`.
+Its keys (slots, memory, the segment so far) are copied side by side by an index made of positions alone, and segments
+of about one size are one batch, whichever row, document or fill of the memory they are of.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import flash
+from longspan.engine.first_order import scaled_dot_product_attention
+from longspan.engine.flash import default_scale
+from longspan.engine.tiles import HIDDEN, make_blocks, make_plan, take
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.first_order import scaled_dot_product_attention
+from longspan.host import Array
 from longspan.ops.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
 from longspan.ops.relative_tiles import FORWARD_ENTRIES, Shift
 from longspan.ops.rows import check_floating, read_call
-from longspan.ops.tiled import default_scale
-from longspan.ops.tiles import HIDDEN, make_blocks, make_plan, take
 
-BATCH_ENTRIES = 1 << 24  # keys (times head_dim) that are copied for one batch of segments
-FILLING = 8  # batches of segments whose memory is not full yet
+BATCH_ENTRIES = 1 << 24  # numbers of keys that are copied for one batch of segments
+QUERIES, KEYS = 64, 128  # segments whose counts round up to the same multiples of these are one batch
 
 
-class Batch(NamedTuple):
-    """Segments first .. last - 1 of a call, of `size` positions, which see at most these many slots and positions."""
+class CompressiveSizes(NamedTuple):
+    """Positions of a segment and of the memory, most slots that are seen, vectors in a slot."""
 
-    first: int
-    last: int
-    size: int
-    slots: int
-    older: int
+    segment: int
+    mem_len: int
+    compressed_len: int
+    ratio: int
+
+    def closed_slots(self, border: Any) -> Any:
+        """Slots made in a document when a segment ends at position `border`, an int or an array."""
+        return np.maximum(border - self.mem_len, 0) // self.ratio * (self.compressed_len > 0)
+
+    def visible(self, border: Any) -> tuple[Any, Any]:
+        """Slots and positions of memory that a segment which begins at `border` sees."""
+        return np.minimum(self.closed_slots(border), self.compressed_len), np.minimum(border, self.mem_len)
 
 
-def closed_slots(border: int, *, mem_len: int, ratio: int) -> int:
-    """Slots made in a document when a segment ends at position `border`."""
-    return max(0, border - mem_len) // ratio
+class CallSegments(NamedTuple):
+    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time.
+
+    Attributes:
+        row: of the batch.
+        column: of the call, at which its first token stands.
+        tokens: in this call.
+        opened: tokens before this call.
+        border: position at which it begins.
+        new_slots: slots that are made at its end; 0 where it does not end in this call.
+        new_slots_before: those made in this call at the ends of earlier segments of the same row.
+    """
+
+    row: Array
+    column: Array
+    tokens: Array
+    opened: Array
+    border: Array
+    new_slots: Array
+    new_slots_before: Array
 
 
-def _batches(
-    length: int, segment: int, mem_len: int, compressed_len: int, ratio: int, position: int, most: int
-) -> Iterator[Batch]:
-    """The segments of a call, those together whose memory is about as full, `most` at a time."""
+def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
+    """Cut the rows of a call where a segment or a document begins.
 
-    def seen(number: int) -> tuple[int, int]:
-        begin = position + number * segment
-        slots = closed_slots(begin, mem_len=mem_len, ratio=ratio)
-        return min(slots, compressed_len), min(begin, mem_len)
+    Args:
+        positions: (batch or 1, length) position of each token in its document.
+        lengths: (batch,) real tokens of each row, at the front.
+        sizes: of the mechanism.
+    """
+    column = np.arange(positions.shape[1])
+    positions = np.broadcast_to(positions, (len(lengths), len(column)))
+    begins = ((positions % sizes.segment == 0) | (column == 0)) & (column < lengths[:, None])
+    row, first = np.nonzero(begins)
+    last_of_row = np.append(row[1:] != row[:-1], True)[: len(row)]
+    tokens = np.where(last_of_row, lengths[row], np.append(first[1:], 0)[: len(row)]) - first
+    opened = positions[row, first] % sizes.segment
+    border = positions[row, first] - opened
+    new_slots = sizes.closed_slots(border + sizes.segment) - sizes.closed_slots(border)
+    new_slots = np.where(opened + tokens == sizes.segment, new_slots, 0)
+    before = new_slots.cumsum() - new_slots
+    before -= before[np.searchsorted(row, row)]  # what earlier rows make
+    return CallSegments(row, first, tokens, opened, border, new_slots, before)
 
-    step = -(-(mem_len + compressed_len) // FILLING) or 1
-    whole, first = length // segment, 0
-    while first < whole:
-        fill, last = -(-sum(seen(first)) // step), first + 1
-        while last < whole and -(-sum(seen(last)) // step) == fill:
-            last += 1
-        for part in range(first, last, most):
-            yield Batch(part, min(part + most, last), segment, *seen(last - 1))
-        first = last
-    if length % segment:
-        yield Batch(whole, whole + 1, length % segment, *seen(whole))
+
+class SegmentBatch(NamedTuple):
+    """Segments that are attended together.
+
+    Attributes:
+        queries: (segments, most tokens) tokens of the call, flattened over the batch.
+        keys: (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them.
+        lengths: (segments,) real queries.
+        memory_lengths: (segments,) real keys before the first query, newest last.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    lengths: Tensor
+    memory_lengths: Tensor
+
+
+class AttentionLayout(NamedTuple):
+    """The batches of a call, and (batch * length,) where each token stands among all their queries in turn."""
+
+    batches: list[SegmentBatch]
+    output: Tensor
+
+
+def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) -> Iterator[Array]:
+    """Which segments are one batch, by their tokens and by their keys before these; about `most_keys` keys in each."""
+    size = -(-tokens // QUERIES) * (keys_before.max(initial=0) + KEYS) + -(-keys_before // KEYS)
+    for value in np.unique(size):
+        members = np.flatnonzero(size == value)
+        keys = int(tokens[members].max() + keys_before[members].max())
+        most = len(members) if most_keys is None else max(1, most_keys // keys)
+        yield from (members[first : first + most] for first in range(0, len(members), most))
+
+
+def attention_layout(
+    segments: CallSegments,
+    sizes: CompressiveSizes,
+    *,
+    batch: int,
+    length: int,
+    memory: int,
+    slots: int,
+    width: int,
+    stale: bool,
+    device: torch.device,
+) -> AttentionLayout:
+    """Where the queries and keys of each segment stand in the tensors of `attend_segments`.
+
+    Args:
+        segments: of the call.
+        sizes: of the mechanism.
+        batch, length: of the call.
+        memory: older tokens before the call's.
+        slots: columns of slots; the newest is the last that a row makes before its last segment, in the row where
+            these are most.
+        width: numbers of a key, over all heads.
+        stale: tokens seen from later segments are a list of their own.
+        device: of the tensors.
+
+    Raises:
+        ConfigError: a segment sees more slots than there are.
+    """
+    visible_slots, visible_memory = sizes.visible(segments.border)
+    slots_end = slots - segments.new_slots_before.max(initial=0) + segments.new_slots_before
+    if (slots_end < visible_slots).any():
+        raise ConfigError(f"{slots} slots: the last segment sees more than these")
+    keys_before = visible_slots + visible_memory + segments.opened
+    first_slot, first_token = 1, 1 + batch * slots
+    first_stale = first_token + batch * (memory + length) if stale else first_token
+    output, batches, queries_before = np.zeros(batch * length, np.int64), [], 0
+    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, width)):
+        row, column, tokens, opened = (field[members, None] for field in segments[:4])
+        before, slots_before, end = (t[members, None] for t in (keys_before, visible_slots, slots_end))
+        query = np.arange(tokens.max())
+        # the number of a key among those of its segment, oldest first; negative where others of the batch have more
+        number = np.arange(-before.max(), len(query)) + before
+        token = row * (memory + length) + memory + column + number - before
+        keys = token + np.where(number < before - opened, first_stale, first_token)
+        keys = np.where(number < slots_before, first_slot + row * slots + end - slots_before + number, keys)
+        keys[(number < 0) | (number >= before + tokens)] = 0
+        queries, real = row * length + column + np.minimum(query, tokens - 1), query < tokens
+        output[queries[real]] = (queries_before + np.arange(real.size).reshape(real.shape))[real]
+        queries_before += real.size
+        batches.append(SegmentBatch(*(host.put(t, device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
+    return AttentionLayout(batches, host.put(output, device))
+
+
+def column_list(*tensors: Tensor) -> Tensor:
+    """All columns of tensors (batch, columns, ...) as one list (count, ...), which begins with zeros."""
+    zeros = tensors[0].new_zeros(1, *tensors[0].shape[2:])
+    return torch.cat([zeros, *(t.flatten(0, 1) for t in tensors)])
+
+
+def pick(columns: Tensor, index: Tensor) -> Tensor:
+    """The entries of a list (count, ...) by an index: (*index.shape, ...)."""
+    picked: Tensor = columns.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return picked
+
+
+def attend_segments(
+    layout: AttentionLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots_k: Tensor,
+    slots_v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    stale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`compressive_attention` of rows that may be laid out unlike each other; arguments as there.
+
+    Returns:
+        (batch, heads, length, head_dim), arbitrary behind a row's real tokens.
+    """
+    if not layout.batches:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
+    sources = [(slots_k, slots_v), (k, v)] if stale is None else [(slots_k, slots_v), (k, v), stale]
+    keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
+    queries, outs = q.transpose(1, 2).flatten(0, 1), []
+    for batch in layout.batches:
+        out = relative_attention(
+            pick(queries, batch.queries).transpose(1, 2),
+            pick(keys, batch.keys).transpose(1, 2),
+            pick(values, batch.keys).transpose(1, 2),
+            r,
+            content_bias,
+            position_bias,
+            lengths=batch.lengths,
+            memory_lengths=batch.memory_lengths,
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(outs).index_select(0, layout.output)
+    return out.view(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 def compressive_attention(
@@ -111,66 +272,22 @@ def compressive_attention(
     Raises:
         ConfigError: older keys or slots are missing.
     """
-    batch, heads, length, dim = q.shape
-    memory = k.shape[2] - length
+    batch, _, length, _ = q.shape
+    memory, sizes = k.shape[2] - length, CompressiveSizes(segment, mem_len, compressed_len, ratio)
     if position % segment or memory < min(mem_len, position):
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
-    near, older = [t[:, :, memory:] for t in (k, v)], list((k, v) if stale is None else stale)
-    if memory < mem_len:  # a document that starts: so that every segment's memory is columns, if hidden ones
-        older = [F.pad(t, (0, 0, mem_len - memory, 0)) for t in older]
-    final = position + (length - 1) // segment * segment if length else position
-    final = closed_slots(final, mem_len=mem_len, ratio=ratio)
-    per_segment = max(1, batch) * k.shape[1] * dim * (segment + mem_len + compressed_len)
-    outs = []
-    for part in _batches(
-        length, segment, mem_len, compressed_len, ratio, position, max(1, BATCH_ENTRIES // per_segment)
-    ):
-        begins = [position + number * segment for number in range(part.first, part.last)]
-        closed = [closed_slots(begin, mem_len=mem_len, ratio=ratio) for begin in begins]
-        count, begin = len(begins), part.first * segment
-        slots = [slots_k.shape[2] - final + each for each in closed]
-        if part.slots and slots[-1] < min(closed[-1], compressed_len):
-            raise ConfigError(f"{slots_k.shape[2]} slots: the last segment sees more than these")
-        keys, values = (
-            _columns(part, segment, *each, slots) for each in zip(near, older, (slots_k, slots_v), strict=True)
-        )
-        seen = [min(each, compressed_len) + min(at, mem_len) for each, at in zip(closed, begins, strict=True)]
-        ragged = min(seen) < part.slots + part.older
-        held = host.put(np.tile(np.array(seen), batch), q.device) if ragged else None
-        query = q[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size)).transpose(1, 2)
-        query = query.reshape(batch * count, heads, part.size, dim)
-        out = relative_attention(query, keys, values, r, content_bias, position_bias, memory_lengths=held)
-        outs.append(out.transpose(1, 2).reshape(batch, count * part.size, heads, v.shape[3]))
-    if not outs:
-        return q.new_zeros(batch, heads, length, v.shape[3])
-    return torch.cat(outs, 1).transpose(1, 2)
-
-
-def _columns(part: Batch, segment: int, near: Tensor, past: Tensor, slots: Tensor, last: list[int]) -> Tensor:
-    """Keys (or values) of a batch of segments, one after another: slots, older columns, own ones.
-
-    Args:
-        part: the segments.
-        segment: positions of a segment.
-        near: (batch, kv_heads, length, dim), of the call.
-        past: (batch, kv_heads, memory + length, dim), as they are seen from later segments.
-        slots: (batch, kv_heads, slots, dim).
-        last: for each segment the number of `slots` behind its newest one.
-
-    Returns:
-        (batch * segments, kv_heads, slots + older + own, dim).
-    """
-    count, begin = part.last - part.first, part.first * segment
-    groups = [near[:, :, begin : begin + count * part.size].unflatten(2, (count, part.size))]
-    if part.older:
-        low = past.shape[2] - near.shape[2] + begin - part.older
-        high = low + (count - 1) * segment + part.older
-        groups.insert(0, past[:, :, low:high].unfold(2, part.older, segment).transpose(3, 4))
-    if part.slots:
-        index = [max(0, each - part.slots + i) for each in last for i in range(part.slots)]
-        picked = slots.index_select(2, torch.tensor(index, device=slots.device))
-        groups.insert(0, picked.unflatten(2, (count, part.slots)))
-    return torch.cat([group.transpose(1, 2) for group in groups], 3).flatten(0, 1)
+    layout = attention_layout(
+        call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes),
+        sizes,
+        batch=batch,
+        length=length,
+        memory=memory,
+        slots=slots_k.shape[2],
+        width=k.shape[1] * k.shape[3],
+        stale=stale is not None,
+        device=q.device,
+    )
+    return attend_segments(layout, q, k, v, slots_k, slots_v, r, content_bias, position_bias, stale=stale)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
@@ -180,11 +297,14 @@ def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len:
         length: queries.
         segment, mem_len, compressed_len, ratio: see `compressive_attention`.
     """
+    border = np.arange(0, length, segment)
+    tokens = np.minimum(segment, length - border)
+    keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
     content = position = 0
-    for part in _batches(length, segment, mem_len, compressed_len, ratio, 0, length):
-        pairs = relative_cost(part.size, memory=part.slots + part.older)
-        content += (part.last - part.first) * pairs[0]
-        position += (part.last - part.first) * pairs[1]
+    for members in _batches(tokens, keys_before):
+        pairs = relative_cost(int(tokens[members].max()), memory=int(keys_before[members].max()))
+        content += len(members) * pairs[0]
+        position += len(members) * pairs[1]
     return content, position
 
 

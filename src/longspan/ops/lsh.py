@@ -1,5 +1,6 @@
 """Reformer's attention (Kitaev et al. 2020): tokens that fall into one bucket of an angular hash see each other."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -7,25 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import flash
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.lsh_lists import (
+from longspan.ops.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse
+from longspan.ops.groups import (
     TILE,
+    Reach,
     by_heads,
     check_streams,
-    chunks_of,
-    circle_round,
     count_documents,
     documents_of,
-    finished,
-    reach_blocks,
+    nearest_entries,
+    nearest_members_in_documents,
     real_columns,
-    rounds_behind_rings,
-    strict_rounds,
-    tiles_of,
+    stable_sort,
+    zero_padding,
 )
-from longspan.ops.lsh_rings import LSHRings, attend_token
-from longspan.ops.lsh_tiles import Round, Union, union_attention
+from longspan.ops.ring_buffer import LSHRings, attend_token, behind_rings
 from longspan.ops.rows import check_floating, check_positive
 from longspan.state import needs_grad
 
@@ -44,7 +43,7 @@ def lsh_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     """
     heads, rounds, _, half = rotations.shape
     batch, length, dtype = x.shape[0], x.shape[2], flash.working_dtype(x)
-    found = torch.empty(batch, heads, rounds, length, dtype=torch.int64, device=x.device)
+    buckets = torch.empty(batch, heads, rounds, length, dtype=torch.int64, device=x.device)
     check_floating(x=x)
     group = heads // x.shape[1]
     rotations = rotations.to(dtype)
@@ -52,10 +51,10 @@ def lsh_buckets(x: Tensor, rotations: Tensor) -> Tensor:
         for head in range(heads):
             vectors = x[:, head // group].to(dtype)
             for number in range(rounds):
-                turned = vectors @ rotations[head, number]
-                most, least = turned.max(-1), turned.min(-1)
-                found[:, head, number] = torch.where(most.values >= -least.values, most.indices, least.indices + half)
-    return found
+                rotated = vectors @ rotations[head, number]
+                most, least = rotated.max(-1), rotated.min(-1)
+                buckets[:, head, number] = torch.where(most.values >= -least.values, most.indices, least.indices + half)
+    return buckets
 
 
 def lsh_attention(
@@ -114,39 +113,28 @@ def lsh_attention(
         return torch.zeros_like(q)
     scale = (1.0 if k is None else q.shape[-1] ** -0.5) if scale is None else scale
     if buckets is None:
-        queried = lsh_buckets(q, rotations)
-        buckets = queried, queried if k is None else lsh_buckets(k, rotations)
+        of_queries = lsh_buckets(q, rotations)
+        buckets = of_queries, of_queries if k is None else lsh_buckets(k, rotations)
     dtype, heads, real = flash.working_dtype(q, v), q.shape[1], real_columns(q, lengths)
-    if rings is not None and q.shape[2] == 1 and not needs_grad(q, v, k, *rings):
-        asked, seen = by_heads(buckets[0], heads), None if start is None else start[:, 0] < 0
-        out = attend_token(q, v, LSHRings(*rings), asked, shared=k is None, scale=scale, seen=seen)
-        return finished(out, real, q.dtype)
+    query_bucket = by_heads(buckets[0], heads)
+    if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
+        continues = None if start is None else start[:, 0] < 0
+        out = attend_token(q, v, LSHRings(*rings), query_bucket, scale=scale, unit_keys=k is None, continues=continues)
+        return zero_padding(out, real, q.dtype)
     queries, values = q.to(dtype), v.to(dtype)
     keys = F.normalize(queries, dim=-1) if k is None else k.to(dtype)
-    queried = by_heads(buckets[0], heads)
-    kept = queried if k is None and rings is None else by_heads(buckets[1], heads)
-    old_k, old_v, count = None, None, 2 * rotations.shape[3]
-    if rings is not None:
-        rounds = rounds_behind_rings(queried, kept, real, start, by_heads(rings[2], heads), 2 * bucket_size)
-        old_k, old_v = (t.to(dtype) for t in rings[:2])
-        old_k = F.normalize(old_k, dim=-1) if k is None else old_k
-    elif selection == "sorted":
-        rounds = _circles(queried, kept, real, start, count, bucket_size)
+    key_bucket = query_bucket if k is None and rings is None else by_heads(buckets[1], heads)
+    count = 2 * rotations.shape[3]
+    if selection == "sorted":
+        schedules = _chunks(query_bucket, key_bucket, count, bucket_size, causal=causal, real=real, start=start)
     else:
-        before, after = (2 * bucket_size, None) if causal else (bucket_size, bucket_size)
-        rounds = strict_rounds(queried, kept, real, start, count, before=before, after=after)
-    union = Union(rounds, heads, scale, selection == "sorted", q.shape[2], causal)
-    out, alone = union_attention(queries, _behind(old_k, keys, heads), _behind(old_v, values, heads), union)
-    return finished(torch.where(alone[..., None], by_heads(values, heads), out), real, q.dtype)
-
-
-def _behind(old: Tensor | None, new: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """For each round its rings (batch, heads or kv_heads, rounds, buckets, size, dim), then the call's columns; the
-    call's alone, for all rounds, where there are no rings."""
-    if old is None:
-        return (new,)
-    old, new = by_heads(old, heads), by_heads(new, heads)
-    return tuple(torch.cat([old[:, :, number].flatten(2, 3), new], 2) for number in range(old.shape[2]))
+        reach, position = _reach(bucket_size, causal), None if rings is None else rings[2]
+        schedules = nearest_members_in_documents(
+            query_bucket, key_bucket, count, reach, real=real, start=start, ring_position=position
+        )
+    all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
+    out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
+    return zero_padding(torch.where((lse == -math.inf)[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:
@@ -169,25 +157,114 @@ def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_siz
         )
 
 
-def _circles(
-    queried: Tensor, kept: Tensor, real: Tensor | None, start: Tensor | None, count: int, bucket_size: int
-) -> tuple[Round, ...]:
-    """The lists of "sorted"; buckets (batch, heads, rounds, length), one tensor where shared."""
-    batch, heads, _, length = queried.shape
-    document = torch.zeros(batch, length, dtype=torch.int64, device=queried.device)
-    if start is not None:
-        document = documents_of(start)
-    documents = 1 if start is None else count_documents(start)
+def _chunks(
+    query_bucket: Tensor,
+    key_bucket: Tensor,
+    count: int,
+    size: int,
+    *,
+    causal: bool,
+    real: Tensor | None,
+    start: Tensor | None,
+) -> tuple[BlockSchedule, ...]:
+    """The schedules of "sorted": in each round a query sees the keys of its chunk and of the previous one.
+
+    Every document begins at a chunk of its own, and its last chunk is the previous one of its first.
+
+    Args:
+        query_bucket: (batch, heads, rounds, length) below `count`.
+        key_bucket: like query_bucket; the same tensor where queries and keys share buckets.
+        count: buckets.
+        size: tokens of a chunk.
+        causal: see `lsh_attention`.
+        real: (batch, length) bool, None = all.
+        start: see `lsh_attention`.
+    """
+    (batch, heads, rounds, length), device = query_bucket.shape, query_bucket.device
+    rows, documents = batch * heads, 1 if start is None else count_documents(start)
+    document = torch.zeros(batch, length, dtype=torch.int64, device=device) if start is None else documents_of(start)
     if real is not None:
         document = document.masked_fill(~real, documents)
     document = document.repeat_interleave(heads, 0)
-    found: list[Round] = []
-    for number in range(queried.shape[2]):
-        asked = queried[:, :, number].flatten(0, 1)
-        held = asked if kept is queried else kept[:, :, number].flatten(0, 1)
-        each = circle_round(asked, held, document, groups=count, documents=documents, size=bucket_size)
-        found.append(each._replace(twins=tuple(other.mark for other in found)))
-    return tuple(found)
+    members = torch.zeros(rows, documents + 1, dtype=torch.int64, device=device)
+    members.scatter_add_(1, document, torch.ones_like(document))
+    members[:, documents] = 0
+    row_chunks, chunks = chunks_of(length, documents, size), -(-members // size)
+    row, column = torch.arange(rows, device=device)[:, None], torch.arange(length, device=device)
+    first_chunk = row * row_chunks + chunks.cumsum(1) - chunks
+    shift = first_chunk * size - (members.cumsum(1) - members)
+    of_column = column.int().expand(rows, -1).flatten()
+    visible = KeyRange(
+        first=None,
+        stop=of_column if causal else torch.full_like(of_column, length),
+        own=None if causal else of_column,
+        rank=of_column,
+    )
+
+    def slots(bucket: Tensor) -> Tensor:
+        ordered, order = stable_sort(document * count + bucket.flatten(0, 1), (documents + 1) * count)
+        slot = shift.gather(1, ordered // count) + column
+        return torch.empty_like(order).scatter_(1, order, slot.masked_fill_(ordered >= documents * count, -1))
+
+    schedules: list[BlockSchedule] = []
+    pairs: list[ChunkPair] = []
+    own_first, own_count = first_chunk.gather(1, document), chunks.gather(1, document)
+    for number in range(rounds):
+        key_slot = slots(key_bucket[:, :, number])
+        query_slot = key_slot if key_bucket is query_bucket else slots(query_bucket[:, :, number])
+        chunk = query_slot // size
+        previous = torch.where(chunk == own_first, own_first + own_count - 1, chunk - 1)
+        previous = previous.masked_fill_(own_count == 1, rows * row_chunks)
+        schedule, pair = _chunk_round(query_slot, key_slot, previous, size, rows * row_chunks, visible)
+        schedules.append(schedule._replace(duplicates=tuple(pairs)))
+        pairs.append(pair)
+    return tuple(schedules)
+
+
+def _chunk_round(
+    query_slot: Tensor, key_slot: Tensor, previous: Tensor, size: int, count: int, visible: KeyRange
+) -> tuple[BlockSchedule, ChunkPair]:
+    """A round of `_chunks`, and the pairs that it shows.
+
+    Args:
+        query_slot: (rows, length) slot of each query in its chunk, counted over all `count` chunks; -1 = not real.
+        key_slot: like query_slot, of each key.
+        previous: (rows, length) the previous chunk of each query's; `count` where it has none.
+        size: tokens of a chunk.
+        count: chunks; behind them comes one that is empty.
+        visible: what a query sees of the two chunks.
+    """
+    height = min(size, TILE)
+    absent, chunk, tiles = query_slot < 0, query_slot // size, -(-size // height)  # tiles of a chunk
+    previous_of = torch.full((count + 1,), count, dtype=torch.int64, device=chunk.device)
+    previous_of.scatter_(0, chunk.masked_fill(absent, count).flatten(), previous.flatten())
+    blocks = torch.stack([previous_of[:-1], torch.arange(count, device=chunk.device)], 1)
+    place = (chunk * (tiles * height) + query_slot % size).masked_fill_(absent, -1)
+    schedule = BlockSchedule(
+        query=inverse(place, count * tiles * height).view(-1, height),
+        query_place=place.flatten(),
+        key=inverse(key_slot, (count + 1) * size).view(-1, size),
+        key_slot=key_slot.flatten(),
+        blocks=blocks.repeat_interleave(tiles, 0),
+        width=2,
+        visible=visible,
+    )
+    pairs = ChunkPair(
+        chunk=chunk.masked_fill(absent, -1).flatten().int(),
+        previous=previous.masked_fill(absent | (previous == count), -1).flatten().int(),
+        key_chunk=(key_slot // size).masked_fill(key_slot < 0, ABSENT).flatten().int(),
+    )
+    return schedule, pairs
+
+
+def _reach(bucket_size: int, causal: bool) -> Reach:
+    """What "strict" lets a query see of its bucket."""
+    return Reach(2 * bucket_size) if causal else Reach(bucket_size, bucket_size)
+
+
+def chunks_of(length: int, documents: int, size: int) -> int:
+    """Chunks that a row of so many tokens in so many documents may need."""
+    return (length + min(documents, length) * (size - 1)) // size
 
 
 def lsh_cost(
@@ -219,7 +296,4 @@ def lsh_cost(
         height = min(bucket_size, TILE)
         tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
         return num_hashes * tiles * height * 2 * bucket_size
-    before, behind = (2 * bucket_size, 0) if causal else (bucket_size, reach_blocks(bucket_size))
-    blocks = tiles_of(length, num_buckets)
-    tiles = blocks + max(reach_blocks(before), behind) if shared else tiles_of(length, blocks + num_buckets)
-    return num_hashes * tiles * TILE * TILE * (reach_blocks(before) + 1 + behind)
+    return num_hashes * nearest_entries(length, num_buckets, _reach(bucket_size, causal), shared=shared)

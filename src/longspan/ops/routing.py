@@ -1,30 +1,29 @@
 """Routing Transformer's attention (Roy et al. 2021): tokens that one centroid is nearest to see each other."""
 
+import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longspan.engine import flash
+from longspan.engine.flash import default_scale
 from longspan.errors import ConfigError
-from longspan.ops import flash
-from longspan.ops.lsh_lists import (
-    TILE,
+from longspan.ops.block_sparse import attend_blocks
+from longspan.ops.groups import (
+    Reach,
     by_heads,
     check_streams,
-    finished,
-    reach_blocks,
+    nearest_entries,
+    nearest_members_in_documents,
     real_columns,
-    rounds_behind_rings,
-    strict_rounds,
-    tiles_of,
+    zero_padding,
 )
-from longspan.ops.lsh_tiles import Round, Union, union_sums
+from longspan.ops.ring_buffer import LSHRings, attend_token, behind_rings
 from longspan.ops.routing_balanced import balanced_attention, balanced_entries
 from longspan.ops.rows import check_floating, check_positive, check_shapes
-from longspan.ops.tiled import default_scale
-from longspan.ops.tiles import HIDDEN
 from longspan.state import needs_grad
 
 SELECTIONS = ("strict", "balanced")
@@ -41,14 +40,14 @@ def routing_clusters(x: Tensor, centroids: Tensor) -> Tensor:
         (batch, heads, length) int64 below clusters.
     """
     heads, dtype = len(centroids), flash.working_dtype(x)
-    found = torch.empty(x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
+    clusters = torch.empty(x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
     check_floating(x=x)
     group = heads // x.shape[1]
     centroids = centroids.to(dtype)
     with torch.no_grad(), flash.full_precision(x.device):
         for head in range(heads):
-            found[:, head] = (x[:, head // group].to(dtype) @ centroids[head].mT).argmax(-1)
-    return found
+            clusters[:, head] = (x[:, head // group].to(dtype) @ centroids[head].mT).argmax(-1)
+    return clusters
 
 
 def routing_attention(
@@ -111,145 +110,91 @@ def routing_attention(
     check_streams("routing_attention", rings, causal and selection == "strict")
     if q.numel() == 0:
         return torch.zeros_like(q)
-    dtype, scale, real = flash.working_dtype(q, k, v), default_scale(q, scale), real_columns(q, lengths)
-    inputs = Inputs(q.to(dtype), k.to(dtype), v.to(dtype), real, start)
+    dtype, scale, real, target = (
+        flash.working_dtype(q, k, v),
+        default_scale(q, scale),
+        real_columns(q, lengths),
+        q.dtype,
+    )
+    if routes is None:
+        routes = (q, k) if selection == "strict" else _unit(q, k)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if selection == "balanced":
-        near = _nearness(_unit(q, k) if routes is None else routes, centroids, dtype)
-        options: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
-        out = balanced_attention(*inputs[:3], near, **options, real=real, start=start)
-        return finished(out, real, q.dtype)
+        near = _nearness(routes, centroids, dtype)
+        form: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
+        return zero_padding(balanced_attention(q, k, v, near, **form, real=real, start=start), real, target)
     if clusters is None:
-        asked, held = (q, k) if routes is None else routes
-        queried = routing_clusters(asked, centroids)
-        clusters = queried, queried if held is asked else routing_clusters(held, centroids)
-    form = Form(window - 1 if itself else window, causal, itself, scale)
-    if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
-        seen = None if start is None else start[:, 0] < 0
-        out = _attend_token(*inputs[:3], rings, by_heads(clusters[0], q.shape[1]), form, seen)
-    else:
-        out = _strict(inputs, clusters, rings, form, centroids.shape[1])
-    return finished(out, real, q.dtype)
-
-
-class Inputs(NamedTuple):
-    """Queries, keys and values in the working dtype, `real` (batch, length) or None = all, and `start`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    real: Tensor | None
-    start: Tensor | None
-
-
-class Form(NamedTuple):
-    """What "strict" lets a query see: `before` keys of its cluster (and, not causal, as many behind), and `itself`."""
-
-    before: int
-    causal: bool
-    itself: bool
-    scale: float
+        of_queries = routing_clusters(routes[0], centroids)
+        clusters = of_queries, of_queries if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
+    ring = None if rings is None else LSHRings(*(t[:, :, None] for t in rings))
+    out = _strict(q, k, v, clusters, centroids.shape[1], window, causal, itself, scale, ring, real, start)
+    return zero_padding(out, real, target)
 
 
 def _strict(
-    inputs: Inputs, clusters: tuple[Tensor, Tensor], rings: Sequence[Tensor] | None, form: Form, count: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clusters: tuple[Tensor, Tensor],
+    count: int,
+    window: int,
+    causal: bool,
+    itself: bool,
+    scale: float,
+    rings: LSHRings | None,
+    real: Tensor | None,
+    start: Tensor | None,
 ) -> Tensor:
-    """The "strict" selection of `count` clusters."""
-    q, k, v, real, start = inputs
-    heads = q.shape[1]
-    shared = clusters[0] is clusters[1] and rings is None
-    queried = by_heads(clusters[0], heads)[:, :, None]
-    kept = queried if shared else by_heads(clusters[1], heads)[:, :, None]
-    keys, values = k, v
-    if rings is None:
-        after = None if form.causal else form.before
-        (each,) = strict_rounds(queried, kept, real, start, count, before=form.before, after=after)
-    else:
-        position = by_heads(rings[2], heads)[:, :, None]
-        (each,) = rounds_behind_rings(queried, kept, real, start, position, form.before)
-        keys, values = (_behind(old, new, heads) for old, new in zip(rings[:2], (k, v), strict=True))
-    if shared and form.itself:
-        each = _with_itself(each)
-    union = Union((each,), heads, form.scale, False, q.shape[2], form.causal)
-    out, sums = union_sums(q, (keys,), (values,), union)
-    if form.itself and not shared:
-        return _merged(out, sums, q, by_heads(k, heads), by_heads(v, heads), form.scale)
-    return torch.where((sums < HIDDEN / 2)[..., None], by_heads(v, heads), out)
+    """The "strict" selection of `count` clusters, in the working dtype; rings of one round."""
+    heads, shared = q.shape[1], clusters[0] is clusters[1] and rings is None
+    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
+    of_queries = by_heads(clusters[0], heads)[:, :, None]
+    if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
+        continues, own_key = None if start is None else start[:, 0] < 0, k if itself else None
+        return attend_token(
+            q, v, rings, of_queries, scale=scale, own_key=own_key, newest=reach.before, continues=continues
+        )
+    schedules = nearest_members_in_documents(
+        of_queries,
+        of_queries if shared else by_heads(clusters[1], heads)[:, :, None],
+        count,
+        reach,
+        real=real,
+        start=start,
+        ring_position=None if rings is None else rings.position,
+    )
+    keys, values = behind_rings(rings, k, v, heads)
+    out, lse = attend_blocks(q, keys, values, schedules, scale)
+    own_value = by_heads(v, heads)
+    if itself and not shared:  # the query's own key may be in another cluster
+        own_score = (q * by_heads(k, heads)).sum(-1) * scale
+        total = torch.logaddexp(lse, own_score)
+        return out * (lse - total).exp()[..., None] + own_value * (own_score - total).exp()[..., None]
+    return torch.where((lse == -math.inf)[..., None], own_value, out)
+
+
+def strict_reach(window: int, *, causal: bool, itself: bool, shared: bool) -> Reach:
+    """What "strict" lets a query see of its cluster; its own key only where that is in it for sure."""
+    before = window - 1 if itself else window
+    return Reach(before, None if causal else before, itself and shared)
 
 
 def _nearness(routes: tuple[Tensor, Tensor], centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(batch, heads, clusters, length) of queries and of keys; one tensor twice where they are one."""
-    asked, held = routes
-    with torch.no_grad(), flash.full_precision(asked.device):
+    of_queries, of_keys = routes
+    with torch.no_grad(), flash.full_precision(of_queries.device):
         centroids = centroids.to(dtype)
-        near = centroids @ asked.to(dtype).mT
-        return near, near if held is asked else centroids @ by_heads(held, len(centroids)).to(dtype).mT
+        near = centroids @ of_queries.to(dtype).mT
+        if of_keys is of_queries:
+            return near, near
+        return near, centroids @ by_heads(of_keys, len(centroids)).to(dtype).mT
 
 
 def _unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """q and k of length one, one tensor where they are one."""
     dtype = flash.working_dtype(q, k)
-    asked = F.normalize(q.to(dtype), dim=-1)
-    return asked, asked if k is q else F.normalize(k.to(dtype), dim=-1)
-
-
-def _behind(old: Tensor, new: Tensor, heads: int) -> Tensor:
-    """The rings (batch, heads or kv_heads, clusters, window, dim), then the call's columns, for every query head."""
-    return torch.cat([by_heads(old, heads).flatten(2, 3).to(new.dtype), by_heads(new, heads)], 2)
-
-
-def _with_itself(each: Round) -> Round:
-    """A list in which queries and keys stand side by side, each query's own key seen too."""
-    if each.hides is not None:
-        return each._replace(hides=None)
-    return each._replace(high=each.high + (each.slot >= 0).int())
-
-
-def _merged(out: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The softmax over what was seen and the query's own key, which is not among it."""
-    own = (q * k).sum(-1) * scale
-    total = torch.logaddexp(sums, own)
-    return out * (sums - total).exp()[..., None] + v * (own - total).exp()[..., None]
-
-
-def _attend_token(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rings: Sequence[Tensor],
-    clusters: Tensor,
-    form: Form,
-    seen: Tensor | None,
-) -> Tensor:
-    """One query a row over the ring of its cluster, without autograd.
-
-    Args:
-        q: (batch, heads, 1, head_dim).
-        k: (batch, kv_heads, 1, head_dim), the query's own key.
-        v: like k.
-        rings: see `routing_attention`.
-        clusters: (batch, heads, 1) of the queries.
-        form: what is seen.
-        seen: (batch,) bool, rows that go on with their rings; None = all.
-
-    Returns:
-        (batch, heads, 1, head_dim).
-    """
-    (batch, heads, _, dim), (count, width) = q.shape, rings[0].shape[2:4]
-    row = torch.arange(batch * heads, device=q.device) // (heads // rings[0].shape[1])
-    index = row * count + clusters.flatten()
-    hidden = rings[2].reshape(-1, width).index_select(0, index) < 0
-    hidden[:, : width - form.before] = True
-    if seen is not None:
-        hidden |= ~seen.repeat_interleave(heads)[:, None]
-    own_k, own_v = (by_heads(t, heads).flatten(0, 1) for t in (k, v))
-    keys, values = (t.reshape(-1, width, dim).index_select(0, index).to(q.dtype) for t in rings[:2])
-    if form.itself:
-        keys, values = torch.cat([keys, own_k], 1), torch.cat([values, own_v], 1)
-        hidden = F.pad(hidden, (0, 1))
-    with flash.full_precision(q.device):
-        scores = (q.reshape(batch * heads, 1, dim) @ keys.mT)[:, 0].mul_(form.scale).masked_fill_(hidden, HIDDEN)
-        out = scores.softmax(-1)[:, None] @ values
-    return torch.where(hidden.all(-1)[:, None, None], own_v, out).view(q.shape)
+    unit = F.normalize(q.to(dtype), dim=-1)
+    return unit, unit if k is q else F.normalize(k.to(dtype), dim=-1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, window: int, selection: str) -> None:
@@ -294,8 +239,5 @@ def routing_cost(
         return 0
     if selection == "balanced":
         return num_clusters * balanced_entries(min(window, length))
-    before = window - 1 if itself else window
-    blocks = tiles_of(length, num_clusters)
-    tiles = blocks + reach_blocks(before) if shared else tiles_of(length, blocks + num_clusters)
-    width = reach_blocks(before) * (1 if causal else 2) + 1
-    return tiles * TILE * TILE * width
+    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
+    return nearest_entries(length, num_clusters, reach, shared=shared)

@@ -4,6 +4,7 @@ Each cluster's tokens are copied out in the order of their positions and attend 
 scattered back. How many tokens a list has follows from lengths and documents alone.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
-from longspan.ops.lsh_lists import by_heads, count_documents, documents_of
-from longspan.ops.lsh_tiles import ENTRIES, Round, Union, union_attention
+from longspan.ops.block_sparse import ABSENT, ENTRIES, BlockSchedule, KeyRange, attend_blocks
+from longspan.ops.groups import by_heads, count_documents, documents_of
 
 
 class Documents(NamedTuple):
@@ -66,23 +67,23 @@ def balanced_attention(
     """
     batch, heads, length, dim = q.shape
     documents = _documents(q, window, real, start)
-    asked = _lists(near[0], documents, window)  # (batch, heads, clusters, taken)
-    held = asked if near[1] is near[0] else _lists(near[1], documents, window)
-    each = _round(asked, held, documents, causal=causal, itself=itself)
+    of_queries = _lists(near[0], documents, window)  # (batch, heads, clusters, taken)
+    of_keys = of_queries if near[1] is near[0] else _lists(near[1], documents, window)
+    schedule = _schedule(of_queries, of_keys, documents, causal=causal, itself=itself)
 
-    def picked(x: Tensor, column: Tensor) -> Tensor:
-        row = torch.arange(batch * heads, device=x.device) // (heads // x.shape[1])
-        index = row.view(batch, heads, 1, 1) * length + column.clamp(min=0)
-        return x.reshape(-1, dim).index_select(0, index.flatten()).view(batch, -1, column.shape[3], dim)
+    def index(column: Tensor, heads_of_x: int) -> Tensor:
+        row = torch.arange(batch * heads, device=q.device) // (heads // heads_of_x)
+        return (row.view(batch, heads, 1, 1) * length + column.clamp(min=0)).flatten()
 
-    union = Union((each,), heads * asked.shape[2], scale, False, asked.shape[3], causal)
-    out, alone = union_attention(picked(q, asked), (picked(k, held),), (picked(v, held),), union)
-    seen = (~alone.view(asked.shape)).to(q.dtype)
-    place = (
-        torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1) * length + asked.clamp(min=0)
-    ).flatten()
-    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, place, seen.flatten())
-    share = seen.flatten() / count[place].clamp_(min=1)
+    def taken(x: Tensor, column: Tensor) -> Tensor:
+        rows = x.reshape(-1, dim).index_select(0, index(column, x.shape[1]))
+        return rows.view(batch, -1, column.shape[3], dim)
+
+    keys, values = (taken(k, of_keys),), (taken(v, of_keys),)
+    out, lse = attend_blocks(taken(q, of_queries), keys, values, (schedule,), scale)
+    sees, place = (lse > -math.inf).flatten().to(q.dtype), index(of_queries, heads)
+    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, place, sees)
+    share = sees / count[place].clamp_(min=1)
     total = q.new_zeros(batch * heads * length, dim).index_add(0, place, out.reshape(-1, dim) * share[:, None])
     return torch.where((count == 0).view(batch, heads, length, 1), by_heads(v, heads), total.view(q.shape))
 
@@ -139,51 +140,53 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
         rank = torch.arange(length, device=near.device) - begin
         chosen = torch.zeros_like(near, dtype=torch.bool)
         chosen.scatter_(3, order, (rank < window) & (ordered < documents.total))
-    # the place of each in its list; what is not chosen goes behind the last one
-    place = torch.where(chosen, chosen.cumsum(-1) - 1, documents.taken)
-    found = torch.full((*near.shape[:3], documents.taken + 1), -1, dtype=torch.int64, device=near.device)
-    return found.scatter_(3, place, torch.arange(length, device=near.device).expand_as(place))[..., :-1].contiguous()
+    # the index of each in its list; what is not chosen goes behind the last one
+    index = torch.where(chosen, chosen.cumsum(-1) - 1, documents.taken)
+    lists = torch.full((*near.shape[:3], documents.taken + 1), -1, dtype=torch.int64, device=near.device)
+    return lists.scatter_(3, index, torch.arange(length, device=near.device).expand_as(index))[..., :-1].contiguous()
 
 
-def _round(asked: Tensor, held: Tensor, documents: Documents, *, causal: bool, itself: bool) -> Round:
-    """Every list as one block of keys and, where its scores are few enough, one tile of queries."""
-    rows, size, device = asked.shape[:3].numel(), asked.shape[3], asked.device
-    row = torch.arange(rows, device=device)[:, None]
-    first = row * size
-    real = (asked >= 0).view(rows, size)
-    behind = torch.iinfo(torch.int64).max
-    columns = held.masked_fill(held < 0, behind).view(rows, size)
+def _schedule(
+    of_queries: Tensor, of_keys: Tensor, documents: Documents, *, causal: bool, itself: bool
+) -> BlockSchedule:
+    """Every list (batch, heads, clusters, taken) is one block of keys and, if its scores are few, one tile of queries.
 
-    def of_queries(x: Tensor) -> Tensor:
-        wide = x[:, None, None].expand(*asked.shape[:3], -1)
-        return wide.gather(3, asked.clamp(min=0)).view(rows, size)
+    The rank of a key is its slot: the keys of a document follow each other in a list.
+    """
+    rows, size, device = of_queries.shape[:3].numel(), of_queries.shape[3], of_queries.device
+    row, place = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)
+    slot, column, key_column = row * size + place, of_queries.view(rows, size), of_keys.view(rows, size)
+    absent, sorted_keys = column < 0, key_column.masked_fill(key_column < 0, torch.iinfo(torch.int64).max)
 
-    column = asked.view(rows, size)
-    low = torch.searchsorted(columns, of_queries(documents.begin))
-    limit = column + (1 if itself else 0) if causal else of_queries(documents.end)
-    high = torch.maximum(low, torch.searchsorted(columns, limit.contiguous()))
-    hides = None
+    def at_queries(x: Tensor) -> Tensor:
+        wide = x[:, None, None].expand(*of_queries.shape[:3], -1)
+        return wide.gather(3, of_queries.clamp(min=0)).view(rows, size)
+
+    def slot_from(column: Tensor) -> Tensor:
+        return torch.searchsorted(sorted_keys, column.contiguous()) + row * size
+
+    own = None
     if not causal and not itself:
-        own = torch.searchsorted(columns, column.contiguous()).clamp(max=size - 1)
-        hides = torch.where(columns.gather(1, own) == column, first + own, -1).flatten().int()
-    low, high = ((t + first).masked_fill(~real, 0).flatten().int() for t in (low, high))
+        index = torch.searchsorted(sorted_keys, column.contiguous()).clamp(max=size - 1)
+        own = torch.where(sorted_keys.gather(1, index) == column, row * size + index, -1).flatten().int()
+    stop = slot_from(column + 1 if causal and itself else column if causal else at_queries(documents.end))
     height = _height(size)
     tiles = -(-size // height)
-    place = torch.arange(size, device=device)
-    query = F.pad((first + place).masked_fill(~real, -1), (0, tiles * height - size), value=-1)
-    key = (first + place).masked_fill(held.view(rows, size) < 0, -1)
-    blocks = None if tiles == 1 else torch.arange(rows, device=device).repeat_interleave(tiles)[:, None]
-    return Round(
-        query.view(-1, height),
-        (row * (tiles * height) + place).flatten(),
-        key,
-        key.flatten(),
-        blocks,
-        1,
-        low,
-        high,
-        hides,
-        key.flatten().int(),
+    query = F.pad(slot.masked_fill(absent, -1), (0, tiles * height - size), value=-1)
+    key = slot.masked_fill(key_column < 0, -1)
+    return BlockSchedule(
+        query=query.view(-1, height),
+        query_place=(row * (tiles * height) + place).masked_fill(absent, -1).flatten(),
+        key=key,
+        key_slot=key.flatten(),
+        blocks=None if tiles == 1 else torch.arange(rows, device=device).repeat_interleave(tiles)[:, None],
+        width=1,
+        visible=KeyRange(
+            first=slot_from(at_queries(documents.begin)).flatten().int(),
+            stop=stop.masked_fill(absent, 0).flatten().int(),
+            own=own,
+            rank=slot.masked_fill(key_column < 0, ABSENT).flatten().int(),
+        ),
     )
 
 

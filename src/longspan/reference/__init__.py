@@ -3,8 +3,10 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.mechanisms.gated_delta.definition import gated_delta_attention, short_convolution
 from longspan.reference.adaptive_span import adaptive_span_attention
 from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
+from longspan.reference.block_sparse import block_sparse_attention
 from longspan.reference.bp import bp_attention
 from longspan.reference.compressive import attention_reconstruction, attention_usage, compressive_attention
 from longspan.reference.entmax import entmax, entmax_attention
@@ -25,6 +27,7 @@ __all__ = [
     "associative_write",
     "attention_reconstruction",
     "attention_usage",
+    "block_sparse_attention",
     "bp_attention",
     "compressive_attention",
     "dpfp",
@@ -33,6 +36,7 @@ __all__ = [
     "favor_attention",
     "favor_features",
     "full_attention",
+    "gated_delta_attention",
     "group_attention",
     "infini_attention",
     "infini_open",
@@ -46,6 +50,7 @@ __all__ = [
     "rotate",
     "routing_attention",
     "routing_clusters",
+    "short_convolution",
     "sparse_attention",
     "window_attention",
 ]

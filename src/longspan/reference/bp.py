@@ -33,33 +33,33 @@ def spans(
     of the next level whose other half is, that node is taken by itself, as the first of the next level's k. Right: the
     mirror image, as far as a node begins before the end.
     """
-    found: list[tuple[Node, tuple[int, int, int] | None]] = [((0, i), None)]
+    visible: list[tuple[Node, tuple[int, int, int] | None]] = [((0, i), None)]
     free = i  # nodes free - 1, free - 2, ... of this level are not covered yet
-    taken = 0  # of the level's k
+    count = 0  # of the level's k
     for level in range(levels + 1):
         place = 0
-        while free > 0 and taken < nearest:
-            free, taken = free - 1, taken + 1
-            found.append(((level, free), (0, level, place)))
+        while free > 0 and count < nearest:
+            free, count = free - 1, count + 1
+            visible.append(((level, free), (0, level, place)))
             place += 1
-        taken = 0
+        count = 0
         if free % 2 == 1 and level < levels:
-            free, taken = free - 1, 1
-            found.append(((level, free), (0, level, place)))
+            free, count = free - 1, 1
+            visible.append(((level, free), (0, level, place)))
         free //= 2
-    free, taken = i + 1, 0
+    free, count = i + 1, 0
     for level in range(0 if causal else levels + 1):
         place = 0
-        while free << level < length and taken < nearest:
-            found.append(((level, free), (1, level, place)))
-            free, taken, place = free + 1, taken + 1, place + 1
-        taken = 0
+        while free << level < length and count < nearest:
+            visible.append(((level, free), (1, level, place)))
+            free, count, place = free + 1, count + 1, place + 1
+        count = 0
         if free % 2 == 1 and level < levels:
             if free << level < length:
-                found.append(((level, free), (1, level, place)))
-            free, taken = free + 1, 1
+                visible.append(((level, free), (1, level, place)))
+            free, count = free + 1, 1
         free //= 2
-    return found
+    return visible
 
 
 def bp_attention(
@@ -177,22 +177,17 @@ class _Document:
 
     def state(self) -> tuple[Tensor, ...]:
         """What the next call needs."""
-        kv_heads, dim = self.queries.shape[1:]
-        nothing = self.queries.new_zeros(kv_heads, dim)
-        kept = [
-            self.made.get((level, (self.end >> level) - back), (nothing, nothing))
+        zero = self.queries.new_zeros(self.queries.shape[1:])
+        finished = [
+            self.made.get((level, (self.end >> level) - back), (zero, zero))
             for level, size in enumerate(capacities(self.nearest, self.levels))
             for back in range(size, 0, -1)
         ]
-        empty = nothing, nothing, nothing[:, 0]
-        opened = [self.open.get(level, empty) for level in range(1, self.levels + 1)]
-        sizes = (kv_heads, 0, dim), (kv_heads, 0, dim), (kv_heads, 0)
-        sums = [
-            torch.stack([each[i] for each in opened], 1) if opened else self.queries.new_zeros(sizes[i])
-            for i in range(3)
-        ]
-        k, v = (torch.stack([each[i] for each in kept], 1) for i in (0, 1))
-        return k, v, *sums, torch.tensor(self.end)
+        k, v = (torch.stack(parts, 1) for parts in zip(*finished, strict=True))
+        empty = zero, zero, zero[:, 0]
+        levels = [self.open.get(level, empty) for level in range(1, self.levels + 1)]
+        sums = [torch.stack(parts, 1) for parts in zip(*levels, strict=True)]
+        return k, v, *(sums or (t[:, None][:, :0] for t in empty)), torch.tensor(self.end)
 
 
 def capacities(nearest: int, levels: int) -> list[int]:

@@ -6,13 +6,12 @@ which loads matplotlib; this package itself does not.
 
 from longspan.report.page import Block, Code, Picture, Quote, Section, Text, page, write_report
 from longspan.report.style import DARK, LIGHT, Theme
-from longspan.report.tables import Check, Table, check_table, number, si_bytes
+from longspan.report.tables import Table, number, si_bytes
 
 __all__ = [
     "DARK",
     "LIGHT",
     "Block",
-    "Check",
     "Code",
     "Picture",
     "Quote",
@@ -20,7 +19,6 @@ __all__ = [
     "Table",
     "Text",
     "Theme",
-    "check_table",
     "number",
     "page",
     "si_bytes",

@@ -1,6 +1,6 @@
 """Figures, drawn on objects of their own: no pyplot, no global state, no display needed.
 
-The only file of the package that imports matplotlib, so tables and pages without figures cost nothing.
+The only file of the library that imports matplotlib, so tables and pages without figures cost nothing.
 """
 
 import io
@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import Formatter, FuncFormatter
 
 from longspan.report.page import Picture
@@ -26,9 +25,7 @@ __all__ = [
     "Mark",
     "Panel",
     "Series",
-    "heat_figure",
     "line_figure",
-    "matrix_figure",
     "pattern_figure",
     "picture",
     "to_png",
@@ -146,98 +143,12 @@ def line_figure(
     return figure
 
 
-def heat_figure(
-    values: Sequence[Sequence[float]],
-    *,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    xlabel: str,
-    ylabel: str,
-    numbers: bool = True,
-    theme: Theme = LIGHT,
-) -> Figure:
-    """A table of shares from 0 to 1 as colours.
-
-    Args:
-        values: rows of shares.
-        rows: their names.
-        columns: names of the columns.
-        xlabel: what the columns are.
-        ylabel: what the rows are.
-        numbers: write each share into its field; without, columns are slanted words.
-        theme: colours.
-    """
-    with matplotlib.rc_context(theme.settings()):
-        figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        colours = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colours[0]])
-        axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
-        axes.set_yticks(range(len(rows)), list(rows))
-        axes.set_xticks(range(len(columns)), list(columns))
-        if not numbers:
-            for label in axes.get_xticklabels():
-                label.set(rotation=60, ha="right", fontsize=7.5)
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(visible=False)
-        for row, line in enumerate(values if numbers else ()):
-            for column, value in enumerate(line):
-                colour = theme.ground if value > 0.6 else theme.ink
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
-    return figure
-
-
 @dataclass(frozen=True)
 class Panel:
     """A square matrix with its title; NaN stays empty."""
 
     title: str
     values: Sequence[Sequence[float]]
-
-
-def matrix_figure(
-    panels: Sequence[Panel],
-    *,
-    labels: Sequence[str],
-    marked: Sequence[tuple[int, int]] = (),
-    columns: int = 2,
-    below: str = "",
-    theme: Theme = LIGHT,
-) -> Figure:
-    """Symmetric matrices beside each other, each in its own range of colours from its least to its largest value.
-
-    Args:
-        panels: matrices of the same things.
-        labels: names of rows and columns, short.
-        marked: (row, column) fields that are framed, on both sides of the diagonal.
-        columns: panels in a row.
-        below: said under all of them.
-        theme: colours.
-    """
-    lines = -(-len(panels) // columns)
-    with matplotlib.rc_context(theme.settings()):
-        figure = Figure(figsize=(3.3 * columns, 3.45 * lines), layout="constrained")
-        FigureCanvasAgg(figure)
-        colours = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colours[0]])
-        for number, panel in enumerate(panels):
-            axes = figure.add_subplot(lines, columns, number + 1)
-            axes.imshow(panel.values, cmap=colours)
-            axes.set_facecolor(theme.grid)
-            axes.set_title(panel.title, fontsize=9.5, fontweight="normal")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_ticks(range(len(labels)), list(labels))
-                axis.set_tick_params(length=0, labelsize=7)
-            axes.grid(visible=False)
-            for row, column in (field for pair in marked for field in (pair, pair[::-1])):
-                corner = (column - 0.5, row - 0.5)
-                frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
-                # in front of the axis, beside which the last row stands
-                frame.set_zorder(5)
-                axes.add_patch(frame)
-        if below:
-            figure.supxlabel(below, fontsize=9, color=theme.faint)
-    return figure
 
 
 def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: Theme = LIGHT) -> Figure:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from longspan.config import check_least
-from longspan.errors import ConfigError, DataError
+from longspan.config import check_fractions, check_least
+from longspan.errors import DataError
 from longspan.packages import package_folder
 from longspan.tasks.base import Array, Document, Documents, Split
 from longspan.tasks.sources import read_source
@@ -65,7 +65,7 @@ class TilesConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "task", {"tile": 1})
-        _check_fraction(self.validation_fraction)
+        check_fractions(self, "task", ["validation_fraction"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +92,7 @@ class MusicConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "task", {"width": 1, "max_bytes": 1})
-        _check_fraction(self.validation_fraction)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise ConfigError(f"task.validation_fraction = {fraction}: a share between 0 and 1")
+        check_fractions(self, "task", ["validation_fraction"])
 
 
 class ByteTask:

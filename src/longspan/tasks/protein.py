@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from longspan.config import check_fractions, check_least
 from longspan.errors import ConfigError, DataError
 from longspan.tasks.base import Array, Document, Documents, Piece, Split
 from longspan.tasks.sources import read_source
@@ -58,11 +59,8 @@ class ProteinConfig:
     def __post_init__(self) -> None:
         if self.family < 0 or self.family > 12:
             raise ConfigError(f"task.family = {self.family}: 0, or residues in a row, up to 12")
-        for name in ("validation_fraction", "share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"task.{name} = {getattr(self, name)}: a share between 0 and 1")
-        if self.copies < 1:
-            raise ConfigError(f"task.copies = {self.copies}: 1 at least")
+        check_fractions(self, "task", ["validation_fraction", "share"])
+        check_least(self, "task", {"copies": 1})
 
 
 class ProteinDocument:

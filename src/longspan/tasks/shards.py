@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,9 @@ def write_shards(folder: Path, documents: Iterable[tuple[str, Array]], fingerpri
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(folder.parent)
-        filled = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{_here()}{_HIDDEN}")
+        filled = folder.with_name(
+            f".{folder.name}.{secrets.token_hex(4)}.{socket.gethostname()}.{os.getpid()}{_HIDDEN}"
+        )
         filled.mkdir()
         try:
             index = _fill(filled, documents)
@@ -166,30 +168,21 @@ def _publish(filled: Path, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def _here() -> str:
-    return f"{socket.gethostname()}.{os.getpid()}"
-
-
 def _clear_leftovers(parent: Path) -> None:
     """Delete what processes of this machine that are no more have left half written."""
     mine = f".{socket.gethostname()}."
-    for path in _building(parent):
+    for path in filter(Path.is_dir, parent.glob(f".*{_HIDDEN}")):
         host, _, number = path.name.removesuffix(_HIDDEN).rpartition(".")
         if f"{host}.".endswith(mine) and number.isdigit() and not _alive(int(number)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _building(parent: Path) -> Iterator[Path]:
-    yield from (path for path in parent.glob(f".*{_HIDDEN}") if path.is_dir())
-
-
 def _alive(process: int) -> bool:
-    if sys.platform == "win32":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    if sys.platform != "win32":
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
     return True

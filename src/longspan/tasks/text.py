@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from longspan.config import to_dict
+from longspan.config import check_fractions, to_dict
 from longspan.errors import ConfigError, DataError
 from longspan.tasks.base import Array, Document, Documents, Piece
 from longspan.tasks.base import TestedSplit as Split
@@ -71,8 +71,7 @@ class TextConfig:
             raise ConfigError(
                 f"task.validation_every = {self.validation_every}: from 2 on something is left to train on"
             )
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(f"task.validation_fraction = {self.validation_fraction}: a share between 0 and 1")
+        check_fractions(self, "task", ["validation_fraction"])
         if self.corpus != "text":
             if not isinstance(self.source, str) or self.source in ("-", TextConfig.source):
                 raise ConfigError(f"task.source = {self.source!r}: the one path where {self.corpus} lies")
@@ -278,17 +277,12 @@ class TextTask:
         return self._texts[split]
 
 
-def split_texts(config: TextConfig) -> dict[Split, list[tuple[str, Array]]]:
-    """The documents (name, bytes) of every split that the configuration gives, all of them read.
+def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
+    """The documents of every split that is there, each read when it is asked for; `without` as in `find_source`.
 
     Raises:
-        DataError: the text is missing, cannot be read, or leaves nothing for one of the splits.
+        DataError: the text is missing, or leaves nothing for one of the splits.
     """
-    return {split: [(text.name, text.read()) for text in texts] for split, texts in find_splits(config).items()}
-
-
-def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
-    """The same documents, each read when it is asked for, but for `without` as in `find_source`; raises as above."""
     if config.corpus in CORPORA:
         assert isinstance(config.source, str)
         splits = CORPORA[config.corpus].read(config.source, config, without)

@@ -95,19 +95,6 @@ def wilson(right: int, count: int) -> Interval:
     return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Accuracy over several trainings, with a bootstrap that draws trainings and, within each, samples anew."""
-    random = np.random.default_rng(seed)
-    shares = [np.asarray(each, dtype=np.float64) for each in right]
-    value = float(np.mean([each.mean() for each in shares]))
-    drawn = np.zeros(samples)
-    for index in range(samples):
-        chosen = random.integers(len(shares), size=len(shares))
-        drawn[index] = np.mean([random.binomial(len(shares[i]), shares[i].mean()) / len(shares[i]) for i in chosen])
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
-
-
 @torch.no_grad()
 def evaluate_answers(
     model: RecurrentClassifier,

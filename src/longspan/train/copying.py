@@ -8,7 +8,6 @@ new: at 1,023 tokens a layer that gains nothing in 400 steps says 78 % of the wo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,7 @@ from torch import Tensor
 from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers import with_penalties
-from longspan.models import Decoder
 from longspan.tasks.synthetic import CopyTask
-from longspan.train.progress import Silent
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
 
 
@@ -88,29 +85,25 @@ class Copying(Stages):
 
 
 class CopyingTrainer(StagedTrainer):
-    """Trains a decoder on `copy`; `longspan.train.run` makes one from a recipe.
+    """Trains a causal `Decoder` on a `CopyTask`; arguments as of the base."""
 
-    Args:
-        model: a causal model.
-        task: prepared; its `word` is the longest that is trained on.
-        config: of the run.
-        folder: of the run.
-        display: what is shown.
-    """
+    config: CopyingConfig
+    stages: Copying
 
-    def __init__(self, model: Decoder, task: CopyTask, config: CopyingConfig, folder: Path, *, display: Silent) -> None:
-        known, read = model.config.num_positions, 2 * task.config.word + 1
-        if model.config.positions in ("learned", "factorised") and known < read:
+    def first_stage(self) -> Copying:
+        """See the base."""
+        word, model = self.task.config.word, self.model.config
+        known, read = model.num_positions, 2 * word + 1
+        if model.positions in ("learned", "factorised") and known < read:
             raise ConfigError(
-                f"train.curriculum = 'copy': the model has {known:,} learned positions, and words of "
-                f"{task.config.word:,} symbols make texts of {read:,}; raise them, or lower task.word"
+                f"train.curriculum = 'copy': the model has {known:,} learned positions, and words of {word:,} symbols "
+                f"make texts of {read:,}; raise them, or lower task.word"
             )
-        self.config, self.copying = config, Copying(config, task.config.word)
-        super().__init__(model, task, config, folder, stages=self.copying, display=display)
+        return Copying(self.config, word)
 
     def read(self) -> Outcome:
         """See the base."""
-        config, word = self.config, self.copying.word
+        config, word = self.config, self.stages.word
         rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
         tokens = draw_words(self.task, rows, word, (config.seed, self.position.step)).to(self.device)
         penalties: list[Tensor] = []
@@ -119,7 +112,7 @@ class CopyingTrainer(StagedTrainer):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         with_penalties(loss, penalties).backward()
         right = float((logits.argmax(-1) == targets).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.copying.count(right, config.accuracy))
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
 
     def title(self) -> str:
         """See the base."""

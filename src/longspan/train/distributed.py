@@ -130,4 +130,6 @@ def choose_device(name: str, local_rank: int = 0, what: str = "train.device") ->
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"{what} = {name!r}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ConfigError(f"{what} = {name!r}: a device without values computes nothing; choose cpu or cuda")
     return device

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longspan import state as states
 from longspan.errors import DataError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head
@@ -141,7 +142,7 @@ def evaluate_text(
     """
     if memory and not model.traits.streams:
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
-    group = group or Group(device=_device_of(model))
+    group = group or Group(device=place_of(model).device)
     restart = None if memory else segment_length or chunk
     totals = np.zeros((4, len(documents)))
     head = adaptive_head(model)
@@ -290,8 +291,3 @@ def _evaluating(model: Any) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-def _device_of(model: Any) -> torch.device:
-    parameter = next(iter(model.parameters()), None)
-    return torch.device("cpu") if parameter is None else torch.device(parameter.device)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longspan.errors import ConfigError, DataError, UnsupportedError
+from longspan.mixers.maps import place_of
 from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array, Head
 from longspan.tasks.tokenizers import Tokenizer
@@ -84,8 +85,7 @@ def place_nats(
     if window is not None and not model.traits.streams:
         # such a model sees a window as a whole
         chunk, batch = window.context, max(batch * chunk // window.context, 1)
-    parameter = next(iter(model.parameters()), None)
-    group = Group() if parameter is None else Group(device=parameter.device)
+    group = Group(device=place_of(model).device)
     # the loss of an adaptive softmax needs no whole distribution
     head = adaptive_head(model)
     for out, part in read_documents(model, read, chunk=chunk, batch=batch, group=group, hidden=head is not None):

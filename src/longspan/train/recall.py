@@ -1,6 +1,5 @@
 """Training a recurrent classifier on a memory task, along the curriculum of `longspan.train.curriculum`."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.mixers import with_penalties
-from longspan.models import RecurrentClassifier, Trace
+from longspan.models import Trace
 from longspan.tasks import MemoryTask
 from longspan.train.curriculum import Curriculum, CurriculumConfig
-from longspan.train.progress import Silent
 from longspan.train.staged import Outcome, StagedTrainer
 
 
@@ -61,25 +59,18 @@ def gate_losses(traces: list[Trace], batch: Samples, config: CurriculumConfig) -
 
 
 class RecallTrainer(StagedTrainer):
-    """Trains a classifier on a memory task in a run folder; `longspan.train.run` makes one from a recipe.
+    """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments as of the base."""
 
-    Args:
-        model: on the CPU or a GPU.
-        task: prepared.
-        config: of the run.
-        folder: of the run.
-        display: what is shown.
-    """
+    config: CurriculumConfig
+    stages: Curriculum
 
-    def __init__(
-        self, model: RecurrentClassifier, task: MemoryTask, config: CurriculumConfig, folder: Path, *, display: Silent
-    ) -> None:
-        self.config, self.curriculum = config, Curriculum(config, task.config.segment_length)
-        super().__init__(model, task, config, folder, stages=self.curriculum, display=display)
+    def first_stage(self) -> Curriculum:
+        """See the base."""
+        return Curriculum(self.config, self.task.config.segment_length)
 
     def read(self) -> Outcome:
         """See the base."""
-        config, step, curriculum = self.config, self.position.step, self.curriculum
+        config, step, curriculum = self.config, self.position.step, self.stages
         segments, rows = curriculum.draw(step)
         batch = draw_samples(self.task, segments, rows, curriculum.length, (config.seed, step))
         loss, right = self._backward(batch, curriculum.length)
@@ -99,6 +90,6 @@ class RecallTrainer(StagedTrainer):
             logits, _ = self.model(batch.tokens, traces=traces, penalties=penalties)
             loss = F.cross_entropy(logits, batch.answers)
             closed, opened = gate_losses(traces, batch, self.config)
-            total = loss + self.curriculum.penalty * closed + self.config.gate_open * opened
+            total = loss + self.stages.penalty * closed + self.config.gate_open * opened
             with_penalties(total, penalties).backward()
         return float(loss.detach()), float((logits.argmax(1) == batch.answers).float().mean())

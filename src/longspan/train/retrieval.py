@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from longspan.mixers.infini import InfiniCore
 from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train.progress import Silent
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
 
 
@@ -141,28 +139,21 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
 
 
 class RetrievalTrainer(StagedTrainer):
-    """Trains a decoder on `passkey` or `needle`; `longspan.train.run` makes one from a recipe.
+    """Trains a `Decoder` that streams on a `PasskeyTask`; arguments as of the base."""
 
-    Args:
-        model: a causal model that streams.
-        task: prepared; its `length` is the longest text that is trained on.
-        config: of the run.
-        folder: of the run.
-        display: what is shown.
-    """
+    config: RetrievalConfig
+    stages: Retrieval
 
-    def __init__(
-        self, model: Decoder, task: PasskeyTask, config: RetrievalConfig, folder: Path, *, display: Silent
-    ) -> None:
-        self.config, self.retrieval = config, Retrieval(config, task.config.length)
-        super().__init__(model, task, config, folder, stages=self.retrieval, display=display)
-        if config.repeats > 1:
-            repeated(model, model.init_state(1), 2.0)
+    def first_stage(self) -> Retrieval:
+        """See the base."""
+        if self.config.repeats > 1:
+            repeated(self.model, self.model.init_state(1), 2.0)  # refuses memories that do more than add
+        return Retrieval(self.config, self.task.config.length)
 
     def read(self) -> Outcome:
         """See the base."""
         config, step = self.config, self.position.step
-        mentions, length, repeats = self.retrieval.draw(step)
+        mentions, length, repeats = self.stages.draw(step)
         rows = max(4, config.tokens // length)
         tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
         tokens, graded = tokens.to(self.device), graded.to(self.device)
@@ -178,7 +169,7 @@ class RetrievalTrainer(StagedTrainer):
         with_penalties(total, penalties).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.retrieval.add(right))
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
 
     def title(self) -> str:
         """See the base."""

@@ -14,18 +14,16 @@ fit.
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from longspan import tasks
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
-from longspan.files import read_json, write_json
-from longspan.models import build_model, load_model, resolve_model, save_model
-from longspan.models.io import is_converted
-from longspan.tasks import MemoryTask, Task
-from longspan.tasks.synthetic import CopyTask, PasskeyTask
+from longspan.files import write_json
+from longspan.models import build_model, resolve_model
+from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.checkpoint import Checkpoint
@@ -34,14 +32,15 @@ from longspan.train.copying import CopyingConfig, CopyingTrainer
 from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
+from longspan.train.loop import Result, TrainingLoop
+from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.progress import Silent, make
 from longspan.train.recall import RecallTrainer
 from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
-from longspan.train.staged import StagedConfig, StagedTrainer
-from longspan.train.trainer import Result, Trainer
+from longspan.train.staged import StagedConfig
+from longspan.train.trainer import Trainer
 from longspan.version import __version__
 
-TABLES = ("model", "task", "train")
 _CURRICULA: dict[str, tuple[type[StagedConfig], tuple[str, ...]]] = {
     "retrieval": (RetrievalConfig, ("passkey", "needle")),
     "copy": (CopyingConfig, ("copy",)),
@@ -132,13 +131,13 @@ def run(
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
-    group = join_group("cpu" if isinstance(config, StagedConfig) else config.device)
+    staged = isinstance(config, StagedConfig)
+    group = join_group("cpu" if staged else config.device)
     with _caller_undisturbed(group, config.threads):
-        if isinstance(config, StagedConfig):
-            return _run_staged(resolved, config, folder, resume, display)
-        if not group.main:
-            display = Silent()
-        return _run(resolved, config, folder, resume, group, display)
+        # a curriculum is trained in one process
+        group = Group(device=choose_device(config.device)) if staged else group
+        with _reserved(folder, resume, group) as start:
+            return _train(resolved, config, folder, resume, group, display if group.main else Silent(), start)
 
 
 @contextlib.contextmanager
@@ -163,16 +162,9 @@ def _refuse_run(folder: Path) -> None:
         raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
 
 
-def _run(
-    resolved: dict[str, Any], config: TrainConfig, folder: Path, resume: bool, group: Group, display: Silent
-) -> Result:
-    with _reserved(folder, resume, group) as start:
-        return _run_reserved(resolved, config, folder, resume, group, display, start)
-
-
-def _run_reserved(
+def _train(
     resolved: dict[str, Any],
-    config: TrainConfig,
+    config: Any,
     folder: Path,
     resume: bool,
     group: Group,
@@ -183,15 +175,15 @@ def _run_reserved(
         pretrained.write_tokenizer(resolved["model"], folder)
     task = _prepared_task(resolved["task"], folder, group)
     _fit_vocabulary(resolved["model"], task)
+    if isinstance(config, StagedConfig):
+        _check_staged(resolved, config)
     checkpoint = _resumed_checkpoint(folder, display) if resume else None
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
-    model = model.to(group.device, DTYPES[config.dtype])
-    group.share_parameters(model)
-    trainer = Trainer(model, task, config, folder, group=group, display=display)
+    trainer = _trainer(model, task, config, folder, group, display)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if config.carry and model.traits.streams and not model.traits.bounded:
+    if isinstance(config, TrainConfig) and config.carry and model.traits.streams and not model.traits.bounded:
         display.message("this model's state grows with a document's length; train.carry = false cuts it at segments")
     if group.main:
         _begin(folder, resolved, start)
@@ -218,39 +210,17 @@ def _run_reserved(
     return result
 
 
-def _run_staged(resolved: dict[str, Any], config: StagedConfig, folder: Path, resume: bool, display: Silent) -> Result:
-    """The same along a curriculum, in one process."""
-    with _reserved(folder, resume, Group()) as start:
-        return _run_staged_reserved(resolved, config, folder, resume, display, start)
-
-
-def _run_staged_reserved(
-    resolved: dict[str, Any], config: StagedConfig, folder: Path, resume: bool, display: Silent, start: Start
-) -> Result:
-    task = _prepared_task(resolved["task"], folder, Group())
-    _fit_vocabulary(resolved["model"], task)
-    _check_staged(resolved, config)
-    checkpoint = _resumed_checkpoint(folder, display) if resume else None
-    torch.manual_seed(config.seed)
-    model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
-    model = model.to(choose_device(config.device))
-    trainer: StagedTrainer
+def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, display: Silent) -> TrainingLoop:
+    """What trains by this configuration, its model on the device of the group."""
+    if isinstance(config, TrainConfig):
+        group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
+        return Trainer(model, task, config, folder, group=group, display=display)
+    model.to(group.device)
     if isinstance(config, RetrievalConfig):
-        trainer = RetrievalTrainer(model, cast(PasskeyTask, task), config, folder, display=display)
-    elif isinstance(config, CopyingConfig):
-        trainer = CopyingTrainer(model, cast(CopyTask, task), config, folder, display=display)
-    else:
-        assert isinstance(config, CurriculumConfig)
-        trainer = RecallTrainer(model, cast(MemoryTask, task), config, folder, display=display)
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    _begin(folder, resolved, start)
-    position, interrupted = trainer.position, trainer.fit()
-    if interrupted:
-        display.message(f"stopped at step {position.step}, saved in {folder}; resume it to go on")
-    else:
-        folders.write_folder(folder / "model", lambda filled: save_model(model, filled), folders.seal)
-    return Result(folder, position.step, position.tokens, position.seconds, None, interrupted)
+        return RetrievalTrainer(model, task, config, folder, display=display)
+    if isinstance(config, CopyingConfig):
+        return CopyingTrainer(model, task, config, folder, display=display)
+    return RecallTrainer(model, task, config, folder, display=display)
 
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
@@ -279,52 +249,9 @@ def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
         )
 
 
-def load_run(folder: str | Path) -> tuple[Any, Task]:
-    """The model of a run, in evaluation mode, and its task, ready to encode text; data is read only when asked for.
-
-    The model is the trained one, or that of the newest sound checkpoint while the run is not over.
-
-    Raises:
-        CheckpointError: there is no run, or nothing sound in it.
-    """
-    folder = Path(folder)
-    recipe = _stored_recipe(folder)
-    task = tasks.build(recipe["task"])
-    task.prepare(folder, main=False)
-    if pretrained.is_pretrained(recipe):
-        pretrained.make_known()
-    folders.check_sealed(folder / "model")
-    if is_converted(folder / "model"):
-        from longspan.hf.decoder import load_converted
-
-        model = load_converted(folder / "model").model
-    elif (folder / "model").is_dir():
-        model = load_model(folder / "model")
-    else:
-        checkpoint = _newest_sound(folder / "checkpoints", Silent())
-        if checkpoint is None:
-            raise CheckpointError(f"{folder}: this run has no checkpoint yet")
-        model = checkpoint.model
-    if model.vocab_size < task.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the model knows {model.vocab_size} token ids, the tokenizer has {task.vocab_size}"
-        )
-    return model, task
-
-
-def _stored_recipe(folder: Path) -> dict[str, Any]:
-    if not (folder / "recipe.json").exists():
-        raise CheckpointError(f"{folder}: no run here (recipe.json is missing)")
-    folders.check_sealed(folder)
-    stored: dict[str, Any] = read_json(folder / "recipe.json")
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), dict) for name in TABLES):
-        raise CheckpointError(f"{folder / 'recipe.json'}: not the recipe of a run")
-    return stored
-
-
 def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The stored recipe with what may change taken from `recipe`."""
-    stored = _stored_recipe(folder)
+    stored = stored_recipe(folder)
     merged = {**stored, **recipe, **{name: {**stored[name], **recipe.get(name, {})} for name in TABLES}}
     resolved = resolve(merged)
     for name in TABLES:
@@ -360,27 +287,10 @@ def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
 
 def _resumed_checkpoint(folder: Path, display: Silent) -> Checkpoint | None:
     """The newest sound checkpoint; says where there is none, so that the run begins at step 0."""
-    checkpoint = _newest_sound(folder / "checkpoints", display)
+    checkpoint = newest_sound(folder / "checkpoints", display)
     if checkpoint is None:
         display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
     return checkpoint
-
-
-def _newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
-    """The newest checkpoint that can be read; each damaged one before it is named. None where there is none at all."""
-    problem: CheckpointError | None = None
-    for path in checkpoints.found(folder):
-        try:
-            checkpoint = checkpoints.read(path)
-        except CheckpointError as error:
-            problem = error
-            continue
-        if problem is not None:
-            display.message(f"{problem}; going on from {path}")
-        return checkpoint
-    if problem is not None:
-        raise CheckpointError(f"{problem}; no earlier checkpoint is sound")
-    return None
 
 
 @contextlib.contextmanager

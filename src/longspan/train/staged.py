@@ -6,7 +6,6 @@ for bit.
 """
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,89 +14,52 @@ from typing import Any
 import torch
 
 from longspan.config import check_least, check_shares
-from longspan.process import resident_bytes
-from longspan.train import checkpoint as checkpoints
-from longspan.train.checkpoint import Checkpoint, Position, load_optimizer, optimizer_tensors
+from longspan.mixers.maps import place_of
+from longspan.train.checkpoint import Checkpoint
+from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
-from longspan.train.log import Log
+from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
-from longspan.train.signals import on_interrupt
-from longspan.train.step import DivergedError
-
-_AT_LEAST_ONE = ("tokens", "window", "log_every", "keep")
-_NOT_NEGATIVE = ("patience", "lr", "warmup", "weight_decay", "clip", "seed", "checkpoint_every", "threads")
-_SHARES = ("accuracy", "frontier", "constant", "min_lr_ratio")
+from longspan.train.schedule import fraction_done
+from longspan.train.step import DivergedError, Optimization
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagedConfig:
-    """Fields that the `[train]` tables of all curricula share.
+class StagedConfig(RunConfig):
+    """Fields that the `[train]` tables of all curricula share; more of them in `RunConfig`.
 
     Attributes:
-        steps: optimiser steps; None = no limit where `minutes` is given, else 1000.
-        minutes: of training, saving not counted; the schedule follows steps or time, whichever is further on.
         tokens: of a batch, about: its rows follow from their length.
         accuracy: of the last `window` batches at a stage that ends it.
         window: batches.
         patience: steps after which a stage ends in any case; 0 = never.
         frontier: share of the batches at the stage reached; the others are of any before it.
-        lr: largest learning rate.
-        warmup: steps of linear warm-up.
         constant: share of the run at the largest rate; it then falls linearly to `min_lr_ratio` of it.
-        min_lr_ratio: see `constant`.
-        betas, weight_decay: of AdamW.
-        clip: largest norm of the gradient; 0 = no clipping.
-        seed: of everything random.
-        log_every, checkpoint_every: in steps; 0 checkpoints at the end only.
-        keep: checkpoints that stay.
-        threads: CPU threads; 0 = as torch chooses.
-        device: as torch calls it; "auto" = CUDA where there is one.
     """
 
-    steps: int | None = None
-    minutes: float | None = None
     tokens: int = 32_000
     accuracy: float = 0.93
     window: int = 10
     patience: int = 0
     frontier: float = 0.5
-    lr: float = 1e-3
     warmup: int = 50
     constant: float = 0.6
     min_lr_ratio: float = 0.05
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
-    log_every: int = 10
     checkpoint_every: int = 200
-    keep: int = 2
-    threads: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        check_least(self, "train", dict.fromkeys(_AT_LEAST_ONE, 1) | dict.fromkeys(_NOT_NEGATIVE, 0))
-        check_shares(self, "train", _SHARES)
-
-    def progress(self, step: int, seconds: float) -> float:
-        """How much of the run is over, 0 to 1."""
-        limit = 1000 if self.steps is None and self.minutes is None else self.steps
-        by_steps = 0.0 if limit is None else step / max(limit, 1)
-        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
-        return min(max(by_steps, by_time), 1.0)
+        super().__post_init__()
+        check_least(self, "train", {"tokens": 1, "window": 1, "patience": 0})
+        check_shares(self, "train", ("accuracy", "frontier", "constant", "min_lr_ratio"))
 
     def rate(self, step: int, seconds: float) -> float:
         """What `lr` is multiplied with in step `step` (from 0)."""
-        done = self.progress(step, seconds)
+        done = fraction_done(self, step, seconds)
         falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
         return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
-
-    @property
-    def ends(self) -> str:
-        """When a run is over, in words."""
-        parts = [f"{self.steps} steps"] if self.steps is not None else []
-        parts += [f"{self.minutes:g} minutes"] if self.minutes is not None else []
-        return " or ".join(parts) or "1000 steps"
 
 
 @dataclass
@@ -155,7 +117,7 @@ class Stages:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("config", "full")}
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was outcome."""
         for key, value in data.items():
             setattr(self, key, value)
 
@@ -176,147 +138,73 @@ class Outcome:
     rows: int
     tokens: int
     moved: bool
+    units = 0
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """What a line of the log adds up."""
+        return {"loss": self.loss * self.rows, "right": self.right * self.rows, "rows": self.rows}
 
 
-class StagedTrainer:
-    """Trains a model along a curriculum; a subclass says what a step reads and what is asked of the model.
+class StagedTrainer(TrainingLoop):
+    """Trains a model along a curriculum, in one process; a subclass says what a step reads and what is asked of it.
 
     Args:
         model: on the CPU or a GPU.
-        task: prepared.
+        task: prepared; it knows the longest text that is trained on.
         config: of the run.
         folder: of the run.
-        stages: the curriculum, at its start.
         display: what is shown.
     """
 
-    def __init__(
-        self, model: Any, task: Any, config: StagedConfig, folder: Path, *, stages: Stages, display: Silent
-    ) -> None:
-        self.model, self.task, self.folder, self.display = model, task, folder, display
-        self.stages, self._config = stages, config
-        self.position = Position()
-        groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
-        self.base_rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, fused=True)
-        self.generator = torch.Generator().manual_seed(config.seed + 2)
-        torch.manual_seed((config.seed + 1) * 1_000_003)
-        self._saved_step: int | None = None
-        self._stop = False
+    config: StagedConfig
+    stages: Stages
+
+    def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
+        super().__init__(model, task, config, folder, group=Group(), display=display)
+        self.stages = self.first_stage()
+        self.optimization = Optimization(model, config, self.group)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        where: torch.device = next(self.model.parameters()).device
-        return where
+        return place_of(self.model).device
+
+    def first_stage(self) -> Stages:
+        """The curriculum, at its start."""
+        raise NotImplementedError
 
     def read(self) -> Outcome:
         """Draw the batch of this step, add its gradient, and tell the curriculum."""
         raise NotImplementedError
 
-    def title(self) -> str:
-        """What is trained."""
-        raise NotImplementedError
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint whose model this trainer was made with."""
-        self.position = checkpoint.position
+        super().restore(checkpoint)
         self.stages.load_state_dict(checkpoint.position.lanes)
-        load_optimizer(self.optimizer, self.model, checkpoint.tensors)
-        self.generator.set_state(checkpoint.tensors["random.after_step"])
-        torch.set_rng_state(checkpoint.tensors["random.cpu.0"])
-        self._saved_step = self.position.step
 
-    def fit(self) -> bool:
-        """Train to the end of the schedule; True where Ctrl-C or SIGTERM ended it, with a checkpoint saved.
+    def _rate(self) -> float:
+        return self.config.rate(self.position.step, self.position.seconds)
 
-        Raises:
-            DivergedError: the loss is no number any more.
-            CheckpointError: a checkpoint could not be saved; the last good one stands.
-        """
-        log = Log(self.folder / "log.jsonl", step=self.position.step)
-        begin = f"from step {self.position.step} " if self.position.step else ""
-        parameters = f"{self.model.num_parameters():,} parameters"
-        self.display.start(f"{self.folder}: {parameters}, {self.title()}, {begin}to {self._config.ends}")
-        try:
-            with on_interrupt(self._stop_soon):
-                while self._config.progress(self.position.step, self.position.seconds) < 1 and not self._stop:
-                    self._step(log)
-                    every = self._config.checkpoint_every
-                    if every and self.position.step % every == 0:
-                        self._save(log)
-                self._save(log)
-        finally:
-            self.display.stop()
-            log.close()
-        return self._stop
-
-    def _step(self, log: Log) -> None:
-        started = time.perf_counter()
-        config, position = self._config, self.position
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+    def _train(self, rate: float) -> Outcome:
+        step = self.position.step
+        self.optimization.begin()
         outcome = self.read()
         if not math.isfinite(outcome.loss):
-            last = checkpoints.last_good(self.folder / "checkpoints")
-            raise DivergedError(f"the loss of step {position.step + 1} is {outcome.loss}; {last}; try a lower train.lr")
-        if config.clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        rate = config.rate(position.step, position.seconds)
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * rate
-        self.optimizer.step()
-        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
-        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
-        position.step += 1
-        self.model.after_step(position.step, self.generator)
-        seconds = time.perf_counter() - started
-        position.seconds += seconds
-        position.tokens += outcome.tokens
-        sums = {
-            "loss": outcome.loss * outcome.rows,
-            "right": outcome.right * outcome.rows,
-            "rows": outcome.rows,
-            "seconds": seconds,
-            "tokens": outcome.tokens,
-        }
-        for name, value in sums.items():
-            position.pending[name] = position.pending.get(name, 0.0) + value
-        if position.step % config.log_every == 0 or outcome.moved:
-            self._log(log, rate, outcome.moved)
+            raise DivergedError(f"the loss of step {step + 1} is {outcome.loss}")
+        self.optimization.update(step, rate)
+        return outcome
 
-    def _log(self, log: Log, rate: float, moved: bool) -> None:
-        position, pending = self.position, self.position.pending
-        line = {
-            "step": position.step,
-            "loss": pending["loss"] / pending["rows"],
-            "accuracy": pending["right"] / pending["rows"],
-            **self.stages.columns(),
-            "new_stage": moved,
-            "lr": self._config.lr * rate,
-            "tokens": position.tokens,
-            "tokens_per_second": pending["tokens"] / max(pending["seconds"], 1e-9),
-            "seconds": position.seconds,
-            "memory": resident_bytes(),
-        }
-        position.pending = {}
-        log.write(line)
-        fraction = self._config.progress(position.step, position.seconds)
-        eta = position.seconds * (1 - fraction) / fraction if fraction else None
-        shown = {"fraction": fraction, "eta": eta, "unit": self.task.unit, "stage": self.stages.words}
-        self.display.step({**line, **shown})
+    def _line_is_due(self, outcome: Outcome) -> bool:
+        return outcome.moved
 
-    def _save(self, log: Log) -> None:
-        if self._saved_step == self.position.step:
-            return
-        self.position.lanes = self.stages.state_dict()
-        tensors = optimizer_tensors(self.optimizer, self.model)
-        tensors |= {"random.after_step": self.generator.get_state(), "random.cpu.0": torch.get_rng_state()}
-        log.sync()
-        folder = self.folder / "checkpoints"
-        checkpoints.save(folder, self.position, self.model, tensors, [], group=Group(), keep=self._config.keep)
-        self._saved_step = self.position.step
+    def _figures(self, outcome: Outcome) -> dict[str, Any]:
+        pending = self.position.pending
+        means = {"loss": pending["loss"] / pending["rows"], "accuracy": pending["right"] / pending["rows"]}
+        return means | self.stages.columns() | {"new_stage": outcome.moved}
 
-    def _stop_soon(self) -> None:
-        self._stop = True
-        self.display.message("stopping after this step; again to stop at once, without saving")
+    def _shown(self) -> dict[str, Any]:
+        return {"stage": self.stages.words}
+
+    def _data_state(self) -> dict[str, Any]:
+        return self.stages.state_dict()

@@ -33,9 +33,80 @@ class StepResult(NamedTuple):
     units: int
     grad_norm: float
 
+    @property
+    def sums(self) -> dict[str, float]:
+        """What a line of the log adds up."""
+        return {"nats": self.nats, "units": self.units}
 
-class Stepper:
-    """A model in training: its optimiser, what its lanes carry, and its random generators.
+
+class Optimization:
+    """An optimiser, the learning rates its groups began with, and the random generators of a training.
+
+    Args:
+        model: with `parameter_groups` and `after_step`.
+        config: of the run.
+        group: the processes.
+    """
+
+    def __init__(self, model: Any, config: Any, group: Group) -> None:
+        self.model, self.group, self._clip = model, group, config.clip or math.inf
+        groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
+        self.base_rates = [parameters["lr"] for parameters in groups]
+        eps = getattr(config, "eps", 1e-8)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=eps, fused=True)
+        self.generator = torch.Generator().manual_seed(config.seed + _AFTER_STEP)
+        torch.manual_seed((config.seed + _DROPOUT) * 1_000_003 + group.rank)
+
+    def begin(self) -> None:
+        """Training mode, and no gradients."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, step: int, rate: float) -> float:
+        """Step with `rate` times the learning rates; the norm of the gradient.
+
+        Args:
+            step: optimiser steps done before this one.
+            rate: what every group's learning rate is multiplied with.
+
+        Raises:
+            DivergedError: the gradient is not finite; parameters are as before the step.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._clip))
+        if not math.isfinite(norm):
+            raise DivergedError(f"the gradient of step {step + 1} has norm {norm}")
+        for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            parameters["lr"] = base * rate
+        self.optimizer.step()
+        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
+        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
+        self.model.after_step(step + 1, self.generator)
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Optimiser moments and random generators, those of all processes; every process calls it."""
+        found = optimizer_tensors(self.optimizer, self.model)
+        found["random.after_step"] = self.generator.get_state()
+        for rank, each in enumerate(self.group.gather(torch.get_rng_state())):
+            found[f"random.cpu.{rank}"] = each
+        if self.group.device.type == "cuda":
+            for rank, each in enumerate(self.group.gather(torch.cuda.get_rng_state(self.group.device))):
+                found[f"random.cuda.{rank}"] = each
+        return found
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
+        load_optimizer(self.optimizer, self.model, tensors)
+        self.generator.set_state(tensors["random.after_step"])
+        if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
+            torch.set_rng_state(cpu)
+        cuda = tensors.get(f"random.cuda.{self.group.rank}")
+        if cuda is not None and self.group.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.group.device)
+
+
+class Stepper(Optimization):
+    """A model in training on lanes, and what these carry.
 
     Args:
         model: a language model with `parameter_groups` and `after_step`.
@@ -56,16 +127,10 @@ class Stepper:
         if config.loss_chunk:
             model.head()
         self.by_head = bool(config.loss_chunk) or adaptive_head(model) is not None
-        self.model = model
+        super().__init__(model, config, group)
         self.config = config
-        self.group = group
-        groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
-        self.base_rates = [parameters["lr"] for parameters in groups]
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
         self.carry = config.carry and model.traits.streams
         self.carried: list[Any] = [None] * config.accumulation
-        self.generator = torch.Generator().manual_seed(config.seed + _AFTER_STEP)
-        torch.manual_seed((config.seed + _DROPOUT) * 1_000_003 + group.rank)
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
         """Train on the next segments of this process's lanes.
@@ -81,8 +146,7 @@ class Stepper:
         own_tokens = sum(int(batch.graded.sum()) for batch in batches)
         own_units = sum(int(batch.sizes.sum()) for batch in batches)
         tokens, units = self.group.sum(own_tokens, own_units)
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.begin()
         rows = batches[0].tokens.shape[0] // self.config.accumulation
         nats = 0.0
         for index in range(self.config.accumulation):
@@ -92,16 +156,8 @@ class Stepper:
         if not math.isfinite(nats):
             raise DivergedError(f"the loss of step {step + 1} is {nats}")
         self.group.sum_gradients(self.model.parameters())
-        norm = self._clip()
-        if not math.isfinite(norm):
-            raise DivergedError(f"the gradient of step {step + 1} has norm {norm}")
-        for parameters, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            parameters["lr"] = base * rate
-        self.optimizer.step()
-        # torch's fused step writes weights without counting their versions, which tell caches that weights changed
-        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
         draw = self.model.draw
-        self.model.after_step(step + 1, self.generator)
+        norm = self.update(step, rate)
         if self.model.draw != draw:
             self.carried = [None] * self.config.accumulation
         return StepResult(nats, int(tokens), int(units), norm)
@@ -135,32 +191,7 @@ class Stepper:
         logits, state = self.model(batch.tokens, state, **rows)
         return next_token_loss(logits, batch.targets, batch.graded), state
 
-    def _clip(self) -> float:
-        limit = self.config.clip or math.inf
-        return float(nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bfloat16":
             return torch.autocast(self.group.device.type, torch.bfloat16)
         return contextlib.nullcontext()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Optimiser moments and random generators, those of all processes; every process calls it."""
-        found = optimizer_tensors(self.optimizer, self.model)
-        found["random.after_step"] = self.generator.get_state()
-        for rank, each in enumerate(self.group.gather(torch.get_rng_state())):
-            found[f"random.cpu.{rank}"] = each
-        if self.group.device.type == "cuda":
-            for rank, each in enumerate(self.group.gather(torch.cuda.get_rng_state(self.group.device))):
-                found[f"random.cuda.{rank}"] = each
-        return found
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
-        load_optimizer(self.optimizer, self.model, tensors)
-        self.generator.set_state(tensors["random.after_step"])
-        if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
-            torch.set_rng_state(cpu)
-        cuda = tensors.get(f"random.cuda.{self.group.rank}")
-        if cuda is not None and self.group.device.type == "cuda":
-            torch.cuda.set_rng_state(cuda, self.group.device)

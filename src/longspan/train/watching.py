@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mixers import Core, Rows
+from longspan.mixers import Core
 from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.probe import support_sizes
 from longspan.tasks import Documents
@@ -45,11 +45,6 @@ def watch_layers(
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def real_tokens(rows: Rows, like: Tensor) -> Tensor:
-    """(batch, length) bool: which columns of a call hold a token of their row."""
-    return torch.arange(rows.length, device=like.device) < rows.real_tokens()[:, None]
 
 
 @dataclass
@@ -93,7 +88,7 @@ def head_supports(
         counted[id(core)] = Support(nothing, nothing.clone())
 
     def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
-        support, real = counted[id(core)], real_tokens(given[4], given[0])
+        support, real = counted[id(core)], given[4].real_columns()
         for totals, q in ((support.kept, given[0]), (support.seen, torch.zeros_like(given[0]))):
             # with a query of zeros all scores are equal, and every key that is seen has a weight
             counts = support_sizes(core, q, *given[1:5])

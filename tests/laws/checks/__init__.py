@@ -1,13 +1,15 @@
 """One function per demand of a law: `check(make)` raises AssertionError, saying what, where a mixer breaks it.
 
-`CHECKS` lists them by law. Which mixers a check is for follows from the traits alone (`runs`).
+`CHECKS` lists them by law. Which mixers a check is not for follows from their traits, and from what they show before
+it is run (`why_not`).
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from ..tools import Make, trains
+from ..tools import Make, inputs, trains
 from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
 
 CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
@@ -86,22 +88,34 @@ STREAM_ONLY = {
 }
 
 
-GRADIENTS = {packing.check_padding_gradients, *CHECKS["6-gradients"]}
+GRADIENTS = {packing.check_padding_gradients, quiet.check_forward_changes_nothing, *CHECKS["6-gradients"]}
 
 
-def runs(check: Callable[[Make], None], mixer: nn.Module) -> bool:
-    """Whether the traits of a mixer ask for this check."""
+def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
+    """Why a check is not for a mixer; "" where it is."""
     traits = mixer.traits
-    if check is causality.check_map_is_causal and getattr(traits, "value_causal", False):
-        return True  # later values reach nothing, whatever later keys do
-    if check in CHECKS["1-causality"] and not traits.causal:
-        return False
+    is_map = check is causality.check_map_is_causal
+    if check in CHECKS["1-causality"] and not traits.causal and not (is_map and traits.value_causal):
+        return "later tokens change which earlier ones are seen"
     if check in STREAM_ONLY and not traits.streams:
-        return False
+        return "does not stream"
     if check in GRADIENTS and not trains(mixer):
-        return False
-    needs = {
-        packing.check_both_sides: traits.bidirectional,
-        memory.check_growing_columns: not traits.bounded,
-    }
-    return bool(needs.get(check, True))
+        return "for inference alone"
+    if check is packing.check_both_sides and not traits.bidirectional:
+        return "has no bidirectional form"
+    if check is memory.check_growing_columns and traits.bounded:
+        return "its state does not grow"
+    if check is quiet.check_old_streams and not traits.bounded:
+        return "its state grows"
+    if (is_map or check is contract.check_empty_past) and not traits.linear_in_values:
+        return "its output is not a map times the values"
+    if check is contract.check_empty_past and not is_mean(mixer):
+        return "its weights do not sum to one"
+    return ""
+
+
+@torch.no_grad()
+def is_mean(mixer: nn.Module) -> bool:
+    """Whether outputs are means of values."""
+    total = mixer.attention_map(inputs(1, 2, 1).expand(2, 24, -1)).sum(-1)
+    return bool((total - 1).abs().max() <= 1e-9)

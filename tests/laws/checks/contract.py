@@ -42,12 +42,6 @@ def check_empty_past(make: Make) -> None:
         mixer = make(**keywords)
         x = inputs(1, 2, 1).expand(2, 24, -1)
         with torch.no_grad():
-            try:
-                total = mixer.attention_map(x).sum(-1)
-            except UnsupportedError:
-                return
-            if (total - 1).abs().max() > 1e-9:
-                return  # not a mean of values
             y = mixer(x)[0]
             close(y, y[:, -1:].expand_as(y), 1e-9, f"outputs of equal tokens, {keywords}")
             if mixer.traits.streams:

@@ -1,13 +1,13 @@
 """`longspan show patterns`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, print_table
+from longspan.cli.console import console, print_table, say
+from longspan.cli.options import PageOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
@@ -48,9 +48,7 @@ def patterns(
         bool, typer.Option("--both-sides", help="Draw the form that sees later tokens too, where there is one.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
-    ] = Path("out/patterns"),
+    output: PageOption = Path("out/patterns"),
 ) -> None:
     """Draw which keys each query reads, as the papers' figures do: queries down, keys across.
 
@@ -69,12 +67,9 @@ def patterns(
     check_output_folder(output, "--output")
     from longspan import mixers as registry
     from longspan.config import override
-    from longspan.mixers.registry import core_class
     from longspan.report import write_report
 
-    chosen = list(dict.fromkeys(names or registry.names()))
-    for name in chosen:
-        core_class(name)
+    chosen = _chosen(names)
     fields: dict[str, Any] = {}
     for assignment in set_ or []:
         fields = override(fields, assignment)
@@ -104,6 +99,24 @@ def patterns(
     )
     _print(rows, length)
     console().print(f"wrote {path}", markup=False)
+
+
+def _chosen(names: list[str] | None) -> list[str]:
+    """Names that there are; of all, those that load."""
+    from longspan.mixers.registry import core_class
+    from longspan.mixers.registry import names as all_names
+
+    chosen = []
+    for name in dict.fromkeys(names or all_names()):
+        try:
+            core_class(name)
+        except ConfigError as error:
+            if names:
+                raise
+            say(f"left out: {error}")
+        else:
+            chosen.append(name)
+    return chosen
 
 
 def _build(name: str, fields: dict[str, Any], both_sides: bool, seed: int) -> "Mixer | None":
@@ -149,7 +162,7 @@ def _section(
         lambda theme: pattern_figure(panels, both_sides=both_sides, theme=theme),
         alt=f"Attention patterns of {name}: {'; '.join(panel.title.replace(chr(10), ', ') for panel in panels)}",
     )
-    about = (sys.modules[type(mixers[0].core).__module__].__doc__ or "").partition("\n\n")[0]
+    about = mixers[0].core.about().partition("\n\n")[0]
     blocks: list[Block] = [Text(about), figure]
     if any(mixer.traits.selects or mixer.traits.sparse for mixer in mixers):
         blocks.append(Text("What is read depends on the data: these are untrained weights and random inputs."))

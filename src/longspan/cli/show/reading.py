@@ -24,11 +24,9 @@ def chosen(model: Any, task: Any, run: str, *, tokens: int, head: int) -> "tuple
     Raises:
         ConfigError: a run that has no documents of its own.
     """
-    from longspan.cli.evaluate import is_memory_run
-    from longspan.cli.runs import is_pretrained_folder
-    from longspan.files import read_json
     from longspan.tasks.base import heads
     from longspan.train import first_places
+    from longspan.train.opening import is_memory_run, is_pretrained_folder, recipe_table
 
     if is_memory_run(run) or not hasattr(task, "documents"):
         raise ConfigError(f"{run}: a run of a memory task has no held-back documents to read here")
@@ -36,7 +34,5 @@ def chosen(model: Any, task: Any, run: str, *, tokens: int, head: int) -> "tuple
         raise ConfigError(f"{run}: a pretrained model has no held-back documents of its own to read here")
     chunk = _CHUNK
     if not model.traits.streams:
-        from pathlib import Path
-
-        chunk = read_json(Path(run) / "recipe.json").get("train", {}).get("segment_length", _CHUNK)
+        chunk = recipe_table(run, "train").get("segment_length", _CHUNK)
     return first_places(heads(task.documents("validation"), head), tokens), chunk

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from longspan.cli.console import console, print_table, say
+from longspan.cli.options import PageOption
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError, LongspanError
 
@@ -25,9 +26,7 @@ def scaling(
     flops: Annotated[
         float, typer.Option("--flops", min=0, help="A budget to spend, 6 N D; 0: ten times that of the largest run.")
     ] = 0.0,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
-    ] = Path("out/scaling"),
+    output: PageOption = Path("out/scaling"),
 ) -> None:
     """Fit scaling laws to trained runs: loss by training FLOPs, by parameters, by tokens, and by both.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table, reading_progress
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, RunArgument
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def spans(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Dynamic spans are the mean over so many held-back tokens.")
     ] = 8192,
@@ -78,13 +78,13 @@ def _dynamic_spans(
     import torch
 
     from longspan.cli.show.reading import chosen
-    from longspan.train.watching import real_tokens, watch_layers
+    from longspan.train.watching import watch_layers
 
     totals = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
     counts = dict.fromkeys(totals, 0)
 
     def watch(core: "AdaptiveSpanCore", given: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
-        real = real_tokens(given[4], given[0])
+        real = given[4].real_columns()
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())
 

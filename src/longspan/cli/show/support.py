@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longspan.cli.console import console, print_table, reading_progress
-from longspan.cli.options import DeviceOption, DtypeOption
+from longspan.cli.options import DeviceOption, DtypeOption, PageOption, RunArgument
 from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 
 
 def support(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)],
+    run: RunArgument,
     tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Read so many held-back tokens, of documents drawn at random.")
     ] = 8192,
     head: Annotated[
         int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
     ] = 1024,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figures go.")
-    ] = Path("out/support"),
+    output: PageOption = Path("out/support"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
 ) -> None:

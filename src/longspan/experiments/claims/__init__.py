@@ -1,0 +1,58 @@
+"""The papers' claims, re-enacted: `longspan reproduce NAME` runs one, docs/claims.md shows what came out.
+
+A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
+"""
+
+from longspan.config import nearest
+from longspan.errors import ConfigError
+from longspan.experiments.claims.adaptive_span import ADAPTIVE_SPAN
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.bp import BP_TRANSFORMER
+from longspan.experiments.claims.compressive import COMPRESSIVE
+from longspan.experiments.claims.entmax import ENTMAX
+from longspan.experiments.claims.flops import RMT_FLOPS
+from longspan.experiments.claims.grid import RMT_GRID
+from longspan.experiments.claims.infini_memory import INFINI_MEMORY
+from longspan.experiments.claims.infini_passkey import INFINI_PASSKEY
+from longspan.experiments.claims.infini_pretrained import INFINI_PRETRAINED
+from longspan.experiments.claims.language_modelling import LANGUAGE_MODELLING
+from longspan.experiments.claims.maps import RMT_MAPS
+from longspan.experiments.claims.page import markdown, read_results, save_result
+from longspan.experiments.claims.performer_approximation import PERFORMER_APPROXIMATION
+from longspan.experiments.claims.performer_protein import PERFORMER_PROTEIN
+from longspan.experiments.claims.performer_recovery import PERFORMER_RECOVERY
+from longspan.experiments.claims.performer_speed import PERFORMER_SPEED
+from longspan.experiments.claims.reformer_copy import REFORMER_COPY
+from longspan.experiments.claims.reformer_depth import REFORMER_DEPTH
+from longspan.experiments.claims.rmt import RMT
+from longspan.experiments.claims.routing import ROUTING
+from longspan.experiments.claims.sparse import SPARSE
+from longspan.experiments.claims.xl import XL
+
+__all__ = ["Claim", "Figure", "Outcome", "Size", "find", "markdown", "names", "read_results", "save_result"]
+
+_ALL = (
+    *(RMT, RMT_FLOPS, RMT_GRID, RMT_MAPS),
+    *(PERFORMER_SPEED, PERFORMER_APPROXIMATION, PERFORMER_PROTEIN, PERFORMER_RECOVERY),
+    *(INFINI_MEMORY, INFINI_PASSKEY, INFINI_PRETRAINED),
+    *(SPARSE, ADAPTIVE_SPAN, ENTMAX, BP_TRANSFORMER),
+    *(REFORMER_COPY, REFORMER_DEPTH, ROUTING),
+    *(XL, COMPRESSIVE, LANGUAGE_MODELLING),
+)
+_CLAIMS = {claim.name: claim for claim in _ALL}
+
+
+def names() -> list[str]:
+    """All claims, in the order of docs/claims.md."""
+    return list(_CLAIMS)
+
+
+def find(name: str) -> Claim:
+    """A claim by its name.
+
+    Raises:
+        ConfigError: there is none, with the nearest name.
+    """
+    if name not in _CLAIMS:
+        raise ConfigError(f"{name!r} is no claim{nearest(name, _CLAIMS)}")
+    return _CLAIMS[name]

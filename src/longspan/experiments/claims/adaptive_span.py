@@ -1,0 +1,218 @@
+"""`adaptive-span`: how far heads learn to look, what that saves, and what it costs beside spans of the same maximum."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.cost import scaling
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.contest import (
+    EQUAL,
+    INTERVALS,
+    Contest,
+    Found,
+    as_good,
+    bit_figures,
+    by_layer,
+    caution,
+    contest,
+    differences,
+    recipe_with,
+    run_folder,
+    seconds_of,
+    seeds_note,
+    verdict_of,
+)
+from longspan.experiments.claims.growth import in_turn
+from longspan.experiments.claims.language_modelling import difference
+from longspan.experiments.claims.runs import kept
+from longspan.report.heads import Heads, head_figure
+from longspan.train import Interval, load_run
+
+FIXED, ADAPTIVE, SHORT = "fixed", "adaptive", "fixed, short"
+RAMP = 32
+# rules of the verdict, fixed before anything was trained
+FEWER = 0.3
+"""least share of the forward FLOPs that is saved"""
+NEAR = 100
+"""most heads look less far, in characters; the paper's figure of spans"""
+FAR = 0.25
+"""of the maximum: some head looks farther"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes: the maximum of the spans, the text whose FLOPs and time are counted, the contest."""
+
+    max_span: int
+    length: int
+    rounds: int
+    contest: Contest
+
+
+PLANS: dict[str, Plan] = {
+    "small": Plan(
+        max_span=256,
+        length=1024,
+        rounds=1,
+        contest=Contest(seeds=1, head=1024, documents=4, train={"steps": 12, "lanes": 4, "segment_length": 256}),
+    ),
+    "full": Plan(
+        max_span=1024,
+        length=8192,
+        rounds=3,
+        contest=Contest(seeds=2, head=4096, train={"steps": 450, "lanes": 4, "segment_length": 256}),
+    ),
+}
+
+
+def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The models; all else is that of `recipes/lm/adaptive_span.toml`.
+
+    The short one sees as far as learned spans do before they learn: what it lacks is what learning them gives.
+    """
+    mixers = {
+        FIXED: {"name": "window", "window": plan.max_span},
+        ADAPTIVE: {"name": "adaptive_span", "max_span": plan.max_span, "ramp": RAMP},
+        SHORT: {"name": "window", "window": RAMP},
+    }
+    return {name: recipe_with(mixer, "adaptive_span") for name, mixer in mixers.items()}
+
+
+def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+    """Spans by layer, FLOPs a token of both models, and their time, of one seed."""
+    models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
+    tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        seconds = in_turn({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
+    return {
+        "spans": [core.spans for core in models[ADAPTIVE].cores()],
+        "flops": {name: model.flops(plan.length) / plan.length for name, model in models.items()},
+        # the convention of scaling papers, forward: a third of training
+        "counted": {
+            name: scaling.model_training_flops(model, 1.0, length=plan.length) / 3 for name, model in models.items()
+        },
+        "seconds": seconds,
+    }
+
+
+def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
+    return lambda: model.last(tokens)
+
+
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    return measure(folder, PLANS[size], say)
+
+
+def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+    """Train all, then measure; a second call goes on from what is in the folder."""
+    found = contest(folder, recipes(plan), plan.contest, say)
+    looks = []
+    for seed in range(plan.contest.seeds):
+        looks.append(kept(folder / f"spans-{seed}.json", partial(looked_at, folder, plan, seed)))
+        say(f"seed {seed}: " + "; ".join(_numbers(layer) for layer in looks[-1]["spans"]))
+    return outcome({"models": found, "looks": looks}, plan)
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values)
+
+
+def _saved(looks: list[dict[str, Any]], key: str) -> float:
+    """Share of what the fixed model takes that the adaptive one does without, the mean over seeds."""
+    return 1 - statistics.mean(float(each[key][ADAPTIVE] / each[key][FIXED]) for each in looks)
+
+
+def _beyond(models: Found) -> Interval:
+    """Bits per character of learned spans minus those of the least."""
+    return difference(models[ADAPTIVE], models[SHORT])
+
+
+def _figures(
+    models: Found, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
+) -> list[Figure]:
+    near = sum(value < NEAR for value in spans) / len(spans)
+    flops, counted = looks[0]["flops"], looks[0]["counted"]
+    papers = {ADAPTIVE: "as good: enwik8 1.02 (12 layers; Transformer-XL 1.06)"}
+    return [
+        *bit_figures(models, FIXED, papers, "bits per character"),
+        Figure(f"adaptive minus fixed spans of {RAMP}", "", f"{signed(_beyond(models))} bits per character"),
+        Figure("mean span, in characters", "314 (text8, 12 layers, at most 8,192)", f"{sum(spans) / len(spans):.0f}"),
+        *(
+            Figure(f"spans of layer {index + 1}", "lowest layers near the least" if not index else "", _numbers(layer))
+            for index, layer in enumerate(layers)
+        ),
+        Figure(f"heads that look less than {NEAR} characters far", "most", f"{near:.0%} of {len(spans)}"),
+        Figure("farthest head", "more than 1,000 of 4,096", f"{max(spans):.0f} of {plan.max_span:,}"),
+        Figure(
+            "forward FLOPs a character, as computed",
+            "up to 70 % fewer",
+            f"{flops[ADAPTIVE] / 1e6:.2f} M against {flops[FIXED] / 1e6:.2f} M with fixed spans: "
+            f"{_saved(looks, 'flops'):.0%} fewer",
+        ),
+        Figure(
+            "the same by the convention of scaling laws (pairs attended to)",
+            "",
+            f"{counted[ADAPTIVE] / 1e6:.2f} M against {counted[FIXED] / 1e6:.2f} M: "
+            f"{_saved(looks, 'counted'):.0%} fewer",
+        ),
+        Figure(
+            f"time to read {plan.length:,} characters, beside fixed spans",
+            "that of a fixed span of 2,048 at a maximum of 8,192 (training)",
+            f"{1 - _saved(looks, 'seconds'):.2f} times (CPU time, one thread, in turn)",
+        ),
+    ]
+
+
+def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
+    """What was found, beside what the paper says."""
+    models, looks = found["models"], found["looks"]
+    spans = [value for each in looks for layer in each["spans"] for value in layer]
+    layers = by_layer(looks, "spans")
+    near = sum(value < NEAR for value in spans) / len(spans)
+    apart = differences(models, FIXED)[ADAPTIVE]
+    good, fewer = apart.high <= EQUAL, _saved(looks, "flops") >= FEWER
+    uneven = near > 0.5 and max(spans) > FAR * plan.max_span
+    met = (good, fewer, uneven)
+    settings = plan.contest.train
+    return Outcome(
+        verdict=verdict_of(met, [apart]),
+        figures=_figures(models, looks, spans, layers, plan),
+        size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
+        f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
+        f"what came before carried on, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held back: the first "
+        f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
+        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(apart)}, "
+        f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
+        f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
+        "briefly trained, so what it can use from afar is little, and short spans cost it little."
+        + seeds_note(models)
+        + caution(apart, "attention over the whole maximum")
+        + f" What learning adds to the {RAMP} characters that every head sees: {signed(_beyond(models))}.",
+        data=dict(found),
+        pictures=[
+            head_figure(
+                "adaptive-span",
+                [(Heads(index + 1, 1), layer) for index, layer in enumerate(layers)],
+                ylabel="learned span in characters",
+                ylim=(-0.03 * max(1.0, *spans), None),
+            )
+        ],
+        seconds=seconds_of(models),
+    )
+
+
+ADAPTIVE_SPAN = Claim(
+    name="adaptive-span",
+    system="Adaptive Span",
+    source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
+    text="Every head learns how far it looks: most need fewer than 100 characters, a few look far, and the model is as "
+    "good as one with fixed spans of the same maximum at a fraction of the FLOPs.",
+    run=_run,
+    minutes={"small": 0.3, "full": 9},
+)

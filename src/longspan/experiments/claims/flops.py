@@ -1,0 +1,56 @@
+"""`rmt-flops`: how many times fewer FLOPs recurrent memory needs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from longspan.cost import OPT, recurrent_ratio
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.report.figures import Series, line_figure, picture
+
+_PAPER = {"125M": 295, "175B": 29}
+
+
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    counts = [4**power for power in range(7)]
+    ratios = {name: [recurrent_ratio(shape, segments=count) for count in counts] for name, shape in OPT.items()}
+    figures = [
+        Figure(
+            f"times fewer FLOPs, OPT-{name}, 4,096 segments of 512",
+            f"{_PAPER[name]}" if name in _PAPER else "",
+            f"{ratio[-1]:.1f}",
+        )
+        for name, ratio in ratios.items()
+    ]
+    series = [Series(x=counts, y=ratio, label=f"OPT-{name}", kind="marked") for name, ratio in ratios.items()]
+    drawn = picture(
+        "rmt-flops",
+        lambda theme: line_figure(
+            series,
+            xlabel="segments of 512 tokens",
+            ylabel="times fewer FLOPs than the whole text at once",
+            xscale="log2",
+            yscale="log",
+            xticks=counts,
+            theme=theme,
+        ),
+        alt="How many times fewer FLOPs recurrent memory needs, against the number of segments, for five sizes of OPT.",
+    )
+    holds = all(round(ratios[name][-1]) == value for name, value in _PAPER.items())
+    return Outcome(
+        verdict="holds" if holds else "does not hold",
+        figures=figures,
+        size="computed by the paper's convention (Hoffmann et al. 2022, appendix F); nothing is run",
+        data={"segments": counts, "ratios": ratios},
+        pictures=[drawn],
+    )
+
+
+RMT_FLOPS = Claim(
+    name="rmt-flops",
+    system="Recurrent Memory Transformer",
+    source="Bulatov et al. 2023, figure 2 and section 4",
+    text="Over 4,096 segments recurrent memory needs up to 295 times fewer FLOPs than the same model needs for the "
+    "whole text.",
+    run=_run,
+    minutes={"small": 0.1, "full": 0.1},
+)

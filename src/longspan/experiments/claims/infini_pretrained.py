@@ -1,0 +1,276 @@
+"""`infini-pretrained`: a pretrained model with compressive memory reads far past the positions it was trained for."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from longspan.config import read_toml
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict
+from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.process import resident_bytes
+from longspan.report import Picture
+from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.stream import StreamSession
+from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
+from longspan.tasks.text import TextTask
+from longspan.train import find_recipe, load_run
+
+POSITIONS = 8192
+"""that the original was trained for"""
+# nats per token by which the last part of the text may cost more than without memory, and still be called flat
+SLACK = 0.02
+GROWTH = 1.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes: tokens of a segment, steps of training, tokens read by each model, bytes and number of pass-key texts."""
+
+    segment: int
+    steps: int
+    tokens: int
+    untrained: int
+    original: int
+    part: int
+    passkey_bytes: int
+    passkeys: int
+
+
+PLANS: dict[str, Plan] = {
+    "small": Plan(
+        segment=512, steps=8, tokens=8192, untrained=4096, original=4096, part=1024, passkey_bytes=4000, passkeys=2
+    ),
+    "full": Plan(
+        segment=1024,
+        steps=60,
+        tokens=131_072,
+        untrained=32_768,
+        original=16_384,
+        part=2048,
+        passkey_bytes=12_000,
+        passkeys=10,
+    ),
+}
+
+
+def held_back(tokenizer: Any, count: int) -> torch.Tensor:
+    """(count,) token ids: held-back speeches, one after the other."""
+    found: list[int] = []
+    for _, data in TextTask().texts("validation"):
+        found += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
+        if len(found) >= count:
+            break
+    return torch.tensor(found[:count])
+
+
+def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
+    """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
+    found: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
+    for place in tokens.split(part):
+        started = time.process_time()
+        nats = sum(read(piece) * len(piece) for piece in place.split(chunk))
+        found["nats"].append(nats / part)
+        found["seconds"].append(time.process_time() - started)
+        found["resident"].append(resident_bytes())
+    return found
+
+
+def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
+    """A text through a session; without memory every segment starts anew."""
+    session = StreamSession(model)
+
+    def nats_of(piece: torch.Tensor) -> float:
+        if not memory:
+            session.reset()
+        # the first token of a stream is predicted from nothing, which is not what is measured
+        fresh = int(session.position == 0)
+        return float(session.feed(piece, losses=True).cpu().double()[fresh:].mean())
+
+    return {**read_in_parts(tokens, part, segment, nats_of), "state": session.nbytes}
+
+
+@torch.no_grad()
+def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> dict[str, Any]:
+    """The same of the original, which keeps every key."""
+    from transformers import DynamicCache
+
+    from longspan.hf.cache import CACHE
+
+    cache, last = DynamicCache(config=model.config), torch.zeros(0, model.config.vocab_size)
+
+    def nats_of(piece: torch.Tensor) -> float:
+        nonlocal last
+        logits = model(piece[None], use_cache=True, **{CACHE: cache}).logits[0]
+        before, last = torch.cat([last, logits[:-1]]), logits[-1:].clone()
+        return float(F.cross_entropy(before, piece[-len(before) :]))
+
+    layers = model.config.num_hidden_layers * model.config.num_key_value_heads * model.config.head_dim
+    return {**read_in_parts(tokens, part, chunk, nats_of), "state": 2 * 4 * layers * len(tokens)}
+
+
+def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
+    """How many pass keys are said again, told so early that local attention has long forgotten them."""
+    task = PasskeyTask(PasskeyConfig(length=plan.passkey_bytes, samples=plan.passkeys))
+    depths = [round(60 * index / max(plan.passkeys - 1, 1)) for index in range(plan.passkeys)]
+    right = []
+    for index, depth in enumerate(depths):
+        parts = task.parts(np.random.default_rng([7, index]), "validation")
+        place = parts.place(depth)
+        text = parts.head + parts.filler[:place] + parts.told + parts.filler[place:] + parts.asked
+        session = StreamSession(model)
+        session.feed(tokenizer(text.decode().rstrip(), add_special_tokens=False).input_ids)
+        said = tokenizer.decode(session.generate(12, temperature=0))
+        right.append(parts.number.decode() in said.replace(" ", ""))
+    return {"k": sum(right), "n": len(right), "depths": depths}
+
+
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    from longspan.experiments.bundled_models import open_smollm
+
+    return measure(folder, PLANS[size], open_smollm, say)
+
+
+def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Callable[[str], None]) -> Outcome:
+    """Convert, train, and read; everything is kept in the folder, so that a second call goes on."""
+    from longspan import hf
+    from longspan.hf.decoder import load_converted
+
+    endless, run = folder / "endless", folder / "run"
+    if not (endless / "config.json").exists():
+        opened = open_original()
+        # a short run: at the default rate of 0.01 gates would hardly move from -4
+        hf.convert(opened.model, "infini", segment=plan.segment, gate_lr=0.1)
+        opened.model.save_pretrained(endless)
+        opened.tokenizer.save_pretrained(endless)
+    recipe = read_toml(find_recipe("pretrained.toml"))
+    recipe["model"]["source"] = str(endless)
+    recipe["train"] |= {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
+    trained(recipe, run)
+    say("trained")
+    tokenizer = load_converted(endless).tokenizer
+    text = held_back(tokenizer, plan.tokens)
+    found: dict[str, Any] = {}
+
+    def ask(name: str, what: Callable[[], dict[str, Any]]) -> None:
+        found[name] = kept(folder / f"{name}.json", what)
+        say(f"{name}: done")
+
+    part, segment = plan.part, plan.segment
+    ask("tuned", lambda: read(load_run(run)[0], text, part, segment))
+    ask("local", lambda: read(load_run(run)[0], text, part, segment, memory=False))
+    ask("untrained", lambda: read(load_converted(endless).model, text[: plan.untrained], part, segment))
+    ask("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
+    ask("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
+    ask("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
+    return outcome(found, plan, trained_seconds([run]))
+
+
+def growth(record: dict[str, Any], plan: Plan) -> float:
+    """Largest resident memory, after the first eighth of a text over that within it."""
+    first = max(plan.tokens // 8 // record["part"], 1)
+    resident = [value or 0 for value in record["resident"]]
+    return float(max(resident[first:]) / max(*resident[:first], 1))
+
+
+def _span(record: dict[str, Any], first: int, last: int) -> float:
+    """Mean nats of the tokens `first` to `last`; NaN where they were not read."""
+    part = record["part"]
+    values = record["nats"][first // part : last // part]
+    return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
+
+
+def _perplexities(found: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
+    """Perplexity by how much was read, in spans that double; the last span."""
+    spans = [(0, 2 * plan.part)]
+    while spans[-1][1] < plan.tokens:
+        spans.append((spans[-1][1], spans[-1][1] * 2))
+    names = {"tuned": "converted, trained", "local": "no memory", "untrained": "untrained", "original": "original"}
+    figures = []
+    for first, last in spans:
+        values = {label: _span(found[name], first, last) for name, label in names.items()}
+        said = ", ".join(f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value))
+        figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", said))
+    return figures, spans[-1]
+
+
+def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
+    """What was found, beside what the paper says."""
+    figures, (first, last) = _perplexities(found, plan)
+    tuned, original = found["tuned"], found["original"]
+    grown, speed = growth(tuned, plan), tuned["seconds"]
+    eighth = max(len(speed) // 8, 1)
+    slower = float(np.mean(speed[-eighth:]) / np.mean(speed[eighth : 2 * eighth]))
+    figures += [
+        Figure(
+            "bytes of the state",
+            "constant",
+            f"{tuned['state']:,} at any length; the original's keys and values {original['state']:,} after "
+            f"{plan.original:,} tokens",
+        ),
+        Figure("resident memory after the first eighth of the text", "constant", f"{grown - 1:+.1%} at most"),
+        Figure("CPU time per token, last eighth over second", "constant", f"{slower:.2f}"),
+        Figure(
+            f"pass keys found, {plan.passkey_bytes:,} bytes, told in the first 60 %",
+            "100 % after training for it",
+            f"{found['keys']['k']} of {found['keys']['n']} trained on speeches, "
+            f"{found['keys_untrained']['k']} of {found['keys_untrained']['n']} untrained",
+        ),
+    ]
+    flat = _span(tuned, first, last) <= _span(found["local"], first, last) + SLACK and grown <= GROWTH
+    gain = float(np.mean(found["local"]["nats"]) - np.mean(tuned["nats"]))
+    verdict: Verdict = "does not hold" if not flat else "holds" if gain > 0 and found["keys"]["k"] else "holds in part"
+    return Outcome(
+        verdict=verdict,
+        figures=figures,
+        size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
+        f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "
+        f"Union speeches; read: held-back speeches, {plan.tokens:,} tokens on end",
+        note=f"Memory is worth {gain:+.4f} nats a token against the same model that starts anew with every segment. "
+        f"The original was trained for {POSITIONS:,} positions. It has probably seen these speeches, so only "
+        "differences mean something; nothing was trained to find pass keys.",
+        data=found,
+        pictures=[_picture(found, plan)],
+        seconds=seconds + sum(sum(each["seconds"]) for each in found.values() if "seconds" in each),
+    )
+
+
+def _picture(found: dict[str, Any], plan: Plan) -> Picture:
+    labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
+    series = []
+    for name, label in labels.items():
+        record = found[name]
+        ends = [(index + 1) * record["part"] for index in range(len(record["nats"]))]
+        series.append(Series(x=ends, y=[math.exp(value) for value in record["nats"]], label=label))
+    ticks = [plan.part * 2**power for power in range(0, int(math.log2(plan.tokens / plan.part)) + 1, 2)]
+    return picture(
+        "infini-pretrained",
+        lambda theme: line_figure(
+            series,
+            xlabel="tokens read",
+            ylabel="perplexity",
+            marks=[Mark(POSITIONS, "positions it was trained for")] if plan.tokens > POSITIONS else [],
+            xscale="log2",
+            xticks=ticks,
+            yscale="log",
+            theme=theme,
+        ),
+        alt="Perplexity against the number of tokens read, converted model and original.",
+    )
+
+
+INFINI_PRETRAINED = Claim(
+    name="infini-pretrained",
+    system="Infini-attention",
+    source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
+    text="A pretrained model that gets compressive memory and a short training reads texts without end in bounded "
+    "memory.",
+    run=_run,
+    minutes={"small": 6, "full": 60},
+)

@@ -1,0 +1,127 @@
+"""`rmt-maps`: what memory tokens attend to when they write, keep and read."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.rmt import train_once
+from longspan.experiments.claims.runs import trained_seconds
+from longspan.experiments.figures import heat_figure
+from longspan.mixers import Rows
+from longspan.report.figures import picture
+from longspan.tasks import MemoryTask
+from longspan.train import load_run
+
+_SHOWN = 24
+
+
+def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
+    """Weights (heads, columns, columns) of the last layer over memory tokens and one segment (1, length)."""
+    recurrent = model.recurrent
+    stack = recurrent.backbone
+    x = torch.cat([memory, stack.embedding(tokens)], 1)
+    rows = Rows(torch.zeros(1, dtype=torch.int64), x.shape[1])
+    h = stack.place(x, rows)
+    for block in stack.layers[:-1]:
+        h, _, _ = block(h, None, rows, False)
+    last = stack.layers[-1]
+    return cast(Tensor, last.mixer.attention_map(last.mixer_norm(h))[0])
+
+
+def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
+    """Shares of attention in the segments of one sample: fact first, noise between, question last."""
+    sample = task.sample("test", 4, [5, seed], kind="detect")
+    parts = list(sample)
+    where = [index for index, part in enumerate(parts) if part.whole]
+    if not where or where[0] > 1:
+        return None
+    memory, _ = model.recurrent.cell.empty(1)
+    count, state, maps = memory.shape[1], None, {}
+    fact = task.encode(" " + sample.what.facts[0])
+    for index, part in enumerate(parts):
+        tokens = torch.from_numpy(part.tokens)[None]
+        if index in (where[0], where[0] + 1, len(parts) - 1):
+            role = {where[0]: "write", len(parts) - 1: "read"}.get(index, "keep")
+            maps[role] = (attention_maps(model, tokens, memory), part.tokens)
+        _, state = model(tokens, state)
+        memory = state.memory
+    written, place = maps["write"][0], _find(maps["write"][1], fact)
+    on_fact = written[:, :count, count + place : count + place + len(fact)].sum(-1).max().item()
+    kept = maps["keep"][0][:, :count, :count].sum(-1).max().item()
+    read = maps["read"][0][:, -1, :count].sum(-1).max().item()
+    return {"on_fact": on_fact, "kept": kept, "read": read, "maps": maps, "place": place, "count": count, "fact": fact}
+
+
+def _find(tokens: Any, fact: Any) -> int:
+    places = [i for i in range(len(tokens) - len(fact) + 1) if np.array_equal(tokens[i : i + len(fact)], fact)]
+    return places[0]
+
+
+@torch.no_grad()
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    run = folder / "detect-0"
+    with torch.enable_grad():
+        train_once(run, "detect", 0, 450)
+    model, task = cast("tuple[Any, MemoryTask]", load_run(run))
+    found = [one for seed in range(32 if size == "small" else 128) if (one := _one(model, task, seed)) is not None]
+    uniform = len(found[0]["fact"]) / (task.config.segment_length + found[0]["count"])
+    shares = {name: np.array([one[name] for one in found]) for name in ("on_fact", "kept", "read")}
+    say(", ".join(f"{name} {values.mean():.2f}" for name, values in shares.items()))
+    return Outcome(
+        verdict="holds" if shares["on_fact"].mean() > 10 * uniform else "holds in part",
+        figures=[
+            Figure(what, paper, f"{shares[name].mean():.2f} (least {shares[name].min():.2f}), n = {len(found)}")
+            for name, what, paper in (
+                (
+                    "on_fact",
+                    f"write: share of a memory token's attention on the fact ({uniform:.3f} if even)",
+                    "visible",
+                ),
+                ("kept", "keep: share of a memory token's attention on memory, in a segment of noise", "visible"),
+                ("read", "read: share of the last token's attention on memory, where the question ends", "visible"),
+            )
+        ],
+        size="last layer of the `rmt` model, the head and memory token that attend most, test samples of 4 segments",
+        note="The memory token that attends most is shown; a share is of the attention of one head.",
+        data={name: values.tolist() for name, values in shares.items()},
+        pictures=[_picture(task, found[0])],
+        seconds=trained_seconds([run]),
+    )
+
+
+def _picture(task: MemoryTask, one: dict[str, Any]) -> Any:
+    weights, tokens = one["maps"]["write"]
+    count, place = one["count"], max(0, one["place"] - 8)
+    head = int(weights[:, :count, count + one["place"] : count + one["place"] + len(one["fact"])].sum((1, 2)).argmax())
+    shown = weights[head, :count, count + place : count + place + _SHOWN].tolist()
+    words = [task.tokenizer.decode([int(t)]).decode("utf-8", "replace").strip() or "·" for t in tokens]
+    return picture(
+        "rmt-maps",
+        lambda theme: heat_figure(
+            shown,
+            rows=[str(index + 1) for index in range(count)],
+            columns=words[place : place + _SHOWN],
+            xlabel="the segment, around the fact",
+            ylabel="memory token",
+            numbers=False,
+            theme=theme,
+        ),
+        alt="Attention of the memory tokens on the tokens around the fact, in the segment where it is written.",
+        caption="Writing: memory tokens attend to the words of the fact.",
+    )
+
+
+RMT_MAPS = Claim(
+    name="rmt-maps",
+    system="Recurrent Memory Transformer",
+    source="Bulatov et al. 2023, figure 5",
+    text="Attention shows the operations of memory: it is written from the fact, kept over noise, and read by the "
+    "question.",
+    run=_run,
+    minutes={"small": 4, "full": 5},
+)

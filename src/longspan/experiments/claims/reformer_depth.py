@@ -1,0 +1,143 @@
+"""`reformer-depth`: what a training step keeps of activations, against the depth of the model."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longspan.experiments.claims.activations import blocks_alone
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.runs import kept
+from longspan.report import Picture
+from longspan.report.figures import Series, line_figure, picture
+
+MIXERS: tuple[dict[str, Any], ...] = (
+    {"name": "window", "window": 64, "blocks": True},
+    {"name": "lsh", "selection": "sorted", "bucket_size": 64, "num_buckets": 64},
+)
+"""Reformer's layers: local ones and LSH in turn."""
+KINDS = {
+    "plain": "ordinary blocks",
+    "checkpoint": "ordinary blocks, each recomputed",
+    "reversible": "reversible blocks",
+    "reversible, ffn_chunk": "reversible blocks, feed-forward in chunks",
+}
+GROWTH = 1.25
+"""most that the peak of the deepest may be of the shallowest, where memory does not depend on the depth"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Sizes: depths, tokens of the text, width of the model."""
+
+    layers: tuple[int, ...]
+    length: int
+    dim: int
+
+
+PLANS: dict[str, Plan] = {
+    "small": Plan(layers=(2, 8), length=1024, dim=64),
+    "full": Plan(layers=(2, 4, 8, 16, 32), length=2048, dim=128),
+}
+
+
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    plan = PLANS[size]
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, float]]] = {}
+    for mode in KINDS:
+        for layers in plan.layers:
+            path = folder / f"{mode.replace(', ', '-')}-{layers}.json"
+            each = kept(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
+            found.setdefault(mode, []).append(each)
+            say(f"{KINDS[mode]}, {layers} layers: {each['peak'] / 1e6:.1f} MB")
+    return outcome(found, plan)
+
+
+def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
+    """What a process says, and the seconds that it lived."""
+    begin = time.perf_counter()
+    found = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
+    return {**found, "process": time.perf_counter() - begin}
+
+
+def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
+    """What was found, beside what the paper says."""
+    depths = ", ".join(f"{layers}" for layers in plan.layers)
+    figures = []
+    for mode, records in found.items():
+        peaks = [each["peak"] for each in records]
+        figures.append(
+            Figure(
+                f"{KINDS[mode]}: MB at most, {depths} layers",
+                "independent of the depth" if "reversible" in mode else "grows with the depth",
+                f"{_megabytes(peaks)} (deepest over shallowest: {peaks[-1] / peaks[0]:.2f})",
+            )
+        )
+    figures += [
+        Figure(
+            f"{KINDS[mode]}: MB that autograd keeps, {depths} layers",
+            "inputs and outputs of one layer" if mode == "reversible" else "",
+            _megabytes([each["saved"] for each in found[mode]]),
+        )
+        for mode in ("plain", "reversible")
+    ]
+    times = [found["reversible"][-1]["seconds"] / found[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
+    figures.append(
+        Figure(
+            f"processor time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
+            "a second forward pass",
+            f"{times[0]:.2f}, {times[1]:.2f}",
+        )
+    )
+    grown = {mode: records[-1]["peak"] / records[0]["peak"] for mode, records in found.items()}
+    flat = grown["reversible"] <= GROWTH and found["reversible"][-1]["saved"] == found["reversible"][0]["saved"]
+    less = found["reversible"][-1]["peak"] < found["plain"][-1]["peak"]
+    return Outcome(
+        verdict="holds" if flat and less else "holds in part" if less else "does not hold",
+        figures=figures,
+        size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
+        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) in turn, dropout 0.1, fp32, 1 thread; each in "
+        "a process of its own: peak of resident memory above what stood before, without the parameters' gradients",
+        note="What does grow with the depth is small: the buckets of LSH layers, which must not be chosen anew (one "
+        "byte a token, head and round), and random generators. That reversibility costs no quality is not measured "
+        "here.",
+        data=dict(found),
+        pictures=[_picture(found, plan)],
+        seconds=sum(each["process"] for records in found.values() for each in records),
+    )
+
+
+def _megabytes(values: list[float]) -> str:
+    return ", ".join(f"{each / 1e6:.1f}" for each in values)
+
+
+def _picture(found: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
+    series = [
+        Series(x=list(plan.layers), y=[each["peak"] / 1e6 for each in records], label=KINDS[mode], kind="marked")
+        for mode, records in found.items()
+    ]
+    return picture(
+        "reformer-depth",
+        lambda theme: line_figure(
+            series,
+            xlabel="layers",
+            ylabel="MB of activations at most, in a forward and backward pass",
+            xscale="log2",
+            ylim=(0, None),
+            xticks=list(plan.layers),
+            theme=theme,
+        ),
+        alt="Peak memory of activations against the number of layers, ordinary, recomputed and reversible blocks.",
+    )
+
+
+REFORMER_DEPTH = Claim(
+    name="reformer-depth",
+    system="Reformer",
+    source="Kitaev et al. 2020, section 3 and table 3",
+    text="With reversible layers the memory of activations does not depend on the number of layers.",
+    run=_run,
+    minutes={"small": 0.6, "full": 4},
+)

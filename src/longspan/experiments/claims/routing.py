@@ -1,0 +1,218 @@
+"""`routing`: half of the heads routed by content, against local heads alone of as many FLOPs; how clusters are used."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.contest import (
+    INTERVALS,
+    Contest,
+    Found,
+    Plan,
+    bit_figures,
+    contest,
+    differences,
+    recipe_with,
+    run_folder,
+    seconds_of,
+)
+from longspan.experiments.claims.language_modelling import recipe_of
+from longspan.experiments.claims.runs import kept
+from longspan.mixers.replay import Choices
+from longspan.models import build_model
+from longspan.report import Picture
+from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.tasks.base import Documents, heads
+from longspan.train import load_run
+
+ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
+PIECE = 2048
+"""bytes that a model sees at once; clusters, windows and FLOPs are for it"""
+
+
+PLANS: dict[str, Plan] = {
+    "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
+    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
+}
+
+
+def mixer_of(name: str) -> dict[str, Any]:
+    """What stands in every layer."""
+    if name == DENSE:
+        return {"name": "full"}
+    if name == LOCAL:
+        return {"name": "window", "window": equal_window()}
+    mixer: dict[str, Any] = recipe_of("routing")["model"]["mixers"][0]
+    local, routed = mixer["parts"]
+    return {**mixer, "parts": [local, {**routed, "selection": "balanced"}]} if name == BALANCED else mixer
+
+
+def flops(mixer: Mapping[str, Any]) -> int:
+    """Of a forward over a piece."""
+    table = recipe_of("routing")["model"]
+    return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
+
+
+@cache
+def equal_window() -> int:
+    """The window of local heads that cost as many FLOPs as routed and local ones."""
+    wanted = flops(mixer_of(ROUTED))
+    low, high = 1, PIECE
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < wanted else (low, middle)
+    return low
+
+
+def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
+    """A hook before a core that records what it chooses."""
+
+    def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        *rest, rows = arguments
+        return (*rest, rows.with_choices(choices))
+
+    return hook
+
+
+@torch.no_grad()
+def usage(model: Any, documents: Documents) -> list[list[float]]:
+    """Share of the tokens that each cluster takes, the largest first, for every routed head of every layer."""
+    counts: list[np.ndarray[Any, Any]] = []
+    clusters = recipe_of("routing")["model"]["mixers"][0]["parts"][1]["num_clusters"]
+    for document in documents.items:
+        tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), PIECE)).tokens)).long()
+        choices = Choices()
+        hooks = [core.register_forward_pre_hook(_recorded_in(choices)) for core in model.cores()]
+        model(tokens[None], None)
+        for hook in hooks:
+            hook.remove()
+        chosen = torch.cat([layer[0] for layer in choices.recorded])
+        found = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
+        counts.append(found)
+    total = np.sum(counts, axis=0)
+    return np.sort(total / total.sum(1, keepdims=True))[:, ::-1].tolist()  # type: ignore[no-any-return]
+
+
+def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+    return compare(folder, PLANS[size], say)
+
+
+def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+    """Train and measure everything; a second call goes on from what is in the folder."""
+    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.others)}
+    found = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
+    found |= contest(folder, {name: recipes[name] for name in plan.others}, replace(plan.contest, seeds=1), say)
+    shares: list[list[float]] = []
+    for seed in range(plan.contest.seeds):
+        run = run_folder(folder, ROUTED, seed)
+        shares += kept(run / "usage.json", partial(_used, run, plan.contest))["shares"]
+    return outcome(found, shares, plan.contest)
+
+
+def _used(run: Path, plan: Contest) -> dict[str, Any]:
+    model, task = load_run(run)
+    return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
+
+
+def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
+    """What was found, beside what the paper says.
+
+    Args:
+        found: of `contest`.
+        shares: of the tokens, in each cluster of each routed head, the fullest first.
+        plan: sizes.
+    """
+    figures = bit_figures(found, LOCAL, {ROUTED: "0.99 (enwik8)"})
+    figures += [
+        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in found
+    ]
+    even = 1 / len(shares[0])
+    busy = [sum(share > even / 10 for share in head) for head in shares]
+    figures.append(
+        Figure(
+            "clusters that take at least a tenth of an even share",
+            "",
+            f"{np.mean(busy):.1f} of {len(shares[0])} on average, {min(busy)} at least; the largest takes "
+            f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
+        )
+    )
+    minus = differences(found, LOCAL)[ROUTED]
+    return Outcome(
+        verdict="holds" if minus.high < 0 else "holds in part" if minus.value < 0 else "does not hold",
+        figures=figures,
+        size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
+        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
+        f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
+        f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
+        note=_note(found, busy, len(shares[0])),
+        data={"models": found, "shares": shares},
+        pictures=[_picture(shares)],
+        seconds=seconds_of(found),
+    )
+
+
+def _note(found: Found, busy: list[int], clusters: int) -> str:
+    """What the verdict means, and what stands in the way of it: clusters that collapsed, a model that is too young."""
+    parts = [
+        "Holds: better than local heads, the interval of the difference below zero; in part: better, but it reaches "
+        "above zero."
+    ]
+    if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
+        parts.append(
+            f"Clusters collapsed ({np.mean(busy):.1f} of {clusters} busy, {min(busy)} in the worst head): these heads "
+            "route less than they could, so the difference says little about routing."
+        )
+    if DENSE in found and differences(found, LOCAL)[DENSE].value > 0:
+        parts.append(
+            "After so few steps near tokens are most of what a model knows: dense attention, which sees all that "
+            "local heads see, is behind them too."
+        )
+    parts.append(
+        "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
+        "tokens."
+    )
+    return " ".join(parts)
+
+
+def _window(name: str) -> str:
+    return f" (window {equal_window()})" if name == LOCAL else ""
+
+
+def _picture(shares: list[list[float]]) -> Picture:
+    count = len(shares[0])
+    ranks = list(range(1, count + 1))
+    mean = np.mean(shares, axis=0).tolist()
+    series = [Series(x=ranks, y=mean, label="mean", kind="marked", colour=0)]
+    series += [
+        Series(x=ranks, y=head, label="" if index else "a head", kind="faint", colour=1)
+        for index, head in enumerate(shares)
+    ]
+    return picture(
+        "routing",
+        lambda theme: line_figure(
+            series,
+            xlabel="clusters of a head, the fullest first",
+            ylabel="share of the held-back tokens",
+            marks=[Mark(1 / count, "even", horizontal=True)],
+            xticks=ranks,
+            ylim=(0, None),
+            theme=theme,
+        ),
+        alt="Share of held-back tokens in each cluster, the fullest first, for every routed head.",
+    )
+
+
+ROUTING = Claim(
+    name="routing",
+    system="Routing Transformer",
+    source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
+    text="Heads that attend by content beside local ones are better than local heads alone of the same cost.",
+    run=_run,
+    minutes={"small": 1, "full": 30},
+)

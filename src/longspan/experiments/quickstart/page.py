@@ -1,0 +1,247 @@
+"""The page of the quickstart: checks, figures, numbers, and how to go on."""
+
+import os
+import platform
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longspan.experiments.checks import Check, check_table
+from longspan.experiments.quickstart.measure import SURE, Asked
+from longspan.experiments.tour import Clock
+from longspan.files import read_json
+from longspan.models import Encoder
+from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
+from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.tasks import MemoryTask
+from longspan.train import read_log
+from longspan.version import __version__
+
+TITLE = "longspan: a question answered over two million tokens"
+
+
+def write(
+    output: Path, run: Path, model: Any, task: MemoryTask, found: list[Asked], checks: list[Check], clock: Clock
+) -> Path:
+    """Draw the figures and write the page; its path."""
+    log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
+    facts = _facts(model, recipe, log, found, clock)
+    most = recipe["train"]["max_segments"]
+    sections = [
+        Section("Checks", [check_table(checks)]),
+        Section("Right answers", [_accuracy(found, most), _table(found), *_example(task, found)]),
+        Section("Constant memory, constant speed", _constant(found)),
+        Section("What a dense Transformer would do", _flops(model, task)),
+        Section("Training", [_training(log)]),
+        Section("The numbers", [Table(columns=("", ""), rows=facts)]),
+        Section(
+            "Go on", [Code(_commands(run, output)), Text("All numbers of this page are in report.json beside it.")]
+        ),
+    ]
+    data = {
+        "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
+        "facts": dict(facts),
+        "answers": [answer.record() for each in found for answer in each.answers.values()],
+        "training": log,
+        "seconds": {**clock.laps, "total": clock.total},
+    }
+    last = found[-1]
+    lead = (
+        f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
+        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of text it has never seen, is "
+        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks "
+        "what it claims."
+    )
+    return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
+
+
+def _accuracy(found: list[Asked], most: int) -> Picture:
+    lengths = [each.segments for each in found]
+    series = []
+    for kind in found[0].answers:
+        intervals = [each.answers[kind].interval() for each in found]
+        low, high = [each.low for each in intervals], [each.high for each in intervals]
+        values = [each.value for each in intervals]
+        series.append(Series(x=lengths, y=values, low=low, high=high, label=kind, kind="marked"))
+    chance = Mark(1 / 6, "chance", horizontal=True)
+    return picture(
+        "accuracy",
+        lambda theme: line_figure(
+            series,
+            xlabel="segments of 499 tokens",
+            ylabel="share of right answers",
+            marks=[Mark(most, "trained up to here"), chance],
+            xscale="log2",
+            xticks=lengths,
+            ylim=(0, 1.16),
+            theme=theme,
+        ),
+        alt="Share of right answers against the number of segments.",
+        caption="Bands are 95 % intervals (Wilson); at the longest texts few questions are asked, so they are wide.",
+    )
+
+
+def _table(found: list[Asked]) -> Table:
+    columns = ["segments", "tokens", *found[0].answers, "facts cut by a border", "false writes", "a sentence repeats"]
+    rows = []
+    for each in found:
+        answers = list(each.answers.values())
+        silent = sum(answer.silent for answer in answers)
+        rows.append(
+            (
+                f"{each.segments:,}",
+                f"{each.tokens:,}",
+                *(f"{sum(answer.right)} of {len(answer.right)}" for answer in answers),
+                f"{sum(sum(answer.straddles) for answer in answers)}",
+                f"{sum(answer.false_writes for answer in answers)} in {silent:,}",
+                f"{max(answer.repeats for answer in answers):.2f} times",
+            )
+        )
+    return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
+
+
+def _example(task: MemoryTask, found: list[Asked]) -> list[Quote | Text]:
+    kind = next(iter(found[-1].answers))
+    sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
+    (segment,) = list(sample)
+    text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
+    *before, question = text.rpartition(sample.what.question)[:2]
+    return [
+        Text(
+            "A sample of one segment, and its question (underlined). Noise is sentences of held-back speeches and of "
+            "the King James Bible, drawn one by one; a fact may stand anywhere, also across a segment border, where no "
+            "segment shows all of it."
+        ),
+        Quote("".join(before), question),
+    ]
+
+
+def _constant(found: list[Asked]) -> list[Picture | Text]:
+    lengths = [each.segments for each in found]
+
+    def draw(name: str, label: str, value: Callable[[Asked], float], alt: str, caption: str) -> Picture:
+        values = [value(each) for each in found]
+        series = [Series(x=lengths, y=values, kind="marked")]
+        return picture(
+            name,
+            lambda theme: line_figure(
+                series,
+                xlabel="segments of 499 tokens",
+                ylabel=label,
+                xscale="log2",
+                xticks=lengths,
+                ylim=(0, max(values) * 1.25),
+                theme=theme,
+            ),
+            alt=alt,
+            caption=caption,
+        )
+
+    blocks: list[Picture | Text] = []
+    if all(each.resident for each in found):
+        blocks.append(
+            draw(
+                "resident-memory",
+                "resident memory (MiB)",
+                lambda each: (each.resident or 0) / 2**20,
+                "Resident memory against the number of segments: flat.",
+                "Most that the process held while reading, Python and PyTorch included; samples are made segment by "
+                "segment as they are read.",
+            )
+        )
+    blocks.append(
+        draw(
+            "speed",
+            "tokens per second",
+            lambda each: each.tokens_per_second,
+            "Tokens per second against the number of segments: level.",
+            "All rows of a batch together, making the samples included.",
+        )
+    )
+    return blocks
+
+
+def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
+    recurrent, size = model.recurrent, task.config.segment_length
+    config = recurrent.backbone.config
+    with torch.device("meta"):
+        dense = Encoder(replace(config, mixers=({"name": "full"},)))
+    counts = [4**power for power in range(7)]
+    mine = [recurrent.flops(count * size) / (count * size) for count in counts]
+    other = [dense.flops(count * size) / (count * size) for count in counts]
+    series = [
+        Series(x=counts, y=[each / 1e6 for each in other], label="dense Transformer of the same size", kind="marked"),
+        Series(x=counts, y=[each / 1e6 for each in mine], label="recurrent memory", kind="marked"),
+    ]
+    drawn = picture(
+        "flops",
+        lambda theme: line_figure(
+            series,
+            xlabel="segments of 499 tokens",
+            ylabel="million FLOPs per token, computed",
+            xscale="log2",
+            yscale="log",
+            xticks=counts,
+            theme=theme,
+        ),
+        alt="FLOPs per token against length: level for recurrent memory, rising for a dense Transformer.",
+        caption=f"At {counts[-1] * size:,} tokens a dense Transformer of this size needs "
+        f"{other[-1] / mine[-1]:,.0f} times the work. (For models of the paper's size see the claim rmt-flops.)",
+    )
+    return [drawn]
+
+
+def _training(log: list[dict[str, Any]]) -> Picture:
+    minutes = [line["seconds"] / 60 for line in log]
+    stages = [Mark(line["seconds"] / 60) for line in log if line["new_stage"]]
+    series = [Series(x=minutes, y=[line["accuracy"] for line in log])]
+    return picture(
+        "training",
+        lambda theme: line_figure(
+            series,
+            xlabel="minutes of training",
+            ylabel="share of right answers while training",
+            marks=stages,
+            ylim=(0, 1.03),
+            theme=theme,
+        ),
+        alt="Share of right answers over the minutes of training.",
+        caption="Dashed lines: the curriculum goes on, first to longer segments, then to more of them.",
+    )
+
+
+def _facts(
+    model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], found: list[Asked], clock: Clock
+) -> list[tuple[str, str]]:
+    config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
+    shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
+    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
+    far = [each for each in found if each.segments > SURE]
+    state = model.state_nbytes(1, 0)
+    return [
+        ("model", f"{shape}, {memory.num_memory_tokens} memory tokens; {model.num_parameters():,} parameters"),
+        ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
+        ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
+        ("state", f"{state:,} bytes for a text, at any length"),
+        ("asked beyond the bar", f"{sum(len(a.right) for each in far for a in each.answers.values())} questions"),
+        ("seed", str(recipe["train"]["seed"])),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
+        ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
+    ]
+
+
+def _commands(run: Path, output: Path) -> str:
+    name, folder = shlex.quote(str(run)), shlex.quote(str(output))
+    return "\n".join(
+        [
+            f"longspan eval {name} --segments 16,256 --count 128     # more questions",
+            f"longspan quickstart --reuse -o {folder}      # the same model again",
+            "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
+            "longspan quickstart-lm                         # a language model that streams a book",
+        ]
+    )

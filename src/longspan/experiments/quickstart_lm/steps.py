@@ -1,0 +1,187 @@
+"""The steps: each takes the plan and gives back what it found."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longspan.cli.console import StatusLine, console, harmless, say
+from longspan.cli.runs import open_run
+from longspan.errors import CheckpointError, LongspanError
+from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, PROMPT, WRITTEN, Plan
+from longspan.experiments.training_table import TrainingTable
+from longspan.report import si_bytes
+from longspan.stream import StreamSession
+from longspan.tasks.base import heads
+from longspan.train import Evaluation, evaluate_text, run
+from longspan.train.opening import reshape
+
+
+def train(plan: Plan, *, reuse: bool) -> None:
+    """Train the model, from the start.
+
+    Raises:
+        CheckpointError: the folder of the run holds something else; or nothing is there to reuse.
+    """
+    if reuse:
+        if not (plan.run / "model").is_dir():
+            raise CheckpointError(f"{plan.run}: no trained model to keep; leave --reuse out")
+        return
+    if plan.run.exists():
+        if not (plan.run / "recipe.json").exists() and any(plan.run.iterdir()):
+            raise CheckpointError(f"{plan.run}: holds something that is not a run; choose another --output")
+        shutil.rmtree(plan.run)
+    result = run(plan.recipe, plan.run, progress=TrainingTable())
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+def compare_memories(plan: Plan) -> dict[int, Evaluation]:
+    """The trained weights with memories of several lengths, on the first bytes of every held-back document."""
+    model, task = open_run(str(plan.run), device=plan.device)
+    documents = heads(task.documents("validation"), HEAD)
+    status, found = StatusLine(every=0.0), {}
+    for length in plan.memory_lengths:
+        variant, note = reshape(model, [f"model.mixers.0.mem_len={length}"])
+        if note:
+            say(note)
+        found[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
+        status.show(f"memory of {length:>5,} bytes: {found[length].bits_per_unit:.4f} bits per byte")
+        status.end()
+    return found
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What two processes found, the second going on from the first one's state.
+
+    Attributes:
+        first: the records of the first process, up to the place where the state was saved.
+        second: those of the second.
+        equal: how many of the compared losses are equal, bit for bit.
+        compared: how many were compared.
+    """
+
+    first: list[dict[str, Any]]
+    second: list[dict[str, Any]]
+    equal: int
+    compared: int
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of both, with `bytes` and `seconds` counted through."""
+        end = self.first[-1]
+        moved = [
+            {**each, "bytes": each["bytes"] + end["bytes"], "seconds": each["seconds"] + end["seconds"]}
+            for each in self.second
+        ]
+        return [*self.first, *moved]
+
+
+def stream(plan: Plan) -> Streamed:
+    """Stream the text: one process to the half and a little on, another from the saved state to the end."""
+    out, state = plan.folder / "stream", plan.folder / "stream" / "half.state"
+    out.mkdir(parents=True, exist_ok=True)
+    status = StatusLine(every=10.0)
+    first = [f"--save-at={plan.half}", f"--save-state={state}", f"--limit={plan.half + plan.compared}"]
+    _run_process(plan, out / "first", first, status, 0)
+    status.end()
+    print(
+        f"saved at byte {plan.half:,} ({si_bytes(state.stat().st_size)}); a fresh process goes on from there",
+        flush=True,
+    )
+    second = [f"--load-state={state}", f"--skip={plan.half}"]
+    _run_process(plan, out / "second", second, status, plan.half)
+    status.end()
+    unstopped = np.fromfile(out / "first.losses", dtype="<u4")[plan.half : plan.half + plan.compared]
+    resumed = np.fromfile(out / "second.losses", dtype="<u4")[: plan.compared]
+    equal = int((unstopped == resumed).sum()) if len(unstopped) == len(resumed) else 0
+    records = [each for each in _records(out / "first.jsonl") if each["bytes"] <= plan.half]
+    return Streamed(records, _records(out / "second.jsonl"), equal, plan.compared)
+
+
+def stream_command(plan: Plan, options: list[str]) -> list[str]:
+    """The arguments behind `longspan` of one of the processes."""
+    settings = [f"--set={INFERENCE}", f"--block={plan.block}", f"--device={plan.device}"]
+    return ["stream", str(plan.run), str(plan.text), *settings, *options]
+
+
+def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine, offset: int) -> None:
+    """Run `longspan stream` in a fresh process and show what it writes to its log.
+
+    Raises:
+        LongspanError: it failed; with what it said.
+    """
+    log = name.with_suffix(".jsonl")
+    log.unlink(missing_ok=True)
+    files = [f"--log={log}", f"--losses={name.with_suffix('.losses')}", "--quiet"]
+    command = [sys.executable, "-m", "longspan.cli", *stream_command(plan, [*options, *files])]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                _show(log, status, offset, plan.size)
+        except BaseException:
+            process.terminate()
+            raise
+        said = process.stderr.read().strip() if process.stderr else ""
+    if process.returncode:
+        reason = said.splitlines()[-1].removeprefix("longspan: error: ") if said else f"exit code {process.returncode}"
+        raise LongspanError(f"streaming in a process of its own failed: {reason}")
+    _show(log, status, offset, plan.size)
+
+
+def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
+    records = _records(log)
+    if records:
+        last = records[-1]
+        position = min(offset + last["bytes"], size)
+        memory = "" if last["resident"] is None else f"  {si_bytes(last['resident'])} held"
+        status.show(
+            f"{position:>11,} bytes {position / size:4.0%}  {last['bits_per_byte']:.4f} bits/byte  "
+            f"{last['bytes_per_second']:>7,.0f} bytes/s{memory}"
+        )
+
+
+def _records(log: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the model wrote: behind `prompt`, the start of the held-back document `name`."""
+
+    name: str
+    prompt: str
+    text: str
+
+
+def write_on(plan: Plan) -> Written:
+    """Let the model go on with the newest held-back document."""
+    model, task = open_run(str(plan.run), [INFERENCE], device=plan.device)
+    documents = task.documents("validation")
+    start = task.tokenizer.decode(documents[-1].cut(0, min(PROMPT, len(documents[-1]))).targets.tolist())
+    # to the end of a word
+    prompt = (start[: start.rindex(b" ") + 1] if b" " in start else start).decode(errors="replace")
+    (plan.folder / "prompt.txt").write_text(prompt, encoding="utf-8")
+    session = StreamSession(model)
+    session.feed([task.tokenizer.begin, *task.tokenizer.encode(prompt.encode()).tolist()])
+    ends = task.tokenizer.ends
+    generator = torch.Generator().manual_seed(0)
+    tokens = session.generate(WRITTEN, temperature=0.7, top_p=0.95, generator=generator, stop=ends)
+    written = task.tokenizer.decode(token for token in tokens if token not in ends)
+    text = harmless(written.decode(errors="replace"))
+    out = console()
+    out.print(prompt, style="dim", end="", markup=False, soft_wrap=True)
+    out.print(f">>> {text}", markup=False, soft_wrap=True)
+    return Written(documents.names[-1], prompt, text)

@@ -1,0 +1,1 @@
+"""Mechanisms, one folder each: definition, operation and layer side by side."""

@@ -1,0 +1,172 @@
+"""Gated DeltaNet as a layer; see the package."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan import ops
+from longspan.errors import ConfigError
+from longspan.mechanisms.gated_delta.operation import gated_delta_cost
+from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.mixers.rows import Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaConfig:
+    """Fields of `gated_delta`.
+
+    Attributes:
+        expand_v: width of values, as a multiple of head_dim. The paper's models have 2; 1 fits converted models.
+        conv_size: tokens that the convolutions over q, k and v see, their own included.
+        norm_eps: of the RMSNorm of the outputs.
+    """
+
+    expand_v: float = 1.0
+    conv_size: int = 4
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.conv_size < 1:
+            raise ConfigError(f"gated_delta.conv_size = {self.conv_size}: must be at least 1")
+        if not self.norm_eps > 0:
+            raise ConfigError(f"gated_delta.norm_eps = {self.norm_eps}: must be positive")
+
+
+class GatedDeltaState(NamedTuple):
+    """What the layer carries, of the same size at any length.
+
+    Attributes:
+        memory: (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does
+            not grow with the stream as sums do, and fp32 suffices.
+        q: (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last.
+        k: (batch, kv_heads, conv_size - 1, head_dim).
+        v: (batch, kv_heads, conv_size - 1, value_dim).
+        live: (batch,) live tokens.
+    """
+
+    memory: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("memory",)
+
+
+class GatedDeltaCore(Core):
+    """See the package."""
+
+    Config = GatedDeltaConfig
+    config: GatedDeltaConfig
+    examples = ({}, {"expand_v": 2.0, "conv_size": 3})
+
+    def __init__(self, shape: Shape, config: GatedDeltaConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("gated_delta: the recurrence is causal; there is no bidirectional form")
+        if not float(shape.head_dim * config.expand_v).is_integer() or config.expand_v <= 0:
+            width = f"head_dim = {shape.head_dim} times expand_v = {config.expand_v}"
+            raise ConfigError(f"gated_delta: {width}: must be a positive whole number")
+        heads, kv_heads, value_dim = shape.num_heads, shape.num_kv_heads, self.value_dim
+        self.decay = nn.Linear(shape.dim, kv_heads, bias=False)
+        self.strength = nn.Linear(shape.dim, kv_heads, bias=False)
+        self.gate = nn.Linear(shape.dim, heads * value_dim, bias=False)
+        self.norm = nn.Parameter(torch.ones(value_dim))
+        self.q_conv, self.k_conv, self.v_conv = (
+            # as `torch.nn.Conv1d` begins
+            nn.Parameter(torch.empty(count, dim, config.conv_size).uniform_(-1, 1) * config.conv_size**-0.5)
+            for count, dim in ((heads, shape.head_dim), (kv_heads, shape.head_dim), (kv_heads, value_dim))
+        )
+        # as the authors' code begins: rates in (0, 16], steps from 0.001 to 0.1 by their logarithm (Mamba2's)
+        self.A_log = nn.Parameter((16 * (1 - torch.rand(kv_heads))).log())
+        step = (math.log(1e-3) + torch.rand(kv_heads) * math.log(100)).exp()
+        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; causal only. Values are convolved and outputs normalized, so there is no attention map."""
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            receives_hidden=True,
+            linear_in_values=False,
+            value_dim=round(self.shape.head_dim * self.config.expand_v),
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: GatedDeltaState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, GatedDeltaState]:
+        """See `Core.forward`."""
+        assert hidden is not None, "gates are made of hidden states"
+        columns = self.config.conv_size - 1
+        past = (None, None, None) if state is None else (state.q, state.k, state.v)
+        mixed_q, mixed_k, mixed_v = (
+            F.silu(ops.short_convolution(new, weight, past=old, start=rows.origin))
+            for new, weight, old in zip((q, k, v), (self.q_conv, self.k_conv, self.v_conv), past, strict=True)
+        )
+        dtype = mixed_v.dtype
+        rate, step = self.A_log.to(dtype).exp(), F.softplus(self.decay(hidden.x).to(dtype) + self.dt_bias.to(dtype))
+        out, memory = ops.gated_delta_attention(
+            ops.unit_vectors(mixed_q),
+            ops.unit_vectors(mixed_k),
+            mixed_v,
+            -(rate * step).mT,
+            self.strength(hidden.x).to(dtype).sigmoid().mT,
+            state=None if state is None else state.memory,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        gate = F.silu(self.gate(hidden.x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
+        out = F.rms_norm(out, (self.value_dim,), self.norm.to(dtype), self.config.norm_eps) * gate
+        tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
+        after = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)
+        return out.to(v.dtype), after
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
+        """An empty memory and zeros before the text."""
+        shape, width, columns = self.shape, self.value_dim, self.config.conv_size - 1
+        wide = torch.promote_types(dtype, torch.float32)
+        return GatedDeltaState(
+            torch.zeros(batch_size, shape.num_kv_heads, shape.head_dim, width, device=device, dtype=wide),
+            torch.zeros(batch_size, shape.num_heads, columns, shape.head_dim, device=device, dtype=dtype),
+            torch.zeros(batch_size, shape.num_kv_heads, columns, shape.head_dim, device=device, dtype=dtype),
+            torch.zeros(batch_size, shape.num_kv_heads, columns, width, device=device, dtype=dtype),
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """S of every kv head, the columns of the convolutions and one count a row, whatever the length."""
+        shape, width = self.shape, self.value_dim
+        memory = shape.num_kv_heads * shape.head_dim * width
+        column = (shape.num_heads + shape.num_kv_heads) * shape.head_dim + shape.num_kv_heads * width
+        wide = torch.promote_types(dtype, torch.float32)
+        return batch_size * (memory * wide.itemsize + (self.config.conv_size - 1) * column * dtype.itemsize + 8)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """The products of the operation, and the maps to gates, decays and strengths."""
+        shape, width = self.shape, self.value_dim
+        gates = length * shape.dim * (2 * shape.num_kv_heads + shape.num_heads * width)
+        cost = gated_delta_cost(length, key_dim=shape.head_dim, value_dim=width, group=shape.group)
+        return 2 * batch_size * (gates + shape.num_kv_heads * cost)
+
+    def pairs(self, length: int) -> int:
+        """All pairs: every earlier token is in the memory."""
+        return self.shape.num_heads * (length * (length + 1) // 2)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Rates and steps without weight decay, which would draw every decay toward one."""
+        return [ParameterGroup("gated_delta_decay", [self.A_log, self.dt_bias], weight_decay=0.0)]

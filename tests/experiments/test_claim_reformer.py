@@ -1,0 +1,117 @@
+"""The claims reformer-copy and reformer-depth at the smallest size, and what their verdicts follow."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import longspan as ls
+from longspan.config import read_toml
+from longspan.experiments.claims import activations, reformer_copy, reformer_depth
+from longspan.models import build_model
+from longspan.train import find_recipe
+
+TINY = reformer_copy.Plan(word=31, steps=2, selections=("strict", "sorted"), rounds=(0, 2), samples=2, draws=2)
+
+
+def test_the_recipe_is_the_claims_middle() -> None:
+    (table,) = read_toml(find_recipe("reformer-copy.toml"))["model"]["mixers"]
+    assert {"selection": "strict", **table} == reformer_copy.mixer("strict", 4, 511)
+
+
+def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"dim": 16, "num_heads": 2, "max_positions": 64}
+    plain = reformer_copy.recipe_of
+
+    def recipe_of(*arguments: Any) -> dict[str, Any]:
+        recipe = plain(*arguments)
+        recipe["model"] |= small
+        recipe["train"] |= {"rows": 2}
+        return recipe
+
+    monkeypatch.setattr(reformer_copy, "recipe_of", recipe_of)
+    said: list[str] = []
+    outcome = reformer_copy.measure(tmp_path, TINY, said.append)
+    assert len(said) == len(outcome.figures) == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "strict-2", "sorted-2", "asked"}
+    assert set(outcome.data["sorted"]["2"]) == {"full", "8", "4", "2", "1"}
+    assert outcome.verdict == "does not hold"
+    monkeypatch.setattr(reformer_copy, "ask", None)
+    assert reformer_copy.measure(tmp_path, TINY, said.append).data == outcome.data, "nothing is measured twice"
+
+
+def test_without_hashing_everything_is_seen() -> None:
+    """Both selections of any rounds share their weights with it; rotations are those of the seed."""
+    fields = {"vocab_size": 9, "dim": 16, "num_layers": 1, "num_heads": 2, "positions": "learned", "max_positions": 64}
+    full = reformer_copy.mixer("strict", reformer_copy.FULL, 31)
+    torch.manual_seed(0)
+    model = ls.Decoder(ls.DecoderConfig(**fields, init_std=0.5, mixers=(full,))).double().eval()
+    weights = model.layers[0].mixer.attention_map(torch.randn(1, 63, 16, dtype=torch.float64))[0, 0]
+    seen = weights > 0
+    assert torch.equal(seen, torch.ones(63, 63).tril(-1).bool() | (torch.arange(63) == 0).diag())
+    hashed = reformer_copy.mixer("strict", 4, 31)
+    one, other = (reformer_copy.with_rounds(model, hashed, seed) for seed in (1, 2))
+    assert not torch.equal(one.layers[0].mixer.core.rotations, other.layers[0].mixer.core.rotations)
+    torch.testing.assert_close(one.embedding.weight.double(), model.embedding.weight, atol=1e-6, rtol=0)
+    tokens = torch.randint(9, (1, 63))
+    # buckets of so few tokens hold all of what falls into them; what does not is not seen
+    assert not torch.equal(one(tokens)[0], other(tokens)[0])
+    assert build_model({**fields, "mixers": [hashed]}).traits.streams
+
+
+@pytest.mark.parametrize(
+    ("strict", "ordered", "verdict"),
+    [(0.995, 0.991, "holds"), (0.995, 0.7, "holds in part"), (0.5, 0.6, "does not hold")],
+)
+def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> None:
+    plan = reformer_copy.PLANS["full"]
+
+    def rows(value: float) -> dict[str, dict[str, float]]:
+        row = {"full": 0.01, "8": value, "4": value, "2": value, "1": value}
+        return {"full": row, "4": row, "2": row, "1": row}
+
+    found = reformer_copy.outcome({"strict": rows(strict), "sorted": rows(ordered)}, plan, 1.0)
+    assert found.verdict == verdict
+    assert found.figures[1].paper == "0.8 / 100 / 99.9 / 99.4 / 91.9"
+    assert [drawn.name for drawn in found.pictures] == ["reformer-copy-strict", "reformer-copy-sorted"]
+
+
+def test_more_rounds_in_training_must_not_be_worse() -> None:
+    plan = reformer_copy.PLANS["full"]
+
+    def row(value: float) -> dict[str, float]:
+        return {"full": 0.01, "8": value, "4": value, "2": value, "1": value}
+
+    rows = {"full": row(0.6), "4": row(0.99), "2": row(1.0), "1": row(1.0)}
+    assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds"
+    rows["1"] = row(1.02)
+    assert reformer_copy.outcome({"strict": rows}, plan, 1.0).verdict == "holds in part"
+
+
+def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def alone(mode: str, layers: int, *_: Any) -> dict[str, float]:
+        asked.append((mode, layers))
+        grows = 1.0 if "reversible" in mode else float(layers)
+        return {"saved": 1e6 * grows, "peak": 2e6 * grows, "seconds": 1.0 + ("reversible" in mode)}
+
+    monkeypatch.setattr(reformer_depth, "blocks_alone", alone)
+    outcome = reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print)
+    assert outcome.verdict == "holds"
+    assert outcome.seconds is not None
+    assert len(asked) == len(set(asked)) == 8
+    assert outcome.pictures[0].light[:4] == b"\x89PNG"
+    assert reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print).data == outcome.data
+    assert len(asked) == 8, "nothing is measured twice"
+    grown = {**outcome.data, "reversible": outcome.data["checkpoint"]}
+    assert reformer_depth.outcome(grown, reformer_depth.PLANS["small"]).verdict == "does not hold"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
+def test_a_process_of_its_own_says_what_it_kept() -> None:
+    found = [activations.blocks_alone(mode, 4, 400, 16, reformer_depth.MIXERS) for mode in ("plain", "reversible")]
+    assert found[1]["saved"] < found[0]["saved"] / 4
+    assert found[1]["saved"] >= 2 * 400 * 16 * 4, "two streams"
+    assert all(each["seconds"] > 0 for each in found)

@@ -1,0 +1,110 @@
+"""The quickstart of a few seconds through the same code as the real one, `eval` of its run, and `reproduce`."""
+
+import json
+
+import pytest
+from tests.cli.pages import without_pixels
+
+from longspan.config import read_toml
+from longspan.experiments import claims
+from longspan.experiments.quickstart import measure
+from longspan.experiments.tour import Clock
+from longspan.files import read_json
+from longspan.train import Answers, find_recipe, resolve
+
+SMALL = [
+    *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
+    *("model.memory.segment_length=96", "train.minutes=1", "train.steps=4", "train.tokens=800", "train.log_every=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a quickstart, and its exit code."""
+    from longspan.cli.app import run
+
+    out = tmp_path_factory.mktemp("quickstart")
+    sets = [part for each in SMALL for part in ("--set", each)]
+    return out, run(["quickstart", "-o", str(out), "--longest", "64", "--count", "2", *sets])
+
+
+def test_the_quickstart_checks_what_it_claims(finished):
+    out, code = finished
+    report = json.loads((out / "report.json").read_text())
+    names = [check["name"] for check in report["checks"]]
+    assert code == int(any(check["fatal"] and not check["passed"] for check in report["checks"]))
+    assert [name.split(":")[0] for name in names[:2]] == ["memorize", "detect"]
+    assert any(name.startswith("Resident memory at 64") for name in names)
+    assert [answer["segments"] for answer in report["answers"]] == [1, 1, 4, 4, 16, 16, 64, 64]
+    assert all(answer["n"] == 2 for answer in report["answers"][:8])
+
+
+def test_the_quickstart_draws_its_page(finished):
+    out, _ = finished
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert names == {"accuracy.png", "resident-memory.png", "speed.png", "flops.png", "training.png"}
+    html = (out / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 2 * len(names)
+    assert "http" not in without_pixels(html).replace("http-equiv", "")
+
+
+def test_eval_asks_a_run_of_a_memory_task(finished, longspan):
+    run = finished[0] / "run"
+    found = json.loads(longspan("eval", run, "--segments", "1,3", "--count", "4", "--json").out)
+    assert [(each["segments"], each["n"]) for each in found] == [(1, 4), (3, 4)]
+    shown = longspan("eval", run, "--segments", "2", "--count", "2").out
+    assert "of 2" in shown
+    assert "whole numbers" in longspan("eval", run, "--segments", "a").error
+    assert "makes its own questions" in longspan("eval", run, "kjv").error
+
+
+def test_the_quickstart_refuses_what_it_is_not_for(longspan, tmp_path):
+    recipe = find_recipe("tiny.toml")
+    assert "memory task" in longspan("quickstart", "--recipe", recipe, "-o", tmp_path).error
+    assert "no trained model" in longspan("quickstart", "--reuse", "-o", tmp_path).error
+
+
+def answers(kind, segments, right, wrong, resident=100, seconds=1.0):
+    found = Answers(kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong))
+    found.seconds, found.resident = seconds * segments, resident
+    return measure.Asked(segments, {kind: found})
+
+
+def test_bars_are_bars():
+    good = [answers("detect", 16, 64, 0), answers("detect", 256, 31, 1), answers("detect", 4096, 3, 1)]
+    verdicts = {check.name: check for check in measure.check(good, Clock())}
+    named = {name.split(", ")[-1]: check for name, check in verdicts.items() if name.startswith("detect")}
+    assert named["the bar"].passed
+    assert named["the bar"].fatal
+    assert not named["the goal"].passed
+    assert not named["the goal"].fatal
+    bad = [answers("detect", 16, 64, 0), answers("detect", 256, 30, 2, resident=106)]
+    failed = [check.name for check in measure.check(bad, Clock()) if check.fatal and not check.passed]
+    assert len(failed) == 2
+    assert measure.plan(4096, 64) == [(1, 64), (4, 64), (16, 64), (64, 64), (256, 32), (1024, 4), (4096, 4)]
+
+
+def test_the_recipes_are_whole():
+    for name in ("rmt.toml", "rmt-reasoning.toml"):
+        assert resolve(read_toml(find_recipe(name)))["train"]["max_segments"] <= 7
+
+
+def test_reproduce_lists_runs_and_writes(longspan, tmp_path):
+    assert "rmt-flops" in longspan("reproduce").out
+    assert "did you mean 'rmt-flops'" in longspan("reproduce", "rmt-flop").error
+    found = longspan("reproduce", "rmt-flops", "--docs", tmp_path, "-o", tmp_path / "out")
+    assert "294.8" in found.out
+    assert "29.3" in found.out
+    assert read_json(tmp_path / "claims" / "rmt-flops.json")["verdict"] == "holds"
+    page = (tmp_path / "claims.md").read_text()
+    assert "## rmt-flops" in page
+    assert "(claims/rmt-flops.png)" in page
+    assert (tmp_path / "claims" / "rmt-flops.png").read_bytes()[:4] == b"\x89PNG"
+    assert "no results yet" in longspan("reproduce", "--docs", tmp_path / "none").error
+
+
+def test_the_page_of_claims_is_made_of_their_results():
+    from pathlib import Path
+
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "claims.md").read_text() == claims.markdown(claims.read_results(docs / "claims", claims.names()))

@@ -1,0 +1,26 @@
+"""A mechanism from outside of the package is held to the laws by being registered."""
+
+from collections.abc import Callable
+
+import pytest
+from tests import outside
+
+import longspan as ls
+from longspan.mixers import registry
+
+from .checks import definition, why_not
+from .test_laws import laws
+from .tools import Make, Registered
+
+
+@pytest.mark.parametrize("check", laws())
+def test_law(monkeypatch: pytest.MonkeyPatch, check: Callable[[Make], None]) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    ls.mixers.register("leaky", outside.LeakyCore)
+    make = Registered("leaky", outside.LeakyCore.examples[-1])
+    if reason := why_not(check, make()):
+        pytest.skip(reason)
+    if check is definition.check_definition:
+        definition.check_definition(make, outside.ops, outside.reference)
+    else:
+        check(make)

@@ -1,0 +1,156 @@
+"""A mechanism from outside of the package is held to the laws and used as longspan's own are."""
+
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests import outside
+
+import longspan as ls
+from longspan.cli.app import run
+from longspan.mixers import Core, probe, registry
+
+SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4, "num_kv_heads": 2}
+HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "window": 4}]
+
+
+@pytest.fixture(autouse=True)
+def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    ls.mixers.register("leaky", outside.LeakyCore)
+
+
+def test_values_have_a_width_of_their_own() -> None:
+    mixer = ls.mixers.build("leaky", **SIZES, value_dim=6).double()
+    maps = mixer.projections
+    assert (maps.v_proj.out_features, maps.k_proj.out_features, maps.o_proj.in_features) == (12, 8, 24)
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    assert mixer(x)[0].shape == x.shape
+    # the map is that of the operation, whatever the width of the values
+    k, v = (t.repeat_interleave(2, 1) for t in maps.keys_values(x))
+    out = mixer.attention_map(x) @ v
+    torch.testing.assert_close(maps.output(out), mixer(x)[0])
+    assert k.shape[-1] == 4
+    part_k, part_v = maps.keys_values(x, slice(1, 2))
+    torch.testing.assert_close(part_k, k[:, 2:3])
+    torch.testing.assert_close(part_v, v[:, 2:3])
+    assert mixer.flops(9) == 2 * 9 * 16 * (16 + 8 + 12 + 24 + 2)
+
+
+def test_parts_of_heads_share_one_width_of_values() -> None:
+    mixer = ls.mixers.build("heads", **SIZES, parts=HALF)
+    assert mixer.traits.receives_hidden
+    parts = [{**HALF[0], "value_dim": 6}, HALF[1]]
+    with pytest.raises(ls.ConfigError, match=r"heads.parts\[1\]: values of 4, parts\[0\] of 6; the parts of a layer"):
+        ls.mixers.build("heads", **SIZES, parts=parts)
+    whole = ls.mixers.build("heads", **SIZES, parts=[{"name": "leaky", "num_heads": 2, "value_dim": 6}] * 2)
+    assert whole.traits.value_dim == 6
+    assert whole(torch.randn(1, 5, 16))[0].shape == (1, 5, 16)
+
+
+@pytest.mark.parametrize("mixer", [{"name": "leaky", "value_dim": 6}, {"name": "heads", "parts": HALF}], ids=str)
+def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=(mixer,)))
+    tokens = torch.randint(11, (4, 24), generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = torch.nn.functional.cross_entropy(model(tokens)[0][:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    model = model.double().eval()
+    with torch.no_grad():
+        whole = model(tokens[:1])[0]
+        session = ls.StreamSession(model)
+        for first, last in ((0, 5), (5, 6), (6, 24)):
+            found = session.feed(tokens[:1, first:last])
+            torch.testing.assert_close(found.view(-1), whole[0, last - 1])
+
+
+def test_what_it_reads_is_measured() -> None:
+    """The gate reads hidden states, too; what it does to earlier keys is not a key that is read."""
+    mixer = ls.mixers.build("leaky", **SIZES, value_dim=6)
+    found = probe.influence(mixer, 20)
+    assert int((found > 0).sum()) == mixer.pairs(20)
+    x = torch.randn(1, 20, 16, dtype=torch.float64)
+    assert (mixer.double().attention_map(x)[0] != 0).sum() == mixer.pairs(20)
+
+
+def test_names_are_registered_once() -> None:
+    ls.mixers.register("leaky", outside.LeakyCore)  # the same again changes nothing
+    assert ls.mixers.names()[-1] == "leaky"
+    assert ls.mixers.examples("leaky") == outside.LeakyCore.examples
+    for name, core in (("full", outside.LeakyCore), ("leaky", registry.core_class("full"))):
+        with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
+            ls.mixers.register(name, core)
+    for core in (outside.NotACore, Core):
+        with pytest.raises(
+            ls.ConfigError, match=r"register 'new': .* is not a subclass of Core with a dataclass Config"
+        ):
+            ls.mixers.register("new", core)
+    assert "new" not in ls.mixers.names()
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Packages that bring mechanisms: one that works, one of them under a name of longspan's, two that are broken."""
+    values = {
+        "forgetful": "tests.outside:LeakyCore",
+        "full": "tests.outside:LeakyCore",
+        "missing": "tests.outside:ThereIsNone",
+        "odd": "tests.outside:NotACore",
+    }
+    points = [EntryPoint(name, value, "longspan.mechanisms") for name, value in values.items()]
+    asked: list[str] = []
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [point for point in points if point.group == group]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    registry._installed.cache_clear()
+    yield asked
+    registry._installed.cache_clear()
+
+
+def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:
+    ls.mixers.build("window", **SIZES)
+    assert not installed, "nobody looks for packages where longspan knows the name"
+    assert ls.mixers.names()[-4:] == ["leaky", "forgetful", "missing", "odd"]
+    mixer = ls.mixers.build("forgetful", **SIZES, value_dim=6)
+    assert isinstance(mixer.core, outside.LeakyCore)
+    assert not isinstance(ls.mixers.build("full", **SIZES).core, outside.LeakyCore)
+    assert installed == ["longspan.mechanisms"]
+
+
+def test_a_broken_package_is_one_line_and_breaks_no_other(
+    installed: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, message in (
+        ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone does not load: AttributeError: "),
+        ("odd", "mixer: mixer 'odd' of tests.outside:NotACore: .* is not a subclass of Core with a dataclass Config"),
+    ):
+        with pytest.raises(ls.ConfigError, match=message) as caught:
+            ls.mixers.build(name, **SIZES)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ls.ConfigError, match="did you mean 'forgetful'"):
+        ls.mixers.build("forgetfull", **SIZES)
+    assert run(["mixers"]) == 0
+    listed = capfd.readouterr().out
+    assert "forgetful" in listed
+    assert "does not load" in " ".join(listed.split())
+    assert run(["mixers", "forgetful"]) == 0
+    assert "linear attention that forgets by a gate" in capfd.readouterr().out
+    assert run(["show", "patterns", "--length", "5", "-o", str(tmp_path / "all")]) == 0
+    drawn = capfd.readouterr()
+    assert "left out: mixer: mixer 'missing'" in drawn.err
+    assert "forgetful" in drawn.out
+    assert run(["show", "patterns", "missing", "-o", str(tmp_path / "one")]) == 2
+    assert "does not load" in capfd.readouterr().err
