@@ -12,6 +12,7 @@ several rounds, whose softmaxes are merged into one by their log-sum-exps; no pa
 backward pass grad and inner are then multiplied by the round's share of the softmax.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -289,6 +290,12 @@ def _backward_round(
             round_.key_order.add_restored(total, slot)
 
 
+def _flattens(x: Tensor) -> bool:
+    """Whether all dimensions of x but the last two flatten to a view."""
+    sizes = [(size, step) for size, step in zip(x.shape[:-2], x.stride(), strict=False) if size > 1]
+    return all(outer == size * step for (_, outer), (size, step) in itertools.pairwise(sizes))
+
+
 class _Part:
     """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
 
@@ -315,7 +322,7 @@ class _Part:
             for number in range(run.tiles):
                 self._tile(run, number, scores, weights)
         for shaped, flat in pairs:
-            if flat.data_ptr() != shaped.data_ptr():
+            if not _flattens(shaped):
                 shaped.copy_(flat.view(shaped.shape))
 
     def _by_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
