@@ -12,9 +12,9 @@ from longspan.cli.show.heads import find
 from longspan.cli.show.scaling import _joint, read_run
 from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
+from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
+from longspan.mechanisms.entmax.layer import EntmaxCore
 from longspan.mixers import Rows
-from longspan.mixers.adaptive_span import AdaptiveSpanCore
-from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.probe import support_sizes
 from longspan.train import load_run
 

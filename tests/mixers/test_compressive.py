@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers.base import special_groups
-from longspan.reference.compressive import compressive_layer
+from longspan.contract.base import special_groups
+from longspan.mechanisms.compressive.definition import compressive_layer
 
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
 

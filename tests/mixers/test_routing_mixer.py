@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers import kmeans
-from longspan.mixers.kmeans import SAMPLES
+from longspan.mechanisms.routing import kmeans
+from longspan.mechanisms.routing.kmeans import SAMPLES
 
 FIELDS = {"num_clusters": 4, "window": 5}
 
