@@ -90,6 +90,8 @@ class HeadsCore(Core):
         if first != shape.num_heads:
             raise ConfigError(f"heads: the parts have {first} heads together, the layer has {shape.num_heads}")
         self.parts = nn.ModuleList(cores)
+        # once, as they never change and merging costs a share of a token's time
+        self.merged = merge_traits([_labeled(core.traits, f"parts[{i}]: ") for i, core in enumerate(cores)])
 
     def _kv_heads(self, first: int, last: int, where: str) -> slice:
         group = self.shape.group
@@ -107,7 +109,7 @@ class HeadsCore(Core):
     @property
     def traits(self) -> Traits:
         """See `merge_traits`; reasons say of which part they are."""
-        return merge_traits([_labeled(core.traits, f"parts[{index}]: ") for index, core in enumerate(self.cores)])
+        return self.merged
 
     def head_traits(self) -> list[Traits]:
         """The traits of the part that each head belongs to."""
