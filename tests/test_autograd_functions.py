@@ -10,7 +10,7 @@ from pathlib import Path
 import longspan
 
 PACKAGE = Path(longspan.__file__).parent
-ROOMS = ("engine", "ops", "mechanisms", "mixers")
+ROOMS = ("engine", "contract", "mechanisms")
 BASES = ("FirstOrder", "Function")
 MOST = 15
 

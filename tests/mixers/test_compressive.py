@@ -69,7 +69,7 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
     chosen = None if compression == "most_used" else lambda gone: compress(mixer, gone)
-    r = core.relative(core.reach, ls.mixers.rows.Rows(torch.zeros(1), length))
+    r = core.relative(core.reach, ls.mixers.Rows(torch.zeros(1), length))
     expected, memory = compressive_layer(
         x, mixer.projections, chosen, r, core.content_bias, core.position_bias, **fields
     )

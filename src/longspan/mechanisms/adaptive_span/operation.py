@@ -180,23 +180,14 @@ class SpanScores(Scores):
             key = tile.heads.start, tile.heads.stop, slopes
             if key not in self.by_distance:
                 span = self.span[tile.heads, None, None]
-                function = partial(self._slope if slopes else self._log, span=span)
+                function = partial(_slope if slopes else _log, span=span, ramp=self.ramp, pattern=self.pattern)
                 self.by_distance[key] = ByDistance(self.plan, function, self.like.device)
             return self.by_distance[key](tile.run)[None]
         offset, device = tile.run.offset, self.like.device
         query = torch.arange(offset, offset + tile.run.queries, device=device)[:, None]
         distance = query - torch.arange(tile.run.keys, device=device)
-        return (self._slope if slopes else self._log)(distance, span=tile.queries(self.span[..., None]))
-
-    def _log(self, distance: Tensor, span: Tensor) -> Tensor:
-        rest = self.ramp + span - distance
-        hidden = (rest <= 0) | plan_hides(self.pattern, distance)
-        return (rest / self.ramp).clamp_(max=1).masked_fill_(hidden, 1).log_().masked_fill_(hidden, HIDDEN)
-
-    def _slope(self, distance: Tensor, span: Tensor) -> Tensor:
-        """1 / (ramp + span - distance) on the ramp with its upper end, else 0."""
-        rest = self.ramp + span - distance
-        return torch.where((rest > 0) & (rest <= self.ramp), 1 / rest, 0)
+        span = tile.queries(self.span[..., None])
+        return (_slope if slopes else _log)(distance, span=span, ramp=self.ramp, pattern=self.pattern)
 
     def added(self, tile: Tile) -> Tensor:
         """See `Scores`."""
@@ -215,3 +206,19 @@ class SpanScores(Scores):
             total[tile.heads] += pulled.sum((1, 3)).flatten()
         else:
             tile.queries(total[..., None])[..., 0].add_(pulled.transpose(0, 1).flatten(1, 2))
+
+
+# functions, not methods: tables that a `SpanScores` holds must not hold it, or a cycle would keep the spans' graph alive
+
+
+def _log(distance: Tensor, *, span: Tensor, ramp: int, pattern: Plan) -> Tensor:
+    """log m of the distance, HIDDEN where nothing is seen."""
+    rest = ramp + span - distance
+    hidden = (rest <= 0) | plan_hides(pattern, distance)
+    return (rest / ramp).clamp_(max=1).masked_fill_(hidden, 1).log_().masked_fill_(hidden, HIDDEN)
+
+
+def _slope(distance: Tensor, *, span: Tensor, ramp: int, pattern: Plan) -> Tensor:
+    """1 / (ramp + span - distance) on the ramp with its upper end, else 0."""
+    rest = ramp + span - distance
+    return torch.where((rest > 0) & (rest <= ramp), 1 / rest, 0)
