@@ -208,7 +208,7 @@ class SpanScores(Scores):
             tile.queries(total[..., None])[..., 0].add_(pulled.transpose(0, 1).flatten(1, 2))
 
 
-# functions, not methods: tables that a `SpanScores` holds must not hold it, or a cycle would keep the spans' graph alive
+# functions, not methods: what a `SpanScores` holds must not hold it, or a cycle would keep the spans' graph alive
 
 
 def _log(distance: Tensor, *, span: Tensor, ramp: int, pattern: Plan) -> Tensor:
