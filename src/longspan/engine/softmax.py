@@ -13,7 +13,7 @@ backward pass grad and inner are then multiplied by the round's share of the sof
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,177 +21,12 @@ from torch import Tensor
 from longspan import host
 from longspan.engine import flash
 from longspan.engine.first_order import FirstOrder
-from longspan.engine.tiles import (
-    HIDDEN,
-    Bands,
-    Block,
-    Part,
-    Plan,
-    Run,
-    Visibility,
-    make_blocks,
-    make_parts,
-    new_gradient,
-    new_like_heads,
-    tile_mask,
-)
+from longspan.engine.schedule import Round, RoundInputs, Schedule, Scores, Tile
+from longspan.engine.tiles import HIDDEN, Block, Part, Run, make_blocks, make_parts, new_gradient, new_like_heads
 from longspan.state import needs_grad
 
-FORWARD_ENTRIES = 1 << 22  # scores of one kernel call, where what is added to them is made for the call
 BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
 INNER_ENTRIES = 1 << 16
-
-
-class Tile(NamedTuple):
-    """What is computed at once: the tiles of a run in a block, for some query heads."""
-
-    run: Run
-    block: Block
-    heads: slice
-
-    def queries(self, x: Tensor) -> Tensor:
-        """View of the tile's part of x (batch, heads, length, dim): (rows * tiles, heads, queries, dim)."""
-        return self.run.queries_of(x[:, self.heads], self.block)
-
-
-class RoundInputs(NamedTuple):
-    """What the scores of a round are made of, in one pass.
-
-    Attributes:
-        plan: the tiles of the pass.
-        visibility: what hides keys row by row.
-        tensors: those of the schedule beside q, k and v, in the working dtype.
-        gradients: zeros like them, to be added to; None in a forward pass, or where they are not wanted.
-        like: a tensor of the working dtype, on the device.
-    """
-
-    plan: Plan
-    visibility: Visibility | None
-    tensors: Sequence[Tensor]
-    gradients: Sequence[Tensor] | None
-    like: Tensor
-
-
-class Scores:
-    """What is added to the scores of a round: it hides keys, and may have terms with gradients.
-
-    One is made for each round of each pass, opened for each run, and then asked tile by tile.
-    """
-
-    one_row = False
-    """Whether grouped query heads can be computed for one batch row at a time only."""
-
-    def __init__(self, inputs: RoundInputs) -> None:
-        self.plan, self.visibility, self.tensors, self.gradients, self.like = inputs
-
-    def tiles_at_once(self, run: Run, heads: int) -> int:
-        """Tiles of a forward call of so many heads."""
-        return max(1, FORWARD_ENTRIES // (run.queries * run.keys))
-
-    def open(self, run: Run, tiles: int, heads: slice) -> None:
-        """Prepare for a run, of which `tiles` tiles of these query heads are computed at once at most."""
-
-    def added(self, tile: Tile) -> Tensor | None:
-        """(rows * tiles or 1, heads or 1, queries, keys) or (queries, keys); None = nothing."""
-        raise NotImplementedError
-
-    def seen(self, tile: Tile) -> Tensor | None:
-        """(rows * tiles, heads or 1, queries, keys) which keys the rows leave to be seen; None = all."""
-        seen = None if self.visibility is None else self.visibility.seen(tile.run, tile.block)
-        return seen if seen is None or seen.shape[1] == 1 else seen[:, tile.heads]
-
-    def slopes(self, spare: Tensor) -> Tensor:
-        """Where the slopes of a backward tile are written, (items, group * queries, keys) like `spare`."""
-        return spare
-
-    def backward(self, tile: Tile, slopes: Tensor) -> None:
-        """Add to the gradients; slopes (kv_heads * rows, group * queries, keys) of the scores, times scale."""
-
-
-class Pattern(Scores):
-    """Hides what the plan and the rows hide."""
-
-    def __init__(self, inputs: RoundInputs) -> None:
-        super().__init__(inputs)
-        self.bands = Bands(self.plan, self.like.dtype, self.like.device)
-
-    def added(self, tile: Tile) -> Tensor | None:
-        """See `Scores.added`."""
-        return tile_mask(self.bands(tile.run), self.seen(tile), self.like.dtype)
-
-
-class QueryOrder(Protocol):
-    """An order of the queries in which tiles are ranges."""
-
-    def ordered(self, x: Tensor) -> Tensor:
-        """x (batch, heads, length, dim) in this order, any empty places zero."""
-
-    def restored(self, x: Tensor) -> Tensor:
-        """What `ordered` gave, in the order of the sequence."""
-
-
-class KeyOrder(Protocol):
-    """An order of the keys in which tiles are ranges. A key may occur several times, or not at all."""
-
-    def ordered(self, x: Tensor) -> Tensor:
-        """x (batch, kv_heads, columns, dim) in this order, any empty places zero."""
-
-    def add_restored(self, total: Tensor, x: Tensor) -> None:
-        """Add gradients of what `ordered` gave to those of the keys."""
-
-
-class Round(NamedTuple):
-    """Tiles in which every query occurs at most once.
-
-    Attributes:
-        forward: tiles of the forward pass.
-        backward: tiles of the backward pass, whose best size differs.
-        visibility: what hides keys row by row, in the order of the round.
-        scores: makes what is added to the scores.
-        heads: query heads that it serves, and kv: their kv heads; None = all.
-        query_order: of the queries, and key_order: of the keys; None = that of the sequence.
-        merges: an earlier round served these heads too; then this one may leave queries out.
-        fused: one tile of which nothing is hidden ("open"), or what a query does not see of as many keys ("causal"), as
-            one call of the fused kernel, forward and backward. Where all is one tile, its blocks of keys, smaller than
-            rows of scores, are a quarter faster than the engine's own products.
-    """
-
-    forward: Plan
-    backward: Plan
-    visibility: Visibility | None = None
-    scores: Callable[[RoundInputs], Scores] = Pattern
-    heads: slice | None = None
-    kv: slice | None = None
-    query_order: QueryOrder | None = None
-    key_order: KeyOrder | None = None
-    merges: bool = False
-    fused: Literal["open", "causal"] | None = None
-
-    def sorted_queries(self, x: Tensor) -> Tensor:
-        """x (batch, heads, length, dim) as the round takes it."""
-        x = x if self.heads is None else x[:, self.heads]
-        return x if self.query_order is None else self.query_order.ordered(x)
-
-    def sorted_keys(self, x: Tensor) -> Tensor:
-        """x (batch, kv_heads, columns, dim) as the round takes it."""
-        x = x if self.kv is None else x[:, self.kv]
-        return x if self.key_order is None else self.key_order.ordered(x)
-
-
-class Schedule(NamedTuple):
-    """Which keys every query reads, and how.
-
-    Attributes:
-        rounds: tiles; see `Round`.
-        scale: factor of the scores.
-        border: where the gradients of detached keys and values end: those of keys before the border of their query go
-            to the detached ones. A number of query columns per segment, at whose multiples the backward tiles end, or
-            (batch, length) key columns.
-    """
-
-    rounds: tuple[Round, ...]
-    scale: float
-    border: int | Tensor | None = None
 
 
 def attention(
@@ -277,7 +112,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     """`attention` without autograd."""
     target, dtype = q.dtype, flash.working_dtype(q, k, v)
     q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
-    merged, parts = any(round_.merges for round_ in schedule.rounds), []
+    merged, parts, first = any(round_.merges for round_ in schedule.rounds), [], schedule.rounds[0]
+    if len(schedule.rounds) == 1 and first.query_order is not None:
+        with flash.full_precision(q.device):
+            out, lse = _forward_round(first, schedule.scale, (q, k, v), tensors, None)
+        return out.to(target), Sums(lse[..., 0], ())
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
     lse = q.new_empty(*q.shape[:3], 1)
     with flash.full_precision(q.device):
@@ -297,12 +136,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
 
 
 def _forward_round(
-    round_: Round, scale: float, inputs: tuple[Tensor, ...], tensors: Sequence[Tensor], room: tuple[Tensor, Tensor]
+    round_: Round,
+    scale: float,
+    inputs: tuple[Tensor, ...],
+    tensors: Sequence[Tensor],
+    room: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exps (batch, heads, length, 1) of a round's heads, written to `room` where that fits."""
     q, k, v = round_.sorted_queries(inputs[0]), round_.sorted_keys(inputs[1]), round_.sorted_keys(inputs[2])
-    out, lse = room
-    if round_.query_order is not None or round_.merges:
+    if room is not None and round_.query_order is None and not round_.merges:
+        out, lse = room
+    else:
         out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=round_.merges, dtype=q.dtype)
         lse = q.new_full((*q.shape[:3], 1), HIDDEN)
     scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, q))
@@ -318,7 +162,7 @@ def _forward_round(
                 run.keys_of(v, block),
                 scale=scale,
                 causal=round_.fused == "causal",
-                mask=None if round_.fused else scores.added(Tile(run, block, heads)),
+                mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
             )
             run.queries_of(out, block).copy_(part)
             run.queries_of(lse, block).copy_(sums[..., None])
@@ -351,8 +195,7 @@ def backward(
         grad = grad.contiguous()
     inner = _inner(grad, out, grads[1])
     own = tensors, [torch.zeros_like(t) for t in tensors]
-    ordered = any(round_.query_order is not None for round_ in schedule.rounds)
-    dq = new_gradient(q, dtype, zero=ordered)
+    dq = new_gradient(q, dtype, zero=False)
     keyed = [new_gradient(t, dtype) for t in ((k, v, k, v) if detached else (k, v))]
     for number, round_ in enumerate(schedule.rounds):
         if round_.fused:
@@ -369,23 +212,29 @@ def _backward_fused(
     round_: Round, scale: float, inputs: tuple[Tensor, ...], outer: tuple[Tensor, ...], totals: list[Tensor]
 ) -> None:
     """Add a fused round to the totals, from the gradient of out, out and the log-sum-exps of all rounds."""
-    (run,), (grad, out, lse) = round_.backward.runs, (t.contiguous() for t in outer)
-    there = run.key_slice(0)
-    parts = flash.attend_backward(
-        grad,
-        inputs[0],
-        inputs[1][:, :, there],
-        inputs[2][:, :, there],
-        out,
-        lse,
-        scale=scale,
-        causal=round_.fused == "causal",
-    )
-    for total, part, columns in zip(totals[:3], parts, (slice(None), there, there), strict=True):
-        if round_.merges or total is not totals[0]:
-            total[:, :, columns] += part
-        else:
-            total.copy_(part)
+    (q, k, v), (dq, dk, dv) = inputs, totals[:3]
+    grad, out, lse = (t if t.stride(-1) == 1 and 0 not in t.stride() else t.contiguous() for t in outer)
+    scores = round_.scores(RoundInputs(round_.backward, round_.visibility, (), None, q))
+    for run in round_.backward.runs:
+        for block in make_blocks(run, q.shape[0], scores.tiles_at_once(run, q.shape[1])):
+            tile = Tile(run, block, slice(0, q.shape[1]))
+            parts = flash.attend_backward(
+                run.queries_of(grad, block),
+                run.queries_of(q, block),
+                run.keys_of(k, block),
+                run.keys_of(v, block),
+                run.queries_of(out, block),
+                run.queries_of(lse[..., None], block)[..., 0].contiguous(),
+                scale=scale,
+                causal=round_.fused == "causal",
+                mask=scores.added(tile) if round_.fused == "masked" else None,
+            )
+            if round_.merges:
+                run.queries_of(dq, block).add_(parts[0])
+            else:
+                run.queries_of(dq, block).copy_(parts[0])
+            run.keys_of(dk, block).add_(parts[1])
+            run.keys_of(dv, block).add_(parts[2])
 
 
 def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -421,7 +270,9 @@ def _backward_round(
     keys = [round_.sorted_keys(t) for t in keyed]
     dq = totals[0][:, round_.heads or slice(None)]
     slots = [t[:, round_.kv or slice(None)] for t in totals[1:]]
-    room = [dq if round_.query_order is None else torch.zeros_like(queries[0])]
+    room = [dq]
+    if round_.query_order is not None:
+        room = [torch.zeros_like(queries[0]) if round_.merges else torch.empty_like(queries[0])]
     room += slots if round_.key_order is None else [torch.zeros_like(t) for t in keys]
     scores = round_.scores(RoundInputs(round_.backward, round_.visibility, *own, queries[0]))
     group = queries[0].shape[1] // keys[0].shape[1]
@@ -429,8 +280,10 @@ def _backward_round(
     one_row = scores.one_row and group > 1
     for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, BACKWARD_ENTRIES, one_row=one_row):
         _Part(round_, schedule, scores, part, group).run(queries, keys, room)
-    if round_.query_order is not None:
+    if round_.query_order is not None and round_.merges:
         dq += round_.query_order.restored(room[0])
+    elif round_.query_order is not None:
+        dq.copy_(round_.query_order.restored(room[0]))
     if round_.key_order is not None:
         for total, slot in zip(slots, room[1:], strict=True):
             round_.key_order.add_restored(total, slot)
@@ -440,7 +293,8 @@ class _Part:
     """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
 
     def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
-        self.plan, self.adds, self.schedule = round_.backward, round_.merges, schedule
+        self.plan, self.schedule = round_.backward, schedule
+        self.adds = round_.merges and round_.query_order is None
         self.scores, self.group, (self.rows, self.kv) = scores, group, part
         first = 0 if round_.heads is None else round_.heads.start
         self.heads = slice(self.kv.start * group, self.kv.stop * group)

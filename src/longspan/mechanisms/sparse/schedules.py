@@ -54,7 +54,7 @@ def strided_rounds(
 ) -> tuple[Round, ...]:
     """The near keys where `local`, and those a multiple of the stride before the query; see `make_class_plan`."""
     plan = make_class_plan(length, memory, stride, 2 if local else 0)
-    far = Round(plan, plan, visibility, merges=local)
+    far = Round(plan, plan, visibility, merges=local, fused="masked")
     if not local:
         return (far,)
     near = make_plan(length, memory, tile=LOCAL_TILE, window=stride + 1)
