@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.mixers.memory_store import MemoryStore, recall
+from longspan.mechanisms.memorizing.memory_store import MemoryStore, recall
 from longspan.process import anonymous_bytes, resident_bytes
 from timing import compare
 

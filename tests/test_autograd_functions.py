@@ -10,28 +10,28 @@ from pathlib import Path
 import longspan
 
 PACKAGE = Path(longspan.__file__).parent
-ROOMS = ("engine", "ops", "mechanisms", "mixers")
+ROOMS = ("engine", "contract", "mechanisms")
 BASES = ("FirstOrder", "Function")
 MOST = 15
 
 SOFTMAX = {
     "engine/softmax.py:Attention": "schedules of tiles: the one that all patterns should use",
-    "ops/bp_softmax.py:_Attention": "rows of a table, gathered: to become a schedule of blocks",
-    "ops/block_sparse.py:_BlockSparse": "sorted lists of blocks: to become a schedule of blocks",
+    "mechanisms/bp/softmax.py:_Attention": "rows of a table, gathered: to become a schedule of blocks",
+    "engine/block_sparse.py:_BlockSparse": "sorted lists of blocks: to become a schedule of blocks",
 }
 OTHERS = {
     "engine/first_order.py:FirstOrder": "the base of the others",
     "engine/first_order.py:_Refused": "refuses second derivatives",
     "engine/first_order.py:_Library": "refuses them for torch's fused kernel",
-    "ops/memorizing.py:_Retrieve": "the best keys of a search: their columns and weights are saved",
-    "ops/entmax_tiles.py:EntmaxTiles": "entmax has no log-sum-exp to merge or recompute from",
-    "ops/entmax.py:_Entmax": "entmax of scores",
-    "ops/linear.py:_Blocked": "linear attention has no softmax",
+    "mechanisms/memorizing/operation.py:_Retrieve": "the best keys of a search: their columns and weights are saved",
+    "mechanisms/entmax/tiles.py:EntmaxTiles": "entmax has no log-sum-exp to merge or recompute from",
+    "mechanisms/entmax/operation.py:_Entmax": "entmax of scores",
+    "engine/linear.py:_Blocked": "linear attention has no softmax",
     "mechanisms/gated_delta/operation.py:_GatedDelta": "the gated delta rule has no softmax",
     "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, faster than torch's convolution",
-    "ops/bp_nodes.py:_Pool": "nodes of a tree, pooled level by level",
-    "mixers/compressors.py:Frozen": "a projection that passes gradients to its input, not to its parameters",
-    "mixers/gradients.py:_WithGradients": "zero gradients for the parameters that a call did not use",
+    "mechanisms/bp/nodes.py:_Pool": "nodes of a tree, pooled level by level",
+    "mechanisms/compressive/compressors.py:Frozen": "a projection whose parameters get no gradient",
+    "contract/gradients.py:_WithGradients": "zero gradients for the parameters that a call did not use",
 }
 
 

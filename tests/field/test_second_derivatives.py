@@ -228,7 +228,7 @@ def test_every_autograd_function_has_the_one_base() -> None:
     assert direct == [
         "engine/first_order.py:FirstOrder",
         "engine/first_order.py:_Refused",
-        "mixers/gradients.py:_WithGradients",
+        "contract/gradients.py:_WithGradients",
     ]
 
 

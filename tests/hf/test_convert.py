@@ -11,9 +11,9 @@ from tests.hf.conftest import ids, make
 from torch import Tensor
 
 from longspan import hf, mixers
+from longspan.contract import registry
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE
-from longspan.mixers import registry
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 # transformers keeps the angles of RoPE in fp32, whatever the weights are

@@ -12,6 +12,7 @@ from tests.hf.test_convert import greedy
 
 import longspan as ls
 from longspan import mixers
+from longspan.contract.registry import core_class
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf import (
     LongspanConfig,
@@ -20,7 +21,6 @@ from longspan.hf import (
     LongspanForSequenceClassification,
 )
 from longspan.hf.cache import CACHE
-from longspan.mixers.registry import core_class
 
 transformers = pytest.importorskip("transformers")
 TABLE: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}

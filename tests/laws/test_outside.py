@@ -6,7 +6,7 @@ import pytest
 from tests import outside
 
 import longspan as ls
-from longspan.mixers import registry
+from longspan.contract import registry
 
 from .checks import definition, why_not
 from .test_laws import laws

@@ -7,7 +7,7 @@ import torch
 
 import longspan as ls
 from longspan.errors import ConfigError
-from longspan.reference import bp
+from longspan.mechanisms.bp import definition as bp
 
 FP64 = torch.float64
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers.base import special_groups
-from longspan.reference.compressive import compressive_layer
+from longspan.contract.base import special_groups
+from longspan.mechanisms.compressive.definition import compressive_layer
 
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
 
@@ -69,7 +69,7 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
     chosen = None if compression == "most_used" else lambda gone: compress(mixer, gone)
-    r = core.relative(core.reach, ls.mixers.rows.Rows(torch.zeros(1), length))
+    r = core.relative(core.reach, ls.mixers.Rows(torch.zeros(1), length))
     expected, memory = compressive_layer(
         x, mixer.projections, chosen, r, core.content_bias, core.position_bias, **fields
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import longspan as ls
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.mixers.memory_store import MemoryStore
+from longspan.mechanisms.memorizing.memory_store import MemoryStore
 
 FIELDS: dict[str, Any] = {"window": 4, "max_memories": 10, "k": 3}
 

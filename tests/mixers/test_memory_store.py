@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
-from longspan.mixers import memory_store
-from longspan.mixers.memory_store import MemoryStore, recall
+from longspan.mechanisms.memorizing import memory_store
+from longspan.mechanisms.memorizing.memory_store import MemoryStore, recall
 
 SIZES: dict[str, Any] = {"kv_heads": 2, "head_dim": 16, "capacity": 300}
 KINDS = [
@@ -127,7 +127,7 @@ LIMITED = """
 import resource, sys, torch
 from pathlib import Path
 from longspan import ops
-from longspan.mixers.memory_store import MemoryStore
+from longspan.mechanisms.memorizing.memory_store import MemoryStore
 
 torch.set_num_threads(1)
 folder, count, room = sys.argv[1], 400_000, 56 << 20

@@ -11,7 +11,8 @@ from tests import outside
 
 import longspan as ls
 from longspan.cli.app import run
-from longspan.mixers import Core, probe, registry
+from longspan.contract import registry
+from longspan.mixers import Core, probe
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4, "num_kv_heads": 2}
 HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "window": 4}]

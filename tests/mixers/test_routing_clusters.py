@@ -9,7 +9,7 @@ from test_routing_mixer import FIELDS, build, centroids, drawn, started
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers.kmeans import STATISTICS, seeded, spherical_kmeans
+from longspan.mechanisms.routing.kmeans import STATISTICS, seeded, spherical_kmeans
 
 
 def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:

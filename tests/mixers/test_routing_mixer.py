@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan as ls
-from longspan.mixers import kmeans
-from longspan.mixers.kmeans import SAMPLES
+from longspan.contract.registry import core_class
+from longspan.mechanisms.routing import kmeans
+from longspan.mechanisms.routing.kmeans import SAMPLES
 
 FIELDS = {"num_clusters": 4, "window": 5}
 
@@ -41,7 +42,7 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
     """For each head with centroids its routing vectors (tokens, head_dim)."""
     q, k, _ = mixer.projections(x)
     core = mixer.core
-    assert isinstance(core, ls.mixers.routing.RoutingCore)
+    assert isinstance(core, core_class("routing"))
     if core.shared:
         parts = q[:, :, None]
     else:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import longspan as ls
 from longspan import mixers
+from longspan.contract.replay import Choices
 from longspan.mixers import Rows
-from longspan.mixers.replay import Choices
 from longspan.models import StackState, load_model, save_model
 
 DYNAMIC: dict[str, Any] = {"name": "adaptive_span", "max_span": 6, "ramp": 3, "dynamic": True, "penalty": 0.1}

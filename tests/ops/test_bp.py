@@ -8,10 +8,10 @@ from torch import Tensor
 
 from longspan import ops, reference
 from longspan.errors import ConfigError
-from longspan.ops.bp_nodes import make_table
-from longspan.ops.bp_schedule import make_schedule
-from longspan.ops.bp_tree import Chunks, Tree, make_layout
-from longspan.reference import bp
+from longspan.mechanisms.bp import definition as bp
+from longspan.mechanisms.bp.nodes import make_table
+from longspan.mechanisms.bp.schedule import make_schedule
+from longspan.mechanisms.bp.tree import Chunks, Tree, make_layout
 
 FP64 = torch.float64
 

@@ -71,7 +71,7 @@ def test_attention_of_a_thousand_tokens(kv_heads: int, monkeypatch: pytest.Monke
     names = {"segment": 48, "mem_len": 50, "compressed_len": 60, "ratio": 3}
     given = attention_inputs(1000, 0, names, kv_heads)
     agree("compressive_attention", given, **names)
-    monkeypatch.setattr("longspan.ops.compressive.BATCH_ENTRIES", 1)
+    monkeypatch.setattr("longspan.mechanisms.compressive.operation.BATCH_ENTRIES", 1)
     agree("compressive_attention", given, **names)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import longspan as ls
 from longspan import ops, reference
-from longspan.ops.entmax_curve import num_steps
+from longspan.mechanisms.entmax.curve import num_steps
 
 FP64 = torch.float64
 ALPHAS = [1.0, 1.001, 1.05, 1.2, 1.25, 1.5, 1.75, 1.97, 2.0]
@@ -294,7 +294,7 @@ def test_steps_do_not_grow_with_the_length(alpha: float, scale: float) -> None:
 
 def test_fewer_steps_would_not_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above can fail."""
-    from longspan.ops import entmax_curve
+    from longspan.mechanisms.entmax import curve as entmax_curve
 
     monkeypatch.setattr(entmax_curve, "num_steps", lambda a, dtype: num_steps(a, dtype) // 2)
     far = max(float((ops.entmax(z, 1.9) - reference.entmax(z, 1.9)).abs().max()) for z in families(300).values())

@@ -49,7 +49,7 @@ def test_equals_its_definition(length: int, update: Any, normaliser: Any, packed
 
 def test_groups_of_segments_give_what_one_at_a_time_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (draw(seed, 1, 2, 64, 4) for seed in (1, 2, 3))
-    from longspan.ops import infini
+    from longspan.mechanisms.infini import operation as infini
 
     whole, end = ops.infini_attention(q, k, v, torch.zeros(2), segment=8)
     monkeypatch.setattr(infini, "BUDGET", 1)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from longspan import ops, reference
+from longspan.engine import linear
 from longspan.errors import ConfigError
-from longspan.ops import linear
 
 FP64 = torch.float64
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longspan import ops, reference
 from longspan.errors import ConfigError
-from longspan.ops import memorizing
+from longspan.mechanisms.memorizing import operation as memorizing
 
 
 def draw(seed: int, *shape: int) -> Tensor:

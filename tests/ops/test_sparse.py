@@ -10,7 +10,7 @@ from torch import Tensor
 import longspan as ls
 from longspan import ops
 from longspan.engine.tiles import Bands
-from longspan.ops.sparse_schedules import make_class_plan
+from longspan.mechanisms.sparse.schedules import make_class_plan
 
 PARTS = ("union", "local", "summary")
 FORMS = [(pattern, part) for pattern in ("strided", "fixed") for part in PARTS]

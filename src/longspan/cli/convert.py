@@ -92,7 +92,7 @@ def convert(
 def _check_fields(name: str, fields: dict[str, Any]) -> None:
     """Refuse an unknown mixer or field."""
     from longspan.config import from_dict
-    from longspan.mixers.registry import core_class
+    from longspan.contract.registry import core_class
 
     from_dict(core_class(name, "convert").Config, fields, f"convert to {name}")
 

@@ -79,7 +79,7 @@ def _fields(mixer: "Mixer") -> dict[str, Any]:
 
 
 def _explain(name: str) -> None:
-    from longspan.mixers.registry import core_class
+    from longspan.contract.registry import core_class
     from longspan.report import Table, si_bytes
 
     core = core_class(name)

@@ -10,13 +10,13 @@ from transformers import Cache, masking_utils
 
 from longspan import host
 from longspan import state as states
+from longspan.contract.base import why_no_stream
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_cache
 from longspan.hf.families import Found, find
 from longspan.hf.keywords import PASSED_ON, known_keywords, settle_keywords
 from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
-from longspan.mixers.base import why_no_stream
 
 _OWN_KEYWORDS = ("mask", "reset")
 

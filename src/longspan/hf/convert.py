@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
+from longspan.contract.base import Core, Hidden, merge_traits
+from longspan.contract.gradients import with_gradients
+from longspan.contract.maps import collected, place_of
+from longspan.contract.registry import build_core, core_class
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import on_device, take_cache
 from longspan.hf.calls import Call, check_caches, prepare_call
@@ -24,10 +28,6 @@ from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
 from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
-from longspan.mixers.base import Core, Hidden, merge_traits
-from longspan.mixers.gradients import with_gradients
-from longspan.mixers.maps import collected, place_of
-from longspan.mixers.registry import build_core, core_class
 from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from longspan.contract.base import Core, Traits, merge_traits, why_no_stream
+from longspan.contract.maps import place_of
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import CACHE, StateCache, StateLayer
 from longspan.hf.convert import after_step, cores, parameter_groups
@@ -15,8 +17,6 @@ from longspan.hf.convert import penalties as last_penalties
 from longspan.hf.families import find
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
-from longspan.mixers.base import Core, Traits, merge_traits, why_no_stream
-from longspan.mixers.maps import place_of
 from longspan.models import Head, StackState
 from longspan.models.head import CalledHead, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped

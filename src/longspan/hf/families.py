@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.contract.base import Shape
 from longspan.errors import UnsupportedError
-from longspan.mixers.base import Shape
 
 
 class Family:

@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from longspan.contract.gradients import with_gradients
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, StateCache, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
@@ -26,7 +27,6 @@ from longspan.hf.outputs import (
 )
 from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
-from longspan.mixers.gradients import with_gradients
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.published import PublishedConfig, Renaming
-from longspan.mixers.transformer_xl import TransformerXLCore, TransformerXLState
+from longspan.mechanisms.transformer_xl.layer import TransformerXLCore, TransformerXLState
 from longspan.models import Decoder, DecoderConfig, StackState, load_weights
 
 _WHERE = "import_checkpoint: transfo-xl"

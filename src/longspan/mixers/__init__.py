@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
+from longspan.contract.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
+from longspan.contract.projections import Projections
+from longspan.contract.registry import build, examples, names, register
+from longspan.contract.rows import Rows, Segments
 from longspan.lazy import submodules_of
-from longspan.mixers.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
-from longspan.mixers.projections import Projections
-from longspan.mixers.registry import build, examples, names, register
-from longspan.mixers.rows import Rows, Segments
 
 if TYPE_CHECKING:
     from longspan.mixers import probe

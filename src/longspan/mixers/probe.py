@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.contract.base import Core, Mixer
+from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
-from longspan.mixers.base import Core, Mixer
-from longspan.mixers.entmax import EntmaxCore
-from longspan.mixers.rows import Rows
+from longspan.mechanisms.entmax.layer import EntmaxCore
 
 # sequences that are run at once
 _ROWS = 32

@@ -16,8 +16,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from longspan.contract.maps import CalledParameters, is_hooked, table_of, weight_of
 from longspan.errors import ConfigError
-from longspan.mixers.maps import CalledParameters, is_hooked, table_of, weight_of
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from longspan import host
+from longspan.contract.base import Core, special_groups
+from longspan.contract.maps import is_hooked, place_of
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.mixers.base import Core, special_groups
-from longspan.mixers.maps import is_hooked, place_of
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head, linear_head

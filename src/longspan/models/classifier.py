@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longspan.contract.gradients import with_gradients
+from longspan.contract.maps import place_of
 from longspan.errors import ConfigError
 from longspan.mixers import Traits
-from longspan.mixers.gradients import with_gradients
-from longspan.mixers.maps import place_of
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.token_memory import Trace
 

@@ -5,8 +5,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from longspan.contract.maps import is_hooked, table_of
 from longspan.mixers import Rows
-from longspan.mixers.maps import is_hooked, table_of
 from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead, CalledHead, Head, head_of

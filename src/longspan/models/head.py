@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.contract.maps import is_plain
 from longspan.errors import UnsupportedError
-from longspan.mixers.maps import is_plain
 
 
 class Softmax(NamedTuple):

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from longspan import host, ops
+from longspan.contract.maps import table_of
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows
-from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.memory_update import PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.contract.maps import is_hooked, table_of
 from longspan.errors import UnsupportedError
-from longspan.mixers.maps import is_hooked, table_of
 from longspan.models.blocks import make_norm
 from longspan.models.config import EncoderConfig
 from longspan.models.head import CalledHead, Head, head_of

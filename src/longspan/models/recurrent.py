@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from longspan import host
 from longspan import state as states
 from longspan.config import from_dict
+from longspan.contract.gradients import with_gradients
+from longspan.contract.maps import place_of, table_of
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
-from longspan.mixers.gradients import with_gradients
-from longspan.mixers.maps import place_of, table_of
 from longspan.models.backbone import Backbone, wrap_backbone
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder

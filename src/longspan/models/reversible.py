@@ -11,7 +11,7 @@ unties it from the embeddings: `streams = "both"`.
 In training the last values of the two streams are all that is kept of the activations, whatever the depth. What does
 grow with it, as little as it is: the states of the layers (given and returned, as without reversibility), a copy of
 torch's generator for each sublayer (5 KB on a CPU), so that dropout is drawn again as it was, and the choices of
-`longspan.mixers.replay` (buckets). The price is a second forward pass in the backward pass.
+`longspan.contract.replay` (buckets). The price is a second forward pass in the backward pass.
 
 Gradients are those of autograd through the same equations, for whatever the blocks take: embeddings, parameters, the
 state that was given; penalties and the returned state have a graph as in other models, so the caller cuts
@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from longspan import state as states
+from longspan.contract.replay import Choices
 from longspan.engine.first_order import FirstOrder
 from longspan.mixers import Rows
-from longspan.mixers.replay import Choices
 from longspan.models.blocks import Block
 
 

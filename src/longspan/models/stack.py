@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan import state as states
+from longspan.contract.base import merge_traits, special_groups, why_no_stream
+from longspan.contract.maps import place_of
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
-from longspan.mixers.base import merge_traits, special_groups, why_no_stream
-from longspan.mixers.maps import place_of
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions

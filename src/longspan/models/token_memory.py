@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longspan import host
+from longspan.contract.maps import table_of
 from longspan.host import Array
-from longspan.mixers.maps import table_of
 from longspan.models.backbone import Backbone
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
 from longspan.models.recurrent_config import RecurrentConfig

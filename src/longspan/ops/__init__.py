@@ -4,37 +4,10 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
-from longspan.mechanisms.gated_delta.operation import gated_delta_attention, gated_delta_cost, short_convolution
-from longspan.ops.adaptive_span import adaptive_span_attention, adaptive_span_cost, span_reach
-from longspan.ops.associative import (
-    AssociativeMaps,
-    associative_attention,
-    associative_cost,
-    associative_open,
-    associative_read,
-    associative_write,
-    dpfp,
-)
-from longspan.ops.block_sparse import block_sparse_attention
-from longspan.ops.bp import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
-from longspan.ops.bp_nodes import TreeNodes
-from longspan.ops.compressive import attention_reconstruction, attention_usage, compressive_attention, compressive_cost
-from longspan.ops.entmax import entmax, entmax_attention, entmax_cost
-from longspan.ops.favor import (
-    KERNELS,
-    bounded_constant,
-    favor_attention,
-    favor_features,
-    num_features_of,
-    orthogonal_projection,
-)
-from longspan.ops.favor import (
-    SOFTMAX as SOFTMAX_KINDS,
-)
-from longspan.ops.full import full_attention, full_cost
-from longspan.ops.groups import group_attention, group_attention_cost
-from longspan.ops.infini import infini_attention, infini_cost, infini_open
-from longspan.ops.linear import (
+from longspan.engine.block_sparse import block_sparse_attention
+from longspan.engine.full import full_attention, full_cost
+from longspan.engine.groups import group_attention, group_attention_cost
+from longspan.engine.linear import (
     EMPTY,
     LinearSums,
     elu_features,
@@ -43,16 +16,48 @@ from longspan.ops.linear import (
     linear_attention,
     linear_cost,
 )
-from longspan.ops.lsh import lsh_attention, lsh_buckets, lsh_cost
-from longspan.ops.memorizing import memorizing_attention, memorizing_cost, unit_vectors
-from longspan.ops.relative import relative_attention, relative_cost, relative_decode
-from longspan.ops.ring_buffer import LSHRings, push_rings, push_token
-from longspan.ops.rotary import rotary_table, rotate
-from longspan.ops.routing import routing_attention, routing_clusters, routing_cost
-from longspan.ops.segments import SegmentMemory, empty_memory
-from longspan.ops.sparse import sparse_attention, sparse_cost
-from longspan.ops.sums import sums_dtype
-from longspan.ops.window import window_attention, window_cost
+from longspan.engine.relative import relative_attention, relative_cost, relative_decode
+from longspan.engine.ring_buffer import LSHRings, push_rings, push_token
+from longspan.engine.rotary import rotary_table, rotate
+from longspan.engine.segments import SegmentMemory, empty_memory
+from longspan.engine.sums import sums_dtype
+from longspan.engine.window import window_attention, window_cost
+from longspan.mechanisms.adaptive_span.operation import adaptive_span_attention, adaptive_span_cost, span_reach
+from longspan.mechanisms.associative.operation import (
+    AssociativeMaps,
+    associative_attention,
+    associative_cost,
+    associative_open,
+    associative_read,
+    associative_write,
+    dpfp,
+)
+from longspan.mechanisms.bp.nodes import TreeNodes
+from longspan.mechanisms.bp.operation import bp_attention, bp_cost, bp_entries, bp_pairs, bp_slots, empty_nodes
+from longspan.mechanisms.compressive.operation import (
+    attention_reconstruction,
+    attention_usage,
+    compressive_attention,
+    compressive_cost,
+)
+from longspan.mechanisms.entmax.operation import entmax, entmax_attention, entmax_cost
+from longspan.mechanisms.gated_delta.operation import gated_delta_attention, gated_delta_cost, short_convolution
+from longspan.mechanisms.infini.operation import infini_attention, infini_cost, infini_open
+from longspan.mechanisms.lsh.operation import lsh_attention, lsh_buckets, lsh_cost
+from longspan.mechanisms.memorizing.operation import memorizing_attention, memorizing_cost, unit_vectors
+from longspan.mechanisms.performer.operation import (
+    KERNELS,
+    bounded_constant,
+    favor_attention,
+    favor_features,
+    num_features_of,
+    orthogonal_projection,
+)
+from longspan.mechanisms.performer.operation import (
+    SOFTMAX as SOFTMAX_KINDS,
+)
+from longspan.mechanisms.routing.operation import routing_attention, routing_clusters, routing_cost
+from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
 
 __all__ = [
     "EMPTY",

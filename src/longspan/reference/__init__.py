@@ -3,22 +3,23 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from longspan.engine.definitions.block_sparse import block_sparse_attention
+from longspan.engine.definitions.groups import group_attention
+from longspan.engine.definitions.linear import linear_attention
+from longspan.engine.definitions.rotary import rotary_table, rotate
+from longspan.engine.definitions.softmax import full_attention, relative_attention, relative_decode, window_attention
+from longspan.mechanisms.adaptive_span.definition import adaptive_span_attention
+from longspan.mechanisms.associative.definition import associative_attention, associative_read, associative_write, dpfp
+from longspan.mechanisms.bp.definition import bp_attention
+from longspan.mechanisms.compressive.definition import attention_reconstruction, attention_usage, compressive_attention
+from longspan.mechanisms.entmax.definition import entmax, entmax_attention
 from longspan.mechanisms.gated_delta.definition import gated_delta_attention, short_convolution
-from longspan.reference.adaptive_span import adaptive_span_attention
-from longspan.reference.associative import associative_attention, associative_read, associative_write, dpfp
-from longspan.reference.block_sparse import block_sparse_attention
-from longspan.reference.bp import bp_attention
-from longspan.reference.compressive import attention_reconstruction, attention_usage, compressive_attention
-from longspan.reference.entmax import entmax, entmax_attention
-from longspan.reference.groups import group_attention
-from longspan.reference.infini import infini_attention, infini_open
-from longspan.reference.linear import favor_attention, favor_features, linear_attention
-from longspan.reference.lsh import lsh_attention, lsh_buckets
-from longspan.reference.memorizing import memorizing_attention
-from longspan.reference.rotary import rotary_table, rotate
-from longspan.reference.routing import routing_attention, routing_clusters
-from longspan.reference.softmax import full_attention, relative_attention, relative_decode, window_attention
-from longspan.reference.sparse import sparse_attention
+from longspan.mechanisms.infini.definition import infini_attention, infini_open
+from longspan.mechanisms.lsh.definition import lsh_attention, lsh_buckets
+from longspan.mechanisms.memorizing.definition import memorizing_attention
+from longspan.mechanisms.performer.definition import favor_attention, favor_features
+from longspan.mechanisms.routing.definition import routing_attention, routing_clusters
+from longspan.mechanisms.sparse.definition import sparse_attention
 
 __all__ = [
     "adaptive_span_attention",

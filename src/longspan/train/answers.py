@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.mixers.maps import place_of
+from longspan.contract.maps import place_of
 from longspan.models import RecurrentClassifier, Trace
 from longspan.process import resident_bytes
 from longspan.tasks import MemoryTask

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longspan import state as states
+from longspan.contract.maps import place_of
 from longspan.errors import DataError, UnsupportedError
-from longspan.mixers.maps import place_of
 from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head

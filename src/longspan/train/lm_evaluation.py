@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from longspan.contract.maps import place_of
 from longspan.errors import ConfigError, DataError, UnsupportedError
-from longspan.mixers.maps import place_of
 from longspan.tasks import Document, Documents, Piece
 from longspan.tasks.base import Array, Head
 from longspan.tasks.tokenizers import Tokenizer

@@ -9,9 +9,9 @@ import torch
 
 from longspan import mixers, tasks
 from longspan.config import from_dict, override, to_dict
+from longspan.contract.registry import core_class
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, read_object
-from longspan.mixers.registry import core_class
 from longspan.models import build_model, describe_model, load_model, load_weights
 from longspan.models.io import is_converted
 from longspan.tasks import Task, TextTask

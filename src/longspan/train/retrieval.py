@@ -20,9 +20,9 @@ from torch import Tensor
 
 from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
+from longspan.mechanisms.infini.layer import InfiniCore
+from longspan.mechanisms.window.layer import WindowCore
 from longspan.mixers import with_penalties
-from longspan.mixers.infini import InfiniCore
-from longspan.mixers.window import WindowCore
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longspan.config import check_least, check_shares
-from longspan.mixers.maps import place_of
+from longspan.contract.maps import place_of
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.mechanisms.entmax.layer import EntmaxCore
 from longspan.mixers import Core
-from longspan.mixers.entmax import EntmaxCore
 from longspan.mixers.probe import support_sizes
 from longspan.tasks import Documents
 from longspan.train.evaluate import Evaluation, Progress, evaluate_text

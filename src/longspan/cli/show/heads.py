@@ -26,8 +26,8 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
     Raises:
         ConfigError: there is none.
     """
+    from longspan.mechanisms.heads.layer import HeadsCore
     from longspan.mixers import Core
-    from longspan.mixers.heads import HeadsCore
 
     found: list[Found[C]] = []
     parts: set[int] = set()

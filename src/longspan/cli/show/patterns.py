@@ -103,8 +103,8 @@ def patterns(
 
 def _chosen(names: list[str] | None) -> list[str]:
     """Names that there are; of all, those that load."""
-    from longspan.mixers.registry import core_class
-    from longspan.mixers.registry import names as all_names
+    from longspan.contract.registry import core_class
+    from longspan.contract.registry import names as all_names
 
     chosen = []
     for name in dict.fromkeys(names or all_names()):

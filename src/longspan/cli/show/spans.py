@@ -12,7 +12,7 @@ from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
-    from longspan.mixers.adaptive_span import AdaptiveSpanCore
+    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
     from longspan.report import Block
 
 
@@ -37,7 +37,7 @@ def spans(
     """
     check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
-    from longspan.mixers.adaptive_span import AdaptiveSpanCore
+    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
 

@@ -40,7 +40,7 @@ def support(
     check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.cli.show.reading import chosen
-    from longspan.mixers.entmax import EntmaxCore
+    from longspan.mechanisms.entmax.layer import EntmaxCore
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
     from longspan.train.watching import head_supports

@@ -27,7 +27,7 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import growth_picture, power
 from longspan.experiments.claims.language_modelling import difference, recipe_of
-from longspan.reference.bp import spans
+from longspan.mechanisms.bp.definition import spans
 from longspan.tasks.base import heads
 from longspan.train import Interval, TrainConfig
 

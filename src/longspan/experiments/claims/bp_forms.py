@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from longspan.experiments.claims.contest import Found
 from longspan.experiments.claims.runs import kept
+from longspan.mechanisms.bp.definition import paper_graph, paper_layer
 from longspan.mixers import Traits
 from longspan.models import Decoder, DecoderConfig
-from longspan.reference.bp import paper_graph, paper_layer
 from longspan.tasks import Documents
 from longspan.train import Lanes, TrainConfig, evaluate_text
 from longspan.train.distributed import Group

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from longspan.contract.replay import Choices
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.contest import (
     INTERVALS,
@@ -24,7 +25,6 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.language_modelling import recipe_of
 from longspan.experiments.claims.runs import kept
-from longspan.mixers.replay import Choices
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import ops
+from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 from longspan.mechanisms.gated_delta.operation import gated_delta_cost
-from longspan.mixers.base import Core, Hidden, ParameterGroup, Shape, Traits
-from longspan.mixers.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)

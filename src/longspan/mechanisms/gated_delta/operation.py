@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from longspan.engine import flash
+from longspan.engine.arguments import check_floating
 from longspan.engine.first_order import FirstOrder
 from longspan.errors import ConfigError
-from longspan.ops.rows import check_floating
 
 CHUNK = 64
 BLOCK = 1024

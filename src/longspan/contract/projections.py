@@ -1,0 +1,86 @@
+"""From hidden states to q, k, v and back."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan.contract.maps import is_plain
+
+
+class Projections(nn.Module):
+    """The four linear maps of an attention layer.
+
+    A converted pretrained model brings a subclass of its own (names, biases and norms kept).
+
+    Args:
+        dim: width of the hidden states.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: width of a head.
+        bias: add biases.
+        keys: project keys; False for mechanisms whose keys are their queries. `k_proj` is then None, and what is given
+            as k are the values, which nobody reads as keys.
+        value_dim: width of the values and outputs of a head; default: head_dim.
+    """
+
+    k_proj: nn.Linear | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        keys: bool = True,
+        value_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.value_dim = head_dim if value_dim is None else value_dim
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        # registered where it is None too: `load_state_dict` then passes over weights that earlier versions saved
+        self.register_module("k_proj", nn.Linear(dim, num_kv_heads * head_dim, bias=bias) if keys else None)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.value_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.value_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, dim) to q (B, heads, N, head_dim), k (B, kv_heads, N, head_dim), v (B, kv_heads, N, value_dim)."""
+        if self.k_proj is None:
+            v = _heads(self.v_proj(x), self.num_kv_heads)
+            return _heads(self.q_proj(x), self.num_heads), v, v
+        k, v = self.keys_values(x)
+        return _heads(self.q_proj(x), self.num_heads), k, v
+
+    def keys_values(self, x: Tensor, kv_heads: slice | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, M, dim) to k and v as in a call, of all kv heads or of a slice of them."""
+        assert self.k_proj is not None, "a mechanism that projects hidden states anew has keys"
+        if kv_heads is None or not (is_plain(self.k_proj) and is_plain(self.v_proj)):
+            # a part of what an adapter, a hook or a quantized map gives is a part of its output
+            part = slice(None) if kv_heads is None else kv_heads
+            k, v = (_heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
+            return k, v
+        first, last, _ = kv_heads.indices(self.num_kv_heads)
+        found = []
+        for proj, width in ((self.k_proj, self.head_dim), (self.v_proj, self.value_dim)):
+            part = slice(first * width, last * width)
+            bias = None if proj.bias is None else proj.bias[part]
+            found.append(_heads(F.linear(x, proj.weight[part], bias), last - first))
+        return found[0], found[1]
+
+    def output(self, out: Tensor) -> Tensor:
+        """(B, heads, N, value_dim) to (B, N, dim)."""
+        y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return y
+
+    def flops(self, length: int) -> int:
+        """FLOPs of the four products for one row of `length` tokens."""
+        maps = [each for each in (self.q_proj, self.k_proj, self.v_proj, self.o_proj) if each is not None]
+        return sum(2 * length * each.in_features * each.out_features for each in maps)
+
+    def unused_weights(self) -> list[str]:
+        """Names that earlier versions saved, of weights that nothing used."""
+        return ["k_proj.weight", "k_proj.bias"] if self.k_proj is None else []
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.view(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)

@@ -1,0 +1,48 @@
+"""Rings of the last tokens of every bucket or cluster, which a state carries."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.contract.rows import Rows
+from longspan.state import may_overwrite, needs_grad
+
+
+def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: Rows) -> ops.LSHRings:
+    """The rings after a call; written in place where the caller has given them up.
+
+    Args:
+        rings: before the call.
+        k: (batch, the rings' heads, length, head_dim).
+        v: like k.
+        buckets: (batch, the rings' heads, rounds, length).
+        rows: of the call.
+    """
+    if rows.length == 1 and rows.plain and rows.emptied is None and not needs_grad(k, v, *rings):
+        owned = may_overwrite(k, v, *rings)
+        return ops.push_token(rings, k, v, buckets, rows.positions, in_place=owned)
+    last_document = goes_on = None
+    if rows.lengths is not None or rows.origin is not None or rows.emptied is not None:
+        tokens = rows.real_tokens()
+        column = torch.arange(rows.length, device=rows.device)
+        last_document = (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
+        goes_on = rows.live == rows.offset + tokens
+    return ops.push_rings(rings, k, v, buckets, rows.positions, kept=last_document, goes_on=goes_on)
+
+
+def empty_rings(
+    shape: tuple[int, ...], dim: int, batch: int, device: torch.device | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The fields of a state with rings of `shape` tokens in which nothing is live yet."""
+    k = torch.zeros(batch, *shape, dim, device=device, dtype=dtype)
+    zeros = torch.zeros(batch, dtype=torch.int64, device=device)
+    position = torch.full((batch, *shape), -1, dtype=torch.int64, device=device)
+    return {"k": k, "v": k.clone(), "position": position, "drawn": zeros, "live": zeros.clone()}
+
+
+def rings_nbytes(shape: tuple[int, ...], dim: int, batch: int, dtype: torch.dtype) -> int:
+    """Two vectors and a position for every slot of every ring, and two counts a row."""
+    return batch * (math.prod(shape) * (2 * dim * dtype.itemsize + 8) + 16)

@@ -1,0 +1,469 @@
+"""Rows: padding, documents and offsets, solved once for every mechanism.
+
+The *position* of a token is the number of real tokens of its row since the row's last reset; padding has none. A call
+brings `x` (batch, columns, ...) with an optional mask (True = real token) and resets (True = a new document starts
+here), and a state that says how many live tokens each row already has. `Rows` gathers every row's real tokens to the
+front, so that mechanisms see contiguous rows, and knows for each token the column where its document starts.
+
+Legend: B batch, N gathered columns (the most real tokens of any row), M columns of older keys in a state (newest
+last); a *key column* counts older keys first: the token in column t stands at key column M + t.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan import host
+from longspan.contract.replay import Choices
+from longspan.errors import ConfigError
+from longspan.host import Array
+
+T = TypeVar("T")
+
+
+class Rows:
+    """The layout of one call.
+
+    Attributes:
+        batch, columns: shape of the call as given.
+        length: N, columns after gathering.
+        offset: (B,) int64, live tokens of each row before the call.
+        lengths: (B,) int64, real tokens of each row in the call; None = N for every row.
+        origin: (B, N) int64, the column where the document of a token starts, negative (-offset) where it started
+            before the call; None = no reset in the call, every token goes on with what the state holds.
+        emptied: (B,) bool, rows whose last reset lies behind their last real token; None = no row.
+        live: (B,) int64, live tokens of each row after the call.
+        offsets, lengths_read, lives: the values of `offset`, of the real tokens and of `live` on the host.
+        shapes_only: there are no values (meta or fake tensors with a state): the call is laid out for its shapes alone.
+
+    The host reads masks, resets, offsets and what else decides the layout (`reads`) once, when the call is laid out;
+    whatever layers ask of `Rows` needs no device afterwards.
+
+    Args:
+        offset: live tokens before the call.
+        columns: of the call.
+        mask: (B, columns) bool, True = real; None = all.
+        reset: (B, columns) bool, True = a document starts; None = none.
+        reads: more small tensors whose values are wanted on the host, by names; see `read`.
+    """
+
+    @host.eager
+    def __init__(
+        self,
+        offset: Tensor,
+        columns: int,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        reads: Mapping[Hashable, Tensor] | None = None,
+    ) -> None:
+        self.batch, self.columns = offset.shape[0], columns
+        self.device = offset.device
+        self._cache: dict[Any, Any] = {}
+        self.choices: Choices | None = None
+        for name, given in (("mask", mask), ("reset", reset)):
+            if given is not None and (given.dtype != torch.bool or given.shape != (self.batch, columns)):
+                raise ConfigError(
+                    f"{name}: expected a bool tensor of shape {(self.batch, columns)}, "
+                    f"got {str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+                )
+        reads = reads or {}
+        offsets, real, begins, *others = host.read([offset, mask, reset, *reads.values()])
+        self._read = dict(zip(reads, others, strict=True))
+        self._settle(offset, offsets, mask, real, reset, begins)
+
+    def _settle(
+        self,
+        offset: Tensor,
+        offsets: Array | None,
+        mask: Tensor | None,
+        real: Array | None,
+        reset: Tensor | None,
+        begins: Array | None,
+    ) -> None:
+        """Lay the call out by what was read; without values as if nothing came before it and every token were real."""
+        self.shapes_only = offsets is None
+        for what, tensor, array in (("state", offset, offsets), ("mask", mask, real), ("reset", reset, begins)):
+            if tensor is not None and array is None:
+                host.refuse_export(what)
+        self.offsets = np.zeros(self.batch, np.int64) if offsets is None else offsets
+        # of its own, as the state's tensor does not know its values
+        self.offset = host.remember(offset.view_as(offset), offsets)
+        self._mask = None if real is None or real.all() else mask
+        self._rank: Tensor | None = None
+        self._index: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.length = self.columns
+        index: Array | None = None
+        tokens: Array | None = None
+        if self._mask is not None:
+            assert real is not None
+            tokens = real.sum(1)
+            self.length = int(tokens.max(initial=0))
+            self.lengths = host.put(tokens, self.device)
+            self._rank = host.put((real.cumsum(1) - 1).clip(min=0), self.device)
+            # real columns first, in their order
+            index = np.argsort(~real, axis=1, kind="stable")[:, : self.length]
+            self._index = host.put(index, self.device)
+        self.lengths_read = np.full(self.batch, self.length) if tokens is None else tokens
+        self.origin: Tensor | None = None
+        self.emptied: Tensor | None = None
+        origin = emptied = None
+        if begins is not None and begins.any():
+            origin, emptied = self._places(begins, index)
+        live = self._live(origin, emptied)
+        if origin is not None and not (origin == -self.offsets[:, None]).all():
+            self.origin = host.put(origin, self.device)
+        if emptied is not None and emptied.any():
+            self.emptied = host.put(emptied, self.device)
+        self.lives = live
+        alike = self.lengths is None and self.origin is None and self.emptied is None
+        self.live = self.offset + self.length if alike else torch.tensor(live, device=self.device)
+
+    def _places(self, reset: Array, index: Array | None) -> tuple[Array, Array | None]:
+        """`origin`, and `emptied` where there is padding."""
+        seen = reset.cumsum(1)
+        at = seen if index is None else np.take_along_axis(seen, index, 1)
+        before = np.concatenate([np.zeros((self.batch, 1), at.dtype), at[:, :-1]], 1) if self.length else at
+        column = np.arange(self.length)
+        origin = np.maximum.accumulate(np.where(at > before, column, -1), 1) if self.length else at
+        origin = np.where(origin >= 0, origin, -self.offsets[:, None])
+        if index is None:
+            return origin, None
+        padded = np.concatenate([np.zeros((self.batch, 1), at.dtype), at], 1)
+        return origin, seen[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
+
+    def _live(self, origin: Array | None, emptied: Array | None) -> Array:
+        live = self.offsets + self.lengths_read
+        if origin is not None and self.length:
+            last = (self.lengths_read - 1).clip(min=0)
+            since = self.lengths_read - np.take_along_axis(origin, last[:, None], 1)[:, 0]
+            live = np.where(self.lengths_read > 0, since, self.offsets)
+        return live if emptied is None else np.where(emptied, 0, live)
+
+    @host.eager
+    def read(self, wanted: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
+        """Values of tensors by the names under which they were `reads`; read now where they were not."""
+        if all(name in self._read for name in wanted):
+            return {name: self._read[name] for name in wanted}
+        return dict(zip(wanted, host.read(list(wanted.values())), strict=True))
+
+    @host.eager
+    def real_tokens(self) -> Tensor:
+        """(B,) real tokens of each row in this call."""
+        if self.lengths is not None:
+            return self.lengths
+        return self.cached(
+            "tokens", lambda: host.remember(torch.full_like(self.offset, self.length), self.lengths_read)
+        )
+
+    def real_columns(self) -> Tensor:
+        """(B, N) bool: which columns of the call hold a token."""
+        return torch.arange(self.length, device=self.device) < self.real_tokens()[:, None]
+
+    def clear_reset(self, t: Tensor, value: float = 0.0) -> Tensor:
+        """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
+        return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
+
+    def with_choices(self, choices: Choices) -> "Rows":
+        """The same layout for one layer whose discrete choices are recorded or replayed."""
+        rows = copy.copy(self)
+        rows.choices = choices
+        return rows
+
+    def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
+        """`make()`; in the recomputation of a forward pass, what it gave there.
+
+        Args:
+            make: gives integers without a graph.
+            below: all of them are from 0 to below it.
+        """
+        return make() if self.choices is None else self.choices.choose(make, below)
+
+    @property
+    def learns(self) -> bool:
+        """Whether this is a forward pass of training: gradients are on, or it is recorded to be computed again."""
+        return torch.is_grad_enabled() or (self.choices is not None and not self.choices.replays)
+
+    def cached(self, key: Any, make: Callable[[], T]) -> T:
+        """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        found: T = self._cache[key]
+        return found
+
+    # -- where things are ------------------------------------------------------------------------------------------
+
+    @property
+    @host.eager
+    def offset_range(self) -> tuple[int, int]:
+        """The least and the largest offset of any row."""
+        if not self.batch:
+            return 0, 0
+        return self.cached("offsets", lambda: (int(self.offsets.min()), int(self.offsets.max())))
+
+    @property
+    def plain(self) -> bool:
+        """No padding, no reset, equal offsets: every row is laid out alike."""
+        low, high = self.offset_range
+        return self.lengths is None and self.origin is None and low == high
+
+    @property
+    @host.eager
+    def positions(self) -> Tensor:
+        """(B, N) positions, or (1, N) where they are the same for every row; meaningless behind a row's real tokens."""
+
+        def make() -> Tensor:
+            column = torch.arange(self.length, device=self.device)
+            if self.origin is not None:
+                return column - self.origin
+            low, high = self.offset_range
+            return column[None] + (self.offset[:1, None] if low == high else self.offset[:, None])
+
+        return self.cached("positions", make)
+
+    @property
+    @host.eager
+    def largest_position(self) -> int:
+        """The largest position of any real token of this call; -1 where there is none."""
+        if not self.length or not self.batch:
+            return -1
+        real = np.arange(self.length) < self.lengths_read[:, None]
+        return int(np.where(real, self.positions_read, -1).max())
+
+    @property
+    def positions_read(self) -> Array:
+        """The values of `positions` on the host, (B, N) or (1, N)."""
+
+        def make() -> Array:
+            column = np.arange(self.length)
+            if self.origin is not None:
+                return column - self._origin_read
+            low, high = self.offset_range
+            return column + (self.offsets[:1, None] if low == high else self.offsets[:, None])
+
+        return self.cached("positions read", make)
+
+    @property
+    def _origin_read(self) -> Array:
+        assert self.origin is not None
+        array = host.values(self.origin)
+        assert array is not None
+        return array
+
+    def opened(self, size: int) -> Tensor:
+        """(B,) tokens of each row's open segment of `size` positions before the call."""
+        return self.cached(("opened", size), lambda: host.derive(lambda offset: offset % size, self.offset))
+
+    def most_opened(self, size: int) -> int:
+        """The most tokens that any row's open segment has before the call."""
+        return int((self.offsets % size).max(initial=0))
+
+    def inside(self, size: int) -> bool:
+        """The call stays within the open segment of `size` positions of every row; it may close it."""
+        return self.origin is None and self.most_opened(size) + self.length <= size
+
+    def closes(self, size: int) -> Tensor:
+        """(B,) bool: a call that stays `inside` ends with the last position of the row's segment."""
+        return self.cached(
+            ("closes", size),
+            lambda: host.derive(lambda offset, tokens: offset % size + tokens == size, self.offset, self.real_tokens()),
+        )
+
+    def first_visible(self, memory: int) -> Tensor | None:
+        """(B, N) first key column of each token's document behind `memory` older keys; None = no reset in the call."""
+        if self.origin is None:
+            return None
+        origin = self.origin
+        return self.cached(
+            ("first_visible", memory), lambda: host.derive(lambda begin: (begin + memory).clip(min=0), origin)
+        )
+
+    def memory_lengths(self, memory: int) -> Tensor | None:
+        """(B,) how many of `memory` older key columns are real; None = all of them."""
+        if memory == 0 or self.offset_range[0] >= memory:
+            return None
+        return self.cached(
+            ("memory_lengths", memory), lambda: host.derive(lambda offset: offset.clip(max=memory), self.offset)
+        )
+
+    def segment_start(self, size: int, memory: int) -> Tensor:
+        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of each token begins.
+
+        Segments are `size` positions long and start anew at every reset. Negative where the segment began before the
+        oldest of the older keys.
+        """
+
+        def make() -> Tensor:
+            column = torch.arange(memory, memory + self.length, device=self.device)
+            begin = column - self.positions % size
+            if self.shapes_only:
+                return begin
+            return host.remember(begin, np.arange(memory, memory + self.length) - self.positions_read % size)
+
+        return self.cached(("segment_start", size, memory), make)
+
+    def aligned(self, size: int) -> bool:
+        """Column 0 is a segment border for every row, and no document starts inside the call."""
+        low, high = self.offset_range
+        return self.origin is None and low % size == 0 and (low == high or not (self.offsets % size).any())
+
+    # -- moving things ---------------------------------------------------------------------------------------------
+
+    @host.eager
+    def gather(self, x: Tensor) -> Tensor:
+        """(B, columns, ...) to (B, N, ...): real tokens to the front, zeros behind them."""
+        if self._index is None:
+            return x
+        assert self.lengths is not None
+        shape = (self.batch, self.length) + (1,) * (x.ndim - 2)
+        found = x.gather(1, self._index.view(shape).expand(-1, -1, *x.shape[2:]))
+        column = torch.arange(self.length, device=self.device)
+        return found.masked_fill((column >= self.lengths[:, None]).view(shape), 0)
+
+    @host.eager
+    def scatter(self, y: Tensor) -> Tensor:
+        """(B, N, ...) back to (B, columns, ...), zeros at padding: the inverse of `gather`."""
+        if self._mask is None or self._rank is None:
+            return y
+        if self.length == 0:
+            return y.new_zeros(self.batch, self.columns, *y.shape[2:])
+        shape = (self.batch, self.columns) + (1,) * (y.ndim - 2)
+        found = y.gather(1, self._rank.view(shape).expand(-1, -1, *y.shape[2:]))
+        return found.masked_fill(~self._mask.view(shape), 0)
+
+    @host.eager
+    def carry(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
+        """The last `columns` live columns of every row, newest last, zeros where a row has fewer.
+
+        Args:
+            old: (B, ..., M, dim), what the state held, newest last; None = nothing.
+            new: (B, ..., N, dim), this call's.
+            columns: how many to keep.
+
+        Returns:
+            (B, ..., columns, dim), a tensor of its own.
+        """
+        memory = 0 if old is None else old.shape[-2]
+        if self.lengths is None and self.origin is None and self.emptied is None:
+            return self._carry_plain(old, new, columns)
+        joined = new if old is None else torch.cat([old, new], -2)
+        slot = torch.arange(columns, device=self.device)
+        index = memory + self.real_tokens()[:, None] - columns + slot
+        kept = (columns - slot <= self.live[:, None]) & (index >= 0)
+        shape = (self.batch,) + (1,) * (new.ndim - 3) + (columns, 1)
+        if joined.shape[-2] == 0:
+            return joined.new_zeros(*new.shape[:-2], columns, new.shape[-1])
+        index = index.clamp(min=0).view(shape).expand(*new.shape[:-2], columns, new.shape[-1])
+        return joined.gather(-2, index).masked_fill(~kept.view(shape), 0)
+
+    def _carry_plain(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
+        length = new.shape[-2]
+        if columns <= length:
+            return new.narrow(-2, length - columns, columns).clone(memory_format=torch.contiguous_format)
+        parts = [new]
+        if old is not None:
+            kept = min(columns - length, old.shape[-2])
+            parts.insert(0, old.narrow(-2, old.shape[-2] - kept, kept))
+        missing = columns - sum(part.shape[-2] for part in parts)
+        if missing:
+            parts.insert(0, new.new_zeros(*new.shape[:-2], missing, new.shape[-1]))
+        return torch.cat(parts, -2)
+
+    @host.eager
+    def segments(self, size: int) -> "Segments":
+        """This call's tokens laid out over whole segments of `size` positions; made once and shared by all layers."""
+        return self.cached(("segments", size), lambda: Segments(self, size))
+
+
+class Segments:
+    """Tokens spread over whole segments: every document begins at a segment border, holes fill what is left.
+
+    The open segment's tokens from the state come first, so that column 0 is a border for every row. Because holes only
+    stand between documents, the column of a token equals its position modulo `size`.
+
+    Attributes:
+        size: positions of a segment.
+        columns: C, a multiple of `size`.
+        open: (B,) tokens of each row's open segment that come from the state.
+        place: (B, N) the column of each token.
+        real: (B, C) bool, columns that hold a token, of the call or of the open segment.
+        real_read: its values on the host.
+    """
+
+    def __init__(self, rows: Rows, size: int) -> None:
+        self.rows, self.size = rows, size
+        self.open = rows.opened(size)
+        opened = rows.offsets % size
+        column = np.arange(rows.length)
+        place = opened[:, None] + column
+        if rows.origin is not None:
+            position, origin = rows.positions_read, host.values(rows.origin)
+            before = np.concatenate([rows.offsets[:, None], position[:, :-1] + 1], 1)
+            place = place + np.where(origin == column, -before % size, 0).cumsum(1)
+        inside = column < rows.lengths_read[:, None]
+        last = int(np.where(inside, place, -1).max(initial=-1)) + 1
+        last = max(last, int(opened.max(initial=0)))
+        self.columns = -(-last // size) * size
+        # one column more than needed takes the padding behind a row's real tokens
+        index = np.full((rows.batch, self.columns + 1), -1)
+        np.put_along_axis(index, np.where(inside, place, self.columns), np.broadcast_to(column, place.shape), 1)
+        self._read = index[:, :-1]
+        self._index = host.put(self._read, rows.device)
+        self.place = host.put(place, rows.device)
+        self.real_read = (self._read >= 0) | (np.arange(self.columns) < opened[:, None])
+        self.real = host.put(self.real_read, rows.device)
+        self._views = bool((place == column).all()) and rows.lengths is None and self.columns == rows.length
+
+    def spread_positions(self) -> Array:
+        """(B, C) on the host: 1 + the position of each token of the call, 0 elsewhere."""
+        positions = np.broadcast_to(self.rows.positions_read, (self.rows.batch, self.rows.length))
+        real = np.arange(self.rows.length) < self.rows.lengths_read[:, None]
+        return self.spread_read((positions + 1) * real)
+
+    def begins(self) -> Array:
+        """(B, segments) bool, on the host: a document begins with the segment."""
+        begin: Array = self.spread_positions()[:, :: self.size] == 1
+        return begin
+
+    def spread_read(self, new: Array) -> Array:
+        """What `spread` makes of numbers (B, N) of this call, on the host: (B, C), 0 in holes."""
+        if not new.shape[1]:
+            return np.zeros((new.shape[0], self.columns), new.dtype)
+        return np.where(self._read >= 0, np.take_along_axis(new, self._read.clip(min=0), 1), new.dtype.type(0))
+
+    @host.eager
+    def spread(self, new: Tensor, old: Tensor | None = None) -> Tensor:
+        """(B, ..., N, dim) to (B, ..., C, dim), zeros in holes.
+
+        Args:
+            new: this call's columns.
+            old: (B, ..., M, dim) from the state, newest last, of which the last `open` columns of each row are its
+                open segment; None = leave them zero.
+        """
+        if self._views:
+            return new
+        memory = 0 if old is None else old.shape[-2]
+        joined = new if old is None else torch.cat([old, new], -2)
+        column = torch.arange(self.columns, device=new.device)
+        from_state = memory - self.open[:, None] + column
+        index = torch.where(self._index >= 0, self._index + memory, from_state)
+        kept = self.real if old is not None else self._index >= 0
+        shape = (new.shape[0],) + (1,) * (new.ndim - 3) + (self.columns, 1)
+        if joined.shape[-2] == 0:
+            return new.new_zeros(*new.shape[:-2], self.columns, new.shape[-1])
+        index = index.clamp(0, joined.shape[-2] - 1).view(shape).expand(*new.shape[:-2], self.columns, new.shape[-1])
+        return joined.gather(-2, index).masked_fill(~kept.view(shape), 0)
+
+    @host.eager
+    def collect(self, y: Tensor) -> Tensor:
+        """(B, ..., C, dim) back to (B, ..., N, dim): the inverse of `spread` for this call's tokens."""
+        if self._views or not self.rows.length:
+            return y.narrow(-2, 0, self.rows.length)
+        shape = (y.shape[0],) + (1,) * (y.ndim - 3) + (self.rows.length, 1)
+        index = self.place.clamp(max=max(self.columns - 1, 0)).view(shape)
+        return y.gather(-2, index.expand(*y.shape[:-2], self.rows.length, y.shape[-1]))

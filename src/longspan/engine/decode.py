@@ -1,0 +1,39 @@
+"""One query per row, nothing to train: a token in a stream. A handful of small calls, no tiles."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.engine.arguments import Call
+from longspan.state import needs_grad
+
+
+def is_decode(call: Call, *parameters: Tensor) -> bool:
+    """Whether a call is one query per row without gradients."""
+    if call.q.shape[2] != 1:
+        return False
+    return not needs_grad(call.q, call.k, call.v, *parameters)
+
+
+def decode(call: Call, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Attention of one query per row to every key the call has left.
+
+    Args:
+        call: q (batch, heads, 1, head_dim) and its keys.
+        scale: factor of the scores.
+        bias: (batch, heads, 1, keys) added to the scores, or None.
+
+    Returns:
+        (batch, heads, 1, head_dim).
+    """
+    q, k, v = call.q, call.k, call.v
+    batch, heads, _, dim = q.shape
+    # Grouped heads become queries of one kv head, so no key is repeated.
+    grouped = q.reshape(batch, k.shape[1], -1, dim)
+    mask = None if bias is None else bias.reshape(batch, k.shape[1], -1, k.shape[2])
+    if call.visibility is not None:
+        query, key, equal = call.visibility[:3]
+        key = key.transpose(-1, -2)
+        seen = key == query if equal else key >= query
+        mask = seen if mask is None else mask.masked_fill(~seen, float("-inf"))
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return call.finish(out.reshape(batch, heads, 1, v.shape[-1]))

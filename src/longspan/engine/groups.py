@@ -1,0 +1,421 @@
+"""Attention inside groups of tokens, wherever in the sequence their members are.
+
+A token sees the nearest members of its own group: the primitive of hash buckets (Reformer) and of clusters (Routing
+Transformer); the columns of a strided pattern are groups too. Keys are sorted by group and position, and every group
+begins at a block of its own. So a token's slot in its block is its rank in its group modulo the block, which no later
+token can move: the future changes no bit, not even by rounding. All sizes depend on lengths and documents alone.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan import host
+from longspan.engine import flash
+from longspan.engine.arguments import check_positive, check_shapes
+from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse
+from longspan.engine.flash import default_scale
+from longspan.errors import ConfigError, UnsupportedError
+
+TILE = 32  # larger tiles leave more slots empty, as every group begins one
+
+
+class Reach(NamedTuple):
+    """How far a query sees in its group.
+
+    Attributes:
+        before: members before it.
+        after: members behind it; None = causal.
+        include_self: whether it sees its own key.
+    """
+
+    before: int
+    after: int | None = None
+    include_self: bool = False
+
+    @property
+    def blocks_before(self) -> int:
+        """Blocks before a query's own in which it may see keys."""
+        return -(-self.before // TILE)
+
+    @property
+    def blocks_after(self) -> int:
+        """Blocks behind it."""
+        return -(-(self.after or 0) // TILE)
+
+    @property
+    def width(self) -> int:
+        """Blocks that a tile reads."""
+        return self.blocks_before + 1 + self.blocks_after
+
+
+class KeyOrdering(NamedTuple):
+    """The keys of every row (batch x heads) sorted by group; slots and blocks are counted over all rows.
+
+    Attributes:
+        column: (rows, columns) key columns by group, then column; those that are not real come last.
+        group: (rows, columns) their groups.
+        begin: (rows, count + 1) where each group begins in that order.
+        size: (rows, count + 1) its members, none in the last: that of keys that are not real.
+        first_block: (rows, count + 1) its first block.
+        slot: (rows, columns) slot of each key column, -1 where it is not real.
+        row_blocks: blocks of a row that may have keys.
+        row_stride: blocks from a row to the next: empty ones in between keep rows out of each other's reach, even where
+            keys would be hidden (a weight of zero does not hide what is not finite).
+        front: empty blocks before those of the first row.
+    """
+
+    column: Tensor
+    group: Tensor
+    begin: Tensor
+    size: Tensor
+    first_block: Tensor
+    slot: Tensor
+    row_blocks: int
+    row_stride: int
+    front: int
+
+    def members_before(self, group: Tensor, column: Tensor) -> Tensor:
+        """How many members of each `group` (rows, n) are before `column`, (rows, n) or (n,)."""
+        columns = self.column.shape[1]
+        code = self.group * (columns + 1) + self.column
+        return torch.searchsorted(code, group * (columns + 1) + column) - self.begin.gather(1, group)
+
+
+def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> KeyOrdering:
+    """Sort keys by group (rows, columns) in [0, count], `count` where there is no real key; see `KeyOrdering`."""
+    rows, columns = group.shape
+    size = torch.zeros(rows, count + 1, dtype=torch.int64, device=group.device)
+    size.scatter_add_(1, group, torch.ones_like(group))
+    size[:, count] = 0
+    row_blocks, blocks = tiles_of(columns, count), -(-size // TILE)
+    row = torch.arange(rows, device=group.device)[:, None]
+    first_block = front + row * (row_blocks + gap) + blocks.cumsum(1) - blocks
+    begin = size.cumsum(1) - size
+    sorted_group, column = stable_sort(group, count + 1)
+    slot = (first_block * TILE - begin).gather(1, sorted_group) + torch.arange(columns, device=group.device)
+    slot = torch.empty_like(column).scatter_(1, column, slot.masked_fill_(sorted_group == count, -1))
+    return KeyOrdering(
+        column=column,
+        group=sorted_group,
+        begin=begin,
+        size=size,
+        first_block=first_block,
+        slot=slot,
+        row_blocks=row_blocks,
+        row_stride=row_blocks + gap,
+        front=front,
+    )
+
+
+def stable_sort(number: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Each row of number (rows, columns), below `most`, sorted stably: (sorted, columns). One sort for all rows."""
+    rows, columns = number.shape
+    row = torch.arange(rows, device=number.device)[:, None]
+    ordered, order = torch.sort((number + row * most).flatten(), stable=True)
+    return ordered.view(rows, columns) - row * most, order.view(rows, columns) - row * columns
+
+
+def tiles_of(tokens: int, groups: int) -> int:
+    """Tiles that so many tokens in so many groups may need, as the last tile of a group is part empty."""
+    return (tokens + min(groups, tokens) * (TILE - 1)) // TILE
+
+
+def nearest_members(
+    query_group: Tensor,
+    key_group: Tensor,
+    count: int,
+    reach: Reach,
+    *,
+    first_column: Tensor | None = None,
+    ring_position: Tensor | None = None,
+) -> tuple[BlockSchedule, ...]:
+    """The schedule of every round, in which a query sees the nearest members of its group.
+
+    Args:
+        query_group: (batch, heads, rounds, length) group of each query in [0, count], `count` where it is not real.
+        key_group: (batch, heads, rounds, memory + length), of each key; the same tensor where queries and keys share
+            groups.
+        count: groups.
+        reach: how far a query sees.
+        first_column: (batch, length) first key column that each query sees, None = all. Causal only.
+        ring_position: (batch, heads, rounds, memory) position of each older key, of which every round has others; None
+            = all rounds have the same keys.
+    """
+    schedules: list[BlockSchedule] = []
+    for number in range(query_group.shape[2]):
+        group = key_group[:, :, number].flatten(0, 1)
+        front, gap = reach.blocks_before, max(reach.blocks_before, reach.blocks_after)
+        keys = order_keys(group, count, front=front, gap=gap)
+        of_queries = None if key_group is query_group else query_group[:, :, number].flatten(0, 1)
+        first = None if first_column is None else first_column.repeat_interleave(query_group.shape[1], 0)
+        schedule = _nearest(keys, group if of_queries is None else of_queries, reach, first, of_queries is None)
+        duplicates = []
+        for earlier, other in enumerate(schedules):
+            rank = other.visible.rank
+            if ring_position is not None:
+                of_both = (ring_position[:, :, index].flatten(0, 1) for index in (number, earlier))
+                rank = _rank_of_same_token(rank.view(len(group), -1), *of_both)
+            duplicates.append(other.visible._replace(own=None, rank=rank))
+        schedules.append(schedule._replace(duplicates=tuple(duplicates)))
+    return tuple(schedules)
+
+
+def _nearest(
+    keys: KeyOrdering, query_group: Tensor, reach: Reach, first_column: Tensor | None, shared: bool
+) -> BlockSchedule:
+    """A round of `nearest_members`; query_group and first_column (rows, length)."""
+    (rows, length), count = query_group.shape, keys.size.shape[1] - 1
+    memory, real = keys.column.shape[1] - length, query_group < count
+    own_slot = keys.slot[:, memory:]
+    first_slot, size = (t.gather(1, query_group) for t in (keys.first_block * TILE, keys.size))
+    if shared:
+        rank, member = own_slot - first_slot, torch.ones_like(own_slot)
+    else:
+        rank = keys.members_before(query_group, memory + torch.arange(length, device=query_group.device))
+        member = ((own_slot >= first_slot) & (own_slot < first_slot + size)).long()
+    rank = rank.masked_fill(~real, 0)
+    lowest = (rank - reach.before).clamp(min=0)
+    if first_column is not None:
+        first_column = first_column.clamp(0, memory + length)
+        lowest = torch.maximum(lowest, keys.members_before(query_group, first_column))
+    if reach.after is None:
+        stop = rank + member if reach.include_self else rank
+    else:
+        stop = torch.minimum(rank + member + reach.after, size)
+    own = None if reach.after is None or reach.include_self else own_slot.masked_fill(~real, -1).flatten().int()
+    blocks = keys.front + rows * keys.row_stride
+    key = inverse(keys.slot, (blocks + reach.blocks_after) * TILE).view(-1, TILE)
+    if shared:
+        query, place, tile_blocks = key[keys.front : blocks], own_slot - keys.front * TILE, None
+    else:
+        query, place, tile_blocks = _query_tiles(first_slot // TILE + rank // TILE, query_group, keys, reach)
+    return BlockSchedule(
+        query=query,
+        query_place=place.masked_fill(~real, -1).flatten(),
+        key=key,
+        key_slot=keys.slot.flatten(),
+        blocks=tile_blocks,
+        width=reach.width,
+        visible=KeyRange(
+            first=(first_slot + lowest).flatten().int(),
+            stop=(first_slot + stop).masked_fill(~real, 0).flatten().int(),
+            own=own,
+            rank=keys.slot.masked_fill(keys.slot < 0, ABSENT).flatten().int(),
+        ),
+    )
+
+
+def _query_tiles(block: Tensor, query_group: Tensor, keys: KeyOrdering, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles of queries of one group and one block (rows, length) of keys: where they are among the group's members.
+
+    Returns:
+        queries (tiles, TILE), places (rows, length), and the blocks (tiles, width) that every tile reads.
+    """
+    rows, count = len(block), keys.size.shape[1] - 1
+    row = torch.arange(rows, device=block.device)[:, None]
+    kinds = keys.row_blocks + count  # a group of full blocks has one more, behind its last key
+    kind = torch.where(query_group < count, block - keys.front - row * keys.row_stride + query_group, kinds)
+    place, tiles = (order := order_keys(kind, kinds)).slot, rows * order.row_blocks
+    center = torch.full((tiles + 1,), keys.front, dtype=torch.int64, device=block.device)
+    center.scatter_(0, torch.where(place >= 0, place // TILE, tiles).flatten(), block.flatten())
+    center = center[:tiles].clamp(max=keys.front + rows * keys.row_stride - 1)
+    offset = torch.arange(-reach.blocks_before, reach.blocks_after + 1, device=block.device)
+    return inverse(place, tiles * TILE).view(tiles, TILE), place, center[:, None] + offset
+
+
+def _rank_of_same_token(rank: Tensor, position: Tensor, earlier_position: Tensor) -> Tensor:
+    """(keys,) the rank that each key of a round has in an earlier one, `ABSENT` where its token is not there.
+
+    Args:
+        rank: (rows, memory + length) int32 of the earlier round's keys.
+        position: (rows, memory) of this round's older keys, -1 where there is none; the others are the same tokens.
+        earlier_position: like position, of the earlier round.
+    """
+    memory = position.shape[1]
+    ordered, order = earlier_position.sort(-1)
+    index = torch.searchsorted(ordered, position.contiguous()).clamp(max=memory - 1)
+    same = (ordered.gather(1, index) == position) & (position >= 0)
+    older = rank.gather(1, order.gather(1, index)).masked_fill_(~same, ABSENT)
+    return torch.cat([older, rank[:, memory:]], 1).flatten()
+
+
+def nearest_members_in_documents(
+    query_group: Tensor,
+    key_group: Tensor,
+    count: int,
+    reach: Reach,
+    *,
+    real: Tensor | None,
+    start: Tensor | None,
+    ring_position: Tensor | None = None,
+) -> tuple[BlockSchedule, ...]:
+    """`nearest_members` among tokens of the query's document, and behind rings.
+
+    Args:
+        query_group: (batch, heads, rounds, length) below `count`.
+        key_group: like query_group; the same tensor where queries and keys share groups.
+        count: groups.
+        reach: how far a query sees.
+        real: (batch, length) bool, None = all.
+        start: (batch, length) column at which a token's document starts, negative where the rings are seen too; None =
+            one document that goes on with the rings.
+        ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the rings, -1 where empty. The keys
+            of a round are then those of its rings, and behind them the call's.
+    """
+    shared, first_column, memory = key_group is query_group and ring_position is None, None, 0
+    if ring_position is not None:
+        ring_position = by_heads(ring_position, query_group.shape[1]).flatten(3)
+        memory = ring_position.shape[3]
+    if start is not None and reach.after is None:
+        first_column = torch.where(start < 0, 0, memory + start)
+    elif start is not None:  # groups of each document
+        document = documents_of(start)[:, None, None]
+        query_group, key_group = (t + document * count for t in (query_group, key_group))
+        count *= count_documents(start)
+    if real is not None:
+        query_group, key_group = (t.masked_fill(~real[:, None, None], count) for t in (query_group, key_group))
+    if ring_position is not None:
+        ring_group = torch.arange(count, device=ring_position.device).repeat_interleave(memory // count)
+        key_group = torch.cat([torch.where(ring_position < 0, count, ring_group), key_group], 3)
+    key_group = query_group if shared else key_group
+    return nearest_members(query_group, key_group, count, reach, first_column=first_column, ring_position=ring_position)
+
+
+def nearest_entries(length: int, count: int, reach: Reach, *, shared: bool) -> int:
+    """Score entries computed per head and round by `nearest_members` of one document without older keys."""
+    blocks = tiles_of(length, count)
+    gap = max(reach.blocks_before, reach.blocks_after)
+    return (blocks + gap if shared else tiles_of(length, blocks + count)) * TILE * TILE * reach.width
+
+
+def documents_of(start: Tensor) -> Tensor:
+    """(batch, length) the number of each token's document in its row."""
+    return F.pad((start[:, 1:] != start[:, :-1]).cumsum(1), (1, 0))
+
+
+def count_documents(start: Tensor) -> int:
+    """Documents of the row that has most; as many as there are columns where the values of `start` are not known."""
+    values = host.values(start)
+    if values is None:
+        return max(1, start.shape[1])
+    return int((values[:, 1:] != values[:, :-1]).sum(1).max(initial=0)) + 1
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """x (batch, kv_heads, ...) for every query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def check_streams(name: str, rings: Sequence[Tensor] | None, streams: bool) -> None:
+    """Raise `UnsupportedError` where an operation gets rings and its selection gives them no meaning."""
+    if rings is not None and not streams:
+        raise UnsupportedError(
+            f"{name}: rings hold what a stream has seen; only the causal strict selection streams, as the others "
+            "change with later tokens"
+        )
+
+
+def real_columns(q: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(batch, length) which columns of q (batch, heads, length, head_dim) are real; None = all."""
+    if lengths is None:
+        return None
+    values, real = host.values(lengths), torch.arange(q.shape[2], device=q.device) < lengths[:, None]
+    return host.remember(real, None if values is None else np.arange(q.shape[2]) < values[:, None])
+
+
+def zero_padding(out: Tensor, real: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output in its type, zeros behind a row's real tokens."""
+    return (out if real is None else out.masked_fill(~real[:, None, :, None], 0)).to(dtype)
+
+
+def group_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: Tensor,
+    *,
+    num_groups: int,
+    window: int,
+    causal: bool = True,
+    itself: bool = True,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention to the last `window` members of the query's own group.
+
+    With the rank of a column among the real columns of its group: causal, rank_i - window < rank_j <= rank_i; without
+    `itself` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `itself` but not 0.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
+        v: like k.
+        groups: (batch or 1, heads or 1, memory + length) int64 in [0, num_groups), the group of each key column; query
+            i belongs to that of column memory + i.
+        num_groups: how many groups there may be: a constant, as shapes depend on it.
+        window: see above.
+        causal: see above; both sides take no older keys.
+        itself: whether a query sees its own key.
+        scale: factor of the scores; default head_dim ** -0.5.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) first visible key column of each query; None = no limit. Causal only.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
+
+    Raises:
+        ConfigError: shapes that do not fit; older keys or `start` where not causal.
+    """
+    check_shapes(q, k, v)
+    check_positive("window", window)
+    check_positive("num_groups", num_groups)
+    (batch, heads, _, _), columns = q.shape, k.shape[2]
+    memory = columns - q.shape[2]
+    if not causal and (memory or start is not None):
+        raise ConfigError("group_attention: both sides take neither older keys nor start; order is theirs to lose")
+    if groups.ndim != 3 or groups.shape[2] != columns or groups.shape[1] not in (1, heads):
+        raise ConfigError(
+            f"groups are {tuple(groups.shape)}, expected (batch or 1, heads or 1, memory + length = {columns})"
+        )
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    column, group = torch.arange(columns, device=q.device), groups.expand(batch, heads, -1)
+    if lengths is not None:
+        group = group.masked_fill(column >= (memory + lengths)[:, None, None], num_groups)
+    if memory_lengths is not None:
+        group = group.masked_fill(column < (memory - memory_lengths)[:, None, None], num_groups)
+    of_keys = group[:, :, None]
+    of_queries = of_keys[..., memory:] if memory else of_keys
+    reach = group_reach(min(window, columns), causal=causal, itself=itself)
+    schedules = nearest_members(of_queries, of_keys, num_groups, reach, first_column=start)
+    dtype = flash.working_dtype(q, k, v)
+    out, _ = attend_blocks(q.to(dtype), (k.to(dtype),), (v.to(dtype),), schedules, default_scale(q, scale))
+    return out.to(q.dtype)
+
+
+def group_reach(window: int, *, causal: bool, itself: bool) -> Reach:
+    """What `group_attention` lets a query see."""
+    before = window if causal and not itself else window - 1
+    return Reach(before, None if causal else before, itself)
+
+
+def group_attention_cost(length: int, *, num_groups: int, window: int, causal: bool = True, itself: bool = True) -> int:
+    """Score entries computed per head by `group_attention` without older keys: the sum of its tiles.
+
+    Args:
+        length: queries.
+        num_groups: see `group_attention`.
+        window: see `group_attention`.
+        causal: see `group_attention`.
+        itself: see `group_attention`.
+    """
+    reach = group_reach(min(window, length), causal=causal, itself=itself)
+    return nearest_entries(length, num_groups, reach, shared=True)

@@ -1,0 +1,495 @@
+"""Linear attention: feature maps in place of the softmax, evaluated in chunks by matrix products.
+
+    o_i = phi_q_i S_i / (phi_q_i . z_i),   S_i = sum_j phi_k_j v_j^T,   z_i = sum_j phi_k_j,   over the keys that i sees
+
+(Katharopoulos et al. 2020, section 3.2; the causal sums in chunks: Hua et al. 2022, section 3.2.) Features of keys may
+have a scale of their own, exp(log_scale_j): then row i takes the largest log-scale among the keys *it* sees for its
+unit, so nothing overflows and nothing looks ahead; a maximum over a chunk or over the call would do both.
+
+Nothing of the size of the call is kept but inputs and output: the call is worked off in blocks, each recomputed in the
+backward pass from the state at its border.
+
+Sums are carried in fp64 (`sums_dtype`): in fp32 those of 10^7 tokens are off by 5e-3, and nothing is added any more
+from 6.7e7 tokens on. What a call reads of them, and its products, are in fp32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from longspan import host
+from longspan.engine import flash
+from longspan.engine.arguments import check_floating
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.sums import smallest, sums_dtype
+from longspan.errors import ConfigError
+
+CHUNK = 64
+BLOCK = 2048
+EMPTY = -1e30
+"""The maximum of no keys: finite, so that states stay finite, and far below any."""
+
+
+def elu_features(x: Tensor, *, queries: bool = False) -> Tensor:
+    """elu(x) + 1 (Katharopoulos et al. 2020, section 3.2), (..., features); exp(x) below 0, where the sum cancels.
+
+    Args:
+        x: (..., features), fp32 at least.
+        queries: each vector may come in a unit of its own, since what it reads is divided by what it counts: one whose
+            entries are all far below 0 does not vanish then.
+    """
+    check_floating(x=x)
+    below = x.clamp(max=0)
+    if queries and x.shape[-1]:
+        below = below - below.detach().amax(-1, keepdim=True)
+    return torch.where(x > 0, x + 1, below.exp())
+
+
+class LinearSums(NamedTuple):
+    """What linear attention carries.
+
+    Attributes:
+        values: S (batch, kv_heads, features, head_dim), in units of exp(maximum); of `sums_dtype`.
+        keys: z (batch, kv_heads, features), in the same units; of `sums_dtype`.
+        maximum: (batch, kv_heads), the largest log-scale of a key; `EMPTY` where there is none, 0 without scales; fp32
+            at least.
+    """
+
+    values: Tensor
+    keys: Tensor
+    maximum: Tensor
+
+
+Features = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
+"""(x (B, heads, n, head_dim), whether x are keys) to features (B, heads, n, m) and their log-scale (B, heads, n)."""
+
+
+def linear_attention(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    log_scale: Tensor | None = None,
+    state: LinearSums | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, LinearSums | None]:
+    """Attention by features, in time and memory linear in the length.
+
+    Args:
+        phi_q: (batch, heads, length, features).
+        phi_k: (batch, kv_heads, length, features), kv_heads dividing heads.
+        v: (batch, kv_heads, length, head_dim).
+        causal: a query sees no later key.
+        log_scale: (batch, kv_heads, length) of each key's features; None = 0.
+        state: sums over the keys before this call; None = none. Causal only.
+        lengths: (batch,) real tokens of each row, at the front; None = all.
+        start: (batch, length) the column where each token's document starts, negative where before the call; None = no
+            document starts inside. Not causal: tokens of equal start see each other.
+
+    Returns:
+        (batch, heads, length, head_dim) in v's dtype, zeros where the denominator is zero, and the sums after the call
+        (None where not causal).
+    """
+    check_call(phi_q, phi_k, v, causal, state)
+
+    def features(x: Tensor, keys: bool) -> tuple[Tensor, Tensor | None]:
+        return (x[..., :-1], x[..., -1]) if keys and log_scale is not None else (x, None)
+
+    k = phi_k if log_scale is None else torch.cat([phi_k, log_scale[..., None].to(phi_k.dtype)], -1)
+    return feature_attention(
+        phi_q, k, v, features, phi_k.shape[-1], causal=causal, state=state, lengths=lengths, start=start
+    )
+
+
+def check_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, state: Any) -> None:
+    """Refuse shapes that do not fit, and what is no floating-point number."""
+    check_floating(q=q, k=k, v=v)
+    if q.shape[1] % max(k.shape[1], 1) or k.shape[:3] != v.shape[:3] or q.shape[2] != k.shape[2]:
+        raise ConfigError(
+            f"linear attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: "
+            "(batch, heads, length, ...), kv_heads dividing heads"
+        )
+    if state is not None and not causal:
+        raise ConfigError("linear attention: only the causal form takes a state")
+
+
+def feature_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Features,
+    num_features: int,
+    *,
+    causal: bool,
+    state: LinearSums | None,
+    lengths: Tensor | None,
+    start: Tensor | None,
+) -> tuple[Tensor, LinearSums | None]:
+    """`linear_attention` of features that are made block by block, so that those of the whole call never exist."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    with flash.full_precision(q.device):
+        q, k, values = (t.to(dtype) for t in (q, k, v))
+        column = torch.arange(v.shape[2], device=v.device)
+        real = None if lengths is None else column < lengths[:, None]
+        if start is not None and lengths is not None and real is not None:
+            # columns behind a row's real tokens belong to the document of the last one
+            start = _joined_tail(start, lengths, real)
+        if not causal:
+            return _both_sides(q, k, values, features, real, start).to(v.dtype), None
+        sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
+        wide = sums_dtype(v.device)
+        sums = LinearSums(sums.values.to(wide), sums.keys.to(wide), sums.maximum.to(dtype))
+        out, *after = _Blocked.apply(features, real, start, q, k, values, *sums)
+    return out.to(v.dtype), LinearSums(*after)
+
+
+def empty_sums(
+    batch: int, kv_heads: int, features: int, head_dim: int, device: torch.device | None, dtype: torch.dtype
+) -> LinearSums:
+    """The sums over no keys; `dtype` is that of the maximum."""
+    values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=sums_dtype(device))
+    return LinearSums(values, values[..., 0].clone(), torch.full((batch, kv_heads), EMPTY, device=device, dtype=dtype))
+
+
+class _Blocked(FirstOrder):
+    """The causal call block by block; kept are inputs, output and the sums at block borders.
+
+    The backward pass runs each block again, from the last to the first, and writes its gradients where they belong.
+    Maxima are units, in which nothing that is computed depends on them: they are constants to it.
+    """
+
+    what = "linear attention"
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Features, real: Any, start: Any, q: Tensor, k: Tensor, v: Tensor, *sums: Any
+    ) -> Any:
+        out = v.new_empty(*q.shape[:3], v.shape[3])
+        carried, borders = LinearSums(*sums), []
+        for first in range(0, q.shape[2], BLOCK):
+            borders.append(carried)
+            parts = [t[:, :, first : first + BLOCK] for t in (q, k, v)]
+            out[:, :, first : first + BLOCK], carried = _at(first, features, real, start, parts, carried)
+        ctx.save_for_backward(q, k, v, *(t for border in borders for t in border))
+        ctx.features, ctx.real, ctx.start = features, real, start
+        ctx.mark_non_differentiable(carried.maximum)
+        # never the tensors given, which autograd would take for outputs computed in place
+        return out, *(t.clone() if any(t is given for given in sums) else t for t in carried)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, *d_sums: Any) -> Any:
+        q, k, v, *flat = saved
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+        d_values, d_keys = d_sums[:2]
+        for first in reversed(range(0, q.shape[2], BLOCK)):
+            index = first // BLOCK * 3
+            leaves = [t[:, :, first : first + BLOCK].detach().requires_grad_() for t in (q, k, v)]
+            values, keys, maximum = (t.detach() for t in flat[index : index + 3])
+            leaves += [values.requires_grad_(), keys.requires_grad_()]
+            with torch.enable_grad():
+                before = LinearSums(values, keys, maximum)
+                out, after = _at(first, ctx.features, ctx.real, ctx.start, leaves[:3], before)
+            found = torch.autograd.grad(
+                (out, after.values, after.keys), leaves, (d_out[:, :, first : first + BLOCK], d_values, d_keys)
+            )
+            for grad, part in zip(grads, found, strict=False):
+                grad[:, :, first : first + BLOCK] = part
+            d_values, d_keys = found[3:]
+        return None, None, None, *grads, d_values, d_keys, None
+
+
+def _at(
+    first: int, features: Features, real: Tensor | None, start: Tensor | None, parts: list[Tensor], sums: LinearSums
+) -> tuple[Tensor, LinearSums]:
+    """The block of q, k, v that begins at a column of the call."""
+    live = None if real is None else real[:, first : first + BLOCK]
+    begin = None if start is None else start[:, first : first + BLOCK] - first
+    return _one_block(features, parts[0], parts[1], parts[2], sums, live, begin)
+
+
+def _blocks(*tensors: Tensor) -> Any:
+    """(first column, the tensors' parts) block after block; one split each, whose backward joins gradients once."""
+    parts = [tensor.split(BLOCK, 2) for tensor in tensors]
+    first = 0
+    for each in zip(*parts, strict=True):
+        if each[0].shape[2]:
+            yield first, each
+        first += each[0].shape[2]
+
+
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """A call whose insides are computed again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _one_block(
+    features: Features,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sums: LinearSums,
+    real: Tensor | None,
+    start: Tensor | None,
+) -> tuple[Tensor, LinearSums]:
+    """Whole chunks at once, then the rest as one chunk."""
+    phi_q, _ = features(q, False)
+    phi_k, scale = _masked(*features(k, True), real)
+    length = q.shape[2]
+    whole = length // CHUNK * CHUNK
+    outs = []
+    for first, last, size in ((0, whole, CHUNK), (whole, length, length - whole)):
+        if first == last:
+            continue
+        part = slice(first, last)
+        out, sums = _chunks(
+            phi_q[:, :, part],
+            phi_k[:, :, part],
+            v[:, :, part],
+            None if scale is None else scale[:, :, part],
+            sums,
+            None if start is None else start[:, part] - first,
+            size,
+        )
+        outs.append(out)
+    return (torch.cat(outs, 2) if len(outs) > 1 else outs[0]), sums
+
+
+def _masked(phi: Tensor, scale: Tensor | None, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if real is not None:
+        phi = phi.masked_fill(~real[:, None, :, None], 0)
+        scale = None if scale is None else scale.masked_fill(~real[:, None], EMPTY)
+    return phi, scale
+
+
+def _chunks(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    scale: Tensor | None,
+    sums: LinearSums,
+    start: Tensor | None,
+    size: int,
+) -> tuple[Tensor, LinearSums]:
+    """Chunks of `size` columns, all at once but for the sums that go from one to the next.
+
+    Legend: B batch, K kv heads, G query heads of each, n chunks, C = size, m features, e = head_dim + 1: values with a
+    column of ones, so that numerator and denominator are one product.
+    """
+    batch, heads, length, width = phi_q.shape
+    kv_heads, count = phi_k.shape[1], length // size
+    group = heads // kv_heads
+    rows = (
+        phi_q.view(batch, kv_heads, group, count, size, width)
+        .transpose(2, 3)
+        .reshape(batch, kv_heads, count, group * size, width)
+    )
+    keys = phi_k.reshape(batch, kv_heads, count, size, width)
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1).reshape(batch, kv_heads, count, size, v.shape[3] + 1)
+    place = torch.arange(size, device=v.device)
+    seen = place[:, None] >= place  # (C, C)
+    own = continues = None
+    if start is not None:
+        begin = (start.view(batch, count, size) - torch.arange(count, device=v.device)[:, None] * size)[:, None]
+        seen = seen & (place >= begin[..., None])  # (B, 1, n, C, C)
+        inherits = begin < 0  # (B, 1, n, C): the row's document began before its chunk
+        own = place >= begin[..., -1:]  # (B, 1, n, C): keys of the document that goes on behind the chunk
+        continues = inherits[..., -1]  # (B, 1, n)
+    scores = rows @ keys.mT
+    if scale is None:
+        weights = None
+        before, after = _plain_sums(keys, ones, sums, own, continues)
+        unit = None
+    else:
+        logs = scale.reshape(batch, kv_heads, count, 1, size)
+        units = logs.detach()
+        before, entering, after = _scaled_sums(keys, ones, logs[..., 0, :], sums, own, continues)
+        visible, largest = torch.where(seen, logs, EMPTY), torch.where(seen, units, EMPTY).amax(-1)
+        most = torch.maximum(largest, entering[..., None])
+        if start is not None:
+            most = torch.where(inherits, most, largest)
+        weights = torch.exp(visible - most[..., None])
+        unit = torch.exp(entering[..., None] - most)
+    inter = rows @ before
+    if unit is not None:
+        inter = inter * _per_group(unit[..., None], group)
+    if start is not None:
+        inter = inter.masked_fill(~_per_group(inherits[..., None], group), 0)
+    scores = scores if weights is None else scores * _per_group(weights, group)
+    # masked and not multiplied: zero times what has overflowed is no zero
+    total = scores.masked_fill(~_per_group(seen, group), 0) @ ones + inter
+    out = _divided(total).view(batch, kv_heads, count, group, size, v.shape[3]).transpose(2, 3)
+    return out.reshape(batch, heads, length, v.shape[3]), after
+
+
+def _per_group(t: Tensor, group: int) -> Tensor:
+    """(..., C, x) repeated for the query heads of a kv head: (..., G C, x)."""
+    return t if group == 1 else t.repeat(*(1,) * (t.ndim - 2), group, 1)
+
+
+def _divided(total: Tensor) -> Tensor:
+    """Numerators (..., :-1) by denominators (..., -1:); zeros where a denominator is zero."""
+    lower = total[..., -1:]
+    tiny = lower.abs() < smallest(lower.dtype)
+    return (total[..., :-1] / torch.where(tiny, 1.0, lower)).masked_fill(tiny, 0)
+
+
+def _joined(sums: LinearSums) -> Tensor:
+    return torch.cat([sums.values, sums.keys[..., None]], -1)
+
+
+def _plain_sums(
+    keys: Tensor, ones: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
+) -> tuple[Tensor, LinearSums]:
+    """Sums before each chunk (B, K, n, m, e) in the dtype of the keys, and after the last in their own."""
+    kept = keys if own is None else keys * own[..., None]
+    added = kept.mT @ ones
+    now = _joined(sums)
+    if continues is None:
+        before = now.to(added.dtype)[:, :, None] + F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
+        end = now + added.sum(2, dtype=now.dtype)
+    else:
+        entering = []
+        for index in range(keys.shape[2]):
+            entering.append(now.to(added.dtype))
+            now = torch.where(continues[:, :, index, None, None], now, 0) + added[:, :, index]
+        before, end = torch.stack(entering, 2), now
+    return before, LinearSums(end[..., :-1], end[..., -1], torch.zeros_like(sums.maximum))
+
+
+def _scaled_sums(
+    keys: Tensor, ones: Tensor, logs: Tensor, sums: LinearSums, own: Tensor | None, continues: Tensor | None
+) -> tuple[Tensor, Tensor, LinearSums]:
+    """Sums before each chunk (B, K, n, m, e), their units (B, K, n), and those after the last."""
+    if own is not None:
+        logs = torch.where(own, logs, EMPTY)
+    largest = logs.detach().amax(-1)
+    kept = keys * torch.exp(logs - largest[..., None])[..., None]
+    if own is not None:
+        kept = kept * own[..., None]
+    added = kept.mT @ ones
+    now, unit = _joined(sums), sums.maximum
+    entering, units = [], []
+    for index in range(keys.shape[2]):
+        entering.append(now.to(added.dtype))
+        units.append(unit)
+        if continues is not None:
+            unit = torch.where(continues[:, :, index], unit, EMPTY)
+            now = torch.where(continues[:, :, index, None, None], now, 0)
+        following = torch.maximum(unit, largest[:, :, index])
+        old, new = torch.exp(unit - following), torch.exp(largest[:, :, index] - following)
+        now = now * old[..., None, None] + added[:, :, index] * new[..., None, None]
+        unit = following
+    end = LinearSums(now[..., :-1], now[..., -1], unit)
+    return torch.stack(entering, 2), torch.stack(units, 2), end
+
+
+def _both_sides(
+    q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor | None
+) -> Tensor:
+    """Every token of a document sees all of it."""
+    if start is not None:
+        return _by_document(q, k, v, features, real, start)
+    kv_heads, group = k.shape[1], q.shape[1] // max(k.shape[1], 1)
+    total: Tensor | None = None
+    most: Tensor | None = None
+    for first, (part_k, part_v) in _blocks(k, v):
+        live = None if real is None else real[:, first : first + part_k.shape[2]]
+        total, most = _recomputed(_add_block, features, part_k, part_v, live, total, most)
+    outs = []
+    for _, (part,) in _blocks(q):
+        outs.append(_recomputed(_read_block, features, part, total, kv_heads, group))
+    return torch.cat(outs, 2) if outs else v.new_zeros(*q.shape[:3], v.shape[3])
+
+
+def _add_block(
+    features: Features, k: Tensor, v: Tensor, real: Tensor | None, total: Tensor | None, most: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    phi, scale = _masked(*features(k, True), real)
+    ones = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    if scale is None:
+        added = (phi.mT @ ones).to(sums_dtype(phi.device))
+        return (added if total is None else total + added), None
+    largest = scale.detach().amax(-1)
+    if most is not None:
+        largest = torch.maximum(largest, most)
+    added = ((phi * torch.exp(scale - largest[..., None])[..., None]).mT @ ones).to(sums_dtype(phi.device))
+    if total is not None and most is not None:
+        added = added + total * torch.exp(most - largest)[..., None, None]
+    return added, largest
+
+
+def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, group: int) -> Tensor:
+    phi, _ = features(q, False)
+    batch, heads, length, width = phi.shape
+    out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
+    return out.view(batch, heads, length, total.shape[-1] - 1)
+
+
+def _joined_tail(start: Tensor, lengths: Tensor, real: Tensor) -> Tensor:
+    """`start` where padding belongs to the last document of its row; it knows its values where it did."""
+    tail = start.gather(1, (lengths - 1).clamp(min=0)[:, None]).masked_fill((lengths == 0)[:, None], -1)
+    joined = torch.where(real, start, tail)
+    read, counted = host.read([start, lengths])
+    if read is None or counted is None:
+        return joined
+    last = np.where(counted[:, None] == 0, -1, np.take_along_axis(read, (counted[:, None] - 1).clip(min=0), 1))
+    return host.remember(joined, np.where(np.arange(read.shape[1]) < counted[:, None], read, last))
+
+
+def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:
+    """Each document as a row of its own, and back."""
+    batch, length = start.shape
+    column = torch.arange(length, device=q.device)
+    here = column.expand(batch, -1) if real is None else torch.where(real, column, -1)
+    fresh = (start == column) | (column == 0)
+    number = fresh.reshape(-1).cumsum(0).view(batch, length) - 1  # documents, counted through the batch
+    place = column - start.clamp(min=0)
+    read, counted = host.values(start), np.arange(length)
+    count, longest = batch * length, length
+    if read is not None:
+        count = int(((read == counted) | (counted == 0)).sum())
+        longest = int((counted - read.clip(min=0)).max()) + 1
+    index = torch.zeros(count, longest, dtype=torch.int64, device=q.device)
+    inside = torch.zeros(count, longest, dtype=torch.bool, device=q.device)
+    flat = torch.arange(batch * length, device=q.device).view(batch, length)
+    index[number, place] = flat
+    inside[number, place] = here >= 0
+
+    def apart(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
+
+    out = _both_sides(apart(q), apart(k), apart(v), features, inside, None)
+    return out.transpose(1, 2)[number, place].transpose(1, 2)
+
+
+def linear_cost(length: int, *, features: int, head_dim: int, causal: bool = True) -> int:
+    """Multiply-adds of the matrix products of one head whose key head is its own.
+
+    Args:
+        length: tokens.
+        features: m.
+        head_dim: of the values.
+        causal: see `linear_attention`.
+    """
+    return group_cost(length, features=features, head_dim=head_dim, group=1, causal=causal)
+
+
+def group_cost(length: int, *, features: int, head_dim: int, group: int, causal: bool = True) -> int:
+    """The same for a key head and its `group` query heads."""
+    e = head_dim + 1
+    if not causal:
+        return length * features * e * (1 + group)
+    inside = 0
+    for first in range(0, length, BLOCK):
+        size = min(BLOCK, length - first)
+        inside += (size // CHUNK) * CHUNK * CHUNK + (size % CHUNK) ** 2
+    return group * inside * (features + e) + length * features * e * (1 + group)

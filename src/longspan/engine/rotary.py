@@ -1,0 +1,67 @@
+"""Rotary position embedding (Su et al. 2021, section 3.2.2), in the half-split order of Hugging Face models."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from longspan import host
+from longspan.engine.arguments import check_floating
+
+
+def rotary_table(
+    positions: Tensor, head_dim: int, *, base: "float | tuple[float, ...]" = 10000.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles position * base ** (-2 i / head_dim).
+
+    Computed in fp64 and then cast (in whole numbers where the device has no fp64): at position 10^6 fp32 angles are
+    wrong by 0.02 rad.
+
+    Args:
+        positions: (batch, length) integers.
+        head_dim: even.
+        base: RoPE's theta, or the head_dim // 2 angles of one position, as pretrained models with stretched positions
+            give them.
+        dtype: of the result.
+
+    Returns:
+        Two tensors (batch, 1, length, head_dim // 2).
+    """
+    device = positions.device
+    wide = host.has_float64(device)
+    where = device if wide else torch.device("cpu")
+    if isinstance(base, tuple):
+        assert len(base) == head_dim // 2
+        steps = torch.tensor(base, dtype=torch.float64, device=where)
+    else:
+        steps = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
+    if not wide:
+        angles = _whole_turns_off(positions, steps)
+    else:
+        angles = positions.to(torch.float64)[:, None, :, None] * steps
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _whole_turns_off(positions: Tensor, steps: Tensor) -> Tensor:
+    """(batch, 1, length, n) fp32 angles between -pi and pi, for devices without fp64.
+
+    An angle of one position is a whole number of 2^-64 turns; times a position, int64 overflows exactly at whole turns.
+
+    Args:
+        positions: (batch, length) integers.
+        steps: (n,) fp64 on the CPU, angles of one position.
+    """
+    turns = steps.double() / (2 * math.pi)
+    turns = turns - turns.round()
+    high = (turns * 2**32).round()
+    low = ((turns * 2**32 - high) * 2**32).round()
+    units = (high.long() * 2**32 + low.long()).to(positions.device)
+    phase = positions.long()[:, None, :, None] * units
+    return (phase >> 32).float() * (2 * math.pi / 2**32)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (batch, heads, length, head_dim) with each pair (i, i + head_dim / 2) turned by its angle."""
+    check_floating(x=x)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,210 @@
+"""Attention in segments beside a memory of those before: what Infini-attention and associative memory share.
+
+A call goes over its segments; each is read before it is written, and written when it is full. What a memory is, how it
+is read and written, is a `Rule`.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan import host
+from longspan.engine import flash
+from longspan.engine.full import full_attention, full_cost
+
+
+class SegmentMemory(NamedTuple):
+    """What segments leave behind, fp32 at least; what only grows, in fp64 (`ops.sums_dtype`).
+
+    Attributes:
+        values: (batch, kv_heads, features, head_dim).
+        keys: (batch, kv_heads, features), their normaliser.
+        written: (batch,) int64, segments written since the document began; 0: the memory is empty.
+    """
+
+    values: Tensor
+    keys: Tensor
+    written: Tensor
+
+
+class Rule(Protocol):
+    """A memory: how it is read and written. `inside` is the local attention of a segment.
+
+    Both are called outside autocast: a memory is summed in fp32 at least.
+    """
+
+    @property
+    def features(self) -> int:
+        """Rows of the memory."""
+
+    def memory_dtype(self, v: Tensor) -> torch.dtype:
+        """Of values and normaliser, for these values."""
+
+    def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
+        """q and inside (batch, heads, size, dim) to the output of a segment."""
+
+    def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
+        """The memory's values and keys after a full segment, k and v (batch, kv_heads, size, dim)."""
+
+
+def empty_memory(
+    batch: int, kv_heads: int, features: int, head_dim: int, device: torch.device | None, dtype: torch.dtype
+) -> SegmentMemory:
+    """The memory of no segment, fp32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    values = torch.zeros(batch, kv_heads, features, head_dim, device=device, dtype=dtype)
+    return SegmentMemory(values, values[..., 0].clone(), torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+class Layout(NamedTuple):
+    """Segments of a call.
+
+    Attributes:
+        segment: columns of a whole one.
+        real: (batch, length) bool, columns that hold a token, in each segment at its front; None = all.
+        begins: (batch, segments) bool, a document begins with the segment; None = none.
+        horizon: gradients reach so many segments back, a row's last counted as the first; None = all.
+    """
+
+    segment: int
+    real: Tensor | None = None
+    begins: Tensor | None = None
+    horizon: int | None = None
+
+
+def attend_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    layout: Layout,
+    *,
+    state: SegmentMemory | None,
+    local: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, SegmentMemory]:
+    """Column 0 opens a segment; the output (batch, heads, length, head_dim) and the memory after all full segments."""
+    batch, length, size = q.shape[0], q.shape[2], layout.segment
+    memory = state or empty_memory(batch, k.shape[1], rule.features, v.shape[3], q.device, rule.memory_dtype(v))
+    inside, count = attend_inside(q, k, v, layout, local), -(-length // size)
+    left = segments_left(layout, batch, length, q.device) if layout.horizon is not None else None
+    outs = []
+    for index in range(count):
+        columns = slice(index * size, (index + 1) * size)
+        if layout.begins is not None:
+            memory = emptied(memory, layout.begins[:, index])
+        if left is not None:
+            memory = cut(memory, layout.horizon, left[:, index])
+        with flash.full_precision(q.device):
+            outs.append(rule.read(q[:, :, columns], memory, inside[:, :, columns]))
+            if (index + 1) * size <= length:
+                full = None if layout.real is None else layout.real[:, columns].all(1)
+                memory = written(memory, k[:, :, columns], v[:, :, columns], full, rule)
+    out = torch.cat(outs, 2) if outs else inside
+    return out.to(v.dtype), memory
+
+
+def attend_open(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: Rule,
+    layout: Layout,
+    *,
+    state: SegmentMemory | None,
+    local: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None,
+    memory_lengths: Tensor | None,
+    closes: Tensor | None,
+) -> tuple[Tensor, SegmentMemory]:
+    """A call within the open segment of every row; k and v begin with older keys of it."""
+    local_q, local_k = (q, k) if local is None else local
+    inside = full_attention(local_q, local_k, v, causal=True, lengths=lengths, memory_lengths=memory_lengths)
+    if state is None:
+        dtype = rule.memory_dtype(v)
+        out, memory = inside, empty_memory(q.shape[0], k.shape[1], rule.features, v.shape[3], q.device, dtype)
+    else:
+        memory = cut(state, layout.horizon, torch.ones_like(state.written))
+        with flash.full_precision(q.device):
+            out = rule.read(q, memory, inside)
+    closing = None if closes is None else host.values(closes)
+    if closes is not None and (closing is None or closing.any()):
+        # the segment's keys are the last columns of the rows that close it
+        older, size, segment = k.shape[2] - q.shape[2], q.shape[2], layout.segment
+        ends = older + (torch.full_like(memory.written, size) if lengths is None else lengths)
+        index = ends[:, None] - segment + torch.arange(segment, device=k.device)
+        index = index.clamp(min=0)[:, None, :, None]
+        keys, values = (t.gather(2, index.expand(-1, t.shape[1], -1, t.shape[3])) for t in (k, v))
+        with flash.full_precision(q.device):
+            memory = written(memory, keys, values, closes, rule)
+    return out.to(v.dtype), memory
+
+
+def attend_inside(q: Tensor, k: Tensor, v: Tensor, layout: Layout, local: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Causal attention inside segments, (batch, heads, length, head_dim): whole segments at once, then the rest."""
+    q, k = (q, k) if local is None else local
+    length, size = q.shape[2], layout.segment
+    whole = length // size * size
+    outs = []
+    for first, last, part in ((0, whole, size), (whole, length, length - whole)):
+        if first == last:
+            continue
+        count = (last - first) // part
+        rows = [t[:, :, first:last].unflatten(2, (count, part)).transpose(1, 2).flatten(0, 1) for t in (q, k, v)]
+        real = None
+        if layout.real is not None:
+            real = host.derive(partial(_filled, first=first, last=last, size=part), layout.real)
+        out = full_attention(*rows, causal=True, lengths=real)
+        outs.append(out.unflatten(0, (q.shape[0], count)).transpose(1, 2).flatten(2, 3))
+    return torch.cat(outs, 2) if len(outs) != 1 else outs[0]
+
+
+def _filled(real: Any, *, first: int, last: int, size: int) -> Any:
+    """How many columns of each segment of `size` are real, of a tensor or an array (batch, length)."""
+    return real[:, first:last].reshape(-1, size).sum(1)
+
+
+def segments_left(layout: Layout, batch: int, length: int, device: torch.device) -> Tensor:
+    """(batch, segments) segments to the end of each row, this one included; 0 behind its last."""
+    count = -(-length // layout.segment)
+    if layout.real is None:
+        return torch.arange(count, 0, -1, device=device).expand(batch, -1)
+    padded = F.pad(layout.real, (0, count * layout.segment - length)).view(batch, count, layout.segment)
+    used: Tensor = padded.any(-1)
+    return used.long().flip(1).cumsum(1).flip(1) * used
+
+
+def written(memory: SegmentMemory, k: Tensor, v: Tensor, full: Tensor | None, rule: Rule) -> SegmentMemory:
+    """The memory after a segment, in the rows (batch,) where it is full; None = all."""
+    values, keys = rule.write(k, v, memory)
+    if full is None:
+        return SegmentMemory(values, keys, memory.written + 1)
+    here = full[:, None, None]
+    values = torch.where(here[..., None], values, memory.values)
+    return SegmentMemory(values, torch.where(here, keys, memory.keys), memory.written + full)
+
+
+def emptied(memory: SegmentMemory, rows: Tensor) -> SegmentMemory:
+    """Nothing remembered in the rows (batch,)."""
+    return SegmentMemory(
+        memory.values.masked_fill(rows[:, None, None, None], 0),
+        memory.keys.masked_fill(rows[:, None, None], 0),
+        memory.written.masked_fill(rows, 0),
+    )
+
+
+def cut(memory: SegmentMemory, horizon: int | None, left: Tensor) -> SegmentMemory:
+    """Detach the memory k, 2k, ... segments before each row's end."""
+    if horizon is None or not memory.values.requires_grad:
+        return memory
+    here = (left > 0) & (left % horizon == 0)
+    values = torch.where(here[:, None, None, None], memory.values.detach(), memory.values)
+    return memory._replace(values=values, keys=torch.where(here[:, None, None], memory.keys.detach(), memory.keys))
+
+
+def inside_cost(length: int, segment: int) -> int:
+    """Score entries of `attend_inside`, one head."""
+    whole, rest = divmod(length, segment)
+    return whole * full_cost(segment, causal=True) + (full_cost(rest, causal=True) if rest else 0)

@@ -1,0 +1,89 @@
+"""Attention to the nearest keys: a sliding window, or blocks that also see their neighbours."""
+
+from torch import Tensor
+
+from longspan.engine import Round, Schedule, attention
+from longspan.engine.arguments import check_positive, read_call
+from longspan.engine.decode import decode, is_decode
+from longspan.engine.flash import default_scale
+from longspan.engine.full import attend_call, full_cost
+from longspan.engine.tiles import Plan, make_plan
+
+FORWARD_TILE = 64
+BACKWARD_TILE = 64
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    blocks: bool = False,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """Attention to the nearest keys, in time and memory linear in the length (Beltagy et al. 2020, section 3.1).
+
+    Causal: 0 <= i - j < window; else |i - j| < window. With `blocks`, i and j count from query column 0, which is a
+    block border (older keys have negative j): j <= i and i // window - j // window <= 1; not causal:
+    |i // window - j // window| <= 1.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
+        v: like k.
+        window: keys, itself included, that a query sees on each side; with `blocks` the block size.
+        causal: a query sees no key column after its own, memory + i.
+        blocks: see above.
+        scale: factor of the scores; default head_dim ** -0.5.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
+            document starts (then without older keys). None = no limit.
+        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
+    """
+    check_positive("window", window)
+    keep = window if blocks else window - 1
+    call = read_call(q, k, v, causal=causal, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
+    scale = default_scale(q, scale)
+    if call.empty or _unlimited(q.shape[2], call.memory, window, causal, blocks):
+        return attend_call(call, causal=causal, scale=scale)
+    if is_decode(call):
+        return decode(call, scale=scale)
+    size = q.shape[2], call.memory, window, causal, blocks
+    tiles = Round(_plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size), call.visibility)
+    return call.finish(attention(call.q, call.k, call.v, Schedule((tiles,), scale))[0])
+
+
+def window_cost(length: int, *, window: int, causal: bool = True, blocks: bool = False) -> int:
+    """Score entries computed per head by `window_attention` without older keys: the sum of its tiles.
+
+    Forward FLOPs are 4 * head_dim * heads * batch times this.
+
+    Args:
+        length: queries.
+        window: see `window_attention`.
+        causal: see `window_attention`.
+        blocks: see `window_attention`.
+    """
+    if _unlimited(length, 0, window, causal, blocks):
+        return full_cost(length, causal=causal)
+    return _plan(FORWARD_TILE, length, 0, window, causal, blocks).pairs()
+
+
+def _unlimited(length: int, memory: int, window: int, causal: bool, blocks: bool) -> bool:
+    """Whether the window hides nothing."""
+    if blocks:
+        return length <= window or (length <= 2 * window and memory == 0)
+    return window >= memory + length if causal else window >= max(memory + length, 1)
+
+
+def _plan(tile: int, length: int, memory: int, window: int, causal: bool, blocks: bool) -> Plan:
+    segment = window if blocks else None
+    return make_plan(length, memory, tile=tile, causal=causal, window=window, segment=segment)

@@ -1,0 +1,106 @@
+"""`associative` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longspan import ops
+from longspan.contract.base import Shape, Traits
+from longspan.contract.segments import SegmentCore
+from longspan.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssociativeConfig:
+    """Fields of `associative`.
+
+    Attributes:
+        segment: positions of a segment.
+        num_memory_tokens: pairs that a segment writes, a kv head.
+        memory_dim: width of keys and queries before the feature map.
+        nu: of DPFP; the memory has 2 nu memory_dim rows.
+        bptt_segments: gradients reach so many segments back through the memory; None = all.
+    """
+
+    segment: int = 512
+    num_memory_tokens: int = 8
+    memory_dim: int = 32
+    nu: int = 3
+    bptt_segments: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("segment", "num_memory_tokens", "memory_dim", "nu", "bptt_segments"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"associative.{name} = {value}: must be at least 1")
+
+
+class AssociativeCore(SegmentCore):
+    """See the package."""
+
+    Config = AssociativeConfig
+    config: AssociativeConfig
+    examples = (
+        {"segment": 4, "num_memory_tokens": 3, "memory_dim": 4},
+        {"segment": 3, "num_memory_tokens": 2, "memory_dim": 3, "nu": 2, "bptt_segments": 2},
+    )
+
+    def __init__(self, shape: Shape, config: AssociativeConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("associative: the memory is of the past; there is no bidirectional form")
+        self.segment, self.features = config.segment, 2 * config.memory_dim * config.nu
+        dim, std = shape.head_dim, shape.head_dim**-0.5
+        self.tokens = nn.Parameter(torch.randn(shape.num_kv_heads, config.num_memory_tokens, dim))
+        self.query = nn.Parameter(std * torch.randn(dim, config.memory_dim))
+        self.key = nn.Parameter(std * torch.randn(dim, config.memory_dim))
+        self.value = nn.Parameter(torch.zeros(dim, dim))
+        self.strength = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; causal only; features of a query and of a key may have no place in common."""
+        config = self.config
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            sparse=True,
+            segment=config.segment,
+            horizon=config.bptt_segments,
+            linear_in_values=False,
+        )
+
+    @property
+    def maps(self) -> ops.AssociativeMaps:
+        """The weights, as the operation wants them."""
+        return ops.AssociativeMaps(self.tokens, self.query, self.key, self.value, self.strength, self.config.nu)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+        """See `SegmentCore`."""
+        horizon = self.config.bptt_segments
+        return ops.associative_attention(q, k, v, self.maps, segment=self.segment, bptt_segments=horizon, **layout)
+
+    def attend_open(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+        """See `SegmentCore`."""
+        horizon = self.config.bptt_segments
+        return ops.associative_open(q, k, v, self.maps, segment=self.segment, bptt_segments=horizon, **layout)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Local attention in every segment, memory queries, memory read and written."""
+        shape, config = self.shape, self.config
+        memory, local = ops.associative_cost(
+            length,
+            segment=config.segment,
+            head_dim=shape.head_dim,
+            group=shape.group,
+            tokens=config.num_memory_tokens,
+            memory_dim=config.memory_dim,
+            nu=config.nu,
+        )
+        return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
+
+    def pairs(self, length: int) -> int:
+        """All pairs: what the local part does not see is in the memory."""
+        return self.shape.num_heads * (length * (length + 1) // 2)

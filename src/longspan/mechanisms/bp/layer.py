@@ -1,0 +1,122 @@
+"""`bp` as a layer; see the package."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from longspan import ops
+from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPConfig:
+    """Fields of `bp`.
+
+    Attributes:
+        k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
+            classification and translation.
+        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier
+            tokens are seen. Levels that a call is too short for cost next to nothing.
+    """
+
+    k: int = 16
+    max_level: int = 12
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"bp.k = {self.k}: must be at least 1")
+        if not 0 <= self.max_level <= 24:
+            raise ConfigError(f"bp.max_level = {self.max_level}: must be from 0 to 24")
+
+
+class BPState(ops.TreeNodes):
+    """The spans that later tokens may still see."""
+
+    __slots__ = ()
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "open_k", "open_v", "open_mass"
+
+
+class BPCore(Core):
+    """See the package."""
+
+    Config = BPConfig
+    config: BPConfig
+    examples = ({"k": 2, "max_level": 3}, {"k": 1, "max_level": 5}, {"k": 3, "max_level": 0})
+
+    def __init__(self, shape: Shape, config: BPConfig) -> None:
+        super().__init__(shape, config)
+        entries = ops.bp_entries(config.k, config.max_level, shape.causal)
+        self.queries = nn.Parameter(torch.zeros(config.max_level, shape.num_kv_heads, shape.head_dim))
+        self.relative = nn.Parameter(torch.empty(entries, shape.head_dim).normal_(0, 0.02))
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded by the highest level."""
+        return Traits(streams=self.shape.causal, bounded=True)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Queries of spans and relative positions take no weight decay."""
+        return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: BPState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, BPState | None]:
+        """See `Core.forward`."""
+        out, nodes = ops.bp_attention(
+            q,
+            k,
+            v,
+            self.queries,
+            self.relative,
+            nearest=self.config.k,
+            causal=self.shape.causal,
+            positioned=None if self.shape.rope is None else self.rotate(q, k, rows),
+            lengths=rows.lengths,
+            start=rows.origin,
+            state=None if state is None else ops.TreeNodes(*state)._replace(live=rows.offset),
+        )
+        if nodes is None:
+            return out, None
+        held = BPState(*(rows.clear_reset(t) for t in nodes))
+        return out, held._replace(live=rows.live)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
+        """Full capacity, nothing live."""
+        config, shape = self.config, self.shape
+        nodes = ops.empty_nodes(
+            batch_size, shape.num_kv_heads, shape.head_dim, config.k, config.max_level, device, dtype
+        )
+        return BPState(*nodes)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Two vectors a kv head and slot, two and a number in fp32 a level above the tokens, a count a row."""
+        config, dim = self.config, self.shape.head_dim
+        finished = 2 * ops.bp_slots(config.k, config.max_level) * dim * dtype.itemsize
+        opened = config.max_level * (2 * dim + 1) * max(dtype.itemsize, 4)
+        return batch_size * (self.shape.num_kv_heads * (finished + opened) + 8)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Scores and values of every chunk's columns, the relative term, and the nodes."""
+        shape, config = self.shape, self.config
+        query, node = ops.bp_cost(length, nearest=config.k, levels=config.max_level, causal=shape.causal)
+        return 2 * batch_size * shape.head_dim * (shape.num_heads * query + shape.num_kv_heads * node)
+
+    def pairs(self, length: int) -> int:
+        """Pairs of a token and one that it sees, alone or within a span."""
+        config = self.config
+        one = ops.bp_pairs(length, nearest=config.k, levels=config.max_level, causal=self.shape.causal)
+        return self.shape.num_heads * one

@@ -1,0 +1,296 @@
+"""Compression functions of the Compressive Transformer (Rae et al. 2019, section 3.2), and what they learn from.
+
+A group of `ratio` vectors becomes one slot. "mean" and "max" pool it. "conv" is a convolution of `ratio` taps at a
+stride of `ratio`. "dilated" is a stack of convolutions of two taps at dilations 1, 2, 4, ..., each with a residual,
+y = (a + b) / 2 + W gelu([a, b]), read at the end of each group; it sees the last 2 ** layers vectors, at least two
+groups (the paper gives no sizes). "most_used" keeps, of the vectors that leave the memory together, those with the most
+attention. The convolutions begin as means (the paper says nothing of their start).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longspan import host, ops
+from longspan.contract.maps import CalledParameters
+from longspan.contract.rows import Rows
+from longspan.engine.first_order import FirstOrder
+from longspan.mechanisms.compressive.operation import CallSegments, CompressiveSizes
+
+Project = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Compressor(nn.Module):
+    """Groups of vectors to slots.
+
+    Args:
+        how: "mean", "max", "conv", "dilated" or "most_used".
+        dim: width of the vectors.
+        ratio: vectors of a group.
+        decode: add the decoder of the auto-encoding loss; of functions with parameters only.
+
+    Attributes:
+        context: vectors before a group that its slot depends on.
+        learns: the function has parameters.
+    """
+
+    def __init__(self, how: str, dim: int, ratio: int, decode: bool = False) -> None:
+        super().__init__()
+        self.how, self.dim, self.ratio = how, dim, ratio
+        layers = (2 * ratio - 1).bit_length() if how == "dilated" else 0
+        self.context = 2**layers - ratio if layers else 0
+        self.learns = how in ("conv", "dilated")
+        # parameters and no `nn.Linear`: models draw the weights of those anew
+        self.layers = CalledParameters(torch.zeros(dim, 2 * dim) for _ in range(layers))
+        self.conv = nn.Parameter(torch.eye(dim).repeat(1, ratio) / ratio) if how == "conv" else None
+        self.decoder = nn.Parameter(torch.eye(dim).repeat(ratio, 1)) if decode and self.learns else None
+
+    def unused_weights(self) -> list[str]:
+        """Names that earlier versions saved, of weights that nothing used: where there are no slots."""
+        return [] if self.learns else ["conv", "decoder", *(f"layers.{index}" for index in range(64))]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.unused_weights():
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(
+        self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None, *, decode: bool = False
+    ) -> Tensor:
+        """Compress.
+
+        Args:
+            vectors: (batch, context + slots * ratio, dim).
+            usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
+            groups: (batch,) how many groups are real, the first ones; of "most_used" only.
+            decode: see `decode`, of which it is the call.
+
+        Returns:
+            (batch, slots, dim).
+        """
+        if decode:
+            assert self.decoder is not None, "built without a decoder"
+            return F.linear(vectors, self.decoder).view(vectors.shape[0], -1, self.dim)
+        if usage is not None and groups is not None:
+            return self._most_used(vectors, usage, groups)
+        if self.how == "dilated":
+            h = vectors.unfold(1, self.context + self.ratio, self.ratio).transpose(2, 3)
+            for layer in self.layers():
+                pairs = h.unflatten(2, (-1, 2))
+                h = pairs.mean(3) + F.linear(F.gelu(pairs.flatten(3)), layer)
+            ends: Tensor = h[:, :, 0]
+            return ends
+        grouped = vectors.unflatten(1, (-1, self.ratio))
+        if self.conv is not None:
+            return F.linear(grouped.flatten(2), self.conv)
+        pooled: Tensor = grouped.amax(2) if self.how == "max" else grouped.mean(2)
+        return pooled
+
+    def _most_used(self, vectors: Tensor, usage: Tensor, groups: Tensor) -> Tensor:
+        """The `groups` most used of a row's first groups * ratio vectors, in their order; of equal ones the first."""
+        slots, column = vectors.shape[1] // self.ratio, torch.arange(vectors.shape[1], device=vectors.device)
+        real = column < (groups * self.ratio)[:, None]
+        order = usage.masked_fill(~real, -1.0).argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
+        chosen = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
+        return vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
+
+    def decode(self, slots: Tensor) -> Tensor:
+        """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
+        vectors: Tensor = self(slots, decode=True)
+        return vectors
+
+    def flops(self, slots: int) -> int:
+        """Of one row's compression to so many slots."""
+        if self.how == "conv":
+            return 2 * slots * self.ratio * self.dim**2
+        evaluated: int = 2 ** len(self.layers) - 1
+        return 4 * slots * evaluated * self.dim**2
+
+
+class Frozen(FirstOrder):
+    """A projection to keys and values through which gradients reach its input and not its parameters."""
+
+    what = "the loss of a compressor"
+
+    @staticmethod
+    def forward(ctx: Any, project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`project(x)`, its graph kept apart."""
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            k, v = project(inner)
+        ctx.inner = inner, k, v
+        ctx.save_for_backward(x)
+        return k.detach(), v.detach()
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[None, Tensor]:
+        """The gradient of x alone."""
+        x, *projected = ctx.inner
+        return None, torch.autograd.grad(projected, x, grads, retain_graph=True)[0]
+
+
+def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of x whose gradients reach x and not the parameters of `project`."""
+    projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)
+    return projected
+
+
+class AuxiliaryLoss:
+    """What a compressor learns from in one call: a mean over what the segments that end there have to say.
+
+    Args:
+        compressor: whose parameters it reaches; nothing else.
+        kind: "attention" or "auto_encoding".
+    """
+
+    def __init__(self, compressor: Compressor, kind: str) -> None:
+        self.compressor, self.kind = compressor, kind
+        self.sums: list[tuple[Tensor, Tensor]] = []  # squared errors, and how many
+
+    def add(self, old: Tensor, new: Tensor, q: Tensor, project: Project, groups: Tensor, lengths: Tensor) -> None:
+        """Segments that end, one a row.
+
+        Args:
+            old: (batch, slots * ratio, dim), what left the memory.
+            new: (batch, slots, dim), what the compressor made of it.
+            q: (batch, heads, length, head_dim), queries of the segments.
+            project: the layer's hidden states to keys and values.
+            groups: (batch,) how many slots are real, the first ones; 0 where no segment ends.
+            lengths: (batch,) how many queries are real, the first ones.
+        """
+        if self.kind == "auto_encoding":
+            dtype = torch.promote_types(old.dtype, torch.float32)
+            lost = (self.compressor.decode(new).to(dtype) - old).square().mean(2)
+            real = torch.arange(old.shape[1], device=old.device) < (groups * self.compressor.ratio)[:, None]
+            self.sums.append(((lost * real).sum(), real.sum()))
+            return
+        with torch.no_grad():
+            k, v = project(old)
+        lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+        self.sums.append((lost.sum(), (lengths * (groups > 0)).sum()))
+
+    def mean(self) -> Tensor | None:
+        """The mean squared error, a scalar; None where no segment had anything to compress."""
+        if not self.sums:
+            return None
+        errors, counts = (torch.stack(terms).sum() for terms in zip(*self.sums, strict=True))
+        return errors / counts.clamp(min=1)
+
+
+class SlotLayout(NamedTuple):
+    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made.
+
+    Attributes:
+        vectors: (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's.
+        groups: (closing,) how many slots of each are real, the first ones.
+        queries: (closing, most tokens) the call's tokens in each, flattened over the batch.
+        lengths: (closing,) how many of these are real, the first ones.
+        visible: (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see.
+        carried: (batch, compressed_len) in the same list: those of the next state.
+    """
+
+    vectors: Tensor
+    groups: Tensor
+    queries: Tensor
+    lengths: Tensor
+    visible: Tensor
+    carried: Tensor
+
+
+def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
+    """The layout of a call.
+
+    Args:
+        rows: of the call.
+        segments: of the call.
+        sizes: of the mechanism.
+        context: see `Compressor`.
+        capacity: columns of hidden states in a state.
+    """
+    old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
+    closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
+    group = np.arange(closing.new_slots.max(initial=0))
+    first = sizes.closed_slots(closing.border) * sizes.ratio - context
+    position = first + np.arange(context + len(group) * sizes.ratio)
+    column = closing.column - closing.opened - closing.border + position  # negative: in the state
+    in_state = 1 + (closing.row + 1) * capacity + column
+    vectors = np.where(column < 0, in_state, 1 + rows.batch * capacity + closing.row * rows.length + column)
+    vectors[(position < 0) | (position >= closing.border + sizes.segment)] = 0
+    query = np.minimum(np.arange(closing.tokens.max(initial=0)), closing.tokens - 1)
+    # the slots of a row: those of the state, then the new ones
+    new_slots = np.zeros(rows.batch, np.int64)
+    np.add.at(new_slots, segments.row, segments.new_slots)
+    slots = np.zeros((rows.batch, compressed_len + new_slots.max(initial=0)), np.int64)
+    slots[:, :compressed_len] = 1 + np.arange(old_slots).reshape(rows.batch, compressed_len)
+    row, column = np.broadcast_arrays(closing.row, compressed_len + closing.new_slots_before + group)
+    real = group < closing.new_slots
+    slots[row[real], column[real]] = (1 + old_slots + np.arange(real.size).reshape(real.shape))[real]
+    live_before, live = (sizes.visible(count - count % sizes.segment)[0] for count in (rows.offsets, rows.lives))
+    last = np.arange(compressed_len)
+    carried = np.take_along_axis(slots, new_slots[:, None] + last, 1) * (last >= compressed_len - live[:, None])
+    visible_end = compressed_len + segments.new_slots_before.max(initial=0)
+    return SlotLayout(
+        vectors=host.put(vectors, rows.device),
+        groups=host.put(closing.new_slots[:, 0], rows.device),
+        queries=host.put(closing.row * rows.length + closing.column + query, rows.device),
+        lengths=host.put(closing.tokens[:, 0], rows.device),
+        visible=host.put(slots[:, compressed_len - live_before.max(initial=0) : visible_end], rows.device),
+        carried=host.put(carried, rows.device),
+    )
+
+
+class UsageLayout(NamedTuple):
+    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's.
+
+    Attributes:
+        visible: (batch, capacity + length) bool, in the memory or the open segment.
+        queries: (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all.
+        carried: (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of
+            the memory where a segment opens.
+        segment: its positions.
+    """
+
+    visible: Tensor
+    queries: Tensor
+    carried: Tensor
+    segment: int
+
+    def add(self, usage: Tensor, received: Tensor) -> Tensor:
+        """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
+
+        Args:
+            usage: (batch, capacity) of the state.
+            received: (batch, keys) attention of the call's keys, newest last; see `ops.attention_usage`.
+        """
+        columns = self.visible.shape[1]
+        received = F.pad(received, (columns - received.shape[1], 0)) * self.visible
+        usage = F.pad(usage, (0, columns - usage.shape[1])) + received
+        return usage * (self.segment / self.queries.to(usage.dtype))
+
+    def carry(self, usage: Tensor, rows: Rows) -> Tensor:
+        """(batch, capacity) usage that the next state holds, of what `add` returned."""
+        capacity = self.carried.shape[1]
+        return rows.carry(usage[:, :capacity, None], usage[:, capacity:, None], capacity)[..., 0] * self.carried
+
+
+def usage_layout(rows: Rows, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
+    """The layout of a call within the open segment of every row; arguments as of `slot_layout`."""
+    opened = (rows.offsets % sizes.segment)[:, None]
+    closes = opened + rows.lengths_read[:, None] == sizes.segment
+    rank = np.arange(-capacity, rows.length) + opened  # in the open segment, negative before it
+    memory = sizes.visible(rows.offsets[:, None] - opened)[1]
+    averaged = closes & (rank >= 0) & (rank < sizes.segment)
+    live = rows.lives[:, None]
+    position = np.arange(-capacity, 0) + live
+    waits = position >= sizes.closed_slots(live - live % sizes.segment) * sizes.ratio
+    return UsageLayout(
+        visible=host.put(rank >= -memory, rows.device),
+        queries=host.put(np.where(averaged, sizes.segment - rank, sizes.segment), rows.device),
+        carried=host.put(waits & (~closes | (position < live - sizes.mem_len)), rows.device),
+        segment=sizes.segment,
+    )

@@ -1,0 +1,246 @@
+"""Dense definitions of the Compressive Transformer (Rae et al. 2019, section 3 and algorithm 1).
+
+A segment sees slots of compressed memory, the `mem_len` positions before it, and itself so far, in one softmax with
+Transformer-XL's relative positions, which go on over the slots: the newest stands `mem_len` + 1 before the segment.
+`compressive_layer` is the paper's algorithm as it stands, segment by segment; what is above it are its parts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan.engine.definitions.softmax import masked_softmax, visible_keys
+
+
+def closed_groups(border: int, *, mem_len: int, ratio: int) -> int:
+    """Groups of `ratio` vectors that have left the memory when a segment ends at position `border`."""
+    return max(0, border - mem_len) // ratio
+
+
+def _repeat(keys: Tensor, heads: int) -> Tensor:
+    return keys.repeat_interleave(heads // keys.shape[1], 1)
+
+
+def _scores(q: Tensor, k: Tensor, relative: Tensor, u: Tensor, w: Tensor) -> Tensor:
+    """q_i . k_j + q_i . r_ij + u . k_j + w . r_ij; `relative` is (heads, length, columns, head_dim)."""
+    k = _repeat(k, q.shape[1])
+    content = torch.einsum("bhid,bhjd->bhij", q, k) + torch.einsum("hd,bhjd->bhj", u, k)[:, :, None]
+    return content + torch.einsum("bhid,hijd->bhij", q, relative) + torch.einsum("hd,hijd->hij", w, relative)
+
+
+def compressive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots_k: Tensor,
+    slots_v: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    segment: int,
+    mem_len: int,
+    compressed_len: int,
+    ratio: int,
+    position: int = 0,
+    stale: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
+
+    score(i, j) = (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t) / sqrt(head_dim)
+
+    t = i - j for a token j; t = i - b + mem_len + g for the g-th newest slot (1, 2, ...) of a segment that begins at b.
+
+    Args:
+        q: (batch, heads, length, head_dim); column 0 stands at `position`, a segment border.
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys, at
+            least min(mem_len, position).
+        v: like k.
+        slots_k: (batch, kv_heads, slots, head_dim): the slots closed before the last segment, newest last.
+        slots_v: like slots_k.
+        r: (heads, distances, head_dim), r[:, t] for distance t; at least segment + mem_len + compressed_len.
+        content_bias: (heads, head_dim), the paper's u.
+        position_bias: (heads, head_dim), the paper's v.
+        segment: positions of a segment.
+        mem_len: positions before its segment that a token sees.
+        compressed_len: most slots that a token sees.
+        ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
+        position: of query 0.
+        stale: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients here.
+
+    Returns:
+        (batch, heads, length, head_dim).
+    """
+    length, memory, slots = q.shape[2], k.shape[2] - q.shape[2], slots_k.shape[2]
+    stale_k, stale_v = (k, v) if stale is None else stale
+    keys, values = torch.cat([slots_k, stale_k, k], 2), torch.cat([slots_v, stale_v, v], 2)
+    i = torch.arange(position, position + length, device=q.device)[:, None]
+    j = torch.arange(position - memory, position + length, device=q.device)[None, :]
+    begin = i // segment * segment
+    closed = (begin - mem_len).clamp(min=0) // ratio  # before the segment of i
+    final = (position + length - 1) // segment * segment if length else position
+    slot = closed_groups(final, mem_len=mem_len, ratio=ratio) - slots + torch.arange(slots, device=q.device)[None, :]
+    seen_slots = (slot >= 0) & (slot < closed) & (slot >= closed - compressed_len)
+    seen_older = (j >= 0) & (j < begin) & (j >= begin - mem_len)
+    seen = torch.cat([seen_slots, seen_older, (j >= begin) & (j <= i)], 1)
+    distance = torch.cat([i - begin + mem_len + closed - slot, i - j, i - j], 1)
+    relative = r[:, distance.clamp(0, r.shape[1] - 1)]
+    weights = masked_softmax(q.shape[-1] ** -0.5 * _scores(q, keys, relative, content_bias, position_bias), seen)
+    return weights @ _repeat(values, q.shape[1])
+
+
+def attention_usage(
+    q: Tensor,
+    k: Tensor,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    scale: float | None = None,
+    lengths: Tensor | None = None,
+    memory_lengths: Tensor | None = None,
+) -> Tensor:
+    """How much attention each key gets in `relative_attention` without a window: its weights, summed over the queries.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim).
+        r: (heads, distances, head_dim).
+        content_bias: (heads, head_dim).
+        position_bias: (heads, head_dim).
+        scale: default head_dim ** -0.5.
+        lengths: see `visible_keys`.
+        memory_lengths: see `visible_keys`.
+
+    Returns:
+        (batch, memory + length), the mean over the heads of sums over the real queries; no gradient.
+    """
+    seen = visible_keys(q, k, lengths=lengths, memory_lengths=memory_lengths)
+    i = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
+    distance = i - torch.arange(k.shape[2], device=q.device)
+    relative = r[:, distance.clamp(0, r.shape[1] - 1)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = scale * _scores(q, k, relative, content_bias, position_bias)
+    return masked_softmax(scores, seen[:, None]).sum(2).mean(1).detach()
+
+
+def attention_reconstruction(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots_k: Tensor,
+    slots_v: Tensor,
+    *,
+    groups: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention-reconstruction loss (Rae et al. 2019, algorithm 2): what queries lose when slots stand for vectors.
+
+    mean over queries, heads and dims of (attend(q, k, v) - attend(q, slots_k, slots_v)) ** 2, content only: no
+    positions, no order. Gradients are for the slots; the caller cuts those of the others.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, slots * ratio, head_dim), what the slots stand for.
+        v: like k.
+        slots_k: (batch, kv_heads, slots, head_dim).
+        slots_v: like slots_k.
+        groups: (batch,) how many slots are real, the first ones, each with its `ratio` vectors; None = all.
+        lengths: (batch,) how many queries are real, the first ones; None = all.
+        scale: default head_dim ** -0.5.
+
+    Returns:
+        (batch,) sums over a row's real queries of the means over heads and dims; 0 where a row has no real slot.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    ratio = k.shape[2] // slots_k.shape[2]
+
+    def attend(keys: Tensor, values: Tensor, per_group: int) -> Tensor:
+        seen = torch.ones(q.shape[0], 1, 1, keys.shape[2], dtype=torch.bool, device=q.device)
+        if groups is not None:
+            seen = (torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None])[:, None, None]
+        scores = scale * q @ _repeat(keys, q.shape[1]).mT
+        return masked_softmax(scores, seen.expand(scores.shape)) @ _repeat(values, q.shape[1])
+
+    lost = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square().mean((1, 3))
+    if lengths is not None:
+        lost = lost.masked_fill(torch.arange(q.shape[2], device=q.device) >= lengths[:, None], 0.0)
+    return lost.sum(1)
+
+
+class CompressiveMemory(NamedTuple):
+    """Memory of a layer at a border: compressed slots, recent vectors, vectors that wait for their group."""
+
+    compressed: Tensor
+    recent: Tensor
+    waiting: Tensor
+    waiting_usage: Tensor
+
+
+def compressive_layer(
+    h: Tensor,
+    project: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    compress: Callable[[Tensor], Tensor] | None,
+    r: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    *,
+    segment: int,
+    mem_len: int,
+    compressed_len: int,
+    ratio: int,
+) -> tuple[Tensor, CompressiveMemory]:
+    """Algorithm 1 for one document from an empty past, segment by segment.
+
+    Args:
+        h: (1, length, dim) hidden states.
+        project: hidden states to q (1, heads, n, head_dim), k and v (1, kv_heads, n, head_dim).
+        compress: all vectors evicted so far (1, n * ratio, dim) to slots (1, n, dim); None = keep the most used: of the
+            vectors that leave together, those with the largest mean attention from the queries that saw them since
+            the segment opened.
+        r: (heads, distances, head_dim).
+        content_bias: (heads, head_dim).
+        position_bias: (heads, head_dim).
+        segment, mem_len, compressed_len, ratio: see `compressive_attention`.
+
+    Returns:
+        (1, heads, length, head_dim) attended values, and the memory after the last closed segment.
+    """
+    dim, empty = h.shape[-1], h.new_zeros(0)
+    memory = CompressiveMemory(h[:, :0], h[:, :0], h[:, :0], empty)
+    outs, gone = [], h[:, :0]
+    for begin in range(0, h.shape[1], segment):
+        own = h[:, begin : begin + segment]
+        q, own_k, own_v = project(own)
+        _, old_k, old_v = project(torch.cat([memory.compressed, memory.recent], 1).detach())
+        k, v = torch.cat([old_k, own_k], 2), torch.cat([old_v, own_v], 2)
+        older, size = old_k.shape[2], own.shape[1]
+        distance = torch.arange(older, older + size)[:, None] - torch.arange(older + size)
+        relative = r[:, distance.clamp(min=0)]
+        scores = q.shape[-1] ** -0.5 * _scores(q, k, relative, content_bias, position_bias)
+        weights = masked_softmax(scores, (distance >= 0)[None, None])
+        outs.append(weights @ _repeat(v, q.shape[1]))
+        if size < segment:
+            break
+        usage = weights.mean(1)[0].sum(0) / (distance >= 0).sum(0)  # mean over the queries that saw the key
+        slots = memory.compressed.shape[1]
+        recent = torch.cat([memory.recent, own], 1).detach()
+        left = max(0, recent.shape[1] - mem_len)
+        waiting = torch.cat([memory.waiting, recent[:, :left]], 1)
+        waiting_usage = torch.cat([memory.waiting_usage, usage[slots:][:left]])
+        count = waiting.shape[1] // ratio
+        old, gone = waiting[:, : count * ratio], torch.cat([gone, waiting[:, : count * ratio]], 1)
+        if compress is None:
+            kept = waiting_usage[: count * ratio].argsort(descending=True, stable=True)[:count].sort().values
+            new = old[:, kept]
+        else:
+            new = compress(gone)[:, gone.shape[1] // ratio - count :]
+        compressed = torch.cat([memory.compressed, new.reshape(1, count, dim)], 1)
+        compressed = compressed[:, max(0, compressed.shape[1] - compressed_len) :].detach()
+        memory = CompressiveMemory(
+            compressed, recent[:, left:], waiting[:, count * ratio :], waiting_usage[count * ratio :]
+        )
+    return torch.cat(outs, 2), memory

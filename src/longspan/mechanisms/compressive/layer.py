@@ -1,0 +1,416 @@
+"""`compressive` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan import host, ops
+from longspan import state as states
+from longspan.config import check_least
+from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.relative import NO_CONVERSION, RelativeCore
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError
+from longspan.host import Array
+from longspan.mechanisms.compressive.compressors import (
+    AuxiliaryLoss,
+    Compressor,
+    Project,
+    SlotLayout,
+    UsageLayout,
+    slot_layout,
+    usage_layout,
+)
+from longspan.mechanisms.compressive.operation import (
+    CallSegments,
+    CompressiveSizes,
+    attend_segments,
+    attention_layout,
+    call_segments,
+    column_list,
+    pick,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressiveConfig:
+    """Fields of `compressive`.
+
+    Attributes:
+        segment: positions of a segment.
+        mem_len: positions before its segment that a token sees as they are.
+        compressed_len: slots before them that it sees.
+        ratio: vectors compressed to one slot.
+        compression: "mean", "max", "conv", "dilated" or "most_used"; see `compressors`.
+        loss: what a compression with parameters learns from: "attention" (the paper's best), "auto_encoding" or "none".
+        loss_weight: of that loss.
+        compressor_lr: learning rate of the compression's parameters; None = the run's.
+    """
+
+    segment: int = 512
+    mem_len: int = 512
+    compressed_len: int = 512
+    ratio: int = 3
+    compression: Literal["mean", "max", "conv", "dilated", "most_used"] = "conv"
+    loss: Literal["attention", "auto_encoding", "none"] = "attention"
+    loss_weight: float = 1.0
+    compressor_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least(
+            self, "compressive", {"segment": 1, "mem_len": 0, "compressed_len": 0, "ratio": 1, "loss_weight": 0}
+        )
+        if self.compressor_lr is not None and self.compressor_lr <= 0:
+            raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
+
+
+class CompressiveState(NamedTuple):
+    """Memory.
+
+    Attributes:
+        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
+            for its group (or gives a compression its context). Columns beyond `live` are zero and masked.
+        compressed: (batch, compressed_len, dim), newest last.
+        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
+            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
+        live: (batch,) live tokens.
+    """
+
+    hidden: Tensor
+    compressed: Tensor
+    usage: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return ("usage",)
+
+
+class Inputs(NamedTuple):
+    """Arguments of a call, or of one segment of it.
+
+    Attributes:
+        q, k, v: see `Core.forward`.
+        x: (batch, length, dim), the hidden states they are projections of.
+        project: hidden states to keys and values.
+        r: (heads, distances, head_dim), projected distances; None where they are folded into the query.
+        loss: what the compressor learns from; None where it does not learn.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    project: Project
+    r: Tensor | None
+    loss: AuxiliaryLoss | None
+
+
+class CompressiveCore(RelativeCore):
+    """See the package."""
+
+    Config = CompressiveConfig
+    config: CompressiveConfig
+    examples = (
+        {"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2},
+        {"segment": 4, "mem_len": 3, "compressed_len": 5, "ratio": 3, "compression": "mean"},
+        {"segment": 5, "mem_len": 2, "compressed_len": 3, "ratio": 2, "compression": "max"},
+        {"segment": 3, "mem_len": 4, "compressed_len": 2, "ratio": 4, "compression": "dilated"},
+        {"segment": 4, "mem_len": 4, "compressed_len": 3, "ratio": 3, "compression": "most_used"},
+        {"segment": 4, "mem_len": 2, "compressed_len": 4, "ratio": 3, "loss": "auto_encoding"},
+    )
+
+    def __init__(self, shape: Shape, config: CompressiveConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
+        # with no slots nothing is compressed, and a function without parameters stands for what would do it
+        how = config.compression if config.compressed_len else "mean"
+        self.compressor = Compressor(how, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
+        self.sizes = CompressiveSizes(config.segment, config.mem_len, config.compressed_len, config.ratio)
+        self.reach = config.segment + config.mem_len + config.compressed_len
+        waiting = config.ratio - 1 + self.compressor.context if config.compressed_len else 0
+        self.capacity = waiting + config.mem_len + config.segment - 1
+        self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; gradients stay inside the segment; "most_used" selects; slots are made of hidden states."""
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            selects=self.counts_usage,
+            segment=self.config.segment,
+            horizon=1,
+            receives_hidden=True,
+            linear_in_values=False,
+            no_conversion_reason=NO_CONVERSION,
+        )
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The compression's parameters."""
+        parameters = list(self.compressor.parameters())
+        return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
+
+    # -- the call --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: CompressiveState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, CompressiveState]:
+        """See `Core.forward`."""
+        assert hidden is not None, "compressive projects hidden states"
+        loss = (
+            AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns(rows) else None
+        )
+        distances = self._distances(rows)
+        one_segment = rows.inside(self.config.segment) or not rows.batch
+        folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
+        r = None if folds else self.relative(distances, rows)
+        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
+        if state is None:
+            state = self.init_state(rows.batch, q.device, hidden.x.dtype)
+        if one_segment:
+            out, state = self._within_segment(inputs, state, rows)
+        elif self.counts_usage:
+            out, state = self._segment_by_segment(inputs, state, rows)
+        else:
+            out, state = self._all_segments(inputs, state, rows)
+        penalty = None if loss is None else loss.mean()
+        if penalties is not None and penalty is not None:
+            penalties.append(self.config.loss_weight * penalty)
+        return out, state
+
+    def _learns(self, rows: Rows) -> bool:
+        config = self.config
+        has_loss = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
+        return has_loss and config.compressed_len > 0 and rows.learns
+
+    def _distances(self, rows: Rows) -> int:
+        """Distances that pairs of the call have at most."""
+        if not rows.plain:
+            return self.reach
+        first, last = rows.offset_range[0], rows.offset_range[0] + rows.length
+        segment, most = self.config.segment, 1
+        for border in range(first - first % segment, last, segment):
+            most = max(most, int(min(border + segment, last) - border + sum(self.sizes.visible(border))))
+            if most == self.reach:
+                break
+        return most
+
+    def _within_segment(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
+        q, k, v, segment = inputs.q, inputs.k, inputs.v, self.config.segment
+        past, memory_lengths = self._past(state, rows)
+        if past is not None:
+            past_k, past_v = inputs.project(past)
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        real: dict[str, Any] = {"lengths": rows.lengths, "memory_lengths": memory_lengths}
+        usage = state.usage
+        if inputs.r is None:
+            scores = self.position_scores(q, k.shape[2], rows)
+            out = ops.relative_decode(q, k, v, scores, self.content_bias, **real)
+        else:
+            biases = inputs.r, self.content_bias, self.position_bias
+            out = ops.relative_attention(q, k, v, *biases, **real)
+            if self.counts_usage:
+                usage = self._usage_layout(rows).add(usage, ops.attention_usage(q, k, *biases, **real))
+        compressed = rows.clear_reset(state.compressed)
+        if (rows.offsets % segment + rows.lengths_read == segment).any():
+            layout = self._slot_layout(rows)
+            compressed = pick(self._compress(inputs, state, usage, layout), layout.carried)
+        if self.counts_usage:
+            usage = self._usage_layout(rows).carry(usage, rows)
+        return out, CompressiveState(self._carry_hidden(state, inputs.x, rows), compressed, usage, rows.live)
+
+    def _past(self, state: CompressiveState, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden states (batch, columns, dim) that the call sees besides its own; how many are real, newest last."""
+        sizes, low, high = self.sizes, *rows.offset_range
+        if low == high:
+            opened = low % sizes.segment
+            slots, memory = sizes.visible(low - opened)
+            past = state.hidden[:, self.capacity - memory - opened :]
+            if slots:
+                past = torch.cat([state.compressed[:, sizes.compressed_len - slots :], past], 1)
+            return (past if past.shape[1] else None), None
+
+        def layout() -> tuple[Tensor, Tensor]:
+            opened = rows.offsets % sizes.segment
+            slots, memory = sizes.visible(rows.offsets - opened)
+            count, near = slots + memory + opened, (memory + opened)[:, None]
+            back = np.arange(count.max(), 0, -1)
+            column = sizes.compressed_len - back + np.where(back <= near, self.capacity, near)
+            return host.put(column.clip(min=0), rows.device), host.put(count, rows.device)
+
+        column, count = rows.cached(("compressive past", sizes, self.capacity), layout)
+        joined = torch.cat([state.compressed, state.hidden], 1)
+        return joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2])), count
+
+    def _all_segments(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+        """Any call, all segments at once: its slots are made of hidden states alone, before anything is attended."""
+        q, k, v, x, project, r, _ = inputs
+        assert r is not None, "only a call within the open segment folds queries"
+        slot_layout = self._slot_layout(rows)
+        slots = self._compress(inputs, state, None, slot_layout)
+        slots_k, slots_v = project(pick(slots, slot_layout.visible))
+        segments = self._segments(rows)
+        memory = int((segments.opened + self.sizes.visible(segments.border)[1] - segments.column).max(initial=0))
+        past, stale = state.hidden[:, self.capacity - memory :], None
+        if torch.is_grad_enabled():
+            stale = project(torch.cat([past, x], 1).detach())
+        if stale is None or past.requires_grad:
+            past_k, past_v = project(past)
+        else:
+            past_k, past_v = (t[:, :, :memory] for t in stale)
+        width = k.shape[1] * k.shape[3]
+        layout = rows.cached(
+            ("compressive attention", self.sizes, width, stale is not None),
+            lambda: attention_layout(
+                segments,
+                self.sizes,
+                batch=rows.batch,
+                length=rows.length,
+                memory=memory,
+                slots=slot_layout.visible.shape[1],
+                width=width,
+                stale=stale is not None,
+                device=rows.device,
+            ),
+        )
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        biases = r, self.content_bias, self.position_bias
+        out = attend_segments(layout, q, k, v, slots_k, slots_v, *biases, stale=stale)
+        compressed = pick(slots, slot_layout.carried)
+        return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
+
+    def _segment_by_segment(
+        self, inputs: Inputs, state: CompressiveState, rows: Rows
+    ) -> tuple[Tensor, CompressiveState]:
+        """Any call of "most_used", which compresses by the attention of a whole segment before the next one begins."""
+        layout, outs = rows.segments(self.config.segment), []
+        spread = [layout.spread(t) for t in (inputs.q, inputs.k, inputs.v, inputs.x)]
+        for columns, begins, part in rows.cached(("compressive parts", self.sizes), lambda: self._parts(rows)):
+            if begins is not None:
+                emptied = [t.masked_fill(begins.view(-1, *(1,) * (t.ndim - 1)), 0) for t in state]
+                state = CompressiveState(*emptied)
+            q, k, v = (part.gather(t[:, :, columns].transpose(1, 2)).transpose(1, 2) for t in spread[:3])
+            inner = inputs._replace(q=q, k=k, v=v, x=part.gather(spread[3][:, columns]))
+            out, state = self._within_segment(inner, state, part)
+            outs.append(part.scatter(out.transpose(1, 2)).transpose(1, 2))
+        hidden, compressed, usage = (rows.clear_reset(t) for t in state[:3])
+        return layout.collect(torch.cat(outs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
+
+    def _parts(self, rows: Rows) -> list[tuple[slice, Tensor | None, Rows]]:
+        """Of each segment of all rows: its columns, (batch,) rows in which a document begins or None, its layout."""
+        segment, live, parts = self.config.segment, rows.offsets, []
+        layout = rows.segments(segment)
+        positions = layout.spread_positions()
+        for first in range(0, layout.columns, segment):
+            columns = slice(first, first + segment)
+            begins = positions[:, first] == 1
+            offset = host.put(np.where(begins, 0, live), rows.device)
+            part = Rows(offset, segment, host.put(positions[:, columns] > 0, rows.device))
+            parts.append((columns, host.put(begins, rows.device) if begins.any() else None, part))
+            live = part.lives
+        return parts
+
+    # -- compression -----------------------------------------------------------------------------------------------
+
+    def _segments(self, rows: Rows) -> CallSegments:
+        key = "compressive segments", self.sizes
+        return rows.cached(key, lambda: call_segments(rows.positions_read, rows.lengths_read, self.sizes))
+
+    def _slot_layout(self, rows: Rows) -> SlotLayout:
+        sizes = self.sizes, self.compressor.context, self.capacity
+        return rows.cached(("compressive slots", *sizes), lambda: slot_layout(rows, self._segments(rows), *sizes))
+
+    def _usage_layout(self, rows: Rows) -> UsageLayout:
+        sizes = self.sizes, self.capacity
+        return rows.cached(("compressive usage", *sizes), lambda: usage_layout(rows, *sizes))
+
+    def _compress(self, inputs: Inputs, state: CompressiveState, usage: Tensor | None, layout: SlotLayout) -> Tensor:
+        """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
+        if not len(layout.groups):
+            return column_list(state.compressed)
+        loss, context = inputs.loss, self.compressor.context
+        old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
+        if self.counts_usage:
+            assert usage is not None
+            columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
+            new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
+        else:
+            with torch.set_grad_enabled(loss is not None):
+                new = self.compressor(old).to(old.dtype)
+        if loss is not None:
+            queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
+            loss.add(old[:, context:], new, queries, inputs.project, layout.groups, layout.lengths)
+        return column_list(state.compressed, new.detach())
+
+    def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
+        """What lies before the open segment is memory: it is read, not trained through."""
+        carried = rows.carry(state.hidden, x, self.capacity)
+        if not carried.requires_grad:
+            return carried
+        slot = torch.arange(self.capacity, device=x.device)
+        is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
+        some = self.capacity > 0 and (rows.lives % self.config.segment).any()
+        return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
+
+    # -- what it costs ---------------------------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> CompressiveState:
+        """Full capacity, nothing live."""
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
+        hidden, compressed = (zeros(n, self.shape.dim) for n in (self.capacity, self.config.compressed_len))
+        return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
+
+    def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
+        """See `Core.fit`; what is carried are hidden states."""
+        return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""
+        vectors = (self.capacity + self.config.compressed_len) * self.shape.dim * dtype.itemsize
+        usage = self.capacity * max(dtype.itemsize, 4) if self.counts_usage else 0
+        return batch_size * (vectors + usage + 8)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
+        shape, sizes = self.shape, self.sizes
+        width, projection = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
+        border, tokens, visible = self._document(length)
+        ended = border[tokens == sizes.segment]
+        new_slots = sizes.closed_slots(ended + sizes.segment) - sizes.closed_slots(ended)
+        row = self.compressor.flops(int((new_slots > 0).sum() * new_slots.max(initial=0)))
+        if self.counts_usage:
+            for queries, keys in zip(tokens.tolist(), visible.tolist(), strict=True):
+                content, position = ops.relative_cost(queries, memory=keys)
+                row += (6 * content + 4 * position) * width + projection * keys
+        else:
+            content, position = ops.compressive_cost(length, **sizes._asdict())
+            row += (4 * content + 2 * position) * width + projection * int(sizes.closed_slots(border).max(initial=0))
+        return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
+
+    def _document(self, length: int) -> tuple[Array, Array, Array]:
+        """Of each segment of a document: the border at which it begins, its tokens, the keys that it sees before it."""
+        border = np.arange(0, length, self.config.segment)
+        return border, np.minimum(self.config.segment, length - border), sum(self.sizes.visible(border))
+
+    def pairs(self, length: int) -> int:
+        """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
+        _, tokens, visible = self._document(length)
+        return self.shape.num_heads * int((tokens * (tokens + 1) // 2 + tokens * visible).sum())

@@ -1,0 +1,202 @@
+"""`lsh` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import host, ops
+from longspan.contract.base import Hidden, Shape, Traits
+from longspan.contract.redraw import DrawnCore
+from longspan.contract.rings import empty_rings, next_rings, rings_nbytes
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSHConfig:
+    """Fields of `lsh`.
+
+    Attributes:
+        bucket_size: tokens of a chunk; a token sees at most twice as many in a round.
+        num_hashes: rounds. The paper trains with 2 to 8 and evaluates with 8.
+        num_buckets: an even number; about the usual length / bucket_size / 2, whatever the input.
+        selection: "strict", or "sorted" as in the paper; None = strict where causal, else sorted.
+        shared: keys are normalised queries, as in the paper; False uses the layer's keys.
+        redraw: optimiser steps between two draws of the rotations; 0 = never. What a training run carries from step to
+            step is dropped with every draw, so with `train.carry` take 0 or many steps.
+        seed: of the first draw.
+    """
+
+    bucket_size: int = 64
+    num_hashes: int = 2
+    num_buckets: int = 64
+    selection: Literal["strict", "sorted"] | None = None
+    shared: bool = True
+    redraw: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("bucket_size", 1), ("num_hashes", 1), ("num_buckets", 2), ("redraw", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"lsh.{name} = {getattr(self, name)}: must be at least {least}")
+        if self.num_buckets % 2:
+            raise ConfigError(
+                f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
+            )
+
+
+class LSHState(NamedTuple):
+    """The last tokens of every bucket; heads are the layer's heads where shared, else its kv heads.
+
+    Attributes:
+        k: (batch, heads, num_hashes, num_buckets, 2 * bucket_size, head_dim), newest last, zeros where empty.
+        v: like k.
+        position: (batch, heads, num_hashes, num_buckets, 2 * bucket_size) int64, -1 where empty.
+        drawn: (batch,) int64, the draw of the rotations that chose the buckets.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    drawn: Tensor
+    live: Tensor
+
+
+_NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
+class LSHCore(DrawnCore):
+    """See the package."""
+
+    Config = LSHConfig
+    config: LSHConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
+    examples = (
+        {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
+        {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},
+        {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
+        {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
+        {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
+    )
+    what = "lsh: rotations"
+    wide = ("rotations",)
+    rotations: Tensor
+
+    def __init__(self, shape: Shape, config: LSHConfig) -> None:
+        super().__init__(shape, config)
+        self.strict = (config.selection or ("strict" if shape.causal else "sorted")) == "strict"
+        self.hashed_heads = shape.num_heads if config.shared else shape.num_kv_heads
+        """Heads with rotations, and in a state rings, of their own."""
+        self.register_buffer("rotations", self._drawn(torch.Generator().manual_seed(config.seed)))
+        self._count_draws()
+
+    def _drawn(self, generator: torch.Generator | None) -> Tensor:
+        config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
+        shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
+        return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted.
+
+        Shared keys are queries.
+        """
+        return Traits(
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            uses_keys=not self.config.shared,
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: LSHState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, LSHState | None]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: the state is of another draw of the rotations.
+        """
+        q, k = self.rotate(q, k[:, :0] if self.config.shared else k, rows)
+        rings = None
+        if state is not None:
+            self.check_draw(state, rows)
+            rings = ops.LSHRings(state.k, state.v, state.position)
+        shared = self.config.shared
+        rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
+        count = self.config.num_buckets
+        query_buckets = rows.choose(lambda: ops.lsh_buckets(q, rotations), below=count)
+        key_buckets = query_buckets if shared else rows.choose(lambda: ops.lsh_buckets(k, self.rotations), below=count)
+        out = ops.lsh_attention(
+            q,
+            v,
+            k=None if shared else k,
+            rotations=rotations,
+            bucket_size=self.config.bucket_size,
+            causal=self.shape.causal,
+            selection="strict" if self.strict else "sorted",
+            buckets=(query_buckets, key_buckets),
+            rings=rings,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        if not self.traits.streams:
+            return out, None
+        if shared:
+            k, v = q, v.repeat_interleave(self.shape.group, 1)
+        if rings is None:
+            empty = self.init_state(rows.batch, k.device, k.dtype)
+            rings = ops.LSHRings(empty.k, empty.v, empty.position)
+        return out, LSHState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Draw the rotations anew every `redraw` steps."""
+        self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
+
+    def _rings(self) -> tuple[int, ...]:
+        config = self.config
+        return self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
+        """Full capacity, nothing live."""
+        return LSHState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """That of the rings, whatever the length."""
+        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""
+        config, shape = self.config, self.shape
+        entries = ops.lsh_cost(
+            length,
+            bucket_size=config.bucket_size,
+            num_buckets=config.num_buckets,
+            num_hashes=config.num_hashes,
+            causal=shape.causal,
+            shared=config.shared,
+            selection="strict" if self.strict else "sorted",
+        )
+        hashed = shape.num_heads + (0 if config.shared else shape.num_kv_heads)
+        hashes = hashed * length * config.num_hashes * config.num_buckets // 2
+        return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * hashes)
+
+    def pairs(self, length: int) -> int:
+        """Pairs if buckets were full and the rounds had none in common: an upper bound."""
+        most = 2 * self.config.bucket_size * self.config.num_hashes
+        if not self.shape.causal or not self.strict:
+            return self.shape.num_heads * length * max(1, min(most, length - 1))
+        return self.shape.num_heads * sum(max(1, min(most, i)) for i in range(length))

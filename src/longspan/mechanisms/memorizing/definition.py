@@ -1,0 +1,51 @@
+"""Definition of Memorizing Transformer's attention (Wu et al. 2022, section 3.1), on the whole matrix of cosines."""
+
+import torch
+from torch import Tensor
+
+from longspan.engine.definitions.softmax import masked_softmax
+
+EPSILON = 1e-6
+
+
+def memorizing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    *,
+    top: int,
+    first: Tensor,
+    last: Tensor,
+) -> Tensor:
+    """g A_memory + (1 - g) A_local, g = sigmoid(gate); A_local alone where there is nothing to retrieve.
+
+    A_memory is the softmax over the `top` keys of largest cosine with the query, of the cosines times `scale`. The
+    store is not trained: k and v get no gradient.
+
+    Args:
+        q: (batch, heads, length, head_dim), of any norm.
+        k: (batch, kv_heads, columns, head_dim), of norm 1: the store.
+        v: like k.
+        local: (batch, heads, length, head_dim), what local attention gave.
+        gate: (heads,) before the sigmoid.
+        scale: (heads,) factor of the cosines.
+        top: keys that a query retrieves, or all that there are.
+        first: (batch or 1, length or 1) the first column that a query may retrieve.
+        last: like first, the column behind the last one.
+    """
+    group, dtype = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    k, v = (t.detach().to(dtype).repeat_interleave(group, 1) for t in (k, v))
+    q = q.to(dtype)
+    cosines = q / (q.square().sum(-1, keepdim=True) + EPSILON).sqrt() @ k.mT
+    column = torch.arange(k.shape[2], device=q.device)
+    visible = (column >= first[..., None]) & (column < last[..., None])
+    visible = visible[:, None].expand_as(cosines)
+    if k.shape[2] > top:
+        chosen = cosines.masked_fill(~visible, -torch.inf).topk(top, -1).indices
+        visible = visible & torch.zeros_like(visible).scatter(-1, chosen, True)
+    found = masked_softmax(cosines * scale[:, None, None], visible) @ v
+    share = torch.sigmoid(gate.to(dtype))[:, None, None] * visible.any(-1, keepdim=True)
+    return (share * found + (1 - share) * local).to(local.dtype)

@@ -1,0 +1,331 @@
+"""`memorizing` as a layer; see the package."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longspan import host, ops
+from longspan.config import check_least
+from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
+from longspan.contract.kv_cache import join
+from longspan.contract.rows import Rows
+from longspan.engine import flash
+from longspan.errors import ConfigError, UnsupportedError
+from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_and_write
+from longspan.state import needs_grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorizingConfig:
+    """Fields of `memorizing`.
+
+    Attributes:
+        window: keys a token sees nearby, itself included; also positions of a segment.
+        max_memories: pairs that the store holds.
+        k: pairs that a query retrieves in each head.
+        gate_init: of the gates before the sigmoid; -4 is strongly local.
+        scale_init: of the factor of the cosines; None = sqrt(head_dim), at which random vectors give the same softmax
+            as without normalisation.
+        gate_lr: learning rate of gates and scales.
+    """
+
+    window: int = 512
+    max_memories: int = 8192
+    k: int = 32
+    gate_init: float = 0.0
+    scale_init: float | None = None
+    gate_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_least(self, "memorizing", {"window": 1, "max_memories": 1, "k": 1})
+        if self.scale_init is not None and self.scale_init <= 0:
+            raise ConfigError(f"memorizing.scale_init = {self.scale_init}: must be above 0")
+
+
+class MemorizingState(NamedTuple):
+    """The store, and the keys and values that local attention may still see.
+
+    Attributes:
+        store_k: (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments.
+            Slots that nothing has entered yet are zero and masked.
+        store_v: like store_k.
+        k: (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them.
+        v: like k.
+        live: (batch,) live tokens.
+    """
+
+    store_k: Tensor
+    store_v: Tensor
+    k: Tensor
+    v: Tensor
+    live: Tensor
+
+
+class MemorizingCore(Core):
+    """See the package."""
+
+    Config = MemorizingConfig
+    config: MemorizingConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
+    examples = (
+        {"window": 4, "max_memories": 10, "k": 3},
+        {"window": 5, "max_memories": 1000, "k": 1000, "gate_init": 1.0},
+        {"window": 6, "max_memories": 4, "k": 2},
+        {"window": 1, "max_memories": 7, "k": 2},
+    )
+
+    def __init__(self, shape: Shape, config: MemorizingConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("memorizing: the memory is of the past; there is no bidirectional form")
+        scale = math.sqrt(shape.head_dim) if config.scale_init is None else config.scale_init
+        self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
+        self.log_scale = nn.Parameter(torch.full((shape.num_heads,), math.log(scale)))
+        self.attached: tuple[MemoryStore, ...] = ()
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; gradients reach as far as the window: the own segment and, beyond one token, the one before."""
+        window = self.config.window
+        horizon = 1 if window == 1 else 2
+        return Traits(bidirectional=False, bounded=True, selects=True, segment=window, horizon=horizon)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Gates and scales: their own learning rate, no weight decay."""
+        return [ParameterGroup("gates", [self.gate, self.log_scale], lr=self.config.gate_lr, weight_decay=0.0)]
+
+    @property
+    def scale(self) -> Tensor:
+        """(heads,) factor of the cosines, fp32 at least."""
+        return self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32)).exp()
+
+    def attach(self, stores: MemoryStore | Sequence[MemoryStore]) -> None:
+        """Read and write these stores, one for each row of the batch, instead of the one in the state; inference only.
+
+        A store opened for writing follows the document: it must be empty where attached, takes every segment that
+        closes, and is cleared where a document begins. One opened for reading ("r") is only searched, by every
+        document. The state is carried on as ever, so `detach` goes back to it at any time.
+
+        Not streaming-exact: a store is outside the state. It is not saved, forked or rewound with it, a call made
+        twice would write twice (which is refused, as the store no longer fits the state), and with faiss the search is
+        approximate.
+
+        Raises:
+            ConfigError: a store of other kv heads or another head_dim.
+        """
+        stores = (stores,) if isinstance(stores, MemoryStore) else tuple(stores)
+        for store in stores:
+            if (store.kv_heads, store.head_dim) != (self.shape.num_kv_heads, self.shape.head_dim):
+                raise ConfigError(
+                    f"{store.folder}: holds {store.kv_heads} kv heads of {store.head_dim}, "
+                    f"the layer has {self.shape.num_kv_heads} of {self.shape.head_dim}"
+                )
+        self.attached = stores
+
+    def detach(self) -> None:
+        """Read the store in the state again."""
+        self.attached = ()
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: MemorizingState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, MemorizingState]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: gradients are wanted while a store is attached.
+        """
+        window = self.config.window
+        near_k, near_v, near = join(state, k, v, grows=False)
+        local = self._local(q, near_k, near_v, near, rows)
+        inside = rows.inside(window)
+        older = stored = None
+        closing = (rows.offsets % window + rows.lengths_read == window).any()
+        if not inside or closing or rows.emptied is not None:
+            older = self._older(state, rows)
+            stored = self._joined(older, k, v)
+        if self.attached:
+            out = self._attached(q, near_k, near_v, near, local, rows)
+        elif inside:
+            out = local if state is None else self._retrieve(q, state.store_k, state.store_v, local, rows, None)
+        else:
+            assert stored is not None
+            out = self._retrieve(q, *stored, local, rows, stored[0].shape[2] - rows.length)
+        store_k, store_v = self._next(state, stored, k, rows)
+        old_k, old_v = (None, None) if state is None else (state.k, state.v)
+        carried = rows.carry(old_k, k, window - 1), rows.carry(old_v, v, window - 1)
+        return out, MemorizingState(store_k, store_v, *carried, rows.live)
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: Rows) -> Tensor:
+        if self.shape.rope is not None and rows.length:
+            # only differences count, so columns serve as positions
+            dim, base, dtype = q.shape[-1], self.shape.rope, q.dtype
+            place = torch.arange(k.shape[2], device=q.device)[None]
+            cos, sin = rows.cached(
+                ("columns", base, dim, dtype, near), lambda: ops.rotary_table(place, dim, base=base, dtype=dtype)
+            )
+            q, k = ops.rotate(q, cos[:, :, near:], sin[:, :, near:]), ops.rotate(k, cos, sin)
+        return ops.window_attention(
+            q,
+            k,
+            v,
+            window=self.config.window,
+            lengths=rows.lengths,
+            start=rows.first_visible(near),
+            memory_lengths=rows.memory_lengths(near),
+        )
+
+    def _retrieve(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: Rows, older: int | None) -> Tensor:
+        """k and v: the store alone where `older` is None, all tokens of the call in the open segment of their row; else
+        so many columns of store and open segment, and the call's.
+        """
+        window, most = self.config.window, self.config.max_memories
+
+        def bounds() -> tuple[Tensor, Tensor]:
+            if older is None:
+                first = host.derive(
+                    lambda offset: most - (offset // window * window).clip(max=most)[:, None], rows.offset
+                )
+                return first, host.remember(torch.full_like(first, most), np.full((rows.batch, 1), most))
+            column = np.arange(older, older + rows.length)
+            border = column - rows.positions_read % window
+            begin = np.maximum(border - most, column - rows.positions_read).clip(min=0)
+            end = (
+                np.where(column - older >= rows.lengths_read[:, None], 0, border)
+                if rows.lengths is not None
+                else border
+            )
+            return host.put(begin, rows.device), host.put(end, rows.device)
+
+        first, last = rows.cached(("memorizing", window, most, older), bounds)
+        return ops.memorizing_attention(
+            q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
+        )
+
+    def _older(self, state: MemorizingState | None, rows: Rows) -> tuple[Tensor, Tensor] | None:
+        """The store and the open segment side by side, newest last, with nothing between them in any row."""
+        if state is None:
+            return None
+        window, most = self.config.window, self.config.max_memories
+        recent_k = ops.unit_vectors(state.k.detach()).to(state.store_k.dtype)
+        recent_v = state.v.detach().to(state.store_v.dtype)
+        places = set((rows.offsets % window).tolist())
+        if len(places) <= 1:
+            behind = window - 1 - next(iter(places), 0)
+            return (
+                torch.cat([state.store_k, recent_k[:, :, behind:]], 2),
+                torch.cat([state.store_v, recent_v[:, :, behind:]], 2),
+            )
+        distance = torch.arange(most + window - 1, 0, -1, device=rows.device)  # to the first token of the call
+        opened = rows.opened(window)
+        inside = distance <= opened[:, None]
+        index = torch.where(inside, most + window - 1 - distance, most + opened[:, None] - distance).clamp(min=0)
+        return (
+            _columns(torch.cat([state.store_k, recent_k], 2), index),
+            _columns(torch.cat([state.store_v, recent_v], 2), index),
+        )
+
+    def _joined(self, older: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store, open segment and this call's pairs, out of the graph; keys of norm 1."""
+        k, v = ops.unit_vectors(k.detach()).to(k.dtype), v.detach()
+        return (k, v) if older is None else (torch.cat([older[0], k], 2), torch.cat([older[1], v], 2))
+
+    def _next(
+        self, state: MemorizingState | None, stored: tuple[Tensor, Tensor] | None, k: Tensor, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """The store after the call: the last pairs of closed segments, as it was where none closed."""
+        window, most = self.config.window, self.config.max_memories
+        if stored is None:
+            if state is not None:
+                return state.store_k, state.store_v
+            empty = k.new_zeros(*k.shape[:2], most, k.shape[3])
+            return empty, empty.clone()
+        slot = torch.arange(most, device=rows.device)
+        end = stored[0].shape[2] - rows.length + rows.real_tokens() - rows.live % window
+        index = end[:, None] - most + slot
+        kept = most - slot <= (rows.live // window * window)[:, None]
+        ends = stored[0].shape[2] - rows.length + rows.lengths_read - rows.lives % window
+        if rows.batch and (rows.lives // window * window >= most).all() and (ends == ends[:1]).all():
+            first = int(ends[0]) - most
+            return stored[0][:, :, first : first + most].clone(), stored[1][:, :, first : first + most].clone()
+        if not stored[0].shape[2]:
+            return self._next(None, None, k, rows)
+        hidden = ~kept[:, None, :, None]
+        index = index.clamp(min=0)
+        return _columns(stored[0], index).masked_fill(hidden, 0), _columns(stored[1], index).masked_fill(hidden, 0)
+
+    def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: Rows) -> Tensor:
+        """What the attached stores give; k and v with `near` older columns."""
+        if needs_grad(q, k, v, local, self.gate):
+            raise UnsupportedError("memorizing: an attached store is for inference; call it under torch.no_grad()")
+        if len(self.attached) != rows.batch:
+            raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
+        config = self.config
+        with flash.full_precision(q.device):
+            asked = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
+            kept = ops.unit_vectors(k)
+            return read_and_write(
+                self.attached,
+                asked,
+                kept,
+                v,
+                local,
+                self.gate,
+                rows=rows,
+                near=near,
+                segment=config.window,
+                top=config.k,
+            )
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MemorizingState:
+        """Full capacity, nothing live."""
+        shape, config = self.shape, self.config
+
+        def zeros(columns: int) -> Tensor:
+            return torch.zeros(batch_size, shape.num_kv_heads, columns, shape.head_dim, device=device, dtype=dtype)
+
+        live = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        store, near = config.max_memories, config.window - 1
+        return MemorizingState(zeros(store), zeros(store), zeros(near), zeros(near), live)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Two vectors a kv head for every memory and every position of the window but one; a count a row."""
+        columns = self.config.max_memories + self.config.window - 1
+        return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Two products with the window's keys, one with all memories, and one with those retrieved."""
+        shape, config = self.shape, self.config
+        local = ops.window_cost(length, window=config.window)
+        scores, values = ops.memorizing_cost(
+            length, window=config.window, max_memories=config.max_memories, top=config.k, group=shape.group
+        )
+        return batch_size * shape.num_heads * shape.head_dim * (4 * local + 2 * (scores + values))
+
+    def pairs(self, length: int) -> int:
+        """Pairs of the window and pairs retrieved, a head; those that are both are counted twice."""
+        config = self.config
+        window = config.window
+        near = min(window, length)
+        local = near * (near + 1) // 2 + (length - near) * near
+        whole, rest = divmod(length, window)
+        sizes = [(min(config.k, config.max_memories, index * window), window) for index in range(whole)]
+        sizes.append((min(config.k, config.max_memories, whole * window), rest))
+        return self.shape.num_heads * (local + sum(found * queries for found, queries in sizes))
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """Columns index (batch, n) of x (batch, kv_heads, columns, dim)."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

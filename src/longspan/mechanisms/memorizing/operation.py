@@ -1,0 +1,331 @@
+"""Attention to what a store of keys and values has nearest to the query, beside local attention (Wu et al. 2022).
+
+    A_memory = softmax(scale cos(q, k_j)) v_j  over the `top` keys of largest cosine that the query may retrieve
+    out      = g A_memory + (1 - g) A_local,  g = sigmoid(gate);  A_local alone where there is nothing to retrieve
+
+The search is exact. A tile of queries meets a block of keys at a time and keeps the best so far, so that scores never
+take more than a fixed budget. The best of a block are found in two steps: the keys stand in groups, and the best keys
+lie in the groups of the best maxima; so a vectorised maximum reads all scores, and sorting reads few. For the backward
+pass each query keeps the columns and weights of what it retrieved. The store is not trained: keys and values get no
+gradient.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan import host
+from longspan.engine import flash
+from longspan.engine.arguments import check_floating, check_positive
+from longspan.engine.first_order import FirstOrder
+from longspan.engine.tiles import make_parts, new_like_heads
+from longspan.errors import ConfigError
+from longspan.host import Array
+from longspan.state import needs_grad
+
+EPSILON = 1e-6
+ROWS = 64  # queries of a tile, those of grouped heads counted together
+KEYS = 8192  # keys of a block
+ENTRIES = 1 << 19  # scores at once
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """x / sqrt(|x|^2 + 1e-6), fp32 at least: what a store keeps of keys, and compares of queries."""
+    check_floating(x=x)
+    x = x.to(flash.working_dtype(x))
+    found: Tensor = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
+    return found
+
+
+def memorizing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    local: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    *,
+    top: int,
+    first: Tensor,
+    last: Tensor,
+) -> Tensor:
+    """Retrieve from a store, and mix with local attention; see the module.
+
+    Args:
+        q: (batch, heads, length, head_dim), of any norm, before positions.
+        k: (batch, kv_heads, columns, head_dim), of norm 1 (`unit_vectors`): the store.
+        v: like k.
+        local: (batch, heads, length, head_dim), what local attention gave.
+        gate: (heads,) before the sigmoid.
+        scale: (heads,) factor of the cosines.
+        top: keys that a query retrieves, or all that there are; among equal cosines any may be taken.
+        first: (batch or 1, length or 1) the first column that a query may retrieve.
+        last: like first, the column behind the last one.
+
+    Returns:
+        (batch, heads, length, head_dim) in local's dtype. Gradients of q, local, gate and scale; none of k and v.
+    """
+    check_positive("top", top)
+    check_floating(q=q, k=k, v=v, local=local)
+    if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape != local.shape:
+        raise ConfigError(
+            "q and local must be (batch, heads, length, head_dim), k and v (batch, kv_heads, columns, head_dim) with "
+            f"kv_heads dividing heads; got {tuple(q.shape)}, {tuple(local.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    with flash.full_precision(q.device):
+        shape = q.shape[0], q.shape[2]
+        search = _searched(top, first, last, shape)
+        asked = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
+        k, v = k.detach(), v.detach()
+        found = _apply(asked, k, v, search) if needs_grad(asked) else _retrieve(asked, k, v, search)[0]
+        filled = (search.last > search.first)[:, None, :, None]
+        return mixed(found, local, gate, filled)
+
+
+def mixed(found: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
+    """g found + (1 - g) local, local alone where not `filled` (broadcast over heads); in local's dtype."""
+    share = gate.to(found.dtype).sigmoid()[:, None, None] * filled
+    return (local + share * (found - local)).to(local.dtype)
+
+
+class Search(NamedTuple):
+    """How many keys a query takes of columns first .. last - 1; both (rows, length), rows = 1 where all are alike.
+
+    `begin` and `end` are their values on the host; None = not known.
+    """
+
+    top: int
+    first: Tensor
+    last: Tensor
+    begin: Array | None = None
+    end: Array | None = None
+
+
+class Tile(NamedTuple):
+    """Queries begin .. end - 1 and the columns that one of them may retrieve; `whole`: all of them may all."""
+
+    begin: int
+    end: int
+    low: int
+    high: int
+    whole: bool
+
+
+def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The `top` largest of the last dimension and their places, in no order."""
+    count = scores.shape[-1]
+    if count <= 4 * top:
+        found = scores.topk(top, -1, sorted=False)
+        return found.values, found.indices
+    size = max(2, round(math.sqrt(count / top)))
+    groups = count // size
+    # group j holds the columns j, j + groups, j + 2 groups, ...: maxima over rows of a view
+    grouped = scores[..., : groups * size].unflatten(-1, (size, groups))
+    best = grouped.amax(-2).topk(top, -1, sorted=False).indices[..., None, :]
+    candidates = grouped.gather(-1, best.expand(*grouped.shape[:-1], top)).flatten(-2)
+    if groups * size < count:
+        candidates = torch.cat([candidates, scores[..., groups * size :]], -1)
+    values, places = candidates.topk(top, -1, sorted=False)
+    member = best[..., 0, :].gather(-1, places % top) + places.div(top, rounding_mode="floor") * groups
+    return values, torch.where(places < size * top, member, places + (groups - top) * size)
+
+
+def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[Tensor, Tensor]:
+    """The `top` largest scores over blocks (first column, scores), and their columns; all where there are fewer."""
+    values = columns = None
+    for low, scores in blocks:
+        value, column = nearest(scores, min(top, scores.shape[-1]))
+        column = column + low
+        if values is not None and columns is not None:
+            value, column = torch.cat([values, value], -1), torch.cat([columns, column], -1)
+            if value.shape[-1] > top:
+                value, kept = value.topk(top, -1, sorted=False)
+                column = column.gather(-1, kept)
+        values, columns = value, column
+    assert values is not None
+    assert columns is not None
+    return values, columns
+
+
+def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> Search:
+    """The search of queries (batch, length); one row where all rows are alike."""
+    begin, end = host.read([first, last])
+    first, last = first.broadcast_to(shape), last.broadcast_to(shape)
+    if begin is None or end is None:
+        return Search(top, first, last)
+    begin, end = np.broadcast_to(begin, shape), np.broadcast_to(end, shape)
+    if shape[0] > 1 and (begin == begin[:1]).all() and (end == end[:1]).all():
+        first, last, begin, end = first[:1], last[:1], begin[:1], end[:1]
+    return Search(top, first, last, begin, end)
+
+
+def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
+    """Tiles of every row: they depend on what queries may see, never on contents."""
+    rows, length = search.first.shape
+    size = min(max(1, ROWS // group), max(length, 1))
+    count = -(-length // size)
+    ends = [min(index * size, length) for index in range(1, count + 1)]
+    first, last = search.begin, search.end
+    if first is None or last is None:
+        return [[Tile(index * size, end, 0, columns, False) for index, end in enumerate(ends)]] * rows
+    shown = last > first
+    low, high = np.where(shown, first, np.iinfo(np.int64).max), np.where(shown, last, 0)
+    extra = ((0, 0), (0, count * size - length))
+    low, high = (np.pad(t, extra, mode="edge").reshape(rows, count, size) for t in (low, high))
+    whole = (low == low[..., :1]).all(-1) & (high == high[..., :1]).all(-1)
+    least, most = low.min(-1).tolist(), high.max(-1).tolist()
+    return [
+        [
+            Tile(index * size, ends[index], least[row][index], most[row][index], alike[index])
+            for index in range(count)
+            if most[row][index]
+        ]
+        for row, alike in enumerate(whole.tolist())
+    ]
+
+
+class _Part(NamedTuple):
+    """Batch rows and kv heads that are searched together."""
+
+    rows: slice
+    heads: slice
+    queries: slice  # the query heads of these kv heads
+    tiles: list[Tile]
+
+
+def _parts(q: Tensor, k: Tensor, search: Search) -> Iterator[_Part]:
+    group = q.shape[1] // k.shape[1]
+    size = max(group, min(ROWS, group * q.shape[2])) * min(KEYS, max(k.shape[2], 1))
+    tiles = _tiles(search, group, k.shape[2])
+    for part in make_parts(q.shape[0], k.shape[1], size, ENTRIES, one_row=len(tiles) > 1):
+        heads = slice(part.heads.start * group, part.heads.stop * group)
+        yield _Part(part.rows, part.heads, heads, tiles[part.rows.start if len(tiles) > 1 else 0])
+
+
+def _folded(x: Tensor, part: _Part, tile: Tile, items: int) -> Tensor:
+    """The tile's part of (batch, heads, length, n) as (items, group * queries, n)."""
+    return x[part.rows, part.queries, tile.begin : tile.end].reshape(items, -1, x.shape[3])
+
+
+def _flat(x: Tensor, part: _Part, dtype: torch.dtype) -> Tensor:
+    """A part of keys or values as (items, columns, head_dim), contiguous."""
+    return x[part.rows, part.heads].to(dtype).flatten(0, 1).contiguous()
+
+
+def _hidden(search: Search, part: _Part, tile: Tile, low: int, high: int) -> Tensor:
+    """(rows or 1, 1, 1, queries, keys), True = not to be retrieved."""
+    rows = part.rows if len(search.first) > 1 else slice(0, 1)
+    first, last = (t[rows, tile.begin : tile.end, None] for t in (search.first, search.last))
+    column = torch.arange(low, high, device=first.device)
+    return ((column < first) | (column >= last))[:, None, None]
+
+
+def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """A_memory, and where `keep` the columns (batch, heads, length, top) and weights that made it."""
+    batch, heads, length, _ = q.shape
+    dtype, group, top = q.dtype, heads // k.shape[1], min(search.top, k.shape[2])
+    out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=dtype)
+    kept = length if keep else 0
+    columns = torch.zeros(batch, heads, kept, top, dtype=torch.int32, device=q.device)
+    weights = torch.zeros(batch, heads, kept, top, dtype=dtype, device=q.device)
+    for part in _parts(q, k, search) if out.numel() and top else ():
+        keys, values = _flat(k, part, dtype), _flat(v, part, dtype)
+        for tile in part.tiles:
+            asked = _folded(q, part, tile, len(keys))
+            best, column = nearest_of_blocks(_scores(asked, keys, search, part, tile, group), search.top)
+            weight = best.softmax(-1)
+            if not tile.whole:  # queries that see nothing have scores of -inf only
+                weight = weight.masked_fill(best.amax(-1, keepdim=True) == -math.inf, 0.0)
+            got = (weight.flatten(0, 1)[:, None] @ _gathered(values, column)).view(*asked.shape[:2], -1)
+            here = part.rows, part.queries, slice(tile.begin, tile.end)
+            shape = out[here].shape[:3]
+            out[here] = got.view(*shape, -1)
+            if keep:
+                columns[(*here, slice(0, column.shape[-1]))] = column.view(*shape, -1).to(torch.int32)
+                weights[(*here, slice(0, column.shape[-1]))] = weight.view(*shape, -1)
+    return out, columns, weights
+
+
+def _scores(
+    asked: Tensor, keys: Tensor, search: Search, part: _Part, tile: Tile, group: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of scores (items, group * queries, keys), -inf where a key is not to be retrieved."""
+    for low in range(tile.low, tile.high, KEYS):
+        high = min(low + KEYS, tile.high)
+        scores = torch.bmm(asked, keys[:, low:high].mT)
+        if not tile.whole:
+            rows, queries = part.rows.stop - part.rows.start, tile.end - tile.begin
+            shaped = scores.view(rows, -1, group, queries, high - low)
+            shaped.masked_fill_(_hidden(search, part, tile, low, high), -math.inf)
+        yield low, scores
+
+
+def _gathered(x: Tensor, columns: Tensor) -> Tensor:
+    """(items, columns, dim) at columns (items, rows, top): (items * rows, top, dim)."""
+    item = torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]
+    return x.view(-1, x.shape[2]).index_select(0, (columns + item).flatten()).view(-1, columns.shape[2], x.shape[2])
+
+
+class _Retrieve(FirstOrder):
+    """Keeps the columns and weights of what was retrieved; keys and values are gathered again."""
+
+    what = "retrieval from memories"
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, search: Search) -> Tensor:
+        out, columns, weights = _retrieve(q, k, v, search, keep=True)
+        ctx.save_for_backward(q, k, v, columns, weights)
+        ctx.search = search
+        return out
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, None, None, None]:
+        q, k, v, columns, weights = saved
+        with flash.full_precision(q.device):
+            return _backward(grad.to(q.dtype), q, k, v, columns, weights, ctx.search), None, None, None
+
+
+_apply: Callable[..., Tensor] = _Retrieve.apply
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, weights: Tensor, search: Search
+) -> Tensor:
+    dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=True, dtype=q.dtype)
+    for part in _parts(q, k, search) if dq.numel() and columns.shape[-1] else ():
+        keys, values = _flat(k, part, q.dtype), _flat(v, part, q.dtype)
+        for tile in part.tiles:
+            column, weight, slope = (_folded(t, part, tile, len(keys)) for t in (columns, weights, grad))
+            column, weight = column.long(), weight.flatten(0, 1)
+            gain = (_gathered(values, column) @ slope.flatten(0, 1)[..., None])[..., 0]
+            gain = weight * (gain - (weight * gain).sum(-1, keepdim=True))
+            here = dq[part.rows, part.queries, tile.begin : tile.end]
+            here.copy_((gain[:, None] @ _gathered(keys, column)).view(here.shape))
+    return dq
+
+
+def memorizing_cost(length: int, *, window: int, max_memories: int, top: int, group: int) -> tuple[int, int]:
+    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text from its start.
+
+    Forward FLOPs are 2 * head_dim * heads * batch times their sum.
+
+    Args:
+        length: tokens.
+        window: positions of a segment; a query may retrieve those before its segment.
+        max_memories: of which only so many, the newest.
+        top: as in `memorizing_attention`.
+        group: query heads of a kv head.
+    """
+    end = np.arange(length)[None] // window * window
+    begin = (end - max_memories).clip(min=0)
+    first, last = (torch.empty(1, length, device="meta") for _ in range(2))  # their values are enough
+    scores = values = 0
+    for tile in _tiles(Search(top, first, last, begin, end), group, length)[0] if length else ():
+        queries, width = tile.end - tile.begin, tile.high - tile.low
+        scores += queries * width
+        values += queries * min(top, width)
+    return scores, values

@@ -1,0 +1,229 @@
+"""`performer` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import ops
+from longspan.contract.base import Hidden, Shape, Traits
+from longspan.contract.redraw import DrawnCore, processes, summed
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError
+from longspan.state import recomputing
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformerConfig:
+    """Fields of `performer`.
+
+    Attributes:
+        num_features: rows of the projection.
+        kind: "positive", "hyperbolic", "trigonometric" (for comparison only), "bounded" (FAVOR++) or a generalised
+            kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu", "identity".
+        regularised: rows of norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
+        redraw: optimiser steps between two draws of the projection; 0 = never. What a training run carries from step
+            to step is dropped with every draw.
+        seed: of the first draw.
+    """
+
+    num_features: int = 256
+    kind: str = "positive"
+    regularised: bool = False
+    redraw: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = [*ops.SOFTMAX_KINDS, *ops.KERNELS]
+        if self.kind not in known:
+            raise ConfigError(f"performer.kind = {self.kind!r} is not one of {', '.join(known)}")
+        if self.num_features < 1 or self.redraw < 0:
+            raise ConfigError(
+                f"performer.num_features = {self.num_features}, redraw = {self.redraw}: at least 1, and not negative"
+            )
+
+
+class PerformerState(NamedTuple):
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum).
+
+    Attributes:
+        values: (batch, kv_heads, features, head_dim).
+        keys: (batch, kv_heads, features).
+        maximum: (batch, kv_heads), largest log-scale of a key, fp32 at least.
+        drawn: (batch,) int64, the draw of the projection that made them.
+        live: (batch,) live tokens.
+    """
+
+    values: Tensor
+    keys: Tensor
+    maximum: Tensor
+    drawn: Tensor
+    live: Tensor
+
+    def accumulators(self) -> tuple[str, ...]:
+        """Fields that are fp32 at least."""
+        return "values", "keys", "maximum"
+
+    def sums(self) -> tuple[str, ...]:
+        """Fields that only grow, in fp64."""
+        return "values", "keys"
+
+
+class PerformerCore(DrawnCore):
+    """See the package."""
+
+    Config = PerformerConfig
+    config: PerformerConfig
+    examples = (
+        {"num_features": 6},
+        {"num_features": 4, "kind": "hyperbolic", "regularised": True},
+        {"num_features": 6, "kind": "bounded"},
+        {"num_features": 6, "kind": "relu"},
+    )
+    what = "performer: projection"
+    projection: Tensor
+    bound: Tensor
+    pending_square: Tensor
+    """(2,): the sum, over the steps since the last redraw, of the mean of |x + y|^2, and the number of those steps."""
+    pending: Tensor | None
+
+    def __init__(self, shape: Shape, config: PerformerConfig) -> None:
+        super().__init__(shape, config)
+        self.features = ops.num_features_of(config.num_features, config.kind)
+        # the bound of FAVOR++ is measured where a redraw will want it
+        self.measures = config.kind == "bounded" and config.redraw > 0
+        generator = torch.Generator().manual_seed(config.seed)
+        self.register_buffer("projection", self._drawn(generator))
+        self._count_draws()
+        if config.kind == "bounded":
+            self.wide = ("projection", "bound", "pending_square")
+            # of queries and keys of unit variance, until training has seen some
+            square = torch.tensor(2.0 * shape.head_dim**0.5, dtype=self.projection.dtype)
+            self.register_buffer("bound", ops.bounded_constant(square, shape.head_dim))
+            self.register_buffer("pending_square", torch.zeros(2, dtype=square.dtype))
+
+    def _drawn(self, generator: torch.Generator | None) -> Tensor:
+        return ops.orthogonal_projection(
+            self.config.num_features, self.shape.head_dim, generator=generator, regularised=self.config.regularised
+        )
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded at any length."""
+        return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: PerformerState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, PerformerState | None]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: the state is of another draw of the projection.
+        """
+        q, k = self.rotate(q, k, rows)
+        bounded = self.config.kind == "bounded"
+        if self.measures and self.training and rows.learns:
+            self._measure(q, k, rows)
+        before = None
+        if state is not None:
+            self.check_draw(state, rows)
+            before = ops.LinearSums(state.values, state.keys, state.maximum)
+        out, sums = ops.favor_attention(
+            q,
+            k,
+            v,
+            self.projection,
+            kind=self.config.kind,
+            bound=self.bound if bounded else None,
+            causal=self.shape.causal,
+            state=before,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        if sums is None:
+            return out, None
+        values, keys = rows.clear_reset(sums.values), rows.clear_reset(sums.keys)
+        maximum = rows.clear_reset(sums.maximum, ops.EMPTY) if self._scaled else torch.zeros_like(sums.maximum)
+        return out, PerformerState(values, keys, maximum, self.drawn_of(rows), rows.live)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.config.kind in ops.SOFTMAX_KINDS
+
+    @torch.no_grad()
+    def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
+        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of."""
+        if recomputing():
+            return
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        real = rows.real_columns()
+        counts, squares, sums = [], [], []
+        for t in (q, k):
+            t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)
+            counts.append((real.sum() * t.shape[1]).to(dtype)[None])
+            squares.append(t.square().sum()[None])
+            sums.append(t.sum((0, 1, 2)))
+        counted = torch.cat([*counts, *squares, *sums]).to(self.pending_square.dtype)
+        self.pending = counted if self.pending is None else self.pending + counted
+
+    def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Apply what was measured, and every `redraw` steps draw the projection, and FAVOR++'s bound with it, anew."""
+        if self.measures:
+            self._apply_measured()
+        if not self.redraw_at(step, self.config.redraw, self.projection, lambda: self._drawn(generator)):
+            return
+        if self.config.kind == "bounded" and float(self.pending_square[1]) > 0:
+            square = self.pending_square[0] / self.pending_square[1]
+            self.bound.copy_(ops.bounded_constant(square, self.shape.head_dim))
+            self.pending_square.zero_()
+
+    @torch.no_grad()
+    def _apply_measured(self) -> None:
+        """Add E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y over all that the processes have seen in this step."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            if processes()[1] == 1:
+                return
+            pending = self.pending_square.new_zeros(4 + 2 * self.shape.head_dim)  # others may have seen something
+        (total,) = summed(pending)
+        counts, squares, sums = total[:2], total[2:4], total[4:].view(2, -1)
+        counts = counts.clamp(min=1)
+        square = (squares / counts).sum() + 2 * (sums / counts[:, None]).prod(0).sum()
+        # an overflow, which loss scaling steps over, is no measurement
+        counts_here = (total[0] > 0) & square.isfinite()
+        self.pending_square += torch.where(counts_here, torch.stack([square, torch.ones_like(square)]), 0.0)
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:
+        """Nothing summed."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        sums = ops.empty_sums(batch_size, self.shape.num_kv_heads, self.features, self.shape.head_dim, device, dtype)
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        maximum = sums.maximum if self._scaled else torch.zeros_like(sums.maximum)
+        return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """S and z in fp64 and the maximum of every key head, and two counts a row, whatever the length."""
+        width = self.features * (self.shape.head_dim + 1) * 8 + max(dtype.itemsize, 4)
+        return batch_size * (self.shape.num_kv_heads * width + 16)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Features of queries and keys, and the products of `ops.linear_attention`."""
+        shape = self.shape
+        project = length * shape.head_dim * self.config.num_features * (1 + shape.group)
+        cost = ops.group_cost(
+            length, features=self.features, head_dim=shape.head_dim, group=shape.group, causal=shape.causal
+        )
+        return 2 * batch_size * shape.num_kv_heads * (project + cost)
+
+    def pairs(self, length: int) -> int:
+        """All pairs, as dense attention has them."""
+        return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)

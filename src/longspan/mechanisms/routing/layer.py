@@ -1,0 +1,244 @@
+"""`routing` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan import ops
+from longspan.config import check_least, check_shares
+from longspan.contract.base import Hidden, Shape, Traits
+from longspan.contract.rings import empty_rings, next_rings, rings_nbytes
+from longspan.contract.rows import Rows
+from longspan.mechanisms.routing.kmeans import ClusteredCore
+from longspan.state import recomputing
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """Fields of `routing`.
+
+    Attributes:
+        num_clusters: about the usual length / window, whatever the input; the paper takes 8 to 48.
+        window: tokens that a token sees ("strict") or a cluster takes ("balanced"); the paper takes 256 to 512.
+        selection: "strict", or "balanced" as in the paper; None = strict where causal, else balanced.
+        shared: keys are normalised queries; False uses the layer's keys; None = shared where causal, as in the paper.
+        decay: of the moving sums, a step; the paper takes 0.999.
+        reseed: share of an even cluster below which a cluster begins anew elsewhere; 0 = never, as in the paper.
+        commitment: coefficient of the loss that draws queries and keys to their centroids.
+        seed: of the random centroids before training.
+    """
+
+    num_clusters: int = 16
+    window: int = 256
+    selection: Literal["strict", "balanced"] | None = None
+    shared: bool | None = None
+    decay: float = 0.9
+    reseed: float = 0.1
+    commitment: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, "routing", {"num_clusters": 1, "window": 1, "commitment": 0})
+        check_shares(self, "routing", ("decay", "reseed"))
+
+
+class RoutingState(NamedTuple):
+    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads.
+
+    Attributes:
+        k: (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty.
+        v: like k.
+        position: (batch, heads, num_clusters, window) int64, -1 where empty.
+        drawn: (batch,) int64, 1 once the first training batch has set the centroids.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor
+    drawn: Tensor
+    live: Tensor
+
+
+_NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
+
+
+class RoutingCore(ClusteredCore):
+    """See the package."""
+
+    Config = RoutingConfig
+    config: RoutingConfig
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
+    examples = (
+        {"num_clusters": 3, "window": 4},
+        {"num_clusters": 2, "window": 3, "selection": "strict", "shared": False},
+        {"num_clusters": 4, "window": 6, "selection": "balanced", "shared": True},
+        {"num_clusters": 3, "window": 5, "selection": "balanced", "shared": False},
+    )
+    what = "routing: centroids"
+
+    def __init__(self, shape: Shape, config: RoutingConfig) -> None:
+        super().__init__(shape, config)
+        self.strict = (config.selection or ("strict" if shape.causal else "balanced")) == "strict"
+        self.shared = shape.causal if config.shared is None else config.shared
+        # those with centroids, and in a state rings, of their own
+        routed = shape.num_heads if self.shared else shape.num_kv_heads
+        self._begin_clusters(routed, config.num_clusters, shape.head_dim)
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take.
+
+        Shared keys are queries.
+        """
+        return Traits(
+            causal=self.strict,
+            value_causal=not self.strict,
+            streams=self.shape.causal and self.strict,
+            no_stream_reason=_NO_STREAM,
+            bounded=self.strict,
+            selects=True,
+            tracks_statistics=True,
+            uses_keys=not self.shared,
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: RoutingState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, RoutingState | None]:
+        """See `Core.forward`.
+
+        Raises:
+            UnsupportedError: the state is older than the centroids.
+        """
+        if state is not None:
+            self.check_draw(state, rows)
+        committed = penalties is not None and self.config.commitment > 0
+        learns = self.training and rows.learns
+        with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
+            routes = self._unit(q, k)
+        clusters = None
+        if committed or learns or self.strict:
+            clusters = self._clusters(*routes, rows)
+        if clusters is not None and learns and not recomputing():
+            begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
+            self.see(self._clustered(routes, clusters), self._real(rows, q.device), bool(begun))
+        if clusters is not None and penalties is not None and committed:
+            penalties.append(self.config.commitment * self._distance(routes, clusters, rows))
+        q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
+        if self.shared:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            k, v = F.normalize(q.to(wide), dim=-1).to(q.dtype), v.repeat_interleave(self.shape.group, 1)
+        rings = None if state is None else (state.k, state.v, state.position)
+        out = ops.routing_attention(
+            q,
+            k,
+            v,
+            self._by_heads(),
+            window=self.config.window,
+            causal=self.shape.causal,
+            selection="strict" if self.strict else "balanced",
+            itself=not self.shared,
+            scale=1.0 if self.shared else None,
+            routes=routes,
+            clusters=clusters,
+            rings=rings,
+            lengths=rows.lengths,
+            start=rows.origin,
+        )
+        if not self.traits.streams:
+            return out, None
+        assert clusters is not None
+        return out, self._next(k, v, clusters[1], state, rows)
+
+    def _by_heads(self) -> Tensor:
+        """The centroids of every query head."""
+        return self.centroids.repeat_interleave(self.shape.num_heads // self.routed_heads, 0)
+
+    def _unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Routing vectors, at least fp32; one tensor twice where shared."""
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        unit = F.normalize(q.to(dtype), dim=-1)
+        return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
+
+    def _clusters(self, queries: Tensor, keys: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        count = self.config.num_clusters
+        of_queries = rows.choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
+        if self.shared:
+            return of_queries, of_queries
+        return of_queries, rows.choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
+
+    def _clustered(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What is clustered, with its clusters: queries, and separate keys."""
+        pairs = list(zip(routes, clusters, strict=True))
+        return pairs[:1] if self.shared else pairs
+
+    def _real(self, rows: Rows, device: torch.device) -> Tensor:
+        """(batch, length) bool."""
+        return torch.arange(rows.length, device=device) < rows.real_tokens()[:, None]
+
+    def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
+        """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
+        real = self._real(rows, routes[0].device)
+        total = routes[0].new_zeros(())
+        for vectors, chosen in self._clustered(routes, clusters):
+            square = (vectors - self._own(chosen).to(vectors.dtype)).square().sum(-1)
+            square = square.masked_fill(~real[:, None], 0)
+            total = total + square.sum() / (real.sum() * vectors.shape[1]).clamp(min=1)
+        return total
+
+    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RoutingState | None, rows: Rows) -> RoutingState:
+        state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
+        rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
+        ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
+        return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
+
+    def _rings(self) -> tuple[int, ...]:
+        return self.routed_heads, self.config.num_clusters, self.config.window
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
+        """Full capacity, nothing live."""
+        return RoutingState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """That of the rings, whatever the length."""
+        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""
+        config, shape = self.config, self.shape
+        entries = ops.routing_cost(
+            length,
+            num_clusters=config.num_clusters,
+            window=config.window,
+            causal=shape.causal,
+            selection="strict" if self.strict else "balanced",
+            itself=not self.shared,
+            shared=self.shared,
+        )
+        keys = 0 if self.shared else shape.num_kv_heads if self.strict else shape.num_heads
+        routed = (shape.num_heads + keys) * length * config.num_clusters
+        return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * routed)
+
+    def pairs(self, length: int) -> int:
+        """Pairs if clusters were full: an upper bound."""
+        window, causal, heads = self.config.window, self.shape.causal, self.shape.num_heads
+        if not self.strict:
+            taken = min(window, length)
+            most = taken * (taken + 1) // 2 if causal else taken * taken
+            everything = length * (length + 1) // 2 if causal else length * length
+            return heads * min(everything, self.config.num_clusters * most + length)
+        sides = 1 if causal else 2
+        if self.shared:
+            return heads * sum(max(1, min(sides * window, i if causal else length - 1)) for i in range(length))
+        return heads * sum(min(sides * (window - 1) + 1, i + 1 if causal else length) for i in range(length))

@@ -1,0 +1,243 @@
+"""Routing Transformer's attention (Roy et al. 2021): tokens that one centroid is nearest to see each other."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.engine import flash
+from longspan.engine.arguments import check_floating, check_positive, check_shapes
+from longspan.engine.block_sparse import attend_blocks
+from longspan.engine.flash import default_scale
+from longspan.engine.groups import (
+    Reach,
+    by_heads,
+    check_streams,
+    nearest_entries,
+    nearest_members_in_documents,
+    real_columns,
+    zero_padding,
+)
+from longspan.engine.ring_buffer import LSHRings, attend_token, behind_rings
+from longspan.errors import ConfigError
+from longspan.mechanisms.routing.balanced import balanced_attention, balanced_entries
+from longspan.state import needs_grad
+
+SELECTIONS = ("strict", "balanced")
+
+
+def routing_clusters(x: Tensor, centroids: Tensor) -> Tensor:
+    """The cluster of each vector: argmax x . mu, its length left aside (Roy et al. 2021, section 4.1).
+
+    Args:
+        x: (batch, heads or a divisor of them, length, head_dim).
+        centroids: (heads, clusters, head_dim), of length one.
+
+    Returns:
+        (batch, heads, length) int64 below clusters.
+    """
+    heads, dtype = len(centroids), flash.working_dtype(x)
+    clusters = torch.empty(x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
+    check_floating(x=x)
+    group = heads // x.shape[1]
+    centroids = centroids.to(dtype)
+    with torch.no_grad(), flash.full_precision(x.device):
+        for head in range(heads):
+            clusters[:, head] = (x[:, head // group].to(dtype) @ centroids[head].mT).argmax(-1)
+    return clusters
+
+
+def routing_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    centroids: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    selection: Literal["strict", "balanced"] = "strict",
+    itself: bool = True,
+    scale: float | None = None,
+    routes: tuple[Tensor, Tensor] | None = None,
+    clusters: tuple[Tensor, Tensor] | None = None,
+    rings: Sequence[Tensor] | None = None,
+    lengths: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention to keys of the query's cluster, in its document.
+
+        "strict": itself, and the last window - 1 keys j < i in the cluster of the query; not causal: the nearest
+            window - 1 on either side. Without `itself`: the last window keys j < i (the nearest window on either side),
+            and itself only where there are none.
+        "balanced": in every document each cluster takes the `window` queries and the `window` keys nearest to its
+            centroid (the first ones of equals). In each cluster that took it a query sees the keys taken with j <= i
+            (all of them where not causal), without `itself` none of its own; the output is the mean over the clusters
+            in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value that an
+            earlier one sees, but they do change which ones it sees.
+
+    Args:
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, length, head_dim), kv_heads dividing heads. Fastest where its clusters are those of q.
+        v: like k.
+        centroids: (heads, clusters, head_dim), of length one.
+        window: see above.
+        causal: see above.
+        selection: see above.
+        itself: see above.
+        scale: factor of the logits; default head_dim ** -0.5.
+        routes: what is compared with the centroids in the place of q and k (shaped like them, heads or kv_heads both);
+            None = q and k scaled to length one. Given, "balanced" takes them as they are. One tensor twice: queries and
+            keys share their clusters.
+        clusters: "strict": of queries and keys, (batch, heads or kv_heads, length), as `routing_clusters` gives them;
+            None = found here.
+        rings: earlier tokens, keys, values (batch, heads or kv_heads, clusters, window, head_dim) and positions
+            (batch, ..., window), newest last, position -1 where empty; "strict" and causal only.
+        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
+        start: (batch, length) column at which a token's document starts, negative where it began before the call: the
+            rings are then seen too. None = every row is one document that goes on with the rings.
+
+    Returns:
+        (batch, heads, length, head_dim) in q's dtype.
+
+    Raises:
+        ConfigError: shapes that do not fit, an unknown selection.
+        UnsupportedError: rings where nothing streams.
+    """
+    _check(q, k, v, centroids, window, selection)
+    check_streams("routing_attention", rings, causal and selection == "strict")
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    dtype, scale, real, target = (
+        flash.working_dtype(q, k, v),
+        default_scale(q, scale),
+        real_columns(q, lengths),
+        q.dtype,
+    )
+    if routes is None:
+        routes = (q, k) if selection == "strict" else _unit(q, k)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if selection == "balanced":
+        near = _nearness(routes, centroids, dtype)
+        form: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
+        return zero_padding(balanced_attention(q, k, v, near, **form, real=real, start=start), real, target)
+    if clusters is None:
+        of_queries = routing_clusters(routes[0], centroids)
+        clusters = of_queries, of_queries if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
+    ring = None if rings is None else LSHRings(*(t[:, :, None] for t in rings))
+    out = _strict(q, k, v, clusters, centroids.shape[1], window, causal, itself, scale, ring, real, start)
+    return zero_padding(out, real, target)
+
+
+def _strict(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clusters: tuple[Tensor, Tensor],
+    count: int,
+    window: int,
+    causal: bool,
+    itself: bool,
+    scale: float,
+    rings: LSHRings | None,
+    real: Tensor | None,
+    start: Tensor | None,
+) -> Tensor:
+    """The "strict" selection of `count` clusters, in the working dtype; rings of one round."""
+    heads, shared = q.shape[1], clusters[0] is clusters[1] and rings is None
+    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
+    of_queries = by_heads(clusters[0], heads)[:, :, None]
+    if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
+        continues, own_key = None if start is None else start[:, 0] < 0, k if itself else None
+        return attend_token(
+            q, v, rings, of_queries, scale=scale, own_key=own_key, newest=reach.before, continues=continues
+        )
+    schedules = nearest_members_in_documents(
+        of_queries,
+        of_queries if shared else by_heads(clusters[1], heads)[:, :, None],
+        count,
+        reach,
+        real=real,
+        start=start,
+        ring_position=None if rings is None else rings.position,
+    )
+    keys, values = behind_rings(rings, k, v, heads)
+    out, lse = attend_blocks(q, keys, values, schedules, scale)
+    own_value = by_heads(v, heads)
+    if itself and not shared:  # the query's own key may be in another cluster
+        own_score = (q * by_heads(k, heads)).sum(-1) * scale
+        total = torch.logaddexp(lse, own_score)
+        return out * (lse - total).exp()[..., None] + own_value * (own_score - total).exp()[..., None]
+    return torch.where((lse == -math.inf)[..., None], own_value, out)
+
+
+def strict_reach(window: int, *, causal: bool, itself: bool, shared: bool) -> Reach:
+    """What "strict" lets a query see of its cluster; its own key only where that is in it for sure."""
+    before = window - 1 if itself else window
+    return Reach(before, None if causal else before, itself and shared)
+
+
+def _nearness(routes: tuple[Tensor, Tensor], centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(batch, heads, clusters, length) of queries and of keys; one tensor twice where they are one."""
+    of_queries, of_keys = routes
+    with torch.no_grad(), flash.full_precision(of_queries.device):
+        centroids = centroids.to(dtype)
+        near = centroids @ of_queries.to(dtype).mT
+        if of_keys is of_queries:
+            return near, near
+        return near, centroids @ by_heads(of_keys, len(centroids)).to(dtype).mT
+
+
+def _unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k of length one, one tensor where they are one."""
+    dtype = flash.working_dtype(q, k)
+    unit = F.normalize(q.to(dtype), dim=-1)
+    return unit, unit if k is q else F.normalize(k.to(dtype), dim=-1)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, window: int, selection: str) -> None:
+    """Raise `ConfigError` where the arguments do not fit."""
+    check_shapes(q, k, v)
+    check_positive("window", window)
+    if selection not in SELECTIONS:
+        raise ConfigError(f"selection = {selection!r}: expected one of {', '.join(SELECTIONS)}")
+    if k.shape[2] != q.shape[2]:
+        raise ConfigError(f"k has {k.shape[2]} columns and q {q.shape[2]}: earlier tokens come as rings")
+    if centroids.ndim != 3 or centroids.shape[::2] != (q.shape[1], q.shape[3]) or centroids.shape[1] < 1:
+        raise ConfigError(
+            f"centroids are {tuple(centroids.shape)}, expected (heads = {q.shape[1]}, clusters, head_dim = "
+            f"{q.shape[3]})"
+        )
+
+
+def routing_cost(
+    length: int,
+    *,
+    num_clusters: int,
+    window: int,
+    causal: bool = True,
+    selection: str = "strict",
+    itself: bool = True,
+    shared: bool = True,
+) -> int:
+    """Score entries computed per head by `routing_attention` for one document without rings: the sum of its tiles.
+
+    Products with the centroids come on top: length * num_clusters of head_dim for queries, and as many for keys.
+
+    Args:
+        length: queries.
+        num_clusters: clusters.
+        window: see `routing_attention`.
+        causal: see `routing_attention`.
+        selection: see `routing_attention`.
+        itself: see `routing_attention`.
+        shared: whether queries and keys share their clusters.
+    """
+    if length < 1:
+        return 0
+    if selection == "balanced":
+        return num_clusters * balanced_entries(min(window, length))
+    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
+    return nearest_entries(length, num_clusters, reach, shared=shared)

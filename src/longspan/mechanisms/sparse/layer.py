@@ -1,0 +1,361 @@
+"""`sparse` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan import host, ops
+from longspan.contract.base import Core, Hidden, Shape, Traits, sum_nbytes
+from longspan.contract.kv_cache import carried, join
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError
+from longspan.state import append
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig:
+    """Fields of `sparse`.
+
+    Attributes:
+        pattern: "fixed" (text) or "strided" (images, and what else has a period).
+        stride: positions of a block, or between the keys that are seen from afar; about sqrt(length).
+        summary: columns of a block that later blocks see, fixed only; more than `stride` count as it. The paper takes
+            8 to 32 for strides of 128 and 256.
+        part: "union" of both factors in one softmax, or one of them, "local" or "summary".
+        summary_offset: how many places before the block's end the summary columns of a kv head end, fixed only; the
+            list repeats over the kv heads. Empty = at the end. (0, summary, 2 * summary, ...) gives heads distinct
+            columns, which the paper finds better than common ones.
+    """
+
+    pattern: Literal["fixed", "strided"] = "fixed"
+    stride: int = 128
+    summary: int = 8
+    part: Literal["union", "local", "summary"] = "union"
+    summary_offset: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ConfigError(f"sparse.stride = {self.stride}: must be at least 1")
+        if self.summary < 1:
+            raise ConfigError(f"sparse.summary = {self.summary}: must be at least 1")
+        room = self.stride - self.kept
+        if any(not 0 <= offset <= room for offset in self.summary_offset):
+            raise ConfigError(
+                f"sparse.summary_offset = {self.summary_offset}: each must be from 0 to stride - summary = {room}"
+            )
+        if self.summary_offset and self.pattern == "strided":
+            raise ConfigError("sparse.summary_offset: only the fixed pattern has summary columns to place")
+
+    @property
+    def kept(self) -> int:
+        """Summary columns of a block."""
+        return min(self.summary, self.stride)
+
+
+class SparseState(NamedTuple):
+    """The keys and values that later tokens may still see, turned by RoPE, newest last.
+
+    Attributes:
+        k: (batch, kv_heads, columns, head_dim). Strided: every key (columns = the most live tokens of any row), or the
+            last `stride` where the part is local. Fixed: the last stride - 1, among them the open block.
+        v: like k.
+        summary_k: (batch, kv_heads, summary * closed blocks, head_dim), the summary columns of the blocks of the row
+            that has most of them. No columns where the pattern is strided or the part local.
+        summary_v: like summary_k.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    summary_k: Tensor
+    summary_v: Tensor
+    live: Tensor
+
+
+class SparseCore(Core):
+    """See the package."""
+
+    Config = SparseConfig
+    config: SparseConfig
+    examples = (
+        {"pattern": "fixed", "stride": 4, "summary": 1},
+        {"pattern": "fixed", "stride": 5, "summary": 2, "summary_offset": (0, 3)},
+        {"pattern": "fixed", "stride": 6, "summary": 2, "part": "summary", "summary_offset": (1, 4)},
+        {"pattern": "fixed", "stride": 4, "part": "local"},
+        {"pattern": "strided", "stride": 4},
+        {"pattern": "strided", "stride": 3, "part": "summary"},
+        {"pattern": "strided", "stride": 4, "part": "local"},
+    )
+
+    def __init__(self, shape: Shape, config: SparseConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("sparse: the patterns of Sparse Transformer are causal; there is no bidirectional form")
+        offsets = config.summary_offset or (0,)
+        self.offsets = tuple(offsets[head % len(offsets)] for head in range(shape.num_kv_heads))
+        self.fixed = config.pattern == "fixed"
+        self.kept = config.kept if self.fixed and config.part != "local" else 0
+        """Summary columns that a closed block leaves."""
+        self.grows = not self.fixed and config.part != "local"
+        """Every key is kept."""
+        self.capacity = 0 if self.grows else config.stride - (1 if self.fixed else 0)
+        self.fields: dict[str, Any] = {
+            "pattern": config.pattern,
+            "stride": config.stride,
+            "summary": config.kept,
+            "part": config.part,
+        }
+        if self.fixed:
+            self.fields["summary_offset"] = self.offsets
+
+    @property
+    def traits(self) -> Traits:
+        """Causal only; the state grows, where the part is not local: by every key, or by a few of each block."""
+        segment = self.config.stride if self.fixed else None
+        return Traits(bidirectional=False, bounded=self.config.part == "local", segment=segment)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: SparseState | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, SparseState]:
+        """See `Core.forward`."""
+        q, k = self.rotate(q, k, rows)
+        if not self.fixed:
+            return self._strided(q, k, v, state, rows)
+        if rows.inside(self.config.stride):
+            out = self._inside(q, k, v, state, rows)
+        elif rows.plain and rows.aligned(self.config.stride):
+            out = self._whole(q, k, v, state, rows)
+        else:
+            out = self._spread(q, k, v, state, rows)
+        return out, self._next(k, v, state, rows)
+
+    # -- strided ---------------------------------------------------------------------------------------------------
+
+    def _strided(
+        self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows
+    ) -> tuple[Tensor, SparseState]:
+        all_k, all_v, memory = join(state, k, v, grows=self.grows)
+        out = ops.sparse_attention(
+            q,
+            all_k,
+            all_v,
+            **self.fields,
+            lengths=rows.lengths,
+            start=rows.first_visible(memory),
+            memory_lengths=rows.memory_lengths(memory),
+        )
+        nothing, capacity = _no_columns(k), None if self.grows else self.capacity
+        kept = carried(state, k, v, (all_k, all_v), rows, capacity)
+        return out, SparseState(*kept, nothing, nothing, rows.live)
+
+    # -- fixed -----------------------------------------------------------------------------------------------------
+
+    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+        """A call within the open block of every row: the summary columns, the open block and the call side by side."""
+        if state is None:
+            return ops.sparse_attention(q, k, v, **self.fields, lengths=rows.lengths)
+        low, high = rows.offset_range
+        if low == high:
+            size = high % self.config.stride
+            cut, first = state.k.shape[2] - size, state.summary_k.shape[2] - self.state_columns(high)
+            older_k = torch.cat([state.summary_k[:, :, first:], state.k[:, :, cut:], k], 2)
+            older_v = torch.cat([state.summary_v[:, :, first:], state.v[:, :, cut:], v], 2)
+            return ops.sparse_attention(q, older_k, older_v, **self.fields, open_block=size, lengths=rows.lengths)
+        stride, summary = self.config.stride, self.kept
+        opened = rows.opened(stride)
+        counts = host.derive(lambda offset: offset // stride * summary + offset % stride, rows.offset)
+        index = self._older_columns(state, counts, opened)
+        older_k, older_v = (
+            torch.cat([_columns(torch.cat(each, 2), index), new], 2)
+            for each, new in (((state.summary_k, state.k), k), ((state.summary_v, state.v), v))
+        )
+        return ops.sparse_attention(
+            q,
+            older_k,
+            older_v,
+            **self.fields,
+            open_block=opened,
+            lengths=rows.lengths,
+            memory_lengths=counts,
+        )
+
+    def _older_columns(self, state: SparseState, counts: Tensor, opened: Tensor) -> Tensor:
+        """(batch, columns) of [summary columns, open block] moved together, newest last; negative where none."""
+        summaries, cap = state.summary_k.shape[2], state.k.shape[2]
+        read = host.values(counts)
+        most = 0 if read is None else int(read.max())
+        back = torch.arange(most, 0, -1, device=counts.device).expand(len(counts), -1)  # 1 = the newest
+        in_block = back <= opened[:, None]
+        column = torch.where(in_block, summaries + cap - back, summaries - (back - opened[:, None]))
+        return column.masked_fill(back > counts[:, None], -1)
+
+    def _whole(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+        """A call that begins at a border in every row."""
+        if state is not None:
+            first = state.summary_k.shape[2] - self.state_columns(rows.offset_range[0])
+            k = torch.cat([state.summary_k[:, :, first:], k], 2)
+            v = torch.cat([state.summary_v[:, :, first:], v], 2)
+        return ops.sparse_attention(q, k, v, **self.fields)
+
+    def _spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+        """Any other call, laid out over whole blocks, with the open block's tokens in front."""
+        layout = rows.segments(self.config.stride)
+        memory = 0
+        q = layout.spread(q)
+        start, lengths, memory_lengths = None, None, None
+        spread_k = layout.spread(k, None if state is None else state.k)
+        spread_v = layout.spread(v, None if state is None else state.v)
+        if state is not None:
+            memory = state.summary_k.shape[2]
+            spread_k, spread_v = torch.cat([state.summary_k, spread_k], 2), torch.cat([state.summary_v, spread_v], 2)
+        if rows.origin is not None:
+            start = rows.cached(("block_start", self.config.stride, memory), lambda: self._first_key(rows, memory))
+        if rows.lengths is not None:
+            lengths = host.derive(lambda real: real.sum(1), layout.real) if rows.origin is None else None
+        if memory:
+            stride, summary = self.config.stride, self.kept
+            memory_lengths = host.derive(lambda offset: offset // stride * summary, rows.offset)
+        out = ops.sparse_attention(
+            q, spread_k, spread_v, **self.fields, lengths=lengths, start=start, memory_lengths=memory_lengths
+        )
+        return layout.collect(out)
+
+    def _first_key(self, rows: Rows, memory: int) -> Tensor:
+        """(batch, columns) first visible key column of every column of the layout, behind `memory` summary columns."""
+        layout = rows.segments(self.config.stride)
+        # a document began where its position was 0; one that began before the call sees everything
+        assert rows.origin is not None
+        origin, place = host.values(rows.origin), host.values(layout.place)
+        assert origin is not None
+        assert place is not None
+        return host.put(layout.spread_read(np.where(origin < 0, 0, memory + place - rows.positions_read)), rows.device)
+
+    def _next(self, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> SparseState:
+        old_k, old_v = (None, None) if state is None else (state.k, state.v)
+        carried = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
+        nothing = _no_columns(k)
+        if not self.kept:
+            return SparseState(*carried, nothing, nothing, rows.live)
+        summary_k, summary_v = (nothing, nothing) if state is None else (state.summary_k, state.summary_v)
+        if rows.plain and rows.emptied is None:
+            low = rows.offset_range[0]
+            if rows.shapes_only:  # blocks that left columns have been
+                low = summary_k.shape[2] // self.kept * self.config.stride
+            exact = summary_k.shape[2] == self.state_columns(low)
+            if exact and self.state_columns(low) == self.state_columns(low + rows.length):
+                return SparseState(*carried, summary_k, summary_v, rows.live)  # no block closes
+            if exact:
+                new = (self._closed(old, x, low) for old, x in ((old_k, k), (old_v, v)))
+                summary_k, summary_v = (append(s, x) for s, x in zip((summary_k, summary_v), new, strict=True))
+                return SparseState(*carried, summary_k, summary_v, rows.live)
+        index = self._summary_columns(rows, summary_k.shape[2], 0 if old_k is None else old_k.shape[2])
+        pairs = ((summary_k, old_k, k), (summary_v, old_v, v))
+        summary_k, summary_v = (_columns(torch.cat([t for t in each if t is not None], 2), index) for each in pairs)
+        return SparseState(*carried, summary_k, summary_v, rows.live)
+
+    def _closed(self, old: Tensor | None, new: Tensor, offset: int) -> Tensor:
+        """(batch, kv_heads, kept * blocks, head_dim): the summary columns of the blocks that a plain call closes."""
+        stride, opened = self.config.stride, offset % self.config.stride
+        blocks = (opened + new.shape[2]) // stride
+        tokens = new if old is None or not opened else torch.cat([old[:, :, old.shape[2] - opened :], new], 2)
+        tokens = tokens[:, :, : blocks * stride].unflatten(2, (blocks, stride))
+        ends = [stride - offset for offset in self.offsets]
+        parts = [tokens[:, head, :, end - self.kept : end] for head, end in enumerate(ends)]
+        return torch.stack(parts, 1).flatten(2, 3)
+
+    def _summary_columns(self, rows: Rows, summaries: int, carried: int) -> Tensor:
+        """(batch, kv_heads, columns) of [summary columns, carried tokens, the call], negative where there is none."""
+        stride, device = self.config.stride, rows.device
+        closed = rows.live // stride
+        most = int((rows.lives // stride).max(initial=0))
+        block = torch.arange(most, device=device) - (most - closed[:, None])  # (batch, blocks), newest last
+        goes_on = rows.live == rows.offset + rows.real_tokens()
+        before = torch.where(goes_on, rows.offset // stride, 0)
+        place = stride - self.kept - torch.tensor(self.offsets, device=device)[:, None]
+        place = place + torch.arange(self.kept, device=device)  # (kv_heads, kept)
+        # a token at position x stands live - x before the end of the call's real tokens
+        end = summaries + carried + rows.real_tokens()
+        position = block[:, None, :, None] * stride + place[None, :, None, :]
+        fresh = end[:, None, None, None] - rows.live[:, None, None, None] + position
+        old = summaries - (before[:, None] - block)[:, None, :, None] * self.kept
+        old = old + torch.arange(self.kept, device=device)
+        known = (block < before[:, None])[:, None, :, None]
+        column = torch.where(known, old, fresh).masked_fill((block < 0)[:, None, :, None], -1)
+        return column.flatten(2, 3)
+
+    # -- state and cost --------------------------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SparseState:
+        """Full capacity of what is bounded, no column of what grows, nothing live."""
+        shape = batch_size, self.shape.num_kv_heads, self.capacity, self.shape.head_dim
+        k = torch.zeros(shape, device=device, dtype=dtype)
+        live = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return SparseState(k, k.clone(), k[:, :, :0].clone(), k[:, :, :0].clone(), live)
+
+    def state_columns(self, length: int) -> int:
+        """Strided: a column a token. Fixed: `summary` a closed block."""
+        return length if self.grows else length // self.config.stride * self.kept
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Two vectors a kv head and column, a count a row. Fixed: stride - 1 + summary * (length // stride) columns."""
+        columns = self.capacity + self.state_columns(length)
+        return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Two products of every query with the keys of its tiles."""
+        fields = {name: value for name, value in self.fields.items() if name != "summary_offset"}
+        return batch_size * 4 * self.shape.num_heads * self.shape.head_dim * ops.sparse_cost(length, **fields)
+
+    def pairs(self, length: int) -> int:
+        """The sizes of the sets, summed over queries and heads."""
+        stride, part, heads = self.config.stride, self.config.part, self.shape.num_heads
+        if not self.fixed:
+            near = min(stride, length)
+            local = near * (near + 1) // 2 + (length - near) * (stride + 1)
+            far = _sum_of_quotients(length, stride)
+            beyond = _sum_of_quotients(length - stride, stride)  # of them, those farther than one stride
+            return heads * {"local": local, "summary": far + length, "union": local + beyond}[part]
+        blocks, rest = divmod(length, stride)
+        earlier = self.kept * (stride * blocks * (blocks - 1) // 2 + rest * blocks)
+        if part != "summary":
+            return heads * (blocks * stride * (stride + 1) // 2 + rest * (rest + 1) // 2 + earlier)
+        own = sum(blocks * self._own(stride, offset) + self._own(rest, offset) for offset in self.offsets)
+        return heads * earlier + self.shape.group * own
+
+    def _own(self, size: int, offset: int) -> int:
+        """Pairs inside a block of `size` positions of the summary part."""
+        last = self.config.stride - offset
+        places = range(last - self.kept, last)
+        return sum(sum(place <= i for place in places) + (i not in places) for i in range(size))
+
+
+def _sum_of_quotients(length: int, stride: int) -> int:
+    """The sum of i // stride over i from 0 to length - 1."""
+    if length <= 0:
+        return 0
+    whole, rest = divmod(length, stride)
+    return stride * whole * (whole - 1) // 2 + rest * whole
+
+
+def _no_columns(x: Tensor) -> Tensor:
+    return x.new_zeros(*x.shape[:2], 0, x.shape[3])
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    """x (batch, heads, columns, dim) at index (batch, new columns) or (batch, heads, new columns); zeros where < 0."""
+    index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
+    if not index.shape[2]:
+        return _no_columns(x)
+    found = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
+    return found.masked_fill((index < 0)[..., None], 0)

@@ -1,0 +1,240 @@
+"""`transformer_xl` as a layer; see the package."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longspan import host, ops
+from longspan import state as states
+from longspan.contract.base import Hidden, Shape, Traits, sum_nbytes
+from longspan.contract.relative import NO_CONVERSION, RelativeCore
+from longspan.contract.rows import Rows
+from longspan.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerXLConfig:
+    """Fields of `transformer_xl`.
+
+    Attributes:
+        segment: positions of a segment.
+        mem_len: how far memory reaches, see `same_length`.
+        same_length: True: every token sees exactly mem_len keys, itself included (0 <= i - j < mem_len). False: it
+            sees its segment so far and the mem_len positions before the segment.
+        clamp_len: distances beyond it count as it (the paper's evaluation uses this); 0 = no clamp.
+        memory: "hidden" carries hidden states (trainable); "kv" carries keys and values: the same outputs with less
+            work a step, for inference only.
+    """
+
+    segment: int = 512
+    mem_len: int = 512
+    same_length: bool = False
+    clamp_len: int = 0
+    memory: Literal["hidden", "kv"] = "hidden"
+
+    def __post_init__(self) -> None:
+        for name, least in (("segment", 1), ("mem_len", 1 if self.same_length else 0), ("clamp_len", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"transformer_xl.{name} = {getattr(self, name)}: must be at least {least}")
+
+
+class TransformerXLState(NamedTuple):
+    """Memory of hidden states.
+
+    Attributes:
+        hidden: (batch, columns, dim), newest last; columns = mem_len - 1 with same_length, else mem_len + segment - 1
+            (the open segment and mem_len before it). Slots beyond `live` are zero and masked.
+        live: (batch,) live tokens.
+    """
+
+    hidden: Tensor
+    live: Tensor
+
+
+class TransformerXLKeysValues(NamedTuple):
+    """Memory of keys and values: the form for inference.
+
+    Attributes:
+        k: (batch, kv_heads, columns, head_dim), newest last.
+        v: like k.
+        live: (batch,) live tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    live: Tensor
+
+
+class TransformerXLCore(RelativeCore):
+    """See the package."""
+
+    Config = TransformerXLConfig
+    config: TransformerXLConfig
+    examples = (
+        {"segment": 4, "mem_len": 4},
+        {"segment": 3, "mem_len": 5, "clamp_len": 4},
+        {"segment": 4, "mem_len": 6, "same_length": True},
+        {"segment": 4, "mem_len": 6, "memory": "kv"},
+    )
+
+    def __init__(self, shape: Shape, config: TransformerXLConfig) -> None:
+        super().__init__(shape, config)
+        if not shape.causal:
+            raise ConfigError("transformer_xl: recurrence over segments is causal; there is no bidirectional form")
+        self.clamp = config.clamp_len
+        self.reach = config.mem_len if config.same_length else config.mem_len + config.segment
+        self.capacity = self.reach - 1
+
+    @property
+    def traits(self) -> Traits:
+        """Bounded; gradients stay inside the segment."""
+        return Traits(
+            bidirectional=False,
+            bounded=True,
+            segment=self.config.segment,
+            horizon=1,
+            receives_hidden=True,
+            no_conversion_reason=NO_CONVERSION,
+        )
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: TransformerXLState | TransformerXLKeysValues | None,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, TransformerXLState | TransformerXLKeysValues]:
+        """See `Core.forward`."""
+        assert hidden is not None, "transformer_xl projects hidden states"
+        if self.config.memory == "kv" and torch.is_grad_enabled() and k.requires_grad:
+            raise UnsupportedError(
+                "transformer_xl: memory='kv' is for inference (torch.no_grad()); train with 'hidden'"
+            )
+        past, old_k, old_v = self._past(state, hidden, rows)
+        memory = 0 if old_k is None else old_k.shape[2]
+        own_k, own_v = _behind(old_k, k), _behind(old_v, v)
+        stale, border = None, None
+        if torch.is_grad_enabled() and not self._inside(rows):
+            fresh_k, fresh_v = hidden.project(hidden.x.detach())
+            if past is not None and past.requires_grad:
+                old_k, old_v = hidden.project(past.detach())
+            stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
+            border = self._border(rows, memory)
+        distances = max(1, min(self.reach, memory + rows.length))
+        seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
+        if self.folds(q, distances, own_k, own_v):
+            scores = self.position_scores(q, distances, rows)
+            out = ops.relative_decode(q, own_k, own_v, scores, self.content_bias, **seen)
+        else:
+            r, biases = self.relative(distances, rows), (self.content_bias, self.position_bias)
+            out = ops.relative_attention(q, own_k, own_v, r, *biases, border=border, stale=stale, **seen)
+        return out, self._next(state, k, v, hidden.x, rows)
+
+    def _past(
+        self, state: TransformerXLState | TransformerXLKeysValues | None, hidden: Hidden, rows: Rows
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Hidden states (where carried), keys and values of the columns of the state that this call can see."""
+        columns = self.capacity
+        if rows.plain and not self.config.same_length:
+            columns = self.config.mem_len + rows.offset_range[0] % self.config.segment
+        if state is None or not columns:
+            return None, None, None
+        if isinstance(state, TransformerXLKeysValues):
+            return None, state.k[:, :, -columns:], state.v[:, :, -columns:]
+        past = state.hidden[:, -columns:]
+        return past, *hidden.project(past)
+
+    def _inside(self, rows: Rows) -> bool:
+        """All tokens of this call lie in one segment of every row, the open one."""
+        return rows.plain and rows.offset_range[0] % self.config.segment + rows.length <= self.config.segment
+
+    def _border(self, rows: Rows, memory: int) -> int | Tensor:
+        segment = self.config.segment
+        return segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
+
+    def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
+        """The keywords of the operation that say which keys a token sees."""
+        start, config = rows.first_visible(memory), self.config
+        if config.same_length:
+            return {"window": config.mem_len, "start": start}
+        if rows.aligned(config.segment):
+            return {"window": config.mem_len, "segment": config.segment}
+        if self._inside(rows):
+            return {}  # the visible columns of the state were cut to just what the segment sees
+
+        def first_key() -> Tensor:
+            start_of = rows.segment_start(config.segment, memory)
+            first = host.derive(lambda begin: (begin - config.mem_len).clip(min=0), start_of)
+            first = host.expand(first, rows.batch)
+            return first if start is None else host.maximum(first, start)
+
+        return {"window": self.reach, "start": rows.cached(("xl", config.segment, config.mem_len, memory), first_key)}
+
+    def _next(
+        self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: Rows
+    ) -> TransformerXLState | TransformerXLKeysValues:
+        if self.config.memory == "kv":
+            old_k, old_v = (None, None) if state is None else (state.k, state.v)
+            carried_k, carried_v = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
+            return TransformerXLKeysValues(carried_k, carried_v, rows.live)
+        joined = rows.carry(None if state is None else state.hidden, x, self.capacity)
+        if joined.requires_grad:
+            # what lies before the open segment is memory: it is read, not trained through
+            slot = torch.arange(self.capacity, device=x.device)
+            is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
+            some = self.capacity > 0 and (rows.lives % self.config.segment).any()
+            joined = torch.where(is_open[..., None], joined, joined.detach()) if some else joined.detach()
+        return TransformerXLState(joined, rows.live)
+
+    def init_state(
+        self, batch_size: int, device: torch.device | None, dtype: torch.dtype
+    ) -> TransformerXLState | TransformerXLKeysValues:
+        """Full capacity, nothing live."""
+        live = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        if self.config.memory == "kv":
+            shape = (batch_size, self.shape.num_kv_heads, self.capacity, self.shape.head_dim)
+            k = torch.zeros(shape, device=device, dtype=dtype)
+            return TransformerXLKeysValues(k, k.clone(), live)
+        return TransformerXLState(
+            torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
+        )
+
+    def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
+        """See `Core.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """`capacity` slots and one count a row, whatever the length."""
+        width = self.shape.dim if self.config.memory == "hidden" else 2 * self.shape.num_kv_heads * self.shape.head_dim
+        return sum_nbytes(batch_size, dtype, width * self.capacity)
+
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Content and position products, and one projection of the distances for the whole batch."""
+        config, width = self.config, self.shape.num_heads * self.shape.head_dim
+        segment = None if config.same_length else config.segment
+        content, position = ops.relative_cost(length, window=config.mem_len, segment=segment)
+        projected = 2 * self.different_distances(min(self.reach, length)) * self.shape.dim * width
+        return batch_size * (4 * content + 2 * position) * width + projected
+
+    def pairs(self, length: int) -> int:
+        """Pairs of the definition, a head."""
+        config = self.config
+        if config.same_length:
+            near = min(config.mem_len, length)
+            return self.shape.num_heads * (near * (near + 1) // 2 + (length - near) * near)
+        total = 0
+        for first in range(0, length, config.segment):
+            size = min(config.segment, length - first)
+            total += size * (size + 1) // 2 + size * min(config.mem_len, first)
+        return self.shape.num_heads * total
+
+
+def _behind(old: Tensor | None, new: Tensor) -> Tensor:
+    """`new` behind the columns of `old`."""
+    return new if old is None else torch.cat([old, new], 2)
