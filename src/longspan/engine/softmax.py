@@ -113,43 +113,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     """`attention` without autograd."""
     target, dtype = q.dtype, flash.working_dtype(q, k, v)
     q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
-    merged, parts, first = any(round_.merges for round_ in schedule.rounds), [], schedule.rounds[0]
-    if len(schedule.rounds) == 1 and first.query_order is not None:
-        with flash.full_precision(q.device):
-            out, lse = _forward_round(first, schedule.scale, (q, k, v), tensors, None)
-        return out.to(target), Sums(lse[..., 0], ())
+    merged, parts = any(round_.merges for round_ in schedule.rounds), []
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
     lse = q.new_empty(*q.shape[:3], 1)
     with flash.full_precision(q.device):
         for round_ in schedule.rounds:
             here = out[:, round_.heads or slice(None)], lse[:, round_.heads or slice(None)]
-            part, sums = _forward_round(round_, schedule.scale, (q, k, v), tensors, here)
-            if round_.merges:
-                total = torch.logaddexp(here[1], sums)
-                here[0].mul_((here[1] - total).exp_()).addcmul_(part, (sums - total).exp_())
-                here[1].copy_(total)
-            elif part is not here[0]:
-                here[0].copy_(part)
-                here[1].copy_(sums)
+            sums = _forward_round(round_, schedule.scale, (q, k, v), tensors, here)
             if merged:
                 parts.append(sums.clone() if sums is here[1] else sums)
     return out.to(target), Sums(lse[..., 0], tuple(parts))
 
 
 def _forward_round(
-    round_: Round,
-    scale: float,
-    inputs: tuple[Tensor, ...],
-    tensors: Sequence[Tensor],
-    room: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exps (batch, heads, length, 1) of a round's heads, written to `room` where that fits."""
+    round_: Round, scale: float, inputs: tuple[Tensor, ...], tensors: Sequence[Tensor], room: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Write a round to the output and log-sum-exps (batch, heads, length, 1) of its heads; its own log-sum-exps."""
     q, k, v = round_.sorted_queries(inputs[0]), round_.sorted_keys(inputs[1]), round_.sorted_keys(inputs[2])
-    if room is not None and round_.query_order is None and not round_.merges:
-        out, lse = room
-    else:
-        out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=round_.merges, dtype=q.dtype)
-        lse = q.new_full((*q.shape[:3], 1), HIDDEN)
+    (out, lse), merges, order = room, round_.merges, round_.query_order
+    if order is not None:
+        out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=merges, dtype=q.dtype)
+    # queries without a tile see nothing in this round
+    sums = lse if order is None and not merges else q.new_full((*q.shape[:3], 1), HIDDEN)
     scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, q))
     heads = slice(0, q.shape[1]) if round_.heads is None else round_.heads
     for run in round_.forward.runs:
@@ -157,7 +142,7 @@ def _forward_round(
         blocks = list(make_blocks(run, q.shape[0], most))
         scores.open(run, max(block.rows * block.tiles for block in blocks), heads)
         for block in blocks:
-            part, sums = flash.attend(
+            part, part_sums = flash.attend(
                 run.queries_of(q, block),
                 run.keys_of(k, block),
                 run.keys_of(v, block),
@@ -165,11 +150,26 @@ def _forward_round(
                 causal=round_.fused == "causal",
                 mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
             )
-            run.queries_of(out, block).copy_(part)
-            run.queries_of(lse, block).copy_(sums[..., None])
-    if round_.query_order is not None:
-        return round_.query_order.restored(out), round_.query_order.restored(lse)
-    return out, lse
+            run.queries_of(sums, block).copy_(part_sums[..., None])
+            if merges and order is None:
+                _merge(run.queries_of(out, block), run.queries_of(lse, block), part, part_sums[..., None])
+            else:
+                run.queries_of(out, block).copy_(part)
+    if order is not None:
+        out, sums = order.restored(out), order.restored(sums)
+        if merges:
+            _merge(*room, out, sums)
+        else:
+            room[0].copy_(out)
+            lse.copy_(sums)
+    return sums
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Make out and its log-sum-exps those of the softmax over the keys of both."""
+    total = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - total).exp_()).addcmul_(other, (other_lse - total).exp_())
+    lse.copy_(total)
 
 
 def backward(
