@@ -85,6 +85,7 @@ def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
     assert found["results"]["local"]["acc,none"] == pytest.approx(right / 3)
 
 
+@pytest.mark.long
 def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
@@ -101,6 +102,7 @@ def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     assert found["results"]["local"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
 
 
+@pytest.mark.long
 def test_generation_stops_where_the_task_says(folder: Path) -> None:
     from longspan.harness import LongspanLM
 

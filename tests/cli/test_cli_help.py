@@ -52,6 +52,7 @@ print("loaded:", sorted({{"torch", "numpy", "matplotlib", "jinja2", "safetensors
     assert found.stdout.splitlines()[-1] == "loaded: []"
 
 
+@pytest.mark.long
 def test_python_dash_m():
     found = subprocess.run([sys.executable, "-m", "longspan.cli", "mixers", "wndow"], capture_output=True, text=True)
     assert found.returncode == 2

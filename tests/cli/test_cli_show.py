@@ -53,6 +53,7 @@ def test_without_more_the_help_is_shown(longspan):
     assert found.out == longspan("show", "--help").out
 
 
+@pytest.mark.long
 def test_all_patterns_are_drawn(longspan, tmp_path):
     found = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
     assert found.code == 0, found
@@ -193,6 +194,7 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     assert "no run here" in nothing.err
 
 
+@pytest.mark.long
 def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
     law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
     sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]

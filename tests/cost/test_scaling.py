@@ -60,6 +60,7 @@ def test_runs_of_one_size_fix_no_joint_law(form: Any, same: str) -> None:
         scaling.fit("power", {"x": table[same], "loss": table["loss"]}, draws=0)
 
 
+@pytest.mark.long
 def test_parameters_that_the_runs_do_not_determine_are_named() -> None:
     # tokens in proportion to parameters: the two terms stand for each other
     tokens = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9])

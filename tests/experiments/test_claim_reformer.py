@@ -109,6 +109,7 @@ def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert reformer_depth.outcome(grown, reformer_depth.PLANS["small"]).verdict == "does not hold"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_a_process_of_its_own_says_what_it_kept() -> None:
     found = [activations.blocks_alone(mode, 4, 400, 16, reformer_depth.MIXERS) for mode in ("plain", "reversible")]

@@ -113,6 +113,7 @@ def test_the_verdict_on_alphas(bits: float, alphas: list[float], kept: int, verd
     assert entmax.outcome(found, entmax.PLANS["full"]).verdict == verdict
 
 
+@pytest.mark.long
 @needs_text
 def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
     plan = bp.Plan(

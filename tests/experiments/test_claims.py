@@ -23,6 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "train_once", train)
 
 
+@pytest.mark.long
 def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), asked=((1, 3, False), (2, 2, True)))
     monkeypatch.setitem(rmt.PLANS, "small", plan)
@@ -44,6 +45,7 @@ def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 
+@pytest.mark.long
 def test_rmt_maps(tmp_path: Any) -> None:
     outcome = maps.RMT_MAPS.run(tmp_path, "small", print)
     assert all(0 <= value <= 1.0001 for values in outcome.data.values() for value in values)

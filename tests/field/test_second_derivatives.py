@@ -226,9 +226,9 @@ def test_every_autograd_function_has_the_one_base() -> None:
     ]
     # that of gradients.py adds zeros and is linear: its gradients can be differentiated
     assert direct == [
+        "contract/gradients.py:_WithGradients",
         "engine/first_order.py:FirstOrder",
         "engine/first_order.py:_Refused",
-        "contract/gradients.py:_WithGradients",
     ]
 
 

@@ -77,6 +77,7 @@ def test_a_start_that_fails_leaves_a_folder_as_it_was(folder, tmp_path, way):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_a_failed_start_does_not_stop_the_tour(longspan, folder, tmp_path):
     # the second try said that the folder held something that was no run
     arguments = ["quickstart", "-o", tmp_path, "--set", "train.steps=1", "--set"]

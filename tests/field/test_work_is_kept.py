@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,16 @@ from longspan.train import Silent, evaluate_text, load_run, read_log, run
 from longspan.train import checkpoint as checkpoints
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def hangups() -> Iterator[None]:
+    """The terminal's hangup ends a process, also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP"]
 
 

@@ -12,24 +12,29 @@ from .checks import CHECKS, why_not
 from .tools import Make, Registered, trains
 
 
-def subjects() -> list[Any]:
+def subjects() -> list[tuple[str, Make]]:
     return [
-        pytest.param(Registered(name, fields), id=f"{name}-{number}")
+        (f"{name}-{number}", Registered(name, fields))
         for name in ls.mixers.names()
         for number, fields in enumerate(ls.mixers.examples(name))
     ]
 
 
-def laws() -> list[Any]:
+# cells of half a minute, for `make test-long`; the first form of the mechanism is in `make test`
+LONG = {"4-definition-definition-entmax-1", "4-definition-definition-entmax-2", "4-definition-definition-entmax-3"}
+
+
+def cells() -> list[Any]:
     return [
-        pytest.param(check, id=f"{law}-{check.__name__.removeprefix('check_')}")
+        pytest.param(make, check, id=cell, marks=pytest.mark.long if cell in LONG else ())
         for law, checks in CHECKS.items()
         for check in checks
+        for name, make in subjects()
+        for cell in [f"{law}-{check.__name__.removeprefix('check_')}-{name}"]
     ]
 
 
-@pytest.mark.parametrize("make", subjects())
-@pytest.mark.parametrize("check", laws())
+@pytest.mark.parametrize(("make", "check"), cells())
 def test_law(make: Make, check: Callable[[Make], None]) -> None:
     if reason := why_not(check, make()):
         pytest.skip(reason)

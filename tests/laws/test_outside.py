@@ -8,12 +8,11 @@ from tests import outside
 import longspan as ls
 from longspan.contract import registry
 
-from .checks import definition, why_not
-from .test_laws import laws
+from .checks import CHECKS, definition, why_not
 from .tools import Make, Registered
 
 
-@pytest.mark.parametrize("check", laws())
+@pytest.mark.parametrize("check", [check for checks in CHECKS.values() for check in checks])
 def test_law(monkeypatch: pytest.MonkeyPatch, check: Callable[[Make], None]) -> None:
     monkeypatch.setattr(registry, "_REGISTERED", {})
     ls.mixers.register("leaky", outside.LeakyCore)

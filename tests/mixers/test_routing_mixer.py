@@ -262,6 +262,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.long
 def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
     """Also inside DistributedDataParallel, several synchronised forwards a step."""
     script = tmp_path / "script.py"

@@ -85,6 +85,7 @@ def test_training_noise_is_hardened_and_test_noise_is_not(task: MemoryTask) -> N
     assert task.sample("train", 2, [0]).negatives is negatives
 
 
+@pytest.mark.long
 def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path) -> None:
     built = tasks.build({"name": "memory", "vocab_size": 1024, "segment_length": 100, "samples": 20})
     built.prepare(tmp_path)

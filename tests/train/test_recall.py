@@ -46,6 +46,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.long
 def test_stopped_and_resumed_it_is_the_run_that_never_stopped(finished: Path, tmp_path: Path) -> None:
     shorter = {**RECIPE, "train": {**RECIPE["train"], "steps": 3}}
     run(shorter, tmp_path, progress="none")
@@ -104,6 +105,7 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert all(8 <= count <= 64 for _, count in rows)
 
 
+@pytest.mark.long
 def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     batch = draw_samples(task, 3, 16, 96, (0,))
