@@ -82,7 +82,7 @@ class PerformerCore(DrawnCore):
         {"num_features": 6, "kind": "relu"},
     )
     what = "performer: projection"
-    wide = ("projection",)
+    wide: tuple[str, ...] = ("projection",)
     projection: Tensor
     bound: Tensor
     pending_square: Tensor
