@@ -199,3 +199,23 @@ def _free_rows(
     if memory_lengths is not None:
         key = key.masked_fill(column < (memory - memory_lengths)[:, None], NOBODY)
     return Visibility(query[:, None, :, None], key[:, None, :, None], True, memory + length), dead
+
+
+def join_tail(start: Tensor, lengths: Tensor, real: Tensor) -> Tensor:
+    """`start` where the columns behind a row's real tokens belong to the document of the last one.
+
+    Args:
+        start: (batch, length) the column where each token's document starts; values are known where they were.
+        lengths: (batch,) real tokens of each row.
+        real: (batch, length) bool, which columns hold them.
+    """
+    if not start.shape[1]:
+        return start
+    last = start.gather(1, (lengths - 1).clamp(min=0)[:, None]).masked_fill((lengths == 0)[:, None], -1)
+    joined = torch.where(real, start, last)
+    read, count = host.read([start, lengths])
+    if read is None or count is None:
+        return joined
+    count = count[:, None]
+    last_read = np.where(count == 0, -1, np.take_along_axis(read, (count - 1).clip(min=0), 1))
+    return host.remember(joined, np.where(np.arange(read.shape[1]) < count, read, last_read))

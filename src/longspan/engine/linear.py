@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan.engine import flash
-from longspan.engine.arguments import check_floating
+from longspan.engine.arguments import check_floating, join_tail
 from longspan.engine.first_order import FirstOrder
 from longspan.engine.sums import smallest, sums_dtype
 from longspan.errors import ConfigError
@@ -140,7 +140,7 @@ def feature_attention(
         real = None if lengths is None else column < lengths[:, None]
         if start is not None and lengths is not None and real is not None:
             # columns behind a row's real tokens belong to the document of the last one
-            start = _joined_tail(start, lengths, real)
+            start = join_tail(start, lengths, real)
         if not causal:
             return _both_sides(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
@@ -432,17 +432,6 @@ def _read_block(features: Features, q: Tensor, total: Tensor, kv_heads: int, gro
     batch, heads, length, width = phi.shape
     out = _divided(phi.reshape(batch, kv_heads, group * length, width) @ total.to(phi.dtype))
     return out.view(batch, heads, length, total.shape[-1] - 1)
-
-
-def _joined_tail(start: Tensor, lengths: Tensor, real: Tensor) -> Tensor:
-    """`start` where padding belongs to the last document of its row; it knows its values where it did."""
-    tail = start.gather(1, (lengths - 1).clamp(min=0)[:, None]).masked_fill((lengths == 0)[:, None], -1)
-    joined = torch.where(real, start, tail)
-    read, counted = host.read([start, lengths])
-    if read is None or counted is None:
-        return joined
-    last = np.where(counted[:, None] == 0, -1, np.take_along_axis(read, (counted[:, None] - 1).clip(min=0), 1))
-    return host.remember(joined, np.where(np.arange(read.shape[1]) < counted[:, None], read, last))
 
 
 def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longspan.engine import flash
-from longspan.engine.arguments import check_floating
+from longspan.engine.arguments import check_floating, join_tail
 from longspan.engine.first_order import FirstOrder
 from longspan.errors import ConfigError
 
@@ -82,17 +82,9 @@ def gated_delta_attention(
         if lengths is not None:
             real = torch.arange(v.shape[2], device=v.device) < lengths[:, None]
             tensors[3:] = [t.masked_fill(~real[:, None], 0) for t in tensors[3:]]
-            start = None if start is None else _joined_tail(start, lengths, real)
+            start = None if start is None else join_tail(start, lengths, real)
         out, after = _GatedDelta.apply(start, *tensors, state.to(dtype))
     return out.to(v.dtype), after
-
-
-def _joined_tail(start: Tensor, lengths: Tensor, real: Tensor) -> Tensor:
-    """`start` where the columns behind a row's real tokens belong to the document of the last one."""
-    if not start.shape[1]:
-        return start
-    last = start.gather(1, (lengths - 1).clamp(min=0)[:, None]).masked_fill((lengths == 0)[:, None], -1)
-    return torch.where(real, start, last)
 
 
 def short_convolution(x: Tensor, weight: Tensor, *, past: Tensor | None = None, start: Tensor | None = None) -> Tensor:
