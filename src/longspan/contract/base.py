@@ -138,7 +138,10 @@ class Core(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """The facts about this instance; they follow from its shape and configuration and never change."""
+        """The facts about this instance; they follow from its shape and configuration and never change.
+
+        Asked for at every token: a subclass makes them once, by `functools.cached_property`.
+        """
         raise NotImplementedError
 
     @property
@@ -186,6 +189,28 @@ class Core(nn.Module):
             (B, heads, N, value_dim), arbitrary behind a row's real tokens, and the next state.
         """
         raise NotImplementedError
+
+    @host.eager
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: Any,
+        rows: Rows,
+        *,
+        hidden: Hidden | None = None,
+        penalties: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """What layers call: `forward` with the state in the types of this call, and a gradient for every parameter.
+
+        torch.compile leaves it alone: tiles depend on values that the host has read.
+        """
+        state = self.fit(state, k, hidden)
+        out, state = self(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self))
+        if torch.is_grad_enabled():
+            out = with_gradients(out, [*self.parameters(), *(() if out.numel() else (q, k, v))])
+        return out, state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """Small tensors (spans, draws, counts of a state) whose values the host needs to lay a call out, by names.
@@ -319,6 +344,9 @@ class Mixer(nn.Module):
             raise ConfigError(f"{self.name}: x has {x.shape[0]} rows, the state {offset.shape[0]}")
         return offset
 
+    def _hidden(self, x: Tensor) -> Hidden | None:
+        return Hidden(x, self.projections.keys_values) if self.traits.receives_hidden else None
+
     def mix(self, x: Tensor, state: Any, rows: Rows, penalties: list[Tensor] | None = None) -> tuple[Tensor, Any]:
         """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
 
@@ -331,30 +359,11 @@ class Mixer(nn.Module):
         Returns:
             (B, N, dim), arbitrary behind a row's real tokens, and the next state.
         """
-        traits = self.traits
         q, k, v = self.projections(x)
-        hidden = Hidden(x, self.projections.keys_values) if traits.receives_hidden else None
-        out, state = self._attend(q, k, v, state, rows, hidden, penalties)
+        hidden = self._hidden(x)
+        out, state = self.core.run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
         y: Tensor = self.dropout(self.projections.output(out))
-        return y, state if traits.streams else None
-
-    @host.eager
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: Any,
-        rows: Rows,
-        hidden: Hidden | None,
-        penalties: list[Tensor] | None,
-    ) -> tuple[Tensor, Any]:
-        """The core, which torch.compile leaves alone: tiles depend on values that the host has read."""
-        state = self.core.fit(state, k, hidden)
-        out, state = self.core(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self.core))
-        if torch.is_grad_enabled():
-            out = with_gradients(out, [*self.core.parameters(), *(() if out.numel() else (q, k, v))])
-        return out, state
+        return y, state if self.traits.streams else None
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -413,7 +422,7 @@ class Mixer(nn.Module):
             raise UnsupportedError(f"{self.name}: its output is not a map times the values")
         rows = Rows(self._offset(x, None), x.shape[1])
         q, k, v = self.projections(x)
-        hidden = Hidden(x, self.projections.keys_values) if self.traits.receives_hidden else None
+        hidden = self._hidden(x)
         length, width = x.shape[1], v.shape[-1]
         maps = []
         for first in range(0, length, width):

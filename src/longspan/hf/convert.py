@@ -18,8 +18,7 @@ from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.contract.base import Core, Hidden, merge_traits
-from longspan.contract.gradients import with_gradients
-from longspan.contract.maps import collected, place_of
+from longspan.contract.maps import place_of
 from longspan.contract.registry import build_core, core_class
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import on_device, take_cache
@@ -84,13 +83,9 @@ class Converted(Resting):
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
-        before = self.longspan.fit(before, k, hidden)
-        kept = collected(penalties, self.longspan)
-        out, following = self.longspan(q, k, v, before, rows, hidden=hidden, penalties=kept)
+        out, following = self.longspan.run(q, k, v, before, rows, hidden=hidden, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
-        unread = () if out.numel() else (q, k, v)
-        out = with_gradients(out, [*self.longspan.parameters(), *unread])
         longspan_call.finish(index, following, hidden_states.device)
         # gates and projections may be of another precision than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
