@@ -147,7 +147,8 @@ class Stack(nn.Module):
             raise ConfigError("give either tokens or inputs_embeds")
         if tokens is not None and tokens.ndim != 2:
             raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
-        if state is not None and not self.traits.streams:
+        streams = self.traits.streams
+        if state is not None and not streams:
             raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         offset = states.live(state, given.shape[0], given.device)
         if offset.shape[0] != given.shape[0]:
@@ -161,7 +162,7 @@ class Stack(nn.Module):
         else:
             h = self.place(gathered, rows)
         h, following = self._blocks(h, layers, rows, penalties, around, inputs)
-        following_state = StackState(tuple(following), rows.live) if self.traits.streams else None
+        following_state = StackState(tuple(following), rows.live) if streams else None
         return self.norm(h), following_state, rows
 
     def _reads(self, layers: tuple[Any, ...] | None) -> dict[Hashable, Tensor]:

@@ -1,5 +1,6 @@
 """`adaptive_span` as a layer; see the package."""
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class AdaptiveSpanCore(Core):
             self.persistent_k = nn.Parameter(torch.empty(size).normal_(0, 1))
             self.persistent_v = nn.Parameter(torch.empty(size).normal_(0, config.persistent**-0.5))
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded by the spans.
 

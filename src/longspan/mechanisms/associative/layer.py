@@ -1,5 +1,6 @@
 """`associative` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ class AssociativeCore(SegmentCore):
         self.value = nn.Parameter(torch.zeros(dim, dim))
         self.strength = nn.Parameter(torch.zeros(dim))
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; causal only; features of a query and of a key may have no place in common."""
         config = self.config

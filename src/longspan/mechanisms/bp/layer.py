@@ -1,5 +1,6 @@
 """`bp` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class BPCore(Core):
         self.queries = nn.Parameter(torch.zeros(config.max_level, shape.num_kv_heads, shape.head_dim))
         self.relative = nn.Parameter(torch.empty(entries, shape.head_dim).normal_(0, 0.02))
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded by the highest level."""
         return Traits(streams=self.shape.causal, bounded=True)

@@ -1,5 +1,6 @@
 """`compressive` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -136,7 +137,7 @@ class CompressiveCore(RelativeCore):
         self.capacity = waiting + config.mem_len + config.segment - 1
         self.counts_usage = config.compression == "most_used" and config.compressed_len > 0
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; gradients stay inside the segment; "most_used" selects; slots are made of hidden states."""
         return Traits(

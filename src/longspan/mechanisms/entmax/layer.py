@@ -1,5 +1,6 @@
 """`entmax` as a layer; see the package."""
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class EntmaxCore(Core):
         exponent = self.alpha_minus_one
         return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).clamp(0.0, 1.0) + 1.0
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded where there is a window; a key that is seen may have weight zero."""
         return Traits(streams=self.shape.causal, bounded=self.config.window is not None, sparse=True)

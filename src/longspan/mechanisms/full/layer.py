@@ -1,5 +1,6 @@
 """`full` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class FullCore(Core):
 
     Config = FullConfig
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Unbounded: the state is the text."""
         return Traits(streams=self.shape.causal)

@@ -1,5 +1,6 @@
 """Gated DeltaNet as a layer; see the package."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,7 +89,7 @@ class GatedDeltaCore(Core):
         step = (math.log(1e-3) + torch.rand(kv_heads) * math.log(100)).exp()
         self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; causal only. Values are convolved and outputs normalized, so there is no attention map."""
         return Traits(

@@ -1,5 +1,6 @@
 """`heads` as a layer; see the package."""
 
+import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -90,8 +91,6 @@ class HeadsCore(Core):
         if first != shape.num_heads:
             raise ConfigError(f"heads: the parts have {first} heads together, the layer has {shape.num_heads}")
         self.parts = nn.ModuleList(cores)
-        # once, as they never change and merging costs a share of a token's time
-        self.merged = merge_traits([_labeled(core.traits, f"parts[{i}]: ") for i, core in enumerate(cores)])
 
     def _kv_heads(self, first: int, last: int, where: str) -> slice:
         group = self.shape.group
@@ -106,10 +105,10 @@ class HeadsCore(Core):
         """The mechanisms, in the order of their heads."""
         return [core for core in self.parts if isinstance(core, Core)]
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """See `merge_traits`; reasons say of which part they are."""
-        return self.merged
+        return merge_traits([_labeled(core.traits, f"parts[{i}]: ") for i, core in enumerate(self.cores)])
 
     def head_traits(self) -> list[Traits]:
         """The traits of the part that each head belongs to."""

@@ -1,5 +1,6 @@
 """`infini` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -80,7 +81,7 @@ class InfiniCore(SegmentCore):
         """The memory is a sum over the segments read."""
         return self.config.update == "linear" and self.config.normaliser == "paper"
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; causal only."""
         config = self.config

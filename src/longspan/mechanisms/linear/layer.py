@@ -1,5 +1,6 @@
 """`linear` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -62,7 +63,7 @@ class LinearCore(Core):
         super().__init__(shape, config)
         self.features = shape.head_dim * (2 * config.nu if config.feature == "dpfp" else 1)
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded at any length; DPFP features of a query and a key may have no place in common."""
         return Traits(streams=self.shape.causal, bounded=True, sparse=self.config.feature == "dpfp")

@@ -1,5 +1,6 @@
 """`lsh` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -98,7 +99,7 @@ class LSHCore(DrawnCore):
         shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted.
 

@@ -1,5 +1,6 @@
 """`memorizing` as a layer; see the package."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class MemorizingCore(Core):
         self.log_scale = nn.Parameter(torch.full((shape.num_heads,), math.log(scale)))
         self.attached: tuple[MemoryStore, ...] = ()
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; gradients reach as far as the window: the own segment and, beyond one token, the one before."""
         window = self.config.window

@@ -1,5 +1,6 @@
 """`performer` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ class PerformerCore(DrawnCore):
             self.config.num_features, self.shape.head_dim, generator=generator, regularised=self.config.regularised
         )
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded at any length."""
         return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)

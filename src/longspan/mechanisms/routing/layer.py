@@ -1,5 +1,6 @@
 """`routing` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -88,7 +89,7 @@ class RoutingCore(ClusteredCore):
         routed = shape.num_heads if self.shared else shape.num_kv_heads
         self._begin_clusters(routed, config.num_clusters, shape.head_dim)
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take.
 

@@ -1,5 +1,6 @@
 """`sparse` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -111,7 +112,7 @@ class SparseCore(Core):
         if self.fixed:
             self.fields["summary_offset"] = self.offsets
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Causal only; the state grows, where the part is not local: by every key, or by a few of each block."""
         segment = self.config.stride if self.fixed else None

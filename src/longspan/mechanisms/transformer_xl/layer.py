@@ -1,5 +1,6 @@
 """`transformer_xl` as a layer; see the package."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -87,7 +88,7 @@ class TransformerXLCore(RelativeCore):
         self.reach = config.mem_len if config.same_length else config.mem_len + config.segment
         self.capacity = self.reach - 1
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded; gradients stay inside the segment."""
         return Traits(

@@ -1,5 +1,6 @@
 """`window` as a layer; see the package."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,7 +58,7 @@ class WindowCore(Core):
         super().__init__(shape, config)
         self.capacity = 2 * config.window - 1 if config.blocks else config.window - 1
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:
         """Bounded by the window."""
         segment = self.config.window if self.config.blocks else None
