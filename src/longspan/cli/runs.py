@@ -1,4 +1,4 @@
-"""Runs as the verbs open them: what is to be known of one is said on standard error."""
+"""Opens runs for the verbs, and prints what is noteworthy about them on standard error."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -73,8 +73,8 @@ def core_class(name: str, where: str = "mixer") -> type[Core]:
     """
     if name in _CORES:
         module, _, attribute = _CORES[name].partition(":")
-        found: type[Core] = getattr(importlib.import_module(module), attribute)
-        return found
+        builtin: type[Core] = getattr(importlib.import_module(module), attribute)
+        return builtin
     if name in _REGISTERED:
         return _REGISTERED[name]
     point = _installed().get(name)
@@ -130,7 +130,7 @@ def build(
         num_heads: query heads.
         num_kv_heads: key and value heads, dividing `num_heads`; default: `num_heads`.
         head_dim: width of a head; default dim // num_heads.
-        causal: no token sees a later one; False = both sides, where the mechanism has that form.
+        causal: no token sees a later one; False = bidirectional, where the mechanism has that form.
         bias: biases in the four projections.
         rope: base of rotary positions (10000.0 is the paper's); None = no positions. Mechanisms with positions of
             their own (transformer_xl) leave it aside.

@@ -87,7 +87,7 @@ class KeyOrdering(NamedTuple):
 
 
 def order_keys(group: Tensor, count: int, *, front: int = 0, gap: int = 0) -> KeyOrdering:
-    """Sort keys by group (rows, columns) in [0, count], `count` where there is no real key; see `KeyOrdering`."""
+    """Sort keys by group (rows, columns) in [0, count], `count` for padding; see `KeyOrdering`."""
     rows, columns = group.shape
     size = torch.zeros(rows, count + 1, dtype=torch.int64, device=group.device)
     size.scatter_add_(1, group, torch.ones_like(group))
@@ -263,7 +263,7 @@ def nearest_members_in_documents(
         reach: how far a query sees.
         real: (batch, length) bool, None = all.
         start: (batch, length) column at which a token's document starts, negative where the rings are seen too; None =
-            one document that goes on with the rings.
+            one document that continues from the rings.
         ring_position: (batch, heads or kv_heads, rounds, count, width) positions in the rings, -1 where empty. The keys
             of a round are then those of its rings, and behind them the call's.
     """
@@ -361,7 +361,7 @@ def group_attention(
             i belongs to that of column memory + i.
         num_groups: how many groups there may be: a constant, as shapes depend on it.
         window: see above.
-        causal: see above; both sides take no older keys.
+        causal: see above; the bidirectional form takes no older keys.
         itself: whether a query sees its own key.
         scale: factor of the scores; default head_dim ** -0.5.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.

@@ -97,7 +97,7 @@ def routing_attention(
             (batch, ..., window), newest last, position -1 where empty; "strict" and causal only.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
         start: (batch, length) column at which a token's document starts, negative where it began before the call: the
-            rings are then seen too. None = every row is one document that goes on with the rings.
+            rings are then seen too. None = every row is one document that continues from the rings.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype.
