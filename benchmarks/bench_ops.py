@@ -5,7 +5,7 @@
 
 Every operation is first held against its dense definition, outputs and gradients, at a small size; a wrong one gets no
 speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense; with `--against` the time of
-another case takes the place of dense attention (`--only "gated delta" --against "linear, features given"`). fp32, batch 1, 4
+another case takes its place (`--only "gated delta" --against "linear, features given"`). fp32, batch 1, 4
 heads of 64; the rows named "training" are 8 rows of 512 tokens with 512 older keys against dense attention over the
 same keys.
 """
