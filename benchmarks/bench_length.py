@@ -86,9 +86,9 @@ def main() -> None:
         for length in options.lengths:
             extra = ["--cpu-time"] if options.cpu_time else []
             command = [sys.executable, __file__, "--threads", str(options.threads), *extra, "--one", name, str(length)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            nanoseconds, held = found["seconds"] / length * 1e9, found["bytes"] / length
-            print(f"{name:<20} {length:>10,} {nanoseconds:12,.0f} {held:14,.0f}", flush=True)
+            measurement = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            nanoseconds, bytes_per_token = measurement["seconds"] / length * 1e9, measurement["bytes"] / length
+            print(f"{name:<20} {length:>10,} {nanoseconds:12,.0f} {bytes_per_token:14,.0f}", flush=True)
     print(f"\n{'stream':<20} {'tokens':>10} {'first ns':>12} {'last ns':>12} {'state bytes':>14}")
     for name in NAMES:
         stream(name, max(options.lengths), options.threads, options.cpu_time)

@@ -49,13 +49,13 @@ def check(folder: Path, queries: Tensor, k: int) -> None:
     store = MemoryStore(folder, write=False)
     keys = torch.from_numpy(store._keys[:, : len(store)].copy())
     true = (queries @ keys.mT).topk(min(k, len(store)), -1).values
-    found = store.search(queries, k).scores
-    difference = float((found - true).abs().max())
+    scores = store.search(queries, k).scores
+    difference = float((scores - true).abs().max())
     if difference > 1e-5:
         raise SystemExit(f"the exact search is off by {difference:.1e} (bar 1e-5); no figures are shown")
 
 
-def held() -> tuple[int, int]:
+def memory_in_use() -> tuple[int, int]:
     """Bytes of this process: anonymous ones, and all others."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -76,11 +76,11 @@ def measure(kind: str, count: int, options: argparse.Namespace) -> None:
         check(folder, queries, options.k)
         stores, memory, opened = {}, {}, {}
         for index in ("exact", "faiss"):
-            before, begin = held(), time.perf_counter()
+            before, begin = memory_in_use(), time.perf_counter()
             stores[index] = MemoryStore(folder, index=index, write=False, links=options.links, effort=options.effort)
             opened[index] = time.perf_counter() - begin
             stores[index].search(queries, options.k)
-            memory[index] = [now - then for now, then in zip(held(), before, strict=True)]
+            memory[index] = [now - then for now, then in zip(memory_in_use(), before, strict=True)]
         clock = time.process_time if options.cpu_time else time.perf_counter
         times = compare(
             lambda: stores["exact"].search(queries, options.k),
@@ -88,12 +88,12 @@ def measure(kind: str, count: int, options: argparse.Namespace) -> None:
             pairs=options.rounds,
             clock=clock,
         )
-        for index, seconds in (("exact", times.base), ("faiss", times.other)):
-            found = recall(stores[index], queries, options.k)
+        for index, seconds in (("exact", times.base), ("faiss", times.candidate)):
+            recalled = recall(stores[index], queries, options.k)
             anonymous, mapped = (nbytes / 1e6 for nbytes in memory[index])
             print(
-                f"{kind:10} {count:9,} {index:6} {1e3 * seconds / options.queries:9.3f} {found:9.3f} {anonymous:13.1f} "
-                f"{mapped:10.1f} {opened[index]:8.1f}",
+                f"{kind:10} {count:9,} {index:6} {1e3 * seconds / options.queries:9.3f} {recalled:9.3f} "
+                f"{anonymous:13.1f} {mapped:10.1f} {opened[index]:8.1f}",
                 flush=True,
             )
 

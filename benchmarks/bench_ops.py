@@ -76,31 +76,31 @@ def tensors(
     """q, k, v and what the case needs beside them, as a model's projections hand them over."""
     shape = (batch, length, heads, dim)
     keyed = (batch, memory + length, heads, dim)
-    found = [torch.randn(s).transpose(1, 2) for s in (shape, keyed, keyed)]
+    inputs = [torch.randn(s).transpose(1, 2) for s in (shape, keyed, keyed)]
     if case.relative:
         distances = case.settings["window"] + case.settings.get("segment", 0)
-        found += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
+        inputs += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
     if case.stale:
-        found += [found[1].clone(), found[2].clone()]
+        inputs += [inputs[1].clone(), inputs[2].clone()]
     if case.op == "linear_attention":
-        found[:2] = [F.elu(t) + 1 for t in found[:2]]
+        inputs[:2] = [F.elu(t) + 1 for t in inputs[:2]]
     if case.op == "gated_delta_attention":  # decays as they begin in training, a few per cent a token
-        found[:2] = [F.normalize(t, dim=-1) for t in found[:2]]
-        found += [-F.softplus(torch.randn(batch, heads, length) - 3), torch.rand(batch, heads, length)]
+        inputs[:2] = [F.normalize(t, dim=-1) for t in inputs[:2]]
+        inputs += [-F.softplus(torch.randn(batch, heads, length) - 3), torch.rand(batch, heads, length)]
     if case.op == "infini_attention":
-        found.append(torch.zeros(heads))
+        inputs.append(torch.zeros(heads))
     if case.op == "bp_attention":  # levels that reach all of 65,536 tokens
         entries = ops.bp_entries(case.settings["nearest"], LEVELS, True)
-        found += [torch.randn(LEVELS, heads, dim), torch.randn(entries, dim)]
+        inputs += [torch.randn(LEVELS, heads, dim), torch.randn(entries, dim)]
     if case.op == "adaptive_span_attention":
         # as trained heads are: most near the ramp, one far; their mean is an eighth of the window
-        found.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
+        inputs.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
     if case.op == "entmax_attention":  # an alpha a head, spread as training spreads them, or one for all
         alpha = case.settings.get("alpha")
-        found.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
+        inputs.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
     if case.op in ("lsh_attention", "routing_attention") and not case.settings.get("separate"):
-        del found[2]  # keys are the queries
-    return [t.requires_grad_() for t in found]
+        del inputs[2]  # keys are the queries
+    return [t.requires_grad_() for t in inputs]
 
 
 def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
@@ -117,8 +117,8 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     if case.op == "favor_attention":
         inputs = [*inputs, projection(inputs[0].shape[-1])]
     out = getattr(where, case.op)(*inputs, **settings)
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
+    output: Tensor = out[0] if isinstance(out, tuple) else out
+    return output
 
 
 def lsh(where: Any, inputs: list[Tensor], *, rounds: int, separate: bool = False, **settings: Any) -> Tensor:
@@ -126,14 +126,14 @@ def lsh(where: Any, inputs: list[Tensor], *, rounds: int, separate: bool = False
     q, v, *k = inputs
     count = max(2, q.shape[2] // settings["bucket_size"] // 2 * 2)
     turn = rotations(q.shape[1], rounds, q.shape[3], count)
-    found: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
-    return found
+    output: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
+    return output
 
 
 def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **settings: Any) -> Tensor:
     """Routing attention; clusters are as many as there are windows in the text."""
     q, v, *k = inputs if not separate else (inputs[0], inputs[2], inputs[1])
-    found: Tensor = where.routing_attention(
+    output: Tensor = where.routing_attention(
         q,
         k[0] if separate else q,
         v,
@@ -141,7 +141,7 @@ def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **setti
         itself=separate,
         **settings,
     )
-    return found
+    return output
 
 
 @functools.cache
@@ -171,12 +171,12 @@ def is_right(case: Case) -> bool:
     }
     case = case._replace(settings=small)
     inputs = tensors(case, 333, batch=2, dim=16)
-    results = []
+    outputs_and_gradients = []
     for where in (ops, reference):
         out = call(case, where, inputs)
         grad = torch.randn(out.shape, generator=generator.manual_seed(2))
-        results.append((out, *torch.autograd.grad(out, inputs, grad)))
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*results, strict=True))
+        outputs_and_gradients.append((out, *torch.autograd.grad(out, inputs, grad)))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*outputs_and_gradients, strict=True))
 
 
 def steps(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], train: bool) -> Callable[[], object]:
@@ -211,13 +211,13 @@ def report(case: Case, label: str, base: Any, base_inputs: list[Tensor], inputs:
     """One line of the table."""
     cells = []
     for train in (False,) if options.forward_only else (False, True):
-        result = compare(
+        comparison = compare(
             steps(base, base_inputs, train),
             steps(lambda x: call(case, ops, x), inputs, train),
             pairs=options.pairs,
             clock=time.process_time if options.cpu_time else time.perf_counter,
         )
-        cells.append(f"{result.ratio:8.2f} {result.base * 1e3:9.1f} {result.other * 1e3:9.1f}")
+        cells.append(f"{comparison.ratio:8.2f} {comparison.base * 1e3:9.1f} {comparison.candidate * 1e3:9.1f}")
     print(f"{label:>18} {case.name:<26}" + " |".join(cells), flush=True)
 
 
@@ -246,15 +246,15 @@ def main() -> None:
                 cases.append(case)
             else:
                 print(f"{case.name}: differs from its definition; no speed is shown")
-    other = next((case for case in CASES if case.name == options.against), None)
+    baseline = next((case for case in CASES if case.name == options.against), None)
     for length in options.lengths:
         base_inputs = [torch.randn(1, HEADS, length, DIM).requires_grad_() for _ in range(3)]
-        if other is not None:
-            base_inputs = tensors(other, length)
+        if baseline is not None:
+            base_inputs = tensors(baseline, length)
         for case in cases:
             base = dense if case.settings.get("causal", True) else dense_both
-            if other is not None:
-                base = functools.partial(call, other, ops)
+            if baseline is not None:
+                base = functools.partial(call, baseline, ops)
             report(case, str(length), base, base_inputs, tensors(case, length), options)
     for case in cases:
         if case.op not in ("window_attention", "relative_attention"):

@@ -88,8 +88,8 @@ def main() -> None:
                 ).ratio
                 for train in (False, True)
             ]
-            held = [peak_bytes(step_of, each, length) / 1e6 for each in (theirs, name)]
-            figures = f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}{held[0]:>10,.0f}{held[1]:>8,.0f}"
+            peaks = [peak_bytes(step_of, package, length) / 1e6 for package in (theirs, name)]
+            figures = f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}{peaks[0]:>10,.0f}{peaks[1]:>8,.0f}"
             print(f"{length:>8} {theirs:<28}{name:<28}{figures}", flush=True)
 
 

@@ -22,7 +22,7 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
 
     def read(tokens: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        k, v = (each.to(dtype) for each in tokens)
+        k, v = (t.to(dtype) for t in tokens)
         rule = {"segment": 1, "update": update, "normaliser": normaliser}
         out, after = ops.infini_attention(k, k, v, gate, state=states[dtype], **rule)
         if len(k[0, 0]) > 1:
@@ -31,7 +31,7 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
 
     states = {dtype: ops.empty_memory(1, 1, DIM, DIM, None, dtype) for dtype in (torch.bfloat16, torch.float64)}
     probe = torch.randn(1, 1, 1, DIM, generator=generator).bfloat16()
-    found = {}
+    errors = {}
     for done in range(A_CALL, max(segments) + 1, A_CALL):
         tokens = tuple(torch.randn(1, 1, A_CALL, DIM, generator=generator).bfloat16() for _ in range(2))
         for dtype in states:
@@ -40,8 +40,8 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
             ours, exact = (read((probe, probe), dtype) for dtype in states)
             if not bool(ours.isfinite().all()):
                 raise SystemExit(f"{update}, {normaliser}: not finite after {done:,} segments")
-            found[done] = float((ours - exact).norm() / exact.norm())
-    return found
+            errors[done] = float((ours - exact).norm() / exact.norm())
+    return errors
 
 
 def main() -> None:
@@ -50,8 +50,8 @@ def main() -> None:
     parser.add_argument("--segments", type=int, nargs="+", default=[1000, 100_000], help="multiples of 1,000")
     options = parser.parse_args()
     for update, normaliser in itertools.product(("linear", "delta"), ("paper", "gamma")):
-        found = differences(update, normaliser, options.segments)
-        print(f"{update:<7} {normaliser:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in found.items()), flush=True)
+        errors = differences(update, normaliser, options.segments)
+        print(f"{update:<7} {normaliser:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in errors.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import torch
 from torch import Tensor
 
-from longspan.experiments.claims.activations import MODES, blocks_alone, in_own_process, measured
+from longspan.experiments.claims.activations import MODES, blocks_alone, in_own_process, measure_step
 from longspan.models import Head
 from longspan.train import chunked_next_token_loss, next_token_loss
 
@@ -34,7 +34,7 @@ def output_layer(chunk: int) -> dict[str, float]:
             return chunked_next_token_loss(hidden, Head(weight), targets, chunk=chunk)
         return next_token_loss(torch.nn.functional.linear(hidden, weight), targets)
 
-    return measured(loss, [hidden, weight])
+    return measure_step(loss, [hidden, weight])
 
 
 def main() -> None:
@@ -52,17 +52,15 @@ def main() -> None:
     print(f"{'blocks':24} {'layers':>6} {'saved MB':>9} {'peak MB':>9} {'seconds':>8}")
     for mode in MODES:
         for layers in options.layers:
-            found = blocks_alone(mode, layers, options.length, options.dim, MIXERS, threads=options.threads)
-            _print(mode, layers, found)
+            measurements = blocks_alone(mode, layers, options.length, options.dim, MIXERS, threads=options.threads)
+            _print(mode, layers, measurements)
     print(f"\n{'loss':24} {'chunk':>6} {'saved MB':>9} {'peak MB':>9} {'seconds':>8}")
     for chunk in (0, 512, 128):
         _print("loss", chunk, in_own_process([__file__, f"--loss={chunk}", f"--threads={options.threads}"]))
 
 
-def _print(mode: str, size: int, found: dict[str, float]) -> None:
-    print(
-        f"{mode:24} {size:6} {found['saved'] / 1e6:9.1f} {found['peak'] / 1e6:9.1f} {found['seconds']:8.1f}", flush=True
-    )
+def _print(mode: str, size: int, cost: dict[str, float]) -> None:
+    print(f"{mode:24} {size:6} {cost['saved'] / 1e6:9.1f} {cost['peak'] / 1e6:9.1f} {cost['seconds']:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

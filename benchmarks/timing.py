@@ -10,7 +10,7 @@ class Comparison(NamedTuple):
     """Seconds of each (medians) and the median of the ratios taken pair by pair."""
 
     base: float
-    other: float
+    candidate: float
     ratio: float
 
 
@@ -25,7 +25,7 @@ def once(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float
 
 
 def compare(
-    base: Callable[[], Any], other: Callable[[], Any], *, pairs: int = 5, clock: Clock = time.perf_counter
+    base: Callable[[], Any], candidate: Callable[[], Any], *, pairs: int = 5, clock: Clock = time.perf_counter
 ) -> Comparison:
     """Time `base` and `other` in turn, A B A B, after a call of each that does not count.
 
@@ -37,13 +37,13 @@ def compare(
         pairs: how many A B are timed.
         clock: wall time, or `time.process_time` where other processes use the machine (then with one thread).
     """
-    once(other)
-    first, second = once(base, clock), once(other, clock)
+    once(candidate)
+    first, second = once(base, clock), once(candidate, clock)
     repeats = max(1, min(8, round(first / second)))
     times = []
     for _ in range(pairs):
         left = once(base, clock)
-        right = sum(once(other, clock) for _ in range(repeats))
+        right = sum(once(candidate, clock) for _ in range(repeats))
         times.append((left, right / repeats))
     return Comparison(
         statistics.median(left for left, _ in times),

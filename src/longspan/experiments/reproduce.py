@@ -65,8 +65,8 @@ def reproduce(
     for line in (outcome.note, f"{outcome.verdict}; {outcome.size}"):
         if line:
             console().print(line, markup=False)
-    kept = output if docs is None else docs / "claims"
-    path = claims.save_result(kept, claim, size, outcome, seconds)  # type: ignore[arg-type]
+    results_folder = output if docs is None else docs / "claims"
+    path = claims.save_result(results_folder, claim, size, outcome, seconds)  # type: ignore[arg-type]
     console().print(f"all numbers: {path}", markup=False)
     return 0 if docs is None else _write_docs(docs)
 
@@ -75,10 +75,10 @@ def _write_docs(docs: Path) -> int:
     from longspan.experiments import claims
     from longspan.files import write_atomically
 
-    results = claims.read_results(docs / "claims", claims.names())
-    if not results:
+    records = claims.read_results(docs / "claims", claims.names())
+    if not records:
         raise ConfigError(f"{docs / 'claims'}: no results yet; `longspan reproduce NAME --docs {docs}` makes one")
-    text = claims.markdown(results)
+    text = claims.markdown(records)
     path = write_atomically(docs / "claims.md", lambda to: to.write_text(text, encoding="utf-8"))
     console().print(f"wrote {path}", markup=False)
     return 0

@@ -17,13 +17,13 @@ def say_step(number: int, count: int, text: str) -> None:
     console().print(text, markup=False)
 
 
-def finish(found: "list[Check]", path: Path) -> int:
+def finish(checks: "list[Check]", path: Path) -> int:
     """Show the checks and where the page is; the exit code."""
     from longspan.experiments.checks import check_table
 
     print()
-    print_table(check_table(found))
-    failed = [check.name for check in found if check.fatal and not check.passed]
+    print_table(check_table(checks))
+    failed = [check.name for check in checks if check.fatal and not check.passed]
     print(f"The page, with figures and all numbers: {path}", flush=True)
     if failed:
         say(f"longspan: {len(failed)} check{'s' if len(failed) > 1 else ''} failed: {'; '.join(failed)}")

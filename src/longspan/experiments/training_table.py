@@ -47,9 +47,9 @@ class TrainingTable(Silent):
 
     def step(self, line: dict[str, Any]) -> None:
         """Take up a line of the log."""
-        held = line.get("validation", {}).get("bits_per_byte")
-        if held is not None:
-            self._held_back(f"{held:.4f}")
+        validation_bits = line.get("validation", {}).get("bits_per_byte")
+        if validation_bits is not None:
+            self._held_back(f"{validation_bits:.4f}")
         else:
             self._last = cells(line) if self.columns is TEXT else recall_cells(line)
             self._fraction = line["fraction"]

@@ -25,7 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
 """Fields of a model, by a name."""
 
 
-def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
+def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
     """A forward and backward pass, in which `parameters` get their gradients.
 
     Returns:
@@ -57,7 +57,7 @@ def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, 
 
 
 def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`measured` of a model of 4 heads with dropout on one text of random tokens.
+    """`measure_step` of a model of 4 heads with dropout on one text of random tokens.
 
     Args:
         mode: of `MODES`.
@@ -70,7 +70,7 @@ def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[
     text = torch.randint(64, (1, length))
     model(text[:, :300])[0].sum().backward()  # warm, so that libraries are loaded before memory is counted
     model.zero_grad(set_to_none=True)
-    return measured(lambda: model(text)[0].square().mean(), list(model.parameters()))
+    return measure_step(lambda: model(text)[0].square().mean(), list(model.parameters()))
 
 
 def in_own_process(command: Sequence[str]) -> dict[str, float]:
@@ -82,10 +82,10 @@ def in_own_process(command: Sequence[str]) -> dict[str, float]:
     Args:
         command: arguments of the Python that runs this one.
     """
-    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
-    done = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=surroundings)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
+    process = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    figures: dict[str, float] = json.loads(process.stdout)
+    return figures
 
 
 def blocks_alone(*arguments: Any, threads: int = 1) -> dict[str, float]:

@@ -15,7 +15,7 @@ from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     by_layer,
@@ -30,7 +30,7 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import in_turn
 from longspan.experiments.claims.language_modelling import difference
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.train import Interval, load_run
 
@@ -84,7 +84,7 @@ def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
     return {name: recipe_with(mixer, "adaptive_span") for name, mixer in mixers.items()}
 
 
-def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     """Spans by layer, FLOPs a token of both models, and their time, of one seed."""
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
@@ -111,12 +111,12 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
 def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train all, then measure; a second call goes on from what is in the folder."""
-    found = contest(folder, recipes(plan), plan.contest, say)
+    models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"spans-{seed}.json", partial(looked_at, folder, plan, seed)))
+        looks.append(measure_once(folder / f"spans-{seed}.json", partial(inspect_heads, folder, plan, seed)))
         say(f"seed {seed}: " + "; ".join(_numbers(layer) for layer in looks[-1]["spans"]))
-    return outcome({"models": found, "looks": looks}, plan)
+    return outcome({"models": models, "looks": looks}, plan)
 
 
 def _numbers(values: list[float]) -> str:
@@ -125,16 +125,16 @@ def _numbers(values: list[float]) -> str:
 
 def _saved(looks: list[dict[str, Any]], key: str) -> float:
     """Share of what the fixed model takes that the adaptive one does without, the mean over seeds."""
-    return 1 - statistics.mean(float(each[key][ADAPTIVE] / each[key][FIXED]) for each in looks)
+    return 1 - statistics.mean(float(look[key][ADAPTIVE] / look[key][FIXED]) for look in looks)
 
 
-def _beyond(models: Found) -> Interval:
+def _beyond(models: ModelRecords) -> Interval:
     """Bits per character of learned spans minus those of the least."""
     return difference(models[ADAPTIVE], models[SHORT])
 
 
 def _figures(
-    models: Found, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
+    models: ModelRecords, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
 ) -> list[Figure]:
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
@@ -169,10 +169,10 @@ def _figures(
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
-    models, looks = found["models"], found["looks"]
-    spans = [value for each in looks for layer in each["spans"] for value in layer]
+    models, looks = measured["models"], measured["looks"]
+    spans = [value for look in looks for layer in look["spans"] for value in layer]
     layers = by_layer(looks, "spans")
     near = sum(value < NEAR for value in spans) / len(spans)
     apart = differences(models, FIXED)[ADAPTIVE]
@@ -194,7 +194,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         + seeds_note(models)
         + caution(apart, "attention over the whole maximum")
         + f" What learning adds to the {RAMP} characters that every head sees: {signed(_beyond(models))}.",
-        data=dict(found),
+        data=dict(measured),
         pictures=[
             head_figure(
                 "adaptive-span",

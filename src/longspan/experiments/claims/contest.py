@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.base import Figure, Verdict, signed
-from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, held_back, recipe_of
-from longspan.experiments.claims.runs import trained, trained_seconds
+from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
+from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.tasks.base import Documents, heads
 from longspan.train import Interval
 
@@ -21,7 +21,7 @@ LEAD = 0.1
 Then a claim holds in part at most. The rule was added when the first results were known; it can only take away."""
 INTERVALS = "95 % intervals by drawing documents anew, the seeds' losses summed"
 
-Found = dict[str, list[dict[str, Any]]]
+ModelRecords = dict[str, list[dict[str, Any]]]
 """of each model a record a seed: its evaluation, `parameters`, `seconds` of training"""
 
 
@@ -42,7 +42,7 @@ class Plan:
     """Sizes: of the two that are compared, and of others, which are trained with one seed."""
 
     contest: Contest
-    others: tuple[str, ...] = ()
+    extra_models: tuple[str, ...] = ()
 
 
 def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
@@ -69,46 +69,48 @@ def evenly(documents: Documents, count: int) -> Documents:
     )
 
 
-def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Callable[[str], None]) -> Found:
+def contest(
+    folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Callable[[str], None]
+) -> ModelRecords:
     """Train and evaluate every model with every seed; a second call goes on from what is in the folder."""
-    found: Found = {name: [] for name in recipes}
+    models: ModelRecords = {name: [] for name in recipes}
     for seed in range(plan.seeds):
         for name, recipe in recipes.items():
             run = run_folder(folder, name, seed)
             # what counts is measured afterwards
             settings = {"seed": seed, "threads": 1, "eval_every": 0, "final_eval_tokens": 1000, "checkpoint_every": 100}
-            trained({**recipe, "train": {**recipe["train"], **settings, **plan.train}}, run)
-            record = held_back(
+            train_or_resume({**recipe, "train": {**recipe["train"], **settings, **plan.train}}, run)
+            record = evaluate_held_out(
                 run,
                 f"evenly-{plan.documents}x{plan.head}",
                 lambda documents: heads(evenly(documents, plan.documents), plan.head),
                 alone=False,
             )
-            found[name].append({**record, "seconds": trained_seconds([run])})
-            bits, seconds = as_trained(record).bits_per_unit, found[name][-1]["seconds"]
+            models[name].append({**record, "seconds": trained_seconds([run])})
+            bits, seconds = as_trained(record).bits_per_unit, models[name][-1]["seconds"]
             say(f"{name}, seed {seed}: {bits:.3f} bits per byte after {seconds:.0f} s")
-    return found
+    return models
 
 
 def by_layer(looks: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
     """What was seen of the heads of each layer, one seed after the other."""
-    return [[value for each in looks for value in each[key][index]] for index in range(len(looks[0][key]))]
+    return [[value for look in looks for value in look[key][index]] for index in range(len(looks[0][key]))]
 
 
-def differences(found: Found, base: str) -> dict[str, Interval]:
+def differences(models: ModelRecords, base: str) -> dict[str, Interval]:
     """Bits per byte more than `base`, of every other model."""
-    return {name: difference(records, found[base]) for name, records in found.items() if name != base}
+    return {name: difference(records, models[base]) for name, records in models.items() if name != base}
 
 
-def bit_figures(found: Found, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
+def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
     """A line a model: its bits per byte, and how far it is from `base`."""
-    apart = differences(found, base)
+    apart = differences(models, base)
     figures = []
-    for name, records in found.items():
-        each = [as_trained(record).bits_per_unit for record in records]
+    for name, records in models.items():
+        seed_bits = [as_trained(record).bits_per_unit for record in records]
         ours = f"{bits_of(records):.4f}"
-        if len(each) > 1:
-            ours += f" (seeds {', '.join(f'{value:.4f}' for value in each)})"
+        if len(seed_bits) > 1:
+            ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
         if name in apart:
             ours += f"; {signed(apart[name])} to {base}"
         figures.append(
@@ -145,15 +147,15 @@ def caution(lead: Interval, what: str) -> str:
     )
 
 
-def seeds_note(found: Found) -> str:
+def seeds_note(models: ModelRecords) -> str:
     """What a note says of how far trainings of one model are apart."""
-    each = [[as_trained(record).bits_per_unit for record in records] for records in found.values()]
-    if len(each[0]) == 1:
+    bits_by_model = [[as_trained(record).bits_per_unit for record in records] for records in models.values()]
+    if len(bits_by_model[0]) == 1:
         return " One seed, so differences hold for these trainings only."
-    widest = max(max(values) - min(values) for values in each)
+    widest = max(max(values) - min(values) for values in bits_by_model)
     return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not cover."
 
 
-def seconds_of(found: Found) -> float:
+def seconds_of(models: ModelRecords) -> float:
     """How long all runs were trained."""
-    return float(sum(record["seconds"] for records in found.values() for record in records))
+    return float(sum(record["seconds"] for records in models.values() for record in records))

@@ -13,7 +13,7 @@ from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     by_layer,
@@ -28,7 +28,7 @@ from longspan.experiments.claims.contest import (
     verdict_of,
 )
 from longspan.experiments.claims.growth import in_turn
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
 from longspan.train import load_run
@@ -67,14 +67,11 @@ PLANS: dict[str, Plan] = {
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
     """The two models; all else is that of `recipes/lm/entmax.toml`."""
-    mixers: dict[str, dict[str, Any]] = {
-        SOFTMAX: {"name": "window"},
-        LEARNED: {"name": "entmax", "alpha_init": 1.5},
-    }
+    mixers: dict[str, dict[str, Any]] = {SOFTMAX: {"name": "window"}, LEARNED: {"name": "entmax", "alpha_init": 1.5}}
     return {name: recipe_with({**mixer, "window": plan.window}, "entmax") for name, mixer in mixers.items()}
 
 
-def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     """Alphas by layer, and the keys with a weight and those seen of each head, on held-back text."""
     models = {name: load_run(run_folder(folder, name, seed)) for name in (SOFTMAX, LEARNED)}
     model, task = models[LEARNED]
@@ -84,12 +81,12 @@ def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     _, supports = head_supports(model, documents, model.cores(), chunk=256)
     return {
         "alpha": [core.alpha.tolist() for core in model.cores()],
-        "sizes": [each.sizes for each in supports],
-        "shares": [each.shares for each in supports],
-        "kept": sum(float(each.kept.sum()) for each in supports),
-        "seen": sum(float(each.seen.sum()) for each in supports),
+        "sizes": [support.sizes for support in supports],
+        "shares": [support.shares for support in supports],
+        "kept": sum(float(support.kept.sum()) for support in supports),
+        "seen": sum(float(support.seen.sum()) for support in supports),
         "tokens": supports[0].queries,
-        "seconds": in_turn({name: _training(each, tokens) for name, (each, _) in models.items()}, 3),
+        "seconds": in_turn({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
     }
 
 
@@ -106,7 +103,7 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"support-{seed}.json", partial(looked_at, folder, plan, seed)))
+        looks.append(measure_once(folder / f"support-{seed}.json", partial(inspect_heads, folder, plan, seed)))
         say(f"seed {seed}, alphas: " + "; ".join(_numbers(layer) for layer in looks[-1]["alpha"]))
     return outcome({"models": models, "looks": looks}, plan)
 
@@ -115,9 +112,9 @@ def _numbers(values: list[float], digits: int = 2) -> str:
     return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def _figures(models: Found, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
+def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
     alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
-    times = [each["seconds"][LEARNED] / each["seconds"][SOFTMAX] for each in looks]
+    times = [look["seconds"][LEARNED] / look["seconds"][SOFTMAX] for look in looks]
     return [
         *bit_figures(models, SOFTMAX, {LEARNED: "as good: 26.93 BLEU against 26.02 (EN-DE)"}),
         *(
@@ -138,14 +135,14 @@ def _figures(models: Found, looks: list[dict[str, Any]], spreads: list[float], s
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
-    models, looks = found["models"], found["looks"]
+    models, looks = measured["models"], measured["looks"]
     spreads = []
-    for each in looks:
-        values = [value for layer in each["alpha"] for value in layer]
+    for look in looks:
+        values = [value for layer in look["alpha"] for value in layer]
         spreads.append(max(values) - min(values))
-    share = sum(each["kept"] for each in looks) / sum(each["seen"] for each in looks)
+    share = sum(look["kept"] for look in looks) / sum(look["seen"] for look in looks)
     apart = differences(models, SOFTMAX)[LEARNED]
     good, differ, sparse = apart.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
     met = (good, differ, sparse)
@@ -165,7 +162,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         "The paper's models translate; these predict bytes, are small and briefly trained."
         + seeds_note(models)
         + (" A lead so early says how fast a model begins, not where it ends." if doubtful(apart) else ""),
-        data=dict(found),
+        data=dict(measured),
         pictures=[
             head_figure(
                 "entmax",

@@ -18,27 +18,27 @@ _PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    steps, trained, asked = _PLANS[size]
+    steps, trained, evaluations = _PLANS[size]
     rows: dict[int, list[dict[str, Any]]] = {}
     for most in trained:
         run = folder / f"detect-up-to-{most}"
         train_once(run, "detect", 0, steps, f"train.max_segments={most}", f"train.first_segments={min(2, most)}")
-        rows[most] = [ask_once(run, "detect", segments, count, 0) for segments, count in asked]
+        rows[most] = [ask_once(run, "detect", segments, count, 0) for segments, count in evaluations]
         say(f"trained on {most}: " + ", ".join(f"{row['k']} of {row['n']} at {row['segments']}" for row in rows[most]))
     figures = [
         Figure(
             f"detect, trained on at most {most}",
             "near perfect at twice the length" if most >= 5 else "",
-            "; ".join(f"{row['segments']:,}: {row['k']} of {row['n']}" for row in found),
+            "; ".join(f"{row['segments']:,}: {row['k']} of {row['n']}" for row in records),
         )
-        for most, found in rows.items()
+        for most, records in rows.items()
     ]
     drawn = picture(
         "rmt-grid",
         lambda theme: heat_figure(
-            [[row["accuracy"] for row in found] for found in rows.values()],
+            [[row["accuracy"] for row in records] for records in rows.values()],
             rows=[str(most) for most in rows],
-            columns=[f"{segments:,}" for segments, _ in asked],
+            columns=[f"{segments:,}" for segments, _ in evaluations],
             xlabel="segments when asked",
             ylabel="most segments in training",
             theme=theme,
@@ -46,7 +46,10 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         alt="Share of right answers by segments in training and when asked.",
     )
     far = [
-        row["accuracy"] for most, found in rows.items() for row in found if most >= 5 and row["segments"] <= 2 * most
+        row["accuracy"]
+        for most, records in rows.items()
+        for row in records
+        if most >= 5 and row["segments"] <= 2 * most
     ]
     one = [row["accuracy"] for row in rows.get(1, []) if row["segments"] > 1]
     good = all(value >= 0.95 for value in far)
@@ -58,10 +61,10 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         f"{max(one):.0%}, as in the paper."
         if one
         else "",
-        data={str(most): found for most, found in rows.items()},
+        data={str(most): records for most, records in rows.items()},
         pictures=[drawn],
         seconds=trained_seconds([folder / f"detect-up-to-{most}" for most in trained])
-        + sum(row["seconds"] for found in rows.values() for row in found),
+        + sum(row["seconds"] for records in rows.values() for row in records),
     )
 
 

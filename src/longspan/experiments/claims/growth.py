@@ -20,7 +20,7 @@ Step = Callable[[], object]
 
 def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """CPU seconds of each way on one thread, the median of some rounds, A B A B; one round before does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,10 +29,10 @@ def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
                 started = time.process_time()
                 way()
                 if number:
-                    found[name].append(time.process_time() - started)
+                    times[name].append(time.process_time() - started)
     finally:
         torch.set_num_threads(threads)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def power(values: Mapping[int, float]) -> float:
@@ -41,7 +41,7 @@ def power(values: Mapping[int, float]) -> float:
     return float(np.polyfit(lengths, np.log([values[length] for length in values]), 1)[0])
 
 
-def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
+def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
     """Most memory that one step takes above what stood before, in a process of its own.
 
     Args:
@@ -54,12 +54,12 @@ def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
     if forks:
         context.set_forkserver_preload([prepare.__module__])
     with context.Pool(1) as pool:
-        return pool.apply(_peak, (prepare, given))
+        return pool.apply(_peak, (prepare, arguments))
 
 
-def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
+def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     torch.set_num_threads(1)
-    step = prepare(*given)
+    step = prepare(*arguments)
     now, most = (resident_bytes, process_peak) if forget_peak() else (highest_bytes, highest_bytes)
     before = now()
     step()
@@ -69,15 +69,15 @@ def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
     return max(after - before, 1)
 
 
-def growth_picture(name: str, found: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
+def growth_picture(name: str, values_by_way: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
     """Values of each way against the length, both logarithmic."""
-    lengths = sorted({length for values in found.values() for length in values})
+    lengths = sorted({length for values in values_by_way.values() for length in values})
     return picture(
         name,
         lambda theme: line_figure(
             [
                 Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
-                for way, values in found.items()
+                for way, values in values_by_way.items()
             ],
             xlabel="length n",
             ylabel=ylabel,

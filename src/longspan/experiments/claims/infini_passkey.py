@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from longspan.config import override, read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
@@ -35,16 +35,16 @@ class Plan:
 
     variants: int
     steps: int
-    asked: tuple[tuple[int, tuple[int, ...], int], ...]
+    evaluations: tuple[tuple[int, tuple[int, ...], int], ...]
 
 
 FEW = (0, 25, 50, 75, 100)
 PLANS: dict[str, Plan] = {
-    "small": Plan(variants=1, steps=3000, asked=((5_000, DEPTHS, 1), (32_768, FEW, 2), (131_072, FEW, 1))),
+    "small": Plan(variants=1, steps=3000, evaluations=((5_000, DEPTHS, 1), (32_768, FEW, 2), (131_072, FEW, 1))),
     "full": Plan(
         variants=len(VARIANTS),
         steps=4000,
-        asked=(
+        evaluations=(
             (5_000, DEPTHS, 4),
             (32_768, DEPTHS, 4),
             (131_072, DEPTHS, 2),
@@ -61,7 +61,7 @@ def train_once(folder: Path, steps: int, *assignments: str) -> None:
     recipe = read_toml(find_recipe("infini-passkey.toml"))
     for assignment in (f"train.steps={steps}", *assignments):
         recipe = override(recipe, assignment)
-    trained(recipe, folder)
+    train_or_resume(recipe, folder)
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
@@ -72,44 +72,46 @@ def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> 
         config = dataclasses.replace(cast(PasskeyTask, task).config, length=length)
         return evaluate_depths(model, PasskeyTask(config), depths=depths, count=count).record()
 
-    return kept(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
+    return measure_once(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     plan = PLANS[size]
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_variant: dict[str, list[dict[str, Any]]] = {}
     names = list(VARIANTS)[: plan.variants]
     folders = {name: folder / f"variant-{list(VARIANTS).index(name)}" for name in names}
     for name in names:
         train_once(folders[name], plan.steps, *VARIANTS[name])
         say(f"{name}: trained")
-        for length, depths, count in plan.asked:
+        for length, depths, count in plan.evaluations:
             record = ask_once(folders[name], length, depths, count)
-            found.setdefault(name, []).append(record)
+            by_variant.setdefault(name, []).append(record)
             say(f"{name}: {record['k']} of {record['n']} at {length:,} tokens")
     seconds = trained_seconds(folders.values())
-    return _outcome(found, plan, seconds + sum(each["seconds"] for records in found.values() for each in records))
+    return _outcome(
+        by_variant, plan, seconds + sum(record["seconds"] for records in by_variant.values() for record in records)
+    )
 
 
-def _outcome(found: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
+def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
     figures = []
-    for name, records in found.items():
-        for each in records:
-            low, high = wilson(each["k"], each["n"])[1:]
+    for name, records in by_variant.items():
+        for record in records:
+            low, high = wilson(record["k"], record["n"])[1:]
             figures.append(
                 Figure(
-                    f"{name}: {each['length']:,} tokens",
-                    _paper(name, each["length"]),
-                    f"{each['k']} of {each['n']} [{low:.2f}, {high:.2f}], {len(each['by_depth'])} depths",
+                    f"{name}: {record['length']:,} tokens",
+                    _paper(name, record["length"]),
+                    f"{record['k']} of {record['n']} [{low:.2f}, {high:.2f}], {len(record['by_depth'])} depths",
                 )
             )
-    main = found[MAIN]
-    sizes = sorted({each["state_bytes"] for each in main})
+    main = by_variant[MAIN]
+    sizes = sorted({record["state_bytes"] for record in main})
     figures.append(
-        Figure("bytes of the state", "constant", f"{', '.join(f'{each:,}' for each in sizes)} at every length")
+        Figure("bytes of the state", "constant", f"{', '.join(f'{record:,}' for each in sizes)} at every length")
     )
-    perfect = all(each["k"] == each["n"] for each in main)
-    enough = all(each["k"] >= GOALS.get(each["length"], 0) * each["n"] for each in main)
+    perfect = all(record["k"] == record["n"] for record in main)
+    enough = all(record["k"] >= GOALS.get(record["length"], 0) * record["n"] for record in main)
     return Outcome(
         verdict="holds" if perfect and len(sizes) == 1 else "holds in part" if enough else "does not hold",
         figures=figures,
@@ -119,8 +121,8 @@ def _outcome(found: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float)
         note="'Made heavier': in training, the memory begins as if two segments of filler had been read up to 8,000 "
         "times, which for a memory that only adds is that memory times the factor. The paper's model knew language "
         "before it was tuned for 400 steps; ours begins from nothing, with numbers that are told several times over.",
-        data=found,
-        pictures=[_picture(found)],
+        data=by_variant,
+        pictures=[_picture(by_variant)],
         seconds=seconds,
     )
 
@@ -132,18 +134,18 @@ def _paper(name: str, length: int) -> str:
     return "100/100/99 to 100/100/100" if name == "delta update, paper's normaliser" else ""
 
 
-def _picture(found: dict[str, list[dict[str, Any]]]) -> Picture:
+def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
     series = [
         Series(
-            x=[each["length"] for each in records],
-            y=[each["k"] / each["n"] for each in records],
+            x=[record["length"] for record in records],
+            y=[record["k"] / record["n"] for record in records],
             # intervals of six lines would be a blot; the table has them
-            low=[wilson(each["k"], each["n"])[1] for each in records] if name == MAIN else None,
-            high=[wilson(each["k"], each["n"])[2] for each in records] if name == MAIN else None,
+            low=[wilson(record["k"], record["n"])[1] for record in records] if name == MAIN else None,
+            high=[wilson(record["k"], record["n"])[2] for record in records] if name == MAIN else None,
             label=name,
             kind="marked",
         )
-        for name, records in found.items()
+        for name, records in by_variant.items()
     ]
     return picture(
         "infini-passkey",
@@ -153,7 +155,7 @@ def _picture(found: dict[str, list[dict[str, Any]]]) -> Picture:
             ylabel="share of numbers found",
             marks=[Mark(5_000, "trained up to here")],
             xscale="log2",
-            xticks=[each["length"] for each in next(iter(found.values()))],
+            xticks=[record["length"] for record in next(iter(by_variant.values()))],
             ylim=(0, 1.16),
             theme=theme,
         ),

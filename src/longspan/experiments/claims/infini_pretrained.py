@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.process import resident_bytes
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -62,24 +62,24 @@ PLANS: dict[str, Plan] = {
 
 def held_back(tokenizer: Any, count: int) -> torch.Tensor:
     """(count,) token ids: held-back speeches, one after the other."""
-    found: list[int] = []
+    token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
-        found += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
-        if len(found) >= count:
+        token_ids += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
+        if len(token_ids) >= count:
             break
-    return torch.tensor(found[:count])
+    return torch.tensor(token_ids[:count])
 
 
 def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
     """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
-    found: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
-    for place in tokens.split(part):
+    record: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
+    for span in tokens.split(part):
         started = time.process_time()
-        nats = sum(read(piece) * len(piece) for piece in place.split(chunk))
-        found["nats"].append(nats / part)
-        found["seconds"].append(time.process_time() - started)
-        found["resident"].append(resident_bytes())
-    return found
+        nats = sum(read(piece) * len(piece) for piece in span.split(chunk))
+        record["nats"].append(nats / part)
+        record["seconds"].append(time.process_time() - started)
+        record["resident"].append(resident_bytes())
+    return record
 
 
 def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
@@ -122,8 +122,8 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
     right = []
     for index, depth in enumerate(depths):
         parts = task.parts(np.random.default_rng([7, index]), "validation")
-        place = parts.place(depth)
-        text = parts.head + parts.filler[:place] + parts.told + parts.filler[place:] + parts.asked
+        offset = parts.place(depth)
+        text = parts.head + parts.filler[:offset] + parts.told + parts.filler[offset:] + parts.asked
         session = StreamSession(model)
         session.feed(tokenizer(text.decode().rstrip(), add_special_tokens=False).input_ids)
         said = tokenizer.decode(session.generate(12, temperature=0))
@@ -152,14 +152,14 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Cal
     recipe = read_toml(find_recipe("pretrained.toml"))
     recipe["model"]["source"] = str(endless)
     recipe["train"] |= {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
-    trained(recipe, run)
+    train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
     text = held_back(tokenizer, plan.tokens)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
 
     def ask(name: str, what: Callable[[], dict[str, Any]]) -> None:
-        found[name] = kept(folder / f"{name}.json", what)
+        measured[name] = measure_once(folder / f"{name}.json", what)
         say(f"{name}: done")
 
     part, segment = plan.part, plan.segment
@@ -169,7 +169,7 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Cal
     ask("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
     ask("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
     ask("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
-    return outcome(found, plan, trained_seconds([run]))
+    return outcome(measured, plan, trained_seconds([run]))
 
 
 def growth(record: dict[str, Any], plan: Plan) -> float:
@@ -186,7 +186,7 @@ def _span(record: dict[str, Any], first: int, last: int) -> float:
     return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
 
 
-def _perplexities(found: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
+def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
     """Perplexity by how much was read, in spans that double; the last span."""
     spans = [(0, 2 * plan.part)]
     while spans[-1][1] < plan.tokens:
@@ -194,16 +194,16 @@ def _perplexities(found: dict[str, Any], plan: Plan) -> tuple[list[Figure], tupl
     names = {"tuned": "converted, trained", "local": "no memory", "untrained": "untrained", "original": "original"}
     figures = []
     for first, last in spans:
-        values = {label: _span(found[name], first, last) for name, label in names.items()}
+        values = {label: _span(measured[name], first, last) for name, label in names.items()}
         said = ", ".join(f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value))
         figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", said))
     return figures, spans[-1]
 
 
-def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
+def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
     """What was found, beside what the paper says."""
-    figures, (first, last) = _perplexities(found, plan)
-    tuned, original = found["tuned"], found["original"]
+    figures, (first, last) = _perplexities(measured, plan)
+    tuned, original = measured["tuned"], measured["original"]
     grown, speed = growth(tuned, plan), tuned["seconds"]
     eighth = max(len(speed) // 8, 1)
     slower = float(np.mean(speed[-eighth:]) / np.mean(speed[eighth : 2 * eighth]))
@@ -219,13 +219,15 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
         Figure(
             f"pass keys found, {plan.passkey_bytes:,} bytes, told in the first 60 %",
             "100 % after training for it",
-            f"{found['keys']['k']} of {found['keys']['n']} trained on speeches, "
-            f"{found['keys_untrained']['k']} of {found['keys_untrained']['n']} untrained",
+            f"{measured['keys']['k']} of {measured['keys']['n']} trained on speeches, "
+            f"{measured['keys_untrained']['k']} of {measured['keys_untrained']['n']} untrained",
         ),
     ]
-    flat = _span(tuned, first, last) <= _span(found["local"], first, last) + SLACK and grown <= GROWTH
-    gain = float(np.mean(found["local"]["nats"]) - np.mean(tuned["nats"]))
-    verdict: Verdict = "does not hold" if not flat else "holds" if gain > 0 and found["keys"]["k"] else "holds in part"
+    flat = _span(tuned, first, last) <= _span(measured["local"], first, last) + SLACK and grown <= GROWTH
+    gain = float(np.mean(measured["local"]["nats"]) - np.mean(tuned["nats"]))
+    verdict: Verdict = (
+        "does not hold" if not flat else "holds" if gain > 0 and measured["keys"]["k"] else "holds in part"
+    )
     return Outcome(
         verdict=verdict,
         figures=figures,
@@ -235,17 +237,17 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
         note=f"Memory is worth {gain:+.4f} nats a token against the same model that starts anew with every segment. "
         f"The original was trained for {POSITIONS:,} positions. It has probably seen these speeches, so only "
         "differences mean something; nothing was trained to find pass keys.",
-        data=found,
-        pictures=[_picture(found, plan)],
-        seconds=seconds + sum(sum(each["seconds"]) for each in found.values() if "seconds" in each),
+        data=measured,
+        pictures=[_picture(measured, plan)],
+        seconds=seconds + sum(sum(record["seconds"]) for record in measured.values() if "seconds" in record),
     )
 
 
-def _picture(found: dict[str, Any], plan: Plan) -> Picture:
+def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
     labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
     series = []
     for name, label in labels.items():
-        record = found[name]
+        record = measured[name]
         ends = [(index + 1) * record["part"] for index in range(len(record["nats"]))]
         series.append(Series(x=ends, y=[math.exp(value) for value in record["nats"]], label=label))
     ticks = [plan.part * 2**power for power in range(0, int(math.log2(plan.tokens / plan.part)) + 1, 2)]

@@ -12,7 +12,7 @@ from longspan import mixers
 from longspan.config import read_toml
 from longspan.errors import ConfigError
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.files import read_json
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -65,7 +65,7 @@ def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: 
     del recipe["train"]["steps"]
     # what counts is measured afterwards
     recipe["train"] |= {"seed": seed, "final_eval_tokens": 1000, "threads": 1, **limits, **plan.train}
-    trained(recipe, folder)
+    train_or_resume(recipe, folder)
 
 
 def done(folder: Path) -> tuple[int, int]:
@@ -76,14 +76,12 @@ def done(folder: Path) -> tuple[int, int]:
 
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
     """Nats of each held-back document, with what the model carries and without, from the file of an earlier call."""
-    return held_back(
-        folder,
-        f"held-back-{plan.documents}x{plan.head}",
-        lambda documents: heads(documents, plan.head, plan.documents),
+    return evaluate_held_out(
+        folder, f"held-back-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
     )
 
 
-def held_back(
+def evaluate_held_out(
     folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
 ) -> dict[str, Any]:
     """Nats of each held-back document that `choose` leaves, from a file where an earlier call left them.
@@ -97,16 +95,16 @@ def held_back(
         train = read_json(folder / "recipe.json")["train"]
         segment, carried = train["segment_length"], train["carry"]
         reset = model.traits.segment or segment
-        result: dict[str, Any] = {}
+        evaluations: dict[str, Any] = {}
         streams = model.traits.streams and carried
         for memory in ((True, False) if alone else (True,)) if streams else (False,):
             # without memory: pieces as long as in training where nothing is carried then, else a mechanism's segment
             piece = reset if carried else segment
             value = evaluate_text(model, documents, chunk=segment, memory=memory, segment_length=piece)
-            result["memory" if memory else "alone"] = value.record()
-        return {**result, "names": list(documents.names), "parameters": model.num_parameters()}
+            evaluations["memory" if memory else "alone"] = value.record()
+        return {**evaluations, "names": list(documents.names), "parameters": model.num_parameters()}
 
-    return kept(folder / f"{file}.json", found)
+    return measure_once(folder / f"{file}.json", found)
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
@@ -132,7 +130,7 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train and measure everything; a second call goes on from what is in the folder."""
     if DENSE not in plan.names:
         raise ConfigError(f"language-modelling: {DENSE!r} must be among the mechanisms: its tokens are the measure")
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {setting: {} for setting in plan.settings}
+    by_setting: dict[str, dict[str, list[dict[str, Any]]]] = {setting: {} for setting in plan.settings}
     for seed in range(plan.seeds):
         dense = folder / DENSE / "equal time" / f"seed-{seed}"
         _train(dense, DENSE, seed, {"minutes": plan.minutes}, plan)
@@ -148,7 +146,7 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
                     limits = {"steps": steps[name], "minutes": LIMIT * plan.minutes}
                 _train(run, name, seed, limits, plan)
                 record = _record(run, plan, steps[name] if setting == "equal tokens" else 0)
-                found[setting].setdefault(name, []).append(record)
+                by_setting[setting].setdefault(name, []).append(record)
                 _tell(say, f"{setting}, {name}, seed {seed}", record)
     longer: dict[str, list[dict[str, Any]]] = {}
     for seed in range(plan.longer_seeds if plan.longer else 0):
@@ -157,12 +155,12 @@ def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
             _train(run, name, seed, {"steps": plan.longer, "minutes": None}, plan)
             longer.setdefault(name, []).append(_record(run, plan, plan.longer) | curve(run))
             _tell(say, f"longer, {name}, seed {seed}", longer[name][-1])
-    return outcome(found, plan, longer)
+    return outcome(by_setting, plan, longer)
 
 
-def _record(run: Path, plan: Plan, wanted: int) -> dict[str, Any]:
-    made, read = done(run)
-    record = measure(run, plan) | {"steps": made, "wanted": wanted, "trained_on": read}
+def _record(run: Path, plan: Plan, target_steps: int) -> dict[str, Any]:
+    steps_done, read = done(run)
+    record = measure(run, plan) | {"steps": steps_done, "wanted": target_steps, "trained_on": read}
     return record | {"seconds": trained_seconds([run])}
 
 
@@ -189,14 +187,14 @@ def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
     """Bits per byte more than dense attention, the seeds that both have together, with an interval over documents."""
     seeds = min(len(ours), len(dense))
-    one, other = (together([as_trained(each) for each in part[:seeds]]) for part in (ours, dense))
-    return one.minus(other)
+    pooled, reference = (together([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
+    return pooled.minus(reference)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
     """Bits per byte with memory minus without, the same weights, seeds together."""
-    one, other = (together([evaluation(each, key) for each in records]) for key in ("memory", "alone"))
-    return one.minus(other)
+    with_memory, without = (together([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
+    return with_memory.minus(without)
 
 
 def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval]:
@@ -209,26 +207,26 @@ def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval
 
 
 def outcome(
-    found: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan, longer: dict[str, list[dict[str, Any]]]
+    by_setting: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan, longer: dict[str, list[dict[str, Any]]]
 ) -> Outcome:
     """A table of all mechanisms in every setting, and what memory is worth."""
     figures = []
-    for setting, by_name in found.items():
+    for setting, by_name in by_setting.items():
         for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
-            each = [as_trained(record).bits_per_unit for record in records]
+            seed_bits = [as_trained(record).bits_per_unit for record in records]
             short = [record for record in records if record["steps"] < record["wanted"]]
             figures.append(
                 Figure(
                     f"{setting}: {name}",
                     "",
-                    f"{bits_of(records):.4f} bits per byte (seeds {min(each):.3f} to {max(each):.3f}); "
+                    f"{bits_of(records):.4f} bits per byte (seeds {min(seed_bits):.3f} to {max(seed_bits):.3f}); "
                     f"{signed(difference(records, by_name[DENSE]))} to dense; "
                     f"{np.mean([record['trained_on'] for record in records]):,.0f} bytes read, "
                     f"{records[0]['parameters']:,} parameters" + (", stopped by the clock" if short else ""),
                 )
             )
     better = []
-    for setting, by_name in {plan.settings[0]: found[plan.settings[0]], "longer": longer}.items():
+    for setting, by_name in {plan.settings[0]: by_setting[plan.settings[0]], "longer": longer}.items():
         for name, value in own_gains(by_name).items():
             better.append(value.high < 0)
             figures += [
@@ -243,7 +241,7 @@ def outcome(
                     f"{signed(memory_gain(by_name[name]))} bits per byte",
                 ),
             ]
-    records = [record for by_name in (*found.values(), longer) for group in by_name.values() for record in group]
+    records = [record for by_name in (*by_setting.values(), longer) for group in by_name.values() for record in group]
     more = (
         f"; longer: {plan.longer:,} steps of 2,048 bytes with memory and without, {plan.longer_seeds} seed(s)"
         if longer
@@ -262,8 +260,8 @@ def outcome(
         "the last few bytes, and the fewer keys it sees the sooner it finds them, so that the table of a minute is led "
         "by what sees least. It says which mechanisms cost nothing at the start, not which is best in the end. Pieces "
         "of 2,048 bytes for those that are not carried from piece to piece; the others read on through a speech.",
-        data={**found, "longer": longer},
-        pictures=[_picture(found), *([_memory_picture(longer)] if longer else [])],
+        data={**by_setting, "longer": longer},
+        pictures=[_picture(by_setting), *([_memory_picture(longer)] if longer else [])],
         seconds=sum(record["seconds"] for record in records),
     )
 
@@ -272,9 +270,9 @@ def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 1
     """Training loss with memory minus that without, on the same bytes: bytes read, and the mean over seeds and over
     `width` lines of the log."""
     pairs = [
-        np.subtract(one["training"], other["training"])
-        for one, other in zip(ours, alone, strict=True)
-        if one["read"] == other["read"]
+        np.subtract(with_memory["training"], without["training"])
+        for with_memory, without in zip(ours, alone, strict=True)
+        if with_memory["read"] == without["read"]
     ]
     width = max(min(width, len(pairs[0])), 1)
     smooth = np.convolve(np.mean(pairs, 0), np.full(width, 1 / width), "valid")
@@ -299,28 +297,24 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
     )
 
 
-def _picture(found: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
-    first = next(iter(found.values()))
+def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
+    first = next(iter(by_setting.values()))
     order = sorted(first, key=lambda name: bits_of(first[name]))
     series = [
         Series(
             x=list(range(len(order))),
             y=[bits_of(by_name[name]) for name in order],
-            low=[min(as_trained(each).bits_per_unit for each in by_name[name]) for name in order],
-            high=[max(as_trained(each).bits_per_unit for each in by_name[name]) for name in order],
+            low=[min(as_trained(record).bits_per_unit for record in by_name[name]) for name in order],
+            high=[max(as_trained(record).bits_per_unit for record in by_name[name]) for name in order],
             label=setting,
             kind="points",
         )
-        for setting, by_name in found.items()
+        for setting, by_name in by_setting.items()
     ]
     return picture(
         "language-modelling",
         lambda theme: line_figure(
-            series,
-            xlabel="mechanism",
-            ylabel="held-back bits per byte",
-            xticks=dict(enumerate(order)),
-            theme=theme,
+            series, xlabel="mechanism", ylabel="held-back bits per byte", xticks=dict(enumerate(order)), theme=theme
         ),
         alt="Held-back bits per byte of every mechanism, at equal tokens and at equal time.",
     )

@@ -22,7 +22,7 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
     path = folder / f"{claim.name}.json"
     for drawn in outcome.pictures:
         write_atomically(folder / f"{drawn.name}.png", _writer(drawn.light))
-    result = {
+    record = {
         "claim": claim.name,
         "system": claim.system,
         "source": claim.source,
@@ -37,7 +37,7 @@ def save_result(folder: Path, claim: Claim, size: Size, outcome: Outcome, second
         "pictures": [{"file": f"{drawn.name}.png", "alt": drawn.alt} for drawn in outcome.pictures],
         "data": outcome.data,
     }
-    write_json(path, result)
+    write_json(path, record)
     return path
 
 
@@ -50,19 +50,16 @@ def read_results(folder: Path, order: Iterable[str]) -> list[dict[str, Any]]:
     return [read_json(folder / f"{name}.json") for name in order if (folder / f"{name}.json").is_file()]
 
 
-def markdown(results: list[dict[str, Any]], folder: str = "claims") -> str:
+def markdown(records: list[dict[str, Any]], folder: str = "claims") -> str:
     """docs/claims.md."""
     lines = [_HEAD, "| claim | system | verdict | command |", "|---|---|---|---|"]
-    lines += [
-        f"| [{each['claim']}](#{each['claim']}) | {each['system']} | {each['verdict']} | `{each['command']}` |"
-        for each in results
-    ]
-    for each in results:
-        lines += ["", f"## {each['claim']}", "", f"{each['text']} ({each['source']})", ""]
+    lines += ["| [{claim}](#{claim}) | {system} | {verdict} | `{command}` |".format(**record) for record in records]
+    for record in records:
+        lines += ["", f"## {record['claim']}", "", f"{record['text']} ({record['source']})", ""]
         lines += ["| measured | paper | here |", "|---|---|---|"]
-        lines += [f"| {figure['what']} | {figure['paper']} | {figure['ours']} |" for figure in each["figures"]]
-        lines += ["", f"**{each['verdict'].capitalize()}.** {each['note']}".rstrip(), ""]
-        lines += [f"Size: {each['size']}. Command: `{each['command']}` ({each['minutes']:g} minutes)."]
-        for drawn in each["pictures"]:
+        lines += [f"| {figure['what']} | {figure['paper']} | {figure['ours']} |" for figure in record["figures"]]
+        lines += ["", f"**{record['verdict'].capitalize()}.** {record['note']}".rstrip(), ""]
+        lines += [f"Size: {record['size']}. Command: `{record['command']}` ({record['minutes']:g} minutes)."]
+        for drawn in record["pictures"]:
             lines += ["", f"![{drawn['alt']}]({folder}/{drawn['file']})"]
     return "\n".join(lines) + "\n"

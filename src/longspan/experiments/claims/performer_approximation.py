@@ -32,12 +32,12 @@ def _error(scale: float, count: int, kind: str, draws: int) -> float:
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     counts, draws = _FEATURES[size], _DRAWS[size]
-    found = {
+    errors_by_input = {
         f"{kind}, inputs of scale {scale:g}": [_error(scale, count, kind, draws) for count in counts]
         for scale in _SCALES
         for kind in ("positive", "hyperbolic", "bounded")
     }
-    for name, errors in found.items():
+    for name, errors in errors_by_input.items():
         say(f"{name}: " + ", ".join(f"{count:,}: {error:.3f}" for count, error in zip(counts, errors, strict=True)))
     figures = [
         Figure(
@@ -45,12 +45,12 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
             "falls with the number of features",
             ", ".join(f"{count:,}: {error:.3f}" for count, error in zip(counts, errors, strict=True)),
         )
-        for name, errors in found.items()
+        for name, errors in errors_by_input.items()
     ]
-    small = found["positive, inputs of scale 0.25"]
-    wanted = (counts[-1] / counts[0]) ** 0.5
-    falls = small[0] / small[-1] > 0.5 * wanted
-    shown = {name: errors for name, errors in found.items() if name.startswith("positive")}
+    small = errors_by_input["positive, inputs of scale 0.25"]
+    expected_ratio = (counts[-1] / counts[0]) ** 0.5
+    falls = small[0] / small[-1] > 0.5 * expected_ratio
+    shown = {name: errors for name, errors in errors_by_input.items() if name.startswith("positive")}
     drawn = picture(
         "performer-approximation",
         lambda theme: line_figure(
@@ -70,7 +70,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, both sides",
         note="The error falls with the root of the number of features where inputs are small; at unit variance, which "
         "trained models exceed, no practical number of features comes near softmax attention.",
-        data={"features": list(counts), "errors": found},
+        data={"features": list(counts), "errors": errors_by_input},
         pictures=[drawn],
     )
 

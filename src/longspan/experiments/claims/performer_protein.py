@@ -11,7 +11,7 @@ import torch
 
 from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict, signed
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.experiments.claims.similarity import (
     Agreement,
     agreement,
@@ -75,7 +75,7 @@ def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
     recipe["train"] |= {"steps": plan.steps, "final_eval_tokens": 1000}
     for table, name, value in plan.recipe:
         recipe[table][name] = value
-    trained(recipe, folder)
+    train_or_resume(recipe, folder)
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
@@ -85,18 +85,18 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
         return evaluate_text(model, documents, chunk=width, memory=False, unit="residue").record()
 
-    found = kept(folder / f"scored-{len(documents)}.json", measure)
-    return Evaluation.of(found, documents.names, "residue")
+    record = measure_once(folder / f"scored-{len(documents)}.json", measure)
+    return Evaluation.of(record, documents.names, "residue")
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
     """Attention between amino acids over sequences, from the file of an earlier run where there is one."""
 
     def measure() -> dict[str, Any]:
-        parts = [attention_between(model, torch.from_numpy(each.tokens)) for each in documents]
+        parts = [attention_between(model, torch.from_numpy(document.tokens)) for document in documents]
         return {"between": np.sum(parts, 0).tolist()}
 
-    return np.array(kept(folder / f"attention-{len(documents)}.json", measure)["between"])
+    return np.array(measure_once(folder / f"attention-{len(documents)}.json", measure)["between"])
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
@@ -128,9 +128,11 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     for name, mixer in MIXERS.items():
         _train(folders[name], mixer, plan)
         model, task = cast("tuple[Any, ProteinTask]", load_run(folders[name]))
-        held = task.documents("validation")
-        some = Documents(held.items[: plan.scored], held.names[: plan.scored])
-        short = [cast(ProteinDocument, each) for each in held.items if len(each) <= plan.longest + 2][: plan.mapped]
+        held_out = task.documents("validation")
+        some = Documents(held_out.items[: plan.scored], held_out.names[: plan.scored])
+        short = [cast(ProteinDocument, document) for document in held_out.items if len(document) <= plan.longest + 2][
+            : plan.mapped
+        ]
         if not scores:
             scores["frequencies"] = by_frequency(some, task.frequencies())
             scores["frequencies in the sequence itself"] = by_frequency(some, task.frequencies(), PRIOR)
@@ -139,7 +141,7 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         maps[name] = _map(folders[name], model, short)
         words[name] = similarity_of_embeddings(model)
     # every run has the same task, so the sequences are the same for all
-    even = np.sum([even_attention(torch.from_numpy(each.tokens)) for each in short], 0)
+    even = np.sum([even_attention(torch.from_numpy(document.tokens)) for document in short], 0)
     ways = {
         "by heads": {name: similarity_by_heads(between) for name, between in maps.items()},
         "by pairs": {name: similarity_by_pairs(between, even) for name, between in maps.items()},
@@ -150,8 +152,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     return _outcome(plan, shape, scores, ways, len(short), seconds)
 
 
-def _said(found: Evaluation) -> str:
-    bits, share = found.interval(), found.accuracy_interval()
+def _said(evaluation: Evaluation) -> str:
+    bits, share = evaluation.interval(), evaluation.accuracy_interval()
     return (
         f"perplexity {2**bits.value:.2f} [{2**bits.low:.2f}, {2**bits.high:.2f}], "
         f"accuracy {share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
@@ -167,11 +169,16 @@ def _outcome(
     seconds: float,
 ) -> Outcome:
     blosum = blosum62()
-    agreed = {way: {name: agreement(each, blosum) for name, each in found.items()} for way, found in ways.items()}
+    agreed = {
+        way: {name: agreement(matrix, blosum) for name, matrix in matrices.items()} for way, matrices in ways.items()
+    }
     by_heads, heads = ways["by heads"], agreed["by heads"]
     verdict, note = _judge(scores, heads)
     paper = {"softmax features": "about equal to exact attention", "ReLU features": "best"}
-    figures = [Figure(f"masked residues, {name}", paper.get(name, ""), _said(found)) for name, found in scores.items()]
+    figures = [
+        Figure(f"masked residues, {name}", paper.get(name, ""), _said(evaluation))
+        for name, evaluation in scores.items()
+    ]
     for name in MIXERS:
         if name != "exact":
             less = scores[name].minus(scores["exact"])
@@ -185,8 +192,10 @@ def _outcome(
     for name in MIXERS:
         seen = "similar pairs found" if name != "exact" else ""
         figures += [
-            Figure(f"similarity {way} against BLOSUM62, {name}", seen if way == "by heads" else "", _agreed(each[name]))
-            for way, each in agreed.items()
+            Figure(
+                f"similarity {way} against BLOSUM62, {name}", seen if way == "by heads" else "", _agreed(by_model[name])
+            )
+            for way, by_model in agreed.items()
         ]
         ranks = ", ".join(f"({pair[0]}, {pair[1]}) {rank_of_pair(by_heads[name], pair)}" for pair in PAIRS)
         figures.append(Figure(f"place among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
@@ -201,12 +210,15 @@ def _outcome(
         "amino acids",
         note=note,
         data={
-            "bits": {name: found.interval() for name, found in scores.items()},
-            "accuracy": {name: found.accuracy_interval() for name, found in scores.items()},
+            "bits": {name: evaluation.interval() for name, evaluation in scores.items()},
+            "accuracy": {name: evaluation.accuracy_interval() for name, evaluation in scores.items()},
             "amino_acids": AMINO_ACIDS,
-            "agreement": {way: {name: each._asdict() for name, each in found.items()} for way, found in agreed.items()},
+            "agreement": {
+                way: {name: match._asdict() for name, match in by_model.items()} for way, by_model in agreed.items()
+            },
             "similarity": {
-                way: {name: each.round(4).tolist() for name, each in found.items()} for way, found in ways.items()
+                way: {name: matrix.round(4).tolist() for name, matrix in matrices.items()}
+                for way, matrices in ways.items()
             },
         },
         pictures=[_picture(by_heads, heads, blosum)],
@@ -214,14 +226,14 @@ def _outcome(
     )
 
 
-def _agreed(found: Agreement) -> str:
-    pearson = f"Pearson {found.pearson:.2f} (p {found.pearson_p:.4f})"
-    return f"{pearson}, Spearman {found.spearman:.2f} (p {found.spearman_p:.4f})".replace("-", "−")
+def _agreed(match: Agreement) -> str:
+    pearson = f"Pearson {match.pearson:.2f} (p {match.pearson_p:.4f})"
+    return f"{pearson}, Spearman {match.spearman:.2f} (p {match.spearman_p:.4f})".replace("-", "−")
 
 
 def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
     """The three parts of the claim, each by a rule that was fixed before anything was trained."""
-    bits = {name: found.bits_per_unit for name, found in scores.items()}
+    bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
     beyond = bits["frequencies in the sequence itself"] - bits["exact"]
@@ -254,9 +266,9 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
 def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Array) -> Picture:
     order = [AMINO_ACIDS.index(letter) for letter in ORDER]
     panels = [Panel("BLOSUM62", _shown(blosum, order))]
-    for name, found in by_heads.items():
+    for name, similarity in by_heads.items():
         title = f"{name}, Spearman {heads[name].spearman:.2f}".replace("-", "−")
-        panels.append(Panel(title, _shown(found, order)))
+        panels.append(Panel(title, _shown(similarity, order)))
     marked = [(ORDER.index(pair[0]), ORDER.index(pair[1])) for pair in PAIRS]
     return picture(
         "performer-protein",

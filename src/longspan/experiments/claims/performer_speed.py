@@ -12,7 +12,7 @@ from torch import Tensor
 from longspan import ops, reference
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 
 _LENGTHS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
 _HEADS, _DIM, _FEATURES = 4, 64, 256
@@ -60,23 +60,23 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
+    measured: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
     for length in _LENGTHS[size]:
-        for what, values in kept(folder / f"length-{length}.json", partial(_measured, length)).items():
+        for what, values in measure_once(folder / f"length-{length}.json", partial(_measured, length)).items():
             for name, value in values.items():
-                found[what].setdefault(name, {})[length] = value
+                measured[what].setdefault(name, {})[length] = value
         say(
             f"{length:,}: "
-            + ", ".join(f"{n} {1e3 * v[length]:.1f} ms" for n, v in found["seconds"].items() if length in v)
+            + ", ".join(f"{n} {1e3 * v[length]:.1f} ms" for n, v in measured["seconds"].items() if length in v)
         )
-    return outcome(found)
+    return outcome(measured)
 
 
-def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
+def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
     """What was found, beside what the paper says."""
     figures = []
     for what, unit, factor in (("seconds", "milliseconds", 1e3), ("bytes", "MB", 1e-6)):
-        for name, values in found[what].items():
+        for name, values in measured[what].items():
             figures.append(
                 Figure(
                     f"{unit} forward and backward, {name}",
@@ -87,10 +87,10 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
                     + f" (last two: grows as n^{last_power(values):.2f})",
                 )
             )
-    linear = all(last_power(found[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
-    longest = max(found["seconds"][_OURS])
-    times = found["seconds"][_OURS][longest] / found["seconds"][_NONE][longest]
-    quadratic = last_power(found["seconds"][_DENSE]) > 1.5
+    linear = all(last_power(measured[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
+    longest = max(measured["seconds"][_OURS])
+    times = measured["seconds"][_OURS][longest] / measured["seconds"][_NONE][longest]
+    quadratic = last_power(measured["seconds"][_DENSE]) > 1.5
     return Outcome(
         verdict="does not hold" if not (linear and quadratic) else "holds" if times < 2 else "holds in part",
         figures=figures,
@@ -100,18 +100,18 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
         f"attention at all it is not, on a CPU: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
         "four times the work of the values themselves. PyTorch's dense attention keeps no weights, so that its memory "
         "is linear too.",
-        seconds=sum(sum(values.values()) for values in found["took"].values()),
-        data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in found.items()},
+        seconds=sum(sum(values.values()) for values in measured["took"].values()),
+        data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in measured.items()},
         pictures=[
             growth_picture(
                 "performer-speed",
-                {name: {n: 1e3 * x for n, x in values.items()} for name, values in found["seconds"].items()},
+                {name: {n: 1e3 * x for n, x in values.items()} for name, values in measured["seconds"].items()},
                 ylabel="milliseconds, forward and backward",
                 alt="Time of dense, performer and linear attention and of no attention against length, logarithmic.",
             ),
             growth_picture(
                 "performer-speed-memory",
-                {name: {n: 1e-6 * x for n, x in values.items()} for name, values in found["bytes"].items()},
+                {name: {n: 1e-6 * x for n, x in values.items()} for name, values in measured["bytes"].items()},
                 ylabel="MB above the inputs, forward and backward",
                 alt="Memory of the same against length, logarithmic.",
             ),

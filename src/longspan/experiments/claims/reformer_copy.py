@@ -10,7 +10,7 @@ import numpy as np
 
 from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.experiments.figures import heat_figure
 from longspan.models import build_model, describe_model
 from longspan.report import Picture
@@ -28,7 +28,7 @@ PAPER: dict[int, dict[int, float]] = {
     1: {FULL: 0.8, 8: 99.9, 4: 99.6, 2: 94.8, 1: 77.9},
 }
 """Its table 2: rounds in training, rounds at evaluation, percent of tokens that are right."""
-ASKED = (FULL, 8, 4, 2, 1)
+EVAL_ROUNDS = (FULL, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,12 @@ def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
 def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
     """The same weights with another mixer, whose rotations nothing was trained with."""
     described = {**describe_model(model), "mixers": [{**table, "seed": seed}]}
-    other = build_model(described)
+    rehashed = build_model(described)
     weights = {name: t for name, t in model.state_dict().items() if not name.endswith(("core.rotations", "core.draws"))}
-    missing, unexpected = other.load_state_dict(weights, strict=False)
+    missing, unexpected = rehashed.load_state_dict(weights, strict=False)
     assert not unexpected
     assert all(name.endswith(("core.rotations", "core.draws")) for name in missing), missing
-    return other.eval()
+    return rehashed.eval()
 
 
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
     for draw in range(1 if rounds == FULL else plan.draws):
-        other = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
-        found = evaluate_text(other, documents, chunk=2 * plan.word + 1, batch=4, memory=False)
-        shares.append(found.accuracy)
+        rehashed = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
+        evaluation = evaluate_text(rehashed, documents, chunk=2 * plan.word + 1, batch=4, memory=False)
+        shares.append(evaluation.accuracy)
     return {"right": float(np.mean(shares)), "shares": shares}
 
 
@@ -101,49 +101,49 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
 def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train everything, ask everything; a second call goes on from what is in the folder."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    by_selection: dict[str, dict[str, dict[str, float]]] = {}
     runs = {}
     for selection in plan.selections:
         for rounds in plan.rounds:
             # what sees everything is trained once
             run = folder / (_name(FULL) if rounds == FULL else f"{selection}-{_name(rounds)}")
-            trained(recipe_of(plan, selection, rounds), run)
+            train_or_resume(recipe_of(plan, selection, rounds), run)
             runs[run] = True
             row = {}
-            for asked in ASKED:
-                path = folder / "asked" / f"{run.name}-by-{selection}-{_name(asked)}.json"
-                row[_name(asked)] = kept(path, lambda: ask(run, plan, selection, asked))["right"]  # noqa: B023 - at once
-            found.setdefault(selection, {})[_name(rounds)] = row
+            for eval_rounds in EVAL_ROUNDS:
+                path = folder / "asked" / f"{run.name}-by-{selection}-{_name(eval_rounds)}.json"
+                row[_name(eval_rounds)] = measure_once(path, lambda: ask(run, plan, selection, eval_rounds))["right"]  # noqa: B023 - at once
+            by_selection.setdefault(selection, {})[_name(rounds)] = row
             say(f"{selection}, trained with {_name(rounds)}: " + ", ".join(f"{k} {v:.1%}" for k, v in row.items()))
-    return outcome(found, plan, trained_seconds(runs))
+    return outcome(by_selection, plan, trained_seconds(runs))
 
 
 def _name(rounds: int) -> str:
     return "full" if rounds == FULL else str(rounds)
 
 
-def outcome(found: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
+def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
     """What was found, beside what the paper says."""
-    asked = " / ".join(_name(each) for each in ASKED)
+    labels = " / ".join(_name(number) for number in EVAL_ROUNDS)
     figures = [
         Figure(
-            f"{selection}, trained with {_name(rounds)}: % of tokens right, asked with {asked}",
-            " / ".join(f"{PAPER[rounds][each]:g}" for each in ASKED) if rounds in PAPER else "",
-            " / ".join(f"{100 * found[selection][_name(rounds)][_name(each)]:.1f}" for each in ASKED),
+            f"{selection}, trained with {_name(rounds)}: % of tokens right, asked with {labels}",
+            " / ".join(f"{PAPER[rounds][number]:g}" for number in EVAL_ROUNDS) if rounds in PAPER else "",
+            " / ".join(f"{100 * by_selection[selection][_name(rounds)][_name(number)]:.1f}" for number in EVAL_ROUNDS),
         )
-        for selection in found
+        for selection in by_selection
         for rounds in plan.rounds
     ]
-    best = {selection: rows["4"]["4"] for selection, rows in found.items() if "4" in rows}
+    best = {selection: rows["4"]["4"] for selection, rows in by_selection.items() if "4" in rows}
     every = bool(best) and all(value >= GOAL for value in best.values())
-    more = all(row["8"] >= row["1"] - 0.01 for rows in found.values() for row in rows.values())
+    more = all(row["8"] >= row["1"] - 0.01 for rows in by_selection.values() for row in rows.values())
     # of the trainings too, where they are asked alike
-    order = [_name(each) for each in (4, 2, 1) if each in plan.rounds]
+    order = [_name(number) for number in (4, 2, 1) if number in plan.rounds]
     more = more and all(
-        rows[first][asked] >= rows[second][asked] - 0.01
-        for rows in found.values()
+        rows[first][eval_rounds] >= rows[second][eval_rounds] - 0.01
+        for rows in by_selection.values()
         for first, second in itertools.pairwise(order)
-        for asked in (_name(each) for each in ASKED if each != FULL)
+        for eval_rounds in (_name(number) for number in EVAL_ROUNDS if number != FULL)
     )
     some = any(value >= GOAL for value in best.values())
     return Outcome(
@@ -156,8 +156,8 @@ def outcome(found: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: 
         "more than a point, neither asked nor in training; in part: 99 % in one of them, or in all and fewer rounds "
         f"better somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
         "shared queries and keys. The paper trained 150,000 steps of a layer of 256; its selection is 'sorted'.",
-        data=dict(found),
-        pictures=[_picture(each, found[each]) for each in found],
+        data=dict(by_selection),
+        pictures=[_picture(selection, by_selection[selection]) for selection in by_selection],
         seconds=seconds,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from longspan.experiments.claims.activations import blocks_alone
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report import Picture
 from longspan.report.figures import Series, line_figure, picture
 
@@ -45,29 +45,29 @@ PLANS: dict[str, Plan] = {
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     plan = PLANS[size]
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, float]]] = {}
+    by_mode: dict[str, list[dict[str, float]]] = {}
     for mode in KINDS:
         for layers in plan.layers:
             path = folder / f"{mode.replace(', ', '-')}-{layers}.json"
-            each = kept(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
-            found.setdefault(mode, []).append(each)
-            say(f"{KINDS[mode]}, {layers} layers: {each['peak'] / 1e6:.1f} MB")
-    return outcome(found, plan)
+            record = measure_once(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
+            by_mode.setdefault(mode, []).append(record)
+            say(f"{KINDS[mode]}, {layers} layers: {record['peak'] / 1e6:.1f} MB")
+    return outcome(by_mode, plan)
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
     """What a process says, and the seconds that it lived."""
     begin = time.perf_counter()
-    found = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
-    return {**found, "process": time.perf_counter() - begin}
+    measurements = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
+    return {**measurements, "process": time.perf_counter() - begin}
 
 
-def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
+def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
     depths = ", ".join(f"{layers}" for layers in plan.layers)
     figures = []
-    for mode, records in found.items():
-        peaks = [each["peak"] for each in records]
+    for mode, records in by_mode.items():
+        peaks = [record["peak"] for record in records]
         figures.append(
             Figure(
                 f"{KINDS[mode]}: MB at most, {depths} layers",
@@ -79,11 +79,11 @@ def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         Figure(
             f"{KINDS[mode]}: MB that autograd keeps, {depths} layers",
             "inputs and outputs of one layer" if mode == "reversible" else "",
-            _megabytes([each["saved"] for each in found[mode]]),
+            _megabytes([record["saved"] for record in by_mode[mode]]),
         )
         for mode in ("plain", "reversible")
     ]
-    times = [found["reversible"][-1]["seconds"] / found[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
+    times = [by_mode["reversible"][-1]["seconds"] / by_mode[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
     figures.append(
         Figure(
             f"processor time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
@@ -91,9 +91,9 @@ def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
             f"{times[0]:.2f}, {times[1]:.2f}",
         )
     )
-    grown = {mode: records[-1]["peak"] / records[0]["peak"] for mode, records in found.items()}
-    flat = grown["reversible"] <= GROWTH and found["reversible"][-1]["saved"] == found["reversible"][0]["saved"]
-    less = found["reversible"][-1]["peak"] < found["plain"][-1]["peak"]
+    grown = {mode: records[-1]["peak"] / records[0]["peak"] for mode, records in by_mode.items()}
+    flat = grown["reversible"] <= GROWTH and by_mode["reversible"][-1]["saved"] == by_mode["reversible"][0]["saved"]
+    less = by_mode["reversible"][-1]["peak"] < by_mode["plain"][-1]["peak"]
     return Outcome(
         verdict="holds" if flat and less else "holds in part" if less else "does not hold",
         figures=figures,
@@ -103,20 +103,20 @@ def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         note="What does grow with the depth is small: the buckets of LSH layers, which must not be chosen anew (one "
         "byte a token, head and round), and random generators. That reversibility costs no quality is not measured "
         "here.",
-        data=dict(found),
-        pictures=[_picture(found, plan)],
-        seconds=sum(each["process"] for records in found.values() for each in records),
+        data=dict(by_mode),
+        pictures=[_picture(by_mode, plan)],
+        seconds=sum(record["process"] for records in by_mode.values() for record in records),
     )
 
 
 def _megabytes(values: list[float]) -> str:
-    return ", ".join(f"{each / 1e6:.1f}" for each in values)
+    return ", ".join(f"{value / 1e6:.1f}" for value in values)
 
 
-def _picture(found: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
+def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
     series = [
-        Series(x=list(plan.layers), y=[each["peak"] / 1e6 for each in records], label=KINDS[mode], kind="marked")
-        for mode, records in found.items()
+        Series(x=list(plan.layers), y=[record["peak"] / 1e6 for record in records], label=KINDS[mode], kind="marked")
+        for mode, records in by_mode.items()
     ]
     return picture(
         "reformer-depth",

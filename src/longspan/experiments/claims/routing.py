@@ -14,7 +14,7 @@ from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
 from longspan.experiments.claims.contest import (
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     Plan,
     bit_figures,
     contest,
@@ -24,7 +24,7 @@ from longspan.experiments.claims.contest import (
     seconds_of,
 )
 from longspan.experiments.claims.language_modelling import recipe_of
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.models import build_model
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -38,7 +38,7 @@ PIECE = 2048
 
 PLANS: dict[str, Plan] = {
     "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
-    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
+    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), extra_models=(BALANCED, DENSE)),
 }
 
 
@@ -62,11 +62,11 @@ def flops(mixer: Mapping[str, Any]) -> int:
 @cache
 def equal_window() -> int:
     """The window of local heads that cost as many FLOPs as routed and local ones."""
-    wanted = flops(mixer_of(ROUTED))
+    routed_flops = flops(mixer_of(ROUTED))
     low, high = 1, PIECE
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < wanted else (low, middle)
+        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < routed_flops else (low, middle)
     return low
 
 
@@ -93,8 +93,8 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
         for hook in hooks:
             hook.remove()
         chosen = torch.cat([layer[0] for layer in choices.recorded])
-        found = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
-        counts.append(found)
+        cluster_counts = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
+        counts.append(cluster_counts)
     total = np.sum(counts, axis=0)
     return np.sort(total / total.sum(1, keepdims=True))[:, ::-1].tolist()  # type: ignore[no-any-return]
 
@@ -105,14 +105,14 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
 def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Train and measure everything; a second call goes on from what is in the folder."""
-    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.others)}
-    found = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
-    found |= contest(folder, {name: recipes[name] for name in plan.others}, replace(plan.contest, seeds=1), say)
+    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.extra_models)}
+    models = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
+    models |= contest(folder, {name: recipes[name] for name in plan.extra_models}, replace(plan.contest, seeds=1), say)
     shares: list[list[float]] = []
     for seed in range(plan.contest.seeds):
         run = run_folder(folder, ROUTED, seed)
-        shares += kept(run / "usage.json", partial(_used, run, plan.contest))["shares"]
-    return outcome(found, shares, plan.contest)
+        shares += measure_once(run / "usage.json", partial(_used, run, plan.contest))["shares"]
+    return outcome(models, shares, plan.contest)
 
 
 def _used(run: Path, plan: Contest) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _used(run: Path, plan: Contest) -> dict[str, Any]:
     return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
 
 
-def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
+def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
     """What was found, beside what the paper says.
 
     Args:
@@ -128,9 +128,10 @@ def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
         shares: of the tokens, in each cluster of each routed head, the fullest first.
         plan: sizes.
     """
-    figures = bit_figures(found, LOCAL, {ROUTED: "0.99 (enwik8)"})
+    figures = bit_figures(models, LOCAL, {ROUTED: "0.99 (enwik8)"})
     figures += [
-        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in found
+        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name))
+        for name in models
     ]
     even = 1 / len(shares[0])
     busy = [sum(share > even / 10 for share in head) for head in shares]
@@ -142,22 +143,22 @@ def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
             f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
         )
     )
-    minus = differences(found, LOCAL)[ROUTED]
+    minus = differences(models, LOCAL)[ROUTED]
     return Outcome(
         verdict="holds" if minus.high < 0 else "holds in part" if minus.value < 0 else "does not hold",
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
         f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
         f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
-        f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
-        note=_note(found, busy, len(shares[0])),
-        data={"models": found, "shares": shares},
+        f"{plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
+        note=_note(models, busy, len(shares[0])),
+        data={"models": models, "shares": shares},
         pictures=[_picture(shares)],
-        seconds=seconds_of(found),
+        seconds=seconds_of(models),
     )
 
 
-def _note(found: Found, busy: list[int], clusters: int) -> str:
+def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
     """What the verdict means, and what stands in the way of it: clusters that collapsed, a model that is too young."""
     parts = [
         "Holds: better than local heads, the interval of the difference below zero; in part: better, but it reaches "
@@ -168,7 +169,7 @@ def _note(found: Found, busy: list[int], clusters: int) -> str:
             f"Clusters collapsed ({np.mean(busy):.1f} of {clusters} busy, {min(busy)} in the worst head): these heads "
             "route less than they could, so the difference says little about routing."
         )
-    if DENSE in found and differences(found, LOCAL)[DENSE].value > 0:
+    if DENSE in models and differences(models, LOCAL)[DENSE].value > 0:
         parts.append(
             "After so few steps near tokens are most of what a model knows: dense attention, which sees all that "
             "local heads see, is behind them too."

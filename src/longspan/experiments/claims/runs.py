@@ -9,7 +9,7 @@ from longspan.files import read_json, write_json
 from longspan.train import read_log, run
 
 
-def trained(recipe: Mapping[str, Any], folder: Path) -> None:
+def train_or_resume(recipe: Mapping[str, Any], folder: Path) -> None:
     """A run of a recipe, from the start or from where it stopped; nothing where it is over."""
     if (folder / "model").is_dir():
         return
@@ -20,7 +20,7 @@ def trained(recipe: Mapping[str, Any], folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def kept(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
     """What a measurement found, from the file of an earlier one where there is one."""
     if not path.is_file():
         write_json(path, dict(measure()))

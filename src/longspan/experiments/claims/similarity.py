@@ -66,12 +66,12 @@ def attention_between(model: Any, tokens: Tensor) -> Array:
     """
     kinds = torch.nn.functional.one_hot(tokens, len(VOCABULARY))[:, FIRST : FIRST + len(AMINO_ACIDS)].float()
     rows = Rows(torch.zeros(1, dtype=torch.int64), len(tokens))
-    h, found = model.embed(tokens[None], rows), []
+    h, sums = model.embed(tokens[None], rows), []
     for block in model.layers:
         weights = block.mixer.attention_map(block.mixer_norm(h))[0]
-        found.append((kinds.T @ weights @ kinds).double().numpy())
+        sums.append((kinds.T @ weights @ kinds).double().numpy())
         h, _, _ = block(h, None, rows, False)
-    return np.concatenate(found)
+    return np.concatenate(sums)
 
 
 def even_attention(tokens: Tensor) -> Array:
@@ -84,8 +84,8 @@ def even_attention(tokens: Tensor) -> Array:
 def similarity_by_heads(between: Array) -> Array:
     """(20, 20) correlations over heads; see the module. `between` as of `attention_between`, summed over sequences."""
     shares = between.sum(1) / between.sum((1, 2))[:, None]
-    found: Array = np.corrcoef(shares.T)
-    return found
+    correlations: Array = np.corrcoef(shares.T)
+    return correlations
 
 
 def similarity_by_pairs(between: Array, even: Array) -> Array:
@@ -98,8 +98,8 @@ def similarity_by_pairs(between: Array, even: Array) -> Array:
 def similarity_of_embeddings(model: Any) -> Array:
     """(20, 20) correlations of the amino acids' embeddings, without what all of them share."""
     weights = model.embedding.weight[FIRST : FIRST + len(AMINO_ACIDS)].double().numpy()
-    found: Array = np.corrcoef(weights - weights.mean(0))
-    return found
+    correlations: Array = np.corrcoef(weights - weights.mean(0))
+    return correlations
 
 
 class Agreement(NamedTuple):
@@ -118,7 +118,7 @@ class Agreement(NamedTuple):
     spearman_p: float
 
 
-def agreement(one: Array, other: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
+def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
     """Correlations of two symmetric matrices off their diagonals, with a permutation test.
 
     Pairs that share an amino acid are not independent, so it is the amino acids that are relabelled, rows and columns
@@ -131,19 +131,19 @@ def agreement(one: Array, other: Array, *, samples: int = 10_000, seed: int = 0)
         seed: of them.
     """
     (pearson, pearson_p), (spearman, spearman_p) = (
-        _mantel(first, second, samples, seed) for first, second in ((one, other), (_ranked(one), _ranked(other)))
+        _mantel(first, second, samples, seed) for first, second in ((left, right), (_ranked(left), _ranked(right)))
     )
     return Agreement(pearson, spearman, pearson_p, spearman_p)
 
 
-def _mantel(one: Array, other: Array, samples: int, seed: int) -> tuple[float, float]:
-    upper = np.triu_indices(len(one), 1)
-    fixed = _standard(other[upper])
-    value = float(_standard(one[upper]) @ fixed)
+def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, float]:
+    upper = np.triu_indices(len(left), 1)
+    fixed = _standard(right[upper])
+    value = float(_standard(left[upper]) @ fixed)
     random, above = np.random.default_rng(seed), 0
     for _ in range(samples):
-        order = random.permutation(len(one))
-        above += bool(_standard(one[order][:, order][upper]) @ fixed >= value - 1e-12)
+        order = random.permutation(len(left))
+        above += bool(_standard(left[order][:, order][upper]) @ fixed >= value - 1e-12)
     return value, (1 + above) / (1 + samples)
 
 
@@ -155,10 +155,10 @@ def _standard(values: Array) -> Array:
 def _ranked(matrix: Array) -> Array:
     """The matrix with its values off the diagonal replaced by their ranks, equal ones by their mean rank."""
     upper = np.triu_indices(len(matrix), 1)
-    _, place, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
     mean = np.cumsum(count) - (count - 1) / 2
     ranked = np.zeros(matrix.shape)
-    ranked[upper] = mean[place]
+    ranked[upper] = mean[inverse]
     return ranked + ranked.T
 
 

@@ -18,7 +18,7 @@ from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     caution,
@@ -32,7 +32,7 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.experiments.claims.language_modelling import bits_of
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report import Picture
 from longspan.train import Interval, find_recipe
 
@@ -118,19 +118,19 @@ def _step(way: str, length: int) -> Step:
 
 def growth(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, dict[int, float]]]:
     """CPU seconds, peak bytes, and pairs by the definition, of each way by length."""
-    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
+    curves: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
     for length in plan.lengths:
         timed = [way for way in (DENSE, FIXED, STRIDED) if length <= most.get(way, length)]
         for way, seconds in in_turn({way: step_of(way, length) for way in timed}, plan.rounds).items():
-            found["seconds"].setdefault(way, {})[length] = seconds
+            curves["seconds"].setdefault(way, {})[length] = seconds
         for way in (DENSE, FIXED, STRIDED, WEIGHTS):
             if length <= most.get(way, length):
-                found["bytes"].setdefault(way, {})[length] = peak_bytes(step_of, way, length)
+                curves["bytes"].setdefault(way, {})[length] = peak_bytes(step_of, way, length)
         for way in (DENSE, FIXED, STRIDED):
-            found["pairs"].setdefault(way, {})[length] = pairs(way, length)
-        say(f"{length:,}: " + ", ".join(f"{way} {found['seconds'][way][length]:.2f} s" for way in timed))
-    return found
+            curves["pairs"].setdefault(way, {})[length] = pairs(way, length)
+        say(f"{length:,}: " + ", ".join(f"{way} {curves['seconds'][way][length]:.2f} s" for way in timed))
+    return curves
 
 
 def pairs(way: str, length: int) -> float:
@@ -142,11 +142,11 @@ def pairs(way: str, length: int) -> float:
     return float(mixers.build("full" if way == DENSE else "sparse", dim=4, num_heads=1, **fields).pairs(length))
 
 
-def _by_length(found: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
+def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
     """With lengths as numbers, which a file holds as words."""
     return {
         kind: {way: {int(length): value for length, value in values.items()} for way, values in ways.items()}
-        for kind, ways in found.items()
+        for kind, ways in curves.items()
     }
 
 
@@ -165,15 +165,15 @@ def text_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
 
 def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
     """The three models of tiles, all else as in `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
-    found = {}
+    recipes = {}
     for name, mixer in _mixers(3 * plan.tile).items():
         recipe = read_toml(find_recipe("sparse-tiles.toml"))
         del recipe["train"]["minutes"]
         # tiles are small enough to keep activations
         recipe["model"] |= {"mixers": [mixer], "checkpoint": False}
         recipe["task"]["tile"] = plan.tile
-        found[name] = recipe
-    return found
+        recipes[name] = recipe
+    return recipes
 
 
 def frequency_bits(plan: Plan) -> float:
@@ -182,8 +182,8 @@ def frequency_bits(plan: Plan) -> float:
     counts = np.ones(task.vocab_size)
     for item in task.documents("train").items:
         counts += np.bincount(item.cut(0, len(item)).targets, minlength=len(counts))
-    held = evenly(task.documents("validation"), plan.image.documents).items
-    targets = np.concatenate([item.cut(0, len(item)).targets for item in held])
+    held_out = evenly(task.documents("validation"), plan.image.documents).items
+    targets = np.concatenate([item.cut(0, len(item)).targets for item in held_out])
     return float(-np.log2(counts / counts.sum())[targets].mean())
 
 
@@ -193,14 +193,16 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
 
 def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     """Measure growth, then train all; a second call goes on from what is in the folder."""
-    grown = _by_length(kept(folder / "growth.json", lambda: growth(plan, say)))
-    found: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
+    grown = _by_length(measure_once(folder / "growth.json", lambda: growth(plan, say)))
+    measured: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
     if importlib.util.find_spec("skimage") is None:
         say("no images: pip install --no-deps scikit-image brings them")
     else:
-        found["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
-        found["frequencies"] = kept(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})["bits"]
-    return outcome(found, plan)
+        measured["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
+        measured["frequencies"] = measure_once(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})[
+            "bits"
+        ]
+    return outcome(measured, plan)
 
 
 def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
@@ -210,11 +212,11 @@ def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
     return f"{words} {unit} (n^{power(values):.2f})"
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     """What was found, beside what the paper says."""
-    grown, text, image = found["growth"], found["text"], found.get("image")
+    grown, text, image = measured["growth"], measured["text"], measured.get("image")
     time_powers, memory_powers = (
-        {way: power(each) for way, each in grown[key].items()} for key in ("seconds", "bytes")
+        {way: power(values) for way, values in grown[key].items()} for key in ("seconds", "bytes")
     )
     grows = time_powers[DENSE] >= DENSE_GROWTH and all(
         max(time_powers[way], memory_powers[way]) <= GROWTH for way in (FIXED, STRIDED)
@@ -223,7 +225,7 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     on_images = None if image is None else differences(image, DENSE)[STRIDED]
     # a dense model that knows no more than frequencies, or than nothing, is no measure (added when the first result
     # was known)
-    learned = image is not None and bits_of(image[DENSE]) < min(found["frequencies"], 8.0)
+    learned = image is not None and bits_of(image[DENSE]) < min(measured["frequencies"], 8.0)
     met = (grows, on_text.high <= EQUAL, learned and on_images is not None and on_images.high <= EQUAL)
     leads = [on_text] if on_images is None else [on_text, on_images]
     expected = {DENSE: "n^2", WEIGHTS: "n^2", FIXED: "n^1.5", STRIDED: "n^1.5"}
@@ -244,26 +246,26 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         *(
             []
             if image is None
-            else [Figure("bits per byte on images, frequencies of bytes alone", "", f"{found['frequencies']:.4f}")]
+            else [Figure("bits per byte on images, frequencies of bytes alone", "", f"{measured['frequencies']:.4f}")]
         ),
         *([] if image is None else _bits(image, {FIXED: "2.85", STRIDED: "2.80 (dense 2.82), CIFAR-10"}, "images")),
     ]
     return Outcome(
         verdict=verdict_of(met, leads),
         figures=figures,
-        size=_size(found, plan),
+        size=_size(measured, plan),
         note=_note(grows, leads, differences(text, DENSE)[STRIDED]) + seeds_note(text),
-        data=dict(found),
+        data=dict(measured),
         pictures=_pictures(grown),
         seconds=seconds_of(text) + (0.0 if image is None else seconds_of(image)),
     )
 
 
-def _bits(found: Found, paper: Mapping[str, str], where: str) -> list[Figure]:
-    return bit_figures(found, DENSE, paper, f"bits per byte on {where}")
+def _bits(models: ModelRecords, paper: Mapping[str, str], where: str) -> list[Figure]:
+    return bit_figures(models, DENSE, paper, f"bits per byte on {where}")
 
 
-def _size(found: Mapping[str, Any], plan: Plan) -> str:
+def _size(measured: Mapping[str, Any], plan: Plan) -> str:
     text, image = plan.text, plan.image
     words = (
         f"time and memory of the operations alone: batch 1, {HEADS} heads of {DIM}, fp32, one thread, strides of "
@@ -271,13 +273,13 @@ def _size(found: Mapping[str, Any], plan: Plan) -> str:
         "memory of a process each, above what stood before. Text: 4 layers of 128, State of the Union speeches, "
         f"{text.train['steps']:,} steps of {text.train['lanes']} x {text.train['segment_length']:,} bytes, "
         f"{text.seeds} seed(s); held back: the first {text.head:,} bytes of "
-        f"{len(found['text'][DENSE][0]['names'])} speeches"
+        f"{len(measured['text'][DENSE][0]['names'])} speeches"
     )
-    if "image" in found:
+    if "image" in measured:
         words += (
             f". Images: 4 layers of 128, tiles of {plan.tile} x {plan.tile} x 3 bytes of eight photographs, "
             f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held back: "
-            f"{len(found['image'][DENSE][0]['names'])} tiles of other photographs"
+            f"{len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
         )
     return f"{words}; {INTERVALS}"
 

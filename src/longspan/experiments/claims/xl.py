@@ -12,7 +12,7 @@ import torch
 
 from longspan.config import read_toml
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure, picture
@@ -50,21 +50,21 @@ def with_memory(model: Any, length: int) -> Any:
     """The same weights with a memory of another length."""
     table = describe_model(model)
     table["mixers"] = [{**mixer, "mem_len": length} for mixer in table["mixers"]]
-    other = build_model(table)
-    load_weights(other, model.state_dict(), "xl")
-    return other.eval()
+    resized = build_model(table)
+    load_weights(resized, model.state_dict(), "xl")
+    return resized.eval()
 
 
 def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
     """Nats of each document with memories of each length."""
-    found: dict[str, Any] = {"names": list(documents.names)}
+    records: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
-        found[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
-    return found
+        records[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
+    return records
 
 
-def _evaluation(found: dict[str, Any], length: int) -> Evaluation:
-    return Evaluation.of(found[str(length)], found["names"])
+def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
+    return Evaluation.of(records[str(length)], records["names"])
 
 
 @torch.no_grad()
@@ -88,19 +88,19 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
     """CPU seconds a token, streaming and reading the window anew for every token, in turn."""
     span = 2 * TRAINED
-    found: dict[str, list[float]] = {"streaming": [], "reading anew": []}
+    seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
         session = StreamSession(model)
         session.feed(tokens[:span])
         started = time.process_time()
         for index in range(plan.timed):
             session.feed(tokens[span + index : span + index + 1])
-        found["streaming"].append((time.process_time() - started) / plan.timed)
+        seconds["streaming"].append((time.process_time() - started) / plan.timed)
         started = time.process_time()
         for index in range(plan.timed):
             model.last(tokens[None, index + 1 : span + index + 1])
-        found["reading anew"].append((time.process_time() - started) / plan.timed)
-    return {name: float(np.median(values)) for name, values in found.items()}
+        seconds["reading anew"].append((time.process_time() - started) / plan.timed)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
@@ -113,32 +113,32 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     del recipe["train"]["minutes"]
     recipe["train"] |= {"steps": plan.steps, "eval_every": 0, "final_eval_tokens": 2000}
     run = folder / "run"
-    trained(recipe, run)
+    train_or_resume(recipe, run)
     say("trained")
     model, task = load_run(run)
     documents = task.documents("validation")
     chosen = heads(documents, plan.head, plan.documents)
-    losses = kept(folder / "by-length.json", lambda: by_length(model, chosen, plan.lengths))
+    losses = measure_once(folder / "by-length.json", lambda: by_length(model, chosen, plan.lengths))
     say("read with memories of every length")
     length = 2 * TRAINED + plan.timed + 1
     tokens = torch.from_numpy(np.asarray(documents[0].cut(0, max(length, 2048)).tokens)).long()
-    found = {
+    measured = {
         "losses": losses,
-        "speed": kept(folder / "speed.json", lambda: speed(model, tokens, plan)),
-        "reach": kept(folder / "reach.json", lambda: {"tokens": reach(model, TRAINED, tokens[:1024])}),
+        "speed": measure_once(folder / "speed.json", lambda: speed(model, tokens, plan)),
+        "reach": measure_once(folder / "reach.json", lambda: {"tokens": reach(model, TRAINED, tokens[:1024])}),
     }
-    return outcome(found, plan, trained_seconds([run]), model.config.num_layers)
+    return outcome(measured, plan, trained_seconds([run]), model.config.num_layers)
 
 
-def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
+def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
     """What was found, beside what the paper says."""
-    losses = found["losses"]
+    losses = measured["losses"]
     none = _evaluation(losses, plan.lengths[0])
     figures, values = [], []
     for length in plan.lengths:
-        each = _evaluation(losses, length)
-        minus = each.minus(none)
-        values.append(each.bits_per_unit)
+        evaluation = _evaluation(losses, length)
+        minus = evaluation.minus(none)
+        values.append(evaluation.bits_per_unit)
         figures.append(
             Figure(
                 f"bits per byte with a memory of {length:,}",
@@ -146,22 +146,22 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
                 f"{values[-1]:.4f}" + (f" ({signed(minus)})" if length else ""),
             )
         )
-    rate = found["speed"]["reading anew"] / found["speed"]["streaming"]
+    rate = measured["speed"]["reading anew"] / measured["speed"]["streaming"]
     figures += [
         Figure(
             f"times faster than reading {2 * TRAINED} tokens anew for each",
             "363 to 1,874, at 800 to 3,800 tokens on a GPU",
-            f"{rate:.0f} (CPU, one token {1000 * found['speed']['streaming']:.1f} ms)",
+            f"{rate:.0f} (CPU, one token {1000 * measured['speed']['streaming']:.1f} ms)",
         ),
         Figure(
             "tokens back that change the last prediction, in 1,024",
             "layers x memory",
-            f"{found['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
+            f"{measured['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
         ),
     ]
     best = _evaluation(losses, TRAINED).minus(none)
     falls = all(b <= a for a, b in pairwise(values))
-    beyond = found["reach"]["tokens"] > TRAINED
+    beyond = measured["reach"]["tokens"] > TRAINED
     return Outcome(
         verdict="does not hold" if best.high >= 0 else "holds" if falls and rate > 1 and beyond else "holds in part",
         figures=figures,
@@ -170,7 +170,7 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
         "intervals by drawing documents anew",
         note=f"Bits fall with every length: {'yes' if falls else 'no'}. Trained with {TRAINED}: what longer memories "
         "give beyond it was never trained for.",
-        data=found,
+        data=measured,
         pictures=[_picture(values, plan)],
         seconds=seconds,
     )

@@ -21,7 +21,7 @@ _COLUMNS = (("segments", 9), ("tokens", 10), ("memorize", 10), ("detect", 10), (
 
 
 @dataclass(frozen=True)
-class Asked:
+class Reading:
     """What was found at one number of segments, by kind."""
 
     segments: int
@@ -35,8 +35,8 @@ class Asked:
     @property
     def tokens_per_second(self) -> float:
         """Of all rows together."""
-        total = sum(each.tokens * len(each.right) for each in self.answers.values())
-        return total / max(sum(each.seconds for each in self.answers.values()), 1e-9)
+        total = sum(answers.tokens * len(answers.right) for answers in self.answers.values())
+        return total / max(sum(answers.seconds for answers in self.answers.values()), 1e-9)
 
     @property
     def resident(self) -> int | None:
@@ -58,20 +58,20 @@ def kinds_of(task: MemoryTask) -> tuple[Kind, ...]:
     return ("reasoning",) if task.config.kind == "reasoning" else ("memorize", "detect")
 
 
-def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[Asked]:
+def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[Reading]:
     """Ask at every length, with a row of the table for each as it is known."""
     kinds = kinds_of(task)
     columns = [column for column in _COLUMNS if column[0] not in ("memorize", "detect")]
     columns[2:2] = [(kind, 10) for kind in kinds]
     print(" ".join(f"{name:>{width}}" for name, width in columns), flush=True)
-    found: list[Asked] = []
+    readings: list[Reading] = []
     for segments, count in questions:
         status = StatusLine(every=30.0)
 
         def show(share: float, segments: int = segments, status: StatusLine = status) -> None:
             status.show(f"{segments:>9,} {share:>10.0%} read")
 
-        asked = Asked(
+        reading = Reading(
             segments,
             evaluate_answers(
                 model,
@@ -83,36 +83,36 @@ def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[
                 progress=show if status.live else None,
             ),
         )
-        found.append(asked)
-        cells = [f"{segments:,}", f"{asked.tokens:,}"]
-        cells += [f"{sum(asked.answers[kind].right)} of {len(asked.answers[kind].right)}" for kind in kinds]
-        cells += [f"{asked.tokens_per_second:,.0f}", "" if asked.resident is None else si_bytes(asked.resident)]
+        readings.append(reading)
+        cells = [f"{segments:,}", f"{reading.tokens:,}"]
+        cells += [f"{sum(reading.answers[kind].right)} of {len(reading.answers[kind].right)}" for kind in kinds]
+        cells += [f"{reading.tokens_per_second:,.0f}", "" if reading.resident is None else si_bytes(reading.resident)]
         status.show(" ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, columns, strict=True)))
         status.end()
-    return found
+    return readings
 
 
-def check(found: list[Asked], clock: Clock) -> list[Check]:
+def check(readings: list[Reading], clock: Clock) -> list[Check]:
     """All checks; those of clocks are not fatal, nor is the goal beyond the bar."""
-    kinds = list(found[0].answers)
+    kinds = list(readings[0].answers)
     checks = []
     for kind in kinds:
-        sure = [each for each in found if each.segments <= SURE]
-        far = [each for each in found if each.segments > SURE]
+        sure = [reading for reading in readings if reading.segments <= SURE]
+        far = [reading for reading in readings if reading.segments > SURE]
         checks.append(_accuracy(kind, sure, fatal=True))
         if far:
             checks.append(_accuracy(kind, far, fatal=False))
-    checks += _constant(found)
+    checks += _constant(readings)
     if "train" in clock.laps:
         checks.append(_clock("Time of training", clock.laps["train"], TRAIN_SECONDS))
     checks.append(_clock("Time of everything", clock.total, TOTAL_SECONDS))
     return checks
 
 
-def _accuracy(kind: str, asked: list[Asked], *, fatal: bool) -> Check:
-    worst = min(asked, key=lambda each: each.answers[kind].accuracy)
+def _accuracy(kind: str, readings: list[Reading], *, fatal: bool) -> Check:
+    worst = min(readings, key=lambda reading: reading.answers[kind].accuracy)
     answer = worst.answers[kind]
-    first, last = (f"{each.segments:,}" for each in (asked[0], asked[-1]))
+    first, last = (f"{reading.segments:,}" for reading in (readings[0], readings[-1]))
     return Check(
         name=f"{kind}: right answers at {first} to {last} segments, {'the bar' if fatal else 'the goal'}",
         value=f"{sum(answer.right)} of {len(answer.right)} at worst, at {worst.segments:,}",
@@ -122,10 +122,10 @@ def _accuracy(kind: str, asked: list[Asked], *, fatal: bool) -> Check:
     )
 
 
-def _constant(found: list[Asked]) -> list[Check]:
+def _constant(readings: list[Reading]) -> list[Check]:
     """Memory and speed at the longest text against those at 16 segments."""
-    base = next((each for each in found if each.segments == 16), found[0])
-    last = found[-1]
+    base = next((reading for reading in readings if reading.segments == 16), readings[0])
+    last = readings[-1]
     if last.segments <= base.segments:
         return []
     checks = []

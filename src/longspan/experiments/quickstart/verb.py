@@ -21,8 +21,7 @@ def quickstart(
         Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
     ] = Path("out/quickstart"),
     recipe: Annotated[
-        Path | None,
-        typer.Option("--recipe", metavar="FILE", help="What is trained.", show_default=f"recipes/{RECIPE}"),
+        Path | None, typer.Option("--recipe", metavar="FILE", help="What is trained.", show_default=f"recipes/{RECIPE}")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -82,9 +81,9 @@ def quickstart(
     model, task = cast("tuple[Any, MemoryTask]", load_run(folder))
     model.to(where)
     say_step(2, 3, "asking, after more and more text it has never seen (k of n right)")
-    found = measure.ask(model, task, measure.plan(longest, count))
+    readings = measure.ask(model, task, measure.plan(longest, count))
     clock.lap("ask")
     say_step(3, 3, "checking and drawing")
-    checks = measure.check(found, clock)
-    path = page.write(output, folder, model, task, found, checks, clock)
+    checks = measure.check(readings, clock)
+    path = page.write(output, folder, model, task, readings, checks, clock)
     return finish(checks, path)

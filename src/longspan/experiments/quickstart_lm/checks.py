@@ -80,8 +80,8 @@ def growth(records: list[dict[str, Any]]) -> float | None:
 
 
 def _resident(streamed: Streamed) -> Check:
-    grown = [growth(each) for each in (streamed.first, streamed.second)]
-    known = [each for each in grown if each is not None]
+    grown = [growth(records) for records in (streamed.first, streamed.second)]
+    known = [rise for rise in grown if rise is not None]
     begin = streamed.first[0]
     start = f"{si_bytes(begin['peak'] or begin['resident'])} after {begin['bytes']:,} bytes" if known else ""
     return Check(
@@ -94,10 +94,10 @@ def _resident(streamed: Streamed) -> Check:
 
 def speed(records: list[dict[str, Any]], first: float, last: float) -> float:
     """Bytes per second between two shares of the text."""
-    places = np.array([0, *(record["bytes"] for record in records)], dtype=float)
+    positions = np.array([0, *(record["bytes"] for record in records)], dtype=float)
     seconds = np.array([0, *(record["seconds"] for record in records)], dtype=float)
-    borders = np.array([first, last]) * places[-1]
-    begin, end = np.interp(borders, places, seconds)
+    borders = np.array([first, last]) * positions[-1]
+    begin, end = np.interp(borders, positions, seconds)
     return float((borders[1] - borders[0]) / max(end - begin, 1e-9))
 
 

@@ -26,12 +26,7 @@ TITLE = "longspan: one text of any length, in constant memory"
 
 
 def write(
-    plan: Plan,
-    checks: list[Check],
-    memory: dict[int, Evaluation],
-    streamed: Streamed,
-    written: Written,
-    clock: Clock,
+    plan: Plan, checks: list[Check], memory: dict[int, Evaluation], streamed: Streamed, written: Written, clock: Clock
 ) -> Path:
     """Draw the figures and write the page; its path."""
     log = read_log(plan.run / "log.jsonl")
@@ -49,7 +44,7 @@ def write(
         "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
         "facts": dict(facts),
         "stream": {"records": streamed.records, "equal": streamed.equal, "compared": streamed.compared},
-        "memory": {str(length): _plain(found, memory[0]) for length, found in memory.items()},
+        "memory": {str(length): _plain(evaluation, memory[0]) for length, evaluation in memory.items()},
         "training": log,
         "written": asdict(written),
         "seconds": {**clock.laps, "total": clock.total},
@@ -62,13 +57,17 @@ def write(
     return write_report(plan.folder, TITLE, sections, data, lead=lead, footer="made by longspan quickstart-lm")
 
 
-def _plain(found: Evaluation, without: Evaluation) -> dict[str, Any]:
-    return {**found.summary(), "interval": list(found.interval()), "minus_none": list(found.minus(without))}
+def _plain(evaluation: Evaluation, without: Evaluation) -> dict[str, Any]:
+    return {
+        **evaluation.summary(),
+        "interval": list(evaluation.interval()),
+        "minus_none": list(evaluation.minus(without)),
+    }
 
 
 def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
     records = streamed.records
-    place = [record["bytes"] / 1e6 for record in records]
+    position = [record["bytes"] / 1e6 for record in records]
     where = f"position in {plan.text_name} (MB)"
     mark = [Mark(plan.half / 1e6, "saved; a fresh process goes on")]
 
@@ -81,8 +80,10 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
         )
 
     bits = [
-        Series(x=place, y=_running_mean(records), label="all bytes so far"),
-        Series(x=place, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0),
+        Series(x=position, y=_running_mean(records), label="all bytes so far"),
+        Series(
+            x=position, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0
+        ),
     ]
     blocks: list[Picture | Text] = [
         draw(
@@ -95,16 +96,16 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
         )
     ]
     if records[0]["resident"] is not None:
-        held = [record["resident"] / 2**20 for record in records]
+        resident = [record["resident"] / 2**20 for record in records]
         blocks.append(
             draw(
                 "resident-memory",
                 "resident memory (MiB)",
-                [Series(x=place, y=held)],
+                [Series(x=position, y=resident)],
                 "Resident memory along the text: flat.",
                 f"What the process holds in memory, Python and PyTorch included. The model's state is "
                 f"{si_bytes(records[-1]['state_bytes'])} of it, at any position.",
-                ylim=(0, max(held) * 1.25),
+                ylim=(0, max(resident) * 1.25),
             )
         )
     speeds = [record["bytes_per_second"] for record in records]
@@ -112,7 +113,7 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
         draw(
             "speed",
             "bytes per second",
-            [Series(x=place, y=speeds)],
+            [Series(x=position, y=speeds)],
             "Bytes per second along the text: level.",
             "Speed does not depend on how much was read before; other programs on the same cores can show as dips.",
             ylim=(0, max(speeds) * 1.25),
@@ -132,13 +133,13 @@ def _running_mean(records: list[dict[str, Any]]) -> list[float]:
 
 def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | Table | Text]:
     lengths = list(memory)
-    intervals = [found.interval() for found in memory.values()]
+    intervals = [evaluation.interval() for evaluation in memory.values()]
     series = [
         Series(
             x=lengths,
-            y=[each.value for each in intervals],
-            low=[each.low for each in intervals],
-            high=[each.high for each in intervals],
+            y=[bounds.value for bounds in intervals],
+            low=[bounds.low for bounds in intervals],
+            high=[bounds.high for bounds in intervals],
             kind="marked",
         )
     ]
@@ -158,8 +159,8 @@ def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | 
         "documents differ; the table compares each with none on the same documents.",
     )
     rows = [
-        (f"{length:,}", interval(found.interval()), interval(found.minus(memory[0])) if length else "")
-        for length, found in memory.items()
+        (f"{length:,}", interval(evaluation.interval()), interval(evaluation.minus(memory[0])) if length else "")
+        for length, evaluation in memory.items()
     ]
     table = Table(columns=("memory (bytes)", "bits per byte", "difference from none"), rows=rows, right=(0, 1, 2))
     count = len(next(iter(memory.values())).names)
@@ -169,14 +170,14 @@ def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | 
 
 def _training_picture(log: list[dict[str, Any]]) -> Picture:
     steps = [line for line in log if "bits_per_byte" in line]
-    held = [line for line in log if "validation" in line]
+    validations = [line for line in log if "validation" in line]
     series = [
         Series(
             x=[line["seconds"] / 60 for line in steps], y=[line["bits_per_byte"] for line in steps], label="training"
         ),
         Series(
-            x=[line["seconds"] / 60 for line in held],
-            y=[line["validation"]["bits_per_byte"] for line in held],
+            x=[line["seconds"] / 60 for line in validations],
+            y=[line["validation"]["bits_per_byte"] for line in validations],
             label="held-back documents",
             kind="marked",
         ),
@@ -202,7 +203,7 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
     recipe = read_json(plan.run / "recipe.json")
     config, train = model.config, recipe["train"]
     last = [line for line in log if "tokens_per_second" in line][-1]
-    held = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
+    validation_bits = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
     records, mixer = streamed.records, config.mixers[0]
     layers = f"{config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
     segments = f"segments of {mixer['segment']}, memory of {plan.mem_len}"
@@ -210,7 +211,7 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
     return [
         ("model", f"transformer_xl, {layers}, {segments}; {model.num_parameters():,} parameters"),
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} bytes seen"),
-        ("held-back documents", f"{held[-1]:.4f} bits per byte" if held else "not measured"),
+        ("held-back documents", f"{validation_bits[-1]:.4f} bits per byte" if validation_bits else "not measured"),
         (plan.text_name, f"{_running_mean(records)[-1]:.4f} bits per byte, {records[-1]['seconds']:.0f} s"),
         ("state", f"{records[-1]['state_bytes']:,} bytes, exactly, at any position"),
         ("seed", str(train["seed"])),

@@ -38,8 +38,8 @@ def train(plan: Plan, *, reuse: bool) -> None:
         if not (plan.run / "recipe.json").exists() and any(plan.run.iterdir()):
             raise CheckpointError(f"{plan.run}: holds something that is not a run; choose another --output")
         shutil.rmtree(plan.run)
-    result = run(plan.recipe, plan.run, progress=TrainingTable())
-    if result.interrupted:
+    outcome = run(plan.recipe, plan.run, progress=TrainingTable())
+    if outcome.interrupted:
         raise KeyboardInterrupt
 
 
@@ -47,15 +47,15 @@ def compare_memories(plan: Plan) -> dict[int, Evaluation]:
     """The trained weights with memories of several lengths, on the first bytes of every held-back document."""
     model, task = open_run(str(plan.run), device=plan.device)
     documents = heads(task.documents("validation"), HEAD)
-    status, found = StatusLine(every=0.0), {}
+    status, evaluations = StatusLine(every=0.0), {}
     for length in plan.memory_lengths:
         variant, note = reshape(model, [f"model.mixers.0.mem_len={length}"])
         if note:
             say(note)
-        found[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
-        status.show(f"memory of {length:>5,} bytes: {found[length].bits_per_unit:.4f} bits per byte")
+        evaluations[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
+        status.show(f"memory of {length:>5,} bytes: {evaluations[length].bits_per_unit:.4f} bits per byte")
         status.end()
-    return found
+    return evaluations
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Streamed:
         """Of both, with `bytes` and `seconds` counted through."""
         end = self.first[-1]
         moved = [
-            {**each, "bytes": each["bytes"] + end["bytes"], "seconds": each["seconds"] + end["seconds"]}
-            for each in self.second
+            {**record, "bytes": record["bytes"] + end["bytes"], "seconds": record["seconds"] + end["seconds"]}
+            for record in self.second
         ]
         return [*self.first, *moved]
 
@@ -103,7 +103,7 @@ def stream(plan: Plan) -> Streamed:
     unstopped = np.fromfile(out / "first.losses", dtype="<u4")[plan.half : plan.half + plan.compared]
     resumed = np.fromfile(out / "second.losses", dtype="<u4")[: plan.compared]
     equal = int((unstopped == resumed).sum()) if len(unstopped) == len(resumed) else 0
-    records = [each for each in _records(out / "first.jsonl") if each["bytes"] <= plan.half]
+    records = [record for record in _records(out / "first.jsonl") if record["bytes"] <= plan.half]
     return Streamed(records, _records(out / "second.jsonl"), equal, plan.compared)
 
 
