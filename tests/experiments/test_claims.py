@@ -39,7 +39,7 @@ def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.
 
 
 def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(grid._PLANS, "small", (3, (1, 2), ((1, 3), (2, 3))))
+    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3))))
     outcome = grid.RMT_GRID.run(tmp_path, "small", print)
     assert [len(records) for records in outcome.data.values()] == [2, 2]
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
@@ -59,12 +59,11 @@ def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pyte
     numbers = infini_memory.INFINI_MEMORY.run(tmp_path, "small", print)
     assert numbers.verdict == "holds"
     assert numbers.data["numbers"]["infini"] == 1_585_152
-    monkeypatch.setitem(performer_approximation._FEATURES, "small", (64, 1024))
-    monkeypatch.setitem(performer_approximation._DRAWS, "small", 1)
+    monkeypatch.setitem(performer_approximation.PLANS, "small", performer_approximation.Plan((64, 1024), 1))
     errors = performer_approximation.PERFORMER_APPROXIMATION.run(tmp_path, "small", print).data["errors"]
     assert errors["positive, inputs of scale 0.25"][1] < errors["positive, inputs of scale 0.25"][0]
     assert errors["positive, inputs of scale 1"][1] > 1, "no number of features helps at unit variance"
-    monkeypatch.setitem(performer_speed._LENGTHS, "small", (64, 128))
+    monkeypatch.setitem(performer_speed.PLANS, "small", (64, 128))
     timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
     assert set(timed.data["seconds"]) == set(timed.data["bytes"]) == set(performer_speed._LAYERS)
     assert all(set(values) == {64, 128} for values in timed.data["bytes"].values())

@@ -1,6 +1,7 @@
 """Figures of the claims alone: shares and symmetric matrices as colours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,7 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from longspan.report.figures import Panel
+from longspan.report import Picture
+from longspan.report.figures import Panel, picture
 from longspan.report.style import LIGHT, Theme
 
 
@@ -96,3 +98,10 @@ def matrix_figure(
         if below:
             figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
+
+
+def picture_of(
+    figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
+) -> Picture:
+    """What a function of figures draws of its arguments, in both themes."""
+    return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

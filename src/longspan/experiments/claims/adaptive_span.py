@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longspan.cost import scaling
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -105,11 +105,7 @@ def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model.last(tokens)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train all, then measure; a second call goes on from what is in the folder."""
     models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
@@ -213,6 +209,7 @@ ADAPTIVE_SPAN = Claim(
     source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
     text="Every head learns how far it looks: most need fewer than 100 characters, a few look far, and the model is as "
     "good as one with fixed spans of the same maximum at a fraction of the FLOPs.",
-    run=_run,
+    measure=measure,
     minutes={"small": 0.3, "full": 9},
+    plans=PLANS,
 )

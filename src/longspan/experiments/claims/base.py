@@ -1,6 +1,6 @@
 """What a claim is: what a paper says, and a function that measures it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,8 @@ from longspan.train import Interval
 
 Size = Literal["small", "full"]
 Verdict = Literal["holds", "holds in part", "does not hold"]
+Say = Callable[[str], None]
+"""Prints a line of progress."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,22 @@ class Claim:
         system: whose claim it is.
         source: paper, section, figure.
         text: the claim, in our words.
-        run: (folder, size, say) to what was found; goes on where an earlier run in the folder stopped.
-        minutes: about how long the sizes take on two cores.
+        measure: (folder, plan, say) to the outcome; continues where an earlier call with the folder stopped.
+        minutes: about how long each size takes on two cores.
+        plans: the plan of each size; empty: the claim has none.
     """
 
     name: str
     system: str
     source: str
     text: str
-    run: Callable[[Path, Size, Callable[[str], None]], Outcome]
+    measure: Callable[[Path, Any, Say], Outcome]
     minutes: dict[str, float]
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, folder: Path, size: Size, say: Say) -> Outcome:
+        """Measure the claim at a size."""
+        return self.measure(folder, self.plans.get(size), say)
 
 
 def signed(interval: Interval) -> str:

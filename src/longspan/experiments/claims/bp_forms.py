@@ -3,7 +3,6 @@ anew in each. Both are trained alike on short texts, where the paper's graph is 
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longspan.experiments.claims.base import Say
 from longspan.experiments.claims.contest import ModelRecords
 from longspan.experiments.claims.runs import measure_once
 from longspan.mechanisms.bp.definition import paper_graph, paper_layer
@@ -124,7 +124,7 @@ def compare_forms(
     nearest: int,
     config: TrainConfig,
     fields: dict[str, Any],
-    say: Callable[[str], None],
+    say: Say,
 ) -> ModelRecords:
     """Every form with every seed, on the same texts; a second call goes on from the trainings that are over."""
     by_form: ModelRecords = {form: [] for form in FORMS}

@@ -1,24 +1,24 @@
 """`compressive`: half of Transformer-XL's memory compressed, at the same cost of attention; all words and rare ones."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import Contest, Plan, run_folder
 from longspan.experiments.claims.language_modelling import curve, lead
-from longspan.experiments.claims.runs import train_or_resume, trained_seconds
+from longspan.experiments.claims.runs import read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.files import read_tensors, write_tensors
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.base import Array, heads
 from longspan.tasks.text import TextTask
-from longspan.train import find_recipe, load_run
 from longspan.train import lm_evaluation as lm
+from longspan.train import load_run
 
 SEGMENT = 128
 OURS, PEER = "compressive, conv", "transformer_xl, memory of 128"
@@ -46,10 +46,8 @@ PLANS: dict[str, Plan] = {
 
 def recipe_of(name: str, seed: int, plan: Contest) -> dict[str, Any]:
     """A recipe: that of quickstart-lm with another memory."""
-    recipe = read_toml(find_recipe("quickstart-lm.toml"))
-    del recipe["train"]["minutes"]
+    recipe = read_recipe("quickstart-lm", seed=seed, eval_every=0, final_eval_tokens=2000, threads=1, **plan.train)
     recipe["model"]["mixers"] = [MIXERS[name]]
-    recipe["train"] |= {"seed": seed, "eval_every": 0, "final_eval_tokens": 2000, "threads": 1, **plan.train}
     return recipe
 
 
@@ -63,11 +61,7 @@ def losses(folder: Path, model: Any, documents: Any, plan: Contest) -> list[Arra
     return [tensors[str(index)].numpy() for index in range(len(tensors))]
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train and read everything; a second call goes on from what is in the folder."""
     read: dict[str, list[list[Array]]] = {}
     runs, counts, seen, parameters, sizes = [], None, {}, {}, plan.contest
@@ -196,16 +190,14 @@ def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
         high=[gain.high for gain in gains],
         kind="points",
     )
-    return picture(
+    return picture_of(
+        line_figure,
         "compressive",
-        lambda theme: line_figure(
-            [series],
-            xlabel="times a word stands in the training text",
-            ylabel=f"bits per word, to {XL}",
-            marks=[Mark(0.0, horizontal=True)],
-            xticks={index: _seen(bucket) for index, bucket in enumerate(buckets)},
-            theme=theme,
-        ),
+        [series],
+        xlabel="times a word stands in the training text",
+        ylabel=f"bits per word, to {XL}",
+        marks=[Mark(0.0, horizontal=True)],
+        xticks={index: _seen(bucket) for index, bucket in enumerate(buckets)},
         alt="Bits per word of the Compressive Transformer minus those of Transformer-XL, by frequency of the word.",
     )
 
@@ -215,6 +207,7 @@ COMPRESSIVE = Claim(
     system="Compressive Transformer",
     source="Rae et al. 2020, sections 5.1, 5.2 and 5.6, tables 3, 4 and 6, figure 4",
     text="At the same cost of attention, a memory of which half is compressed is better, most of all for rare words.",
-    run=_run,
+    measure=measure,
     minutes={"small": 1, "full": 32},
+    plans=PLANS,
 )

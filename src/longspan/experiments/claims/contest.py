@@ -2,12 +2,12 @@
 mechanism share.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Verdict, signed
+from longspan.experiments.claims.base import Figure, Say, Verdict, signed
 from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
 from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.tasks.base import Documents, heads
@@ -69,9 +69,7 @@ def evenly(documents: Documents, count: int) -> Documents:
     )
 
 
-def contest(
-    folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Callable[[str], None]
-) -> ModelRecords:
+def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Say) -> ModelRecords:
     """Train and evaluate every model with every seed; a second call goes on from what is in the folder."""
     models: ModelRecords = {name: [] for name in recipes}
     for seed in range(plan.seeds):

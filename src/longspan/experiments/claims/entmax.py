@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -94,11 +94,7 @@ def _training(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model(tokens)[0].sum().backward()
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train both, then measure; a second call goes on from what is in the folder."""
     models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
@@ -181,6 +177,7 @@ ENTMAX = Claim(
     source="Correia et al. 2019, sections 4 and 5, table 1 and figures 2 and 3",
     text="Heads learn how sparse they are, each its own alpha between softmax and sparsemax, give most keys no weight "
     "at all, and the model is as good as with the softmax.",
-    run=_run,
+    measure=measure,
     minutes={"small": 0.4, "full": 6},
+    plans=PLANS,
 )

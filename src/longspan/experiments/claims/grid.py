@@ -1,24 +1,30 @@
 """`rmt-grid`: how far a model answers, given how many segments it was trained on."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import ask_once, train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.experiments.figures import heat_figure
-from longspan.report.figures import picture
+from longspan.experiments.figures import heat_figure, picture_of
 
-_PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
-    "small": (250, (1, 2, 4), ((1, 32), (4, 32), (16, 32))),
-    "full": (450, (1, 2, 3, 4, 5, 6, 7), ((1, 64), (2, 64), (4, 64), (7, 64), (16, 64), (64, 32), (256, 32))),
+
+class Plan(NamedTuple):
+    """Steps of each training, most segments of each training, and (segments, samples) of each evaluation."""
+
+    steps: int
+    trained: tuple[int, ...]
+    evaluations: tuple[tuple[int, int], ...]
+
+
+PLANS = {
+    "small": Plan(250, (1, 2, 4), ((1, 32), (4, 32), (16, 32))),
+    "full": Plan(450, (1, 2, 3, 4, 5, 6, 7), ((1, 64), (2, 64), (4, 64), (7, 64), (16, 64), (64, 32), (256, 32))),
 }
-"""Steps of each training, most segments of each training, and (segments, samples) of each evaluation."""
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    steps, trained, evaluations = _PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    steps, trained, evaluations = plan
     rows: dict[int, list[dict[str, Any]]] = {}
     for most in trained:
         run = folder / f"detect-up-to-{most}"
@@ -33,16 +39,14 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         )
         for most, records in rows.items()
     ]
-    drawn = picture(
+    drawn = picture_of(
+        heat_figure,
         "rmt-grid",
-        lambda theme: heat_figure(
-            [[row["accuracy"] for row in records] for records in rows.values()],
-            rows=[str(most) for most in rows],
-            columns=[f"{segments:,}" for segments, _ in evaluations],
-            xlabel="segments when asked",
-            ylabel="most segments in training",
-            theme=theme,
-        ),
+        [[row["accuracy"] for row in records] for records in rows.values()],
+        rows=[str(most) for most in rows],
+        columns=[f"{segments:,}" for segments, _ in evaluations],
+        xlabel="segments when asked",
+        ylabel="most segments in training",
         alt="Share of right answers by segments in training and when asked.",
     )
     far = [
@@ -74,6 +78,7 @@ RMT_GRID = Claim(
     source="Bulatov et al. 2023, figure 4",
     text="The more segments in training, the farther a model answers; from five on it is near perfect at twice the "
     "length.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 6, "full": 35},
+    plans=PLANS,
 )

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from longspan.errors import UnsupportedError
+from longspan.experiments.figures import picture_of
 from longspan.process import forget_peak, highest_bytes, resident_bytes
 from longspan.process import peak_bytes as process_peak
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure, picture
+from longspan.report.figures import Series, line_figure
 
 Step = Callable[[], object]
 
@@ -72,19 +73,17 @@ def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
 def growth_picture(name: str, values_by_way: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
     """Values of each way against the length, both logarithmic."""
     lengths = sorted({length for values in values_by_way.values() for length in values})
-    return picture(
+    return picture_of(
+        line_figure,
         name,
-        lambda theme: line_figure(
-            [
-                Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
-                for way, values in values_by_way.items()
-            ],
-            xlabel="length n",
-            ylabel=ylabel,
-            xscale="log2",
-            yscale="log",
-            xticks=lengths,
-            theme=theme,
-        ),
+        [
+            Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
+            for way, values in values_by_way.items()
+        ],
+        xlabel="length n",
+        ylabel=ylabel,
+        xscale="log2",
+        yscale="log",
+        xticks=lengths,
         alt=alt,
     )

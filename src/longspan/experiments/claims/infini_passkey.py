@@ -1,18 +1,17 @@
 """`infini-passkey`: trained on at most 5,000 tokens, a number is found again in a million."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longspan.config import override, read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train import evaluate_depths, find_recipe, load_run, wilson
+from longspan.train import evaluate_depths, load_run, wilson
 
 # the recipe as it stands, and what differs from it
 MAIN = "linear update, paper's normaliser"
@@ -57,11 +56,8 @@ GOALS = {5_000: 0.95, 32_768: 0.95}
 
 
 def train_once(folder: Path, steps: int, *assignments: str) -> None:
-    """A run of the recipe, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("infini-passkey.toml"))
-    for assignment in (f"train.steps={steps}", *assignments):
-        recipe = override(recipe, assignment)
-    train_or_resume(recipe, folder)
+    """Run the recipe, or resume it."""
+    train_or_resume(read_recipe("infini-passkey", f"train.steps={steps}", *assignments), folder)
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
@@ -75,8 +71,7 @@ def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> 
     return measure_once(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     by_variant: dict[str, list[dict[str, Any]]] = {}
     names = list(VARIANTS)[: plan.variants]
     folders = {name: folder / f"variant-{list(VARIANTS).index(name)}" for name in names}
@@ -147,18 +142,16 @@ def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
         )
         for name, records in by_variant.items()
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "infini-passkey",
-        lambda theme: line_figure(
-            series,
-            xlabel="tokens of the text",
-            ylabel="share of numbers found",
-            marks=[Mark(5_000, "trained up to here")],
-            xscale="log2",
-            xticks=[record["length"] for record in next(iter(by_variant.values()))],
-            ylim=(0, 1.16),
-            theme=theme,
-        ),
+        series,
+        xlabel="tokens of the text",
+        ylabel="share of numbers found",
+        marks=[Mark(5_000, "trained up to here")],
+        xscale="log2",
+        xticks=[record["length"] for record in next(iter(by_variant.values()))],
+        ylim=(0, 1.16),
         alt="Share of pass keys found against the length of the text, by update and normaliser.",
     )
 
@@ -168,6 +161,7 @@ INFINI_PASSKEY = Claim(
     system="Infini-attention",
     source="Munkhdalai et al. 2024, section 3.2 and table 3",
     text="Trained on texts of 5 K tokens, a pass key is retrieved from texts of up to a million, at any depth.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 8, "full": 60},
+    plans=PLANS,
 )

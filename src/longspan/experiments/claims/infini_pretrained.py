@@ -11,16 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.process import resident_bytes
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
 from longspan.tasks.text import TextTask
-from longspan.train import find_recipe, load_run
+from longspan.train import load_run
 
 POSITIONS = 8192
 """that the original was trained for"""
@@ -131,13 +131,13 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
     return {"k": sum(right), "n": len(right), "depths": depths}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     from longspan.experiments.bundled_models import open_smollm
 
-    return measure(folder, PLANS[size], open_smollm, say)
+    return measure(folder, plan, open_smollm, say)
 
 
-def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
     """Convert, train, and read; everything is kept in the folder, so that a second call goes on."""
     from longspan import hf
     from longspan.hf.decoder import load_converted
@@ -149,9 +149,9 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Cal
         hf.convert(opened.model, "infini", segment=plan.segment, gate_lr=0.1)
         opened.model.save_pretrained(endless)
         opened.tokenizer.save_pretrained(endless)
-    recipe = read_toml(find_recipe("pretrained.toml"))
+    settings = {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
+    recipe = read_recipe("pretrained", **settings)
     recipe["model"]["source"] = str(endless)
-    recipe["train"] |= {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
     train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
@@ -251,18 +251,16 @@ def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
         ends = [(index + 1) * record["part"] for index in range(len(record["nats"]))]
         series.append(Series(x=ends, y=[math.exp(value) for value in record["nats"]], label=label))
     ticks = [plan.part * 2**power for power in range(0, int(math.log2(plan.tokens / plan.part)) + 1, 2)]
-    return picture(
+    return picture_of(
+        line_figure,
         "infini-pretrained",
-        lambda theme: line_figure(
-            series,
-            xlabel="tokens read",
-            ylabel="perplexity",
-            marks=[Mark(POSITIONS, "positions it was trained for")] if plan.tokens > POSITIONS else [],
-            xscale="log2",
-            xticks=ticks,
-            yscale="log",
-            theme=theme,
-        ),
+        series,
+        xlabel="tokens read",
+        ylabel="perplexity",
+        marks=[Mark(POSITIONS, "positions it was trained for")] if plan.tokens > POSITIONS else [],
+        xscale="log2",
+        xticks=ticks,
+        yscale="log",
         alt="Perplexity against the number of tokens read, converted model and original.",
     )
 
@@ -273,6 +271,7 @@ INFINI_PRETRAINED = Claim(
     source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
     text="A pretrained model that gets compressive memory and a short training reads texts without end in bounded "
     "memory.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 6, "full": 60},
+    plans=PLANS,
 )

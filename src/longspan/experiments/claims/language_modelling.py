@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers
-from longspan.config import read_toml
 from longspan.errors import ConfigError
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.base import Documents, heads
-from longspan.train import Interval, evaluate_text, find_recipe, load_run, read_log, recipe_names
+from longspan.train import Interval, evaluate_text, load_run, read_log, recipe_names
 from longspan.train.evaluate import Evaluation
 
 DENSE = "full"
@@ -57,7 +57,7 @@ PLANS: dict[str, Plan] = {
 
 def recipe_of(name: str) -> dict[str, Any]:
     """The recipe of a mechanism."""
-    return read_toml(find_recipe(f"lm/{name}.toml"))
+    return read_recipe(f"lm/{name}")
 
 
 def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: Plan) -> None:
@@ -122,11 +122,7 @@ def together(parts: list[Evaluation]) -> Evaluation:
     return functools.reduce(Evaluation.plus, parts)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return compare(folder, PLANS[size], say)
-
-
-def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train and measure everything; a second call goes on from what is in the folder."""
     if DENSE not in plan.names:
         raise ConfigError(f"language-modelling: {DENSE!r} must be among the mechanisms: its tokens are the measure")
@@ -170,7 +166,7 @@ def curve(run: Path) -> dict[str, list[float]]:
     return {"read": list(lines), "training": list(lines.values())}
 
 
-def _tell(say: Callable[[str], None], what: str, record: Mapping[str, Any]) -> None:
+def _tell(say: Say, what: str, record: Mapping[str, Any]) -> None:
     say(f"{what}: {as_trained(record).bits_per_unit:.3f} bits per byte after {record['steps']:,} steps")
 
 
@@ -284,15 +280,13 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
     for name, alone in WITHOUT.items():
         x, y = lead(longer[name], longer[alone])
         series.append(Series(x=x, y=y, label=name))
-    return picture(
+    return picture_of(
+        line_figure,
         "language-modelling-memory",
-        lambda theme: line_figure(
-            series,
-            xlabel="bytes read in training",
-            ylabel="bits per byte to the model without",
-            marks=[Mark(0.0, horizontal=True)],
-            theme=theme,
-        ),
+        series,
+        xlabel="bytes read in training",
+        ylabel="bits per byte to the model without",
+        marks=[Mark(0.0, horizontal=True)],
         alt="Training loss of models with memory minus that of the same models without, against bytes read.",
     )
 
@@ -311,11 +305,13 @@ def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
         )
         for setting, by_name in by_setting.items()
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "language-modelling",
-        lambda theme: line_figure(
-            series, xlabel="mechanism", ylabel="held-back bits per byte", xticks=dict(enumerate(order)), theme=theme
-        ),
+        series,
+        xlabel="mechanism",
+        ylabel="held-out bits per byte",
+        xticks=dict(enumerate(order)),
         alt="Held-back bits per byte of every mechanism, at equal tokens and at equal time.",
     )
 
@@ -325,6 +321,7 @@ LANGUAGE_MODELLING = Claim(
     system="all",
     source="the papers' language-modelling tables, re-enacted in small",
     text="Models with memory beat the same models without it; near or sparse attention costs little beside dense.",
-    run=_run,
+    measure=compare,
     minutes={"small": 4, "full": 160},
+    plans=PLANS,
 )

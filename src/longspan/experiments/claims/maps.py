@@ -1,6 +1,5 @@
 """`rmt-maps`: what memory tokens attend to when they write, keep and read."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.experiments.figures import heat_figure
+from longspan.experiments.figures import heat_figure, picture_of
 from longspan.mixers import Rows
-from longspan.report.figures import picture
 from longspan.tasks import MemoryTask
 from longspan.train import load_run
 
@@ -71,14 +69,12 @@ def _find(tokens: Any, fact: Any) -> int:
 
 
 @torch.no_grad()
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
     run = folder / "detect-0"
     with torch.enable_grad():
         train_once(run, "detect", 0, 450)
     model, task = cast("tuple[Any, MemoryTask]", load_run(run))
-    samples = [
-        sample for seed in range(32 if size == "small" else 128) if (sample := _one(model, task, seed)) is not None
-    ]
+    samples = [sample for seed in range(num_samples) if (sample := _one(model, task, seed)) is not None]
     uniform = len(samples[0]["fact"]) / (task.config.segment_length + samples[0]["count"])
     shares = {name: np.array([sample[name] for sample in samples]) for name in ("on_fact", "kept", "read")}
     say(", ".join(f"{name} {values.mean():.2f}" for name, values in shares.items()))
@@ -112,17 +108,15 @@ def _picture(task: MemoryTask, sample: dict[str, Any]) -> Any:
     )
     shown = weights[head, :count, count + first : count + first + _SHOWN].tolist()
     words = [task.tokenizer.decode([int(t)]).decode("utf-8", "replace").strip() or "·" for t in tokens]
-    return picture(
+    return picture_of(
+        heat_figure,
         "rmt-maps",
-        lambda theme: heat_figure(
-            shown,
-            rows=[str(index + 1) for index in range(count)],
-            columns=words[first : first + _SHOWN],
-            xlabel="the segment, around the fact",
-            ylabel="memory token",
-            numbers=False,
-            theme=theme,
-        ),
+        shown,
+        rows=[str(index + 1) for index in range(count)],
+        columns=words[first : first + _SHOWN],
+        xlabel="the segment, around the fact",
+        ylabel="memory token",
+        numbers=False,
         alt="Attention of the memory tokens on the tokens around the fact, in the segment where it is written.",
         caption="Writing: memory tokens attend to the words of the fact.",
     )
@@ -134,6 +128,7 @@ RMT_MAPS = Claim(
     source="Bulatov et al. 2023, figure 5",
     text="Attention shows the operations of memory: it is written from the fact, kept over noise, and read by the "
     "question.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 4, "full": 5},
+    plans={"small": 32, "full": 128},
 )

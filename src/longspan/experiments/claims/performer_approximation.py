@@ -1,18 +1,27 @@
 """`performer-approximation`: how near random features come to softmax attention."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from longspan import ops
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.report.figures import Series, line_figure, picture
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.figures import picture_of
+from longspan.report.figures import Series, line_figure
 
 _SCALES = (0.25, 0.5, 1.0)
-_FEATURES = {"small": (64, 256, 1024), "full": (64, 256, 1024, 4096, 16384)}
-_DRAWS = {"small": 2, "full": 5}
 _LENGTH, _DIM = 256, 64
+
+
+class Plan(NamedTuple):
+    """Numbers of features, and draws of inputs and projections."""
+
+    features: tuple[int, ...]
+    draws: int
+
+
+PLANS = {"small": Plan((64, 256, 1024), 2), "full": Plan((64, 256, 1024, 4096, 16384), 5)}
 
 
 @torch.no_grad()
@@ -30,8 +39,8 @@ def _error(scale: float, count: int, kind: str, draws: int) -> float:
     return sum(errors) / draws
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    counts, draws = _FEATURES[size], _DRAWS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    counts, draws = plan
     errors_by_input = {
         f"{kind}, inputs of scale {scale:g}": [_error(scale, count, kind, draws) for count in counts]
         for scale in _SCALES
@@ -51,17 +60,15 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     expected_ratio = (counts[-1] / counts[0]) ** 0.5
     falls = small[0] / small[-1] > 0.5 * expected_ratio
     shown = {name: errors for name, errors in errors_by_input.items() if name.startswith("positive")}
-    drawn = picture(
+    drawn = picture_of(
+        line_figure,
         "performer-approximation",
-        lambda theme: line_figure(
-            [Series(x=list(counts), y=errors, label=name, kind="marked") for name, errors in shown.items()],
-            xlabel="features",
-            ylabel="relative error of the output",
-            xscale="log2",
-            yscale="log",
-            xticks=list(counts),
-            theme=theme,
-        ),
+        [Series(x=list(counts), y=errors, label=name, kind="marked") for name, errors in shown.items()],
+        xlabel="features",
+        ylabel="relative error of the output",
+        xscale="log2",
+        yscale="log",
+        xticks=list(counts),
         alt="Relative error of FAVOR+ against the number of features, for three scales of the inputs.",
     )
     return Outcome(
@@ -80,6 +87,7 @@ PERFORMER_APPROXIMATION = Claim(
     system="Performer",
     source="Choromanski et al. 2021, section 4.2 and figure 4",
     text="Positive orthogonal random features estimate softmax attention without bias, the better the more there are.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.2, "full": 1},
+    plans=PLANS,
 )

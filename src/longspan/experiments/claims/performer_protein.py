@@ -1,7 +1,6 @@
 """`performer-protein`: proteins by ReLU and softmax features beside exact attention, and what attention holds alike."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +8,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict, signed
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, signed
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.claims.similarity import (
     Agreement,
     agreement,
@@ -23,14 +21,14 @@ from longspan.experiments.claims.similarity import (
     similarity_by_pairs,
     similarity_of_embeddings,
 )
-from longspan.experiments.figures import matrix_figure
+from longspan.experiments.figures import matrix_figure, picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Panel, picture
+from longspan.report.figures import Panel
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, FIRST, ProteinDocument, is_amino_acid
-from longspan.train import Evaluation, evaluate_text, find_recipe, load_run
+from longspan.train import Evaluation, evaluate_text, load_run
 
 MIXERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "full"},
@@ -68,11 +66,10 @@ PLANS: dict[str, Plan] = {
 
 
 def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
-    """A run of the recipe with another mixer, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("protein.toml"))
+    """Run the recipe with another mixer, or resume it."""
+    # the losses that count are measured afterwards, so one sequence is enough at the end of training
+    recipe = read_recipe("protein", steps=plan.steps, final_eval_tokens=1000)
     recipe["model"]["mixers"] = [mixer]
-    # the figures that count are measured afterwards, so one sequence will do at the end of training
-    recipe["train"] |= {"steps": plan.steps, "final_eval_tokens": 1000}
     for table, name, value in plan.recipe:
         recipe[table][name] = value
     train_or_resume(recipe, folder)
@@ -119,8 +116,7 @@ def by_frequency(documents: Documents, frequencies: Array, prior: float = math.i
     return Evaluation(tuple(documents.names), nats, counts, counts, correct.astype(np.int64), "residue")
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     scores: dict[str, Evaluation] = {}
     maps: dict[str, Array] = {}
     words: dict[str, Array] = {}
@@ -270,15 +266,13 @@ def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Ar
         title = f"{name}, Spearman {heads[name].spearman:.2f}".replace("-", "−")
         panels.append(Panel(title, _shown(similarity, order)))
     marked = [(ORDER.index(pair[0]), ORDER.index(pair[1])) for pair in PAIRS]
-    return picture(
+    return picture_of(
+        matrix_figure,
         "performer-protein",
-        lambda theme: matrix_figure(
-            panels,
-            labels=ORDER,
-            marked=marked,
-            below="darker: more alike, in the range of each panel; framed: (D, E) and (F, Y)",
-            theme=theme,
-        ),
+        panels,
+        labels=ORDER,
+        marked=marked,
+        below="darker: more alike, in the range of each panel; framed: (D, E) and (F, Y)",
         alt="Similarity of the amino acids: BLOSUM62, and as three models' attention has it; (D, E) and (F, Y) framed.",
     )
 
@@ -296,6 +290,7 @@ PERFORMER_PROTEIN = Claim(
     source="Choromanski et al. 2021, section 4.4 and appendix C",
     text="In masked language modelling of proteins ReLU features do best and softmax features as well as exact "
     "attention, and attention finds amino acids alike that are, (D, E) and (F, Y) first.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 6, "full": 40},
+    plans=PLANS,
 )

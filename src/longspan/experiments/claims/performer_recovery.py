@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.text import TextTask
 
 GOAL = 0.95
@@ -84,7 +84,7 @@ def converted(model: Any, features: int, seed: int) -> Any:
     return twin
 
 
-def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[str], None]) -> list[float]:
+def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
     """Train an encoder to give the original's embeddings and the hidden states of every layer; cosines of each step."""
     from longspan import hf
 
@@ -117,7 +117,7 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[s
     return curve
 
 
-def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]) -> dict[str, Any]:
+def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
     """Everything that is measured."""
     torch.manual_seed(0)
     started = time.perf_counter()
@@ -149,11 +149,10 @@ def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor
     return agreement(embed_all(model, held_out), original)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     from longspan.experiments.bundled_models import open_minilm
 
-    plan, opened = PLANS[size], open_minilm()
-    folder.mkdir(parents=True, exist_ok=True)
+    opened = open_minilm()
     return outcome(measure_once(folder / "found.json", lambda: recover(plan, *opened, say)), plan)
 
 
@@ -218,18 +217,16 @@ def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
         ),
         Series(x=[plan.tuned], y=[measured["tuned"]["cosine"]], label=f"after {plan.steps} steps", kind="marked"),
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "performer-recovery",
-        lambda theme: line_figure(
-            series,
-            xlabel="random features",
-            ylabel="cosine to the original embeddings",
-            marks=[Mark(GOAL, "goal", horizontal=True), Mark(measured["even"], "another passage", horizontal=True)],
-            xscale="log2",
-            xticks=features,
-            ylim=(0, 1.08),
-            theme=theme,
-        ),
+        series,
+        xlabel="random features",
+        ylabel="cosine to the original embeddings",
+        marks=[Mark(GOAL, "goal", horizontal=True), Mark(measured["even"], "another passage", horizontal=True)],
+        xscale="log2",
+        xticks=features,
+        ylim=(0, 1.08),
         alt="Cosine to the original embeddings against the number of random features, untrained and distilled.",
     )
 
@@ -239,6 +236,7 @@ PERFORMER_RECOVERY = Claim(
     system="Performer",
     source="Choromanski et al. 2021, section 4.3 and figure 5",
     text="A pretrained Transformer's weights serve a Performer after a short training.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 2, "full": 35},
+    plans=PLANS,
 )

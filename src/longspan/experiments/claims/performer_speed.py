@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops, reference
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.experiments.claims.runs import measure_once
 
-_LENGTHS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
+PLANS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
 _HEADS, _DIM, _FEATURES = 4, 64, 256
 _PAIRS = 3
 _DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attention", "performer"
@@ -58,10 +58,9 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    folder.mkdir(parents=True, exist_ok=True)
+def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
     measured: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
-    for length in _LENGTHS[size]:
+    for length in lengths:
         for what, values in measure_once(folder / f"length-{length}.json", partial(_measured, length)).items():
             for name, value in values.items():
                 measured[what].setdefault(name, {})[length] = value
@@ -129,6 +128,7 @@ PERFORMER_SPEED = Claim(
     system="Performer",
     source="Choromanski et al. 2021, section 4.1 and figure 3",
     text="Time and memory grow linearly with the length and come near those of a layer without attention.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.3, "full": 4},
+    plans=PLANS,
 )

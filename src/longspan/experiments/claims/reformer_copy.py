@@ -1,22 +1,19 @@
 """`reformer-copy`: one layer learns to say a word again, and how many rounds of hashing that takes."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
-from longspan.experiments.figures import heat_figure
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import heat_figure, picture_of
 from longspan.models import build_model, describe_model
 from longspan.report import Picture
-from longspan.report.figures import picture
 from longspan.tasks.base import heads
-from longspan.train import evaluate_text, find_recipe, load_run
+from longspan.train import evaluate_text, load_run
 
 FULL = 0
 """In the place of a number of rounds: every earlier token is seen."""
@@ -65,9 +62,8 @@ def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     """The recipe of one training."""
-    recipe = read_toml(find_recipe("reformer-copy.toml"))
+    recipe = read_recipe("reformer-copy", steps=plan.steps)
     recipe["task"]["word"] = plan.word
-    recipe["train"]["steps"] = plan.steps
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
     return recipe
 
@@ -95,11 +91,7 @@ def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
     return {"right": float(np.mean(shares)), "shares": shares}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train everything, ask everything; a second call goes on from what is in the folder."""
     by_selection: dict[str, dict[str, dict[str, float]]] = {}
     runs = {}
@@ -163,16 +155,14 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
 
 
 def _picture(selection: str, rows: dict[str, dict[str, float]]) -> Picture:
-    return picture(
+    return picture_of(
+        heat_figure,
         f"reformer-copy-{selection}",
-        lambda theme: heat_figure(
-            [list(row.values()) for row in rows.values()],
-            rows=list(rows),
-            columns=list(next(iter(rows.values()))),
-            xlabel="rounds when asked",
-            ylabel="rounds in training",
-            theme=theme,
-        ),
+        [list(row.values()) for row in rows.values()],
+        rows=list(rows),
+        columns=list(next(iter(rows.values()))),
+        xlabel="rounds when asked",
+        ylabel="rounds in training",
         alt=f"Share of the second word said rightly, by rounds of hashing in training and when asked, {selection}.",
     )
 
@@ -183,6 +173,7 @@ REFORMER_COPY = Claim(
     source="Kitaev et al. 2020, section 5.1 and table 2",
     text="One layer of LSH attention learns to copy 511 symbols; the more rounds of hashing, in training and when "
     "asked, the better.",
-    run=_run,
+    measure=measure,
     minutes={"small": 2, "full": 55},
+    plans=PLANS,
 )

@@ -1,16 +1,16 @@
 """`reformer-depth`: what a training step keeps of activations, against the depth of the model."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.activations import blocks_alone
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure, picture
+from longspan.report.figures import Series, line_figure
 
 MIXERS: tuple[dict[str, Any], ...] = (
     {"name": "window", "window": 64, "blocks": True},
@@ -42,9 +42,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
-    folder.mkdir(parents=True, exist_ok=True)
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     by_mode: dict[str, list[dict[str, float]]] = {}
     for mode in KINDS:
         for layers in plan.layers:
@@ -118,17 +116,15 @@ def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
         Series(x=list(plan.layers), y=[record["peak"] / 1e6 for record in records], label=KINDS[mode], kind="marked")
         for mode, records in by_mode.items()
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "reformer-depth",
-        lambda theme: line_figure(
-            series,
-            xlabel="layers",
-            ylabel="MB of activations at most, in a forward and backward pass",
-            xscale="log2",
-            ylim=(0, None),
-            xticks=list(plan.layers),
-            theme=theme,
-        ),
+        series,
+        xlabel="layers",
+        ylabel="MB of activations at most, in a forward and backward pass",
+        xscale="log2",
+        ylim=(0, None),
+        xticks=list(plan.layers),
         alt="Peak memory of activations against the number of layers, ordinary, recomputed and reversible blocks.",
     )
 
@@ -138,6 +134,7 @@ REFORMER_DEPTH = Claim(
     system="Reformer",
     source="Kitaev et al. 2020, section 3 and table 3",
     text="With reversible layers the memory of activations does not depend on the number of layers.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.6, "full": 4},
+    plans=PLANS,
 )

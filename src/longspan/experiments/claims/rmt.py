@@ -1,21 +1,21 @@
 """`rmt`: trained on at most five segments, answers over 4,096."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from longspan.config import override, read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run
+from longspan.train import Answers, Interval, evaluate_answers, load_run
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -46,12 +46,10 @@ PLANS: dict[str, Plan] = {
 
 
 def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: str) -> None:
-    """A run of the recipe, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("rmt-reasoning.toml" if kind == "reasoning" else "rmt.toml"))
-    for assignment in (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}", *assignments):
-        recipe = override(recipe, assignment)
-    del recipe["train"]["minutes"]  # a number of steps gives the same model on any machine
-    train_or_resume(recipe, folder)
+    """Run the recipe, or resume it."""
+    name = "rmt-reasoning" if kind == "reasoning" else "rmt"
+    settings = (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}")
+    train_or_resume(read_recipe(name, *settings, *assignments), folder)
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
@@ -67,8 +65,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
     return measure_once(folder / f"answers-{segments}x{count}.json", measure)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
     # the long texts last, so that a run which is stopped has all of the short ones
     for kind in KINDS:
@@ -162,18 +159,16 @@ def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
                 kind="marked",
             )
         )
-    return picture(
+    return picture_of(
+        line_figure,
         "rmt",
-        lambda theme: line_figure(
-            series,
-            xlabel="segments of 499 tokens",
-            ylabel="share of right answers",
-            marks=[Mark(5, "trained up to here"), Mark(1 / 6, "chance", horizontal=True)],
-            xscale="log2",
-            xticks=list(next(iter(by_kind.values()))),
-            ylim=(0, 1.16),
-            theme=theme,
-        ),
+        series,
+        xlabel="segments of 499 tokens",
+        ylabel="share of right answers",
+        marks=[Mark(5, "trained up to here"), Mark(1 / 6, "chance", horizontal=True)],
+        xscale="log2",
+        xticks=list(next(iter(by_kind.values()))),
+        ylim=(0, 1.16),
         alt="Share of right answers of the three memory tasks against the number of segments.",
     )
 
@@ -184,6 +179,7 @@ RMT = Claim(
     source="Bulatov et al. 2023, section 3 and figures 1 and 4",
     text="Trained on a few segments, the model answers over 4,096 segments, 2,043,904 tokens: memorize, detect and "
     "memorize, and reasoning over two facts.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 20, "full": 150},
+    plans=PLANS,
 )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from longspan.contract.replay import Choices
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.contest import (
     INTERVALS,
     Contest,
@@ -25,9 +25,10 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.language_modelling import recipe_of
 from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.models import build_model
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.base import Documents, heads
 from longspan.train import load_run
 
@@ -99,11 +100,7 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
     return np.sort(total / total.sum(1, keepdims=True))[:, ::-1].tolist()  # type: ignore[no-any-return]
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return compare(folder, PLANS[size], say)
-
-
-def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train and measure everything; a second call goes on from what is in the folder."""
     recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.extra_models)}
     models = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
@@ -194,17 +191,15 @@ def _picture(shares: list[list[float]]) -> Picture:
         Series(x=ranks, y=head, label="" if index else "a head", kind="faint", colour=1)
         for index, head in enumerate(shares)
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "routing",
-        lambda theme: line_figure(
-            series,
-            xlabel="clusters of a head, the fullest first",
-            ylabel="share of the held-back tokens",
-            marks=[Mark(1 / count, "even", horizontal=True)],
-            xticks=ranks,
-            ylim=(0, None),
-            theme=theme,
-        ),
+        series,
+        xlabel="clusters of a head, the fullest first",
+        ylabel="share of the held-back tokens",
+        marks=[Mark(1 / count, "even", horizontal=True)],
+        xticks=ranks,
+        ylim=(0, None),
         alt="Share of held-back tokens in each cluster, the fullest first, for every routed head.",
     )
 
@@ -214,6 +209,7 @@ ROUTING = Claim(
     system="Routing Transformer",
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
     text="Heads that attend by content beside local ones are better than local heads alone of the same cost.",
-    run=_run,
+    measure=compare,
     minutes={"small": 1, "full": 30},
+    plans=PLANS,
 )

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference, tasks
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -32,9 +31,9 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.experiments.claims.language_modelling import bits_of
-from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.claims.runs import measure_once, read_recipe
 from longspan.report import Picture
-from longspan.train import Interval, find_recipe
+from longspan.train import Interval
 
 DENSE, FIXED, STRIDED = "dense", "fixed", "strided"
 WEIGHTS = "dense, weights kept"
@@ -116,7 +115,7 @@ def _step(way: str, length: int) -> Step:
     return lambda: torch.autograd.grad(attend().sum(), inputs)
 
 
-def growth(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, dict[int, float]]]:
+def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
     """CPU seconds, peak bytes, and pairs by the definition, of each way by length."""
     curves: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
@@ -167,8 +166,7 @@ def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
     """The three models of tiles, all else as in `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
     recipes = {}
     for name, mixer in _mixers(3 * plan.tile).items():
-        recipe = read_toml(find_recipe("sparse-tiles.toml"))
-        del recipe["train"]["minutes"]
+        recipe = read_recipe("sparse-tiles")
         # tiles are small enough to keep activations
         recipe["model"] |= {"mixers": [mixer], "checkpoint": False}
         recipe["task"]["tile"] = plan.tile
@@ -187,11 +185,7 @@ def frequency_bits(plan: Plan) -> float:
     return float(-np.log2(counts / counts.sum())[targets].mean())
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Measure growth, then train all; a second call goes on from what is in the folder."""
     grown = _by_length(measure_once(folder / "growth.json", lambda: growth(plan, say)))
     measured: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
@@ -333,6 +327,7 @@ SPARSE = Claim(
     source="Child et al. 2019, sections 4.3, 5.1 and 7, tables 1 and 2",
     text="Factorised patterns take time and memory of n sqrt n and lose nothing: fixed ones on text, strided ones on "
     "images.",
-    run=_run,
+    measure=measure,
     minutes={"small": 0.8, "full": 8},
+    plans=PLANS,
 )

@@ -1,7 +1,6 @@
 """`xl`: longer memory at evaluation helps, reach goes beyond the segment, and nothing is read twice."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.runs import measure_once, train_or_resume, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
 from longspan.tasks.base import heads
-from longspan.train import evaluate_text, find_recipe, load_run
+from longspan.train import evaluate_text, load_run
 from longspan.train.evaluate import Evaluation
 
 
@@ -103,17 +102,10 @@ def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     """Train once, then measure; a second call goes on from what is in the folder."""
-    recipe = read_toml(find_recipe("quickstart-lm.toml"))
-    del recipe["train"]["minutes"]
-    recipe["train"] |= {"steps": plan.steps, "eval_every": 0, "final_eval_tokens": 2000}
     run = folder / "run"
-    train_or_resume(recipe, run)
+    train_or_resume(read_recipe("quickstart-lm", steps=plan.steps, eval_every=0, final_eval_tokens=2000), run)
     say("trained")
     model, task = load_run(run)
     documents = task.documents("validation")
@@ -177,17 +169,15 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
 
 
 def _picture(values: list[float], plan: Plan) -> Picture:
-    return picture(
+    return picture_of(
+        line_figure,
         "xl",
-        lambda theme: line_figure(
-            [Series(x=list(plan.lengths), y=values, kind="marked")],
-            xlabel="length of the memory at evaluation",
-            ylabel="held-back bits per byte",
-            marks=[Mark(TRAINED, "trained with")],
-            xscale="log2",
-            xticks=list(plan.lengths),
-            theme=theme,
-        ),
+        [Series(x=list(plan.lengths), y=values, kind="marked")],
+        xlabel="length of the memory at evaluation",
+        ylabel="held-back bits per byte",
+        marks=[Mark(TRAINED, "trained with")],
+        xscale="log2",
+        xticks=list(plan.lengths),
         alt="Held-back bits per byte against the length of the memory at evaluation.",
     )
 
@@ -198,6 +188,7 @@ XL = Claim(
     source="Dai et al. 2019, sections 4.1, 4.3 and 4.4, tables 8 and 9",
     text="Memory reaches beyond the segment, the more of it at evaluation the better, and streaming reads nothing "
     "twice.",
-    run=_run,
+    measure=measure,
     minutes={"small": 1, "full": 12},
+    plans=PLANS,
 )
