@@ -1,10 +1,8 @@
-"""The page of the quickstart: checks, figures, numbers, and how to go on."""
+"""The page of the quickstart: checks, figures, numbers, and next commands."""
 
-import os
-import platform
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,13 @@ import torch
 
 from longspan.experiments.checks import Check, check_table
 from longspan.experiments.quickstart.measure import SURE, Reading
-from longspan.experiments.tour import Clock
+from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
 from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.train import read_log
-from longspan.version import __version__
 
 TITLE = "longspan: a question answered over two million tokens"
 
@@ -27,23 +24,23 @@ TITLE = "longspan: a question answered over two million tokens"
 def write(
     output: Path, run: Path, model: Any, task: MemoryTask, readings: list[Reading], checks: list[Check], clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; its path."""
+    """Draw the figures and write the page; returns its path."""
     log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
     facts = _facts(model, recipe, log, readings, clock)
     most = recipe["train"]["max_segments"]
     sections = [
         Section("Checks", [check_table(checks)]),
-        Section("Right answers", [_accuracy(readings, most), _table(readings), *_example(task, readings)]),
+        Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(task, readings)]),
         Section("Constant memory, constant speed", _constant(readings)),
         Section("What a dense Transformer would do", _flops(model, task)),
         Section("Training", [_training(log)]),
         Section("The numbers", [Table(columns=("", ""), rows=facts)]),
         Section(
-            "Go on", [Code(_commands(run, output)), Text("All numbers of this page are in report.json beside it.")]
+            "Next", [Code(_commands(run, output)), Text("All numbers on this page are in report.json next to it.")]
         ),
     ]
     data = {
-        "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
+        "checks": [check.record() for check in checks],
         "facts": dict(facts),
         "answers": [answer.record() for reading in readings for answer in reading.answers.values()],
         "training": log,
@@ -52,9 +49,9 @@ def write(
     last = readings[-1]
     lead = (
         f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
-        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of text it has never seen, is "
-        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks "
-        "what it claims."
+        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of unseen text, with one "
+        "sentence that says who went where, and answers a question about it at the end. longspan quickstart made this "
+        "page and checks its claims."
     )
     return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
 
@@ -73,15 +70,15 @@ def _accuracy(readings: list[Reading], most: int) -> Picture:
         lambda theme: line_figure(
             series,
             xlabel="segments of 499 tokens",
-            ylabel="share of right answers",
-            marks=[Mark(most, "trained up to here"), chance],
+            ylabel="accuracy",
+            marks=[Mark(most, "longest in training"), chance],
             xscale="log2",
             xticks=lengths,
             ylim=(0, 1.16),
             theme=theme,
         ),
-        alt="Share of right answers against the number of segments.",
-        caption="Bands are 95 % intervals (Wilson); at the longest texts few questions are asked, so they are wide.",
+        alt="Accuracy against the number of segments.",
+        caption="Bands are 95 % intervals (Wilson); they are wide at the longest texts, which have few questions.",
     )
 
 
@@ -92,7 +89,7 @@ def _table(readings: list[Reading]) -> Table:
         *readings[0].answers,
         "facts cut by a border",
         "false writes",
-        "a sentence repeats",
+        "repeats of a sentence",
     ]
     rows = []
     for reading in readings:
@@ -119,9 +116,9 @@ def _example(task: MemoryTask, readings: list[Reading]) -> list[Quote | Text]:
     *before, question = text.rpartition(sample.what.question)[:2]
     return [
         Text(
-            "A sample of one segment, and its question (underlined). Noise is sentences of held-back speeches and of "
-            "the King James Bible, drawn one by one; a fact may stand anywhere, also across a segment border, where no "
-            "segment shows all of it."
+            "A sample of one segment and its question (underlined). Noise consists of sentences from held-out speeches "
+            "and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment border, so that "
+            "no segment contains all of it."
         ),
         Quote("".join(before), question),
     ]
@@ -156,7 +153,7 @@ def _constant(readings: list[Reading]) -> list[Picture | Text]:
                 "resident memory (MiB)",
                 lambda reading: (reading.resident or 0) / 2**20,
                 "Resident memory against the number of segments: flat.",
-                "Most that the process held while reading, Python and PyTorch included; samples are made segment by "
+                "Peak of the process while reading, Python and PyTorch included; samples are generated segment by "
                 "segment as they are read.",
             )
         )
@@ -165,8 +162,8 @@ def _constant(readings: list[Reading]) -> list[Picture | Text]:
             "speed",
             "tokens per second",
             lambda reading: reading.tokens_per_second,
-            "Tokens per second against the number of segments: level.",
-            "All rows of a batch together, making the samples included.",
+            "Tokens per second against the number of segments: flat.",
+            "All rows of a batch together, generation of the samples included.",
         )
     )
     return blocks
@@ -200,7 +197,7 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
             xticks=counts,
             theme=theme,
         ),
-        alt="FLOPs per token against length: level for recurrent memory, rising for a dense Transformer.",
+        alt="FLOPs per token against length: flat for recurrent memory, rising for a dense Transformer.",
         caption=f"At {counts[-1] * size:,} tokens a dense Transformer of this size needs "
         f"{dense_flops[-1] / our_flops[-1]:,.0f} times the work. (The claim rmt-flops covers the paper's model sizes.)",
     )
@@ -216,13 +213,13 @@ def _training(log: list[dict[str, Any]]) -> Picture:
         lambda theme: line_figure(
             series,
             xlabel="minutes of training",
-            ylabel="share of right answers while training",
+            ylabel="accuracy in training",
             marks=stages,
             ylim=(0, 1.03),
             theme=theme,
         ),
-        alt="Share of right answers over the minutes of training.",
-        caption="Dashed lines: the curriculum goes on, first to longer segments, then to more of them.",
+        alt="Accuracy over the minutes of training.",
+        caption="Dashed lines: the next stage of the curriculum, first longer segments, then more of them.",
     )
 
 
@@ -231,19 +228,15 @@ def _facts(
 ) -> list[tuple[str, str]]:
     config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
     shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
-    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
     far = [reading for reading in readings if reading.segments > SURE]
     state = model.state_nbytes(1, 0)
     return [
         ("model", f"{shape}, {memory.num_memory_tokens} memory tokens; {model.num_parameters():,} parameters"),
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
         ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
-        ("state", f"{state:,} bytes for a text, at any length"),
-        ("asked beyond the bar", f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions"),
-        ("seed", str(recipe["train"]["seed"])),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
-        ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
+        ("state", f"{state:,} bytes per text, at any length"),
+        ("beyond the bar", f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions"),
+        *machine_facts(recipe["train"]["seed"], clock),
     ]
 
 
@@ -252,7 +245,7 @@ def _commands(run: Path, output: Path) -> str:
     return "\n".join(
         [
             f"longspan eval {name} --segments 16,256 --count 128     # more questions",
-            f"longspan quickstart --reuse -o {folder}      # the same model again",
+            f"longspan quickstart --reuse -o {folder}      # the same model",
             "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
             "longspan quickstart-lm                         # a language model that streams a book",
         ]
