@@ -103,7 +103,7 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
     main = by_variant[MAIN]
     sizes = sorted({record["state_bytes"] for record in main})
     figures.append(
-        Figure("bytes of the state", "constant", f"{', '.join(f'{record:,}' for each in sizes)} at every length")
+        Figure("bytes of the state", "constant", f"{', '.join(f'{size:,}' for size in sizes)} at every length")
     )
     perfect = all(record["k"] == record["n"] for record in main)
     enough = all(record["k"] >= GOALS.get(record["length"], 0) * record["n"] for record in main)
