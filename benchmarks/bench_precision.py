@@ -1,9 +1,9 @@
-"""How far a compressive memory of bf16 input is from one in fp64, after a thousand and a hundred thousand segments.
+"""Error of a compressive memory with bf16 input against fp64, after a thousand and a hundred thousand segments.
 
     python benchmarks/bench_precision.py [--segments 1000 100000]
 
-One token a segment, a head of 8, random keys and values rounded to bf16; what a probe reads from the memory, the
-relative difference to the same run in fp64. Minutes, as the delta update goes segment by segment.
+One token per segment, one head of 8, random keys and values rounded to bf16. The error is the relative difference of a
+probe's output to the same run in fp64. It takes minutes, as the delta update is sequential over segments.
 """
 
 import argparse
@@ -18,7 +18,7 @@ A_CALL, DIM = 1000, 8
 
 
 def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, float]:
-    """Relative difference of what is read, by the number of segments."""
+    """Relative error of the probe's output, by number of segments."""
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
 
     def read(tokens: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
@@ -45,7 +45,7 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
 
 
 def main() -> None:
-    """A row for each form of the memory."""
+    """Print a row per form of the memory."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--segments", type=int, nargs="+", default=[1000, 100_000], help="multiples of 1,000")
     options = parser.parse_args()

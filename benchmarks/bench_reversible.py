@@ -1,12 +1,11 @@
-"""What a training step keeps: reversible blocks against depth, the feed-forward and the loss in chunks.
+"""Memory of a training step: reversible blocks against depth, feed-forward and loss in chunks.
 
     python benchmarks/bench_reversible.py [--layers 2 8 32] [--length 2048] [--dim 128] [--threads 1]
 
-Each row is a process of its own, so that its peak is its own (Linux). Blocks: bytes that autograd saves after the
-forward pass (parameters not counted), and the peak of resident memory of a forward and backward pass above what stood
-before, less the gradients of the parameters, which every depth has to have. The loss: the same of an output layer of
-49,152 classes on 2 x 1,024 tokens of 576, less the gradients of hidden states and weights. Seconds are of the
-processor.
+Each row runs in its own process, so that its peak is its own (Linux). Blocks: bytes that autograd saves after the
+forward pass (without parameters), and peak resident memory of a forward and backward pass above that before, minus the
+gradients of the parameters, which every depth needs. The loss: the same for an output layer of 49,152 classes on
+2 x 1,024 tokens of 576, minus the gradients of hidden states and weights. Seconds are CPU time.
 """
 
 import argparse
@@ -24,7 +23,7 @@ MIXERS = ({"name": "window", "window": 128},)
 
 
 def output_layer(chunk: int) -> dict[str, float]:
-    """One output layer; chunk 0: whole logits."""
+    """Measure one output layer; with chunk 0 it computes all logits at once."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(*TOKENS, WIDTH, requires_grad=True), torch.randint(VOCABULARY, TOKENS)
     weight = (torch.randn(VOCABULARY, WIDTH) * 0.02).requires_grad_()
@@ -38,7 +37,7 @@ def output_layer(chunk: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table of each."""
+    """Print both tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
     for name, value in (("length", 2048), ("dim", 128), ("threads", 1)):

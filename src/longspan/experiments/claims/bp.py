@@ -1,4 +1,4 @@
-"""`bp`: BP-Transformer beside dense attention, how its cost grows, and what its paper's persistent spans give."""
+"""`bp`: loss and cost of BP-Transformer against dense attention, and the effect of the paper's persistent spans."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ BP = "bp"
 NEAREST = 8
 LENGTHS = (1024, 4096, 16384, 65536)
 SAMPLED = 256
-"""positions whose nodes are counted"""
-# rule of the verdict, fixed before anything was trained: n log n is n^1.15 between the lengths
+"""number of positions whose nodes are counted"""
+# rule of the verdict, set before any training: n log n is n^1.15 between the lengths
 GROWTH = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: the contest with dense attention; of the forms seeds, nearest spans, decoder, training, held-back text."""
+    """Sizes: the contest with dense attention; for the forms seeds, nearest spans, decoder, training, held-out text."""
 
     contest: Contest
     seeds: int
@@ -78,12 +78,12 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Dense attention, and `recipes/lm/bp.toml` with levels that reach everything."""
+    """Dense attention, and `recipes/lm/bp.toml` with enough levels to cover the text."""
     return {DENSE: recipe_of("full"), BP: recipe_with({"name": "bp", "k": NEAREST, "max_level": 10}, "bp")}
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
-    """FLOPs of a layer's attention, and nodes that a token attends to on average, by length; computed."""
+    """FLOPs of a layer's attention and mean number of nodes that a token attends to, by length; computed."""
     shape: dict[str, Any] = {"dim": 128, "num_heads": 4}
     layers = {DENSE: mixers.build("full", **shape), BP: mixers.build("bp", k=NEAREST, max_level=16, **shape)}
     flops = {name: {length: float(layer.core.flops(length)) for length in LENGTHS} for name, layer in layers.items()}
@@ -92,13 +92,13 @@ def growth() -> dict[str, dict[str, dict[int, float]]]:
 
 
 def nodes(length: int) -> float:
-    """Tokens and spans that a token attends to, the mean over evenly placed tokens."""
+    """Mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
     positions = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
     return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
 
 def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train all, then measure; a second call goes on from what is in the folder."""
+    """Train all models, then measure; a second call resumes from the folder."""
     models = contest(folder, recipes(), plan.contest, say)
     task = tasks.build({"name": "text", "source": "sotu"})
     held_out = heads(evenly(task.documents("validation"), plan.documents), plan.head)
@@ -137,12 +137,12 @@ def _figures(
         ),
         *bit_figures(forms, DENSE, {}, f"bits per byte on texts of {plan.train.segment_length}"),
         Figure(
-            "spans that persist through the layers, minus spans made anew",
+            "spans that persist through the layers, minus spans recomputed per layer",
             "the paper's form",
             f"{signed(persisting)} bits per byte",
         ),
         Figure(
-            "seconds a training, spans that persist (dense graph), spans made anew",
+            "seconds of training, persistent spans (dense graph), recomputed spans",
             "",
             ", ".join(
                 f"{np.mean([record['seconds'] for record in forms[name]]):.0f}" for name in (PERSIST, RECOMPUTED)
@@ -152,7 +152,7 @@ def _figures(
 
 
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     models, forms = measured["models"], measured["forms"]
     apart = differences(models, DENSE)[BP]
     persisting = difference(forms[PERSIST], forms[RECOMPUTED])
@@ -164,22 +164,22 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     better = "worse" if persisting.low > 0 else "better" if persisting.high < 0 else "no different"
     settings = plan.contest.train
     return Outcome(
-        # FLOPs are known before anything runs, so they alone decide nothing
+        # FLOPs are computed, not measured, so they alone decide nothing
         verdict=verdict_of(met, [apart]) if good else "does not hold",
         figures=_figures(measured, slopes, persisting, plan),
-        size=f"beside dense: 4 layers of 128 with 4 heads, {NEAREST} spans a level, bytes of State of the Union "
-        f"speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} bytes, "
-        f"{plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
-        f"{plan.nearest} spans a level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
-        f"{plan.seeds} seed(s), norms in front; dense with RoPE, the others with the tree's places alone. Held back: "
+        size=f"contest with dense: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of State of the "
+        f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} "
+        f"bytes, {plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
+        f"{plan.nearest} spans per level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
+        f"{plan.seeds} seed(s), pre-norm; dense with RoPE, the others with positions of the tree only. Held out: "
         f"the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} speeches, for the forms "
         f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
         "computed",
         note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
         f"{as_good(apart)}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
-        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
-        f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
-        "verdict does not rest on it. All are small and briefly trained."
+        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer, the paper "
+        f"keeps them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
+        "verdict does not depend on it. All models are small and trained briefly."
         + seeds_note(models)
         + caution(apart, "dense attention"),
         data=dict(measured),
@@ -199,8 +199,8 @@ BP_TRANSFORMER = Claim(
     name="bp",
     system="BP-Transformer",
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
-    text="Near tokens one by one and far ones as ever coarser spans cost n log n and model text as well as dense "
-    "attention.",
+    text="Attention to near tokens one by one and to far ones as coarser and coarser spans costs n log n and models "
+    "text as well as dense attention.",
     measure=measure,
     minutes={"small": 0.5, "full": 8},
     plans=PLANS,

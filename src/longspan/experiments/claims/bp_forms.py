@@ -1,5 +1,6 @@
-"""BP-Transformer as its paper has it, beside the library's form: spans that persist through the layers, and spans made
-anew in each. Both are trained alike on short texts, where the paper's graph is dense.
+"""BP-Transformer with spans that persist through the layers (the paper) or are recomputed per layer (the library).
+
+Both are trained alike on short texts, with a dense implementation of the paper's graph.
 """
 
 import time
@@ -24,7 +25,7 @@ from longspan.train.lm_evaluation import Window, cut, windowed
 from longspan.train.schedule import learning_rate_factor
 from longspan.train.step import Stepper
 
-PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"
+PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
 FORMS = (DENSE, RECOMPUTED, PERSIST)
 _STD = 0.02
 
@@ -32,8 +33,8 @@ _STD = 0.02
 class PersistentSpans(nn.Module):
     """A causal language model over the paper's graph, for one call of at most `length` tokens.
 
-    Everything around the attention is that of a Decoder: embedding, norms in front (the paper: behind), projections,
-    feed-forward, for tokens and spans alike. Spans begin as zero and go through the layers.
+    Apart from attention it is a Decoder: embedding, pre-norm (the paper: post-norm), projections and feed-forward, for
+    tokens and spans alike. Spans start as zeros and pass through the layers.
     """
 
     def __init__(self, decoder: Decoder, length: int, nearest: int) -> None:
@@ -46,7 +47,7 @@ class PersistentSpans(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """It reads a text as a whole."""
+        """It reads a whole text in one call."""
         return Traits(bidirectional=False, streams=False)
 
     def forward(
@@ -58,7 +59,7 @@ class PersistentSpans(nn.Module):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, None]:
-        """Tokens (batch, length), one text a row, to logits; padding behind them is seen by no token."""
+        """Logits (batch, length, vocabulary) of tokens (batch, length), one text per row; padding is never seen."""
         count = tokens.shape[1]
         h = self.decoder.embedding(F.pad(tokens, (0, self.length - count)))
         nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.place) - self.length, h.shape[2])], 1)
@@ -74,26 +75,26 @@ class PersistentSpans(nn.Module):
 
     @property
     def draw(self) -> int:
-        """Nothing is drawn."""
+        """Always 0: the model has no random projections."""
         return 0
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def num_parameters(self) -> int:
-        """All of them."""
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The decoder's, and relative places without weight decay."""
+        """Groups of the decoder, and relative positions without weight decay."""
         tree = {"name": "tree", "params": list(self.relative), "lr": lr, "weight_decay": 0.0}
         return [*self.decoder.parameter_groups(lr=lr, weight_decay=weight_decay), tree]
 
 
 def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
-    """A model of a form; `fields` of its decoder.
+    """Build a model of a form; `fields` are those of its decoder.
 
-    Positions come from the tree's places alone where there is a tree, from RoPE in the dense model.
+    Positions come from the tree, or from RoPE in the dense model.
     """
     levels = max(length - 1, 1).bit_length()
     mixer = {"name": "bp", "k": nearest, "max_level": levels} if form == RECOMPUTED else {"name": "full"}
@@ -103,7 +104,7 @@ def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
 
 
 def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
-    """Train on texts of `segment_length` tokens, each alone in its row; how many seconds it took."""
+    """Train on texts of `segment_length` tokens, one per row; returns the seconds it took."""
     length = config.segment_length
     windows = cut(documents.lengths, Window(length, length))
     texts = windowed(documents, windows[windows[:, 3] - windows[:, 1] == length])
@@ -126,7 +127,7 @@ def compare_forms(
     fields: dict[str, Any],
     say: Say,
 ) -> ModelRecords:
-    """Every form with every seed, on the same texts; a second call goes on from the trainings that are over."""
+    """Train and evaluate every form with every seed on the same texts; a second call skips finished trainings."""
     by_form: ModelRecords = {form: [] for form in FORMS}
     length = config.segment_length
 

@@ -1,4 +1,4 @@
-"""`rmt-flops`: how many times fewer FLOPs recurrent memory needs."""
+"""`rmt-flops`: the factor by which recurrent memory saves FLOPs."""
 
 from pathlib import Path
 
@@ -27,11 +27,11 @@ def _measure(folder: Path, plan: None, say: Say) -> Outcome:
         "rmt-flops",
         series,
         xlabel="segments of 512 tokens",
-        ylabel="times fewer FLOPs than the whole text at once",
+        ylabel="times fewer FLOPs than attention over the whole text",
         xscale="log2",
         yscale="log",
         xticks=counts,
-        alt="How many times fewer FLOPs recurrent memory needs, against the number of segments, for five sizes of OPT.",
+        alt="Factor of saved FLOPs against the number of segments, for five sizes of OPT.",
     )
     holds = all(round(ratios[name][-1]) == value for name, value in _PAPER.items())
     return Outcome(

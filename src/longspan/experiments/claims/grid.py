@@ -1,4 +1,4 @@
-"""`rmt-grid`: how far a model answers, given how many segments it was trained on."""
+"""`rmt-grid`: accuracy by the number of segments in training and at evaluation."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +45,9 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
         [[row["accuracy"] for row in records] for records in rows.values()],
         rows=[str(most) for most in rows],
         columns=[f"{segments:,}" for segments, _ in evaluations],
-        xlabel="segments when asked",
+        xlabel="segments at evaluation",
         ylabel="most segments in training",
-        alt="Share of right answers by segments in training and when asked.",
+        alt="Accuracy by segments in training and at evaluation.",
     )
     far = [
         row["accuracy"]
@@ -61,8 +61,8 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
         verdict="holds" if good and far else "holds in part",
         figures=figures,
         size=f"the model of `rmt`, {steps} steps of training each, one seed; n as shown",
-        note=f"Trained on one segment alone nothing is ever written, so it answers longer texts at {min(one):.0%} to "
-        f"{max(one):.0%}, as in the paper."
+        note="A model trained on one segment never learns to write memory; its accuracy on longer texts is "
+        f"{min(one):.0%} to {max(one):.0%}, as in the paper."
         if one
         else "",
         data={str(most): records for most, records in rows.items()},
@@ -76,8 +76,8 @@ RMT_GRID = Claim(
     name="rmt-grid",
     system="Recurrent Memory Transformer",
     source="Bulatov et al. 2023, figure 4",
-    text="The more segments in training, the farther a model answers; from five on it is near perfect at twice the "
-    "length.",
+    text="More segments in training extend the range of correct answers; with five or more it is near perfect at twice "
+    "the length.",
     measure=_measure,
     minutes={"small": 6, "full": 35},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""How time and memory of operations grow with the length, measured: powers of the length on logarithmic axes."""
+"""Measured growth of time and memory with the length, as powers of the length."""
 
 import multiprocessing
 import statistics
@@ -20,7 +20,7 @@ Step = Callable[[], object]
 
 
 def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """CPU seconds of each way on one thread, the median of some rounds, A B A B; one round before does not count."""
+    """Median CPU seconds of each way on one thread, timed alternately (A B A B) after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,19 +37,19 @@ def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
 
 
 def power(values: Mapping[int, float]) -> float:
-    """The exponent of the length in values by length: the slope on logarithmic axes, by least squares."""
+    """Exponent of the growth with the length: the least-squares slope on logarithmic axes."""
     lengths = np.log(list(values))
     return float(np.polyfit(lengths, np.log([values[length] for length in values]), 1)[0])
 
 
 def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
-    """Most memory that one step takes above what stood before, in a process of its own.
+    """Peak bytes of one step above those before it, in a process of its own.
 
     Args:
-        prepare: a function of a module, which makes inputs, warms up what is loaded once, and returns the step.
-        given: its arguments, plain data.
+        prepare: a module-level function that makes the inputs, warms up, and returns the step.
+        arguments: its arguments, plain data.
     """
-    # a process forked from one that has nothing but imports: it starts at once, and its peak is its own
+    # a fork of a process with only imports: it starts at once, and its peak is its own
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
@@ -66,12 +66,12 @@ def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     step()
     after = most()
     if before is None or after is None:
-        raise UnsupportedError("this system does not say how much memory a process holds")
+        raise UnsupportedError("the memory of a process is unknown on this system")
     return max(after - before, 1)
 
 
 def growth_picture(name: str, values_by_way: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
-    """Values of each way against the length, both logarithmic."""
+    """Plot values of each way against the length, both axes logarithmic."""
     lengths = sorted({length for values in values_by_way.values() for length in values})
     return picture_of(
         line_figure,

@@ -1,4 +1,4 @@
-"""`infini-passkey`: trained on at most 5,000 tokens, a number is found again in a million."""
+"""`infini-passkey`: trained on at most 5,000 tokens, retrieves a number from a million."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train import evaluate_depths, load_run, wilson
 
-# the recipe as it stands, and what differs from it
+# the recipe unchanged, and fields that differ from it; names are keys of saved records
 MAIN = "linear update, paper's normaliser"
 VARIANTS: dict[str, tuple[str, ...]] = {
     MAIN: (),
@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Variants (how many of them, from the first on), steps of each training, and (length, depths, samples of each)."""
+    """Number of variants, steps of each training, and (length, depths, samples per depth) of each evaluation."""
 
     variants: int
     steps: int
@@ -61,7 +61,7 @@ def train_once(folder: Path, steps: int, *assignments: str) -> None:
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
-    """What a run finds at one length, from the file of an earlier evaluation where there is one."""
+    """Accuracy of a run at one length, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
@@ -110,12 +110,12 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
     return Outcome(
         verdict="holds" if perfect and len(sizes) == 1 else "holds in part" if enough else "does not hold",
         figures=figures,
-        size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from nothing; "
+        size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from scratch; "
         f"texts of at most 5,000 tokens, {plan.steps:,} steps of 4,096 tokens, one seed; answers of five digits, "
         "generated greedily, counted where they contain the number; 95 % intervals (Wilson)",
-        note="'Made heavier': in training, the memory begins as if two segments of filler had been read up to 8,000 "
-        "times, which for a memory that only adds is that memory times the factor. The paper's model knew language "
-        "before it was tuned for 400 steps; ours begins from nothing, with numbers that are told several times over.",
+        note="'Made heavier': training starts with the memory of two segments of filler, multiplied by up to 8,000, as "
+        "if they had been read that often. The paper's model was pretrained before its 400 steps of fine-tuning; "
+        "ours is trained from scratch, on texts that repeat the number several times.",
         data=by_variant,
         pictures=[_picture(by_variant)],
         seconds=seconds,
@@ -123,7 +123,7 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
 
 
 def _paper(name: str, length: int) -> str:
-    """Of its table 3, fine-tuned, start / middle / end."""
+    """Accuracy in the paper's table 3, fine-tuned, start / middle / end."""
     if name == MAIN:
         return {131_072: "100/100/100", 524_288: "97/99/100", 1_048_576: "96/94/100"}.get(length, "100/100/100")
     return "100/100/99 to 100/100/100" if name == "delta update, paper's normaliser" else ""
@@ -134,7 +134,7 @@ def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
         Series(
             x=[record["length"] for record in records],
             y=[record["k"] / record["n"] for record in records],
-            # intervals of six lines would be a blot; the table has them
+            # intervals of six lines would overlap; the table has them
             low=[wilson(record["k"], record["n"])[1] for record in records] if name == MAIN else None,
             high=[wilson(record["k"], record["n"])[2] for record in records] if name == MAIN else None,
             label=name,
@@ -147,12 +147,12 @@ def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
         "infini-passkey",
         series,
         xlabel="tokens of the text",
-        ylabel="share of numbers found",
-        marks=[Mark(5_000, "trained up to here")],
+        ylabel="share of pass keys retrieved",
+        marks=[Mark(5_000, "longest in training")],
         xscale="log2",
         xticks=[record["length"] for record in next(iter(by_variant.values()))],
         ylim=(0, 1.16),
-        alt="Share of pass keys found against the length of the text, by update and normaliser.",
+        alt="Share of pass keys retrieved against the length of the text, by update and normaliser.",
     )
 
 

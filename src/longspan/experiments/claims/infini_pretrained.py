@@ -1,4 +1,4 @@
-"""`infini-pretrained`: a pretrained model with compressive memory reads far past the positions it was trained for."""
+"""`infini-pretrained`: a pretrained model with compressive memory reads far beyond the positions of its training."""
 
 import math
 import time
@@ -23,15 +23,15 @@ from longspan.tasks.text import TextTask
 from longspan.train import load_run
 
 POSITIONS = 8192
-"""that the original was trained for"""
-# nats per token by which the last part of the text may cost more than without memory, and still be called flat
+"""positions that the original was trained for"""
+# nats per token: the last part of the text may cost this much more than without memory and still count as flat
 SLACK = 0.02
 GROWTH = 1.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: tokens of a segment, steps of training, tokens read by each model, bytes and number of pass-key texts."""
+    """Sizes: tokens per segment, training steps, tokens read by each model, bytes and number of pass-key texts."""
 
     segment: int
     steps: int
@@ -61,7 +61,7 @@ PLANS: dict[str, Plan] = {
 
 
 def held_back(tokenizer: Any, count: int) -> torch.Tensor:
-    """(count,) token ids: held-back speeches, one after the other."""
+    """(count,) token ids of held-out speeches, concatenated."""
     token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
         token_ids += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -83,13 +83,13 @@ def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[t
 
 
 def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
-    """A text through a session; without memory every segment starts anew."""
+    """Read a text through a session; without memory the session is reset at every segment."""
     session = StreamSession(model)
 
     def nats_of(piece: torch.Tensor) -> float:
         if not memory:
             session.reset()
-        # the first token of a stream is predicted from nothing, which is not what is measured
+        # the first token of a stream has no context, so it does not count
         fresh = int(session.position == 0)
         return float(session.feed(piece, losses=True).cpu().double()[fresh:].mean())
 
@@ -98,7 +98,7 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
 
 @torch.no_grad()
 def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> dict[str, Any]:
-    """The same of the original, which keeps every key."""
+    """The same for the original model, which caches every key."""
     from transformers import DynamicCache
 
     from longspan.hf.cache import CACHE
@@ -116,7 +116,7 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
 
 
 def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
-    """How many pass keys are said again, told so early that local attention has long forgotten them."""
+    """Number of pass keys retrieved; they come so early that they are out of reach of local attention."""
     task = PasskeyTask(PasskeyConfig(length=plan.passkey_bytes, samples=plan.passkeys))
     depths = [round(60 * index / max(plan.passkeys - 1, 1)) for index in range(plan.passkeys)]
     right = []
@@ -138,14 +138,14 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
-    """Convert, train, and read; everything is kept in the folder, so that a second call goes on."""
+    """Convert, train, and read; a second call resumes from the folder."""
     from longspan import hf
     from longspan.hf.decoder import load_converted
 
     endless, run = folder / "endless", folder / "run"
     if not (endless / "config.json").exists():
         opened = open_original()
-        # a short run: at the default rate of 0.01 gates would hardly move from -4
+        # the run is short: at the default rate of 0.01 gates would hardly move from -4
         hf.convert(opened.model, "infini", segment=plan.segment, gate_lr=0.1)
         opened.model.save_pretrained(endless)
         opened.tokenizer.save_pretrained(endless)
@@ -173,21 +173,21 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
 
 
 def growth(record: dict[str, Any], plan: Plan) -> float:
-    """Largest resident memory, after the first eighth of a text over that within it."""
+    """Peak resident memory after the first eighth of a text, divided by that within it."""
     first = max(plan.tokens // 8 // record["part"], 1)
     resident = [value or 0 for value in record["resident"]]
     return float(max(resident[first:]) / max(*resident[:first], 1))
 
 
 def _span(record: dict[str, Any], first: int, last: int) -> float:
-    """Mean nats of the tokens `first` to `last`; NaN where they were not read."""
+    """Mean nats of the tokens `first` to `last`; NaN if they were not read."""
     part = record["part"]
     values = record["nats"][first // part : last // part]
     return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
 
 
 def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
-    """Perplexity by how much was read, in spans that double; the last span."""
+    """Perplexity by position, in spans of doubling length; also the last span."""
     spans = [(0, 2 * plan.part)]
     while spans[-1][1] < plan.tokens:
         spans.append((spans[-1][1], spans[-1][1] * 2))
@@ -201,7 +201,7 @@ def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], t
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     figures, (first, last) = _perplexities(measured, plan)
     tuned, original = measured["tuned"], measured["original"]
     grown, speed = growth(tuned, plan), tuned["seconds"]
@@ -217,7 +217,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
         Figure("resident memory after the first eighth of the text", "constant", f"{grown - 1:+.1%} at most"),
         Figure("CPU time per token, last eighth over second", "constant", f"{slower:.2f}"),
         Figure(
-            f"pass keys found, {plan.passkey_bytes:,} bytes, told in the first 60 %",
+            f"pass keys retrieved, {plan.passkey_bytes:,} bytes, key in the first 60 %",
             "100 % after training for it",
             f"{measured['keys']['k']} of {measured['keys']['n']} trained on speeches, "
             f"{measured['keys_untrained']['k']} of {measured['keys_untrained']['n']} untrained",
@@ -233,10 +233,10 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
         figures=figures,
         size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
         f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "
-        f"Union speeches; read: held-back speeches, {plan.tokens:,} tokens on end",
-        note=f"Memory is worth {gain:+.4f} nats a token against the same model that starts anew with every segment. "
-        f"The original was trained for {POSITIONS:,} positions. It has probably seen these speeches, so only "
-        "differences mean something; nothing was trained to find pass keys.",
+        f"Union speeches; read: held-out speeches, {plan.tokens:,} tokens in one stream",
+        note=f"Memory gains {gain:+.4f} nats per token over the same model reset at every segment. "
+        f"The original was trained for {POSITIONS:,} positions. Its training text probably contains these speeches, so "
+        "only differences are meaningful; no model was trained to retrieve pass keys.",
         data=measured,
         pictures=[_picture(measured, plan)],
         seconds=seconds + sum(sum(record["seconds"]) for record in measured.values() if "seconds" in record),
@@ -257,7 +257,7 @@ def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
         series,
         xlabel="tokens read",
         ylabel="perplexity",
-        marks=[Mark(POSITIONS, "positions it was trained for")] if plan.tokens > POSITIONS else [],
+        marks=[Mark(POSITIONS, "positions in training")] if plan.tokens > POSITIONS else [],
         xscale="log2",
         xticks=ticks,
         yscale="log",
@@ -269,7 +269,7 @@ INFINI_PRETRAINED = Claim(
     name="infini-pretrained",
     system="Infini-attention",
     source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
-    text="A pretrained model that gets compressive memory and a short training reads texts without end in bounded "
+    text="With compressive memory and a short training, a pretrained model reads texts of any length in bounded "
     "memory.",
     measure=_measure,
     minutes={"small": 6, "full": 60},

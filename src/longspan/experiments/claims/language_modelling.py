@@ -23,17 +23,17 @@ from longspan.train.evaluate import Evaluation
 DENSE = "full"
 RECIPES = [name.removeprefix("lm/") for name in recipe_names() if name.startswith("lm/")]
 NAMES = tuple(dict.fromkeys(name for name in (*mixers.names(), *RECIPES) if name in RECIPES))
-"""All of recipes/lm/NAME.toml: mechanisms as the registry lists them, then models that are not one of them."""
+"""All of recipes/lm/NAME.toml: mechanisms in the order of the registry, then other models."""
 WITHOUT = {"transformer_xl": "segments_relative", "compressive": "segments_relative", "infini": "segments"}
-"""Those that must beat the same model without memory, and that model: the same parameters on the same bytes in the same
-order, each segment alone."""
+"""Models that must beat the same model without memory, and that model: it has the same parameters and reads the same
+bytes in the same order, every segment alone."""
 LIMIT = 4.0
-"""minutes after which a run at equal tokens is stopped and reported as such"""
+"""times the minutes of dense attention after which a run at equal tokens is stopped and reported as such"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: mechanisms, training seeds, minutes of dense attention, bytes of each held-back document, settings."""
+    """Sizes: mechanisms, training seeds, minutes of dense attention, bytes of each held-out document, settings."""
 
     names: tuple[str, ...]
     seeds: int
@@ -41,11 +41,11 @@ class Plan:
     head: int
     settings: tuple[str, ...] = ("equal tokens", "equal time")
     documents: int = 0
-    """held-back documents that are read; 0: all"""
+    """number of held-out documents; 0: all"""
     train: Mapping[str, Any] = field(default_factory=dict)
-    """fields of `[train]` that are set; with `steps` no clock is asked"""
+    """fields of `[train]` to set; `steps` makes runs independent of the clock"""
     longer: int = 0
-    """steps of `WITHOUT`'s models in a contest of their own; 0: none"""
+    """steps of a longer contest of the models in `WITHOUT`; 0: none"""
     longer_seeds: int = 1
 
 
@@ -63,19 +63,19 @@ def recipe_of(name: str) -> dict[str, Any]:
 def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: Plan) -> None:
     recipe = recipe_of(name)
     del recipe["train"]["steps"]
-    # what counts is measured afterwards
+    # the loss that counts is measured afterwards
     recipe["train"] |= {"seed": seed, "final_eval_tokens": 1000, "threads": 1, **limits, **plan.train}
     train_or_resume(recipe, folder)
 
 
 def done(folder: Path) -> tuple[int, int]:
-    """Optimiser steps of a run, and the tokens it was trained on."""
+    """Optimizer steps and training tokens of a run."""
     lines = read_log(folder / "log.jsonl")
     return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
 
 
 def measure(folder: Path, plan: Plan) -> dict[str, Any]:
-    """Nats of each held-back document, with what the model carries and without, from the file of an earlier call."""
+    """Nats of each held-out document, with carried states and without, read from a file if there is one."""
     return evaluate_held_out(
         folder, f"held-back-{plan.documents}x{plan.head}", lambda documents: heads(documents, plan.head, plan.documents)
     )
@@ -84,9 +84,9 @@ def measure(folder: Path, plan: Plan) -> dict[str, Any]:
 def evaluate_held_out(
     folder: Path, file: str, choose: Callable[[Documents], Documents], *, alone: bool = True
 ) -> dict[str, Any]:
-    """Nats of each held-back document that `choose` leaves, from a file where an earlier call left them.
+    """Nats of each held-out document that `choose` selects, read from the file of an earlier call if there is one.
 
-    A model that carried states in training is read with them, and with `alone` without them too.
+    A model that carried states in training is evaluated with them, and with `alone` also without.
     """
 
     def found() -> dict[str, Any]:
@@ -98,7 +98,7 @@ def evaluate_held_out(
         evaluations: dict[str, Any] = {}
         streams = model.traits.streams and carried
         for memory in ((True, False) if alone else (True,)) if streams else (False,):
-            # without memory: pieces as long as in training where nothing is carried then, else a mechanism's segment
+            # without memory: pieces as long as in training if it carried no states, else segments of the mechanism
             piece = reset if carried else segment
             value = evaluate_text(model, documents, chunk=segment, memory=memory, segment_length=piece)
             evaluations["memory" if memory else "alone"] = value.record()
@@ -108,7 +108,7 @@ def evaluate_held_out(
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
-    """The evaluation of a run in the way it was trained."""
+    """The evaluation of a run as it was trained: with carried states or without."""
     return evaluation(record, "memory" if "memory" in record else "alone")
 
 
@@ -118,14 +118,14 @@ def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
 
 
 def together(parts: list[Evaluation]) -> Evaluation:
-    """Evaluations of several seeds as one: nats of each document summed over them."""
+    """Evaluations of several seeds as one, with nats of each document summed."""
     return functools.reduce(Evaluation.plus, parts)
 
 
 def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train and measure everything; a second call goes on from what is in the folder."""
+    """Train and evaluate all models; a second call resumes from the folder."""
     if DENSE not in plan.names:
-        raise ConfigError(f"language-modelling: {DENSE!r} must be among the mechanisms: its tokens are the measure")
+        raise ConfigError(f"language-modelling: {DENSE!r} must be among the mechanisms: it sets the number of tokens")
     by_setting: dict[str, dict[str, list[dict[str, Any]]]] = {setting: {} for setting in plan.settings}
     for seed in range(plan.seeds):
         dense = folder / DENSE / "equal time" / f"seed-{seed}"
@@ -176,25 +176,25 @@ def _tokens_per_step(name: str) -> int:
 
 
 def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
-    """Bits per byte of a model, its seeds together."""
+    """Bits per byte of a model over all seeds."""
     return float(together([as_trained(record) for record in records]).bits_per_unit)
 
 
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
-    """Bits per byte more than dense attention, the seeds that both have together, with an interval over documents."""
+    """Bits per byte minus those of dense attention over the seeds of both, with an interval over documents."""
     seeds = min(len(ours), len(dense))
     pooled, reference = (together([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
     return pooled.minus(reference)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
-    """Bits per byte with memory minus without, the same weights, seeds together."""
+    """Bits per byte with memory minus without, same weights, over all seeds."""
     with_memory, without = (together([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
     return with_memory.minus(without)
 
 
 def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval]:
-    """Bits per byte of a model with memory minus those of the same model that was trained without."""
+    """Bits per byte of models with memory minus those of the same models trained without."""
     return {
         name: difference(by_name[name], by_name[alone])
         for name, alone in WITHOUT.items()
@@ -205,7 +205,7 @@ def own_gains(by_name: Mapping[str, list[dict[str, Any]]]) -> dict[str, Interval
 def outcome(
     by_setting: dict[str, dict[str, list[dict[str, Any]]]], plan: Plan, longer: dict[str, list[dict[str, Any]]]
 ) -> Outcome:
-    """A table of all mechanisms in every setting, and what memory is worth."""
+    """A table of all mechanisms in every setting, and the gains of memory."""
     figures = []
     for setting, by_name in by_setting.items():
         for name, records in sorted(by_name.items(), key=lambda item: bits_of(item[1])):
@@ -247,15 +247,15 @@ def outcome(
         verdict="holds" if better and all(better) else "holds in part" if any(better) else "does not hold",
         figures=figures,
         size=f"4 layers of 128, bytes of State of the Union speeches, {plan.seeds} training seed(s), one thread; "
-        f"equal time: {plan.minutes:g} minutes a run; equal tokens: as many as dense attention reads in "
-        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held back: the first "
-        f"{plan.head:,} bytes of {len(records[0]['names'])} speeches; 95 % intervals by drawing documents anew",
+        f"equal time: {plan.minutes:g} minutes per run; equal tokens: as many as dense attention reads in "
+        f"that time, runs of more than {LIMIT * plan.minutes:g} minutes stopped{more}; held out: the first "
+        f"{plan.head:,} bytes of {len(records[0]['names'])} speeches; 95 % intervals by bootstrap over documents",
         note="Holds: with memory better than the same model trained without, the interval below zero, for "
         f"{', '.join(WITHOUT)}, at equal tokens and after the longer training; in part: for some of them, or after one "
-        "of the two. A minute is too short for it: what a model of 0.8 million parameters learns first is to look at "
-        "the last few bytes, and the fewer keys it sees the sooner it finds them, so that the table of a minute is led "
-        "by what sees least. It says which mechanisms cost nothing at the start, not which is best in the end. Pieces "
-        "of 2,048 bytes for those that are not carried from piece to piece; the others read on through a speech.",
+        "of the two. A minute is too short: a model of 0.8 million parameters first learns to attend to the last few "
+        "bytes, and sooner if it sees fewer keys, so mechanisms that see least lead after a minute. This shows which "
+        "mechanisms cost nothing at the start, not which is best in the end. Models without carried states read "
+        "pieces of 2,048 bytes; the others carry their state through a speech.",
         data={**by_setting, "longer": longer},
         pictures=[_picture(by_setting), *([_memory_picture(longer)] if longer else [])],
         seconds=sum(record["seconds"] for record in records),
@@ -263,8 +263,10 @@ def outcome(
 
 
 def lead(ours: list[dict[str, Any]], alone: list[dict[str, Any]], width: int = 10) -> tuple[list[float], list[float]]:
-    """Training loss with memory minus that without, on the same bytes: bytes read, and the mean over seeds and over
-    `width` lines of the log."""
+    """Training loss with memory minus that without, on the same bytes.
+
+    Returns bytes read, and differences averaged over seeds and over `width` lines of the log.
+    """
     pairs = [
         np.subtract(with_memory["training"], without["training"])
         for with_memory, without in zip(ours, alone, strict=True)
@@ -285,7 +287,7 @@ def _memory_picture(longer: dict[str, list[dict[str, Any]]]) -> Picture:
         "language-modelling-memory",
         series,
         xlabel="bytes read in training",
-        ylabel="bits per byte to the model without",
+        ylabel="bits per byte minus the model without",
         marks=[Mark(0.0, horizontal=True)],
         alt="Training loss of models with memory minus that of the same models without, against bytes read.",
     )
@@ -312,15 +314,15 @@ def _picture(by_setting: dict[str, dict[str, list[dict[str, Any]]]]) -> Picture:
         xlabel="mechanism",
         ylabel="held-out bits per byte",
         xticks=dict(enumerate(order)),
-        alt="Held-back bits per byte of every mechanism, at equal tokens and at equal time.",
+        alt="Held-out bits per byte of every mechanism, at equal tokens and at equal time.",
     )
 
 
 LANGUAGE_MODELLING = Claim(
     name="language-modelling",
     system="all",
-    source="the papers' language-modelling tables, re-enacted in small",
-    text="Models with memory beat the same models without it; near or sparse attention costs little beside dense.",
+    source="the papers' tables of language modelling, at a small size",
+    text="Models with memory beat the same models without it; local and sparse attention lose little to dense.",
     measure=compare,
     minutes={"small": 4, "full": 160},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""`rmt-maps`: what memory tokens attend to when they write, keep and read."""
+"""`rmt-maps`: attention of memory tokens when memory is written, kept and read."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -89,11 +89,11 @@ def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
                     "visible",
                 ),
                 ("kept", "keep: share of a memory token's attention on memory, in a segment of noise", "visible"),
-                ("read", "read: share of the last token's attention on memory, where the question ends", "visible"),
+                ("read", "read: share of the last token's attention on memory, at the end of the question", "visible"),
             )
         ],
         size="last layer of the `rmt` model, the head and memory token that attend most, test samples of 4 segments",
-        note="The memory token that attends most is shown; a share is of the attention of one head.",
+        note="Shares are of the attention of one head; the memory token that attends most is shown.",
         data={name: values.tolist() for name, values in shares.items()},
         pictures=[_picture(task, samples[0])],
         seconds=trained_seconds([run]),

@@ -1,4 +1,4 @@
-"""`performer-approximation`: how near random features come to softmax attention."""
+"""`performer-approximation`: error of random features relative to softmax attention."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +26,7 @@ PLANS = {"small": Plan((64, 256, 1024), 2), "full": Plan((64, 256, 1024, 4096, 1
 
 @torch.no_grad()
 def _error(scale: float, count: int, kind: str, draws: int) -> float:
-    """Relative error of the outputs, the mean over draws of inputs and projections."""
+    """Relative error of the outputs, mean over draws of inputs and projections."""
     generator, errors = torch.Generator().manual_seed(0), []
     for _ in range(draws):
         q, k, v = (torch.randn(1, 1, _LENGTH, _DIM, generator=generator) for _ in range(3))
@@ -74,9 +74,9 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     return Outcome(
         verdict="holds in part" if falls else "does not hold",
         figures=figures,
-        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, both sides",
-        note="The error falls with the root of the number of features where inputs are small; at unit variance, which "
-        "trained models exceed, no practical number of features comes near softmax attention.",
+        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, bidirectional",
+        note="The error falls with the square root of the number of features for small inputs; at unit variance, which "
+        "trained models exceed, no practical number of features approximates softmax attention well.",
         data={"features": list(counts), "errors": errors_by_input},
         pictures=[drawn],
     )
@@ -86,7 +86,7 @@ PERFORMER_APPROXIMATION = Claim(
     name="performer-approximation",
     system="Performer",
     source="Choromanski et al. 2021, section 4.2 and figure 4",
-    text="Positive orthogonal random features estimate softmax attention without bias, the better the more there are.",
+    text="Positive orthogonal random features estimate softmax attention without bias, and more features do so better.",
     measure=_measure,
     minutes={"small": 0.2, "full": 1},
     plans=PLANS,

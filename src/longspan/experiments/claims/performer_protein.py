@@ -1,4 +1,4 @@
-"""`performer-protein`: proteins by ReLU and softmax features beside exact attention, and what attention holds alike."""
+"""`performer-protein`: ReLU and softmax features against exact attention on proteins, and similarity from attention."""
 
 import math
 from dataclasses import dataclass
@@ -36,27 +36,27 @@ MIXERS: dict[str, dict[str, Any]] = {
     "ReLU features": {"name": "performer", "kind": "relu", "num_features": 64, "redraw": 0},
 }
 PAIRS = ("DE", "FY")
-# neighbours are alike, so that BLOSUM62 shows blocks along its diagonal
+# similar amino acids are neighbors, so that BLOSUM62 has blocks along its diagonal
 ORDER = "CSTAGPDEQNHRKMILVWYF"
-# two losses are called equal where they differ by less than this share of what exact attention gains over frequencies
+# two losses count as equal if they differ by less than this share of the gain of exact attention over frequencies
 EQUAL = 0.1
-# what a sequence's own residues are weighed against: frequencies count as so many residues (100 to 400 score alike)
+# weight of frequencies against a sequence's own residues: they count as this many (100 to 400 score alike)
 PRIOR = 200
-# bits per residue beyond composition that a note calls little
+# bits per residue beyond composition that the note calls little
 LITTLE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: optimiser steps, held-back sequences that are scored, and those whose attention is mapped."""
+    """Sizes: optimizer steps, held-out sequences to score, and sequences whose attention is mapped."""
 
     steps: int
     scored: int
     mapped: int
     longest: int = 250
-    """residues of a sequence that is mapped, at most"""
+    """most residues of a mapped sequence"""
     recipe: tuple[tuple[str, str, Any], ...] = ()
-    """fields of the recipe that are set: (table, field, value)"""
+    """fields of the recipe to set: (table, field, value)"""
 
 
 PLANS: dict[str, Plan] = {
@@ -76,7 +76,7 @@ def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
-    """Held-back sequences, from the file of an earlier evaluation where there is one."""
+    """Evaluation on held-out sequences, read from the file of an earlier one if there is one."""
 
     def measure() -> dict[str, Any]:
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
@@ -87,7 +87,7 @@ def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
-    """Attention between amino acids over sequences, from the file of an earlier run where there is one."""
+    """Attention between amino acids over sequences, read from the file of an earlier call if there is one."""
 
     def measure() -> dict[str, Any]:
         parts = [attention_between(model, torch.from_numpy(document.tokens)) for document in documents]
@@ -97,10 +97,10 @@ def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
-    """The scores of whoever knows the frequencies of the amino acids and nothing else.
+    """The scores of a predictor that knows only the frequencies of the amino acids.
 
-    With a finite `prior` also how often each stands in the sequence itself, where the frequencies weigh as so many
-    residues: what a model can know without regard to order.
+    With a finite `prior` it also counts the residues of the sequence itself, and the frequencies weigh as `prior`
+    residues: the best prediction that ignores order.
     """
     rows = []
     for index in range(len(documents)):
@@ -136,7 +136,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
         say(f"{name}: {_said(scores[name])}")
         maps[name] = _map(folders[name], model, short)
         words[name] = similarity_of_embeddings(model)
-    # every run has the same task, so the sequences are the same for all
+    # all runs have the same task, and so the same sequences
     even = np.sum([even_attention(torch.from_numpy(document.tokens)) for document in short], 0)
     ways = {
         "by heads": {name: similarity_by_heads(between) for name, between in maps.items()},
@@ -186,7 +186,7 @@ def _outcome(
                 )
             )
     for name in MIXERS:
-        seen = "similar pairs found" if name != "exact" else ""
+        seen = "finds similar pairs" if name != "exact" else ""
         figures += [
             Figure(
                 f"similarity {way} against BLOSUM62, {name}", seen if way == "by heads" else "", _agreed(by_model[name])
@@ -194,15 +194,15 @@ def _outcome(
             for way, by_model in agreed.items()
         ]
         ranks = ", ".join(f"({pair[0]}, {pair[1]}) {rank_of_pair(by_heads[name], pair)}" for pair in PAIRS)
-        figures.append(Figure(f"place among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
+        figures.append(Figure(f"rank among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
     first, model, train = next(iter(scores.values())), recipe["model"], recipe["train"]
     return Outcome(
         verdict=verdict,
         figures=figures,
         size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['num_heads']} heads, 64 features, "
         f"{plan.steps:,} steps of {train['lanes']} x {train['segment_length']} residues of UniProt, one seed, same "
-        f"batches; {len(first.names):,} held-back sequences of other families, {int(first.tokens.sum()):,} "
-        f"hidden residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabelling the "
+        f"batches; {len(first.names):,} held-out sequences of other families, {int(first.tokens.sum()):,} "
+        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabeling the "
         "amino acids",
         note=note,
         data={
@@ -228,7 +228,7 @@ def _agreed(match: Agreement) -> str:
 
 
 def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
-    """The three parts of the claim, each by a rule that was fixed before anything was trained."""
+    """The three parts of the claim, by rules set before any training."""
     bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
@@ -245,14 +245,14 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
             if gain > 0
             else "and exact attention gains nothing over frequencies."
         ),
-        f"The similarity that both Performers find agrees with BLOSUM62 beyond chance: {'yes' if alike else 'no'} "
-        "(Spearman, by heads, p < 0.05).",
+        f"The similarity from both Performers' attention agrees with BLOSUM62 beyond chance: "
+        f"{'yes' if alike else 'no'} (Spearman, by heads, p < 0.05).",
         f"Exact attention is {beyond:+.4f} bits better than counting the residues of the sequence itself".replace(
             "-", "−"
         )
-        + (", so these models know little beyond its composition." if beyond < LITTLE else "."),
-        "One seed, so differences between models hold for these trainings only. The counts of the sequence itself and "
-        "the similarity of embeddings were added when the first result was known, and decide nothing.",
+        + (", so these models learn little beyond its composition." if beyond < LITTLE else "."),
+        "One seed, so differences between models are those of these trainings only. The counts of the sequence itself "
+        "and the similarity of embeddings were added after the first result and do not affect the verdict.",
     )
     met = (best, equal, alike)
     verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
@@ -272,8 +272,8 @@ def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Ar
         panels,
         labels=ORDER,
         marked=marked,
-        below="darker: more alike, in the range of each panel; framed: (D, E) and (F, Y)",
-        alt="Similarity of the amino acids: BLOSUM62, and as three models' attention has it; (D, E) and (F, Y) framed.",
+        below="darker: more similar, by the range of each panel; framed: (D, E) and (F, Y)",
+        alt="Similarity of amino acids in BLOSUM62 and in the attention of three models; (D, E) and (F, Y) framed.",
     )
 
 
@@ -288,8 +288,8 @@ PERFORMER_PROTEIN = Claim(
     name="performer-protein",
     system="Performer",
     source="Choromanski et al. 2021, section 4.4 and appendix C",
-    text="In masked language modelling of proteins ReLU features do best and softmax features as well as exact "
-    "attention, and attention finds amino acids alike that are, (D, E) and (F, Y) first.",
+    text="In masked language modeling of proteins, ReLU features are best, softmax features equal exact attention, and "
+    "attention finds similar amino acids, (D, E) and (F, Y) first.",
     measure=_measure,
     minutes={"small": 6, "full": 40},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""`performer-recovery`: a pretrained encoder gets FAVOR+ for its softmax, and a short training brings it back."""
+"""`performer-recovery`: a pretrained encoder gets FAVOR+ instead of softmax and recovers in a short training."""
 
 import copy
 import time
@@ -24,7 +24,7 @@ DRAWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: features that are tried untrained, steps, passages of a step, tokens of a passage, held-back passages."""
+    """Sizes: features to try untrained, steps, passages per step, tokens per passage, held-out passages."""
 
     features: tuple[int, ...]
     steps: int
@@ -33,7 +33,7 @@ class Plan:
     held_out: int
     lr: float = 2e-4
     tuned: int = 512
-    """features of the model that is trained"""
+    """features of the trained model"""
 
 
 PLANS: dict[str, Plan] = {
@@ -43,7 +43,7 @@ PLANS: dict[str, Plan] = {
 
 
 def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids of passages from different places of State of the Union speeches."""
+    """(count, length) token ids of passages of State of the Union speeches, drawn without replacement."""
     cut: list[list[int]] = []
     for _, data in TextTask().texts("train" if split == "train" else "validation"):
         ids = tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -54,18 +54,18 @@ def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> 
 
 
 def embed(model: Any, tokens: Tensor) -> Tensor:
-    """(batch, dim) embeddings of unit norm, means over tokens, as the model was trained for."""
+    """(batch, dim) embeddings of unit norm: means over tokens, as in the model's training."""
     return F.normalize(model(tokens).last_hidden_state.mean(1), dim=-1)
 
 
 @torch.no_grad()
 def embed_all(model: Any, tokens: Tensor, batch: int = 20) -> Tensor:
-    """The same of many passages, without gradients."""
+    """The same for many passages, without gradients."""
     return torch.cat([embed(model, part) for part in tokens.split(batch)])
 
 
 def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
-    """Mean cosine to the original embeddings, its least, and the share of passages whose nearest other is the same."""
+    """Mean and least cosine to the original embeddings, and the share of passages with the same nearest neighbor."""
     cosines = (ours * original).sum(-1)
     nearest = [(embeddings @ embeddings.T).fill_diagonal_(-2).argmax(1) for embeddings in (ours, original)]
     return {
@@ -76,7 +76,7 @@ def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
 
 
 def converted(model: Any, features: int, seed: int) -> Any:
-    """A copy of an encoder with FAVOR+ in the place of its softmax."""
+    """A copy of an encoder with FAVOR+ instead of softmax."""
     from longspan import hf
 
     twin = copy.deepcopy(model)
@@ -85,10 +85,10 @@ def converted(model: Any, features: int, seed: int) -> Any:
 
 
 def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
-    """Train an encoder to give the original's embeddings and the hidden states of every layer; cosines of each step."""
+    """Distill embeddings and hidden states of all layers from the original; returns the cosine of every step."""
     from longspan import hf
 
-    model.eval()  # without dropout, as the original reads: it is to be imitated, noise only hides what differs
+    model.eval()  # no dropout, like the teacher: noise would only hide the differences
     groups = hf.parameter_groups(model, lr=plan.lr, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -101,7 +101,7 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> lis
             teacher_hidden = teacher(tokens, output_hidden_states=True).hidden_states
         hidden = model(tokens, output_hidden_states=True).hidden_states
         cosines = F.cosine_similarity(hidden[-1].mean(1), teacher_hidden[-1].mean(1), dim=-1)
-        # every layer is told what it should have given: an error of the first is not left to the last to mend
+        # every layer has a target, so that late layers need not correct errors of early ones
         layers = [
             (1 - F.cosine_similarity(*pair, dim=-1)).mean() for pair in zip(hidden[1:], teacher_hidden[1:], strict=True)
         ]
@@ -118,7 +118,7 @@ def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> lis
 
 
 def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
-    """Everything that is measured."""
+    """Convert, measure, train, and measure again."""
     torch.manual_seed(0)
     started = time.perf_counter()
     held_out = passages(tokenizer, "validation", plan.held_out, plan.length, 1)
@@ -143,7 +143,7 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any
 
 
 def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor, original: Tensor) -> dict[str, float]:
-    """The trained weights with a projection they have not seen."""
+    """Agreement of the trained weights with a projection that they were not trained with."""
     model = converted(teacher, plan.tuned, seed)
     model.load_state_dict(dict(tuned.named_parameters()), strict=False)
     return agreement(embed_all(model, held_out), original)
@@ -157,7 +157,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     figures = []
     for features, draws in measured["untrained"].items():
         cosines = [draw["cosine"] for draw in draws]
@@ -165,9 +165,9 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         figures.append(
             Figure(
                 f"cosine to the original embeddings, {int(features):,} features, untrained",
-                "accuracy 0.07 at once (of a language model)",
+                "accuracy 0.07 before training (of a language model)",
                 f"{np.mean(cosines):.3f} ({min(cosines):.3f} to {max(cosines):.3f} over {len(draws)} draws); "
-                f"nearest passage kept for {nearest:.0%}",
+                f"same nearest passage for {nearest:.0%}",
             )
         )
     tuned, other_cosines = measured["tuned"], [draw["cosine"] for draw in measured["other_draws"]]
@@ -175,7 +175,7 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         Figure(
             f"the same, {plan.tuned} features, after {plan.steps} steps",
             "recovered in few steps",
-            f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); nearest passage kept for {tuned['nearest']:.0%}",
+            f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); same nearest passage for {tuned['nearest']:.0%}",
         )
     )
     figures.append(
@@ -195,8 +195,8 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
         f"the Union speeches, {plan.held_out} of held-out ones; distilled on {plan.steps * plan.batch:,} passages, "
         "all weights, cosine of embeddings and of every layer's hidden states to the original's",
-        note="The paper's pretrained model was a language model whose accuracy it followed; here it is an encoder's "
-        "embeddings, so that a model of a few megabytes shows it.",
+        note="The paper measures the accuracy of a pretrained language model; here it is the embeddings of an encoder, "
+        "which a model of a few megabytes can show.",
         data=measured,
         pictures=[_picture(measured, plan)],
         seconds=measured["seconds"],
@@ -212,7 +212,7 @@ def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
             y=[float(np.mean(cosines)) for cosines in draws],
             low=[min(cosines) for cosines in draws],
             high=[max(cosines) for cosines in draws],
-            label="weights as they were",
+            label="untrained",
             kind="marked",
         ),
         Series(x=[plan.tuned], y=[measured["tuned"]["cosine"]], label=f"after {plan.steps} steps", kind="marked"),
@@ -235,7 +235,7 @@ PERFORMER_RECOVERY = Claim(
     name="performer-recovery",
     system="Performer",
     source="Choromanski et al. 2021, section 4.3 and figure 5",
-    text="A pretrained Transformer's weights serve a Performer after a short training.",
+    text="A Performer with the weights of a pretrained Transformer recovers after a short training.",
     measure=_measure,
     minutes={"small": 2, "full": 35},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""`performer-speed`: time and memory against length, beside dense attention and a layer without attention."""
+"""`performer-speed`: time and memory against length, with dense attention and a layer without attention."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -34,11 +34,11 @@ _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _NONE: lambda q, k, v: q + k + v,
 }
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
-"""lengths beyond which the quadratic are not measured"""
+"""largest lengths at which quadratic ways are measured"""
 
 
 def step_of(name: str, length: int) -> Step:
-    """Forward and backward of a layer on normal numbers, warmed up on a short text."""
+    """Forward and backward pass of a layer on normal numbers, after a warm-up on a short text."""
 
     def step(count: int) -> Step:
         inputs = [torch.randn(1, _HEADS, count, _DIM, requires_grad=True) for _ in range(3)]
@@ -72,7 +72,7 @@ def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
 
 
 def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     figures = []
     for what, unit, factor in (("seconds", "milliseconds", 1e3), ("bytes", "MB", 1e-6)):
         for name, values in measured[what].items():
@@ -93,11 +93,11 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
     return Outcome(
         verdict="does not hold" if not (linear and quadratic) else "holds" if times < 2 else "holds in part",
         figures=figures,
-        size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; processor time of one "
-        f"thread, median of {_PAIRS} rounds in turn; memory above the inputs, in a process for each",
-        note="Linear in the length, and past dense attention from a few thousand tokens on. Near the bound of no "
-        f"attention at all it is not, on a CPU: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
-        "four times the work of the values themselves. PyTorch's dense attention keeps no weights, so that its memory "
+        size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; CPU time of one "
+        f"thread, median of {_PAIRS} alternating rounds; memory above the inputs, each in its own process",
+        note="Linear in the length, and faster than dense attention from a few thousand tokens on. On a CPU it is not "
+        f"near the bound of no attention: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
+        "four times the work of the values themselves. PyTorch's dense attention stores no weights, so its memory "
         "is linear too.",
         seconds=sum(sum(values.values()) for values in measured["took"].values()),
         data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in measured.items()},
@@ -119,7 +119,7 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
 
 
 def last_power(values: Mapping[int, float]) -> float:
-    """How values grow between the two longest lengths measured, as a power of the length."""
+    """Growth between the two largest lengths, as a power of the length."""
     return power(dict(list(values.items())[-2:]))
 
 
@@ -127,7 +127,7 @@ PERFORMER_SPEED = Claim(
     name="performer-speed",
     system="Performer",
     source="Choromanski et al. 2021, section 4.1 and figure 3",
-    text="Time and memory grow linearly with the length and come near those of a layer without attention.",
+    text="Time and memory grow linearly with the length and are close to those of a layer without attention.",
     measure=_measure,
     minutes={"small": 0.3, "full": 4},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""`reformer-copy`: one layer learns to say a word again, and how many rounds of hashing that takes."""
+"""`reformer-copy`: one layer learns to copy a word, and the rounds of hashing that this takes."""
 
 import itertools
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from longspan.tasks.base import heads
 from longspan.train import evaluate_text, load_run
 
 FULL = 0
-"""In the place of a number of rounds: every earlier token is seen."""
+"""Instead of a number of rounds: every earlier token is seen."""
 GOAL = 0.99
 PAPER: dict[int, dict[int, float]] = {
     FULL: {FULL: 100, 8: 94.8, 4: 92.5, 2: 76.9, 1: 52.5},
@@ -24,14 +24,14 @@ PAPER: dict[int, dict[int, float]] = {
     2: {FULL: 0.8, 8: 100, 4: 99.9, 2: 98.1, 1: 86.8},
     1: {FULL: 0.8, 8: 99.9, 4: 99.6, 2: 94.8, 1: 77.9},
 }
-"""Its table 2: rounds in training, rounds at evaluation, percent of tokens that are right."""
+"""The paper's table 2: rounds in training, rounds at evaluation, percent of correct tokens."""
 EVAL_ROUNDS = (FULL, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: symbols of the word, steps of each training, selections and rounds that are trained, and of each
-    evaluation the samples and the draws of rotations."""
+    """Sizes: symbols of the word, steps, selections and rounds of the trainings; samples and draws of rotations of each
+    evaluation."""
 
     word: int
     steps: int
@@ -48,10 +48,10 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
-    """LSH attention of so many rounds; without hashing, two chunks that see each other hold everything.
+    """LSH attention with a number of rounds; `FULL` is two chunks that see each other, and so everything.
 
-    Strict: buckets of as many tokens, on average, as one sees of them. Sorted: twice as many buckets as chunks, as in
-    the paper.
+    Strict: the mean size of buckets is the number of tokens seen in one. Sorted: twice as many buckets as chunks, as
+    in the paper.
     """
     if rounds == FULL:
         return {"name": "lsh", "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": word + 1}
@@ -61,7 +61,7 @@ def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The recipe of one training."""
+    """The recipe of a training."""
     recipe = read_recipe("reformer-copy", steps=plan.steps)
     recipe["task"]["word"] = plan.word
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
@@ -69,7 +69,7 @@ def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
 
 
 def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
-    """The same weights with another mixer, whose rotations nothing was trained with."""
+    """The same weights with another mixer, with rotations that were not used in training."""
     described = {**describe_model(model), "mixers": [{**table, "seed": seed}]}
     rehashed = build_model(described)
     weights = {name: t for name, t in model.state_dict().items() if not name.endswith(("core.rotations", "core.draws"))}
@@ -80,7 +80,7 @@ def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
 
 
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The share of the second word that a run says rightly, by so many rounds, for each draw of rotations."""
+    """Accuracy of a run on the second word with a number of rounds, for each draw of rotations."""
     model, task = load_run(run)
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
@@ -92,12 +92,12 @@ def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
 
 
 def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train everything, ask everything; a second call goes on from what is in the folder."""
+    """Train and evaluate all models; a second call resumes from the folder."""
     by_selection: dict[str, dict[str, dict[str, float]]] = {}
     runs = {}
     for selection in plan.selections:
         for rounds in plan.rounds:
-            # what sees everything is trained once
+            # full attention is the same in all selections
             run = folder / (_name(FULL) if rounds == FULL else f"{selection}-{_name(rounds)}")
             train_or_resume(recipe_of(plan, selection, rounds), run)
             runs[run] = True
@@ -115,11 +115,11 @@ def _name(rounds: int) -> str:
 
 
 def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     labels = " / ".join(_name(number) for number in EVAL_ROUNDS)
     figures = [
         Figure(
-            f"{selection}, trained with {_name(rounds)}: % of tokens right, asked with {labels}",
+            f"{selection}, trained with {_name(rounds)}: % of correct tokens, evaluated with {labels}",
             " / ".join(f"{PAPER[rounds][number]:g}" for number in EVAL_ROUNDS) if rounds in PAPER else "",
             " / ".join(f"{100 * by_selection[selection][_name(rounds)][_name(number)]:.1f}" for number in EVAL_ROUNDS),
         )
@@ -129,7 +129,7 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
     best = {selection: rows["4"]["4"] for selection, rows in by_selection.items() if "4" in rows}
     every = bool(best) and all(value >= GOAL for value in best.values())
     more = all(row["8"] >= row["1"] - 0.01 for rows in by_selection.values() for row in rows.values())
-    # of the trainings too, where they are asked alike
+    # also between trainings, at equal rounds of evaluation
     order = [_name(number) for number in (4, 2, 1) if number in plan.rounds]
     more = more and all(
         rows[first][eval_rounds] >= rows[second][eval_rounds] - 0.01
@@ -142,11 +142,11 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
         verdict="holds" if every and more else "holds in part" if some else "does not hold",
         figures=figures,
         size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
-        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-back "
-        f"texts, for each number of rounds {plan.draws} draws of rotations that were never trained with",
-        note="Holds: at least 99 % trained and asked with 4 rounds in every selection, and more rounds never worse by "
-        "more than a point, neither asked nor in training; in part: 99 % in one of them, or in all and fewer rounds "
-        f"better somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
+        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-out "
+        f"texts, for each number of rounds {plan.draws} draws of rotations not used in training",
+        note="Holds: at least 99 % with 4 rounds in training and evaluation in every selection, and more rounds never "
+        "worse by more than a point in either; in part: 99 % in one selection, or in all with fewer rounds better "
+        f"somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
         "shared queries and keys. The paper trained 150,000 steps of a layer of 256; its selection is 'sorted'.",
         data=dict(by_selection),
         pictures=[_picture(selection, by_selection[selection]) for selection in by_selection],
@@ -161,9 +161,9 @@ def _picture(selection: str, rows: dict[str, dict[str, float]]) -> Picture:
         [list(row.values()) for row in rows.values()],
         rows=list(rows),
         columns=list(next(iter(rows.values()))),
-        xlabel="rounds when asked",
+        xlabel="rounds at evaluation",
         ylabel="rounds in training",
-        alt=f"Share of the second word said rightly, by rounds of hashing in training and when asked, {selection}.",
+        alt=f"Accuracy on the second word by rounds of hashing in training and at evaluation, {selection}.",
     )
 
 
@@ -171,8 +171,8 @@ REFORMER_COPY = Claim(
     name="reformer-copy",
     system="Reformer",
     source="Kitaev et al. 2020, section 5.1 and table 2",
-    text="One layer of LSH attention learns to copy 511 symbols; the more rounds of hashing, in training and when "
-    "asked, the better.",
+    text="One layer of LSH attention learns to copy 511 symbols; more rounds of hashing, in training and at "
+    "evaluation, are better.",
     measure=measure,
     minutes={"small": 2, "full": 55},
     plans=PLANS,

@@ -1,4 +1,4 @@
-"""`reformer-depth`: what a training step keeps of activations, against the depth of the model."""
+"""`reformer-depth`: memory of activations in a training step against the depth of the model."""
 
 import time
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MIXERS: tuple[dict[str, Any], ...] = (
     {"name": "window", "window": 64, "blocks": True},
     {"name": "lsh", "selection": "sorted", "bucket_size": 64, "num_buckets": 64},
 )
-"""Reformer's layers: local ones and LSH in turn."""
+"""Reformer's layers: local and LSH, alternating."""
 KINDS = {
     "plain": "ordinary blocks",
     "checkpoint": "ordinary blocks, each recomputed",
@@ -24,12 +24,12 @@ KINDS = {
     "reversible, ffn_chunk": "reversible blocks, feed-forward in chunks",
 }
 GROWTH = 1.25
-"""most that the peak of the deepest may be of the shallowest, where memory does not depend on the depth"""
+"""largest ratio of peaks, deepest to shallowest, that counts as independent of the depth"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: depths, tokens of the text, width of the model."""
+    """Sizes: depths, tokens per text, width of the model."""
 
     layers: tuple[int, ...]
     length: int
@@ -54,28 +54,28 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
-    """What a process says, and the seconds that it lived."""
+    """The numbers of a process, and the seconds that it ran."""
     begin = time.perf_counter()
     measurements = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
     return {**measurements, "process": time.perf_counter() - begin}
 
 
 def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     depths = ", ".join(f"{layers}" for layers in plan.layers)
     figures = []
     for mode, records in by_mode.items():
         peaks = [record["peak"] for record in records]
         figures.append(
             Figure(
-                f"{KINDS[mode]}: MB at most, {depths} layers",
+                f"{KINDS[mode]}: peak MB, {depths} layers",
                 "independent of the depth" if "reversible" in mode else "grows with the depth",
                 f"{_megabytes(peaks)} (deepest over shallowest: {peaks[-1] / peaks[0]:.2f})",
             )
         )
     figures += [
         Figure(
-            f"{KINDS[mode]}: MB that autograd keeps, {depths} layers",
+            f"{KINDS[mode]}: MB saved by autograd, {depths} layers",
             "inputs and outputs of one layer" if mode == "reversible" else "",
             _megabytes([record["saved"] for record in by_mode[mode]]),
         )
@@ -84,7 +84,7 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
     times = [by_mode["reversible"][-1]["seconds"] / by_mode[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
     figures.append(
         Figure(
-            f"processor time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
+            f"CPU time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
             "a second forward pass",
             f"{times[0]:.2f}, {times[1]:.2f}",
         )
@@ -96,11 +96,11 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
         verdict="holds" if flat and less else "holds in part" if less else "does not hold",
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
-        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) in turn, dropout 0.1, fp32, 1 thread; each in "
-        "a process of its own: peak of resident memory above what stood before, without the parameters' gradients",
-        note="What does grow with the depth is small: the buckets of LSH layers, which must not be chosen anew (one "
-        "byte a token, head and round), and random generators. That reversibility costs no quality is not measured "
-        "here.",
+        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; each "
+        "in its own process: peak resident memory above that before, without the parameters' gradients",
+        note="Only small parts grow with the depth: the buckets of LSH layers, which are stored for the backward pass "
+        "(one byte per token, head and round), and states of random generators. Whether reversibility costs quality is "
+        "not measured here.",
         data=dict(by_mode),
         pictures=[_picture(by_mode, plan)],
         seconds=sum(record["process"] for records in by_mode.values() for record in records),
@@ -121,7 +121,7 @@ def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
         "reformer-depth",
         series,
         xlabel="layers",
-        ylabel="MB of activations at most, in a forward and backward pass",
+        ylabel="peak MB of activations, forward and backward",
         xscale="log2",
         ylim=(0, None),
         xticks=list(plan.layers),

@@ -1,4 +1,4 @@
-"""`rmt`: trained on at most five segments, answers over 4,096."""
+"""`rmt`: trained on at most five segments, answers after 4,096."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ GOAL = {"memorize": 0.95, "detect": 0.95, "reasoning": 0.90}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: training seeds, optimiser steps of each training, and (segments, samples, of the first seed only)."""
+    """Training seeds, optimizer steps by kind, and (segments, samples, only the first seed) of each evaluation."""
 
     seeds: int
     steps: dict[str, int]
@@ -53,7 +53,7 @@ def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: st
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
-    """The answers of a run, from the file of an earlier evaluation where there is one."""
+    """The answers of a run, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
@@ -67,7 +67,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
 
 def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
-    # the long texts last, so that a run which is stopped has all of the short ones
+    # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:
         for seed in range(plan.seeds):
             train_once(folder / f"{kind}-{seed}", kind, seed, plan.steps[kind])
@@ -85,7 +85,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Accuracy over several trainings, with a bootstrap that draws trainings and, within each, samples anew."""
+    """Accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
     random = np.random.default_rng(seed)
     shares = [np.asarray(answers, dtype=np.float64) for answers in right]
     value = float(np.mean([share.mean() for share in shares]))
@@ -98,7 +98,7 @@ def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, se
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
-    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval where all are right."""
+    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval if all are correct."""
     right = [[letter == "1" for letter in record["answers"]] for record in records]
     value = seeds_interval(right)
     if value.low < value.high:
@@ -117,7 +117,7 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
             figures.append(
                 Figure(
                     f"{kind}, {segments:,} segments ({segments * 499:,} tokens)",
-                    "near perfect" if kind != "reasoning" else "lower than the others",
+                    "near perfect" if kind != "reasoning" else "lower than the other kinds",
                     f"{k} of {n} ({value.value:.3f} [{value.low:.3f}, {value.high:.3f}]), "
                     f"{len(records)} seed{'s' if len(records) > 1 else ''}",
                 )
@@ -127,8 +127,8 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
     cut, whole = sum(record["cut_facts"] for record in records), sum(record["k_of_whole_facts"] for record in records)
     total = sum(record["n"] for record in records)
     note = (
-        f"{false:,} of {silent:,} segments without a fact wrote something. {cut} of {total:,} samples have a fact that "
-        f"a segment border cuts in two; of the others {whole / max(total - cut, 1):.1%} were answered rightly. At the "
+        f"{false:,} of {silent:,} segments without a fact wrote to memory. In {cut} of {total:,} samples a segment "
+        f"border cuts the fact in two; of the others {whole / max(total - cut, 1):.1%} were answered correctly. In the "
         f"longest texts a noise sentence occurs {max(record['repeats'] for record in records):.1f} times on average."
     )
     return Outcome(
@@ -136,7 +136,7 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
         figures=figures,
         size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 of them for "
         f"{', '.join(f'{steps:,}' for steps in plan.steps.values())} steps (gate_floor {floor}), {plan.seeds} seeds; "
-        "intervals 95 %, bootstrap over seeds and samples (Wilson where all are right)",
+        "intervals 95 %, bootstrap over seeds and samples (Wilson if all are correct)",
         note=note,
         data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in by_kind.items()},
         pictures=[_picture(by_kind)],
@@ -164,12 +164,12 @@ def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
         "rmt",
         series,
         xlabel="segments of 499 tokens",
-        ylabel="share of right answers",
-        marks=[Mark(5, "trained up to here"), Mark(1 / 6, "chance", horizontal=True)],
+        ylabel="accuracy",
+        marks=[Mark(5, "longest in training"), Mark(1 / 6, "chance", horizontal=True)],
         xscale="log2",
         xticks=list(next(iter(by_kind.values()))),
         ylim=(0, 1.16),
-        alt="Share of right answers of the three memory tasks against the number of segments.",
+        alt="Accuracy on the three memory tasks against the number of segments.",
     )
 
 
@@ -177,7 +177,7 @@ RMT = Claim(
     name="rmt",
     system="Recurrent Memory Transformer",
     source="Bulatov et al. 2023, section 3 and figures 1 and 4",
-    text="Trained on a few segments, the model answers over 4,096 segments, 2,043,904 tokens: memorize, detect and "
+    text="Trained on a few segments, the model answers after 4,096 segments, 2,043,904 tokens: memorize, detect and "
     "memorize, and reasoning over two facts.",
     measure=_measure,
     minutes={"small": 20, "full": 150},

@@ -1,4 +1,4 @@
-"""`routing`: half of the heads routed by content, against local heads alone of as many FLOPs; how clusters are used."""
+"""`routing`: half of the heads routed by content against local heads of equal FLOPs, and the usage of clusters."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,7 +34,7 @@ from longspan.train import load_run
 
 ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
 PIECE = 2048
-"""bytes that a model sees at once; clusters, windows and FLOPs are for it"""
+"""bytes that a model reads at once, for which clusters, windows and FLOPs are chosen"""
 
 
 PLANS: dict[str, Plan] = {
@@ -44,7 +44,7 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer_of(name: str) -> dict[str, Any]:
-    """What stands in every layer."""
+    """The mixer of every layer."""
     if name == DENSE:
         return {"name": "full"}
     if name == LOCAL:
@@ -55,14 +55,14 @@ def mixer_of(name: str) -> dict[str, Any]:
 
 
 def flops(mixer: Mapping[str, Any]) -> int:
-    """Of a forward over a piece."""
+    """FLOPs of a forward pass over a piece."""
     table = recipe_of("routing")["model"]
     return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
 
 
 @cache
 def equal_window() -> int:
-    """The window of local heads that cost as many FLOPs as routed and local ones."""
+    """The smallest window with which local heads cost at least the FLOPs of routed and local ones."""
     routed_flops = flops(mixer_of(ROUTED))
     low, high = 1, PIECE
     while low < high:
@@ -72,7 +72,7 @@ def equal_window() -> int:
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
-    """A hook before a core that records what it chooses."""
+    """A forward pre-hook of a core that records its choices of clusters."""
 
     def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         *rest, rows = arguments
@@ -83,7 +83,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 
 @torch.no_grad()
 def usage(model: Any, documents: Documents) -> list[list[float]]:
-    """Share of the tokens that each cluster takes, the largest first, for every routed head of every layer."""
+    """Share of tokens per cluster, largest first, for every routed head of every layer."""
     counts: list[np.ndarray[Any, Any]] = []
     clusters = recipe_of("routing")["model"]["mixers"][0]["parts"][1]["num_clusters"]
     for document in documents.items:
@@ -101,7 +101,7 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
 
 
 def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train and measure everything; a second call goes on from what is in the folder."""
+    """Train and evaluate all models; a second call resumes from the folder."""
     recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.extra_models)}
     models = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
     models |= contest(folder, {name: recipes[name] for name in plan.extra_models}, replace(plan.contest, seeds=1), say)
@@ -118,25 +118,24 @@ def _used(run: Path, plan: Contest) -> dict[str, Any]:
 
 
 def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
-    """What was found, beside what the paper says.
+    """The verdict and the numbers next to the paper's.
 
     Args:
-        found: of `contest`.
-        shares: of the tokens, in each cluster of each routed head, the fullest first.
+        models: records of `contest`.
+        shares: shares of tokens per cluster for each routed head, largest first.
         plan: sizes.
     """
     figures = bit_figures(models, LOCAL, {ROUTED: "0.99 (enwik8)"})
     figures += [
-        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name))
-        for name in models
+        Figure(f"GFLOPs per piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in models
     ]
     even = 1 / len(shares[0])
     busy = [sum(share > even / 10 for share in head) for head in shares]
     figures.append(
         Figure(
-            "clusters that take at least a tenth of an even share",
+            "clusters with at least a tenth of an even share",
             "",
-            f"{np.mean(busy):.1f} of {len(shares[0])} on average, {min(busy)} at least; the largest takes "
+            f"{np.mean(busy):.1f} of {len(shares[0])} on average, at least {min(busy)}; the largest takes "
             f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
         )
     )
@@ -145,8 +144,8 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
         verdict="holds" if minus.high < 0 else "holds in part" if minus.value < 0 else "does not hold",
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
-        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
-        f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
+        f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
+        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one of extra models; held out: the first "
         f"{plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
         note=_note(models, busy, len(shares[0])),
         data={"models": models, "shares": shares},
@@ -156,10 +155,10 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
 
 
 def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
-    """What the verdict means, and what stands in the way of it: clusters that collapsed, a model that is too young."""
+    """The meaning of the verdict, and its limitations: collapsed clusters, too short a training."""
     parts = [
-        "Holds: better than local heads, the interval of the difference below zero; in part: better, but it reaches "
-        "above zero."
+        "Holds: better than local heads, the interval of the difference below zero; in part: better, but the interval "
+        "includes zero."
     ]
     if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
         parts.append(
@@ -168,11 +167,11 @@ def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
         )
     if DENSE in models and differences(models, LOCAL)[DENSE].value > 0:
         parts.append(
-            "After so few steps near tokens are most of what a model knows: dense attention, which sees all that "
-            "local heads see, is behind them too."
+            "After so few steps a model mainly uses near tokens: dense attention, which sees everything that local "
+            "heads see, is behind them too."
         )
     parts.append(
-        "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
+        "The routed heads are strict, so that decoding equals training; in the paper all clusters take equally many "
         "tokens."
     )
     return " ".join(parts)
@@ -188,19 +187,19 @@ def _picture(shares: list[list[float]]) -> Picture:
     mean = np.mean(shares, axis=0).tolist()
     series = [Series(x=ranks, y=mean, label="mean", kind="marked", colour=0)]
     series += [
-        Series(x=ranks, y=head, label="" if index else "a head", kind="faint", colour=1)
+        Series(x=ranks, y=head, label="" if index else "one head", kind="faint", colour=1)
         for index, head in enumerate(shares)
     ]
     return picture_of(
         line_figure,
         "routing",
         series,
-        xlabel="clusters of a head, the fullest first",
-        ylabel="share of the held-back tokens",
+        xlabel="clusters of a head, largest first",
+        ylabel="share of held-out tokens",
         marks=[Mark(1 / count, "even", horizontal=True)],
         xticks=ranks,
         ylim=(0, None),
-        alt="Share of held-back tokens in each cluster, the fullest first, for every routed head.",
+        alt="Share of held-out tokens per cluster, largest first, for every routed head.",
     )
 
 
@@ -208,7 +207,7 @@ ROUTING = Claim(
     name="routing",
     system="Routing Transformer",
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
-    text="Heads that attend by content beside local ones are better than local heads alone of the same cost.",
+    text="Routed and local heads together are better than local heads alone at the same cost.",
     measure=compare,
     minutes={"small": 1, "full": 30},
     plans=PLANS,

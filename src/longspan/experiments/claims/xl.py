@@ -1,4 +1,4 @@
-"""`xl`: longer memory at evaluation helps, reach goes beyond the segment, and nothing is read twice."""
+"""`xl`: longer memory at evaluation helps, the reach exceeds a segment, and streaming reads nothing twice."""
 
 import time
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ from longspan.train.evaluate import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: steps of training, memory lengths at evaluation, bytes of each held-back document, tokens timed."""
+    """Sizes: training steps, memory lengths at evaluation, bytes of each held-out document, tokens to time."""
 
     steps: int
     lengths: tuple[int, ...]
     head: int
     documents: int
     timed: int
-    """tokens that are predicted one after the other"""
+    """number of tokens to predict one by one"""
     rounds: int
-    """times that both ways of predicting are timed, in turn"""
+    """rounds of timing both ways of prediction, alternating"""
 
 
 PLANS: dict[str, Plan] = {
@@ -46,7 +46,7 @@ TRAINED = 128
 
 
 def with_memory(model: Any, length: int) -> Any:
-    """The same weights with a memory of another length."""
+    """The same weights with another length of memory."""
     table = describe_model(model)
     table["mixers"] = [{**mixer, "mem_len": length} for mixer in table["mixers"]]
     resized = build_model(table)
@@ -55,7 +55,7 @@ def with_memory(model: Any, length: int) -> Any:
 
 
 def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Nats of each document with memories of each length."""
+    """Nats of each document for each length of memory."""
     records: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
         records[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
@@ -68,10 +68,10 @@ def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
 
 @torch.no_grad()
 def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
-    """The farthest token back whose change alters the last prediction."""
+    """Distance to the farthest token that affects the last prediction."""
     base = model(tokens[None], None)[0][0, -1]
     low, high = 0, len(tokens) - 1
-    # what is seen is an interval that ends at the last token, so its start is found by halving
+    # visible tokens are an interval that ends at the last one, so bisection finds its start
     while low < high:
         middle = (low + high) // 2
         changed = tokens.clone()
@@ -85,7 +85,7 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 
 @torch.no_grad()
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
-    """CPU seconds a token, streaming and reading the window anew for every token, in turn."""
+    """CPU seconds per token, streaming and rereading the window for every token, alternating."""
     span = 2 * TRAINED
     seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
@@ -103,7 +103,7 @@ def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
 
 
 def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
-    """Train once, then measure; a second call goes on from what is in the folder."""
+    """Train once, then measure; a second call resumes from the folder."""
     run = folder / "run"
     train_or_resume(read_recipe("quickstart-lm", steps=plan.steps, eval_every=0, final_eval_tokens=2000), run)
     say("trained")
@@ -123,7 +123,7 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
 
 
 def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
-    """What was found, beside what the paper says."""
+    """The verdict and the numbers next to the paper's."""
     losses = measured["losses"]
     none = _evaluation(losses, plan.lengths[0])
     figures, values = [], []
@@ -141,12 +141,12 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
     rate = measured["speed"]["reading anew"] / measured["speed"]["streaming"]
     figures += [
         Figure(
-            f"times faster than reading {2 * TRAINED} tokens anew for each",
+            f"times faster than rereading {2 * TRAINED} tokens for each token",
             "363 to 1,874, at 800 to 3,800 tokens on a GPU",
             f"{rate:.0f} (CPU, one token {1000 * measured['speed']['streaming']:.1f} ms)",
         ),
         Figure(
-            "tokens back that change the last prediction, in 1,024",
+            "distance of the farthest token that affects the last prediction, of 1,024",
             "layers x memory",
             f"{measured['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
         ),
@@ -158,10 +158,10 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
         verdict="does not hold" if best.high >= 0 else "holds" if falls and rate > 1 and beyond else "holds in part",
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
-        f"steps of 1,024 bytes; held back: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
-        "intervals by drawing documents anew",
-        note=f"Bits fall with every length: {'yes' if falls else 'no'}. Trained with {TRAINED}: what longer memories "
-        "give beyond it was never trained for.",
+        f"steps of 1,024 bytes; held out: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
+        "intervals by bootstrap over documents",
+        note=f"Bits fall with every length: {'yes' if falls else 'no'}. The model was trained with {TRAINED}, so "
+        "longer memories are an extrapolation.",
         data=measured,
         pictures=[_picture(values, plan)],
         seconds=seconds,
@@ -174,11 +174,11 @@ def _picture(values: list[float], plan: Plan) -> Picture:
         "xl",
         [Series(x=list(plan.lengths), y=values, kind="marked")],
         xlabel="length of the memory at evaluation",
-        ylabel="held-back bits per byte",
-        marks=[Mark(TRAINED, "trained with")],
+        ylabel="held-out bits per byte",
+        marks=[Mark(TRAINED, "in training")],
         xscale="log2",
         xticks=list(plan.lengths),
-        alt="Held-back bits per byte against the length of the memory at evaluation.",
+        alt="Held-out bits per byte against the length of the memory at evaluation.",
     )
 
 
@@ -186,8 +186,7 @@ XL = Claim(
     name="xl",
     system="Transformer-XL",
     source="Dai et al. 2019, sections 4.1, 4.3 and 4.4, tables 8 and 9",
-    text="Memory reaches beyond the segment, the more of it at evaluation the better, and streaming reads nothing "
-    "twice.",
+    text="Memory reaches beyond the segment, more memory at evaluation is better, and streaming reads nothing twice.",
     measure=measure,
     minutes={"small": 1, "full": 12},
     plans=PLANS,
