@@ -111,6 +111,11 @@ def interval(values: Sequence[float], digits: int = 4) -> str:
     return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
 
 
+def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """A value and its interval as plain data; NaN, which is not JSON, is None."""
+    return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}
+
+
 def harmless(text: str) -> str:
     """Text without what a terminal would obey or a page may not hold, as a model may write anything."""
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)

@@ -8,7 +8,6 @@ import typer
 
 from longspan.cli.console import console, print_table, say
 from longspan.cli.options import PageOption
-from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError, LongspanError
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ def scaling(
     """
     if form not in ("chinchilla", "kaplan", "none"):
         raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
-    check_output_folder(output, "--output")
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 
