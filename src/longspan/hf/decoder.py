@@ -1,6 +1,7 @@
 """A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -169,11 +170,8 @@ class ConvertedDecoder(nn.Module):
         **options: Any,
     ) -> tuple[Any, StackState]:
         # on another device this would wait for it
-        if (
-            tokens.device.type == "cpu"
-            and tokens.numel()
-            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size
-        ):
+        inside = tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
+        if not inside:
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
@@ -226,6 +224,15 @@ class Opened(NamedTuple):
     tokenizer: Any
 
 
+@contextlib.contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """What transformers raises inside for a source that it cannot read becomes a CheckpointError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
+
+
 def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype | None = torch.float32) -> Opened:
     """A causal language model of transformers, from a folder or a hub.
 
@@ -240,11 +247,9 @@ def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype 
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    try:
+    with readable(source):
         tokenizer: Any = open_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
     if gguf is not None:
         # what was read from GGUF refuses to be saved; the same weights in a model of their own do not
         config = model.config
@@ -267,16 +272,10 @@ def end_tokens_of(source: str | Path) -> tuple[int, ...]:
     for reader in readers:
         # models need not have the first
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if ends := _ends(reader.from_pretrained(source)):
-                return ends
+            ends = getattr(reader.from_pretrained(source), "eos_token_id", None)
+            if ends is not None and ends != []:
+                return tuple(int(end) for end in (ends if isinstance(ends, list | tuple) else [ends]))
     return ()
-
-
-def _ends(config: Any) -> tuple[int, ...]:
-    ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        return ()
-    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
@@ -302,7 +301,5 @@ def open_tokenizer(source: str | Path, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with readable(source):
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None

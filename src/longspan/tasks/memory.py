@@ -175,37 +175,27 @@ class MemorySample:
 
     Args:
         task: where facts, noise and sizes come from.
-        noise: sentences.
+        split: whose noise; that of training has hard negatives and decoys, see `MemoryConfig`.
         segments: how many.
         seed: of everything random about it.
         kind: which of the three tasks.
         size: tokens of a segment.
-        hardened: with hard negatives and decoys, see `MemoryConfig`.
     """
 
     def __init__(
-        self,
-        task: "MemoryTask",
-        noise: Noise,
-        segments: int,
-        seed: Sequence[int],
-        *,
-        kind: Kind,
-        size: int,
-        hardened: bool,
+        self, task: "MemoryTask", split: "MemorySplit", segments: int, seed: Sequence[int], kind: Kind, size: int
     ) -> None:
-        self.task, self.noise, self.segments, self.size = task, noise, segments, size
-        self.negatives = task.negatives(kind) if hardened else None
-        self.drawn = np.zeros(len(noise), dtype=np.int32)
-        self.seed = list(seed)
+        self.noise, self.segments, self.size = task.noise(split), segments, size
+        self.negatives = task.negatives(kind) if split == "train" else None
+        self.drawn = np.zeros(len(self.noise), dtype=np.int32)
+        self.seed = [*seed, segments]
         random = np.random.default_rng([*self.seed, 0])
         self.what = ask(kind, random)
         self.facts = [task.encode(" " + fact) for fact in self.what.facts]
         self.question = task.encode(" " + self.what.question)
-        room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
-        places = [0] if kind == "memorize" else sorted(random.integers(0, room + 1, size=len(self.facts)))
+        self.room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
+        places = [0] if kind == "memorize" else sorted(random.integers(0, self.room + 1, size=len(self.facts)))
         self.places = [int(place) for place in places]
-        self.room = room
 
     @property
     def repeats(self) -> float:
@@ -218,21 +208,19 @@ class MemorySample:
         return self.what.answer
 
     def __iter__(self) -> Iterator[SegmentOfSample]:
-        size = self.size
+        # each token above its mark
         buffer: list[Array] = []
-        marks: list[Array] = []
         filled = 0
         for part, fact in self._parts():
-            buffer.append(part)
-            marks.append(_mark(len(part), fact))
+            buffer.append(np.stack([part, _mark(len(part), fact)]))
             filled += len(part)
-            if filled >= size:
-                tokens, mark = np.concatenate(buffer), np.concatenate(marks)
-                whole = filled // size * size
-                for first in range(0, whole, size):
-                    inside = mark[first : first + size]
-                    yield SegmentOfSample(tokens[first : first + size], bool(inside.any()), _whole(inside))
-                buffer, marks, filled = [tokens[whole:]], [mark[whole:]], filled - whole
+            if filled >= self.size:
+                places = np.concatenate(buffer, axis=1)
+                while filled >= self.size:
+                    (tokens, mark), places = places[:, : self.size], places[:, self.size :]
+                    filled -= self.size
+                    yield SegmentOfSample(tokens, bool(mark.any()), _whole(mark))
+                buffer = [places]
 
     def _parts(self) -> Iterator[tuple[Array, bool]]:
         """Noise and facts in turn, then the question; a fact stands at the sentence border at or after its place."""
@@ -259,9 +247,9 @@ def _mark(length: int, fact: bool) -> Array:
 
 
 def _whole(mark: Array) -> bool:
-    """Whether all of some fact lies inside."""
-    begins, ends = np.flatnonzero(mark == 1), np.flatnonzero(mark == 2)
-    return bool(len(begins) and len(ends) and begins[0] < ends[-1])
+    """Whether all of some fact lies inside: a last token behind the first first one."""
+    begun = (mark == 1).cumsum() > 0
+    return bool((begun & (mark == 2)).any())
 
 
 class MemoryDocument:
@@ -351,15 +339,8 @@ class MemoryTask:
             kind: another task than the configuration's.
             size: another number of tokens in a segment.
         """
-        return MemorySample(
-            self,
-            self.noise(split),
-            segments,
-            [*seed, segments],
-            kind=kind or self.config.kind,
-            size=size or self.config.segment_length,
-            hardened=split == "train",
-        )
+        kind, size = kind or self.config.kind, size or self.config.segment_length
+        return MemorySample(self, split, segments, seed, kind, size)
 
     def negatives(self, kind: Kind) -> Negatives:
         """What hardens the noise of training."""
