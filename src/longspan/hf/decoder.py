@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,14 @@ from longspan.models import Head, StackState
 from longspan.models.head import CalledHead, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.state import all_or_nothing
+
+
+class CallOptions(TypedDict, total=False):
+    """What a call takes beside tokens and state, as of a `Decoder`."""
+
+    mask: Tensor | None
+    reset: Tensor | None
+    penalties: list[Tensor] | None
 
 
 class ConvertedDecoder(nn.Module):
@@ -102,39 +110,32 @@ class ConvertedDecoder(nn.Module):
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.layers)
 
     def forward(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
         """Logits (batch, length, vocab_size) and the next state; arguments as of a `Decoder`.
 
         Raises:
             DataError: a token outside the vocabulary.
         """
-        out, following = self._run(self.inner, tokens, state, mask, reset, penalties, logits_to_keep=0)
+        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=0)
         return out.logits, following
 
     def hidden(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim) of the model without its head.
-
-        Raises:
-            DataError: a token outside the vocabulary.
-        """
-        base = find(self.inner).family.base(self.inner)
-        out, following = self._run(base, tokens, state, mask, reset, penalties)
+        """Like a call, but what logits are made of: hidden states (batch, length, dim)."""
+        out, following = self._run(find(self.inner).family.base(self.inner), tokens, state, call)
         return out.last_hidden_state, following
+
+    def last(
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
+    ) -> tuple[Tensor, StackState]:
+        """Like a call, but only the logits (batch, vocab_size) of the last column."""
+        mask = call.get("mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ConfigError("last: a row ends in padding")
+        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=1)
+        return out.logits[:, -1], following
 
     def head(self) -> Head | CalledHead:
         """The language-model head.
@@ -144,30 +145,9 @@ class ConvertedDecoder(nn.Module):
         """
         return linear_head(self.inner.get_output_embeddings())
 
-    def last(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, StackState]:
-        """Like a call, but only the logits (batch, vocab_size) of the last column."""
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ConfigError("last: a row ends in padding")
-        out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
-        return out.logits[:, -1], following
-
     @all_or_nothing
     def _run(
-        self,
-        model: Any,
-        tokens: Tensor,
-        state: StackState | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        penalties: list[Tensor] | None,
-        **options: Any,
+        self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any
     ) -> tuple[Any, StackState]:
         # on another device this would wait for it
         inside = tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
@@ -180,14 +160,9 @@ class ConvertedDecoder(nn.Module):
         columns = int(before.live.max())
         for place, layer_state in zip(places, before.layers, strict=True):
             place.state, place.columns, place.is_initialized = layer_state, columns, True
-        out = model(
-            tokens,
-            attention_mask=None if mask is None else mask.long(),
-            use_cache=True,
-            reset=reset,
-            **{CACHE: cache},
-            **options,
-        )
+        mask, penalties = call.get("mask"), call.get("penalties")
+        options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
+        out = model(tokens, use_cache=True, **options)
         if penalties is not None:
             penalties.extend(last_penalties(self.inner))
         following = tuple(place.state for place in places)

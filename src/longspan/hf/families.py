@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.contract.base import Shape
+from longspan.contract.base import Core, Shape
 from longspan.errors import UnsupportedError
 
 
@@ -204,6 +204,11 @@ class Found:
 
     family: Family
     attentions: list[Any]
+
+    @property
+    def cores(self) -> dict[int, Core]:
+        """The mechanisms of converted attention modules, by layer."""
+        return {index: each.longspan for index, each in enumerate(self.attentions) if hasattr(each, "longspan_family")}
 
 
 def find(model: Any) -> Found:

@@ -1,5 +1,6 @@
 """The library's own models as models of transformers: `generate`, `Trainer`, `pipeline`, `save_pretrained`."""
 
+import contextlib
 import dataclasses
 from typing import Any, cast
 
@@ -39,10 +40,8 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
     if table["kind"] not in kinds:
         # the table names no kind: what is built decides
         table = as_kind(table, kinds[0])
-    if "memory" not in table:
-        return cast(nn.Module, build_model(table))
     # a recurrent memory looks at what its backbone returns, which tensors without data cannot say
-    with torch.device("cpu"):
+    with torch.device("cpu") if "memory" in table else contextlib.nullcontext():
         return cast(nn.Module, build_model(table))
 
 
@@ -206,13 +205,13 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         layers = None if inputs is None else (*(rows.scatter(each) for each in inputs), rows.scatter(h))
         return h, following, rows, layers
 
-    def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute blocks in the backward pass (always without re-entry)."""
         if not self._stack.config.reversible:  # whose blocks are recomputed in any case
             self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Recompute blocks in the backward pass (always without re-entry)."""
-        self._activation_checkpointing_enable()
+    # as the newest versions of transformers call it
+    _activation_checkpointing_enable = gradient_checkpointing_enable
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations."""
@@ -223,10 +222,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Whether blocks are recomputed."""
         return bool(self._stack.config.checkpoint or self._stack.config.reversible)
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """The same, by its newer name."""
-        return self.is_gradient_checkpointing
+    is_activation_checkpointing = is_gradient_checkpointing
 
 
 # transformers looks for GenerationMixin among the direct bases
