@@ -181,7 +181,12 @@ class MusicTask(ByteTask):
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
         tunes: dict[bytes, str] = {}
-        for name, data in self._files(source):
+        if source == "music":
+            folder = package_folder("music21", "these tunes") / "corpus"
+            files = read_source([str(folder / name) for name in TUNES], pattern="*.abc")
+        else:
+            files = read_source(source, pattern=self.config.pattern)
+        for name, data in files:
             for number, tune in enumerate(abc_tunes(data.tobytes())):
                 if len(tune) <= self.config.max_bytes:
                     tunes.setdefault(tune, f"{name}:{number}")
@@ -191,12 +196,6 @@ class MusicTask(ByteTask):
             )
         found = [(name, np.frombuffer(tune, dtype=np.uint8)) for tune, name in tunes.items()]
         return found, families([tune_keys(tune) for tune in tunes])
-
-    def _files(self, source: str | Sequence[str]) -> Named:
-        if source == "music":
-            folder = package_folder("music21", "these tunes") / "corpus"
-            return read_source([str(folder / name) for name in TUNES], pattern="*.abc")
-        return read_source(source, pattern=self.config.pattern)
 
 
 def families(keys: Sequence[set[bytes]]) -> Array:

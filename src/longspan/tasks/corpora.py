@@ -85,12 +85,8 @@ def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) ->
     Raises:
         DataError: a file is missing.
     """
-    folder = Path(source)
-    return {
-        "train": list(articles(_either(folder, "train"))),
-        "validation": list(articles(_either(folder, "valid"))),
-        "test": list(articles(_either(folder, "test"))),
-    }
+    files: dict[Split, str] = {"train": "train", "validation": "valid", "test": "test"}
+    return {split: list(articles(_either(Path(source), name))) for split, name in files.items()}
 
 
 def articles(path: Path) -> Iterator[Text]:

@@ -9,18 +9,19 @@ sentences of real documents, drawn one by one with the sample's own seed, so a s
 segment by segment and never held whole. Training, validation and test noise come from disjoint documents.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from longspan.errors import ConfigError, DataError
-from longspan.tasks.base import Array, Document, Documents, Piece
+from longspan.tasks.base import Array, Documents
 from longspan.tasks.sources import read_source
+from longspan.tasks.synthetic import Sample, SyntheticDocument
 from longspan.tasks.tokenizers import Subword, Tokenizer, load_tokenizer
 
 NAMES = ("Mary", "John", "Daniel", "Sandra")
@@ -222,6 +223,11 @@ class MemorySample:
                     yield SegmentOfSample(tokens, bool(mark.any()), _whole(mark))
                 buffer = [places]
 
+    def whole(self, answers: Sequence[int]) -> Sample:
+        """All tokens and, behind the question, the one of the answer, which alone is graded."""
+        tokens = np.concatenate([*(segment.tokens for segment in self), [answers[self.answer]]])
+        return Sample(tokens, np.arange(len(tokens) - 1) == len(tokens) - 2)
+
     def _parts(self) -> Iterator[tuple[Array, bool]]:
         """Noise and facts in turn, then the question; a fact stands at the sentence border at or after its place."""
         random = np.random.default_rng([*self.seed, 1])
@@ -250,27 +256,6 @@ def _whole(mark: Array) -> bool:
     """Whether all of some fact lies inside: a last token behind the first first one."""
     begun = (mark == 1).cumsum() > 0
     return bool((begun & (mark == 2)).any())
-
-
-class MemoryDocument:
-    """A sample as a document: its tokens, then, behind the question, the answer; nothing is made before it is cut."""
-
-    def __init__(self, sample: MemorySample, answers: Sequence[int]) -> None:
-        self.sample, self.answer = sample, answers[sample.answer]
-
-    def __len__(self) -> int:
-        return self.sample.segments * self.sample.size
-
-    @functools.cached_property
-    def _tokens(self) -> Array:
-        return np.concatenate([segment.tokens for segment in self.sample])
-
-    def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded); only the last place of the document counts."""
-        tokens = self._tokens[first:last]
-        targets = np.append(self._tokens[1:], self.answer)[first:last]
-        graded = np.arange(first, last) == len(self) - 1
-        return Piece(tokens, targets, graded, graded.astype(np.int64))
 
 
 class MemoryTask:
@@ -368,9 +353,8 @@ class MemoryTask:
         """Samples as documents of language modelling, in which only the answer behind the question is graded."""
         count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
-        items: list[Document] = [
-            MemoryDocument(self.sample(split, self.config.segments, [index]), answers) for index in range(count)
-        ]
+        samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
+        items = [SyntheticDocument(each.segments * each.size, partial(each.whole, answers)) for each in samples]
         return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
 
 
