@@ -95,11 +95,7 @@ def evaluate_lm(model: Any, task: Any, documents: "Documents", options: Evaluate
 
 
 def windows_of(contexts: str) -> "list[Window]":
-    """The windows of `N[:STRIDE],...`.
-
-    Raises:
-        ConfigError: something else.
-    """
+    """The windows of `N[:STRIDE],...`. Raises ConfigError: something else."""
     from longspan.train.lm_evaluation import Window
 
     windows = []

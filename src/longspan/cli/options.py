@@ -50,11 +50,7 @@ def check_page(folder: Path) -> Path:
 
 
 def check_state(path: Path | None) -> Path | None:
-    """The file of `--save-state`, which can be written.
-
-    Raises:
-        CheckpointError: it cannot.
-    """
+    """The file of `--save-state`, which can be written. Raises CheckpointError: it cannot."""
     return None if path is None else check_output_file(path, "--save-state")
 
 

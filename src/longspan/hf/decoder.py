@@ -138,11 +138,7 @@ class ConvertedDecoder(nn.Module):
         return out.logits[:, -1], following
 
     def head(self) -> Head | CalledHead:
-        """The language-model head.
-
-        Raises:
-            UnsupportedError: it is no plain linear map.
-        """
+        """The language-model head. Raises UnsupportedError: it is no plain linear map."""
         return linear_head(self.inner.get_output_embeddings())
 
     @all_or_nothing
@@ -269,11 +265,7 @@ def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Open
 
 
 def open_tokenizer(source: str | Path, **options: Any) -> Any:
-    """A tokenizer of transformers, from a folder or a hub.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """A tokenizer of transformers, from a folder or a hub. Raises CheckpointError: it cannot be read."""
     from transformers import AutoTokenizer
 
     with readable(source):

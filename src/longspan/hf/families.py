@@ -32,11 +32,7 @@ class Family:
         raise NotImplementedError
 
     def shape(self, model: Any, attention: Any) -> Shape:
-        """Its sizes.
-
-        Raises:
-            UnsupportedError: logits or positions are scaled in a way that no mixer does.
-        """
+        """Its sizes. Raises UnsupportedError: logits or positions are scaled in a way that no mixer does."""
         raise NotImplementedError
 
     def max_positions(self, model: Any) -> int | None:
@@ -212,11 +208,7 @@ class Found:
 
 
 def find(model: Any) -> Found:
-    """The family of a model.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
+    """The family of a model. Raises UnsupportedError: there is none."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for family in _FAMILIES:
         if kind in family.model_types:

@@ -247,11 +247,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
 
 
 def _bytes(value: Any, where: str, field: str) -> Array:
-    """A cell as bytes; none of a missing one.
-
-    Raises:
-        DataError: it is no text; `where` says which file and row.
-    """
+    """A cell as bytes; none of a missing one. Raises DataError: it is no text; `where` says which file and row."""
     if not isinstance(value, str | bytes | None):
         raise DataError(f"{where}: {field!r} is of type {type(value).__name__}, not text; set task.field")
     try:

@@ -153,11 +153,7 @@ def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]
 
 
 def file_text(name: str, path: Path) -> Text:
-    """A file as a document.
-
-    Raises:
-        DataError: it is not there.
-    """
+    """A file as a document. Raises DataError: it is not there."""
     try:
         return Text(name, path.stat().st_size, lambda: read_file(path))
     except OSError as error:
@@ -192,11 +188,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def read_file(path: Path) -> Array:
-    """(bytes,) uint8 of a file, mapped where it is large.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """(bytes,) uint8 of a file, mapped where it is large. Raises DataError: it cannot be read."""
     try:
         if path.stat().st_size >= MAPPED_BYTES:
             return np.memmap(path, dtype=np.uint8, mode="r")

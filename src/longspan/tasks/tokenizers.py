@@ -85,11 +85,7 @@ class EngineTokenizer(Tokenizer):
         self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(tokens,) uint16 or uint32; a long text in parallel.
-
-        Raises:
-            DataError: not UTF-8.
-        """
+        """(tokens,) uint16 or uint32; a long text in parallel. Raises DataError: not UTF-8."""
         chunks, parts = _chunks(utf8(data, name)), []
         for first in range(0, len(chunks), _TOGETHER):
             encoded = self.engine.encode_batch_fast(chunks[first : first + _TOGETHER], add_special_tokens=False)
@@ -188,11 +184,7 @@ def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer that a run saved.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
+    """Read a tokenizer that a run saved. Raises CheckpointError: missing or damaged."""
     from tokenizers import Tokenizer as Engine
 
     from longspan.tasks.words import Words
@@ -213,11 +205,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def utf8(data: bytes | Array, name: str) -> str:
-    """Bytes as text.
-
-    Raises:
-        DataError: they are not UTF-8; says where.
-    """
+    """Bytes as text. Raises DataError: they are not UTF-8; says where."""
     try:
         return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
