@@ -49,25 +49,27 @@ def put(array: Array, device: torch.device) -> Tensor:
     return remember(torch.tensor(array, device=device), array)
 
 
-def derive(function: Function, *tensors: Tensor) -> Tensor:
-    """`function` of tensors, which knows its values where they do; it must mean the same for arrays as for tensors."""
+def derive(function: Function, *tensors: Tensor, on_arrays: Function | None = None) -> Tensor:
+    """`function` of tensors, which knows its values where they all do.
+
+    Args:
+        function: of the tensors.
+        tensors: its arguments.
+        on_arrays: the same of arrays; default: `function` itself, where it means the same for both.
+    """
     out: Tensor = function(*tensors)
     known = [getattr(tensor, _NAME, None) for tensor in tensors]
-    return out if any(array is None for array in known) else remember(out, np.asarray(function(*known)))
+    return out if any(array is None for array in known) else remember(out, np.asarray((on_arrays or function)(*known)))
 
 
 def maximum(one: Tensor, other: Tensor) -> Tensor:
     """The larger of two tensors, knowing its values where both do."""
-    first, second = (getattr(tensor, _NAME, None) for tensor in (one, other))
-    out = torch.maximum(one, other)
-    return out if first is None or second is None else remember(out, np.maximum(first, second))
+    return derive(torch.maximum, one, other, on_arrays=np.maximum)
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:
     """(1 or rows, n) to (rows, n), knowing its values where the tensor does."""
-    array = getattr(tensor, _NAME, None)
-    out = tensor.expand(rows, -1)
-    return out if array is None else remember(out, np.broadcast_to(array, tuple(out.shape)))
+    return derive(lambda x: x.expand(rows, -1), tensor, on_arrays=lambda x: np.broadcast_to(x, (rows, x.shape[1])))
 
 
 def values(tensor: Tensor) -> Array | None:
