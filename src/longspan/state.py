@@ -11,7 +11,6 @@ that only grow are in fp64 where the device has it, and named by a method `sums(
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -25,7 +24,6 @@ from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = [
     "State",
@@ -277,24 +275,23 @@ def owned(undo: Undo | None = None) -> Iterator[None]:
         _undo.reset(tokens[0])
 
 
-def all_or_nothing(function: Function) -> Function:
-    """Makes of a function one that takes back what it wrote outside its state (stores on disk) when it raises."""
+def all_or_nothing() -> contextlib.AbstractContextManager[None]:
+    """Inside, what is written outside the state (stores on disk) is taken back where the block raises; blocks nest."""
+    inner = torch.compiler.is_compiling() or _undo.get() is not None
+    return contextlib.nullcontext() if inner else _undoing()
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _undo.get() is not None:
-            return function(*args, **kwargs)
-        undo = Undo()
-        token = _undo.set(undo)
-        try:
-            return function(*args, **kwargs)
-        except BaseException:
-            undo.run()
-            raise
-        finally:
-            _undo.reset(token)
 
-    return cast(Function, call)
+@contextlib.contextmanager
+def _undoing() -> Iterator[None]:
+    undo = Undo()
+    token = _undo.set(undo)
+    try:
+        yield
+    except BaseException:
+        undo.run()
+        raise
+    finally:
+        _undo.reset(token)
 
 
 def on_failure(step: Callable[[], Any]) -> None:

@@ -1,6 +1,7 @@
 """The contract of every mechanism: `y, state = mixer(x, state)`, built from projections and a core."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -190,7 +191,6 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
-    @host.eager
     def run(
         self,
         q: Tensor,
@@ -204,7 +204,7 @@ class Core(nn.Module):
     ) -> tuple[Tensor, Any]:
         """What layers call: `forward` with the state in the types of this call, and a gradient for every parameter.
 
-        torch.compile leaves it alone: tiles depend on values that the host has read.
+        torch.compile is to leave it alone: tiles depend on values that the host has read.
         """
         state = self.fit(state, k, hidden)
         out, state = self(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self))
@@ -318,7 +318,6 @@ class Mixer(nn.Module):
         """The facts about this instance."""
         return self.core.traits
 
-    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,
@@ -333,8 +332,9 @@ class Mixer(nn.Module):
             raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
         offset = self._offset(x, state)
         rows = Rows(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
-        y, state = self.mix(rows.gather(x), state, rows, penalties)
-        return rows.scatter(y), state
+        with states.all_or_nothing():
+            y, state = self.mix(rows.gather(x), state, rows, penalties)
+            return rows.scatter(y), state
 
     def _offset(self, x: Tensor, state: Any) -> Tensor:
         if state is not None and not self.traits.streams:
@@ -361,7 +361,9 @@ class Mixer(nn.Module):
         """
         q, k, v = self.projections(x)
         hidden = self._hidden(x)
-        out, state = self.core.run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        compiling = torch.compiler.is_dynamo_compiling()
+        run = functools.partial(host.uncompiled, self.core.run) if compiling else self.core.run
+        out, state = run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 

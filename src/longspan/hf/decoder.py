@@ -157,7 +157,6 @@ class ConvertedDecoder(nn.Module):
         out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
         return out.logits[:, -1], following
 
-    @all_or_nothing
     def _run(
         self,
         model: Any,
@@ -182,18 +181,19 @@ class ConvertedDecoder(nn.Module):
         columns = int(before.live.max())
         for place, layer_state in zip(places, before.layers, strict=True):
             place.state, place.columns, place.is_initialized = layer_state, columns, True
-        out = model(
-            tokens,
-            attention_mask=None if mask is None else mask.long(),
-            use_cache=True,
-            reset=reset,
-            **{CACHE: cache},
-            **options,
-        )
-        if penalties is not None:
-            penalties.extend(last_penalties(self.inner))
-        following = tuple(place.state for place in places)
-        return out, StackState(following, following[0].live)
+        with all_or_nothing():
+            out = model(
+                tokens,
+                attention_mask=None if mask is None else mask.long(),
+                use_cache=True,
+                reset=reset,
+                **{CACHE: cache},
+                **options,
+            )
+            if penalties is not None:
+                penalties.extend(last_penalties(self.inner))
+            following = tuple(place.state for place in places)
+            return out, StackState(following, following[0].live)
 
 
 def open_for_streams(model: Any) -> Any:

@@ -29,6 +29,7 @@ from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+from longspan.state import all_or_nothing
 
 _LOGGER: Any = logging.get_logger(__name__)
 
@@ -202,7 +203,8 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             )
             return (h if seen is None else h.masked_fill(~seen, 0)), following, rows, None
         inputs: list[Tensor] | None = [] if hidden_states else None
-        h, following, rows = self.model.run(input_ids, state, mask, reset, penalties, inputs_embeds, inputs=inputs)
+        with all_or_nothing():
+            h, following, rows = self.model.run(input_ids, state, mask, reset, penalties, inputs_embeds, inputs=inputs)
         layers = None if inputs is None else (*(rows.scatter(each) for each in inputs), rows.scatter(h))
         return h, following, rows, layers
 

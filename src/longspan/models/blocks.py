@@ -102,13 +102,13 @@ class Block(nn.Module):
         self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
-        if self.post:
-            penalties: list[Tensor] = []
-            y, state = self.mixer.mix(h, state, rows, penalties if collect_penalties else None)
-            h = self.mixer_norm(h + y)
-            return self.ffn_norm(h + self.ffn(h)), state, penalties
-        y, state, penalties = self.attend(h, state, rows, collect_penalties)
+        penalties: list[Tensor] = []
+        x = h if self.post else self.mixer_norm(h)
+        y, state = self.mixer.mix(x, state, rows, penalties if collect_penalties else None)
         h = h + y
+        if self.post:
+            h = self.mixer_norm(h)
+            return self.ffn_norm(h + self.ffn(h)), state, penalties
         return h + self.feed(h), state, penalties
 
     def attend(

@@ -54,7 +54,6 @@ class Decoder(Stack):
             nn.init.normal_(output.weight, std=config.init_std)
         return output
 
-    @all_or_nothing
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -69,12 +68,13 @@ class Decoder(Stack):
         """See the class; `give` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
         if give == "head":
             return self._head()
-        h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
-        if give == "hidden":
-            return rows.scatter(h), following
-        if give == "last":
-            return self._head().logits(last_of_each_row(h, rows)), following
-        return rows.scatter(self._head().logits(h)), following
+        with all_or_nothing():
+            h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
+            if give == "hidden":
+                return rows.scatter(h), following
+            if give == "last":
+                return self._head().logits(last_of_each_row(h, rows)), following
+            return rows.scatter(self._head().logits(h)), following
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
@@ -109,7 +109,6 @@ class Decoder(Stack):
         out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
         return cast("tuple[Tensor, StackState | None]", out)
 
-    @all_or_nothing
     def last(
         self,
         tokens: Tensor,

@@ -205,7 +205,6 @@ class RecurrentMemory(nn.Module):
         """
         return self.adapter.head()
 
-    @states.all_or_nothing
     @host.eager
     def run(
         self,
@@ -219,32 +218,30 @@ class RecurrentMemory(nn.Module):
         traces: list[Trace] | None,
     ) -> tuple[tuple[Tensor, Tensor | None], RecurrentState | None, Rows]:
         """A call up to the hidden states: ((B, N, dim) hidden, (B, N, 1) bool shown), the next state, the rows."""
-        size = self._size(state)
         stream = self.config.alignment == "left"
-        offset = states.live(state, tokens.shape[0], tokens.device)
-        rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
-        ids = rows.gather(tokens)
-        layout = lay_out(rows, size, self.config.alignment)
-        old = None if state is None or not stream else state.tokens
-        flushed = flush or self.adapter.causal
-        segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-        carried = self._carried(state, rows)
-        shown, carried, found = self._all(segments, carried, penalties)
-        if traces is not None:
-            traces += found
-        self._penalise(found, penalties)
-        if not segments:
-            return (
-                (carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype), None),
-                self._next(state, carried, ids, rows),
-                rows,
-            )
-        hidden = layout.collect(torch.cat(shown, 1) if len(shown) > 1 else shown[0])
-        hidden = with_gradients(hidden, self.cell)  # nothing is written where no segment closes, nor read in the first
-        if all(segment.whole for segment in segments):
-            return (hidden, None), self._next(state, carried, ids, rows), rows
-        seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
-        return (hidden, seen), self._next(state, carried, ids, rows), rows
+        with states.all_or_nothing():
+            size = self._size(state)
+            offset = states.live(state, tokens.shape[0], tokens.device)
+            rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
+            ids = rows.gather(tokens)
+            layout = lay_out(rows, size, self.config.alignment)
+            old = None if state is None or not stream else state.tokens
+            flushed = flush or self.adapter.causal
+            segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
+            shown, carried, found = self._all(segments, self._carried(state, rows), penalties)
+            if traces is not None:
+                traces += found
+            self._penalise(found, penalties)
+            following = self._next(state, carried, ids, rows)
+            if not segments:
+                hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
+                return (hidden, None), following, rows
+            # nothing is written where no segment closes, nor read in the first
+            hidden = with_gradients(layout.collect(torch.cat(shown, 1)), self.cell)
+            if all(segment.whole for segment in segments):
+                return (hidden, None), following, rows
+            seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
+            return (hidden, seen), following, rows
 
     def last(
         self,

@@ -143,53 +143,44 @@ class Stepper(Optimization):
         Raises:
             DivergedError: the loss or the gradient is not finite; parameters are as before the step.
         """
+        config, group = self.config, self.group
         own_tokens = sum(int(batch.graded.sum()) for batch in batches)
         own_units = sum(int(batch.sizes.sum()) for batch in batches)
-        tokens, units = self.group.sum(own_tokens, own_units)
+        tokens, units = group.sum(own_tokens, own_units)
         self.begin()
-        rows = batches[0].tokens.shape[0] // self.config.accumulation
+        rows = batches[0].tokens.shape[0] // config.accumulation
+        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
+        calls = len(batches) * config.accumulation * group.world_size
         nats = 0.0
-        for index in range(self.config.accumulation):
-            part = [batch.rows(index * rows, (index + 1) * rows).to(self.group.device) for batch in batches]
-            nats += self._backward(index, part, max(tokens, 1.0))
-        (nats,) = self.group.sum(nats)
+        for index, state in enumerate(self.carried):
+            losses, penalties = list[Tensor](), list[Tensor]()
+            for batch in batches:
+                part = batch.rows(index * rows, (index + 1) * rows).to(group.device)
+                layout = {"mask": part.mask, "reset": part.reset, "penalties": penalties}
+                with self._autocast():
+                    if self.by_head:
+                        hidden, state = self.model.hidden(part.tokens, state, **layout)
+                        head, chunk = self.model.head(), config.loss_chunk
+                        loss = chunked_next_token_loss(hidden, head, part.targets, part.graded, chunk=chunk)
+                    else:
+                        logits, state = self.model(part.tokens, state, **layout)
+                        loss = next_token_loss(logits, part.targets, part.graded)
+                losses.append(loss)
+                state = state if self.carry else None
+            total = torch.stack(losses).sum()
+            with_penalties(total / max(tokens, 1.0), penalties, calls).backward()
+            # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
+            self.carried[index] = None if state is None else states.clone(states.detach(state))
+            nats += float(total.detach())
+        (nats,) = group.sum(nats)
         if not math.isfinite(nats):
             raise DivergedError(f"the loss of step {step + 1} is {nats}")
-        self.group.sum_gradients(self.model.parameters())
+        group.sum_gradients(self.model.parameters())
         draw = self.model.draw
         norm = self.update(step, rate)
         if self.model.draw != draw:
-            self.carried = [None] * self.config.accumulation
+            self.carried = [None] * config.accumulation
         return StepResult(nats, int(tokens), int(units), norm)
-
-    def _backward(self, index: int, batches: Sequence[Batch], tokens: float) -> float:
-        """Add the gradient of one group of lanes; its summed nats."""
-        state, losses, penalties = self.carried[index], [], []
-        for batch in batches:
-            extra: list[Tensor] = []
-            with self._autocast():
-                nats, state = self._read(batch, state, extra)
-                losses.append(nats)
-            penalties += extra
-            if not self.carry:
-                state = None
-        nats = torch.stack(losses).sum()
-        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
-        calls = len(batches) * self.config.accumulation * self.group.world_size
-        with_penalties(nats / tokens, penalties, calls).backward()
-        # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
-        self.carried[index] = None if state is None else states.clone(states.detach(state))
-        return float(nats.detach())
-
-    def _read(self, batch: Batch, state: Any, penalties: list[Tensor]) -> tuple[Tensor, Any]:
-        """The summed nats of a call and the next state."""
-        rows = {"mask": batch.mask, "reset": batch.reset, "penalties": penalties}
-        if self.by_head:
-            hidden, state = self.model.hidden(batch.tokens, state, **rows)
-            head, chunk = self.model.head(), self.config.loss_chunk
-            return chunked_next_token_loss(hidden, head, batch.targets, batch.graded, chunk=chunk), state
-        logits, state = self.model(batch.tokens, state, **rows)
-        return next_token_loss(logits, batch.targets, batch.graded), state
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bfloat16":
