@@ -23,7 +23,7 @@ R = TypeVar("R")
 _NAME = "_longspan_values"
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """A call that torch.compile leaves as it is: the graph ends before it and goes on behind it."""
     return function(*args, **kwargs)
@@ -76,6 +76,13 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 def values(tensor: Tensor) -> Array | None:
     """The values of one tensor: remembered ones, else read; None where there are none."""
     return read([tensor])[0]
+
+
+def known(tensor: Tensor) -> Array:
+    """The values of a tensor that has them."""
+    array = values(tensor)
+    assert array is not None
+    return array
 
 
 def some(tensor: Tensor) -> bool:

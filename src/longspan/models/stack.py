@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan import state as states
-from longspan.contract.base import merge_traits, special_groups, why_no_stream
+from longspan.contract.base import merge_traits, optimizer_groups, why_no_stream
 from longspan.contract.maps import place_of
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
@@ -223,11 +223,30 @@ class Stack(nn.Module):
         return 8 * batch_size + sum(block.mixer.state_nbytes(batch_size, length, dtype) for block in self.layers)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past."""
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
+        adaptive softmax the whole distribution, of which losses need less).
+        """
+        positions = batch_size * length
+        return self.block_flops(length, batch_size) + self.embed_flops(positions) + self.output_flops(positions)
+
+    def block_flops(self, length: int, batch_size: int) -> int:
+        """FLOPs of the layers alone."""
         return sum(
             block.mixer.flops(length, batch_size=batch_size) + block.ffn.flops(batch_size * length)
             for block in self.layers
         )
+
+    def embed_flops(self, positions: int) -> int:
+        """FLOPs of the embeddings of so many tokens: none where they are looked up."""
+        return 0
+
+    def output_flops(self, positions: int) -> int:
+        """FLOPs of what follows the last norm at so many places."""
+        return 0
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """What logits need and hidden states do not; none where the embedding's weights are all."""
+        return []
 
     def pairs(self, length: int) -> int:
         """Attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
@@ -250,26 +269,11 @@ class Stack(nn.Module):
         return sum(block.mixer.draw for block in self.layers)
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser.
-
-        Weights of linear maps decay; embeddings, norms, biases and other vectors do not; groups that a mechanism
-        declares (gates, compressors) follow with their own settings.
-
-        Args:
-            lr: learning rate of the run.
-            weight_decay: of the run.
+        """Groups for a torch optimiser: weights of linear maps decay; embeddings, norms and vectors do not; groups that
+        a mechanism declares (gates, compressors) follow with their own settings.
         """
-        special = special_groups(self.cores(), lr=lr, weight_decay=weight_decay)
-        taken = {id(parameter) for group in special for parameter in group["params"]}
-        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} - taken
-        decay = [p for p in self.parameters() if id(p) in linear]
-        plain = [p for p in self.parameters() if id(p) not in linear and id(p) not in taken]
-        groups: list[dict[str, Any]] = [
-            {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
-            {"name": "plain", "params": plain, "lr": lr, "weight_decay": 0.0},
-            *special,
-        ]
-        return [group for group in groups if group["params"]]
+        linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return optimizer_groups(self.parameters(), linear, self.cores(), lr=lr, weight_decay=weight_decay)
 
     def cores(self) -> list[Core]:
         """The mechanisms of all layers."""

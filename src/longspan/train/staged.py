@@ -15,12 +15,10 @@ import torch
 
 from longspan.config import check_least, check_shares
 from longspan.contract.maps import place_of
-from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
-from longspan.train.schedule import fraction_done
 from longspan.train.step import DivergedError, Optimization
 
 
@@ -57,7 +55,7 @@ class StagedConfig(RunConfig):
 
     def rate(self, step: int, seconds: float) -> float:
         """What `lr` is multiplied with in step `step` (from 0)."""
-        done = fraction_done(self, step, seconds)
+        done = self.fraction_done(step, seconds)
         falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
         return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
 
@@ -162,7 +160,7 @@ class StagedTrainer(TrainingLoop):
 
     def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
         super().__init__(model, task, config, folder, group=Group(), display=display)
-        self.stages = self.first_stage()
+        self.stages = self.data = self.first_stage()
         self.optimization = Optimization(model, config, self.group)
 
     @property
@@ -177,14 +175,6 @@ class StagedTrainer(TrainingLoop):
     def read(self) -> Outcome:
         """Draw the batch of this step, add its gradient, and tell the curriculum."""
         raise NotImplementedError
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose model this trainer was made with."""
-        super().restore(checkpoint)
-        self.stages.load_state_dict(checkpoint.position.lanes)
-
-    def _rate(self) -> float:
-        return self.config.rate(self.position.step, self.position.seconds)
 
     def _train(self, rate: float) -> Outcome:
         step = self.position.step
@@ -205,6 +195,3 @@ class StagedTrainer(TrainingLoop):
 
     def _shown(self) -> dict[str, Any]:
         return {"stage": self.stages.words}
-
-    def _data_state(self) -> dict[str, Any]:
-        return self.stages.state_dict()

@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
 
 
 class Optimization:
-    """An optimiser, the learning rates its groups began with, and the random generators of a training.
+    """An optimiser, the learning rates its groups began with, random generators, and the states carried on (`carried`).
 
     Args:
         model: with `parameter_groups` and `after_step`.
@@ -50,6 +50,7 @@ class Optimization:
 
     def __init__(self, model: Any, config: Any, group: Group) -> None:
         self.model, self.group, self._clip = model, group, config.clip or math.inf
+        self.carried: list[Any] = []
         groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
         self.base_rates = [parameters["lr"] for parameters in groups]
         eps = getattr(config, "eps", 1e-8)
@@ -130,7 +131,7 @@ class Stepper(Optimization):
         super().__init__(model, config, group)
         self.config = config
         self.carry = config.carry and model.traits.streams
-        self.carried: list[Any] = [None] * config.accumulation
+        self.carried = [None] * config.accumulation
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
         """Train on the next segments of this process's lanes.
@@ -155,7 +156,7 @@ class Stepper(Optimization):
         for index, state in enumerate(self.carried):
             losses, penalties = list[Tensor](), list[Tensor]()
             for batch in batches:
-                part = batch.rows(index * rows, (index + 1) * rows).to(group.device)
+                part = batch.at(slice(index * rows, (index + 1) * rows)).to(group.device)
                 layout = {"mask": part.mask, "reset": part.reset, "penalties": penalties}
                 with self._autocast():
                     if self.by_head:
