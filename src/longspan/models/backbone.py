@@ -23,11 +23,8 @@ from longspan.models.stack import Around
 
 
 class Ran(NamedTuple):
-    """One run of a backbone over a segment.
-
-    Attributes:
-        hidden: (batch, length, dim) last hidden states, after the last norm; zeros at padding.
-        state: the backbone's state where it carries one, else None.
+    """One run of a backbone over a segment: hidden states (batch, length, dim) after the last norm, zeros at padding,
+    and the backbone's state where it carries one, else None.
     """
 
     hidden: Tensor

@@ -34,25 +34,17 @@ class Decoder(Stack):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.output = self._make_output(config)
+        # what the output layer has of its own, its bias aside; None: the embedding's weights
+        self.output: nn.Module | None = AdaptiveSoftmax(config) if config.adaptive else None
+        if not (config.adaptive or config.tie_embeddings):
+            self.output = output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+            sparse = config.init == "sparse"
+            nn.init.zeros_(output.weight) if sparse else nn.init.normal_(output.weight, std=config.init_std)
         bias = torch.zeros(config.vocab_size) if config.output_bias and not config.adaptive else None
         self.output_bias = None if bias is None else nn.Parameter(bias)
 
     def _make_embedding(self) -> nn.Module:
         return AdaptiveEmbedding(self.config) if self.config.adaptive else super()._make_embedding()
-
-    def _make_output(self, config: DecoderConfig) -> nn.Module | None:
-        """What the output layer has of its own, its bias aside; None: the embedding's weights."""
-        if config.adaptive:
-            return AdaptiveSoftmax(config)
-        if config.tie_embeddings:
-            return None
-        output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
-        if config.init == "sparse":
-            nn.init.zeros_(output.weight)
-        else:
-            nn.init.normal_(output.weight, std=config.init_std)
-        return output
 
     def forward(
         self,

@@ -17,7 +17,7 @@ l + s can run together (diagonal batching, Sivtsov et al. 2025): `diagonals` run
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ from longspan.errors import UnsupportedError
 from longspan.host import Array
 from longspan.mixers import Rows
 from longspan.models.backbone import Backbone, OwnBackbone
+from longspan.models.config import RecurrentConfig
 from longspan.models.memory_update import PaperUpdate
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
 from longspan.models.token_memory import (
     Carried,
@@ -45,13 +45,7 @@ from longspan.models.token_memory import (
 
 
 class Associative(nn.Module):
-    """The memory's maps in one layer.
-
-    Args:
-        dim: width of the backbone.
-        memory_dim: of keys and queries before the feature map.
-        nu: of the feature map.
-    """
+    """The memory's maps in one layer: `memory_dim` wide for keys and queries before the feature map, which has `nu`."""
 
     def __init__(self, dim: int, memory_dim: int, nu: int) -> None:
         super().__init__()
@@ -101,12 +95,7 @@ class _Around:
 
 
 class LayerMemory(nn.Module):
-    """The memories of all layers.
-
-    Args:
-        config: of the RecurrentMemory.
-        backbone: of this library, or a Hugging Face model whose layers can be found.
-    """
+    """The memories of all layers, of this library's models or of Hugging Face models whose layers can be found."""
 
     def __init__(self, config: RecurrentConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -130,9 +119,7 @@ class LayerMemory(nn.Module):
 
     def layer(self, index: int) -> Associative:
         """The maps of a layer."""
-        found = self.maps[index]
-        assert isinstance(found, Associative)
-        return found
+        return cast(Associative, self.maps[index])
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
@@ -178,12 +165,7 @@ class LayerMemory(nn.Module):
 
     def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
         """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
-        the mechanism's kernels run for several layers at once. Those that do not go segment by segment.
-
-        Args:
-            backbone: of the memory.
-            segments: of the call.
-            penalised: auxiliary losses are wanted.
+        the mechanism's kernels run for several layers at once, without auxiliary losses that are wanted (`penalised`).
         """
         if not isinstance(backbone, OwnBackbone) or len(segments) < 2 or not backbone.alike():
             return False
@@ -228,11 +210,9 @@ class LayerMemory(nn.Module):
         """All segments, layers of one diagonal as one batch; the result of `step` after `step`.
 
         Args:
-            backbone: see `can_batch`.
-            segments: of the call.
-            carried: what the first one finds, emptied where a document begins with it.
-            left: (segments, batch) segments to each row's end, this one included.
-            horizon: `bptt_segments`.
+            backbone, segments: see `can_batch`.
+            carried: what the first segment finds, emptied where a document begins with it.
+            left, horizon: see `cut_graph`; left is (segments, batch).
         """
         assert isinstance(backbone, OwnBackbone)
         stack, blocks = backbone.stack, list(backbone.stack.blocks)

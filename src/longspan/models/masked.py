@@ -24,10 +24,7 @@ class MaskedLM(Stack):
     Args of a call:
         tokens: (batch, length) token ids, some of them replaced; which, says the task.
         state: None.
-        mask: (batch, length) bool, True = real token.
-        reset: (batch, length) bool, True = a new document starts here; documents do not see each other.
-        penalties: a list to which auxiliary losses are appended.
-        inputs_embeds: (batch, length, dim) in place of tokens.
+        mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
     Returns of a call:
         Logits (batch, length, vocab_size), zeros at padding, and None.

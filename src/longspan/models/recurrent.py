@@ -34,11 +34,11 @@ from longspan.contract.maps import place_of, table_of
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
+from longspan.models.config import RecurrentConfig
 from longspan.models.decoder import Decoder, last_of_each_row
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
 from longspan.models.token_memory import Carried, TokenMemory, Trace, cut_graph
 from longspan.models.wrappers import unwrapped

@@ -20,12 +20,7 @@ from longspan.models.reversible import run_reversible
 
 
 class StackState(NamedTuple):
-    """The state of a model.
-
-    Attributes:
-        layers: one mixer state a layer.
-        live: (batch,) int64, live tokens of each row.
-    """
+    """The state of a model: one mixer state a layer, and the live tokens (batch,) int64 of each row."""
 
     layers: tuple[Any, ...]
     live: Tensor

@@ -12,8 +12,8 @@ from longspan import state as states
 from longspan.contract.maps import table_of
 from longspan.host import Array
 from longspan.models.backbone import Backbone
+from longspan.models.config import RecurrentConfig
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
 
 
@@ -140,12 +140,8 @@ def assemble(
 
 
 class TokenMemory(nn.Module):
-    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`.
-
-    Args:
-        config: of the RecurrentMemory.
-        dim: width of the backbone.
-        std: of the initial memory.
+    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`. It is as
+    wide as the backbone (`dim`) and begins with a standard deviation of `std`.
     """
 
     def __init__(self, config: RecurrentConfig, dim: int, std: float) -> None:

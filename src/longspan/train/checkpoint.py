@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan import state as states
 from longspan.errors import CheckpointError
@@ -165,27 +164,3 @@ def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group
         # cloned into memory of torch's own alignment, on which the last bit of a matrix product may depend
         result.append(states.clone(states.load(file, like=model.init_state(1))[0]) if file.exists() else None)
     return result
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name: `optimizer.exp_avg.layers.0...`."""
-    return {
-        f"optimizer.{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser what `optimizer_tensors` took from it."""
-    parameters = dict(model.named_parameters())
-    for path, value in tensors.items():
-        kind, _, rest = path.partition(".")
-        if kind != "optimizer":
-            continue
-        key, _, name = rest.partition(".")
-        if name not in parameters:
-            continue  # of a parameter that nothing used, which earlier versions had
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.clone().to(parameter.device)

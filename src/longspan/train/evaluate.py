@@ -17,10 +17,9 @@ from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head
 from longspan.train.distributed import Group
-from longspan.train.lanes import Batch, Lanes
+from longspan.train.lanes import Batch, Lanes, windows
 from longspan.train.loss import adaptive_head, head_nats, token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
-from longspan.train.windows import windows
 
 Progress = Callable[[int, int], bool | None]
 """Called after every call of the model with the tokens that this process has read and is to read; False ends it."""
@@ -230,12 +229,8 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
 
 
 def judge(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
-    """(batch, length) losses of targets, in nats.
-
-    Args:
-        out: logits; hidden states where a head is given, of whose distributions few rows exist at once.
-        targets: (batch, length).
-        head: adaptive, or None.
+    """(batch, length) losses of targets (batch, length) in nats, of logits, or of hidden states where there is an
+    adaptive head, of whose distributions few rows exist at once.
     """
     return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=_ROWS)
 

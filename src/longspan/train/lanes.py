@@ -93,6 +93,33 @@ def lay_out(documents: Documents, rows: Sequence[Sequence[Span]], width: int) ->
     )
 
 
+def windows(documents: Documents, width: int, places: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every place of every document once, a part of a document in each row, for models that carry nothing from call to
+    call. Parts of about equal length stand together, so little is padded.
+
+    Args:
+        documents: what is read.
+        width: places of a part, at most; the last of a document is what is left.
+        places: of a batch, padding included, unless one row has more.
+        rank, world_size: which process this is, and how many share the batches.
+    """
+    parts = [
+        Span(index, first, min(first + width, length))
+        for index, length in enumerate(documents.lengths.tolist())
+        for first in range(0, length, width)
+    ]
+    parts.sort(key=lambda part: part.first - part.last)
+    groups: list[list[Span]] = []
+    for part in parts:
+        longest = groups[-1][0].last - groups[-1][0].first if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= places:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    for group in groups[rank::world_size]:
+        yield lay_out(documents, [[part] for part in group], group[0].last - group[0].first)
+
+
 class Lanes(Iterator[Batch]):
     """Batches over documents; see the module.
 
@@ -105,8 +132,7 @@ class Lanes(Iterator[Batch]):
         longest_first: for a given order; the rows then end at about the same time.
         cut_long: whether documents longer than a lane's share are cut.
         restart: a further reset at every multiple of this position of a document: reading without memory.
-        rank: which process this is.
-        world_size: how many there are; they share the lanes evenly.
+        rank, world_size: which process this is, and how many share the lanes evenly.
 
     Raises:
         ConfigError: the processes cannot share the lanes evenly.

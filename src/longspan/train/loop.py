@@ -106,10 +106,8 @@ class TrainingLoop:
     def fit(self, publish: Callable[[], None] | None = None) -> Result:
         """Train to the end of the schedule, or until interrupted.
 
-        What was trained is in a checkpoint before anything else happens, the final evaluation included.
-
         Args:
-            publish: called in the main process between that checkpoint and the final evaluation.
+            publish: called in the main process between the last checkpoint and the final evaluation.
 
         Raises:
             DivergedError: the loss is no number any more; says at which step and what to go back to.
@@ -161,14 +159,9 @@ class TrainingLoop:
         position.lanes = self.data.state_dict()
         if log is not None:
             log.sync()
+        tensors, carried = self.optimization.tensors(), self.optimization.carried
         checkpoints.save(
-            self.checkpoints,
-            position,
-            self.model,
-            self.optimization.tensors(),
-            self.optimization.carried,
-            group=self.group,
-            keep=self.config.keep,
+            self.checkpoints, position, self.model, tensors, carried, group=self.group, keep=self.config.keep
         )
         self._saved_step = position.step
 

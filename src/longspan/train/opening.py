@@ -27,12 +27,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class OpenedRun(NamedTuple):
-    """A model to read with.
-
-    Attributes:
-        model: in evaluation mode, on its device.
-        task: ready to encode text; of a pretrained model a text task with its tokenizer.
-        notes: what whoever asked should know, a line each.
+    """A model in evaluation mode, on its device; a task ready to encode text (of a pretrained model a text task with
+    its tokenizer); and notes for whoever asked, a line each.
     """
 
     model: Any

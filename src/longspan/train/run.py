@@ -23,18 +23,16 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import write_json
 from longspan.models import build_model, resolve_model
-from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.config import TrainConfig
 from longspan.train.copying import CopyingConfig, CopyingTrainer
-from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
 from longspan.train.loop import Result, TrainingLoop
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.progress import Silent, make
-from longspan.train.recall import RecallTrainer
+from longspan.train.recall import CurriculumConfig, RecallTrainer
 from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
 from longspan.train.staged import StagedConfig, StagedTrainer
 from longspan.train.trainer import Trainer
@@ -166,8 +164,17 @@ def _train(
 ) -> Result:
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
-    task = _prepared_task(resolved["task"], folder, group)
-    _fit_vocabulary(resolved["model"], task)
+    task = tasks.build(resolved["task"])
+    if group.main:
+        task.prepare(folder)
+    group.barrier()
+    if not group.main:
+        task.prepare(folder, main=False)
+    known = resolved["model"].setdefault("vocab_size", task.vocab_size)
+    if known < task.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
+        )
     if isinstance(config, StagedConfig):
         _check_staged(resolved, config)
     checkpoint = newest_sound(folder / "checkpoints", display) if resume else None
@@ -254,25 +261,6 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
                     "keep it, or start another run"
                 )
     return resolved
-
-
-def _prepared_task(table: dict[str, Any], folder: Path, group: Group) -> Task:
-    task = tasks.build(table)
-    if group.main:
-        task.prepare(folder)
-    group.barrier()
-    if not group.main:
-        task.prepare(folder, main=False)
-    return task
-
-
-def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
-    """Set `vocab_size` where the recipe leaves it out."""
-    known = model.setdefault("vocab_size", task.vocab_size)
-    if known < task.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
-        )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ for bit.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +90,11 @@ class Stages:
         raise NotImplementedError
 
     def count(self, right: float | None, wanted: float) -> bool:
-        """Count a step, and end the stage where it is learnt or has lasted too long.
+        """Count a step, and end the stage where it is learnt or has lasted too long: whether a new one begins.
 
         Args:
             right: accuracy of its batch; None = the batch was not of this stage.
             wanted: accuracy over the last `window` batches of the stage that ends it.
-
-        Returns:
-            Whether a new stage begins.
         """
         config = self.config
         self.since += 1
@@ -112,23 +109,17 @@ class Stages:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("config", "full")}
+        return {key: value for key, value in vars(self).items() if key not in ("config", "full")}
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was outcome."""
-        for key, value in data.items():
-            setattr(self, key, value)
+        """Go on where `state_dict` was taken."""
+        vars(self).update(data)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step.
-
-    Attributes:
-        loss: on the answers, a mean over rows.
-        right: share of right answers.
-        rows, tokens: of the batch.
-        moved: a new stage begins.
+    """Of a step: the loss on the answers (a mean over rows), the share of right ones, rows and tokens of the batch, and
+    whether a new stage begins.
     """
 
     loss: float
@@ -146,13 +137,7 @@ class Outcome:
 
 class StagedTrainer(TrainingLoop):
     """Trains a model along a curriculum, in one process; a subclass says what a step reads and what is asked of it.
-
-    Args:
-        model: on the CPU or a GPU.
-        task: prepared; it knows the longest text that is trained on.
-        config: of the run.
-        folder: of the run.
-        display: what is shown.
+    Arguments as of the base; the task knows the longest text that is trained on.
     """
 
     config: StagedConfig

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from longspan import state as states
 from longspan.errors import ConfigError, LongspanError
 from longspan.mixers import with_penalties
-from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
@@ -64,11 +63,7 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int, rate: float) -> float:
-        """Step with `rate` times the learning rates; the norm of the gradient.
-
-        Args:
-            step: optimiser steps done before this one.
-            rate: what every group's learning rate is multiplied with.
+        """Step with `rate` times the learning rates, after `step` others; the norm of the gradient.
 
         Raises:
             DivergedError: the gradient is not finite; parameters are as before the step.
@@ -86,18 +81,28 @@ class Optimization:
 
     def tensors(self) -> dict[str, Tensor]:
         """Optimiser moments and random generators, those of all processes; every process calls it."""
-        found = optimizer_tensors(self.optimizer, self.model)
-        found["random.after_step"] = self.generator.get_state()
-        for rank, each in enumerate(self.group.gather(torch.get_rng_state())):
-            found[f"random.cpu.{rank}"] = each
+        tensors = {
+            f"optimizer.{key}.{name}": moment
+            for name, parameter in self.model.named_parameters()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(moment, Tensor)
+        }
+        tensors["random.after_step"] = self.generator.get_state()
+        states_of = {"cpu": torch.get_rng_state()}
         if self.group.device.type == "cuda":
-            for rank, each in enumerate(self.group.gather(torch.cuda.get_rng_state(self.group.device))):
-                found[f"random.cuda.{rank}"] = each
-        return found
+            states_of["cuda"] = torch.cuda.get_rng_state(self.group.device)
+        for kind, own in states_of.items():
+            tensors |= {f"random.{kind}.{rank}": state for rank, state in enumerate(self.group.gather(own))}
+        return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
-        load_optimizer(self.optimizer, self.model, tensors)
+        parameters = dict(self.model.named_parameters())
+        for path, moment in tensors.items():
+            kind, key, name = (*path.split(".", 2), "", "")[:3]
+            # earlier versions had parameters that nothing used
+            if kind == "optimizer" and name in parameters:
+                self.optimizer.state[parameters[name]][key] = moment.clone().to(parameters[name].device)
         self.generator.set_state(tensors["random.after_step"])
         if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
             torch.set_rng_state(cpu)

@@ -44,13 +44,7 @@ def watch_layers(
 
 @dataclass
 class Support:
-    """Sums over the tokens read.
-
-    Attributes:
-        kept: (heads,) fp64 keys that got a weight.
-        seen: (heads,) fp64 keys that could have got one.
-        queries: tokens.
-    """
+    """Sums over the tokens read: (heads,) fp64 keys that got a weight (`kept`) and that could have got one (`seen`)."""
 
     kept: Tensor
     seen: Tensor
