@@ -23,16 +23,19 @@ R = TypeVar("R")
 _NAME = "_longspan_values"
 
 
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that torch.compile leaves as it is: the graph ends before it and goes on behind it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """A call that torch.compile leaves as it is: the graph ends before it and goes on behind it."""
+    return function(*args, **kwargs)
 
-    For what depends on values that the host reads, and for the library's autograd functions.
-    """
-    outside: Callable[P, R] = torch.compiler.disable(function)
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """A function all of whose calls are `uncompiled`: for what depends on values that the host reads."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return outside(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
+        compiling = torch.compiler.is_dynamo_compiling()
+        return uncompiled(function, *args, **kwargs) if compiling else function(*args, **kwargs)
 
     return call
 
@@ -75,6 +78,13 @@ def expand(tensor: Tensor, rows: int) -> Tensor:
 def values(tensor: Tensor) -> Array | None:
     """The values of one tensor: remembered ones, else read; None where there are none."""
     return read([tensor])[0]
+
+
+def known(tensor: Tensor) -> Array:
+    """The values of a tensor that has them."""
+    array = values(tensor)
+    assert array is not None
+    return array
 
 
 def some(tensor: Tensor) -> bool:

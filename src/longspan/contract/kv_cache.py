@@ -22,13 +22,8 @@ class HasKeys(Protocol):
 
 
 def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[Tensor, Tensor, int]:
-    """A call's keys and values behind those of the state, and how many columns the state has.
-
-    Args:
-        state: None = no columns.
-        k: (batch, kv_heads, length, head_dim).
-        v: like k.
-        grows: the state has no fixed size, so a session may fill a buffer of its own in place.
+    """A call's keys and values (batch, kv_heads, length, head_dim) behind those of the state, and how many columns the
+    state has. `grows`: it has no fixed size, so a session may fill a buffer of its own in place.
     """
     if state is None:
         return k, v, 0
@@ -40,13 +35,8 @@ def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[T
 def carried(
     state: HasKeys | None, k: Tensor, v: Tensor, joined: tuple[Tensor, Tensor], rows: Rows, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
-    """What the next state holds: the last `capacity` columns, or every live one.
-
-    Args:
-        state, k, v: as given to `join`.
-        joined: what it returned.
-        rows: of the call.
-        capacity: columns of a bounded state; None = it grows, and `joined` serves where it is just that.
+    """What the next state holds: the last `capacity` columns, or (None) every live one, which may be all that `join`
+    returned.
     """
     memory = 0 if state is None else state.k.shape[2]
     if capacity is None:

@@ -4,7 +4,7 @@ A call that stays within the open segment (decoding) reads the memory as it is; 
 whole segments; any other is spread over whole segments first, with holes between documents.
 """
 
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,34 +54,11 @@ class SegmentCore(Core):
         """What the memory is held in where activations are of `dtype`: fp32 at least."""
         return torch.promote_types(dtype, torch.float32)
 
-    @abstractmethod
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        state: ops.SegmentMemory | None,
-        local: Local,
-        real: Tensor | None,
-        begins: Tensor | None,
-    ) -> tuple[Tensor, ops.SegmentMemory]:
-        """Columns of which column 0 opens a segment; see `ops.infini_attention`."""
-
-    @abstractmethod
-    def attend_open(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        state: ops.SegmentMemory | None,
-        local: Local,
-        lengths: Tensor | None,
-        memory_lengths: Tensor | None,
-        closes: Tensor,
-    ) -> tuple[Tensor, ops.SegmentMemory]:
-        """A call within the open segment; see `ops.infini_open`."""
+    attend: Callable[..., tuple[Tensor, ops.SegmentMemory]]
+    """(q, k, v, *, state, local, real, begins): column 0 opens a segment; see `ops.infini_attention`."""
+    attend_open: Callable[..., tuple[Tensor, ops.SegmentMemory]]
+    """(q, k, v, *, state, local, lengths, memory_lengths, closes): a call within the open segment; see
+    `ops.infini_open`."""
 
     def forward(
         self,
@@ -116,11 +93,9 @@ class SegmentCore(Core):
     ) -> tuple[Tensor, ops.SegmentMemory]:
         layout = rows.segments(self.segment)
         begins = rows.cached(("begins", self.segment), lambda: host.put(layout.begins(), rows.device))
-        q = layout.spread(q)
-        k = layout.spread(k, None if state is None else state.k)
-        v = layout.spread(v, None if state is None else state.v)
-        local = self._turned(q, k)
-        out, memory = self.attend(q, k, v, state=before, local=local, real=layout.real, begins=begins)
+        old_k, old_v = (None, None) if state is None else (state.k, state.v)
+        q, k, v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
+        out, memory = self.attend(q, k, v, state=before, local=self._turned(q, k), real=layout.real, begins=begins)
         return layout.collect(out), memory
 
     def _turned(self, q: Tensor, k: Tensor) -> Local:
@@ -132,13 +107,7 @@ class SegmentCore(Core):
         return ops.rotate(q, *table), ops.rotate(k, *table)
 
     def _inside(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: SegmentState | None,
-        before: ops.SegmentMemory | None,
-        rows: Rows,
+        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
     ) -> tuple[Tensor, ops.SegmentMemory]:
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
@@ -147,16 +116,9 @@ class SegmentCore(Core):
             place = torch.arange(k.shape[2], device=q.device)[None]
             cos, sin = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
             local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
-        return self.attend_open(
-            q,
-            k,
-            v,
-            state=before,
-            local=local,
-            lengths=rows.lengths,
-            memory_lengths=rows.opened(self.segment) if older else None,
-            closes=rows.closes(self.segment),
-        )
+        open_tokens, closes = rows.opened(self.segment) if older else None, rows.closes(self.segment)
+        layout = {"lengths": rows.lengths, "memory_lengths": open_tokens, "closes": closes}
+        return self.attend_open(q, k, v, state=before, local=local, **layout)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
         """Nothing written, nothing open."""

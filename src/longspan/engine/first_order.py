@@ -6,6 +6,7 @@ penalty is then short of terms, without a word. Here each gradient goes through 
 everything it was computed from, so whoever wants a derivative of it passes there and is refused.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import UnsupportedError
-from longspan.host import eager
+from longspan.host import uncompiled
 from longspan.state import needs_grad
 
 __all__ = ["FirstOrder", "scaled_dot_product_attention"]
@@ -42,19 +43,26 @@ class FirstOrder(torch.autograd.Function):
         raise NotImplementedError
 
     @classmethod
-    @eager
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call it.
+        """Call it; raises as `caller` does."""
+        return cls.caller()(*args, **kwargs)
+
+    @classmethod
+    def caller(cls) -> Callable[..., Any]:
+        """What calls it: torch's own `apply`, so that tracebacks have no frame of ours in between.
 
         Raises:
             UnsupportedError: inside a transform of `torch.func`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return functools.partial(uncompiled, _apply, cls)
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 f"{cls.what} does not work inside torch.func (grad, vjp, vmap, hessian, ...); use backward() or "
                 "torch.autograd.grad"
             )
-        return super().apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        call: Callable[..., Any] = super().apply
+        return call
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -80,6 +88,10 @@ class FirstOrder(torch.autograd.Function):
         for place, t in zip(places, guarded, strict=True):
             outputs[place] = t
         return tuple(outputs) if isinstance(gradients, tuple) else outputs[0]
+
+
+def _apply(function: type[FirstOrder], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 class _Refused(torch.autograd.Function):

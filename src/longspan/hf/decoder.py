@@ -141,7 +141,6 @@ class ConvertedDecoder(nn.Module):
         """The language-model head. Raises UnsupportedError: it is no plain linear map."""
         return linear_head(self.inner.get_output_embeddings())
 
-    @all_or_nothing
     def _run(
         self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any
     ) -> tuple[Any, StackState]:
@@ -158,11 +157,12 @@ class ConvertedDecoder(nn.Module):
             place.state, place.columns, place.is_initialized = layer_state, columns, True
         mask, penalties = call.get("mask"), call.get("penalties")
         options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
-        out = model(tokens, use_cache=True, **options)
-        if penalties is not None:
-            penalties.extend(last_penalties(self.inner))
-        following = tuple(place.state for place in places)
-        return out, StackState(following, following[0].live)
+        with all_or_nothing():
+            out = model(tokens, use_cache=True, **options)
+            if penalties is not None:
+                penalties.extend(last_penalties(self.inner))
+            following = tuple(place.state for place in places)
+            return out, StackState(following, following[0].live)
 
 
 def open_for_streams(model: Any) -> Any:

@@ -30,6 +30,7 @@ from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+from longspan.state import all_or_nothing
 
 _LOGGER: Any = logging.get_logger(__name__)
 
@@ -183,11 +184,12 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             (h, seen), state, rows = self.model.run(input_ids, state, **call, flush=self._flush, traces=None)
             h, layers = h if seen is None else h.masked_fill(~seen, 0), None
         else:
-            kept: list[Tensor] | None = [] if hidden_states else None
-            h, state, rows = self.model.run(
-                input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=kept
-            )
-            layers = None if kept is None else tuple(rows.scatter(hidden) for hidden in (*kept, h))
+            layer_inputs: list[Tensor] | None = [] if hidden_states else None
+            with all_or_nothing():
+                h, state, rows = self.model.run(
+                    input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=layer_inputs
+                )
+            layers = None if layer_inputs is None else tuple(rows.scatter(hidden) for hidden in (*layer_inputs, h))
         if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
             _LOGGER.warning_once(
                 "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "

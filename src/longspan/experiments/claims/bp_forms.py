@@ -22,7 +22,6 @@ from longspan.tasks import Documents
 from longspan.train import Lanes, TrainConfig, evaluate_text
 from longspan.train.distributed import Group
 from longspan.train.lm_evaluation import Window, cut, windowed
-from longspan.train.schedule import learning_rate_factor
 from longspan.train.step import Stepper
 
 PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
@@ -112,7 +111,7 @@ def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
     lanes = Lanes(texts, lanes=config.lanes, segment_length=length, seed=config.seed)
     started = time.perf_counter()
     for step in range(config.step_limit or 0):
-        stepper.step([next(lanes)], step=step, rate=learning_rate_factor(config, step, 0.0))
+        stepper.step([next(lanes)], step=step, rate=config.rate(step, 0.0))
     return time.perf_counter() - started
 
 
