@@ -12,7 +12,7 @@ from longspan import host, ops
 from longspan import state as states
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.contract.relative import NO_CONVERSION, RelativeCore
+from longspan.contract.relative import NO_CONVERSION, RelativeCore, carry_hidden
 from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 from longspan.host import Array
@@ -358,14 +358,7 @@ class CompressiveCore(RelativeCore):
         return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
-        """What lies before the open segment is memory: it is read, not trained through."""
-        carried = rows.carry(state.hidden, x, self.capacity)
-        if not carried.requires_grad:
-            return carried
-        slot = torch.arange(self.capacity, device=x.device)
-        is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-        some = self.capacity > 0 and (rows.lives % self.config.segment).any()
-        return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
+        return carry_hidden(state.hidden, x, rows, self.capacity, self.config.segment)
 
     # -- what it costs ---------------------------------------------------------------------------------------------
 
@@ -382,12 +375,6 @@ class CompressiveCore(RelativeCore):
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
         """See `Core.fit`; what is carried are hidden states."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""
-        vectors = (self.capacity + self.config.compressed_len) * self.shape.dim * dtype.itemsize
-        usage = self.capacity * max(dtype.itemsize, 4) if self.counts_usage else 0
-        return batch_size * (vectors + usage + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""

@@ -2,15 +2,17 @@
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.contract.base import Hidden, Shape, Traits
+from longspan.config import check_least
+from longspan.contract.base import Shape, Traits
 from longspan.contract.redraw import DrawnCore, processes, summed
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 from longspan.state import recomputing
 
@@ -39,10 +41,7 @@ class PerformerConfig:
         known = [*ops.SOFTMAX_KINDS, *ops.KERNELS]
         if self.kind not in known:
             raise ConfigError(f"performer.kind = {self.kind!r} is not one of {', '.join(known)}")
-        if self.num_features < 1 or self.redraw < 0:
-            raise ConfigError(
-                f"performer.num_features = {self.num_features}, redraw = {self.redraw}: at least 1, and not negative"
-            )
+        check_least(self, "performer", {"num_features": 1, "redraw": 0})
 
 
 class PerformerState(NamedTuple):
@@ -116,15 +115,7 @@ class PerformerCore(DrawnCore):
         return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: PerformerState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, PerformerState | None]:
         """See `Core.forward`.
 
@@ -212,11 +203,6 @@ class PerformerCore(DrawnCore):
         maximum = sums.maximum if self._scaled else torch.zeros_like(sums.maximum)
         return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
 
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S and z in fp64 and the maximum of every key head, and two counts a row, whatever the length."""
-        width = self.features * (self.shape.head_dim + 1) * 8 + max(dtype.itemsize, 4)
-        return batch_size * (self.shape.num_kv_heads * width + 16)
-
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Features of queries and keys, and the products of `ops.linear_attention`."""
         shape = self.shape
@@ -228,4 +214,4 @@ class PerformerCore(DrawnCore):
 
     def pairs(self, length: int) -> int:
         """All pairs, as dense attention has them."""
-        return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
+        return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.config import check_least, check_shares
-from longspan.contract.base import Hidden, Shape, Traits
-from longspan.contract.rings import empty_rings, next_rings, rings_nbytes
+from longspan.contract.base import Shape, Traits
+from longspan.contract.rings import empty_rings, next_rings
 from longspan.contract.rows import Rows
 from longspan.mechanisms.routing.kmeans import ClusteredCore
 from longspan.state import recomputing
@@ -114,8 +114,8 @@ class RoutingCore(ClusteredCore):
         state: RoutingState | None,
         rows: Rows,
         *,
-        hidden: Hidden | None = None,
         penalties: list[Tensor] | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, RoutingState | None]:
         """See `Core.forward`.
 
@@ -133,7 +133,7 @@ class RoutingCore(ClusteredCore):
             clusters = self._clusters(*routes, rows)
         if clusters is not None and learns and not recomputing():
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
-            self.see(self._clustered(routes, clusters), self._real(rows, q.device), bool(begun))
+            self.see(self._clustered(routes, clusters), rows.real_columns(), bool(begun))
         if clusters is not None and penalties is not None and committed:
             penalties.append(self.config.commitment * self._distance(routes, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
@@ -184,13 +184,9 @@ class RoutingCore(ClusteredCore):
         pairs = list(zip(routes, clusters, strict=True))
         return pairs[:1] if self.shared else pairs
 
-    def _real(self, rows: Rows, device: torch.device) -> Tensor:
-        """(batch, length) bool."""
-        return torch.arange(rows.length, device=device) < rows.real_tokens()[:, None]
-
     def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
         """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
-        real = self._real(rows, routes[0].device)
+        real = rows.real_columns()
         total = routes[0].new_zeros(())
         for vectors, chosen in self._clustered(routes, clusters):
             square = (vectors - self._own(chosen).to(vectors.dtype)).square().sum(-1)
@@ -210,10 +206,6 @@ class RoutingCore(ClusteredCore):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
         """Full capacity, nothing live."""
         return RoutingState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """That of the rings, whatever the length."""
-        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""
