@@ -67,10 +67,10 @@ class Compressor(nn.Module):
             vectors: (batch, context + slots * ratio, dim).
             usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
             groups: (batch,) how many groups are real, the first ones; of "most_used" only.
-            decode: see `decode`, of which it is the call.
+            decode: turn it round, slots (batch, slots, dim) to what the auto-encoder makes of them.
 
         Returns:
-            (batch, slots, dim).
+            (batch, slots, dim), or (batch, slots * ratio, dim) where `decode`.
         """
         if decode:
             assert self.decoder is not None, "built without a decoder"
@@ -98,11 +98,6 @@ class Compressor(nn.Module):
         rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
         chosen = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
         return vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
-
-    def decode(self, slots: Tensor) -> Tensor:
-        """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
-        vectors: Tensor = self(slots, decode=True)
-        return vectors
 
     def flops(self, slots: int) -> int:
         """Of one row's compression to so many slots."""
@@ -140,46 +135,37 @@ def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
     return projected
 
 
-class AuxiliaryLoss:
-    """What a compressor learns from in one call: a mean over what the segments that end there have to say.
+def auxiliary_loss(
+    compressor: Compressor,
+    kind: str,
+    old: Tensor,
+    new: Tensor,
+    q: Tensor,
+    groups: Tensor,
+    lengths: Tensor,
+    project: Project,
+) -> Tensor:
+    """What a compressor learns from in one call: a mean squared error, whose gradients reach its parameters alone.
 
     Args:
-        compressor: whose parameters it reaches; nothing else.
-        kind: "attention" or "auto_encoding".
+        compressor: see above.
+        kind: "attention" (of the queries) or "auto_encoding" (of the vectors).
+        old: (segments, slots * ratio, dim), what left the memory.
+        new: (segments, slots, dim), what the compressor made of it.
+        q: (segments, heads, length, head_dim), queries of the segments that end.
+        groups: (segments,) how many slots are real, the first ones.
+        lengths: (segments,) how many queries are real, the first ones.
+        project: the layer's hidden states to keys and values.
     """
-
-    def __init__(self, compressor: Compressor, kind: str) -> None:
-        self.compressor, self.kind = compressor, kind
-        self.sums: list[tuple[Tensor, Tensor]] = []  # squared errors, and how many
-
-    def add(self, old: Tensor, new: Tensor, q: Tensor, project: Project, groups: Tensor, lengths: Tensor) -> None:
-        """Segments that end, one a row.
-
-        Args:
-            old: (batch, slots * ratio, dim), what left the memory.
-            new: (batch, slots, dim), what the compressor made of it.
-            q: (batch, heads, length, head_dim), queries of the segments.
-            project: the layer's hidden states to keys and values.
-            groups: (batch,) how many slots are real, the first ones; 0 where no segment ends.
-            lengths: (batch,) how many queries are real, the first ones.
-        """
-        if self.kind == "auto_encoding":
-            dtype = torch.promote_types(old.dtype, torch.float32)
-            lost = (self.compressor.decode(new).to(dtype) - old).square().mean(2)
-            real = torch.arange(old.shape[1], device=old.device) < (groups * self.compressor.ratio)[:, None]
-            self.sums.append(((lost * real).sum(), real.sum()))
-            return
-        with torch.no_grad():
-            k, v = project(old)
-        lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
-        self.sums.append((lost.sum(), (lengths * (groups > 0)).sum()))
-
-    def mean(self) -> Tensor | None:
-        """The mean squared error, a scalar; None where no segment had anything to compress."""
-        if not self.sums:
-            return None
-        errors, counts = (torch.stack(terms).sum() for terms in zip(*self.sums, strict=True))
-        return errors / counts.clamp(min=1)
+    if kind == "auto_encoding":
+        dtype = torch.promote_types(old.dtype, torch.float32)
+        lost: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
+        real = torch.arange(old.shape[1], device=old.device) < (groups * compressor.ratio)[:, None]
+        return (lost * real).sum() / real.sum().clamp(min=1)
+    with torch.no_grad():
+        k, v = project(old)
+    lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+    return lost.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
 
 
 class SlotLayout(NamedTuple):

@@ -17,11 +17,11 @@ from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.mechanisms.compressive.compressors import (
-    AuxiliaryLoss,
     Compressor,
     Project,
     SlotLayout,
     UsageLayout,
+    auxiliary_loss,
     slot_layout,
     usage_layout,
 )
@@ -98,7 +98,7 @@ class Inputs(NamedTuple):
         x: (batch, length, dim), the hidden states they are projections of.
         project: hidden states to keys and values.
         r: (heads, distances, head_dim), projected distances; None where they are folded into the query.
-        loss: what the compressor learns from; None where it does not learn.
+        penalties: gets what the compressor learns from; None where it does not learn.
     """
 
     q: Tensor
@@ -107,7 +107,7 @@ class Inputs(NamedTuple):
     x: Tensor
     project: Project
     r: Tensor | None
-    loss: AuxiliaryLoss | None
+    penalties: list[Tensor] | None
 
 
 class CompressiveCore(RelativeCore):
@@ -171,26 +171,16 @@ class CompressiveCore(RelativeCore):
     ) -> tuple[Tensor, CompressiveState]:
         """See `Core.forward`."""
         assert hidden is not None, "compressive projects hidden states"
-        loss = (
-            AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns(rows) else None
-        )
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
         folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
         r = None if folds else self.relative(distances, rows)
-        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
+        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, penalties if self._learns(rows) else None)
         if state is None:
             state = self.init_state(rows.batch, q.device, hidden.x.dtype)
         if one_segment:
-            out, state = self._within_segment(inputs, state, rows)
-        elif self.counts_usage:
-            out, state = self._segment_by_segment(inputs, state, rows)
-        else:
-            out, state = self._all_segments(inputs, state, rows)
-        penalty = None if loss is None else loss.mean()
-        if penalties is not None and penalty is not None:
-            penalties.append(self.config.loss_weight * penalty)
-        return out, state
+            return self._within_segment(inputs, state, rows)
+        return (self._segment_by_segment if self.counts_usage else self._all_segments)(inputs, state, rows)
 
     def _learns(self, rows: Rows) -> bool:
         config = self.config
@@ -273,22 +263,11 @@ class CompressiveCore(RelativeCore):
             past_k, past_v = project(past)
         else:
             past_k, past_v = (t[:, :, :memory] for t in stale)
-        width = k.shape[1] * k.shape[3]
+        k, v, learns = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), stale is not None
         layout = rows.cached(
-            ("compressive attention", self.sizes, width, stale is not None),
-            lambda: attention_layout(
-                segments,
-                self.sizes,
-                batch=rows.batch,
-                length=rows.length,
-                memory=memory,
-                slots=slot_layout.visible.shape[1],
-                width=width,
-                stale=stale is not None,
-                device=rows.device,
-            ),
+            ("compressive attention", self.sizes, k.shape[1:], learns),
+            lambda: attention_layout(segments, self.sizes, q, k, slots_k, stale=learns),
         )
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         biases = r, self.content_bias, self.position_bias
         out = attend_segments(layout, q, k, v, slots_k, slots_v, *biases, stale=stale)
         compressed = pick(slots, slot_layout.carried)
@@ -343,18 +322,20 @@ class CompressiveCore(RelativeCore):
         """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
         if not len(layout.groups):
             return column_list(state.compressed)
-        loss, context = inputs.loss, self.compressor.context
+        learns, context = inputs.penalties is not None, self.compressor.context
         old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
         if self.counts_usage:
             assert usage is not None
             columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
             new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
         else:
-            with torch.set_grad_enabled(loss is not None):
+            with torch.set_grad_enabled(learns):
                 new = self.compressor(old).to(old.dtype)
-        if loss is not None:
+        if inputs.penalties is not None:
             queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
-            loss.add(old[:, context:], new, queries, inputs.project, layout.groups, layout.lengths)
+            segments = queries, layout.groups, layout.lengths
+            loss = auxiliary_loss(self.compressor, self.config.loss, old[:, context:], new, *segments, inputs.project)
+            inputs.penalties.append(self.config.loss_weight * loss)
         return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:

@@ -123,56 +123,44 @@ def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) ->
 
 
 def attention_layout(
-    segments: CallSegments,
-    sizes: CompressiveSizes,
-    *,
-    batch: int,
-    length: int,
-    memory: int,
-    slots: int,
-    width: int,
-    stale: bool,
-    device: torch.device,
+    segments: CallSegments, sizes: CompressiveSizes, q: Tensor, k: Tensor, slots_k: Tensor, *, stale: bool
 ) -> AttentionLayout:
-    """Where the queries and keys of each segment stand in the tensors of `attend_segments`.
+    """Where the queries and keys of each segment stand in the tensors of `attend_segments`, by the shapes of these.
 
     Args:
         segments: of the call.
         sizes: of the mechanism.
-        batch, length: of the call.
-        memory: older tokens before the call's.
-        slots: columns of slots; the newest is the last that a row makes before its last segment, in the row where
-            these are most.
-        width: numbers of a key, over all heads.
+        q, k: of the call, k behind older tokens.
+        slots_k: the newest slot is the last that a row makes before its last segment, in the row where these are most.
         stale: tokens seen from later segments are a list of their own.
-        device: of the tensors.
 
     Raises:
         ConfigError: a segment sees more slots than there are.
     """
+    batch, length, columns, slots = q.shape[0], q.shape[2], k.shape[2], slots_k.shape[2]
     visible_slots, visible_memory = sizes.visible(segments.border)
     slots_end = slots - segments.new_slots_before.max(initial=0) + segments.new_slots_before
     if (slots_end < visible_slots).any():
         raise ConfigError(f"{slots} slots: the last segment sees more than these")
     keys_before = visible_slots + visible_memory + segments.opened
     first_slot, first_token = 1, 1 + batch * slots
-    first_stale = first_token + batch * (memory + length) if stale else first_token
+    first_stale = first_token + batch * columns if stale else first_token
     output, batches, queries_before = np.zeros(batch * length, np.int64), [], 0
-    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, width)):
+    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, k.shape[1] * k.shape[3])):
         row, column, tokens, opened = (field[members, None] for field in segments[:4])
         before, slots_before, end = (t[members, None] for t in (keys_before, visible_slots, slots_end))
         query = np.arange(tokens.max())
         # the number of a key among those of its segment, oldest first; negative where others of the batch have more
         number = np.arange(-before.max(), len(query)) + before
-        token = row * (memory + length) + memory + column + number - before
+        token = row * columns + columns - length + column + number - before
         keys = token + np.where(number < before - opened, first_stale, first_token)
         keys = np.where(number < slots_before, first_slot + row * slots + end - slots_before + number, keys)
         keys[(number < 0) | (number >= before + tokens)] = 0
         queries, real = row * length + column + np.minimum(query, tokens - 1), query < tokens
         output[queries[real]] = (queries_before + np.arange(real.size).reshape(real.shape))[real]
         queries_before += real.size
-        batches.append(SegmentBatch(*(host.put(t, device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
-    return AttentionLayout(batches, host.put(output, device))
+        batches.append(SegmentBatch(*(host.put(t, q.device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
+    return AttentionLayout(batches, host.put(output, q.device))
 
 
 def column_list(*tensors: Tensor) -> Tensor:
@@ -276,17 +264,8 @@ def compressive_attention(
     memory, sizes = k.shape[2] - length, CompressiveSizes(segment, mem_len, compressed_len, ratio)
     if position % segment or memory < min(mem_len, position):
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
-    layout = attention_layout(
-        call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes),
-        sizes,
-        batch=batch,
-        length=length,
-        memory=memory,
-        slots=slots_k.shape[2],
-        width=k.shape[1] * k.shape[3],
-        stale=stale is not None,
-        device=q.device,
-    )
+    segments = call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes)
+    layout = attention_layout(segments, sizes, q, k, slots_k, stale=stale is not None)
     return attend_segments(layout, q, k, v, slots_k, slots_v, r, content_bias, position_bias, stale=stale)
 
 
@@ -323,14 +302,8 @@ def attention_usage(
     """How much attention each key gets in `relative_attention` without a window: its weights, summed over the queries.
 
     Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
-        r: (heads, distances, head_dim), r[:, t] for distance t.
-        content_bias: (heads, head_dim), the paper's u.
-        position_bias: (heads, head_dim), the paper's v.
-        scale: default head_dim ** -0.5.
+        q, k, r, content_bias, position_bias, scale, memory_lengths: as of `relative_attention`.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries are not counted.
-        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
 
     Returns:
         (batch, memory + length), the mean over the heads of sums over the real queries, fp32 at least; no gradient.

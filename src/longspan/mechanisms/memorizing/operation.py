@@ -166,26 +166,21 @@ def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> 
 def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
     """Tiles of every row: they depend on what queries may see, never on contents."""
     rows, length = search.first.shape
-    size = min(max(1, ROWS // group), max(length, 1))
-    count = -(-length // size)
-    ends = [min(index * size, length) for index in range(1, count + 1)]
+    size = max(1, ROWS // group)
+    parts = [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
     first, last = search.begin, search.end
     if first is None or last is None:
-        return [[Tile(index * size, end, 0, columns, False) for index, end in enumerate(ends)]] * rows
-    shown = last > first
-    low, high = np.where(shown, first, np.iinfo(np.int64).max), np.where(shown, last, 0)
-    extra = ((0, 0), (0, count * size - length))
-    low, high = (np.pad(t, extra, mode="edge").reshape(rows, count, size) for t in (low, high))
-    whole = (low == low[..., :1]).all(-1) & (high == high[..., :1]).all(-1)
-    least, most = low.min(-1).tolist(), high.max(-1).tolist()
-    return [
-        [
-            Tile(index * size, ends[index], least[row][index], most[row][index], alike[index])
-            for index in range(count)
-            if most[row][index]
-        ]
-        for row, alike in enumerate(whole.tolist())
-    ]
+        return [[Tile(part.start, part.stop, 0, columns, False) for part in parts]] * rows
+    tiles: list[list[Tile]] = []
+    for row_first, row_last in zip(first, last, strict=True):
+        tiles.append([])
+        for part in parts:
+            low, high = row_first[part], row_last[part]
+            seen = high > low
+            if seen.any():
+                whole = bool((low == low[0]).all() and (high == high[0]).all())
+                tiles[-1].append(Tile(part.start, part.stop, int(low[seen].min()), int(high[seen].max()), whole))
+    return tiles
 
 
 class _Part(NamedTuple):
