@@ -89,18 +89,13 @@ def carry(
 
 
 class KeyValueState(NamedTuple):
-    """The keys and values that later tokens may see.
+    """The keys and values that later tokens may see."""
 
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim), turned by RoPE, newest last. As many columns as the core's `capacity`,
-            slots beyond `live` zero and masked; where it is None, as many as any row has live tokens.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, columns, head_dim), turned by RoPE, newest last. As many columns as the core's `capacity`, slots
+    # beyond `live` zero and masked; where it is None, as many as any row has live tokens.
     k: Tensor
-    v: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    live: Tensor  # (batch,) live tokens
 
 
 class KeyValueCore(Core):

@@ -18,21 +18,14 @@ from longspan.contract.sizes import BoundedCore, pairs_within
 
 
 class SegmentState(NamedTuple):
-    """The memory, and the keys of the open segment.
+    """The memory, and the keys of the open segment."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`.
-        keys: (batch, kv_heads, features), the same.
-        k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`
+    keys: Tensor  # (batch, kv_heads, features), the same
+    # (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them
     k: Tensor
-    v: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""

@@ -50,20 +50,13 @@ class AdaptiveSpanConfig:
 
 
 class AdaptiveSpanState(NamedTuple):
-    """The keys and values that the farthest-looking head may still see.
+    """The keys and values that the farthest-looking head may still see."""
 
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim), turned by RoPE, newest last; columns = the farthest distance of any
-            head.
-        v: like k.
-        held: (batch,) how many columns hold a token: fewer than `live` where spans have grown since.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, columns, head_dim), turned by RoPE, newest last; columns = the farthest distance of any head
     k: Tensor
-    v: Tensor
-    held: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    held: Tensor  # (batch,) how many columns hold a token: fewer than `live` where spans have grown since
+    live: Tensor  # (batch,) live tokens
 
 
 class AdaptiveSpanCore(BoundedCore):

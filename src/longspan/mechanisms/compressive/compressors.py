@@ -169,23 +169,16 @@ def auxiliary_loss(
 
 
 class SlotLayout(NamedTuple):
-    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made.
+    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made."""
 
-    Attributes:
-        vectors: (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's.
-        groups: (closing,) how many slots of each are real, the first ones.
-        queries: (closing, most tokens) the call's tokens in each, flattened over the batch.
-        lengths: (closing,) how many of these are real, the first ones.
-        visible: (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see.
-        carried: (batch, compressed_len) in the same list: those of the next state.
-    """
-
+    # (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's
     vectors: Tensor
-    groups: Tensor
-    queries: Tensor
-    lengths: Tensor
+    groups: Tensor  # (closing,) how many slots of each are real, the first ones
+    queries: Tensor  # (closing, most tokens) the call's tokens in each, flattened over the batch
+    lengths: Tensor  # (closing,) how many of these are real, the first ones
+    # (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see
     visible: Tensor
-    carried: Tensor
+    carried: Tensor  # (batch, compressed_len) in the same list: those of the next state
 
 
 def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
@@ -231,20 +224,15 @@ def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, con
 
 
 class UsageLayout(NamedTuple):
-    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's.
+    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's."""
 
-    Attributes:
-        visible: (batch, capacity + length) bool, in the memory or the open segment.
-        queries: (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all.
-        carried: (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of
-            the memory where a segment opens.
-        segment: its positions.
-    """
-
-    visible: Tensor
+    visible: Tensor  # (batch, capacity + length) bool, in the memory or the open segment
+    # (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all
     queries: Tensor
+    # (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of the memory
+    # where a segment opens
     carried: Tensor
-    segment: int
+    segment: int  # its positions
 
     def add(self, usage: Tensor, received: Tensor) -> Tensor:
         """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.

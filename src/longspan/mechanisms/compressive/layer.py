@@ -69,21 +69,16 @@ class CompressiveConfig:
 
 
 class CompressiveState(NamedTuple):
-    """Memory.
+    """Memory."""
 
-    Attributes:
-        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
-            for its group (or gives a compression its context). Columns beyond `live` are zero and masked.
-        compressed: (batch, compressed_len, dim), newest last.
-        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
-            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
-        live: (batch,) live tokens.
-    """
-
+    # (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits for its
+    # group (or gives a compression its context). Columns beyond `live` are zero and masked.
     hidden: Tensor
-    compressed: Tensor
+    compressed: Tensor  # (batch, compressed_len, dim), newest last
+    # (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the segment
+    # opened, of waiting ones when they left the memory; otherwise (batch, 0)
     usage: Tensor
-    live: Tensor
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -91,23 +86,15 @@ class CompressiveState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arguments of a call, or of one segment of it.
+    """Arguments of a call, or of one segment of it."""
 
-    Attributes:
-        q, k, v: see `Core.forward`.
-        x: (batch, length, dim), the hidden states they are projections of.
-        project: hidden states to keys and values.
-        r: (heads, distances, head_dim), projected distances; None where they are folded into the query.
-        penalties: gets what the compressor learns from; None where it does not learn.
-    """
-
-    q: Tensor
+    q: Tensor  # q, k, v: see `Core.forward`
     k: Tensor
     v: Tensor
-    x: Tensor
-    project: Project
-    r: Tensor | None
-    penalties: list[Tensor] | None
+    x: Tensor  # (batch, length, dim), the hidden states they are projections of
+    project: Project  # hidden states to keys and values
+    r: Tensor | None  # (heads, distances, head_dim), projected distances; None where they are folded into the query
+    penalties: list[Tensor] | None  # gets what the compressor learns from; None where it does not learn
 
 
 class CompressiveCore(RelativeCore):

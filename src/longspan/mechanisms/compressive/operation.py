@@ -45,25 +45,15 @@ class CompressiveSizes(NamedTuple):
 
 
 class CallSegments(NamedTuple):
-    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time.
+    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time."""
 
-    Attributes:
-        row: of the batch.
-        column: of the call, at which its first token stands.
-        tokens: in this call.
-        opened: tokens before this call.
-        border: position at which it begins.
-        new_slots: slots that are made at its end; 0 where it does not end in this call.
-        new_slots_before: those made in this call at the ends of earlier segments of the same row.
-    """
-
-    row: Array
-    column: Array
-    tokens: Array
-    opened: Array
-    border: Array
-    new_slots: Array
-    new_slots_before: Array
+    row: Array  # of the batch
+    column: Array  # of the call, at which its first token stands
+    tokens: Array  # in this call
+    opened: Array  # tokens before this call
+    border: Array  # position at which it begins
+    new_slots: Array  # slots that are made at its end; 0 where it does not end in this call
+    new_slots_before: Array  # those made in this call at the ends of earlier segments of the same row
 
 
 def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
@@ -90,19 +80,13 @@ def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> 
 
 
 class SegmentBatch(NamedTuple):
-    """Segments that are attended together.
+    """Segments that are attended together."""
 
-    Attributes:
-        queries: (segments, most tokens) tokens of the call, flattened over the batch.
-        keys: (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them.
-        lengths: (segments,) real queries.
-        memory_lengths: (segments,) real keys before the first query, newest last.
-    """
-
-    queries: Tensor
+    queries: Tensor  # (segments, most tokens) tokens of the call, flattened over the batch
+    # (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them
     keys: Tensor
-    lengths: Tensor
-    memory_lengths: Tensor
+    lengths: Tensor  # (segments,) real queries
+    memory_lengths: Tensor  # (segments,) real keys before the first query, newest last
 
 
 class AttentionLayout(NamedTuple):

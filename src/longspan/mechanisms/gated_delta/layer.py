@@ -39,22 +39,15 @@ class GatedDeltaConfig:
 
 
 class GatedDeltaState(NamedTuple):
-    """What the layer carries, of the same size at any length.
+    """What the layer carries, of the same size at any length."""
 
-    Attributes:
-        memory: (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does
-            not grow with the stream as sums do, and fp32 suffices.
-        q: (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last.
-        k: (batch, kv_heads, conv_size - 1, head_dim).
-        v: (batch, kv_heads, conv_size - 1, value_dim).
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does not grow
+    # with the stream as sums do, and fp32 suffices.
     memory: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    live: Tensor
+    q: Tensor  # (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last
+    k: Tensor  # (batch, kv_heads, conv_size - 1, head_dim)
+    v: Tensor  # (batch, kv_heads, conv_size - 1, value_dim)
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""

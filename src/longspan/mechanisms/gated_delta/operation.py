@@ -164,29 +164,17 @@ def _blocks(length: int) -> list[Block]:
 
 
 class Chunks(NamedTuple):
-    """Some chunks of a call, laid out for matrix products.
+    """Some chunks of a call, laid out for matrix products."""
 
-    Attributes:
-        q: (B, K, n, G C, D), the heads of a group below each other.
-        k: (B, K, n, C, D).
-        v: (B, K, n, C, E).
-        strength: (B, K, n, C, 1).
-        inside: (B, K, n, C, C), e^{g_t - g_s} where t sees s, itself included; else 0.
-        entering: (B, K, n, C, 1), what token t sees of the state before the chunk.
-        leaving: (B, K, n, C, 1), what the state behind the chunk has of token s.
-        across: (B, K, n, 1, 1), what the state behind the chunk has of the one before it.
-        seen: (C, C) or (B, 1, n, C, C) bool, whether t sees s, itself included.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    strength: Tensor
-    inside: Tensor
-    entering: Tensor
-    leaving: Tensor
-    across: Tensor
-    seen: Tensor
+    q: Tensor  # (B, K, n, G C, D), the heads of a group below each other
+    k: Tensor  # (B, K, n, C, D)
+    v: Tensor  # (B, K, n, C, E)
+    strength: Tensor  # (B, K, n, C, 1)
+    inside: Tensor  # (B, K, n, C, C), e^{g_t - g_s} where t sees s, itself included; else 0
+    entering: Tensor  # (B, K, n, C, 1), what token t sees of the state before the chunk
+    leaving: Tensor  # (B, K, n, C, 1), what the state behind the chunk has of token s
+    across: Tensor  # (B, K, n, 1, 1), what the state behind the chunk has of the one before it
+    seen: Tensor  # (C, C) or (B, 1, n, C, C) bool, whether t sees s, itself included
 
     def per_query(self, t: Tensor) -> Tensor:
         """(B, K, n, C, x) for the queries of a group: (B, K, n, G C, x)."""
@@ -253,19 +241,12 @@ def _flat(t: Tensor) -> tuple[Tensor, ...]:
 
 
 class Scan(NamedTuple):
-    """What comes of going through a block chunk by chunk.
+    """What comes of going through a block chunk by chunk."""
 
-    Attributes:
-        inverse: (I + A)^-1, (B, K, n, C, C).
-        before: S before each chunk, (B, K, n, D, E).
-        written: U of each chunk, (B, K, n, C, E).
-        after: S behind the last chunk, (B, K, D, E).
-    """
-
-    inverse: Tensor
-    before: Tensor
-    written: Tensor
-    after: Tensor
+    inverse: Tensor  # (I + A)^-1, (B, K, n, C, C)
+    before: Tensor  # S before each chunk, (B, K, n, D, E)
+    written: Tensor  # U of each chunk, (B, K, n, C, E)
+    after: Tensor  # S behind the last chunk, (B, K, D, E)
 
 
 def _scan(chunks: Chunks, state: Tensor) -> Scan:

@@ -29,15 +29,10 @@ class HeadsConfig:
 
 
 class HeadsState(NamedTuple):
-    """The states of all parts.
+    """The states of all parts."""
 
-    Attributes:
-        parts: one state a part.
-        live: (batch,) live tokens.
-    """
-
-    parts: tuple[Any, ...]
-    live: Tensor
+    parts: tuple[Any, ...]  # one state a part
+    live: Tensor  # (batch,) live tokens
 
 
 class HeadsCore(Core):

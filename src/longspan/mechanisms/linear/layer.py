@@ -31,17 +31,11 @@ class LinearConfig:
 
 
 class LinearState(NamedTuple):
-    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are.
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features).
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
-    live: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim)
+    keys: Tensor  # (batch, kv_heads, features)
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""

@@ -50,22 +50,16 @@ class MemorizingConfig:
 
 
 class MemorizingState(NamedTuple):
-    """The store, and the keys and values that local attention may still see.
+    """The store, and the keys and values that local attention may still see."""
 
-    Attributes:
-        store_k: (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments.
-            Slots that nothing has entered yet are zero and masked.
-        store_v: like store_k.
-        k: (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments. Slots that
+    # nothing has entered yet are zero and masked.
     store_k: Tensor
-    store_v: Tensor
+    store_v: Tensor  # like store_k
+    # (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them
     k: Tensor
-    v: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    live: Tensor  # (batch,) live tokens
 
 
 class MemorizingCore(BoundedCore):

@@ -43,17 +43,11 @@ _KIND = "longspan memory store"
 
 
 class Found(NamedTuple):
-    """What a search found, nearest first; fewer than asked for where the store holds fewer.
+    """What a search found, nearest first; fewer than asked for where the store holds fewer."""
 
-    Attributes:
-        scores: (heads, queries, k).
-        numbers: (heads, queries, k) of the pairs.
-        values: (heads, queries, k, head_dim).
-    """
-
-    scores: Tensor
-    numbers: Tensor
-    values: Tensor
+    scores: Tensor  # (heads, queries, k)
+    numbers: Tensor  # (heads, queries, k) of the pairs
+    values: Tensor  # (heads, queries, k, head_dim)
 
 
 class MemoryStore:

@@ -45,21 +45,13 @@ class PerformerConfig:
 
 
 class PerformerState(NamedTuple):
-    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum).
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum)."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features).
-        maximum: (batch, kv_heads), largest log-scale of a key, fp32 at least.
-        drawn: (batch,) int64, the draw of the projection that made them.
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
-    maximum: Tensor
-    drawn: Tensor
-    live: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim)
+    keys: Tensor  # (batch, kv_heads, features)
+    maximum: Tensor  # (batch, kv_heads), largest log-scale of a key, fp32 at least
+    drawn: Tensor  # (batch,) int64, the draw of the projection that made them
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""

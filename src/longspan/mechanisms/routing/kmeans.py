@@ -18,19 +18,12 @@ STATISTICS = ("centroids", "ema_sum", "ema_count")
 
 
 class Seen(NamedTuple):
-    """What the training forwards since the last step have seen, in this process.
+    """What the training forwards since the last step have seen, in this process."""
 
-    Attributes:
-        sums: (heads, clusters, head_dim) of the members.
-        counts: (heads, clusters) int64 members.
-        sample: (heads, SAMPLES * clusters, head_dim) evenly spaced vectors; each process fills its part.
-        filled: (SAMPLES * clusters,) int64, 1 where there is a vector.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    sample: Tensor
-    filled: Tensor
+    sums: Tensor  # (heads, clusters, head_dim) of the members
+    counts: Tensor  # (heads, clusters) int64 members
+    sample: Tensor  # (heads, SAMPLES * clusters, head_dim) evenly spaced vectors; each process fills its part
+    filled: Tensor  # (SAMPLES * clusters,) int64, 1 where there is a vector
 
 
 class ClusteredCore(DrawnCore):

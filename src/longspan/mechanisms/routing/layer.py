@@ -47,21 +47,13 @@ class RoutingConfig:
 
 
 class RoutingState(NamedTuple):
-    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads.
+    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads."""
 
-    Attributes:
-        k: (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty.
-        v: like k.
-        position: (batch, heads, num_clusters, window) int64, -1 where empty.
-        drawn: (batch,) int64, 1 once the first training batch has set the centroids.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    drawn: Tensor
-    live: Tensor
+    k: Tensor  # (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty
+    v: Tensor  # like k
+    position: Tensor  # (batch, heads, num_clusters, window) int64, -1 where empty
+    drawn: Tensor  # (batch,) int64, 1 once the first training batch has set the centroids
+    live: Tensor  # (batch,) live tokens
 
 
 _NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"

@@ -56,23 +56,17 @@ class SparseConfig:
 
 
 class SparseState(NamedTuple):
-    """The keys and values that later tokens may still see, turned by RoPE, newest last.
+    """The keys and values that later tokens may still see, turned by RoPE, newest last."""
 
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim). Strided: every key (columns = the most live tokens of any row), or the
-            last `stride` where the part is local. Fixed: the last stride - 1, among them the open block.
-        v: like k.
-        summary_k: (batch, kv_heads, summary * closed blocks, head_dim), the summary columns of the blocks of the row
-            that has most of them. No columns where the pattern is strided or the part local.
-        summary_v: like summary_k.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, columns, head_dim). Strided: every key (columns = the most live tokens of any row), or the last
+    # `stride` where the part is local. Fixed: the last stride - 1, among them the open block.
     k: Tensor
-    v: Tensor
+    v: Tensor  # like k
+    # (batch, kv_heads, summary * closed blocks, head_dim), the summary columns of the blocks of the row that has most
+    # of them. No columns where the pattern is strided or the part local.
     summary_k: Tensor
-    summary_v: Tensor
-    live: Tensor
+    summary_v: Tensor  # like summary_k
+    live: Tensor  # (batch,) live tokens
 
 
 class SparseCore(Core):

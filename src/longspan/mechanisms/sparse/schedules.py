@@ -62,19 +62,12 @@ def strided_rounds(
 
 
 class Fixed(NamedTuple):
-    """The fixed pattern.
+    """The fixed pattern."""
 
-    Attributes:
-        stride: positions of a block.
-        summary: summary places of a block, at most stride.
-        offsets: (kv_heads,) how far before the block's end each head's summary places end.
-        local: keys of the own block are seen whatever their place; else its summary places and the query itself.
-    """
-
-    stride: int
-    summary: int
-    offsets: tuple[int, ...]
-    local: bool
+    stride: int  # positions of a block
+    summary: int  # summary places of a block, at most stride
+    offsets: tuple[int, ...]  # (kv_heads,) how far before the block's end each head's summary places end
+    local: bool  # keys of the own block are seen whatever their place; else its summary places and the query itself
 
     @property
     def span(self) -> int:

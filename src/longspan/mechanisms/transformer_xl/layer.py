@@ -44,16 +44,12 @@ class TransformerXLConfig:
 
 
 class TransformerXLState(NamedTuple):
-    """Memory of hidden states.
+    """Memory of hidden states."""
 
-    Attributes:
-        hidden: (batch, columns, dim), newest last; columns = mem_len - 1 with same_length, else mem_len + segment - 1
-            (the open segment and mem_len before it). Slots beyond `live` are zero and masked.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, columns, dim), newest last; columns = mem_len - 1 with same_length, else mem_len + segment - 1 (the open
+    # segment and mem_len before it). Slots beyond `live` are zero and masked.
     hidden: Tensor
-    live: Tensor
+    live: Tensor  # (batch,) live tokens
 
 
 State = TransformerXLState | KeyValueState
