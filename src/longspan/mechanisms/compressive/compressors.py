@@ -25,17 +25,11 @@ Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Compressor(nn.Module):
-    """Groups of vectors to slots.
-
-    Args:
-        how: "mean", "max", "conv", "dilated" or "most_used".
-        dim: width of the vectors.
-        ratio: vectors of a group.
-        decode: add the decoder of the auto-encoding loss; of functions with parameters only.
+    """Groups of `ratio` vectors to slots; `how` is a name of the module's docstring.
 
     Attributes:
         context: vectors before a group that its slot depends on.
-        learns: the function has parameters.
+        learns: the function has parameters; with `decode` also the decoder of the auto-encoding loss.
     """
 
     def __init__(self, how: str, dim: int, ratio: int, decode: bool = False) -> None:
@@ -135,39 +129,6 @@ def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
     return projected
 
 
-def auxiliary_loss(
-    compressor: Compressor,
-    kind: str,
-    old: Tensor,
-    new: Tensor,
-    q: Tensor,
-    groups: Tensor,
-    lengths: Tensor,
-    project: Project,
-) -> Tensor:
-    """What a compressor learns from in one call: a mean squared error, whose gradients reach its parameters alone.
-
-    Args:
-        compressor: see above.
-        kind: "attention" (of the queries) or "auto_encoding" (of the vectors).
-        old: (segments, slots * ratio, dim), what left the memory.
-        new: (segments, slots, dim), what the compressor made of it.
-        q: (segments, heads, length, head_dim), queries of the segments that end.
-        groups: (segments,) how many slots are real, the first ones.
-        lengths: (segments,) how many queries are real, the first ones.
-        project: the layer's hidden states to keys and values.
-    """
-    if kind == "auto_encoding":
-        dtype = torch.promote_types(old.dtype, torch.float32)
-        lost: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
-        real = torch.arange(old.shape[1], device=old.device) < (groups * compressor.ratio)[:, None]
-        return (lost * real).sum() / real.sum().clamp(min=1)
-    with torch.no_grad():
-        k, v = project(old)
-    lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
-    return lost.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
-
-
 class SlotLayout(NamedTuple):
     """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made."""
 
@@ -182,15 +143,7 @@ class SlotLayout(NamedTuple):
 
 
 def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
-    """The layout of a call.
-
-    Args:
-        rows: of the call.
-        segments: of the call.
-        sizes: of the mechanism.
-        context: see `Compressor`.
-        capacity: columns of hidden states in a state.
-    """
+    """The layout of a call, for a state of `capacity` hidden states; `context`: see `Compressor`."""
     old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
     closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
     group = np.arange(closing.new_slots.max(initial=0))
@@ -223,6 +176,32 @@ def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, con
     )
 
 
+def auxiliary_loss(
+    compressor: Compressor, kind: str, old: Tensor, new: Tensor, q: Tensor, layout: SlotLayout, project: Project
+) -> Tensor:
+    """What a compressor learns from in one call: a mean squared error, whose gradients reach its parameters alone.
+
+    Args:
+        compressor: see above.
+        kind: "attention" (of the queries) or "auto_encoding" (of the vectors).
+        old: (closing, slots * ratio, dim), what left the memory.
+        new: (closing, slots, dim), what the compressor made of it.
+        q: (closing, heads, length, head_dim), queries of the segments.
+        layout: of the call.
+        project: the layer's hidden states to keys and values.
+    """
+    groups, lengths = layout.groups, layout.lengths
+    if kind == "auto_encoding":
+        dtype = torch.promote_types(old.dtype, torch.float32)
+        lost: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
+        real = torch.arange(old.shape[1], device=old.device) < (groups * compressor.ratio)[:, None]
+        return (lost * real).sum() / real.sum().clamp(min=1)
+    with torch.no_grad():
+        k, v = project(old)
+    lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+    return lost.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
+
+
 class UsageLayout(NamedTuple):
     """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's."""
 
@@ -237,9 +216,7 @@ class UsageLayout(NamedTuple):
     def add(self, usage: Tensor, received: Tensor) -> Tensor:
         """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
 
-        Args:
-            usage: (batch, capacity) of the state.
-            received: (batch, keys) attention of the call's keys, newest last; see `ops.attention_usage`.
+        `usage` (batch, capacity) is the state's, `received` what `ops.attention_usage` gives.
         """
         columns = self.visible.shape[1]
         received = F.pad(received, (columns - received.shape[1], 0)) * self.visible

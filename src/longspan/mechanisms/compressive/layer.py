@@ -167,7 +167,9 @@ class CompressiveCore(RelativeCore):
             state = self.init_state(rows.batch, q.device, hidden.x.dtype)
         if one_segment:
             return self._within_segment(inputs, state, rows)
-        return (self._segment_by_segment if self.counts_usage else self._all_segments)(inputs, state, rows)
+        if self.counts_usage:
+            return self._segment_by_segment(inputs, state, rows)
+        return self._all_segments(inputs, state, rows)
 
     def _learns(self, rows: Rows) -> bool:
         config = self.config
@@ -178,13 +180,9 @@ class CompressiveCore(RelativeCore):
         """Distances that pairs of the call have at most."""
         if not rows.plain:
             return self.reach
-        first, last = rows.offset_range[0], rows.offset_range[0] + rows.length
-        segment, most = self.config.segment, 1
-        for border in range(first - first % segment, last, segment):
-            most = max(most, int(min(border + segment, last) - border + sum(self.sizes.visible(border))))
-            if most == self.reach:
-                break
-        return most
+        first = rows.offset_range[0]
+        _, tokens, visible = self._document(first + rows.length, first)
+        return int((tokens + visible).max(initial=1))
 
     def _within_segment(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
@@ -240,7 +238,7 @@ class CompressiveCore(RelativeCore):
         assert r is not None, "only a call within the open segment folds queries"
         slot_layout = self._slot_layout(rows)
         slots = self._compress(inputs, state, None, slot_layout)
-        slots_k, slots_v = project(pick(slots, slot_layout.visible))
+        visible = project(pick(slots, slot_layout.visible))
         segments = self._segments(rows)
         memory = int((segments.opened + self.sizes.visible(segments.border)[1] - segments.column).max(initial=0))
         past, stale = state.hidden[:, self.capacity - memory :], None
@@ -253,10 +251,10 @@ class CompressiveCore(RelativeCore):
         k, v, learns = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), stale is not None
         layout = rows.cached(
             ("compressive attention", self.sizes, k.shape[1:], learns),
-            lambda: attention_layout(segments, self.sizes, q, k, slots_k, stale=learns),
+            lambda: attention_layout(segments, self.sizes, q, k, visible[0], stale=learns),
         )
         biases = r, self.content_bias, self.position_bias
-        out = attend_segments(layout, q, k, v, slots_k, slots_v, *biases, stale=stale)
+        out = attend_segments(layout, q, k, v, visible, biases, stale)
         compressed = pick(slots, slot_layout.carried)
         return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
 
@@ -284,9 +282,8 @@ class CompressiveCore(RelativeCore):
         positions = layout.spread_positions()
         for first in range(0, layout.columns, segment):
             columns = slice(first, first + segment)
-            begins = positions[:, first] == 1
-            offset = host.put(np.where(begins, 0, live), rows.device)
-            part = Rows(offset, segment, host.put(positions[:, columns] > 0, rows.device))
+            begins, real = positions[:, first] == 1, positions[:, columns] > 0
+            part = Rows(host.put(np.where(begins, 0, live), rows.device), segment, host.put(real, rows.device))
             parts.append((columns, host.put(begins, rows.device) if begins.any() else None, part))
             live = part.lives
         return parts
@@ -309,19 +306,18 @@ class CompressiveCore(RelativeCore):
         """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
         if not len(layout.groups):
             return column_list(state.compressed)
-        learns, context = inputs.penalties is not None, self.compressor.context
         old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
         if self.counts_usage:
             assert usage is not None
             columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
             new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
         else:
-            with torch.set_grad_enabled(learns):
+            with torch.set_grad_enabled(inputs.penalties is not None):
                 new = self.compressor(old).to(old.dtype)
         if inputs.penalties is not None:
             queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
-            segments = queries, layout.groups, layout.lengths
-            loss = auxiliary_loss(self.compressor, self.config.loss, old[:, context:], new, *segments, inputs.project)
+            old = old[:, self.compressor.context :]
+            loss = auxiliary_loss(self.compressor, self.config.loss, old, new, queries, layout, inputs.project)
             inputs.penalties.append(self.config.loss_weight * loss)
         return column_list(state.compressed, new.detach())
 
@@ -361,10 +357,12 @@ class CompressiveCore(RelativeCore):
             row += (4 * content + 2 * position) * width + projection * int(sizes.closed_slots(border).max(initial=0))
         return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
 
-    def _document(self, length: int) -> tuple[Array, Array, Array]:
-        """Of each segment of a document: the border at which it begins, its tokens, the keys that it sees before it."""
-        border = np.arange(0, length, self.config.segment)
-        return border, np.minimum(self.config.segment, length - border), sum(self.sizes.visible(border))
+    def _document(self, length: int, first: int = 0) -> tuple[Array, Array, Array]:
+        """Of each segment of a document, that of token `first` and later ones: the border at which it begins, its
+        tokens, the keys that it sees before it."""
+        segment = self.config.segment
+        border = np.arange(first - first % segment, length, segment)
+        return border, np.minimum(segment, length - border), sum(self.sizes.visible(border))
 
     def pairs(self, length: int) -> int:
         """Pairs of the definition, a head: a token, and the slots and positions that it sees."""

@@ -59,10 +59,7 @@ class CallSegments(NamedTuple):
 def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
     """Cut the rows of a call where a segment or a document begins.
 
-    Args:
-        positions: (batch or 1, length) position of each token in its document.
-        lengths: (batch,) real tokens of each row, at the front.
-        sizes: of the mechanism.
+    Given the position of each token in its document, (batch or 1, length), and the real tokens of each row, (batch,).
     """
     column = np.arange(positions.shape[1])
     positions = np.broadcast_to(positions, (len(lengths), len(column)))
@@ -111,15 +108,8 @@ def attention_layout(
 ) -> AttentionLayout:
     """Where the queries and keys of each segment stand in the tensors of `attend_segments`, by the shapes of these.
 
-    Args:
-        segments: of the call.
-        sizes: of the mechanism.
-        q, k: of the call, k behind older tokens.
-        slots_k: the newest slot is the last that a row makes before its last segment, in the row where these are most.
-        stale: tokens seen from later segments are a list of their own.
-
-    Raises:
-        ConfigError: a segment sees more slots than there are.
+    The newest slot is the last that a row makes before its last segment, in the row where these are most. `stale`:
+    tokens seen from later segments are a list of their own.
     """
     batch, length, columns, slots = q.shape[0], q.shape[2], k.shape[2], slots_k.shape[2]
     visible_slots, visible_memory = sizes.visible(segments.border)
@@ -164,36 +154,26 @@ def attend_segments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    slots_k: Tensor,
-    slots_v: Tensor,
-    r: Tensor,
-    content_bias: Tensor,
-    position_bias: Tensor,
-    *,
+    slots: tuple[Tensor, Tensor],
+    positions: tuple[Tensor, Tensor, Tensor],
     stale: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`compressive_attention` of rows that may be laid out unlike each other; arguments as there.
+    """`compressive_attention` of rows that may be laid out unlike each other, arbitrary behind a row's real tokens.
 
-    Returns:
-        (batch, heads, length, head_dim), arbitrary behind a row's real tokens.
+    Args:
+        layout: see `attention_layout`.
+        q, k, v, stale: as of `compressive_attention`; `slots` and `positions` are its slots_k and slots_v, and its r
+            and biases.
     """
     if not layout.batches:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    sources = [(slots_k, slots_v), (k, v)] if stale is None else [(slots_k, slots_v), (k, v), stale]
+    sources = [slots, (k, v)] if stale is None else [slots, (k, v), stale]
     keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
     queries, outs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
-        out = relative_attention(
-            pick(queries, batch.queries).transpose(1, 2),
-            pick(keys, batch.keys).transpose(1, 2),
-            pick(values, batch.keys).transpose(1, 2),
-            r,
-            content_bias,
-            position_bias,
-            lengths=batch.lengths,
-            memory_lengths=batch.memory_lengths,
-        )
-        outs.append(out.transpose(1, 2).flatten(0, 1))
+        index, seen = batch.keys, {"lengths": batch.lengths, "memory_lengths": batch.memory_lengths}
+        tensors = (pick(t, i).transpose(1, 2) for t, i in ((queries, batch.queries), (keys, index), (values, index)))
+        outs.append(relative_attention(*tensors, *positions, **seen).transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs).index_select(0, layout.output)
     return out.view(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
@@ -250,16 +230,11 @@ def compressive_attention(
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
     segments = call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes)
     layout = attention_layout(segments, sizes, q, k, slots_k, stale=stale is not None)
-    return attend_segments(layout, q, k, v, slots_k, slots_v, r, content_bias, position_bias, stale=stale)
+    return attend_segments(layout, q, k, v, (slots_k, slots_v), (r, content_bias, position_bias), stale)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
-    """Entries computed per head by `compressive_attention` at position 0: content scores, position scores.
-
-    Args:
-        length: queries.
-        segment, mem_len, compressed_len, ratio: see `compressive_attention`.
-    """
+    """Entries computed per head by `compressive_attention` of `length` tokens: content scores, position scores."""
     border = np.arange(0, length, segment)
     tokens = np.minimum(segment, length - border)
     keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
@@ -345,10 +320,8 @@ def attention_reconstruction(
 
     Args:
         q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: what the slots stand for.
-        v: like k.
-        slots_k: (batch, kv_heads, slots, head_dim).
-        slots_v: like slots_k.
+        k, v: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: what the slots stand for.
+        slots_k, slots_v: (batch, kv_heads, slots, head_dim).
         groups: (batch,) how many slots are real, the first ones, each with its `ratio` vectors; None = all.
         lengths: (batch,) how many queries are real, the first ones; None = all.
         scale: default head_dim ** -0.5.

@@ -99,16 +99,7 @@ def _most_items(run: Run, batch: int) -> int:
 def entmax_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Entmax attention without autograd.
-
-    Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim).
-        v: like k.
-        alpha: (heads,) in [1, 2].
-        layout: the tiles.
-        keep: return the thresholds too, (batch, heads, length, 1).
-    """
+    """`entmax_attention` without autograd, and where `keep` its thresholds (batch, heads, length, 1)."""
     dtype, target, group = flash.working_dtype(q, k, v), q.dtype, q.shape[1] // k.shape[1]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)

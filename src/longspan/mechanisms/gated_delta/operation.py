@@ -274,11 +274,7 @@ def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
     """Gradients of q, k, v, log decays and strengths of a block, in columns, and of the state before it.
 
-    Args:
-        chunks: as in the forward pass.
-        state: before the first chunk.
-        d_out: of the outputs, (B, K, n, G C, E).
-        d_state: of the state behind the last chunk.
+    From those of the outputs, (B, K, n, G C, E), and of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
     scan = _scan(chunks, state)
@@ -359,8 +355,7 @@ def gated_delta_cost(length: int, *, key_dim: int, value_dim: int, group: int = 
 
     Args:
         length: tokens.
-        key_dim: width of queries and keys.
-        value_dim: width of values.
+        key_dim, value_dim: widths of queries and keys, and of values.
         group: query heads that share the kv head.
     """
     inside = length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2

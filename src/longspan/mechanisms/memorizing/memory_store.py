@@ -332,15 +332,11 @@ def read_and_write(
 
     Args:
         stores: one for each row.
-        q: (batch, heads, length, head_dim), of norm 1, times the scale.
-        k: (batch, kv_heads, near + length, head_dim), of norm 1.
+        q: of norm 1, times the scale.
+        k: of norm 1, behind `near` older keys, at least those of the open segment.
         v: like k.
-        local: (batch, heads, length, head_dim).
-        gate: (heads,) before the sigmoid.
-        rows: of the call.
-        near: older keys, at least those of the open segment.
-        segment: positions of a segment.
-        top: pairs that a query retrieves.
+        local, gate, top: as of `memorizing_attention`.
+        rows, near, segment: of the call.
 
     Raises:
         ConfigError: a store that is written and does not hold what the state has read.

@@ -44,17 +44,10 @@ def balanced_attention(
     """`routing_attention`'s "balanced" selection, in the working dtype; arbitrary where no token is real.
 
     Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, length, head_dim).
-        v: like k.
         near: (batch, heads, clusters, length) how near queries, and keys, are to each centroid; one tensor twice where
             they share their clusters.
-        window: tokens that a cluster takes of each document.
-        causal: see `routing_attention`.
-        itself: see `routing_attention`.
-        scale: of the scores.
         real: (batch, length) bool, None = all.
-        start: (batch, length) column at which a token's document starts; None = every row is one document.
+        q, k, v, window, causal, itself, scale, start: as of `routing_attention`.
     """
     batch, heads, length, dim = q.shape
     documents = _documents(q, window, real, start)

@@ -96,12 +96,8 @@ class SparseCore(Core):
         self.grows = not self.fixed and config.part != "local"
         """Every key is kept."""
         self.capacity = 0 if self.grows else config.stride - (1 if self.fixed else 0)
-        self.fields: dict[str, Any] = {
-            "pattern": config.pattern,
-            "stride": config.stride,
-            "summary": config.kept,
-            "part": config.part,
-        }
+        self.fields: dict[str, Any] = {"pattern": config.pattern, "stride": config.stride, "part": config.part}
+        self.fields["summary"] = config.kept
         if self.fixed:
             self.fields["summary_offset"] = self.offsets
 
