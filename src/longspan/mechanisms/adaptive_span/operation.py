@@ -86,14 +86,9 @@ def adaptive_span_attention(
 
 
 def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: int | None, include_self: bool) -> int:
-    """Score entries computed by `adaptive_span_attention` without older keys, summed over its heads.
+    """Score entries computed by `adaptive_span_attention` of `length` tokens without older keys, over all heads.
 
     Forward FLOPs are 4 * head_dim * batch times this (and 4 * head_dim * heads * length a persistent vector).
-
-    Args:
-        length: queries.
-        spans: in tokens, one a head.
-        ramp, window, include_self: as of `adaptive_span_attention`.
     """
     nearest = 0 if include_self else 1
     farthest = length if window is None else min(length, nearest + window - 1)

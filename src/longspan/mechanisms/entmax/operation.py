@@ -141,14 +141,9 @@ def entmax_attention(
 
 
 def entmax_cost(length: int, *, causal: bool = True, window: int | None = None) -> int:
-    """Score entries computed per head by `entmax_attention` without older keys: the sum of its tiles.
+    """Score entries computed per head by `entmax_attention` of `length` tokens without older keys: those of its tiles.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
-
-    Args:
-        length: queries.
-        causal: see `entmax_attention`.
-        window: see `entmax_attention`.
     """
     return _plan(length, 0, window, causal).pairs()
 

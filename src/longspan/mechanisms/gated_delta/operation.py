@@ -349,14 +349,9 @@ class _GatedDelta(FirstOrder):
 
 
 def gated_delta_cost(length: int, *, key_dim: int, value_dim: int, group: int = 1) -> int:
-    """Multiply-adds of the matrix products of a kv head and its `group` query heads, in a forward pass.
+    """Multiply-adds of the matrix products of a kv head and its `group` query heads over `length` tokens, forward.
 
     The triangular systems, about a fifth more, are no matrix products and not counted (torch does not count them).
-
-    Args:
-        length: tokens.
-        key_dim, value_dim: widths of queries and keys, and of values.
-        group: query heads that share the kv head.
     """
     inside = length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2
     return inside * (1 + group) * (key_dim + value_dim) + length * (2 + group) * key_dim * value_dim

@@ -218,12 +218,8 @@ def _gated(read: Tensor, gate: Tensor, inside: Tensor, filled: Tensor) -> Tensor
 def infini_cost(length: int, *, segment: int, head_dim: int, group: int, delta: bool, adds: bool) -> tuple[int, int]:
     """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
 
-    Args:
-        length: tokens, from an empty past.
-        segment, head_dim: as in `infini_attention`.
-        group: query heads of a kv head.
-        delta: the update is "delta".
-        adds: linear update and the paper's normaliser.
+    Of `length` tokens from an empty past, with `group` query heads a kv head; `delta`: the update is "delta"; `adds`:
+    linear update and the paper's normaliser.
     """
     write = segment * head_dim * head_dim * (2 if delta else 1) + (0 if adds else segment * head_dim)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0

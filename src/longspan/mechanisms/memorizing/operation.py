@@ -290,16 +290,10 @@ def _backward(
 
 
 def memorizing_cost(length: int, *, window: int, max_memories: int, top: int, group: int) -> tuple[int, int]:
-    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text from its start.
+    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text of `length` tokens.
 
-    Forward FLOPs are 2 * head_dim * heads * batch times their sum.
-
-    Args:
-        length: tokens.
-        window: positions of a segment; a query may retrieve those before its segment.
-        max_memories: of which only so many, the newest.
-        top: as in `memorizing_attention`.
-        group: query heads of a kv head.
+    A query may retrieve the newest `max_memories` positions before its segment of `window`; `group` query heads share a
+    kv head. Forward FLOPs are 2 * head_dim * heads * batch times their sum.
     """
     end = np.arange(length)[None] // window * window
     begin = (end - max_memories).clip(min=0)

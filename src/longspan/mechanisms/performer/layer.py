@@ -146,18 +146,15 @@ class PerformerCore(DrawnCore):
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
-        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of."""
+        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of: (2, 2 + head_dim), for
+        either how many, the sum of their squares, their sum."""
         if recomputing():
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
-        real = rows.real_columns()
-        counts, squares, sums = [], [], []
-        for t in (q, k):
+        real, counted = rows.real_columns(), q.new_zeros(2, 2 + self.shape.head_dim, dtype=self.pending_square.dtype)
+        for row, t in zip(counted, (q, k), strict=True):
             t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)
-            counts.append((real.sum() * t.shape[1]).to(dtype)[None])
-            squares.append(t.square().sum()[None])
-            sums.append(t.sum((0, 1, 2)))
-        counted = torch.cat([*counts, *squares, *sums]).to(self.pending_square.dtype)
+            row[0], row[1], row[2:] = real.sum() * t.shape[1], t.square().sum(), t.sum((0, 1, 2))
         self.pending = counted if self.pending is None else self.pending + counted
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
@@ -178,13 +175,12 @@ class PerformerCore(DrawnCore):
         if pending is None:
             if processes()[1] == 1:
                 return
-            pending = self.pending_square.new_zeros(4 + 2 * self.shape.head_dim)  # others may have seen something
+            pending = self.pending_square.new_zeros(2, 2 + self.shape.head_dim)  # others may have seen something
         (total,) = summed(pending)
-        counts, squares, sums = total[:2], total[2:4], total[4:].view(2, -1)
-        counts = counts.clamp(min=1)
+        counts, squares, sums = total[:, 0].clamp(min=1), total[:, 1], total[:, 2:]
         square = (squares / counts).sum() + 2 * (sums / counts[:, None]).prod(0).sum()
         # an overflow, which loss scaling steps over, is no measurement
-        counts_here = (total[0] > 0) & square.isfinite()
+        counts_here = (total[0, 0] > 0) & square.isfinite()
         self.pending_square += torch.where(counts_here, torch.stack([square, torch.ones_like(square)]), 0.0)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:

@@ -72,7 +72,6 @@ def sparse_attention(
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
     offsets = check_pattern(pattern, stride, summary, part, summary_offset, k.shape[1])
-    summary = min(summary, stride)
     # of two strides of keys every one is near, or a whole stride away from its query
     if pattern == "strided" and (part == "local" or (part == "union" and k.shape[2] <= 2 * stride)):
         return window_attention(
@@ -89,9 +88,8 @@ def sparse_attention(
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if pattern == "strided":
         return _strided(call, stride, part, scale)
-    if opened:
-        return _open(call, open_block, stride, summary, part, offsets, scale)
-    return _fixed(call, stride, summary, part, offsets, scale)
+    fixed = Fixed(stride, min(summary, stride), offsets, local=part == "union")
+    return _open(call, open_block, fixed, part, scale) if opened else _fixed(call, fixed, part, scale)
 
 
 def sparse_cost(
@@ -102,13 +100,9 @@ def sparse_cost(
     summary: int = 1,
     part: Literal["union", "local", "summary"] = "union",
 ) -> int:
-    """Score entries computed per head by `sparse_attention` without older keys: the sum of its tiles.
+    """Score entries computed per head by `sparse_attention` of `length` tokens without older keys: those of its tiles.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
-
-    Args:
-        length: queries.
-        pattern, stride, summary, part: as of `sparse_attention`.
     """
     summary = min(summary, stride)
     if pattern == "strided":
@@ -172,29 +166,20 @@ def _class_of_last(call: Call, stride: int, union: bool) -> Call:
     return call._replace(k=k, v=v, memory=k.shape[2] - 1, visibility=visibility)
 
 
-def _fixed(call: Call, stride: int, summary: int, part: str, offsets: tuple[int, ...], scale: float) -> Tensor:
-    length, memory = call.q.shape[2], call.memory
+def _fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor:
+    length, stride = call.q.shape[2], pattern.stride
     if part == "local" and length > stride:
         plan = _local_plan(length, stride)
         return _scheduled(call, scale, Round(plan, plan, call.visibility))
-    if part == "local" or (part == "union" and (length <= stride or summary == stride)):
+    if part == "local" or (part == "union" and (length <= stride or pattern.summary == stride)):
         return attend_call(call, causal=True, scale=scale)
-    pattern = Fixed(stride, summary, offsets, local=part == "union")
     group = call.q.shape[1] // call.k.shape[1]
-    return _scheduled(call, scale, *fixed_rounds(length, memory, pattern, call.visibility, group))
+    return _scheduled(call, scale, *fixed_rounds(length, call.memory, pattern, call.visibility, group))
 
 
-def _open(
-    call: Call,
-    open_block: int | Tensor,
-    stride: int,
-    summary: int,
-    part: str,
-    offsets: tuple[int, ...],
-    scale: float,
-) -> Tensor:
+def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale: float) -> Tensor:
     """All queries in the block that the older keys left open: few queries, and every key that is left is of use."""
-    length, memory = call.q.shape[2], call.memory
+    length, memory, stride = call.q.shape[2], call.memory, pattern.stride
     opened = np.asarray(open_block) if isinstance(open_block, int) else host.values(open_block)
     most = 0 if opened is None else int(opened.max())
     if most + length > stride or most > memory:
@@ -209,10 +194,10 @@ def _open(
     if part == "local":
         seen = place >= 0
     else:
-        last = stride - torch.tensor(offsets, device=call.q.device)
-        last = last.repeat_interleave(call.q.shape[1] // len(offsets))[:, None, None]
+        last = stride - torch.tensor(pattern.offsets, device=call.q.device)
+        last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
         itself = place == place[..., memory:].mT
-        seen = (place < 0) | ((place >= last - summary) & (place < last)) | itself
+        seen = (place < 0) | ((place >= last - pattern.summary) & (place < last)) | itself
     return call.finish(_masked(call, seen, scale))
 
 
