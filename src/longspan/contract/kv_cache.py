@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from longspan import host
+from longspan import host, ops
 from longspan.contract.base import Core, sum_nbytes
 from longspan.contract.rows import Rows
 from longspan.state import append
@@ -86,6 +86,30 @@ def carry(
         capacity = int(rows.lives.max(initial=0))
     old_k, old_v = (None, None) if state is None else (state.k, state.v)
     return rows.carry(old_k, k, capacity), rows.carry(old_v, v, capacity)
+
+
+def rotate_by_column(
+    q: Tensor, k: Tensor, base: float | tuple[float, ...], rows: Rows, period: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """q and k turned by RoPE to key columns modulo `period`, of which q has the last: only differences count."""
+    columns, dim, dtype = k.shape[2], q.shape[-1], q.dtype
+
+    def table() -> tuple[Tensor, Tensor]:
+        place = torch.arange(columns, device=q.device)[None]
+        return ops.rotary_table(place if period is None else place % period, dim, base=base, dtype=dtype)
+
+    cos, sin = rows.cached(("columns", base, dim, dtype, columns, period), table)
+    older = columns - q.shape[2]
+    return ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
+
+
+def pick_columns(x: Tensor, index: Tensor) -> Tensor:
+    """x (batch, heads, columns, dim) at index (batch, new columns) or (batch, heads, new columns); zeros where < 0."""
+    index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
+    if not index.shape[2]:
+        return x.new_zeros(*x.shape[:2], 0, x.shape[3])
+    picked = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
+    return picked.masked_fill((index < 0)[..., None], 0)
 
 
 class KeyValueState(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
-from longspan.contract.kv_cache import carry, join
+from longspan.contract.kv_cache import carry, join, rotate_by_column
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import BoundedCore, pairs_within
 
@@ -69,47 +69,37 @@ class SegmentCore(BoundedCore):
             before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
         attend, attend_open = self.operations()
         if rows.inside(segment):
-            out, memory = attend_open(**self._inside(q, k, v, state, rows), state=before)
+            keys, values, older = join(state, k, v, grows=False)
+            out, memory = attend_open(
+                q,
+                keys,
+                values,
+                state=before,
+                local=self._turned(q, keys, rows, None),
+                lengths=rows.lengths,
+                memory_lengths=rows.opened(segment) if older else None,
+                closes=rows.closes(segment),
+            )
         elif rows.plain and rows.aligned(segment):
-            out, memory = attend(q, k, v, state=before, local=self._turned(q, k))
+            out, memory = attend(q, k, v, state=before, local=self._turned(q, k, rows, segment))
         else:
             layout = rows.segments(segment)
             begins = rows.cached(("begins", segment), lambda: host.put(layout.begins(), rows.device))
             old_k, old_v = (None, None) if state is None else (state.k, state.v)
             spread_q, spread_k, spread_v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
-            local = self._turned(spread_q, spread_k)
+            local = self._turned(spread_q, spread_k, rows, segment)
             out, memory = attend(
                 spread_q, spread_k, spread_v, state=before, local=local, real=layout.real, begins=begins
             )
             out = layout.collect(out)
-        values, keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
-        return out, self.State(values, keys, *carry(state, k, v, rows, segment - 1), rows.live)
+        memory_values, memory_keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
+        return out, self.State(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
 
-    def _turned(self, q: Tensor, k: Tensor) -> Local:
-        """q and k with RoPE, column 0 opening a segment: only differences count, so positions inside it serve."""
-        if self.shape.rope is None:
+    def _turned(self, q: Tensor, k: Tensor, rows: Rows, period: int | None) -> Local:
+        """q and k with RoPE, where the model has it, by columns (modulo `period`)."""
+        if self.shape.rope is None or not q.shape[2]:
             return None
-        place = torch.arange(q.shape[2], device=q.device)[None] % self.segment
-        table = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
-        return ops.rotate(q, *table), ops.rotate(k, *table)
-
-    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, rows: Rows) -> dict[str, Any]:
-        """Arguments of the operation for a call within the open segment."""
-        k, v, older = join(state, k, v, grows=False)
-        local = None
-        if self.shape.rope is not None and q.shape[2]:
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
-            local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
-        return {
-            "q": q,
-            "k": k,
-            "v": v,
-            "local": local,
-            "lengths": rows.lengths,
-            "memory_lengths": rows.opened(self.segment) if older else None,
-            "closes": rows.closes(self.segment),
-        }
+        return rotate_by_column(q, k, self.shape.rope, rows, period)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
         """Nothing written, nothing open."""

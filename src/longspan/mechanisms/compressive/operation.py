@@ -171,9 +171,12 @@ def attend_segments(
     keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
     queries, outs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
-        index, seen = batch.keys, {"lengths": batch.lengths, "memory_lengths": batch.memory_lengths}
-        tensors = (pick(t, i).transpose(1, 2) for t, i in ((queries, batch.queries), (keys, index), (values, index)))
-        outs.append(relative_attention(*tensors, *positions, **seen).transpose(1, 2).flatten(0, 1))
+        own_q = pick(queries, batch.queries).transpose(1, 2)
+        seen_k, seen_v = (pick(t, batch.keys).transpose(1, 2) for t in (keys, values))
+        out = relative_attention(
+            own_q, seen_k, seen_v, *positions, lengths=batch.lengths, memory_lengths=batch.memory_lengths
+        )
+        outs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs).index_select(0, layout.output)
     return out.view(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 

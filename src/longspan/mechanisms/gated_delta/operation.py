@@ -226,15 +226,6 @@ def _by_head(t: Tensor, size: int) -> Tensor:
     return grouped.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _inverse(chunks: Chunks) -> Tensor:
-    """(I + A)^-1, (B, K, n, C, C)."""
-    a = (chunks.k @ chunks.k.mT).mul_(chunks.inside).mul_(chunks.strength)
-    unit = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    # only what lies below the diagonal is read
-    found: Tensor = torch.linalg.solve_triangular(a, unit.expand_as(a), upper=False, unitriangular=True)
-    return found
-
-
 def _flat(t: Tensor) -> tuple[Tensor, ...]:
     """(B, K, n, x, y) chunk by chunk, (B K, x, y) each."""
     return t.flatten(0, 1).unbind(1)
@@ -252,7 +243,10 @@ class Scan(NamedTuple):
 def _scan(chunks: Chunks, state: Tensor) -> Scan:
     """The states and what is written; only this goes from chunk to chunk."""
     k, v, strength = chunks.k, chunks.v, chunks.strength
-    inverse = _inverse(chunks)
+    a = (k @ k.mT).mul_(chunks.inside).mul_(strength)
+    unit = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    # of I + A only what lies below the diagonal is read
+    inverse = torch.linalg.solve_triangular(a, unit, upper=False, unitriangular=True)
     parts = (inverse, strength * v, strength * chunks.entering * k, (chunks.leaving * k).mT, chunks.across)
     now, before, written = state.flatten(0, 1), [], []
     for turn, values, reading, writing, across in zip(*map(_flat, parts), strict=True):

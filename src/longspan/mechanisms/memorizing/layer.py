@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.kv_cache import carry, join, visible
+from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import BoundedCore, pairs_within
 from longspan.engine import flash
@@ -153,13 +153,7 @@ class MemorizingCore(BoundedCore):
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: Rows) -> Tensor:
         if self.shape.rope is not None and rows.length:
-            # only differences count, so columns serve as positions
-            dim, base, dtype = q.shape[-1], self.shape.rope, q.dtype
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = rows.cached(
-                ("columns", base, dim, dtype, near), lambda: ops.rotary_table(place, dim, base=base, dtype=dtype)
-            )
-            q, k = ops.rotate(q, cos[:, :, near:], sin[:, :, near:]), ops.rotate(k, cos, sin)
+            q, k = rotate_by_column(q, k, self.shape.rope, rows)
         return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, near))
 
     def _retrieve(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: Rows, older: int | None = None) -> Tensor:
@@ -203,10 +197,10 @@ class MemorizingCore(BoundedCore):
             )
         distance = torch.arange(most + window - 1, 0, -1, device=rows.device)  # to the first token of the call
         opened = rows.opened(window)[:, None]
-        index = torch.where(distance <= opened, most + window - 1 - distance, most + opened - distance).clamp(min=0)
+        index = torch.where(distance <= opened, most + window - 1 - distance, most + opened - distance)
         return (
-            torch.cat([_columns(torch.cat([state.store_k, recent_k], 2), index), k], 2),
-            torch.cat([_columns(torch.cat([state.store_v, recent_v], 2), index), v], 2),
+            torch.cat([pick_columns(torch.cat([state.store_k, recent_k], 2), index), k], 2),
+            torch.cat([pick_columns(torch.cat([state.store_v, recent_v], 2), index), v], 2),
         )
 
     def _next(
@@ -224,10 +218,9 @@ class MemorizingCore(BoundedCore):
         if rows.batch and (closed >= most).all() and (end == end[:1]).all():
             last = int(end[0])
             return pairs[0][:, :, last - most : last].clone(), pairs[1][:, :, last - most : last].clone()
-        index = end[:, None] - most + np.arange(most)
-        hidden = host.put(index < (end - closed)[:, None], rows.device)[:, None, :, None]
-        index = host.put(index.clip(min=0), rows.device)
-        return _columns(pairs[0], index).masked_fill(hidden, 0), _columns(pairs[1], index).masked_fill(hidden, 0)
+        column = end[:, None] - most + np.arange(most)
+        index = host.put(np.where(column < (end - closed)[:, None], -1, column), rows.device)
+        return pick_columns(pairs[0], index), pick_columns(pairs[1], index)
 
     def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: Rows) -> Tensor:
         """What the attached stores give; k and v with `near` older columns."""
@@ -271,8 +264,3 @@ class MemorizingCore(BoundedCore):
             for first in range(0, length, window)
         )
         return self.shape.num_heads * (pairs_within(length, window) + retrieved)
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """Columns index (batch, n) of x (batch, kv_heads, columns, dim)."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

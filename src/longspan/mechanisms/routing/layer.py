@@ -192,12 +192,10 @@ class RoutingCore(ClusteredCore):
         ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
         return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
-    def _rings(self) -> tuple[int, ...]:
-        return self.routed_heads, self.config.num_clusters, self.config.window
-
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
         """Full capacity, nothing live."""
-        return RoutingState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
+        shape = self.routed_heads, self.config.num_clusters, self.config.window
+        return RoutingState(**empty_rings(shape, self.shape.head_dim, batch_size, device, dtype))
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Core, Shape, Traits, sum_nbytes
-from longspan.contract.kv_cache import carry, join, visible
+from longspan.contract.kv_cache import carry, join, pick_columns, visible
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
@@ -112,7 +112,7 @@ class SparseCore(Core):
     ) -> tuple[Tensor, SparseState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        stride, empty = self.config.stride, _no_columns(k)
+        stride, empty = self.config.stride, k[:, :, :0].clone()
         if not self.fixed:
             keys, values, memory = join(state, k, v, grows=self.grows)
             out = ops.sparse_attention(q, keys, values, **self.fields, **visible(rows, memory))
@@ -150,8 +150,8 @@ class SparseCore(Core):
         back = torch.arange(0 if read is None else int(read.max()), 0, -1, device=rows.device)  # 1 = the newest
         column = torch.where(back <= opened[:, None], state.k.shape[2], opened[:, None]) + summaries - back
         column = column.masked_fill(back > counts[:, None], -1)
-        k = torch.cat([_columns(torch.cat([state.summary_k, state.k], 2), column), k], 2)
-        v = torch.cat([_columns(torch.cat([state.summary_v, state.v], 2), column), v], 2)
+        k = torch.cat([pick_columns(torch.cat([state.summary_k, state.k], 2), column), k], 2)
+        v = torch.cat([pick_columns(torch.cat([state.summary_v, state.v], 2), column), v], 2)
         return ops.sparse_attention(
             q, k, v, **self.fields, open_block=opened, lengths=rows.lengths, memory_lengths=counts
         )
@@ -188,8 +188,7 @@ class SparseCore(Core):
     def _summaries(self, state: SparseState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The summary columns of all closed blocks after the call."""
         if state is None:
-            no_k, no_v = _no_columns(k), _no_columns(v)
-            state = SparseState(no_k, no_v, no_k, no_v, rows.offset)
+            state = self.init_state(rows.batch, k.device, k.dtype)
         summaries = state.summary_k.shape[2]
         if rows.plain and rows.emptied is None:
             low = rows.offset_range[0]
@@ -202,8 +201,8 @@ class SparseCore(Core):
                 return append(state.summary_k, new_k), append(state.summary_v, new_v)
         index = self._summary_columns(rows, summaries, state.k.shape[2])
         return (
-            _columns(torch.cat([state.summary_k, state.k, k], 2), index),
-            _columns(torch.cat([state.summary_v, state.v, v], 2), index),
+            pick_columns(torch.cat([state.summary_k, state.k, k], 2), index),
+            pick_columns(torch.cat([state.summary_v, state.v, v], 2), index),
         )
 
     def _closed(self, old: Tensor, new: Tensor, offset: int) -> Tensor:
@@ -287,16 +286,3 @@ def _sum_of_quotients(length: int, stride: int) -> int:
         return 0
     whole, rest = divmod(length, stride)
     return stride * whole * (whole - 1) // 2 + rest * whole
-
-
-def _no_columns(x: Tensor) -> Tensor:
-    return x.new_zeros(*x.shape[:2], 0, x.shape[3])
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, heads, columns, dim) at index (batch, new columns) or (batch, heads, new columns); zeros where < 0."""
-    index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
-    if not index.shape[2]:
-        return _no_columns(x)
-    found = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
-    return found.masked_fill((index < 0)[..., None], 0)

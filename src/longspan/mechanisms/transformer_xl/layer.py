@@ -107,13 +107,13 @@ class TransformerXLCore(RelativeCore):
         past, old_k, old_v = self._past(state, hidden, rows)
         memory = 0 if old_k is None else old_k.shape[2]
         own_k, own_v = _behind(old_k, k), _behind(old_v, v)
-        stale, border = None, None
+        stale, border, segment = None, None, self.config.segment
         if torch.is_grad_enabled() and not self._inside(rows):
             fresh_k, fresh_v = hidden.project(hidden.x.detach())
             if past is not None and past.requires_grad:
                 old_k, old_v = hidden.project(past.detach())
             stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
-            border = self._border(rows, memory)
+            border = segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
         distances = max(1, min(self.reach, memory + rows.length))
         seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
         if self.folds(q, distances, own_k, own_v):
@@ -141,10 +141,6 @@ class TransformerXLCore(RelativeCore):
     def _inside(self, rows: Rows) -> bool:
         """All tokens of this call lie in one segment of every row, the open one."""
         return rows.plain and rows.offset_range[0] % self.config.segment + rows.length <= self.config.segment
-
-    def _border(self, rows: Rows, memory: int) -> int | Tensor:
-        segment = self.config.segment
-        return segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
 
     def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
