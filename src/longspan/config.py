@@ -166,7 +166,7 @@ def check_least(config: Any, where: str, least_of: Mapping[str, float]) -> None:
     for name, least in least_of.items():
         value = getattr(config, name)
         if value is not None and not value >= least:
-            raise ConfigError(f"{where}.{name} = {value}: {least} at least")
+            raise ConfigError(f"{where}.{name} = {value}: must be at least {least}")
 
 
 def check_shares(config: Any, where: str, names: Iterable[str]) -> None:

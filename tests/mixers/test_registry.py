@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ("transformer_xl", {"segment": 0}, "transformer_xl.segment = 0: must be at least 1"),
         ("transformer_xl", {"mem_len": 0, "same_length": True}, "mem_len = 0: must be at least 1"),
         ("transformer_xl", {"causal": False}, "no bidirectional form"),
-        ("compressive", {"ratio": 0}, "compressive.ratio = 0: 1 at least"),
+        ("compressive", {"ratio": 0}, "compressive.ratio = 0: must be at least 1"),
         ("compressive", {"compression": "median"}, "compressive.compression"),
         ("compressive", {"compressor_lr": 0.0}, "compressor_lr = 0.0: must be positive"),
         ("compressive", {"causal": False}, "no bidirectional form"),

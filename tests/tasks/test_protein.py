@@ -145,7 +145,7 @@ def test_other_sequences_are_read_as_held_back_ones(fasta, tmp_path):
         ({"family": 13}, "task.family = 13: 0, or residues in a row, up to 12"),
         ({"share": 0.0}, "task.share = 0.0: a share between 0 and 1"),
         ({"validation_fraction": 1.0}, "task.validation_fraction = 1.0: a share between 0 and 1"),
-        ({"copies": 0}, "task.copies = 0: 1 at least"),
+        ({"copies": 0}, "task.copies = 0: must be at least 1"),
     ],
 )
 def test_configurations_that_make_no_sense(fields, message):

@@ -58,12 +58,12 @@ def test_the_default_length():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lanes": 0}, r"train.lanes = 0: 1 at least"),
-        ({"lr": -1.0}, r"train.lr = -1.0: 0 at least"),
+        ({"lanes": 0}, r"train.lanes = 0: must be at least 1"),
+        ({"lr": -1.0}, r"train.lr = -1.0: must be at least 0"),
         ({"lr": math.nan}, r"train.lr = nan"),
-        ({"steps": -1}, r"train.steps = -1: 0 at least"),
+        ({"steps": -1}, r"train.steps = -1: must be at least 0"),
         ({"betas": (0.9, 1.0)}, r"train.betas = \[0.9, 1.0\]: two numbers"),
-        ({"seed": -1}, r"train.seed = -1: 0 at least"),
+        ({"seed": -1}, r"train.seed = -1: must be at least 0"),
     ],
 )
 def test_settings_that_make_no_sense(fields, message):

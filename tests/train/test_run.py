@@ -386,7 +386,7 @@ def test_a_growing_state_is_announced(recipe, tmp_path):
         ({"train__device": "tpu"}, ConfigError, "train.device = 'tpu'"),
         ({"model__layers": 3}, ConfigError, "model: unknown field 'layers'"),
         ({"model__mixers": [{"name": "windw"}]}, ConfigError, "did you mean 'window'"),
-        ({"train__lanes": 0}, ConfigError, "train.lanes = 0: 1 at least"),
+        ({"train__lanes": 0}, ConfigError, "train.lanes = 0: must be at least 1"),
         ({"train__accumulation": 3}, ConfigError, "lanes = 4 cannot be split evenly by 1 processes and .*ulation = 3"),
     ],
 )

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan import state as states
-from longspan.contract.base import Core
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore
 from longspan.errors import UnsupportedError
 
 
-class DrawnCore(Core):
+class DrawnCore(BoundedCore):
     """A core that counts its draws in a buffer; its states record the count in a field `drawn` (batch,) int64.
 
     What is drawn and what is counted stay in fp32 at least, whatever the model is: a sum in bf16 ends at 256, and a

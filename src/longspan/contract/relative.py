@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from longspan import state as states
-from longspan.contract.base import Core, Shape
+from longspan.contract.base import Shape
 from longspan.contract.maps import is_plain
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore
 
 NO_CONVERSION = (
     "it projects remembered hidden states again and scores positions by weights of its own, for which the weights of a "
@@ -36,7 +37,27 @@ def _sinusoid(distances: int, dim: int, dtype: str) -> Any:
     return np.concatenate([np.sin(angles), np.cos(angles)], 1)[:, :dim].astype(dtype)
 
 
-class RelativeCore(Core):
+def carry_hidden(old: Tensor | None, x: Tensor, rows: Rows, capacity: int, segment: int) -> Tensor:
+    """(batch, capacity, dim) hidden states of the next state; those before the open segment are cut off the graph.
+
+    Args:
+        old: (batch, columns, dim) of the state; None = nothing.
+        x: (batch, length, dim) of the call.
+        rows: of the call.
+        capacity: columns to keep.
+        segment: positions of a segment.
+    """
+    carried = rows.carry(old, x, capacity)
+    if not carried.requires_grad:
+        return carried
+    if not capacity or not (rows.lives % segment).any():
+        return carried.detach()
+    slot = torch.arange(capacity, device=x.device)
+    is_open = slot >= (capacity - rows.live % segment)[:, None]
+    return torch.where(is_open[..., None], carried, carried.detach())
+
+
+class RelativeCore(BoundedCore):
     """A core whose scores have position terms.
 
     A subclass sets `reach` and, where distances are clamped, `clamp`.

@@ -4,33 +4,28 @@ A call that stays within the open segment (decoding) reads the memory as it is; 
 whole segments; any other is spread over whole segments first, with holes between documents.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan import host, ops
-from longspan.contract.base import Core, Hidden
+from longspan.contract.kv_cache import carry, join, rotate_by_column
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore, pairs_within
 
 
 class SegmentState(NamedTuple):
-    """The memory, and the keys of the open segment.
+    """The memory, and the keys of the open segment."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`.
-        keys: (batch, kv_heads, features), the same.
-        k: (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`
+    keys: Tensor  # (batch, kv_heads, features), the same
+    # (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them
     k: Tensor
-    v: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -38,12 +33,13 @@ class SegmentState(NamedTuple):
 
 
 Local = tuple[Tensor, Tensor] | None
+Operation = Callable[..., tuple[Tensor, ops.SegmentMemory]]
 
 
-class SegmentCore(Core):
+class SegmentCore(BoundedCore):
     """A core whose memory is read within a segment and written when it closes.
 
-    A subclass sets `segment` and `features`, and writes `attend` and `attend_open`.
+    A subclass sets `segment` and `features`, and writes `operations` and `memory_cost`.
     """
 
     State = SegmentState
@@ -54,71 +50,56 @@ class SegmentCore(Core):
         """What the memory is held in where activations are of `dtype`: fp32 at least."""
         return torch.promote_types(dtype, torch.float32)
 
-    attend: Callable[..., tuple[Tensor, ops.SegmentMemory]]
-    """(q, k, v, *, state, local, real, begins): column 0 opens a segment; see `ops.infini_attention`."""
-    attend_open: Callable[..., tuple[Tensor, ops.SegmentMemory]]
-    """(q, k, v, *, state, local, lengths, memory_lengths, closes): a call within the open segment; see
-    `ops.infini_open`."""
+    @abstractmethod
+    def operations(self) -> tuple[Operation, Operation]:
+        """For columns of which column 0 opens a segment, as `ops.infini_attention`, and for a call within the open
+        segment, as `ops.infini_open`; both with the weights and fields of this core."""
+
+    @abstractmethod
+    def memory_cost(self, length: int) -> tuple[int, int]:
+        """Multiply-adds of the memory of one kv head and its queries, and local score entries of one query head."""
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: SegmentState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, SegmentState]:
         """See `Core.forward`."""
         segment, before = self.segment, None
         if state is not None:
             dtype = self.memory_dtype(k.device, k.dtype)
             before = ops.SegmentMemory(state.values.to(dtype), state.keys.to(dtype), rows.offset // segment)
+        attend, attend_open = self.operations()
         if rows.inside(segment):
-            out, memory = self._inside(q, k, v, state, before, rows)
+            keys, values, older = join(state, k, v, grows=False)
+            out, memory = attend_open(
+                q,
+                keys,
+                values,
+                state=before,
+                local=self._turned(q, keys, rows, None),
+                lengths=rows.lengths,
+                memory_lengths=rows.opened(segment) if older else None,
+                closes=rows.closes(segment),
+            )
         elif rows.plain and rows.aligned(segment):
-            local = self._turned(q, k)
-            out, memory = self.attend(q, k, v, state=before, local=local, real=None, begins=None)
+            out, memory = attend(q, k, v, state=before, local=self._turned(q, k, rows, segment))
         else:
-            out, memory = self._spread(q, k, v, state, before, rows)
-        values, keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        carried_k, carried_v = rows.carry(old_k, k, segment - 1), rows.carry(old_v, v, segment - 1)
-        return out, self.State(values, keys, carried_k, carried_v, rows.live)
+            layout = rows.segments(segment)
+            begins = rows.cached(("begins", segment), lambda: host.put(layout.begins(), rows.device))
+            old_k, old_v = (None, None) if state is None else (state.k, state.v)
+            spread_q, spread_k, spread_v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
+            local = self._turned(spread_q, spread_k, rows, segment)
+            out, memory = attend(
+                spread_q, spread_k, spread_v, state=before, local=local, real=layout.real, begins=begins
+            )
+            out = layout.collect(out)
+        memory_values, memory_keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
+        return out, self.State(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
 
-    def _spread(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
-    ) -> tuple[Tensor, ops.SegmentMemory]:
-        layout = rows.segments(self.segment)
-        begins = rows.cached(("begins", self.segment), lambda: host.put(layout.begins(), rows.device))
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        q, k, v = layout.spread(q), layout.spread(k, old_k), layout.spread(v, old_v)
-        out, memory = self.attend(q, k, v, state=before, local=self._turned(q, k), real=layout.real, begins=begins)
-        return layout.collect(out), memory
-
-    def _turned(self, q: Tensor, k: Tensor) -> Local:
-        """q and k with RoPE, column 0 opening a segment: only differences count, so positions inside it serve."""
-        if self.shape.rope is None:
+    def _turned(self, q: Tensor, k: Tensor, rows: Rows, period: int | None) -> Local:
+        """q and k with RoPE, where the model has it, by columns (modulo `period`)."""
+        if self.shape.rope is None or not q.shape[2]:
             return None
-        place = torch.arange(q.shape[2], device=q.device)[None] % self.segment
-        table = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
-        return ops.rotate(q, *table), ops.rotate(k, *table)
-
-    def _inside(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, before: ops.SegmentMemory | None, rows: Rows
-    ) -> tuple[Tensor, ops.SegmentMemory]:
-        if state is not None:
-            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        older, local = k.shape[2] - q.shape[2], None
-        if self.shape.rope is not None and q.shape[2]:
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
-            local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
-        open_tokens, closes = rows.opened(self.segment) if older else None, rows.closes(self.segment)
-        layout = {"lengths": rows.lengths, "memory_lengths": open_tokens, "closes": closes}
-        return self.attend_open(q, k, v, state=before, local=local, **layout)
+        return rotate_by_column(q, k, self.shape.rope, rows, period)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SegmentState:
         """Nothing written, nothing open."""
@@ -128,9 +109,13 @@ class SegmentCore(Core):
         k = torch.zeros(batch_size, kv_heads, self.segment - 1, dim, device=device, dtype=dtype)
         return self.State(memory.values, memory.keys, k, k.clone(), memory.written)
 
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """The memory of every kv head, the keys and values of a segment but one, a count; whatever the length."""
-        shape = self.shape
-        memory = self.features * (shape.head_dim + 1) * self.memory_dtype(None, dtype).itemsize
-        local = 2 * (self.segment - 1) * shape.head_dim * dtype.itemsize
-        return batch_size * (shape.num_kv_heads * (memory + local) + 8)
+    def flops(self, length: int, batch_size: int = 1) -> int:
+        """Local attention in every segment, memory read and written."""
+        memory, local = self.memory_cost(length)
+        return batch_size * (
+            2 * self.shape.num_kv_heads * memory + 4 * self.shape.num_heads * self.shape.head_dim * local
+        )
+
+    def pairs(self, length: int) -> int:
+        """All pairs: what the local part does not see is in the memory."""
+        return self.shape.num_heads * pairs_within(length)

@@ -25,20 +25,7 @@ def adaptive_span_attention(
 
     m(x) = clamp((ramp + span - x) / ramp, 0, 1);  a_ij = m(i - j) exp(s_ij) / sum over j of m(i - j) exp(s_ij)
 
-    Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim).
-        v: like k.
-        span: (heads,) in tokens, or (batch, heads, length) where every token has its own.
-        ramp: tokens over which a weight falls from 1 to 0, the paper's R.
-        window: most keys that a query sees, whatever its span (the paper's S); None = no limit.
-        include_self: i - j = 0 is seen; the paper leaves it out.
-        persistent: (kv_heads, n, head_dim) keys and values that every query sees as well, at any distance
-            (all-attention, Sukhbaatar et al. 2019b); None = none.
-        scale: default head_dim ** -0.5.
-        lengths: see `visible_keys`.
-        start: see `visible_keys`.
-        memory_lengths: see `visible_keys`.
+    Arguments as of `longspan.ops.adaptive_span_attention`.
     """
     visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
     memory, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from longspan import host, ops
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
-from longspan.contract.kv_cache import carried, join
+from longspan.config import check_least
+from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.kv_cache import carry, join, visible
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError
 from longspan.host import Array
@@ -42,31 +44,22 @@ class AdaptiveSpanConfig:
     persistent: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_span", 1), ("ramp", 1), ("persistent", 0), ("penalty", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"adaptive_span.{name} = {getattr(self, name)}: must be at least {least}")
+        check_least(self, "adaptive_span", {"max_span": 1, "ramp": 1, "persistent": 0, "penalty": 0})
         if not 0 <= self.initial <= 1:
             raise ConfigError(f"adaptive_span.initial = {self.initial}: a share of max_span, must be in [0, 1]")
 
 
 class AdaptiveSpanState(NamedTuple):
-    """The keys and values that the farthest-looking head may still see.
+    """The keys and values that the farthest-looking head may still see."""
 
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim), turned by RoPE, newest last; columns = the farthest distance of any
-            head.
-        v: like k.
-        held: (batch,) how many columns hold a token: fewer than `live` where spans have grown since.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, columns, head_dim), turned by RoPE, newest last; columns = the farthest distance of any head
     k: Tensor
-    v: Tensor
-    held: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    held: Tensor  # (batch,) how many columns hold a token: fewer than `live` where spans have grown since
+    live: Tensor  # (batch,) live tokens
 
 
-class AdaptiveSpanCore(Core):
+class AdaptiveSpanCore(BoundedCore):
     """See the package."""
 
     Config = AdaptiveSpanConfig
@@ -150,34 +143,33 @@ class AdaptiveSpanCore(Core):
     ) -> tuple[Tensor, AdaptiveSpanState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        read = rows.read(self.layout_inputs(state))
-        shares, held = read.get((self, "span")), read.get((self, "held"))
+        known = rows.read(self.layout_inputs(state))
+        shares, held = known.get((self, "span")), known.get((self, "held"))
         spans = None if shares is None else self.config.max_span * shares.clip(0, 1)
         span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._tokens(), spans)
         if penalties is not None and self.config.penalty:
             penalties.append(self.config.penalty * self._mean(span, rows))
-        all_k, all_v, memory = join(state, k, v, grows=False)
-        memory_lengths = None
+        keys, values, memory = join(state, k, v, grows=False)
+        seen = visible(rows, memory)
         if state is not None and memory:
-            memory_lengths = host.remember(
-                state.held.clamp(max=memory), None if held is None else held.clip(max=memory)
-            )
+            read = None if held is None else held.clip(max=memory)
+            seen["memory_lengths"] = host.remember(state.held.clamp(max=memory), read)
         out = ops.adaptive_span_attention(
             q,
-            all_k,
-            all_v,
+            keys,
+            values,
             span,
             ramp=self.config.ramp,
             window=self.config.max_span,
             include_self=self.config.include_self,
             persistent=(self.persistent_k, self.persistent_v) if self.config.persistent else None,
-            lengths=rows.lengths,
-            start=rows.first_visible(memory),
-            memory_lengths=memory_lengths,
+            **seen,
         )
-        capacity = self._capacity(spans)
-        kept = carried(state, k, v, (all_k, all_v), rows, capacity)
-        return out, AdaptiveSpanState(*kept, *self._counts(state, rows, capacity))
+        capacity, tokens, count = self._capacity(spans), rows.real_tokens(), rows.live
+        if state is not None:
+            count = torch.where(rows.live == rows.offset + tokens, state.held + tokens, rows.live)
+        kept = carry(state, k, v, rows, capacity)
+        return out, AdaptiveSpanState(*kept, held=count.clamp(max=capacity), live=rows.live)
 
     def token_spans(self, hidden: Hidden | None) -> Tensor:
         """(batch, heads, length) dynamic spans in tokens, fp32 at least."""
@@ -191,16 +183,8 @@ class AdaptiveSpanCore(Core):
         """The mean span of the layer, over real tokens where they differ."""
         if span.ndim == 1:
             return span.mean()
-        real = torch.arange(rows.length, device=span.device) < rows.real_tokens()[:, None]
+        real = rows.real_columns()
         return (span.mean(1) * real).sum() / real.sum().clamp(min=1)
-
-    def _counts(self, state: AdaptiveSpanState | None, rows: Rows, capacity: int) -> tuple[Tensor, Tensor]:
-        """`held` and `live` of the next state."""
-        tokens, held = rows.real_tokens(), rows.live
-        if state is not None:
-            goes_on = rows.live == rows.offset + tokens
-            held = torch.where(goes_on, state.held + tokens, rows.live)
-        return held.clamp(max=capacity), rows.live
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Clamp z' to [0, 1]: the optimiser knows no bounds."""
@@ -218,10 +202,6 @@ class AdaptiveSpanCore(Core):
         k = torch.zeros(shape, device=device, dtype=dtype)
         live = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AdaptiveSpanState(k, k.clone(), live, live.clone())
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors a kv head and slot, and two counts a row, whatever the length."""
-        return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * self.capacity, 2)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Two products of every query with the keys of its tile, the persistent ones, and the product for the spans."""
@@ -242,7 +222,6 @@ class AdaptiveSpanCore(Core):
         nearest = 0 if config.include_self else 1
         for span in self.spans:
             reach = ops.span_reach([span], config.ramp, config.max_span, config.include_self)
-            near = min(length - nearest, reach - nearest + 1)  # keys of a query that has all of them
-            if near > 0:
-                total += near * (near + 1) // 2 + (length - nearest - near) * near
+            if reach >= nearest and length > nearest:
+                total += pairs_within(length - nearest, reach - nearest + 1)
         return total + self.shape.num_heads * length * config.persistent

@@ -52,10 +52,7 @@ def adaptive_span_attention(
         include_self: i - j = 0 is seen; the paper leaves it out.
         persistent: (kv_heads, n, head_dim) keys and values that every query sees as well, at any distance
             (all-attention, Sukhbaatar et al. 2019b); None = none.
-        scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) first visible key column of each query; None = no limit.
-        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        scale, lengths, start, memory_lengths: as of `full_attention`.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
@@ -89,16 +86,9 @@ def adaptive_span_attention(
 
 
 def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: int | None, include_self: bool) -> int:
-    """Score entries computed by `adaptive_span_attention` without older keys, summed over its heads.
+    """Score entries computed by `adaptive_span_attention` of `length` tokens without older keys, over all heads.
 
     Forward FLOPs are 4 * head_dim * batch times this (and 4 * head_dim * heads * length a persistent vector).
-
-    Args:
-        length: queries.
-        spans: in tokens, one a head.
-        ramp: see `adaptive_span_attention`.
-        window: see `adaptive_span_attention`.
-        include_self: see `adaptive_span_attention`.
     """
     nearest = 0 if include_self else 1
     farthest = length if window is None else min(length, nearest + window - 1)

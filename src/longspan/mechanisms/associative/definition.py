@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.engine.definitions.segments import SegmentMemory
-from longspan.engine.definitions.softmax import full_attention
+from longspan.engine.definitions.segments import SegmentMemory, attend_segments
 
 
 def dpfp(x: Tensor, nu: int = 3) -> Tensor:
@@ -69,46 +68,30 @@ def associative_attention(
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, Any]:
     """As `longspan.ops.associative_attention`: one segment of one row after the other."""
-    batch, length = q.shape[0], q.shape[2]
-    local_q, local_k = (q, k) if local is None else local
-    real = torch.ones(batch, length, dtype=torch.bool) if real is None else real
-    features = 2 * maps.key.shape[1] * maps.nu
-    rows, memories = [], []
-    for row in range(batch):
-        memory, keys = k.new_zeros(k.shape[1], features, v.shape[3]), k.new_zeros(k.shape[1], features)
-        written = 0
-        if state is not None:
-            memory, keys, written = state.values[row], state.keys[row], int(state.written[row])
-        firsts, outs = list(range(0, length, segment)), []
-        used = [first for first in firsts if bool(real[row, first : first + segment].any())]
-        for index, first in enumerate(firsts):
-            part = slice(first, first + segment)
-            if begins is not None and bool(begins[row, index]):
-                memory, keys, written = torch.zeros_like(memory), torch.zeros_like(keys), 0
-            left = sum(other >= first for other in used) if first in used else 0
-            if bptt_segments is not None and left and left % bptt_segments == 0:
-                memory, keys = memory.detach(), keys.detach()
-            here = real[row : row + 1, part]
-            inside = full_attention(
-                *(t[row : row + 1, :, part] for t in (local_q, local_k, v)), causal=True, lengths=here.sum(1)
-            )[0]
-            group = q.shape[1] // k.shape[1]
-            asked = dpfp(q[row, :, part] @ maps.query, maps.nu)
-            answers = associative_read(asked, memory.repeat_interleave(group, 0), keys.repeat_interleave(group, 0))
-            outs.append(inside + answers)
-            if int(here.sum()) == segment:
-                memory, keys = _hear(k[row, :, part], v[row, :, part], maps, memory, keys)
-                written += 1
-        rows.append(torch.cat(outs, 1) if outs else q.new_zeros(q.shape[1], 0, v.shape[3]))
-        memories.append((memory, keys, torch.tensor(written)))
-    parts = [torch.stack(each) for each in zip(*memories, strict=True)]
-    return torch.stack(rows), SegmentMemory(*parts)
+    group = q.shape[1] // k.shape[1]
 
+    def read(q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
+        values, keys = (t.repeat_interleave(group, 0) for t in memory[:2])
+        return inside + associative_read(dpfp(q @ maps.query, maps.nu), values, keys)
 
-def _hear(k: Tensor, v: Tensor, maps: Any, memory: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory queries attend to a segment (kv_heads, n, d); each writes the pair that it hears."""
-    weights = torch.softmax(torch.einsum("hmd,hnd->hmn", maps.tokens, k) / k.shape[-1] ** 0.5, -1)
-    heard_k, heard_v = torch.einsum("hmn,hnd->hmd", weights, k), torch.einsum("hmn,hnd->hmd", weights, v)
-    strength = torch.sigmoid((heard_k * maps.strength).sum(-1))
-    phi = dpfp(heard_k @ maps.key, maps.nu)
-    return associative_write(phi, heard_v @ maps.value, strength, memory, keys, constant_gamma=False, damped=True)
+    def write(k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
+        """Memory queries attend to the segment; each writes the pair that it hears."""
+        weights = torch.softmax(torch.einsum("hmd,hnd->hmn", maps.tokens, k) / k.shape[-1] ** 0.5, -1)
+        heard_k, heard_v = torch.einsum("hmn,hnd->hmd", weights, k), torch.einsum("hmn,hnd->hmd", weights, v)
+        phi, strength = dpfp(heard_k @ maps.key, maps.nu), torch.sigmoid((heard_k * maps.strength).sum(-1))
+        return associative_write(phi, heard_v @ maps.value, strength, *memory[:2], constant_gamma=False, damped=True)
+
+    return attend_segments(
+        q,
+        k,
+        v,
+        read,
+        write,
+        features=2 * maps.key.shape[1] * maps.nu,
+        segment=segment,
+        state=state,
+        local=local,
+        real=real,
+        begins=begins,
+        bptt_segments=bptt_segments,
+    )

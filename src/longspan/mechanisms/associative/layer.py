@@ -2,14 +2,16 @@
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longspan import ops
+from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.segments import SegmentCore
+from longspan.contract.segments import Operation, SegmentCore
 from longspan.errors import ConfigError
 
 
@@ -32,10 +34,8 @@ class AssociativeConfig:
     bptt_segments: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("segment", "num_memory_tokens", "memory_dim", "nu", "bptt_segments"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"associative.{name} = {value}: must be at least 1")
+        least = {"segment": 1, "num_memory_tokens": 1, "memory_dim": 1, "nu": 1, "bptt_segments": 1}
+        check_least(self, "associative", least)
 
 
 class AssociativeCore(SegmentCore):
@@ -78,30 +78,23 @@ class AssociativeCore(SegmentCore):
         """The weights, as the operation wants them."""
         return ops.AssociativeMaps(self.tokens, self.query, self.key, self.value, self.strength, self.config.nu)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+    def operations(self) -> tuple[Operation, Operation]:
         """See `SegmentCore`."""
-        horizon = self.config.bptt_segments
-        return ops.associative_attention(q, k, v, self.maps, segment=self.segment, bptt_segments=horizon, **layout)
+        fields: dict[str, Any] = {
+            "maps": self.maps,
+            "segment": self.segment,
+            "bptt_segments": self.config.bptt_segments,
+        }
+        return partial(ops.associative_attention, **fields), partial(ops.associative_open, **fields)
 
-    def attend_open(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+    def memory_cost(self, length: int) -> tuple[int, int]:
         """See `SegmentCore`."""
-        horizon = self.config.bptt_segments
-        return ops.associative_open(q, k, v, self.maps, segment=self.segment, bptt_segments=horizon, **layout)
-
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        """Local attention in every segment, memory queries, memory read and written."""
-        shape, config = self.shape, self.config
-        memory, local = ops.associative_cost(
+        return ops.associative_cost(
             length,
-            segment=config.segment,
-            head_dim=shape.head_dim,
-            group=shape.group,
-            tokens=config.num_memory_tokens,
-            memory_dim=config.memory_dim,
-            nu=config.nu,
+            segment=self.segment,
+            head_dim=self.shape.head_dim,
+            group=self.shape.group,
+            tokens=self.config.num_memory_tokens,
+            memory_dim=self.config.memory_dim,
+            nu=self.config.nu,
         )
-        return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
-
-    def pairs(self, length: int) -> int:
-        """All pairs: what the local part does not see is in the memory."""
-        return self.shape.num_heads * (length * (length + 1) // 2)

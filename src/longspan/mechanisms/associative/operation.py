@@ -23,12 +23,7 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
 
     With r = [relu(x), relu(-x)]: the products of r with itself rolled by 1 ... nu places, side by side.
 
-    Args:
-        x: (..., d).
-        nu: how many rolls.
-
-    Returns:
-        (..., 2 d nu).
+    Of x (..., d), they are (..., 2 d nu).
     """
     check_floating(x=x)
     r = torch.cat([x.relu(), (-x).relu()], -1)
@@ -36,15 +31,9 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
 
 
 def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tensor:
-    """What the memory answers: phi_q A / (phi_q . z + 1e-5); zeros where nothing was written.
+    """What the memory A answers: phi_q A / (phi_q . z + 1e-5), z its normaliser; zeros where nothing was written.
 
-    Args:
-        phi_q: (batch, ..., n, features).
-        memory: A (batch, ..., features, dim).
-        normaliser: z (batch, ..., features).
-
-    Returns:
-        (batch, ..., n, dim) in the memory's dtype.
+    Shapes are those of the module; the answers (batch, ..., n, dim) have the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
     with flash.full_precision(phi_q.device):
@@ -76,15 +65,13 @@ def associative_write(
     so that together they never correct more than what is wrong; a pair alone is not changed by it.
 
     Args:
-        phi_k: (batch, ..., n, features).
-        values: (batch, ..., n, dim).
+        phi_k, values, memory, normaliser: see the module.
         strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normaliser apart.
-        memory, normaliser: as in `associative_read`.
         constant_gamma: gamma is not differentiated, as in ARMT.
         damped: see above; ARMT's are not.
 
     Returns:
-        Both, new tensors.
+        Memory and normaliser, new tensors.
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
     with flash.full_precision(phi_k.device):
@@ -169,11 +156,7 @@ def associative_attention(
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Causal attention inside segments, and an associative memory of those before; arguments as `infini_attention`.
-
-    Args:
-        maps: see `AssociativeMaps`.
-    """
+    """Causal attention inside segments, and an associative memory of those before; arguments as `infini_attention`."""
     layout = Layout(segment, real, begins, bptt_segments)
     return attend_segments(q, k, v, AssociativeRule(maps), layout, state=state, local=local)
 
@@ -212,12 +195,7 @@ def associative_cost(
 ) -> tuple[int, int]:
     """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
 
-    Args:
-        length: tokens, from an empty past.
-        segment: of a segment.
-        head_dim, memory_dim, nu: as in `AssociativeMaps`.
-        group: query heads of a kv head.
-        tokens: memory tokens.
+    Of `length` tokens from an empty past, with `group` query heads a kv head; see `AssociativeMaps`.
     """
     features = 2 * memory_dim * nu
     read = group * length * (head_dim * memory_dim + features * (head_dim + 1)) if length > segment else 0

@@ -25,17 +25,11 @@ Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Compressor(nn.Module):
-    """Groups of vectors to slots.
-
-    Args:
-        how: "mean", "max", "conv", "dilated" or "most_used".
-        dim: width of the vectors.
-        ratio: vectors of a group.
-        decode: add the decoder of the auto-encoding loss; of functions with parameters only.
+    """Groups of `ratio` vectors to slots; `how` is a name of the module's docstring.
 
     Attributes:
         context: vectors before a group that its slot depends on.
-        learns: the function has parameters.
+        learns: the function has parameters; with `decode` also the decoder of the auto-encoding loss.
     """
 
     def __init__(self, how: str, dim: int, ratio: int, decode: bool = False) -> None:
@@ -67,10 +61,10 @@ class Compressor(nn.Module):
             vectors: (batch, context + slots * ratio, dim).
             usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
             groups: (batch,) how many groups are real, the first ones; of "most_used" only.
-            decode: see `decode`, of which it is the call.
+            decode: turn it round, slots (batch, slots, dim) to what the auto-encoder makes of them.
 
         Returns:
-            (batch, slots, dim).
+            (batch, slots, dim), or (batch, slots * ratio, dim) where `decode`.
         """
         if decode:
             assert self.decoder is not None, "built without a decoder"
@@ -98,11 +92,6 @@ class Compressor(nn.Module):
         rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
         chosen = (rank >= groups[:, None]).sort(dim=1, stable=True).indices[:, :slots]
         return vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
-
-    def decode(self, slots: Tensor) -> Tensor:
-        """(batch, slots, dim) to (batch, slots * ratio, dim): what the auto-encoder makes of them."""
-        vectors: Tensor = self(slots, decode=True)
-        return vectors
 
     def flops(self, slots: int) -> int:
         """Of one row's compression to so many slots."""
@@ -140,78 +129,21 @@ def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
     return projected
 
 
-class AuxiliaryLoss:
-    """What a compressor learns from in one call: a mean over what the segments that end there have to say.
-
-    Args:
-        compressor: whose parameters it reaches; nothing else.
-        kind: "attention" or "auto_encoding".
-    """
-
-    def __init__(self, compressor: Compressor, kind: str) -> None:
-        self.compressor, self.kind = compressor, kind
-        self.sums: list[tuple[Tensor, Tensor]] = []  # squared errors, and how many
-
-    def add(self, old: Tensor, new: Tensor, q: Tensor, project: Project, groups: Tensor, lengths: Tensor) -> None:
-        """Segments that end, one a row.
-
-        Args:
-            old: (batch, slots * ratio, dim), what left the memory.
-            new: (batch, slots, dim), what the compressor made of it.
-            q: (batch, heads, length, head_dim), queries of the segments.
-            project: the layer's hidden states to keys and values.
-            groups: (batch,) how many slots are real, the first ones; 0 where no segment ends.
-            lengths: (batch,) how many queries are real, the first ones.
-        """
-        if self.kind == "auto_encoding":
-            dtype = torch.promote_types(old.dtype, torch.float32)
-            lost = (self.compressor.decode(new).to(dtype) - old).square().mean(2)
-            real = torch.arange(old.shape[1], device=old.device) < (groups * self.compressor.ratio)[:, None]
-            self.sums.append(((lost * real).sum(), real.sum()))
-            return
-        with torch.no_grad():
-            k, v = project(old)
-        lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
-        self.sums.append((lost.sum(), (lengths * (groups > 0)).sum()))
-
-    def mean(self) -> Tensor | None:
-        """The mean squared error, a scalar; None where no segment had anything to compress."""
-        if not self.sums:
-            return None
-        errors, counts = (torch.stack(terms).sum() for terms in zip(*self.sums, strict=True))
-        return errors / counts.clamp(min=1)
-
-
 class SlotLayout(NamedTuple):
-    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made.
+    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made."""
 
-    Attributes:
-        vectors: (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's.
-        groups: (closing,) how many slots of each are real, the first ones.
-        queries: (closing, most tokens) the call's tokens in each, flattened over the batch.
-        lengths: (closing,) how many of these are real, the first ones.
-        visible: (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see.
-        carried: (batch, compressed_len) in the same list: those of the next state.
-    """
-
+    # (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's
     vectors: Tensor
-    groups: Tensor
-    queries: Tensor
-    lengths: Tensor
+    groups: Tensor  # (closing,) how many slots of each are real, the first ones
+    queries: Tensor  # (closing, most tokens) the call's tokens in each, flattened over the batch
+    lengths: Tensor  # (closing,) how many of these are real, the first ones
+    # (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see
     visible: Tensor
-    carried: Tensor
+    carried: Tensor  # (batch, compressed_len) in the same list: those of the next state
 
 
 def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
-    """The layout of a call.
-
-    Args:
-        rows: of the call.
-        segments: of the call.
-        sizes: of the mechanism.
-        context: see `Compressor`.
-        capacity: columns of hidden states in a state.
-    """
+    """The layout of a call, for a state of `capacity` hidden states; `context`: see `Compressor`."""
     old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
     closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
     group = np.arange(closing.new_slots.max(initial=0))
@@ -244,28 +176,47 @@ def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, con
     )
 
 
-class UsageLayout(NamedTuple):
-    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's.
+def auxiliary_loss(
+    compressor: Compressor, kind: str, old: Tensor, new: Tensor, q: Tensor, layout: SlotLayout, project: Project
+) -> Tensor:
+    """What a compressor learns from in one call: a mean squared error, whose gradients reach its parameters alone.
 
-    Attributes:
-        visible: (batch, capacity + length) bool, in the memory or the open segment.
-        queries: (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all.
-        carried: (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of
-            the memory where a segment opens.
-        segment: its positions.
+    Args:
+        compressor: see above.
+        kind: "attention" (of the queries) or "auto_encoding" (of the vectors).
+        old: (closing, slots * ratio, dim), what left the memory.
+        new: (closing, slots, dim), what the compressor made of it.
+        q: (closing, heads, length, head_dim), queries of the segments.
+        layout: of the call.
+        project: the layer's hidden states to keys and values.
     """
+    groups, lengths = layout.groups, layout.lengths
+    if kind == "auto_encoding":
+        dtype = torch.promote_types(old.dtype, torch.float32)
+        lost: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
+        real = torch.arange(old.shape[1], device=old.device) < (groups * compressor.ratio)[:, None]
+        return (lost * real).sum() / real.sum().clamp(min=1)
+    with torch.no_grad():
+        k, v = project(old)
+    lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+    return lost.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
 
-    visible: Tensor
+
+class UsageLayout(NamedTuple):
+    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's."""
+
+    visible: Tensor  # (batch, capacity + length) bool, in the memory or the open segment
+    # (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all
     queries: Tensor
+    # (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of the memory
+    # where a segment opens
     carried: Tensor
-    segment: int
+    segment: int  # its positions
 
     def add(self, usage: Tensor, received: Tensor) -> Tensor:
         """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
 
-        Args:
-            usage: (batch, capacity) of the state.
-            received: (batch, keys) attention of the call's keys, newest last; see `ops.attention_usage`.
+        `usage` (batch, capacity) is the state's, `received` what `ops.attention_usage` gives.
         """
         columns = self.visible.shape[1]
         received = F.pad(received, (columns - received.shape[1], 0)) * self.visible

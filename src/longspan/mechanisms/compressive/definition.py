@@ -11,12 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longspan.engine.definitions.softmax import masked_softmax, visible_keys
-
-
-def closed_groups(border: int, *, mem_len: int, ratio: int) -> int:
-    """Groups of `ratio` vectors that have left the memory when a segment ends at position `border`."""
-    return max(0, border - mem_len) // ratio
+from longspan.engine.definitions.softmax import attend, masked_softmax, visible_keys
 
 
 def _repeat(keys: Tensor, heads: int) -> Tensor:
@@ -47,32 +42,7 @@ def compressive_attention(
     position: int = 0,
     stale: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
-
-    score(i, j) = (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t) / sqrt(head_dim)
-
-    t = i - j for a token j; t = i - b + mem_len + g for the g-th newest slot (1, 2, ...) of a segment that begins at b.
-
-    Args:
-        q: (batch, heads, length, head_dim); column 0 stands at `position`, a segment border.
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys, at
-            least min(mem_len, position).
-        v: like k.
-        slots_k: (batch, kv_heads, slots, head_dim): the slots closed before the last segment, newest last.
-        slots_v: like slots_k.
-        r: (heads, distances, head_dim), r[:, t] for distance t; at least segment + mem_len + compressed_len.
-        content_bias: (heads, head_dim), the paper's u.
-        position_bias: (heads, head_dim), the paper's v.
-        segment: positions of a segment.
-        mem_len: positions before its segment that a token sees.
-        compressed_len: most slots that a token sees.
-        ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
-        position: of query 0.
-        stale: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients here.
-
-    Returns:
-        (batch, heads, length, head_dim).
-    """
+    """As `longspan.ops.compressive_attention`, every pair of a query and a key, or a slot, by its distance."""
     length, memory, slots = q.shape[2], k.shape[2] - q.shape[2], slots_k.shape[2]
     stale_k, stale_v = (k, v) if stale is None else stale
     keys, values = torch.cat([slots_k, stale_k, k], 2), torch.cat([slots_v, stale_v, v], 2)
@@ -81,7 +51,7 @@ def compressive_attention(
     begin = i // segment * segment
     closed = (begin - mem_len).clamp(min=0) // ratio  # before the segment of i
     final = (position + length - 1) // segment * segment if length else position
-    slot = closed_groups(final, mem_len=mem_len, ratio=ratio) - slots + torch.arange(slots, device=q.device)[None, :]
+    slot = max(0, final - mem_len) // ratio - slots + torch.arange(slots, device=q.device)[None, :]
     seen_slots = (slot >= 0) & (slot < closed) & (slot >= closed - compressed_len)
     seen_older = (j >= 0) & (j < begin) & (j >= begin - mem_len)
     seen = torch.cat([seen_slots, seen_older, (j >= begin) & (j <= i)], 1)
@@ -102,21 +72,7 @@ def attention_usage(
     lengths: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """How much attention each key gets in `relative_attention` without a window: its weights, summed over the queries.
-
-    Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim).
-        r: (heads, distances, head_dim).
-        content_bias: (heads, head_dim).
-        position_bias: (heads, head_dim).
-        scale: default head_dim ** -0.5.
-        lengths: see `visible_keys`.
-        memory_lengths: see `visible_keys`.
-
-    Returns:
-        (batch, memory + length), the mean over the heads of sums over the real queries; no gradient.
-    """
+    """As `longspan.ops.attention_usage`: the whole matrix of weights, summed."""
     seen = visible_keys(q, k, lengths=lengths, memory_lengths=memory_lengths)
     i = torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device)[:, None]
     distance = i - torch.arange(k.shape[2], device=q.device)
@@ -137,35 +93,15 @@ def attention_reconstruction(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention-reconstruction loss (Rae et al. 2019, algorithm 2): what queries lose when slots stand for vectors.
+    """As `longspan.ops.attention_reconstruction` (Rae et al. 2019, algorithm 2), content only."""
 
-    mean over queries, heads and dims of (attend(q, k, v) - attend(q, slots_k, slots_v)) ** 2, content only: no
-    positions, no order. Gradients are for the slots; the caller cuts those of the others.
-
-    Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, slots * ratio, head_dim), what the slots stand for.
-        v: like k.
-        slots_k: (batch, kv_heads, slots, head_dim).
-        slots_v: like slots_k.
-        groups: (batch,) how many slots are real, the first ones, each with its `ratio` vectors; None = all.
-        lengths: (batch,) how many queries are real, the first ones; None = all.
-        scale: default head_dim ** -0.5.
-
-    Returns:
-        (batch,) sums over a row's real queries of the means over heads and dims; 0 where a row has no real slot.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    ratio = k.shape[2] // slots_k.shape[2]
-
-    def attend(keys: Tensor, values: Tensor, per_group: int) -> Tensor:
-        seen = torch.ones(q.shape[0], 1, 1, keys.shape[2], dtype=torch.bool, device=q.device)
+    def lookup(keys: Tensor, values: Tensor, per_group: int) -> Tensor:
+        seen = torch.ones(q.shape[0], keys.shape[2], dtype=torch.bool, device=q.device)
         if groups is not None:
-            seen = (torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None])[:, None, None]
-        scores = scale * q @ _repeat(keys, q.shape[1]).mT
-        return masked_softmax(scores, seen.expand(scores.shape)) @ _repeat(values, q.shape[1])
+            seen = torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None]
+        return attend(q, keys, values, seen[:, None].expand(-1, q.shape[2], -1), scale)
 
-    lost = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square().mean((1, 3))
+    lost = (lookup(k, v, k.shape[2] // slots_k.shape[2]) - lookup(slots_k, slots_v, 1)).square().mean((1, 3))
     if lengths is not None:
         lost = lost.masked_fill(torch.arange(q.shape[2], device=q.device) >= lengths[:, None], 0.0)
     return lost.sum(1)

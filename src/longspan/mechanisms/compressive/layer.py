@@ -12,16 +12,16 @@ from longspan import host, ops
 from longspan import state as states
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.contract.relative import NO_CONVERSION, RelativeCore
+from longspan.contract.relative import NO_CONVERSION, RelativeCore, carry_hidden
 from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.mechanisms.compressive.compressors import (
-    AuxiliaryLoss,
     Compressor,
     Project,
     SlotLayout,
     UsageLayout,
+    auxiliary_loss,
     slot_layout,
     usage_layout,
 )
@@ -69,21 +69,16 @@ class CompressiveConfig:
 
 
 class CompressiveState(NamedTuple):
-    """Memory.
+    """Memory."""
 
-    Attributes:
-        hidden: (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits
-            for its group (or gives a compression its context). Columns beyond `live` are zero and masked.
-        compressed: (batch, compressed_len, dim), newest last.
-        usage: (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the
-            segment opened, of waiting ones when they left the memory; otherwise (batch, 0).
-        live: (batch,) live tokens.
-    """
-
+    # (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits for its
+    # group (or gives a compression its context). Columns beyond `live` are zero and masked.
     hidden: Tensor
-    compressed: Tensor
+    compressed: Tensor  # (batch, compressed_len, dim), newest last
+    # (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the segment
+    # opened, of waiting ones when they left the memory; otherwise (batch, 0)
     usage: Tensor
-    live: Tensor
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -91,23 +86,15 @@ class CompressiveState(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Arguments of a call, or of one segment of it.
+    """Arguments of a call, or of one segment of it."""
 
-    Attributes:
-        q, k, v: see `Core.forward`.
-        x: (batch, length, dim), the hidden states they are projections of.
-        project: hidden states to keys and values.
-        r: (heads, distances, head_dim), projected distances; None where they are folded into the query.
-        loss: what the compressor learns from; None where it does not learn.
-    """
-
-    q: Tensor
+    q: Tensor  # q, k, v: see `Core.forward`
     k: Tensor
     v: Tensor
-    x: Tensor
-    project: Project
-    r: Tensor | None
-    loss: AuxiliaryLoss | None
+    x: Tensor  # (batch, length, dim), the hidden states they are projections of
+    project: Project  # hidden states to keys and values
+    r: Tensor | None  # (heads, distances, head_dim), projected distances; None where they are folded into the query
+    penalties: list[Tensor] | None  # gets what the compressor learns from; None where it does not learn
 
 
 class CompressiveCore(RelativeCore):
@@ -171,26 +158,18 @@ class CompressiveCore(RelativeCore):
     ) -> tuple[Tensor, CompressiveState]:
         """See `Core.forward`."""
         assert hidden is not None, "compressive projects hidden states"
-        loss = (
-            AuxiliaryLoss(self.compressor, self.config.loss) if penalties is not None and self._learns(rows) else None
-        )
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
         folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
         r = None if folds else self.relative(distances, rows)
-        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, loss)
+        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, penalties if self._learns(rows) else None)
         if state is None:
             state = self.init_state(rows.batch, q.device, hidden.x.dtype)
         if one_segment:
-            out, state = self._within_segment(inputs, state, rows)
-        elif self.counts_usage:
-            out, state = self._segment_by_segment(inputs, state, rows)
-        else:
-            out, state = self._all_segments(inputs, state, rows)
-        penalty = None if loss is None else loss.mean()
-        if penalties is not None and penalty is not None:
-            penalties.append(self.config.loss_weight * penalty)
-        return out, state
+            return self._within_segment(inputs, state, rows)
+        if self.counts_usage:
+            return self._segment_by_segment(inputs, state, rows)
+        return self._all_segments(inputs, state, rows)
 
     def _learns(self, rows: Rows) -> bool:
         config = self.config
@@ -201,13 +180,9 @@ class CompressiveCore(RelativeCore):
         """Distances that pairs of the call have at most."""
         if not rows.plain:
             return self.reach
-        first, last = rows.offset_range[0], rows.offset_range[0] + rows.length
-        segment, most = self.config.segment, 1
-        for border in range(first - first % segment, last, segment):
-            most = max(most, int(min(border + segment, last) - border + sum(self.sizes.visible(border))))
-            if most == self.reach:
-                break
-        return most
+        first = rows.offset_range[0]
+        _, tokens, visible = self._document(first + rows.length, first)
+        return int((tokens + visible).max(initial=1))
 
     def _within_segment(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
         """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
@@ -263,7 +238,7 @@ class CompressiveCore(RelativeCore):
         assert r is not None, "only a call within the open segment folds queries"
         slot_layout = self._slot_layout(rows)
         slots = self._compress(inputs, state, None, slot_layout)
-        slots_k, slots_v = project(pick(slots, slot_layout.visible))
+        visible = project(pick(slots, slot_layout.visible))
         segments = self._segments(rows)
         memory = int((segments.opened + self.sizes.visible(segments.border)[1] - segments.column).max(initial=0))
         past, stale = state.hidden[:, self.capacity - memory :], None
@@ -273,24 +248,13 @@ class CompressiveCore(RelativeCore):
             past_k, past_v = project(past)
         else:
             past_k, past_v = (t[:, :, :memory] for t in stale)
-        width = k.shape[1] * k.shape[3]
+        k, v, learns = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), stale is not None
         layout = rows.cached(
-            ("compressive attention", self.sizes, width, stale is not None),
-            lambda: attention_layout(
-                segments,
-                self.sizes,
-                batch=rows.batch,
-                length=rows.length,
-                memory=memory,
-                slots=slot_layout.visible.shape[1],
-                width=width,
-                stale=stale is not None,
-                device=rows.device,
-            ),
+            ("compressive attention", self.sizes, k.shape[1:], learns),
+            lambda: attention_layout(segments, self.sizes, q, k, visible[0], stale=learns),
         )
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         biases = r, self.content_bias, self.position_bias
-        out = attend_segments(layout, q, k, v, slots_k, slots_v, *biases, stale=stale)
+        out = attend_segments(layout, q, k, v, visible, biases, stale)
         compressed = pick(slots, slot_layout.carried)
         return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
 
@@ -318,9 +282,8 @@ class CompressiveCore(RelativeCore):
         positions = layout.spread_positions()
         for first in range(0, layout.columns, segment):
             columns = slice(first, first + segment)
-            begins = positions[:, first] == 1
-            offset = host.put(np.where(begins, 0, live), rows.device)
-            part = Rows(offset, segment, host.put(positions[:, columns] > 0, rows.device))
+            begins, real = positions[:, first] == 1, positions[:, columns] > 0
+            part = Rows(host.put(np.where(begins, 0, live), rows.device), segment, host.put(real, rows.device))
             parts.append((columns, host.put(begins, rows.device) if begins.any() else None, part))
             live = part.lives
         return parts
@@ -343,29 +306,23 @@ class CompressiveCore(RelativeCore):
         """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
         if not len(layout.groups):
             return column_list(state.compressed)
-        loss, context = inputs.loss, self.compressor.context
         old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
         if self.counts_usage:
             assert usage is not None
             columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
             new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
         else:
-            with torch.set_grad_enabled(loss is not None):
+            with torch.set_grad_enabled(inputs.penalties is not None):
                 new = self.compressor(old).to(old.dtype)
-        if loss is not None:
+        if inputs.penalties is not None:
             queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
-            loss.add(old[:, context:], new, queries, inputs.project, layout.groups, layout.lengths)
+            old = old[:, self.compressor.context :]
+            loss = auxiliary_loss(self.compressor, self.config.loss, old, new, queries, layout, inputs.project)
+            inputs.penalties.append(self.config.loss_weight * loss)
         return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
-        """What lies before the open segment is memory: it is read, not trained through."""
-        carried = rows.carry(state.hidden, x, self.capacity)
-        if not carried.requires_grad:
-            return carried
-        slot = torch.arange(self.capacity, device=x.device)
-        is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-        some = self.capacity > 0 and (rows.lives % self.config.segment).any()
-        return torch.where(is_open[..., None], carried, carried.detach()) if some else carried.detach()
+        return carry_hidden(state.hidden, x, rows, self.capacity, self.config.segment)
 
     # -- what it costs ---------------------------------------------------------------------------------------------
 
@@ -382,12 +339,6 @@ class CompressiveCore(RelativeCore):
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
         """See `Core.fit`; what is carried are hidden states."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """`capacity` vectors, `compressed_len` slots, a count a row, and a number a vector of "most_used"."""
-        vectors = (self.capacity + self.config.compressed_len) * self.shape.dim * dtype.itemsize
-        usage = self.capacity * max(dtype.itemsize, 4) if self.counts_usage else 0
-        return batch_size * (vectors + usage + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
@@ -406,10 +357,12 @@ class CompressiveCore(RelativeCore):
             row += (4 * content + 2 * position) * width + projection * int(sizes.closed_slots(border).max(initial=0))
         return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
 
-    def _document(self, length: int) -> tuple[Array, Array, Array]:
-        """Of each segment of a document: the border at which it begins, its tokens, the keys that it sees before it."""
-        border = np.arange(0, length, self.config.segment)
-        return border, np.minimum(self.config.segment, length - border), sum(self.sizes.visible(border))
+    def _document(self, length: int, first: int = 0) -> tuple[Array, Array, Array]:
+        """Of each segment of a document, that of token `first` and later ones: the border at which it begins, its
+        tokens, the keys that it sees before it."""
+        segment = self.config.segment
+        border = np.arange(first - first % segment, length, segment)
+        return border, np.minimum(segment, length - border), sum(self.sizes.visible(border))
 
     def pairs(self, length: int) -> int:
         """Pairs of the definition, a head: a token, and the slots and positions that it sees."""

@@ -45,34 +45,21 @@ class CompressiveSizes(NamedTuple):
 
 
 class CallSegments(NamedTuple):
-    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time.
+    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time."""
 
-    Attributes:
-        row: of the batch.
-        column: of the call, at which its first token stands.
-        tokens: in this call.
-        opened: tokens before this call.
-        border: position at which it begins.
-        new_slots: slots that are made at its end; 0 where it does not end in this call.
-        new_slots_before: those made in this call at the ends of earlier segments of the same row.
-    """
-
-    row: Array
-    column: Array
-    tokens: Array
-    opened: Array
-    border: Array
-    new_slots: Array
-    new_slots_before: Array
+    row: Array  # of the batch
+    column: Array  # of the call, at which its first token stands
+    tokens: Array  # in this call
+    opened: Array  # tokens before this call
+    border: Array  # position at which it begins
+    new_slots: Array  # slots that are made at its end; 0 where it does not end in this call
+    new_slots_before: Array  # those made in this call at the ends of earlier segments of the same row
 
 
 def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
     """Cut the rows of a call where a segment or a document begins.
 
-    Args:
-        positions: (batch or 1, length) position of each token in its document.
-        lengths: (batch,) real tokens of each row, at the front.
-        sizes: of the mechanism.
+    Given the position of each token in its document, (batch or 1, length), and the real tokens of each row, (batch,).
     """
     column = np.arange(positions.shape[1])
     positions = np.broadcast_to(positions, (len(lengths), len(column)))
@@ -90,19 +77,13 @@ def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> 
 
 
 class SegmentBatch(NamedTuple):
-    """Segments that are attended together.
+    """Segments that are attended together."""
 
-    Attributes:
-        queries: (segments, most tokens) tokens of the call, flattened over the batch.
-        keys: (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them.
-        lengths: (segments,) real queries.
-        memory_lengths: (segments,) real keys before the first query, newest last.
-    """
-
-    queries: Tensor
+    queries: Tensor  # (segments, most tokens) tokens of the call, flattened over the batch
+    # (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them
     keys: Tensor
-    lengths: Tensor
-    memory_lengths: Tensor
+    lengths: Tensor  # (segments,) real queries
+    memory_lengths: Tensor  # (segments,) real keys before the first query, newest last
 
 
 class AttentionLayout(NamedTuple):
@@ -123,56 +104,37 @@ def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) ->
 
 
 def attention_layout(
-    segments: CallSegments,
-    sizes: CompressiveSizes,
-    *,
-    batch: int,
-    length: int,
-    memory: int,
-    slots: int,
-    width: int,
-    stale: bool,
-    device: torch.device,
+    segments: CallSegments, sizes: CompressiveSizes, q: Tensor, k: Tensor, slots_k: Tensor, *, stale: bool
 ) -> AttentionLayout:
-    """Where the queries and keys of each segment stand in the tensors of `attend_segments`.
+    """Where the queries and keys of each segment stand in the tensors of `attend_segments`, by the shapes of these.
 
-    Args:
-        segments: of the call.
-        sizes: of the mechanism.
-        batch, length: of the call.
-        memory: older tokens before the call's.
-        slots: columns of slots; the newest is the last that a row makes before its last segment, in the row where
-            these are most.
-        width: numbers of a key, over all heads.
-        stale: tokens seen from later segments are a list of their own.
-        device: of the tensors.
-
-    Raises:
-        ConfigError: a segment sees more slots than there are.
+    The newest slot is the last that a row makes before its last segment, in the row where these are most. `stale`:
+    tokens seen from later segments are a list of their own.
     """
+    batch, length, columns, slots = q.shape[0], q.shape[2], k.shape[2], slots_k.shape[2]
     visible_slots, visible_memory = sizes.visible(segments.border)
     slots_end = slots - segments.new_slots_before.max(initial=0) + segments.new_slots_before
     if (slots_end < visible_slots).any():
         raise ConfigError(f"{slots} slots: the last segment sees more than these")
     keys_before = visible_slots + visible_memory + segments.opened
     first_slot, first_token = 1, 1 + batch * slots
-    first_stale = first_token + batch * (memory + length) if stale else first_token
+    first_stale = first_token + batch * columns if stale else first_token
     output, batches, queries_before = np.zeros(batch * length, np.int64), [], 0
-    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, width)):
+    for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, k.shape[1] * k.shape[3])):
         row, column, tokens, opened = (field[members, None] for field in segments[:4])
         before, slots_before, end = (t[members, None] for t in (keys_before, visible_slots, slots_end))
         query = np.arange(tokens.max())
         # the number of a key among those of its segment, oldest first; negative where others of the batch have more
         number = np.arange(-before.max(), len(query)) + before
-        token = row * (memory + length) + memory + column + number - before
+        token = row * columns + columns - length + column + number - before
         keys = token + np.where(number < before - opened, first_stale, first_token)
         keys = np.where(number < slots_before, first_slot + row * slots + end - slots_before + number, keys)
         keys[(number < 0) | (number >= before + tokens)] = 0
         queries, real = row * length + column + np.minimum(query, tokens - 1), query < tokens
         output[queries[real]] = (queries_before + np.arange(real.size).reshape(real.shape))[real]
         queries_before += real.size
-        batches.append(SegmentBatch(*(host.put(t, device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
-    return AttentionLayout(batches, host.put(output, device))
+        batches.append(SegmentBatch(*(host.put(t, q.device) for t in (queries, keys, tokens[:, 0], before[:, 0]))))
+    return AttentionLayout(batches, host.put(output, q.device))
 
 
 def column_list(*tensors: Tensor) -> Tensor:
@@ -192,34 +154,27 @@ def attend_segments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    slots_k: Tensor,
-    slots_v: Tensor,
-    r: Tensor,
-    content_bias: Tensor,
-    position_bias: Tensor,
-    *,
+    slots: tuple[Tensor, Tensor],
+    positions: tuple[Tensor, Tensor, Tensor],
     stale: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`compressive_attention` of rows that may be laid out unlike each other; arguments as there.
+    """`compressive_attention` of rows that may be laid out unlike each other, arbitrary behind a row's real tokens.
 
-    Returns:
-        (batch, heads, length, head_dim), arbitrary behind a row's real tokens.
+    Args:
+        layout: see `attention_layout`.
+        q, k, v, stale: as of `compressive_attention`; `slots` and `positions` are its slots_k and slots_v, and its r
+            and biases.
     """
     if not layout.batches:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    sources = [(slots_k, slots_v), (k, v)] if stale is None else [(slots_k, slots_v), (k, v), stale]
+    sources = [slots, (k, v)] if stale is None else [slots, (k, v), stale]
     keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
     queries, outs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
+        own_q = pick(queries, batch.queries).transpose(1, 2)
+        seen_k, seen_v = (pick(t, batch.keys).transpose(1, 2) for t in (keys, values))
         out = relative_attention(
-            pick(queries, batch.queries).transpose(1, 2),
-            pick(keys, batch.keys).transpose(1, 2),
-            pick(values, batch.keys).transpose(1, 2),
-            r,
-            content_bias,
-            position_bias,
-            lengths=batch.lengths,
-            memory_lengths=batch.memory_lengths,
+            own_q, seen_k, seen_v, *positions, lengths=batch.lengths, memory_lengths=batch.memory_lengths
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outs).index_select(0, layout.output)
@@ -276,27 +231,13 @@ def compressive_attention(
     memory, sizes = k.shape[2] - length, CompressiveSizes(segment, mem_len, compressed_len, ratio)
     if position % segment or memory < min(mem_len, position):
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
-    layout = attention_layout(
-        call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes),
-        sizes,
-        batch=batch,
-        length=length,
-        memory=memory,
-        slots=slots_k.shape[2],
-        width=k.shape[1] * k.shape[3],
-        stale=stale is not None,
-        device=q.device,
-    )
-    return attend_segments(layout, q, k, v, slots_k, slots_v, r, content_bias, position_bias, stale=stale)
+    segments = call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes)
+    layout = attention_layout(segments, sizes, q, k, slots_k, stale=stale is not None)
+    return attend_segments(layout, q, k, v, (slots_k, slots_v), (r, content_bias, position_bias), stale)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
-    """Entries computed per head by `compressive_attention` at position 0: content scores, position scores.
-
-    Args:
-        length: queries.
-        segment, mem_len, compressed_len, ratio: see `compressive_attention`.
-    """
+    """Entries computed per head by `compressive_attention` of `length` tokens: content scores, position scores."""
     border = np.arange(0, length, segment)
     tokens = np.minimum(segment, length - border)
     keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
@@ -323,14 +264,8 @@ def attention_usage(
     """How much attention each key gets in `relative_attention` without a window: its weights, summed over the queries.
 
     Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
-        r: (heads, distances, head_dim), r[:, t] for distance t.
-        content_bias: (heads, head_dim), the paper's u.
-        position_bias: (heads, head_dim), the paper's v.
-        scale: default head_dim ** -0.5.
+        q, k, r, content_bias, position_bias, scale, memory_lengths: as of `relative_attention`.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries are not counted.
-        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
 
     Returns:
         (batch, memory + length), the mean over the heads of sums over the real queries, fp32 at least; no gradient.
@@ -388,10 +323,8 @@ def attention_reconstruction(
 
     Args:
         q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: what the slots stand for.
-        v: like k.
-        slots_k: (batch, kv_heads, slots, head_dim).
-        slots_v: like slots_k.
+        k, v: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: what the slots stand for.
+        slots_k, slots_v: (batch, kv_heads, slots, head_dim).
         groups: (batch,) how many slots are real, the first ones, each with its `ratio` vectors; None = all.
         lengths: (batch,) how many queries are real, the first ones; None = all.
         scale: default head_dim ** -0.5.

@@ -36,12 +36,8 @@ def num_steps(a: float, dtype: torch.dtype) -> int:
 def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) -> Tensor:
     """The threshold of every row, in units of a above its maximum, to rounding.
 
-    Args:
-        weigh: (p, w) of all rows at thresholds t (..., 1).
-        rows: (..., 1) zeros, one a row.
-        keys: length of a row.
-        a: alpha - 1, a number or broadcastable to `rows`.
-        steps: evaluations.
+    `weigh` gives (p, w) of all rows at thresholds t (..., 1) and is evaluated `steps` times. `rows` (..., 1) are zeros,
+    one a row of so many keys; a = alpha - 1 is a number or broadcastable to them.
     """
     unit: Any
     most: Any
@@ -117,14 +113,10 @@ class Curve:
         return solve(self.at, torch.zeros_like(top), self.x.shape[-1], self.a, steps)
 
     def slope(self, gradient: Tensor, weighted: Tensor) -> Tensor:
-        """Sum over a tile of the gradient of alpha; spoils the buffers.
+        """Sum over a tile of the gradient of alpha, from dL/dp less its mean under w, and w times that.
 
         The derivative of log p by alpha with t held is h = (y / (1 + y) - log1p(y)) / a^2; what moves with t adds
-        nothing once the mean under w is off.
-
-        Args:
-            gradient: dL/dp less its mean under w.
-            weighted: w times that.
+        nothing once the mean under w is off. Spoils the buffers.
         """
         a, y, p = self.a, self.y, self.p
         if a < SERIES[y.dtype]:
@@ -148,9 +140,7 @@ def series(x: Tensor, y: Tensor) -> Tensor:
 def dense_weights(z: Tensor, a: Tensor, most: float) -> Tensor:
     """alpha-entmax of the rows of z (..., keys) for a = alpha - 1 broadcastable to (..., 1); without autograd.
 
-    `most` is the largest entry of a, or an upper bound.
-
-    -inf hides a key; a row that sees none gives zeros.
+    `most` is at least the largest entry of a. -inf hides a key; a row that sees none gives zeros.
     """
     soft = a <= 0
     unit = torch.where(soft, 1.0, a)

@@ -3,15 +3,16 @@
 import functools
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longspan import host, ops
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
-from longspan.contract.kv_cache import carried, join
+from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.kv_cache import KeyValueCore, visible
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 
 
@@ -36,22 +37,7 @@ class EntmaxConfig:
             raise ConfigError(f"entmax.alpha_init = {self.alpha_init}: must be in [1, 2]")
 
 
-class EntmaxState(NamedTuple):
-    """The keys and values that later tokens may see.
-
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim), turned by RoPE, newest last. Without a window columns = the most live
-            tokens of any row; with one, window - 1, slots beyond `live` zero and masked.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    live: Tensor
-
-
-class EntmaxCore(Core):
+class EntmaxCore(KeyValueCore):
     """See the package."""
 
     Config = EntmaxConfig
@@ -60,6 +46,7 @@ class EntmaxCore(Core):
 
     def __init__(self, shape: Shape, config: EntmaxConfig) -> None:
         super().__init__(shape, config)
+        self.capacity = None if config.window is None else config.window - 1
         self.alpha_minus_one = nn.Parameter(torch.full((shape.num_heads,), config.alpha_init - 1.0))
 
     @property
@@ -82,61 +69,21 @@ class EntmaxCore(Core):
         """Bring the alphas back into [1, 2]."""
         self.alpha_minus_one.clamp_(0.0, 1.0)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: EntmaxState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, EntmaxState | None]:
-        """See `Core.forward`."""
-        q, k = self.rotate(q, k, rows)
-        causal, window = self.shape.causal, self.config.window
-        read = rows.read(self.layout_inputs(state))[self, "alpha"]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, memory: int) -> Tensor:
+        """See `KeyValueCore`."""
+        read = rows.read(self.layout_inputs(None))[self, "alpha"]
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
-        all_k, all_v, memory = join(state, k, v, grows=window is None)
-        out = ops.entmax_attention(
-            q,
-            all_k,
-            all_v,
-            alpha,
-            causal=causal,
-            window=window,
-            lengths=rows.lengths,
-            start=rows.first_visible(memory),
-            memory_lengths=rows.memory_lengths(memory),
-        )
-        if not causal:
-            return out, None
-        capacity = None if window is None else window - 1
-        return out, EntmaxState(*carried(state, k, v, (all_k, all_v), rows, capacity), rows.live)
+        causal, window = self.shape.causal, self.config.window
+        return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory))
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """The alphas: a head's is served by the formula that is fastest for it."""
         return {(self, "alpha"): self.alpha_minus_one}
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> EntmaxState:
-        """Full capacity where there is a window, else no columns yet."""
-        columns = 0 if self.config.window is None else self.config.window - 1
-        k = torch.zeros(batch_size, self.shape.num_kv_heads, columns, self.shape.head_dim, device=device, dtype=dtype)
-        return EntmaxState(k, k.clone(), torch.zeros(batch_size, dtype=torch.int64, device=device))
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors a kv head and column, and one count a row."""
-        columns = length if self.config.window is None else self.config.window - 1
-        return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
-
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        """Two products of every query with the keys of its tile."""
-        rectangle = ops.entmax_cost(length, causal=self.shape.causal, window=self.config.window)
-        return batch_size * 4 * self.shape.num_heads * self.shape.head_dim * rectangle
+    def entries(self, length: int) -> int:
+        """See `KeyValueCore`."""
+        return ops.entmax_cost(length, causal=self.shape.causal, window=self.config.window)
 
     def pairs(self, length: int) -> int:
         """Pairs that are seen, a head; weights that come out as zero included."""
-        near = length if self.config.window is None else min(self.config.window, length)
-        one_side = near * (near + 1) // 2 + (length - near) * near
-        return self.shape.num_heads * (one_side if self.shape.causal else 2 * one_side - length)
+        return self.shape.num_heads * pairs_within(length, self.config.window, causal=self.shape.causal)

@@ -15,7 +15,7 @@ from longspan.engine.flash import default_scale
 from longspan.engine.tiles import Plan, make_plan, trim_plan
 from longspan.errors import ConfigError
 from longspan.mechanisms.entmax.curve import dense_slopes, dense_weights
-from longspan.mechanisms.entmax.tiles import Plans, entmax_forward, entmax_tiles, tile_queries
+from longspan.mechanisms.entmax.tiles import Layout, entmax_forward, entmax_tiles, tile_queries
 from longspan.state import needs_grad
 
 
@@ -109,13 +109,8 @@ def entmax_attention(
         k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
         v: like k.
         alpha: (heads,) in [1, 2]; 1 is the softmax.
-        causal: a query sees no key column after its own, memory + i.
         window: causal: 0 <= i - j < window; else |i - j| < window. None: no limit.
-        scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) first visible key column of each query; where not causal, the column at which a token's
-            document starts (then without older keys). None = no limit.
-        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        causal, scale, lengths, start, memory_lengths: as of `full_attention`.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
@@ -138,22 +133,17 @@ def entmax_attention(
     plan = _plan(q.shape[2], call.memory, window, causal)
     if call.visibility is not None and causal and window is None:
         plan = trim_plan(plan, call.visibility)
-    plans = Plans(plan, plan, scale, call.visibility)
+    layout = Layout(plan, scale, call.visibility)
     tensors = (call.q, call.k, call.v, alpha)
     if needs_grad(*tensors):
-        return call.finish(entmax_tiles(*tensors, plans))
-    return call.finish(entmax_forward(*tensors, plans)[0])
+        return call.finish(entmax_tiles(*tensors, layout))
+    return call.finish(entmax_forward(*tensors, layout)[0])
 
 
 def entmax_cost(length: int, *, causal: bool = True, window: int | None = None) -> int:
-    """Score entries computed per head by `entmax_attention` without older keys: the sum of its tiles.
+    """Score entries computed per head by `entmax_attention` of `length` tokens without older keys: those of its tiles.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
-
-    Args:
-        length: queries.
-        causal: see `entmax_attention`.
-        window: see `entmax_attention`.
     """
     return _plan(length, 0, window, causal).pairs()
 

@@ -4,7 +4,8 @@ A row's threshold needs all its keys, so a tile is some queries with every key t
 are served in turn. Kept for the backward pass: q, k, v and one threshold a row.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,33 +38,6 @@ def tile_queries(columns: int) -> int:
     return max(FEWEST, min(MOST, ENTRIES // max(columns, 1) // FEWEST * FEWEST))
 
 
-class Plans(NamedTuple):
-    """Tiles of the forward and of the backward pass, the factor of the scores, and what hides keys row by row."""
-
-    forward: Plan
-    backward: Plan
-    scale: float
-    visibility: Visibility | None
-
-
-class Sheet:
-    """Buffers for the tiles of a plan, allocated once."""
-
-    def __init__(self, plan: Plan, batch: int, count: int, like: Tensor) -> None:
-        largest = max((run.queries * run.keys * most_items(run, batch) for run in plan.runs), default=0)
-        self.flat = like.new_empty(count, largest)
-
-    def views(self, items: int, run: Run) -> list[Tensor]:
-        """Each buffer as (items, queries, keys)."""
-        size = items * run.queries * run.keys
-        return [buffer[:size].view(items, run.queries, run.keys) for buffer in self.flat.unbind()]
-
-
-def most_items(run: Run, batch: int) -> int:
-    """Tiles or batch rows computed at a time."""
-    return min(max(1, ENTRIES // (run.queries * run.keys)), max(batch, run.tiles))
-
-
 class Tile(NamedTuple):
     """Where a block lies in a run, and what hides its keys."""
 
@@ -79,57 +53,75 @@ class Tile(NamedTuple):
         """The block's part of what has one entry a key."""
         return take(x, self.block, self.run.low, self.run.keys, self.run.step)
 
-    def scores(self, q: Tensor, k: Tensor, factor: float, out: Tensor) -> None:
+    def views(self, buffers: Tensor) -> list[Tensor]:
+        """Each of some buffers (count, ...) as (items, queries, keys)."""
+        shape = (self.block.rows * self.block.tiles, self.run.queries, self.run.keys)
+        return [buffer[: math.prod(shape)].view(shape) for buffer in buffers.unbind()]
+
+    def scores(self, q: Tensor, k: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
         """factor * q k^T with hidden keys far below, q (items, queries, dim), k (items, keys, dim)."""
-        torch.bmm(q * factor, k.mT, out=out)
-        if self.mask is not None:
-            out.add_(self.mask)
+        scores = torch.bmm(q * factor, k.mT, out=out)
+        return scores if self.mask is None else scores.add_(self.mask)
 
 
-def _mask(plans: Plans, run: Run, block: Block, pattern: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    seen = None if plans.visibility is None else plans.visibility.seen(run, block)
-    mask = tile_mask(pattern, seen, dtype)
-    return mask if mask is None or mask.ndim == 2 else mask[:, 0]
+class Layout(NamedTuple):
+    """The tiles of a call, the factor of its scores, and what hides keys row by row."""
+
+    plan: Plan
+    scale: float
+    visibility: Visibility | None
+
+    def tiles(self, like: Tensor, *, alone: bool = False) -> Iterator[Tile]:
+        """All tiles for a batch and a type like those of a tensor; `alone`: never two of a run, whose keys overlap."""
+        bands, batch = Bands(self.plan, like.dtype, like.device), like.shape[0]
+        for run in self.plan.runs:
+            pattern, most = bands(run), _most_items(run, batch)
+            blocks: Iterable[Block] = make_blocks(run, batch, most)
+            if alone:
+                rows = range(0, batch, most)
+                blocks = (Block(row, min(most, batch - row), tile, 1) for tile in range(run.tiles) for row in rows)
+            for block in blocks:
+                seen = None if self.visibility is None else self.visibility.seen(run, block)
+                mask = tile_mask(pattern, seen, like.dtype)
+                yield Tile(run, block, mask if mask is None or mask.ndim == 2 else mask[:, 0])
+
+    def buffers(self, like: Tensor, count: int) -> Tensor:
+        """`count` rows of memory for the scores of any tile, allocated once; see `Tile.views`."""
+        items = (run.queries * run.keys * _most_items(run, like.shape[0]) for run in self.plan.runs)
+        return like.new_empty(count, max(items, default=0))
+
+
+def _most_items(run: Run, batch: int) -> int:
+    """Tiles or batch rows computed at a time."""
+    return min(max(1, ENTRIES // (run.queries * run.keys)), max(batch, run.tiles))
 
 
 def entmax_forward(
-    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans, *, keep: bool = False
+    q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Entmax attention without autograd.
-
-    Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim).
-        v: like k.
-        alpha: (heads,) in [1, 2].
-        plans: the tiles.
-        keep: return the thresholds too, (batch, heads, length, 1).
-    """
-    plan, dtype, target, group = plans.forward, flash.working_dtype(q, k, v), q.dtype, q.shape[1] // k.shape[1]
+    """`entmax_attention` without autograd, and where `keep` its thresholds (batch, heads, length, 1)."""
+    dtype, target, group = flash.working_dtype(q, k, v), q.dtype, q.shape[1] // k.shape[1]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
     thresholds = q.new_empty(*q.shape[:3], 1) if keep else None
     exponents = _exponents(alpha)
-    if exponents is None:
-        return _without_values(q, k, v, alpha, plans, out), thresholds
-    sheet = Sheet(plan, q.shape[0], 5, q)
-    bands = Bands(plan, dtype, q.device)
+    buffers = None if exponents is None else layout.buffers(q, 5)
     with flash.full_precision(q.device):
-        for run in plan.runs:
-            pattern = bands(run)
-            for block in make_blocks(run, q.shape[0], most_items(run, q.shape[0])):
-                tile = Tile(run, block, _mask(plans, run, block, pattern, dtype))
-                queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
-                buffers = sheet.views(queries.shape[0], run)
-                for head, a in enumerate(exponents):
-                    curve = Curve(buffers, a)
-                    tile.scores(queries[:, head], keys[:, head // group], plans.scale * curve.unit, curve.x)
-                    t = curve.solve()
-                    p, _ = curve.at(t)
-                    part = torch.bmm(p, values[:, head // group])
-                    outs[:, head].copy_(part.div_(p.sum(-1, keepdim=True)))
-                    if thresholds is not None:
-                        tile.queries(thresholds)[:, head].copy_(t)
+        for tile in layout.tiles(q):
+            queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
+            for head in range(q.shape[1]):
+                query, key, value = queries[:, head], keys[:, head // group], values[:, head // group]
+                if exponents is None or buffers is None:  # as in an exported graph: more steps, more memory
+                    p = dense_weights(tile.scores(query, key, layout.scale), alpha[head].to(dtype) - 1, 1.0)
+                    outs[:, head].copy_(torch.bmm(p, value))
+                    continue
+                curve = Curve(tile.views(buffers), exponents[head])
+                tile.scores(query, key, layout.scale * curve.unit, curve.x)
+                t = curve.solve()
+                p, _ = curve.at(t)
+                outs[:, head].copy_(torch.bmm(p, value).div_(p.sum(-1, keepdim=True)))
+                if thresholds is not None:
+                    tile.queries(thresholds)[:, head].copy_(t)
     return out, thresholds
 
 
@@ -139,34 +131,17 @@ def _exponents(alpha: Tensor) -> list[float] | None:
     return None if read is None else [value - 1.0 for value in read.astype(np.float64).tolist()]
 
 
-def _without_values(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans, out: Tensor) -> Tensor:
-    """`entmax_forward` where the alphas are not known beforehand, as in an exported graph: more steps, more buffers."""
-    group, exponents = q.shape[1] // k.shape[1], (alpha.to(q.dtype) - 1).unbind()
-    bands = Bands(plans.forward, q.dtype, q.device)
-    with flash.full_precision(q.device):
-        for run in plans.forward.runs:
-            pattern = bands(run)
-            for block in make_blocks(run, q.shape[0], most_items(run, q.shape[0])):
-                tile = Tile(run, block, _mask(plans, run, block, pattern, q.dtype))
-                queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
-                for head, a in enumerate(exponents):
-                    scores = torch.bmm(queries[:, head] * plans.scale, keys[:, head // group].mT)
-                    scores = scores if tile.mask is None else scores + tile.mask
-                    outs[:, head].copy_(torch.bmm(dense_weights(scores, a, 1.0), values[:, head // group]))
-    return out
-
-
 class EntmaxTiles(FirstOrder):
     """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
 
     what = "entmax attention"
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, plans: Plans) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout) -> Tensor:
         """`entmax_forward`, its thresholds kept."""
-        out, thresholds = entmax_forward(q, k, v, alpha, plans, keep=True)
+        out, thresholds = entmax_forward(q, k, v, alpha, layout, keep=True)
         ctx.save_for_backward(q, k, v, alpha, thresholds)
-        ctx.plans, ctx.exponents = plans, _exponents(alpha)
+        ctx.layout, ctx.exponents = layout, _exponents(alpha)
         return out
 
     @staticmethod
@@ -175,7 +150,7 @@ class EntmaxTiles(FirstOrder):
         q, k, v, alpha, thresholds = saved
         wanted = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
-            dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.plans, wanted)
+            dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.layout, wanted)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), slope.to(alpha.dtype) if wanted else None, None
 
 
@@ -189,31 +164,25 @@ def _backward(
     v: Tensor,
     exponents: list[float] | None,
     thresholds: Tensor,
-    plans: Plans,
+    layout: Layout,
     wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan, dtype, group = plans.backward, thresholds.dtype, q.shape[1] // k.shape[1]
+    dtype, group = thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (new_gradient(t, dtype) for t in (q, k, v))
     slopes = [q.new_zeros(()) for _ in range(q.shape[1])]
     if exponents is None:  # a tensor without values: shapes are all there is
         return dq, dk, dv, torch.stack(slopes)
-    sheet = Sheet(plan, q.shape[0], 6, q)
-    bands = Bands(plan, dtype, q.device)
-    for run in plan.runs:
-        pattern, most = bands(run), most_items(run, q.shape[0])
-        for index in range(run.tiles):
-            for row in range(0, q.shape[0], most):
-                block = Block(row, min(most, q.shape[0] - row), index, 1)
-                tile = Tile(run, block, _mask(plans, run, block, pattern, dtype))
-                parts = [tile.queries(t) for t in (q, grad, thresholds, dq)]
-                sides = [tile.keys(t) for t in (k, v, dk, dv)]
-                buffers = sheet.views(block.rows, run)
-                for head, a in enumerate(exponents):
-                    of_head = [t[:, head] for t in parts] + [t[:, head // group] for t in sides]
-                    slope = _tile_backward(tile, Curve(buffers[:5], a), buffers[5], of_head, plans.scale, wanted)
-                    slopes[head] += 0.0 if slope is None else slope
+    buffers = layout.buffers(q, 6)
+    for tile in layout.tiles(q, alone=True):
+        parts = [tile.queries(t) for t in (q, grad, thresholds, dq)]
+        sides = [tile.keys(t) for t in (k, v, dk, dv)]
+        *of_curve, spare = tile.views(buffers)
+        for head, a in enumerate(exponents):
+            of_head = [t[:, head] for t in parts] + [t[:, head // group] for t in sides]
+            slope = _tile_backward(tile, Curve(of_curve, a), spare, of_head, layout.scale, wanted)
+            slopes[head] += 0.0 if slope is None else slope
     return dq, dk, dv, torch.stack(slopes)
 
 

@@ -3,15 +3,17 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan import ops
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.config import check_least
+from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore, pairs_within
 from longspan.errors import ConfigError
 from longspan.mechanisms.gated_delta.operation import gated_delta_cost
 
@@ -31,36 +33,28 @@ class GatedDeltaConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.conv_size < 1:
-            raise ConfigError(f"gated_delta.conv_size = {self.conv_size}: must be at least 1")
+        check_least(self, "gated_delta", {"conv_size": 1})
         if not self.norm_eps > 0:
             raise ConfigError(f"gated_delta.norm_eps = {self.norm_eps}: must be positive")
 
 
 class GatedDeltaState(NamedTuple):
-    """What the layer carries, of the same size at any length.
+    """What the layer carries, of the same size at any length."""
 
-    Attributes:
-        memory: (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does
-            not grow with the stream as sums do, and fp32 suffices.
-        q: (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last.
-        k: (batch, kv_heads, conv_size - 1, head_dim).
-        v: (batch, kv_heads, conv_size - 1, value_dim).
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does not grow
+    # with the stream as sums do, and fp32 suffices.
     memory: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    live: Tensor
+    q: Tensor  # (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last
+    k: Tensor  # (batch, kv_heads, conv_size - 1, head_dim)
+    v: Tensor  # (batch, kv_heads, conv_size - 1, value_dim)
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
         return ("memory",)
 
 
-class GatedDeltaCore(Core):
+class GatedDeltaCore(BoundedCore):
     """See the package."""
 
     Config = GatedDeltaConfig
@@ -109,7 +103,7 @@ class GatedDeltaCore(Core):
         rows: Rows,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, GatedDeltaState]:
         """See `Core.forward`."""
         assert hidden is not None, "gates are made of hidden states"
@@ -140,22 +134,17 @@ class GatedDeltaCore(Core):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
         """An empty memory and zeros before the text."""
         shape, width, columns = self.shape, self.value_dim, self.config.conv_size - 1
-        wide = torch.promote_types(dtype, torch.float32)
-        return GatedDeltaState(
-            torch.zeros(batch_size, shape.num_kv_heads, shape.head_dim, width, device=device, dtype=wide),
-            torch.zeros(batch_size, shape.num_heads, columns, shape.head_dim, device=device, dtype=dtype),
-            torch.zeros(batch_size, shape.num_kv_heads, columns, shape.head_dim, device=device, dtype=dtype),
-            torch.zeros(batch_size, shape.num_kv_heads, columns, width, device=device, dtype=dtype),
-            torch.zeros(batch_size, dtype=torch.int64, device=device),
-        )
 
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S of every kv head, the columns of the convolutions and one count a row, whatever the length."""
-        shape, width = self.shape, self.value_dim
-        memory = shape.num_kv_heads * shape.head_dim * width
-        column = (shape.num_heads + shape.num_kv_heads) * shape.head_dim + shape.num_kv_heads * width
-        wide = torch.promote_types(dtype, torch.float32)
-        return batch_size * (memory * wide.itemsize + (self.config.conv_size - 1) * column * dtype.itemsize + 8)
+        def zeros(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(batch_size, *sizes, device=device, dtype=dtype)
+
+        return GatedDeltaState(
+            memory=zeros(shape.num_kv_heads, shape.head_dim, width, dtype=torch.promote_types(dtype, torch.float32)),
+            q=zeros(shape.num_heads, columns, shape.head_dim),
+            k=zeros(shape.num_kv_heads, columns, shape.head_dim),
+            v=zeros(shape.num_kv_heads, columns, width),
+            live=zeros(dtype=torch.int64),
+        )
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The products of the operation, and the maps to gates, decays and strengths."""
@@ -166,7 +155,7 @@ class GatedDeltaCore(Core):
 
     def pairs(self, length: int) -> int:
         """All pairs: every earlier token is in the memory."""
-        return self.shape.num_heads * (length * (length + 1) // 2)
+        return self.shape.num_heads * pairs_within(length)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Rates and steps without weight decay, which would draw every decay toward one."""

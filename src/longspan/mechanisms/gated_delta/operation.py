@@ -164,29 +164,17 @@ def _blocks(length: int) -> list[Block]:
 
 
 class Chunks(NamedTuple):
-    """Some chunks of a call, laid out for matrix products.
+    """Some chunks of a call, laid out for matrix products."""
 
-    Attributes:
-        q: (B, K, n, G C, D), the heads of a group below each other.
-        k: (B, K, n, C, D).
-        v: (B, K, n, C, E).
-        strength: (B, K, n, C, 1).
-        inside: (B, K, n, C, C), e^{g_t - g_s} where t sees s, itself included; else 0.
-        entering: (B, K, n, C, 1), what token t sees of the state before the chunk.
-        leaving: (B, K, n, C, 1), what the state behind the chunk has of token s.
-        across: (B, K, n, 1, 1), what the state behind the chunk has of the one before it.
-        seen: (C, C) or (B, 1, n, C, C) bool, whether t sees s, itself included.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    strength: Tensor
-    inside: Tensor
-    entering: Tensor
-    leaving: Tensor
-    across: Tensor
-    seen: Tensor
+    q: Tensor  # (B, K, n, G C, D), the heads of a group below each other
+    k: Tensor  # (B, K, n, C, D)
+    v: Tensor  # (B, K, n, C, E)
+    strength: Tensor  # (B, K, n, C, 1)
+    inside: Tensor  # (B, K, n, C, C), e^{g_t - g_s} where t sees s, itself included; else 0
+    entering: Tensor  # (B, K, n, C, 1), what token t sees of the state before the chunk
+    leaving: Tensor  # (B, K, n, C, 1), what the state behind the chunk has of token s
+    across: Tensor  # (B, K, n, 1, 1), what the state behind the chunk has of the one before it
+    seen: Tensor  # (C, C) or (B, 1, n, C, C) bool, whether t sees s, itself included
 
     def per_query(self, t: Tensor) -> Tensor:
         """(B, K, n, C, x) for the queries of a group: (B, K, n, G C, x)."""
@@ -238,40 +226,27 @@ def _by_head(t: Tensor, size: int) -> Tensor:
     return grouped.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _inverse(chunks: Chunks) -> Tensor:
-    """(I + A)^-1, (B, K, n, C, C)."""
-    a = (chunks.k @ chunks.k.mT).mul_(chunks.inside).mul_(chunks.strength)
-    unit = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    # only what lies below the diagonal is read
-    found: Tensor = torch.linalg.solve_triangular(a, unit.expand_as(a), upper=False, unitriangular=True)
-    return found
-
-
 def _flat(t: Tensor) -> tuple[Tensor, ...]:
     """(B, K, n, x, y) chunk by chunk, (B K, x, y) each."""
     return t.flatten(0, 1).unbind(1)
 
 
 class Scan(NamedTuple):
-    """What comes of going through a block chunk by chunk.
+    """What comes of going through a block chunk by chunk."""
 
-    Attributes:
-        inverse: (I + A)^-1, (B, K, n, C, C).
-        before: S before each chunk, (B, K, n, D, E).
-        written: U of each chunk, (B, K, n, C, E).
-        after: S behind the last chunk, (B, K, D, E).
-    """
-
-    inverse: Tensor
-    before: Tensor
-    written: Tensor
-    after: Tensor
+    inverse: Tensor  # (I + A)^-1, (B, K, n, C, C)
+    before: Tensor  # S before each chunk, (B, K, n, D, E)
+    written: Tensor  # U of each chunk, (B, K, n, C, E)
+    after: Tensor  # S behind the last chunk, (B, K, D, E)
 
 
 def _scan(chunks: Chunks, state: Tensor) -> Scan:
     """The states and what is written; only this goes from chunk to chunk."""
     k, v, strength = chunks.k, chunks.v, chunks.strength
-    inverse = _inverse(chunks)
+    a = (k @ k.mT).mul_(chunks.inside).mul_(strength)
+    unit = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+    # of I + A only what lies below the diagonal is read
+    inverse = torch.linalg.solve_triangular(a, unit, upper=False, unitriangular=True)
     parts = (inverse, strength * v, strength * chunks.entering * k, (chunks.leaving * k).mT, chunks.across)
     now, before, written = state.flatten(0, 1), [], []
     for turn, values, reading, writing, across in zip(*map(_flat, parts), strict=True):
@@ -293,11 +268,7 @@ def _forward(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> tuple[list[Tensor], Tensor]:
     """Gradients of q, k, v, log decays and strengths of a block, in columns, and of the state before it.
 
-    Args:
-        chunks: as in the forward pass.
-        state: before the first chunk.
-        d_out: of the outputs, (B, K, n, G C, E).
-        d_state: of the state behind the last chunk.
+    From those of the outputs, (B, K, n, G C, E), and of the state behind the last chunk.
     """
     q, k, v, strength, inside, entering, leaving, across, seen = chunks
     scan = _scan(chunks, state)
@@ -372,15 +343,9 @@ class _GatedDelta(FirstOrder):
 
 
 def gated_delta_cost(length: int, *, key_dim: int, value_dim: int, group: int = 1) -> int:
-    """Multiply-adds of the matrix products of a kv head and its `group` query heads, in a forward pass.
+    """Multiply-adds of the matrix products of a kv head and its `group` query heads over `length` tokens, forward.
 
     The triangular systems, about a fifth more, are no matrix products and not counted (torch does not count them).
-
-    Args:
-        length: tokens.
-        key_dim: width of queries and keys.
-        value_dim: width of values.
-        group: query heads that share the kv head.
     """
     inside = length // CHUNK * CHUNK**2 + (length % CHUNK) ** 2
     return inside * (1 + group) * (key_dim + value_dim) + length * (2 + group) * key_dim * value_dim

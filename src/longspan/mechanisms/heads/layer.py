@@ -29,15 +29,10 @@ class HeadsConfig:
 
 
 class HeadsState(NamedTuple):
-    """The states of all parts.
+    """The states of all parts."""
 
-    Attributes:
-        parts: one state a part.
-        live: (batch,) live tokens.
-    """
-
-    parts: tuple[Any, ...]
-    live: Tensor
+    parts: tuple[Any, ...]  # one state a part
+    live: Tensor  # (batch,) live tokens
 
 
 class HeadsCore(Core):
@@ -73,14 +68,7 @@ class HeadsCore(Core):
             if not isinstance(count, int) or count < 1 or "name" not in table:
                 raise ConfigError(f"{where}: needs a name and a num_heads of at least 1, got {table!r}")
             keys = self._kv_heads(first, first + count, where)
-            part = Shape(
-                dim=shape.dim,
-                num_heads=count,
-                num_kv_heads=keys.stop - keys.start,
-                head_dim=shape.head_dim,
-                causal=shape.causal,
-                rope=shape.rope,
-            )
+            part = replace(shape, num_heads=count, num_kv_heads=keys.stop - keys.start)
             cores.append(registry.build_core(table["name"], part, fields, where))
             if cores[-1].value_dim != cores[0].value_dim:
                 widths = f"values of {cores[-1].value_dim}, parts[0] of {cores[0].value_dim}"

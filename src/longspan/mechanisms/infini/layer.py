@@ -2,14 +2,16 @@
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longspan import ops
+from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.segments import SegmentCore, SegmentState
+from longspan.contract.segments import Operation, SegmentCore, SegmentState
 from longspan.errors import ConfigError
 
 
@@ -34,10 +36,7 @@ class InfiniConfig:
     bptt_segments: int | None = None
 
     def __post_init__(self) -> None:
-        if self.segment < 1 or (self.bptt_segments is not None and self.bptt_segments < 1):
-            raise ConfigError(
-                f"infini.segment = {self.segment}, bptt_segments = {self.bptt_segments}: must be at least 1"
-            )
+        check_least(self, "infini", {"segment": 1, "bptt_segments": 1})
 
 
 class InfiniState(SegmentState):
@@ -52,7 +51,6 @@ class InfiniCore(SegmentCore):
     """See the package."""
 
     State = InfiniState
-
     Config = InfiniConfig
     config: InfiniConfig
     conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
@@ -95,27 +93,18 @@ class InfiniCore(SegmentCore):
         """The gates: their own learning rate, no weight decay."""
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+    def operations(self) -> tuple[Operation, Operation]:
         """See `SegmentCore`."""
-        return ops.infini_attention(q, k, v, self.gate, **layout, **self.rule)
+        fields = {"gate": self.gate, **self.rule}
+        return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
-    def attend_open(self, q: Tensor, k: Tensor, v: Tensor, **layout: Any) -> tuple[Tensor, ops.SegmentMemory]:
+    def memory_cost(self, length: int) -> tuple[int, int]:
         """See `SegmentCore`."""
-        return ops.infini_open(q, k, v, self.gate, **layout, **self.rule)
-
-    def flops(self, length: int, batch_size: int = 1) -> int:
-        """Local attention in every segment, memory read and written."""
-        shape, config = self.shape, self.config
-        memory, local = ops.infini_cost(
+        return ops.infini_cost(
             length,
-            segment=config.segment,
-            head_dim=shape.head_dim,
-            group=shape.group,
-            delta=config.update == "delta",
+            segment=self.segment,
+            head_dim=self.shape.head_dim,
+            group=self.shape.group,
+            delta=self.config.update == "delta",
             adds=self.adds,
         )
-        return batch_size * (2 * shape.num_kv_heads * memory + 4 * shape.num_heads * shape.head_dim * local)
-
-    def pairs(self, length: int) -> int:
-        """All pairs: what the local part does not see is in the memory."""
-        return self.shape.num_heads * (length * (length + 1) // 2)

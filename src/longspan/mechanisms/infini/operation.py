@@ -22,7 +22,15 @@ from torch import Tensor
 
 from longspan.engine import flash
 from longspan.engine.linear import elu_features
-from longspan.engine.segments import Layout, SegmentMemory, attend_inside, attend_open, attend_segments, inside_cost
+from longspan.engine.segments import (
+    Layout,
+    SegmentMemory,
+    attend_inside,
+    attend_open,
+    attend_segments,
+    empty_memory,
+    inside_cost,
+)
 from longspan.engine.sums import smallest, sums_dtype
 
 BUDGET = 64 * 2**20
@@ -66,7 +74,7 @@ def infini_attention(
     whole = q.shape[2] // segment * segment
     if not rule.adds or layout != Layout(segment) or whole <= segment:
         return attend_segments(q, k, v, rule, layout, state=state, local=local)
-    memory = state or SegmentMemory(*rule.nothing(k, v))
+    memory = state or empty_memory(len(q), k.shape[1], q.shape[3], v.shape[3], q.device, rule.memory_dtype(v))
     inside = attend_inside(q, k, v, layout, local)
     parts = [t[:, :, :whole] for t in (q, k, v, inside)]
     with flash.full_precision(q.device):
@@ -137,11 +145,6 @@ class InfiniRule(NamedTuple):
     def memory_dtype(self, v: Tensor) -> torch.dtype:
         """Both are sums over the stream."""
         return sums_dtype(v.device)
-
-    def nothing(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """An empty memory for these keys."""
-        values = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=self.memory_dtype(v))
-        return values, values[..., 0].clone(), torch.zeros(len(k), dtype=torch.int64, device=k.device)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """One segment."""
@@ -215,12 +218,8 @@ def _gated(read: Tensor, gate: Tensor, inside: Tensor, filled: Tensor) -> Tensor
 def infini_cost(length: int, *, segment: int, head_dim: int, group: int, delta: bool, adds: bool) -> tuple[int, int]:
     """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
 
-    Args:
-        length: tokens, from an empty past.
-        segment, head_dim: as in `infini_attention`.
-        group: query heads of a kv head.
-        delta: the update is "delta".
-        adds: linear update and the paper's normaliser.
+    Of `length` tokens from an empty past, with `group` query heads a kv head; `delta`: the update is "delta"; `adds`:
+    linear update and the paper's normaliser.
     """
     write = segment * head_dim * head_dim * (2 if delta else 1) + (0 if adds else segment * head_dim)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0

@@ -2,15 +2,16 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.contract.base import Core, Hidden, Shape, Traits
+from longspan.config import check_least
+from longspan.contract.base import Shape, Traits
 from longspan.contract.rows import Rows
-from longspan.errors import ConfigError
+from longspan.contract.sizes import BoundedCore, pairs_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,22 +27,15 @@ class LinearConfig:
     nu: int = 3
 
     def __post_init__(self) -> None:
-        if self.nu < 1:
-            raise ConfigError(f"linear.nu = {self.nu}: must be at least 1")
+        check_least(self, "linear", {"nu": 1})
 
 
 class LinearState(NamedTuple):
-    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are.
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features).
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
-    live: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim)
+    keys: Tensor  # (batch, kv_heads, features)
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -52,7 +46,7 @@ class LinearState(NamedTuple):
         return "values", "keys"
 
 
-class LinearCore(Core):
+class LinearCore(BoundedCore):
     """See the package."""
 
     Config = LinearConfig
@@ -73,15 +67,7 @@ class LinearCore(Core):
         return ops.dpfp(x, self.config.nu) if self.config.feature == "dpfp" else ops.elu_features(x, queries=queries)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: LinearState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, LinearState | None]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
@@ -105,19 +91,9 @@ class LinearCore(Core):
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LinearState:
         """Nothing summed."""
-        sums = ops.empty_sums(
-            batch_size,
-            self.shape.num_kv_heads,
-            self.features,
-            self.shape.head_dim,
-            device,
-            torch.promote_types(dtype, torch.float32),
-        )
+        dtype, shape = torch.promote_types(dtype, torch.float32), self.shape
+        sums = ops.empty_sums(batch_size, shape.num_kv_heads, self.features, shape.head_dim, device, dtype)
         return LinearState(sums.values, sums.keys, torch.zeros(batch_size, dtype=torch.int64, device=device))
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S and z of every key head in fp64 and one count a row, whatever the length."""
-        return batch_size * (self.shape.num_kv_heads * self.features * (self.shape.head_dim + 1) * 8 + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The products of `ops.linear_attention`."""
@@ -129,4 +105,4 @@ class LinearCore(Core):
 
     def pairs(self, length: int) -> int:
         """All pairs, as dense attention has them."""
-        return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
+        return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

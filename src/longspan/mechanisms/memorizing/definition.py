@@ -23,18 +23,7 @@ def memorizing_attention(
     """g A_memory + (1 - g) A_local, g = sigmoid(gate); A_local alone where there is nothing to retrieve.
 
     A_memory is the softmax over the `top` keys of largest cosine with the query, of the cosines times `scale`. The
-    store is not trained: k and v get no gradient.
-
-    Args:
-        q: (batch, heads, length, head_dim), of any norm.
-        k: (batch, kv_heads, columns, head_dim), of norm 1: the store.
-        v: like k.
-        local: (batch, heads, length, head_dim), what local attention gave.
-        gate: (heads,) before the sigmoid.
-        scale: (heads,) factor of the cosines.
-        top: keys that a query retrieves, or all that there are.
-        first: (batch or 1, length or 1) the first column that a query may retrieve.
-        last: like first, the column behind the last one.
+    store is not trained: k and v get no gradient. Arguments as of `longspan.ops.memorizing_attention`.
     """
     group, dtype = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
     k, v = (t.detach().to(dtype).repeat_interleave(group, 1) for t in (k, v))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.config import check_least
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits, sum_nbytes
-from longspan.contract.kv_cache import join
+from longspan.contract.base import ParameterGroup, Shape, Traits
+from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_and_write
@@ -49,25 +50,19 @@ class MemorizingConfig:
 
 
 class MemorizingState(NamedTuple):
-    """The store, and the keys and values that local attention may still see.
+    """The store, and the keys and values that local attention may still see."""
 
-    Attributes:
-        store_k: (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments.
-            Slots that nothing has entered yet are zero and masked.
-        store_v: like store_k.
-        k: (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments. Slots that
+    # nothing has entered yet are zero and masked.
     store_k: Tensor
-    store_v: Tensor
+    store_v: Tensor  # like store_k
+    # (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them
     k: Tensor
-    v: Tensor
-    live: Tensor
+    v: Tensor  # like k
+    live: Tensor  # (batch,) live tokens
 
 
-class MemorizingCore(Core):
+class MemorizingCore(BoundedCore):
     """See the package."""
 
     Config = MemorizingConfig
@@ -133,15 +128,7 @@ class MemorizingCore(Core):
         self.attached = ()
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: MemorizingState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemorizingState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, MemorizingState]:
         """See `Core.forward`.
 
@@ -152,62 +139,38 @@ class MemorizingCore(Core):
         near_k, near_v, near = join(state, k, v, grows=False)
         local = self._local(q, near_k, near_v, near, rows)
         inside = rows.inside(window)
-        older = stored = None
-        closing = (rows.offsets % window + rows.lengths_read == window).any()
-        if not inside or closing or rows.emptied is not None:
-            older = self._older(state, rows)
-            stored = self._joined(older, k, v)
+        closes = (rows.offsets % window + rows.lengths_read == window).any()
+        pairs = None if inside and not closes and rows.emptied is None else self._pairs(state, k, v, rows)
         if self.attached:
             out = self._attached(q, near_k, near_v, near, local, rows)
-        elif inside:
-            out = local if state is None else self._retrieve(q, state.store_k, state.store_v, local, rows, None)
+        elif not inside:
+            assert pairs is not None
+            out = self._retrieve(q, *pairs, local, rows, older=pairs[0].shape[2] - rows.length)
         else:
-            assert stored is not None
-            out = self._retrieve(q, *stored, local, rows, stored[0].shape[2] - rows.length)
-        store_k, store_v = self._next(state, stored, k, rows)
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        carried = rows.carry(old_k, k, window - 1), rows.carry(old_v, v, window - 1)
-        return out, MemorizingState(store_k, store_v, *carried, rows.live)
+            out = local if state is None else self._retrieve(q, state.store_k, state.store_v, local, rows)
+        store = self._next(state, pairs, k, rows)
+        return out, MemorizingState(*store, *carry(state, k, v, rows, window - 1), rows.live)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: Rows) -> Tensor:
         if self.shape.rope is not None and rows.length:
-            # only differences count, so columns serve as positions
-            dim, base, dtype = q.shape[-1], self.shape.rope, q.dtype
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = rows.cached(
-                ("columns", base, dim, dtype, near), lambda: ops.rotary_table(place, dim, base=base, dtype=dtype)
-            )
-            q, k = ops.rotate(q, cos[:, :, near:], sin[:, :, near:]), ops.rotate(k, cos, sin)
-        return ops.window_attention(
-            q,
-            k,
-            v,
-            window=self.config.window,
-            lengths=rows.lengths,
-            start=rows.first_visible(near),
-            memory_lengths=rows.memory_lengths(near),
-        )
+            q, k = rotate_by_column(q, k, self.shape.rope, rows)
+        return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, near))
 
-    def _retrieve(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: Rows, older: int | None) -> Tensor:
-        """k and v: the store alone where `older` is None, all tokens of the call in the open segment of their row; else
-        so many columns of store and open segment, and the call's.
-        """
+    def _retrieve(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: Rows, older: int | None = None) -> Tensor:
+        """k and v: `_pairs`, of which `older` are no tokens of the call; or, for a call in the open segment of every
+        row, the store alone."""
         window, most = self.config.window, self.config.max_memories
 
         def bounds() -> tuple[Tensor, Tensor]:
             if older is None:
-                first = host.derive(
-                    lambda offset: most - (offset // window * window).clip(max=most)[:, None], rows.offset
-                )
-                return first, host.remember(torch.full_like(first, most), np.full((rows.batch, 1), most))
-            column = np.arange(older, older + rows.length)
-            border = column - rows.positions_read % window
-            begin = np.maximum(border - most, column - rows.positions_read).clip(min=0)
-            end = (
-                np.where(column - older >= rows.lengths_read[:, None], 0, border)
-                if rows.lengths is not None
-                else border
-            )
+                closed = (rows.offsets // window * window).clip(max=most)[:, None]
+                begin, end = most - closed, np.full_like(closed, most)
+            else:
+                column, position = np.arange(older, older + rows.length), rows.positions_read
+                end = column - position % window
+                begin = np.maximum(end - most, column - position).clip(min=0)
+                if rows.lengths is not None:
+                    end = np.where(column - older >= rows.lengths_read[:, None], 0, end)
             return host.put(begin, rows.device), host.put(end, rows.device)
 
         first, last = rows.cached(("memorizing", window, most, older), bounds)
@@ -215,57 +178,49 @@ class MemorizingCore(Core):
             q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
         )
 
-    def _older(self, state: MemorizingState | None, rows: Rows) -> tuple[Tensor, Tensor] | None:
-        """The store and the open segment side by side, newest last, with nothing between them in any row."""
+    def _pairs(self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Store, open segment and call side by side, newest last, with nothing between them in any row; keys of norm 1.
+
+        Out of the graph.
+        """
+        k, v = ops.unit_vectors(k.detach()).to(k.dtype), v.detach()
         if state is None:
-            return None
+            return k, v
         window, most = self.config.window, self.config.max_memories
-        recent_k = ops.unit_vectors(state.k.detach()).to(state.store_k.dtype)
-        recent_v = state.v.detach().to(state.store_v.dtype)
+        recent_k, recent_v = ops.unit_vectors(state.k.detach()).to(k.dtype), state.v.detach()
         places = set((rows.offsets % window).tolist())
         if len(places) <= 1:
             behind = window - 1 - next(iter(places), 0)
             return (
-                torch.cat([state.store_k, recent_k[:, :, behind:]], 2),
-                torch.cat([state.store_v, recent_v[:, :, behind:]], 2),
+                torch.cat([state.store_k, recent_k[:, :, behind:], k], 2),
+                torch.cat([state.store_v, recent_v[:, :, behind:], v], 2),
             )
         distance = torch.arange(most + window - 1, 0, -1, device=rows.device)  # to the first token of the call
-        opened = rows.opened(window)
-        inside = distance <= opened[:, None]
-        index = torch.where(inside, most + window - 1 - distance, most + opened[:, None] - distance).clamp(min=0)
+        opened = rows.opened(window)[:, None]
+        index = torch.where(distance <= opened, most + window - 1 - distance, most + opened - distance)
         return (
-            _columns(torch.cat([state.store_k, recent_k], 2), index),
-            _columns(torch.cat([state.store_v, recent_v], 2), index),
+            torch.cat([pick_columns(torch.cat([state.store_k, recent_k], 2), index), k], 2),
+            torch.cat([pick_columns(torch.cat([state.store_v, recent_v], 2), index), v], 2),
         )
 
-    def _joined(self, older: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store, open segment and this call's pairs, out of the graph; keys of norm 1."""
-        k, v = ops.unit_vectors(k.detach()).to(k.dtype), v.detach()
-        return (k, v) if older is None else (torch.cat([older[0], k], 2), torch.cat([older[1], v], 2))
-
     def _next(
-        self, state: MemorizingState | None, stored: tuple[Tensor, Tensor] | None, k: Tensor, rows: Rows
+        self, state: MemorizingState | None, pairs: tuple[Tensor, Tensor] | None, k: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """The store after the call: the last pairs of closed segments, as it was where none closed."""
         window, most = self.config.window, self.config.max_memories
-        if stored is None:
-            if state is not None:
-                return state.store_k, state.store_v
+        if pairs is None and state is not None:
+            return state.store_k, state.store_v
+        if pairs is None or not pairs[0].shape[2]:
             empty = k.new_zeros(*k.shape[:2], most, k.shape[3])
             return empty, empty.clone()
-        slot = torch.arange(most, device=rows.device)
-        end = stored[0].shape[2] - rows.length + rows.real_tokens() - rows.live % window
-        index = end[:, None] - most + slot
-        kept = most - slot <= (rows.live // window * window)[:, None]
-        ends = stored[0].shape[2] - rows.length + rows.lengths_read - rows.lives % window
-        if rows.batch and (rows.lives // window * window >= most).all() and (ends == ends[:1]).all():
-            first = int(ends[0]) - most
-            return stored[0][:, :, first : first + most].clone(), stored[1][:, :, first : first + most].clone()
-        if not stored[0].shape[2]:
-            return self._next(None, None, k, rows)
-        hidden = ~kept[:, None, :, None]
-        index = index.clamp(min=0)
-        return _columns(stored[0], index).masked_fill(hidden, 0), _columns(stored[1], index).masked_fill(hidden, 0)
+        closed = rows.lives // window * window
+        end = pairs[0].shape[2] - rows.length + rows.lengths_read - rows.lives % window
+        if rows.batch and (closed >= most).all() and (end == end[:1]).all():
+            last = int(end[0])
+            return pairs[0][:, :, last - most : last].clone(), pairs[1][:, :, last - most : last].clone()
+        column = end[:, None] - most + np.arange(most)
+        index = host.put(np.where(column < (end - closed)[:, None], -1, column), rows.device)
+        return pick_columns(pairs[0], index), pick_columns(pairs[1], index)
 
     def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: Rows) -> Tensor:
         """What the attached stores give; k and v with `near` older columns."""
@@ -273,21 +228,12 @@ class MemorizingCore(Core):
             raise UnsupportedError("memorizing: an attached store is for inference; call it under torch.no_grad()")
         if len(self.attached) != rows.batch:
             raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
-        config = self.config
+        window, top = self.config.window, self.config.k
         with flash.full_precision(q.device):
-            asked = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
-            kept = ops.unit_vectors(k)
+            scale = self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
+            q, k = ops.unit_vectors(q) * scale, ops.unit_vectors(k)
             return read_and_write(
-                self.attached,
-                asked,
-                kept,
-                v,
-                local,
-                self.gate,
-                rows=rows,
-                near=near,
-                segment=config.window,
-                top=config.k,
+                self.attached, q, k, v, local, self.gate, rows=rows, near=near, segment=window, top=top
             )
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MemorizingState:
@@ -301,11 +247,6 @@ class MemorizingCore(Core):
         store, near = config.max_memories, config.window - 1
         return MemorizingState(zeros(store), zeros(store), zeros(near), zeros(near), live)
 
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors a kv head for every memory and every position of the window but one; a count a row."""
-        columns = self.config.max_memories + self.config.window - 1
-        return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
-
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Two products with the window's keys, one with all memories, and one with those retrieved."""
         shape, config = self.shape, self.config
@@ -317,16 +258,9 @@ class MemorizingCore(Core):
 
     def pairs(self, length: int) -> int:
         """Pairs of the window and pairs retrieved, a head; those that are both are counted twice."""
-        config = self.config
-        window = config.window
-        near = min(window, length)
-        local = near * (near + 1) // 2 + (length - near) * near
-        whole, rest = divmod(length, window)
-        sizes = [(min(config.k, config.max_memories, index * window), window) for index in range(whole)]
-        sizes.append((min(config.k, config.max_memories, whole * window), rest))
-        return self.shape.num_heads * (local + sum(found * queries for found, queries in sizes))
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """Columns index (batch, n) of x (batch, kv_heads, columns, dim)."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+        config, window = self.config, self.config.window
+        retrieved = sum(
+            min(config.k, config.max_memories, first) * min(window, length - first)
+            for first in range(0, length, window)
+        )
+        return self.shape.num_heads * (pairs_within(length, window) + retrieved)

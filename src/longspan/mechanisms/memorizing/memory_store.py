@@ -43,17 +43,11 @@ _KIND = "longspan memory store"
 
 
 class Found(NamedTuple):
-    """What a search found, nearest first; fewer than asked for where the store holds fewer.
+    """What a search found, nearest first; fewer than asked for where the store holds fewer."""
 
-    Attributes:
-        scores: (heads, queries, k).
-        numbers: (heads, queries, k) of the pairs.
-        values: (heads, queries, k, head_dim).
-    """
-
-    scores: Tensor
-    numbers: Tensor
-    values: Tensor
+    scores: Tensor  # (heads, queries, k)
+    numbers: Tensor  # (heads, queries, k) of the pairs
+    values: Tensor  # (heads, queries, k, head_dim)
 
 
 class MemoryStore:
@@ -128,8 +122,7 @@ class MemoryStore:
         Raises:
             ConfigError: other shapes, or a store opened with write=False.
         """
-        if not self.write:
-            raise ConfigError(f"{self.folder}: opened with write=False")
+        self._check_writable()
         count = keys.shape[1] if keys.ndim == 3 else -1
         if keys.shape != (self.kv_heads, count, self.head_dim) or values.shape != keys.shape:
             raise ConfigError(
@@ -166,15 +159,13 @@ class MemoryStore:
         folded = queries.detach().to("cpu", torch.float32).reshape(self.kv_heads, group * count, dim)
         if not top or not count:
             scores = folded.new_zeros(self.kv_heads, group * count, top)
-            slots = numbers = scores.long()
+            numbers = scores.long()
         elif self._graphs and not exact:
             scores, numbers = self._approximate(folded, top)
-            slots = numbers % self.capacity
         else:
             scores, numbers = self._exact(folded, slice(None), top)
-            slots = numbers % self.capacity
         head = np.arange(self.kv_heads)[:, None, None]
-        values = torch.from_numpy(np.asarray(self._values[head, slots.numpy()]))
+        values = torch.from_numpy(np.asarray(self._values[head, numbers.numpy() % self.capacity]))
         shape = heads, count, top
         found = Found(scores.view(shape), numbers.view(shape), values.view(*shape, dim))
         return Found(*(t.to(queries.device) for t in found))
@@ -185,11 +176,14 @@ class MemoryStore:
         Raises:
             ConfigError: a store opened with write=False.
         """
-        if not self.write:
-            raise ConfigError(f"{self.folder}: opened with write=False")
+        self._check_writable()
         on_failure(functools.partial(self._put_back, self.written))
         self.written = 0
         self._rebuild()
+
+    def _check_writable(self) -> None:
+        if not self.write:
+            raise ConfigError(f"{self.folder}: opened with write=False")
 
     def _put_back(self, written: int, slots: Any = None, keys: Any = None, values: Any = None) -> None:
         """As it was before a call that failed: so many pairs written, and what its slots held."""
@@ -338,15 +332,11 @@ def read_and_write(
 
     Args:
         stores: one for each row.
-        q: (batch, heads, length, head_dim), of norm 1, times the scale.
-        k: (batch, kv_heads, near + length, head_dim), of norm 1.
+        q: of norm 1, times the scale.
+        k: of norm 1, behind `near` older keys, at least those of the open segment.
         v: like k.
-        local: (batch, heads, length, head_dim).
-        gate: (heads,) before the sigmoid.
-        rows: of the call.
-        near: older keys, at least those of the open segment.
-        segment: positions of a segment.
-        top: pairs that a query retrieves.
+        local, gate, top: as of `memorizing_attention`.
+        rows, near, segment: of the call.
 
     Raises:
         ConfigError: a store that is written and does not hold what the state has read.
@@ -361,7 +351,12 @@ def read_and_write(
             if store.write:
                 if position == 0:
                     store.clear()
-                _check_follows(store, position // segment * segment)
+                closed = position // segment * segment
+                if store.written != closed:
+                    raise ConfigError(
+                        f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; "
+                        "attach an empty store where a document begins, and give every call the state of the one before"
+                    )
             if len(store):
                 out[row, :, begin:end] = _read(store, q[row, :, begin:end], local[row, :, begin:end], gate, top)
             if store.write and (position + end - begin) % segment == 0:
@@ -370,14 +365,6 @@ def read_and_write(
         if store.write and rows.emptied is not None and bool(rows.emptied[row]):
             store.clear()
     return out
-
-
-def _check_follows(store: MemoryStore, closed: int) -> None:
-    if store.written != closed:
-        raise ConfigError(
-            f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; attach an empty "
-            "store where a document begins, and give every call the state of the one before"
-        )
 
 
 def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:

@@ -166,101 +166,84 @@ def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> 
 def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
     """Tiles of every row: they depend on what queries may see, never on contents."""
     rows, length = search.first.shape
-    size = min(max(1, ROWS // group), max(length, 1))
-    count = -(-length // size)
-    ends = [min(index * size, length) for index in range(1, count + 1)]
+    size = max(1, ROWS // group)
+    parts = [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
     first, last = search.begin, search.end
     if first is None or last is None:
-        return [[Tile(index * size, end, 0, columns, False) for index, end in enumerate(ends)]] * rows
-    shown = last > first
-    low, high = np.where(shown, first, np.iinfo(np.int64).max), np.where(shown, last, 0)
-    extra = ((0, 0), (0, count * size - length))
-    low, high = (np.pad(t, extra, mode="edge").reshape(rows, count, size) for t in (low, high))
-    whole = (low == low[..., :1]).all(-1) & (high == high[..., :1]).all(-1)
-    least, most = low.min(-1).tolist(), high.max(-1).tolist()
-    return [
-        [
-            Tile(index * size, ends[index], least[row][index], most[row][index], alike[index])
-            for index in range(count)
-            if most[row][index]
-        ]
-        for row, alike in enumerate(whole.tolist())
-    ]
+        return [[Tile(part.start, part.stop, 0, columns, False) for part in parts]] * rows
+    tiles: list[list[Tile]] = []
+    for row_first, row_last in zip(first, last, strict=True):
+        tiles.append([])
+        for part in parts:
+            low, high = row_first[part], row_last[part]
+            seen = high > low
+            if seen.any():
+                whole = bool((low == low[0]).all() and (high == high[0]).all())
+                tiles[-1].append(Tile(part.start, part.stop, int(low[seen].min()), int(high[seen].max()), whole))
+    return tiles
 
 
 class _Part(NamedTuple):
-    """Batch rows and kv heads that are searched together."""
+    """A tile of queries of some batch rows and kv heads, with the keys and values of these."""
 
     rows: slice
-    heads: slice
-    queries: slice  # the query heads of these kv heads
-    tiles: list[Tile]
+    here: tuple[slice, slice, slice]  # batch rows, query heads, queries
+    tile: Tile
+    keys: Tensor  # (items, columns, head_dim), contiguous; an item is a kv head of a batch row
+    values: Tensor  # like keys
+
+    def of(self, x: Tensor) -> Tensor:
+        """The part of (batch, heads, length, n) as (items, group * queries, n)."""
+        return x[self.here].reshape(len(self.keys), -1, x.shape[3])
 
 
-def _parts(q: Tensor, k: Tensor, search: Search) -> Iterator[_Part]:
-    group = q.shape[1] // k.shape[1]
-    size = max(group, min(ROWS, group * q.shape[2])) * min(KEYS, max(k.shape[2], 1))
-    tiles = _tiles(search, group, k.shape[2])
+def _parts(q: Tensor, k: Tensor, v: Tensor, search: Search) -> Iterator[_Part]:
+    group, columns = q.shape[1] // k.shape[1], k.shape[2]
+    if not q.numel() or not columns:
+        return
+    size = max(group, min(ROWS, group * q.shape[2])) * min(KEYS, columns)
+    tiles = _tiles(search, group, columns)
     for part in make_parts(q.shape[0], k.shape[1], size, ENTRIES, one_row=len(tiles) > 1):
+        keys, values = (t[part.rows, part.heads].to(q.dtype).flatten(0, 1).contiguous() for t in (k, v))
         heads = slice(part.heads.start * group, part.heads.stop * group)
-        yield _Part(part.rows, part.heads, heads, tiles[part.rows.start if len(tiles) > 1 else 0])
-
-
-def _folded(x: Tensor, part: _Part, tile: Tile, items: int) -> Tensor:
-    """The tile's part of (batch, heads, length, n) as (items, group * queries, n)."""
-    return x[part.rows, part.queries, tile.begin : tile.end].reshape(items, -1, x.shape[3])
-
-
-def _flat(x: Tensor, part: _Part, dtype: torch.dtype) -> Tensor:
-    """A part of keys or values as (items, columns, head_dim), contiguous."""
-    return x[part.rows, part.heads].to(dtype).flatten(0, 1).contiguous()
-
-
-def _hidden(search: Search, part: _Part, tile: Tile, low: int, high: int) -> Tensor:
-    """(rows or 1, 1, 1, queries, keys), True = not to be retrieved."""
-    rows = part.rows if len(search.first) > 1 else slice(0, 1)
-    first, last = (t[rows, tile.begin : tile.end, None] for t in (search.first, search.last))
-    column = torch.arange(low, high, device=first.device)
-    return ((column < first) | (column >= last))[:, None, None]
+        for tile in tiles[part.rows.start if len(tiles) > 1 else 0]:
+            yield _Part(part.rows, (part.rows, heads, slice(tile.begin, tile.end)), tile, keys, values)
 
 
 def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """A_memory, and where `keep` the columns (batch, heads, length, top) and weights that made it."""
     batch, heads, length, _ = q.shape
-    dtype, group, top = q.dtype, heads // k.shape[1], min(search.top, k.shape[2])
-    out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=dtype)
-    kept = length if keep else 0
-    columns = torch.zeros(batch, heads, kept, top, dtype=torch.int32, device=q.device)
-    weights = torch.zeros(batch, heads, kept, top, dtype=dtype, device=q.device)
-    for part in _parts(q, k, search) if out.numel() and top else ():
-        keys, values = _flat(k, part, dtype), _flat(v, part, dtype)
-        for tile in part.tiles:
-            asked = _folded(q, part, tile, len(keys))
-            best, column = nearest_of_blocks(_scores(asked, keys, search, part, tile, group), search.top)
-            weight = best.softmax(-1)
-            if not tile.whole:  # queries that see nothing have scores of -inf only
-                weight = weight.masked_fill(best.amax(-1, keepdim=True) == -math.inf, 0.0)
-            got = (weight.flatten(0, 1)[:, None] @ _gathered(values, column)).view(*asked.shape[:2], -1)
-            here = part.rows, part.queries, slice(tile.begin, tile.end)
-            shape = out[here].shape[:3]
-            out[here] = got.view(*shape, -1)
-            if keep:
-                columns[(*here, slice(0, column.shape[-1]))] = column.view(*shape, -1).to(torch.int32)
-                weights[(*here, slice(0, column.shape[-1]))] = weight.view(*shape, -1)
+    out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=q.dtype)
+    kept = batch, heads, length if keep else 0, min(search.top, k.shape[2])
+    columns = torch.zeros(kept, dtype=torch.int32, device=q.device)
+    weights = torch.zeros(kept, dtype=q.dtype, device=q.device)
+    for part in _parts(q, k, v, search):
+        best, column = nearest_of_blocks(_scores(part.of(q), part, search), search.top)
+        weight = best.softmax(-1)
+        if not part.tile.whole:  # queries that see nothing have scores of -inf only
+            weight = weight.masked_fill(best.amax(-1, keepdim=True) == -math.inf, 0.0)
+        target = out[part.here]
+        target.copy_((weight.flatten(0, 1)[:, None] @ _gathered(part.values, column)).view(target.shape))
+        if keep:
+            taken = (*part.here, slice(0, column.shape[-1]))
+            columns[taken] = column.view(*target.shape[:3], -1).to(torch.int32)
+            weights[taken] = weight.view(*target.shape[:3], -1)
     return out, columns, weights
 
 
-def _scores(
-    asked: Tensor, keys: Tensor, search: Search, part: _Part, tile: Tile, group: int
-) -> Iterator[tuple[int, Tensor]]:
+def _scores(asked: Tensor, part: _Part, search: Search) -> Iterator[tuple[int, Tensor]]:
     """Blocks of scores (items, group * queries, keys), -inf where a key is not to be retrieved."""
-    for low in range(tile.low, tile.high, KEYS):
-        high = min(low + KEYS, tile.high)
-        scores = torch.bmm(asked, keys[:, low:high].mT)
-        if not tile.whole:
-            rows, queries = part.rows.stop - part.rows.start, tile.end - tile.begin
-            shaped = scores.view(rows, -1, group, queries, high - low)
-            shaped.masked_fill_(_hidden(search, part, tile, low, high), -math.inf)
+    begin, end, first, last, whole = part.tile
+    for low in range(first, last, KEYS):
+        high = min(low + KEYS, last)
+        scores = torch.bmm(asked, part.keys[:, low:high].mT)
+        if not whole:
+            rows = part.rows if len(search.first) > 1 else slice(0, 1)
+            left, right = (t[rows, begin:end, None] for t in (search.first, search.last))
+            column = torch.arange(low, high, device=asked.device)
+            hidden = ((column < left) | (column >= right))[:, None, None]
+            count = part.rows.stop - part.rows.start
+            scores.view(count, -1, asked.shape[1] // (end - begin), *hidden.shape[-2:]).masked_fill_(hidden, -math.inf)
         yield low, scores
 
 
@@ -296,29 +279,21 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, weights: Tensor, search: Search
 ) -> Tensor:
     dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=True, dtype=q.dtype)
-    for part in _parts(q, k, search) if dq.numel() and columns.shape[-1] else ():
-        keys, values = _flat(k, part, q.dtype), _flat(v, part, q.dtype)
-        for tile in part.tiles:
-            column, weight, slope = (_folded(t, part, tile, len(keys)) for t in (columns, weights, grad))
-            column, weight = column.long(), weight.flatten(0, 1)
-            gain = (_gathered(values, column) @ slope.flatten(0, 1)[..., None])[..., 0]
-            gain = weight * (gain - (weight * gain).sum(-1, keepdim=True))
-            here = dq[part.rows, part.queries, tile.begin : tile.end]
-            here.copy_((gain[:, None] @ _gathered(keys, column)).view(here.shape))
+    for part in _parts(q, k, v, search):
+        column, weight, slope = (part.of(t) for t in (columns, weights, grad))
+        column, weight = column.long(), weight.flatten(0, 1)
+        gain = (_gathered(part.values, column) @ slope.flatten(0, 1)[..., None])[..., 0]
+        gain = weight * (gain - (weight * gain).sum(-1, keepdim=True))
+        here = dq[part.here]
+        here.copy_((gain[:, None] @ _gathered(part.keys, column)).view(here.shape))
     return dq
 
 
 def memorizing_cost(length: int, *, window: int, max_memories: int, top: int, group: int) -> tuple[int, int]:
-    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text from its start.
+    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text of `length` tokens.
 
-    Forward FLOPs are 2 * head_dim * heads * batch times their sum.
-
-    Args:
-        length: tokens.
-        window: positions of a segment; a query may retrieve those before its segment.
-        max_memories: of which only so many, the newest.
-        top: as in `memorizing_attention`.
-        group: query heads of a kv head.
+    A query may retrieve the newest `max_memories` positions before its segment of `window`; `group` query heads share a
+    kv head. Forward FLOPs are 2 * head_dim * heads * batch times their sum.
     """
     end = np.arange(length)[None] // window * window
     begin = (end - max_memories).clip(min=0)

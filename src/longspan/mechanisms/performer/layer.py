@@ -2,15 +2,17 @@
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.contract.base import Hidden, Shape, Traits
+from longspan.config import check_least
+from longspan.contract.base import Shape, Traits
 from longspan.contract.redraw import DrawnCore, processes, summed
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 from longspan.state import recomputing
 
@@ -39,28 +41,17 @@ class PerformerConfig:
         known = [*ops.SOFTMAX_KINDS, *ops.KERNELS]
         if self.kind not in known:
             raise ConfigError(f"performer.kind = {self.kind!r} is not one of {', '.join(known)}")
-        if self.num_features < 1 or self.redraw < 0:
-            raise ConfigError(
-                f"performer.num_features = {self.num_features}, redraw = {self.redraw}: at least 1, and not negative"
-            )
+        check_least(self, "performer", {"num_features": 1, "redraw": 0})
 
 
 class PerformerState(NamedTuple):
-    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum).
+    """Sums over the live tokens, in fp64 (`ops.sums_dtype`), in units of exp(maximum)."""
 
-    Attributes:
-        values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features).
-        maximum: (batch, kv_heads), largest log-scale of a key, fp32 at least.
-        drawn: (batch,) int64, the draw of the projection that made them.
-        live: (batch,) live tokens.
-    """
-
-    values: Tensor
-    keys: Tensor
-    maximum: Tensor
-    drawn: Tensor
-    live: Tensor
+    values: Tensor  # (batch, kv_heads, features, head_dim)
+    keys: Tensor  # (batch, kv_heads, features)
+    maximum: Tensor  # (batch, kv_heads), largest log-scale of a key, fp32 at least
+    drawn: Tensor  # (batch,) int64, the draw of the projection that made them
+    live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
         """Fields that are fp32 at least."""
@@ -116,15 +107,7 @@ class PerformerCore(DrawnCore):
         return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: PerformerState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, PerformerState | None]:
         """See `Core.forward`.
 
@@ -163,18 +146,15 @@ class PerformerCore(DrawnCore):
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
-        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of."""
+        """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of: (2, 2 + head_dim), for
+        either how many, the sum of their squares, their sum."""
         if recomputing():
             return
         dtype = torch.promote_types(q.dtype, torch.float32)
-        real = rows.real_columns()
-        counts, squares, sums = [], [], []
-        for t in (q, k):
+        real, counted = rows.real_columns(), q.new_zeros(2, 2 + self.shape.head_dim, dtype=self.pending_square.dtype)
+        for row, t in zip(counted, (q, k), strict=True):
             t = torch.where(real[:, None, :, None], t.to(dtype) * self.shape.head_dim**-0.25, 0.0)
-            counts.append((real.sum() * t.shape[1]).to(dtype)[None])
-            squares.append(t.square().sum()[None])
-            sums.append(t.sum((0, 1, 2)))
-        counted = torch.cat([*counts, *squares, *sums]).to(self.pending_square.dtype)
+            row[0], row[1], row[2:] = real.sum() * t.shape[1], t.square().sum(), t.sum((0, 1, 2))
         self.pending = counted if self.pending is None else self.pending + counted
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
@@ -195,13 +175,12 @@ class PerformerCore(DrawnCore):
         if pending is None:
             if processes()[1] == 1:
                 return
-            pending = self.pending_square.new_zeros(4 + 2 * self.shape.head_dim)  # others may have seen something
+            pending = self.pending_square.new_zeros(2, 2 + self.shape.head_dim)  # others may have seen something
         (total,) = summed(pending)
-        counts, squares, sums = total[:2], total[2:4], total[4:].view(2, -1)
-        counts = counts.clamp(min=1)
+        counts, squares, sums = total[:, 0].clamp(min=1), total[:, 1], total[:, 2:]
         square = (squares / counts).sum() + 2 * (sums / counts[:, None]).prod(0).sum()
         # an overflow, which loss scaling steps over, is no measurement
-        counts_here = (total[0] > 0) & square.isfinite()
+        counts_here = (total[0, 0] > 0) & square.isfinite()
         self.pending_square += torch.where(counts_here, torch.stack([square, torch.ones_like(square)]), 0.0)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> PerformerState:
@@ -211,11 +190,6 @@ class PerformerCore(DrawnCore):
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
         maximum = sums.maximum if self._scaled else torch.zeros_like(sums.maximum)
         return PerformerState(sums.values, sums.keys, maximum, zeros, zeros.clone())
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S and z in fp64 and the maximum of every key head, and two counts a row, whatever the length."""
-        width = self.features * (self.shape.head_dim + 1) * 8 + max(dtype.itemsize, 4)
-        return batch_size * (self.shape.num_kv_heads * width + 16)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Features of queries and keys, and the products of `ops.linear_attention`."""
@@ -228,4 +202,4 @@ class PerformerCore(DrawnCore):
 
     def pairs(self, length: int) -> int:
         """All pairs, as dense attention has them."""
-        return self.shape.num_heads * (length * (length + 1) // 2 if self.shape.causal else length * length)
+        return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

@@ -18,23 +18,14 @@ from longspan.engine.groups import by_heads, count_documents, documents_of
 
 
 class Documents(NamedTuple):
-    """The documents of a call.
+    """The documents of a call."""
 
-    Attributes:
-        number: (batch, length) in [0, total]; `total` where no token is real.
-        begin: (batch, length) column where a token's document begins.
-        end: (batch, length) column behind its last token.
-        total: documents of the row that has most.
-        taken: tokens of the longest list, where a cluster takes `window` tokens of each document.
-        whole: every row is one document, and every token is real.
-    """
-
-    number: Tensor
-    begin: Tensor
-    end: Tensor
-    total: int
-    taken: int
-    whole: bool
+    number: Tensor  # (batch, length) in [0, total]; `total` where no token is real
+    begin: Tensor  # (batch, length) column where a token's document begins
+    end: Tensor  # (batch, length) column behind its last token
+    total: int  # documents of the row that has most
+    taken: int  # tokens of the longest list, where a cluster takes `window` tokens of each document
+    whole: bool  # every row is one document, and every token is real
 
 
 def balanced_attention(
@@ -53,17 +44,10 @@ def balanced_attention(
     """`routing_attention`'s "balanced" selection, in the working dtype; arbitrary where no token is real.
 
     Args:
-        q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, length, head_dim).
-        v: like k.
         near: (batch, heads, clusters, length) how near queries, and keys, are to each centroid; one tensor twice where
             they share their clusters.
-        window: tokens that a cluster takes of each document.
-        causal: see `routing_attention`.
-        itself: see `routing_attention`.
-        scale: of the scores.
         real: (batch, length) bool, None = all.
-        start: (batch, length) column at which a token's document starts; None = every row is one document.
+        q, k, v, window, causal, itself, scale, start: as of `routing_attention`.
     """
     batch, heads, length, dim = q.shape
     documents = _documents(q, window, real, start)

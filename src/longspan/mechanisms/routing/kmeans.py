@@ -18,19 +18,12 @@ STATISTICS = ("centroids", "ema_sum", "ema_count")
 
 
 class Seen(NamedTuple):
-    """What the training forwards since the last step have seen, in this process.
+    """What the training forwards since the last step have seen, in this process."""
 
-    Attributes:
-        sums: (heads, clusters, head_dim) of the members.
-        counts: (heads, clusters) int64 members.
-        sample: (heads, SAMPLES * clusters, head_dim) evenly spaced vectors; each process fills its part.
-        filled: (SAMPLES * clusters,) int64, 1 where there is a vector.
-    """
-
-    sums: Tensor
-    counts: Tensor
-    sample: Tensor
-    filled: Tensor
+    sums: Tensor  # (heads, clusters, head_dim) of the members
+    counts: Tensor  # (heads, clusters) int64 members
+    sample: Tensor  # (heads, SAMPLES * clusters, head_dim) evenly spaced vectors; each process fills its part
+    filled: Tensor  # (SAMPLES * clusters,) int64, 1 where there is a vector
 
 
 class ClusteredCore(DrawnCore):
@@ -192,10 +185,8 @@ class ClusteredCore(DrawnCore):
 def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generator | None) -> Tensor:
     """Centroids of length one, (heads, clusters, head_dim), from `ROUNDS` of k-means seeded by k-means++.
 
-    Args:
-        vectors: (heads, n, head_dim) of length one.
-        fallback: like the result, for clusters that are left over where there are fewer different vectors.
-        generator: draws the seeds; None = torch's.
+    Of `vectors` (heads, n, head_dim) of length one. Clusters that are left over, where fewer vectors differ, get those
+    of `fallback`. The generator draws the seeds; None = torch's.
     """
     vectors = vectors.float()
     every = torch.ones(fallback.shape[:2], dtype=torch.bool, device=fallback.device)
@@ -210,11 +201,8 @@ def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generat
 def seeded(vectors: Tensor, centroids: Tensor, reseeded: Tensor, generator: torch.Generator | None) -> Tensor:
     """The centroids with some put anew by k-means++: each at a vector drawn in proportion to 1 - cos to the nearest.
 
-    Args:
-        vectors: (heads, n, head_dim) of length one, or zero and then never drawn.
-        centroids: (heads, clusters, head_dim).
-        reseeded: (heads, clusters) bool, those that are put anew; as they are where all vectors have a centroid.
-        generator: draws; None = torch's.
+    `vectors` (heads, n, head_dim) have length one, or zero and are then never drawn. `reseeded` (heads, clusters) are
+    put anew, unless all vectors have a centroid. The generator draws; None = torch's.
     """
     centroids, vectors = centroids.float().clone(), vectors.float()
     head = torch.arange(len(centroids), device=centroids.device)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.config import check_least, check_shares
-from longspan.contract.base import Hidden, Shape, Traits
-from longspan.contract.rings import empty_rings, next_rings, rings_nbytes
+from longspan.contract.base import Shape, Traits
+from longspan.contract.rings import empty_rings, next_rings
 from longspan.contract.rows import Rows
 from longspan.mechanisms.routing.kmeans import ClusteredCore
 from longspan.state import recomputing
@@ -47,21 +47,13 @@ class RoutingConfig:
 
 
 class RoutingState(NamedTuple):
-    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads.
+    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads."""
 
-    Attributes:
-        k: (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty.
-        v: like k.
-        position: (batch, heads, num_clusters, window) int64, -1 where empty.
-        drawn: (batch,) int64, 1 once the first training batch has set the centroids.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    drawn: Tensor
-    live: Tensor
+    k: Tensor  # (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty
+    v: Tensor  # like k
+    position: Tensor  # (batch, heads, num_clusters, window) int64, -1 where empty
+    drawn: Tensor  # (batch,) int64, 1 once the first training batch has set the centroids
+    live: Tensor  # (batch,) live tokens
 
 
 _NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
@@ -114,8 +106,8 @@ class RoutingCore(ClusteredCore):
         state: RoutingState | None,
         rows: Rows,
         *,
-        hidden: Hidden | None = None,
         penalties: list[Tensor] | None = None,
+        **unused: Any,
     ) -> tuple[Tensor, RoutingState | None]:
         """See `Core.forward`.
 
@@ -133,7 +125,7 @@ class RoutingCore(ClusteredCore):
             clusters = self._clusters(*routes, rows)
         if clusters is not None and learns and not recomputing():
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
-            self.see(self._clustered(routes, clusters), self._real(rows, q.device), bool(begun))
+            self.see(self._clustered(routes, clusters), rows.real_columns(), bool(begun))
         if clusters is not None and penalties is not None and committed:
             penalties.append(self.config.commitment * self._distance(routes, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
@@ -184,13 +176,9 @@ class RoutingCore(ClusteredCore):
         pairs = list(zip(routes, clusters, strict=True))
         return pairs[:1] if self.shared else pairs
 
-    def _real(self, rows: Rows, device: torch.device) -> Tensor:
-        """(batch, length) bool."""
-        return torch.arange(rows.length, device=device) < rows.real_tokens()[:, None]
-
     def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
         """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
-        real = self._real(rows, routes[0].device)
+        real = rows.real_columns()
         total = routes[0].new_zeros(())
         for vectors, chosen in self._clustered(routes, clusters):
             square = (vectors - self._own(chosen).to(vectors.dtype)).square().sum(-1)
@@ -204,16 +192,10 @@ class RoutingCore(ClusteredCore):
         ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
         return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
-    def _rings(self) -> tuple[int, ...]:
-        return self.routed_heads, self.config.num_clusters, self.config.window
-
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
         """Full capacity, nothing live."""
-        return RoutingState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """That of the rings, whatever the length."""
-        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
+        shape = self.routed_heads, self.config.num_clusters, self.config.window
+        return RoutingState(**empty_rings(shape, self.shape.head_dim, batch_size, device, dtype))
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""

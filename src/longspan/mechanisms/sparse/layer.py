@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
-from longspan.contract.base import Core, Hidden, Shape, Traits, sum_nbytes
-from longspan.contract.kv_cache import carried, join
+from longspan.config import check_least
+from longspan.contract.base import Core, Shape, Traits, sum_nbytes
+from longspan.contract.kv_cache import carry, join, pick_columns, visible
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 from longspan.state import append
 
@@ -38,10 +40,7 @@ class SparseConfig:
     summary_offset: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ConfigError(f"sparse.stride = {self.stride}: must be at least 1")
-        if self.summary < 1:
-            raise ConfigError(f"sparse.summary = {self.summary}: must be at least 1")
+        check_least(self, "sparse", {"stride": 1, "summary": 1})
         room = self.stride - self.kept
         if any(not 0 <= offset <= room for offset in self.summary_offset):
             raise ConfigError(
@@ -57,23 +56,17 @@ class SparseConfig:
 
 
 class SparseState(NamedTuple):
-    """The keys and values that later tokens may still see, turned by RoPE, newest last.
+    """The keys and values that later tokens may still see, turned by RoPE, newest last."""
 
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim). Strided: every key (columns = the most live tokens of any row), or the
-            last `stride` where the part is local. Fixed: the last stride - 1, among them the open block.
-        v: like k.
-        summary_k: (batch, kv_heads, summary * closed blocks, head_dim), the summary columns of the blocks of the row
-            that has most of them. No columns where the pattern is strided or the part local.
-        summary_v: like summary_k.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, kv_heads, columns, head_dim). Strided: every key (columns = the most live tokens of any row), or the last
+    # `stride` where the part is local. Fixed: the last stride - 1, among them the open block.
     k: Tensor
-    v: Tensor
+    v: Tensor  # like k
+    # (batch, kv_heads, summary * closed blocks, head_dim), the summary columns of the blocks of the row that has most
+    # of them. No columns where the pattern is strided or the part local.
     summary_k: Tensor
-    summary_v: Tensor
-    live: Tensor
+    summary_v: Tensor  # like summary_k
+    live: Tensor  # (batch,) live tokens
 
 
 class SparseCore(Core):
@@ -103,12 +96,8 @@ class SparseCore(Core):
         self.grows = not self.fixed and config.part != "local"
         """Every key is kept."""
         self.capacity = 0 if self.grows else config.stride - (1 if self.fixed else 0)
-        self.fields: dict[str, Any] = {
-            "pattern": config.pattern,
-            "stride": config.stride,
-            "summary": config.kept,
-            "part": config.part,
-        }
+        self.fields: dict[str, Any] = {"pattern": config.pattern, "stride": config.stride, "part": config.part}
+        self.fields["summary"] = config.kept
         if self.fixed:
             self.fields["summary_offset"] = self.offsets
 
@@ -119,118 +108,72 @@ class SparseCore(Core):
         return Traits(bidirectional=False, bounded=self.config.part == "local", segment=segment)
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: SparseState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, SparseState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
+        stride, empty = self.config.stride, k[:, :, :0].clone()
         if not self.fixed:
-            return self._strided(q, k, v, state, rows)
-        if rows.inside(self.config.stride):
-            out = self._inside(q, k, v, state, rows)
-        elif rows.plain and rows.aligned(self.config.stride):
-            out = self._whole(q, k, v, state, rows)
+            keys, values, memory = join(state, k, v, grows=self.grows)
+            out = ops.sparse_attention(q, keys, values, **self.fields, **visible(rows, memory))
+            kept = carry(state, k, v, rows, None if self.grows else self.capacity, (keys, values))
+            return out, SparseState(*kept, empty, empty, rows.live)
+        inside, alike = rows.inside(stride), rows.offset_range[0] == rows.offset_range[1]
+        if (inside and alike) or (rows.plain and rows.aligned(stride)):
+            out = self._alike(q, k, v, state, rows)
         else:
-            out = self._spread(q, k, v, state, rows)
-        return out, self._next(k, v, state, rows)
-
-    # -- strided ---------------------------------------------------------------------------------------------------
-
-    def _strided(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows
-    ) -> tuple[Tensor, SparseState]:
-        all_k, all_v, memory = join(state, k, v, grows=self.grows)
-        out = ops.sparse_attention(
-            q,
-            all_k,
-            all_v,
-            **self.fields,
-            lengths=rows.lengths,
-            start=rows.first_visible(memory),
-            memory_lengths=rows.memory_lengths(memory),
-        )
-        nothing, capacity = _no_columns(k), None if self.grows else self.capacity
-        kept = carried(state, k, v, (all_k, all_v), rows, capacity)
-        return out, SparseState(*kept, nothing, nothing, rows.live)
+            out = (self._inside if inside else self._spread)(q, k, v, state, rows)
+        kept = carry(state, k, v, rows, self.capacity)
+        summaries = self._summaries(state, k, v, rows) if self.kept else (empty, empty)
+        return out, SparseState(*kept, *summaries, rows.live)
 
     # -- fixed -----------------------------------------------------------------------------------------------------
 
+    def _alike(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+        """A call that begins at one place of the block in all rows, at its border or to stay inside: the summary
+        columns, the open block and the call side by side."""
+        live = rows.offset_range[0]
+        opened = live % self.config.stride
+        if state is not None:
+            first, cut = state.summary_k.shape[2] - self.state_columns(live), state.k.shape[2] - opened
+            k = torch.cat([state.summary_k[:, :, first:], state.k[:, :, cut:], k], 2)
+            v = torch.cat([state.summary_v[:, :, first:], state.v[:, :, cut:], v], 2)
+        return ops.sparse_attention(q, k, v, **self.fields, open_block=opened, lengths=rows.lengths)
+
     def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
-        """A call within the open block of every row: the summary columns, the open block and the call side by side."""
-        if state is None:
-            return ops.sparse_attention(q, k, v, **self.fields, lengths=rows.lengths)
-        low, high = rows.offset_range
-        if low == high:
-            size = high % self.config.stride
-            cut, first = state.k.shape[2] - size, state.summary_k.shape[2] - self.state_columns(high)
-            older_k = torch.cat([state.summary_k[:, :, first:], state.k[:, :, cut:], k], 2)
-            older_v = torch.cat([state.summary_v[:, :, first:], state.v[:, :, cut:], v], 2)
-            return ops.sparse_attention(q, older_k, older_v, **self.fields, open_block=size, lengths=rows.lengths)
-        stride, summary = self.config.stride, self.kept
+        """A call within the open block of every row, each at a place of its own."""
+        assert state is not None
+        stride, summary, summaries = self.config.stride, self.kept, state.summary_k.shape[2]
         opened = rows.opened(stride)
         counts = host.derive(lambda offset: offset // stride * summary + offset % stride, rows.offset)
-        index = self._older_columns(state, counts, opened)
-        older_k, older_v = (
-            torch.cat([_columns(torch.cat(each, 2), index), new], 2)
-            for each, new in (((state.summary_k, state.k), k), ((state.summary_v, state.v), v))
-        )
-        return ops.sparse_attention(
-            q,
-            older_k,
-            older_v,
-            **self.fields,
-            open_block=opened,
-            lengths=rows.lengths,
-            memory_lengths=counts,
-        )
-
-    def _older_columns(self, state: SparseState, counts: Tensor, opened: Tensor) -> Tensor:
-        """(batch, columns) of [summary columns, open block] moved together, newest last; negative where none."""
-        summaries, cap = state.summary_k.shape[2], state.k.shape[2]
         read = host.values(counts)
-        most = 0 if read is None else int(read.max())
-        back = torch.arange(most, 0, -1, device=counts.device).expand(len(counts), -1)  # 1 = the newest
-        in_block = back <= opened[:, None]
-        column = torch.where(in_block, summaries + cap - back, summaries - (back - opened[:, None]))
-        return column.masked_fill(back > counts[:, None], -1)
-
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
-        """A call that begins at a border in every row."""
-        if state is not None:
-            first = state.summary_k.shape[2] - self.state_columns(rows.offset_range[0])
-            k = torch.cat([state.summary_k[:, :, first:], k], 2)
-            v = torch.cat([state.summary_v[:, :, first:], v], 2)
-        return ops.sparse_attention(q, k, v, **self.fields)
+        back = torch.arange(0 if read is None else int(read.max()), 0, -1, device=rows.device)  # 1 = the newest
+        column = torch.where(back <= opened[:, None], state.k.shape[2], opened[:, None]) + summaries - back
+        column = column.masked_fill(back > counts[:, None], -1)
+        k = torch.cat([pick_columns(torch.cat([state.summary_k, state.k], 2), column), k], 2)
+        v = torch.cat([pick_columns(torch.cat([state.summary_v, state.v], 2), column), v], 2)
+        return ops.sparse_attention(
+            q, k, v, **self.fields, open_block=opened, lengths=rows.lengths, memory_lengths=counts
+        )
 
     def _spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
         """Any other call, laid out over whole blocks, with the open block's tokens in front."""
-        layout = rows.segments(self.config.stride)
-        memory = 0
-        q = layout.spread(q)
-        start, lengths, memory_lengths = None, None, None
-        spread_k = layout.spread(k, None if state is None else state.k)
-        spread_v = layout.spread(v, None if state is None else state.v)
+        stride, summary = self.config.stride, self.kept
+        layout, memory = rows.segments(stride), 0
+        keys = layout.spread(k, None if state is None else state.k)
+        values = layout.spread(v, None if state is None else state.v)
         if state is not None:
             memory = state.summary_k.shape[2]
-            spread_k, spread_v = torch.cat([state.summary_k, spread_k], 2), torch.cat([state.summary_v, spread_v], 2)
+            keys, values = torch.cat([state.summary_k, keys], 2), torch.cat([state.summary_v, values], 2)
+        start = lengths = memory_lengths = None
         if rows.origin is not None:
-            start = rows.cached(("block_start", self.config.stride, memory), lambda: self._first_key(rows, memory))
-        if rows.lengths is not None:
-            lengths = host.derive(lambda real: real.sum(1), layout.real) if rows.origin is None else None
+            start = rows.cached(("block_start", stride, memory), lambda: self._first_key(rows, memory))
+        elif rows.lengths is not None:
+            lengths = host.derive(lambda real: real.sum(1), layout.real)
         if memory:
-            stride, summary = self.config.stride, self.kept
             memory_lengths = host.derive(lambda offset: offset // stride * summary, rows.offset)
-        out = ops.sparse_attention(
-            q, spread_k, spread_v, **self.fields, lengths=lengths, start=start, memory_lengths=memory_lengths
-        )
-        return layout.collect(out)
+        seen: dict[str, Any] = {"lengths": lengths, "start": start, "memory_lengths": memory_lengths}
+        return layout.collect(ops.sparse_attention(layout.spread(q), keys, values, **self.fields, **seen))
 
     def _first_key(self, rows: Rows, memory: int) -> Tensor:
         """(batch, columns) first visible key column of every column of the layout, behind `memory` summary columns."""
@@ -242,34 +185,31 @@ class SparseCore(Core):
         assert place is not None
         return host.put(layout.spread_read(np.where(origin < 0, 0, memory + place - rows.positions_read)), rows.device)
 
-    def _next(self, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> SparseState:
-        old_k, old_v = (None, None) if state is None else (state.k, state.v)
-        carried = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
-        nothing = _no_columns(k)
-        if not self.kept:
-            return SparseState(*carried, nothing, nothing, rows.live)
-        summary_k, summary_v = (nothing, nothing) if state is None else (state.summary_k, state.summary_v)
+    def _summaries(self, state: SparseState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The summary columns of all closed blocks after the call."""
+        if state is None:
+            state = self.init_state(rows.batch, k.device, k.dtype)
+        summaries = state.summary_k.shape[2]
         if rows.plain and rows.emptied is None:
             low = rows.offset_range[0]
             if rows.shapes_only:  # blocks that left columns have been
-                low = summary_k.shape[2] // self.kept * self.config.stride
-            exact = summary_k.shape[2] == self.state_columns(low)
-            if exact and self.state_columns(low) == self.state_columns(low + rows.length):
-                return SparseState(*carried, summary_k, summary_v, rows.live)  # no block closes
-            if exact:
-                new = (self._closed(old, x, low) for old, x in ((old_k, k), (old_v, v)))
-                summary_k, summary_v = (append(s, x) for s, x in zip((summary_k, summary_v), new, strict=True))
-                return SparseState(*carried, summary_k, summary_v, rows.live)
-        index = self._summary_columns(rows, summary_k.shape[2], 0 if old_k is None else old_k.shape[2])
-        pairs = ((summary_k, old_k, k), (summary_v, old_v, v))
-        summary_k, summary_v = (_columns(torch.cat([t for t in each if t is not None], 2), index) for each in pairs)
-        return SparseState(*carried, summary_k, summary_v, rows.live)
+                low = summaries // self.kept * self.config.stride
+            if summaries == self.state_columns(low):
+                if summaries == self.state_columns(low + rows.length):
+                    return state.summary_k, state.summary_v  # no block closes
+                new_k, new_v = self._closed(state.k, k, low), self._closed(state.v, v, low)
+                return append(state.summary_k, new_k), append(state.summary_v, new_v)
+        index = self._summary_columns(rows, summaries, state.k.shape[2])
+        return (
+            pick_columns(torch.cat([state.summary_k, state.k, k], 2), index),
+            pick_columns(torch.cat([state.summary_v, state.v, v], 2), index),
+        )
 
-    def _closed(self, old: Tensor | None, new: Tensor, offset: int) -> Tensor:
+    def _closed(self, old: Tensor, new: Tensor, offset: int) -> Tensor:
         """(batch, kv_heads, kept * blocks, head_dim): the summary columns of the blocks that a plain call closes."""
         stride, opened = self.config.stride, offset % self.config.stride
         blocks = (opened + new.shape[2]) // stride
-        tokens = new if old is None or not opened else torch.cat([old[:, :, old.shape[2] - opened :], new], 2)
+        tokens = torch.cat([old[:, :, old.shape[2] - opened :], new], 2) if opened else new
         tokens = tokens[:, :, : blocks * stride].unflatten(2, (blocks, stride))
         ends = [stride - offset for offset in self.offsets]
         parts = [tokens[:, head, :, end - self.kept : end] for head, end in enumerate(ends)]
@@ -322,15 +262,14 @@ class SparseCore(Core):
         """The sizes of the sets, summed over queries and heads."""
         stride, part, heads = self.config.stride, self.config.part, self.shape.num_heads
         if not self.fixed:
-            near = min(stride, length)
-            local = near * (near + 1) // 2 + (length - near) * (stride + 1)
+            local = pairs_within(length, stride + 1)
             far = _sum_of_quotients(length, stride)
             beyond = _sum_of_quotients(length - stride, stride)  # of them, those farther than one stride
             return heads * {"local": local, "summary": far + length, "union": local + beyond}[part]
         blocks, rest = divmod(length, stride)
         earlier = self.kept * (stride * blocks * (blocks - 1) // 2 + rest * blocks)
         if part != "summary":
-            return heads * (blocks * stride * (stride + 1) // 2 + rest * (rest + 1) // 2 + earlier)
+            return heads * (blocks * pairs_within(stride) + pairs_within(rest) + earlier)
         own = sum(blocks * self._own(stride, offset) + self._own(rest, offset) for offset in self.offsets)
         return heads * earlier + self.shape.group * own
 
@@ -347,16 +286,3 @@ def _sum_of_quotients(length: int, stride: int) -> int:
         return 0
     whole, rest = divmod(length, stride)
     return stride * whole * (whole - 1) // 2 + rest * whole
-
-
-def _no_columns(x: Tensor) -> Tensor:
-    return x.new_zeros(*x.shape[:2], 0, x.shape[3])
-
-
-def _columns(x: Tensor, index: Tensor) -> Tensor:
-    """x (batch, heads, columns, dim) at index (batch, new columns) or (batch, heads, new columns); zeros where < 0."""
-    index = index[:, None].expand(-1, x.shape[1], -1) if index.ndim == 2 else index
-    if not index.shape[2]:
-        return _no_columns(x)
-    found = x.gather(2, index.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
-    return found.masked_fill((index < 0)[..., None], 0)

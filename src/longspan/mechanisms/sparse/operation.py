@@ -66,29 +66,30 @@ def sparse_attention(
             = at the end. Distinct ones let heads look at distinct columns.
         open_block: tokens among the older keys of the block that query 0 continues, or (batch,) of them ("fixed").
             Where it is not 0 all queries belong to that block: open_block + length <= stride.
-        scale: factor of the scores; default head_dim ** -0.5.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) first visible key column of each query; None = no limit.
-        memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
+        scale, lengths, start, memory_lengths: as of `full_attention`.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
     offsets = check_pattern(pattern, stride, summary, part, summary_offset, k.shape[1])
-    summary = min(summary, stride)
-    if pattern == "strided" and part == "local":
+    # of two strides of keys every one is near, or a whole stride away from its query
+    if pattern == "strided" and (part == "local" or (part == "union" and k.shape[2] <= 2 * stride)):
         return window_attention(
             q, k, v, window=stride + 1, scale=scale, lengths=lengths, start=start, memory_lengths=memory_lengths
         )
+    opened = isinstance(open_block, Tensor) or open_block > 0
+    if pattern == "fixed" and part == "local" and not opened:  # a call that begins with a block sees no older key
+        older = k.shape[2] - q.shape[2]
+        k, v, memory_lengths = k[:, :, older:], v[:, :, older:], None
+        start = None if start is None else host.derive(lambda first: (first - older).clip(min=0), start)
     call = read_call(q, k, v, causal=True, keep=None, lengths=lengths, start=start, memory_lengths=memory_lengths)
     scale = default_scale(q, scale)
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if pattern == "strided":
         return _strided(call, stride, part, scale)
-    if isinstance(open_block, Tensor) or open_block:
-        return _open(call, open_block, stride, summary, part, offsets, scale)
-    return _fixed(call, stride, summary, part, offsets, scale)
+    fixed = Fixed(stride, min(summary, stride), offsets, local=part == "union")
+    return _open(call, open_block, fixed, part, scale) if opened else _fixed(call, fixed, part, scale)
 
 
 def sparse_cost(
@@ -99,16 +100,9 @@ def sparse_cost(
     summary: int = 1,
     part: Literal["union", "local", "summary"] = "union",
 ) -> int:
-    """Score entries computed per head by `sparse_attention` without older keys: the sum of its tiles.
+    """Score entries computed per head by `sparse_attention` of `length` tokens without older keys: those of its tiles.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
-
-    Args:
-        length: queries.
-        pattern: see `sparse_attention`.
-        stride: see `sparse_attention`.
-        summary: see `sparse_attention`.
-        part: see `sparse_attention`.
     """
     summary = min(summary, stride)
     if pattern == "strided":
@@ -117,7 +111,7 @@ def sparse_cost(
             return local
         return local + make_class_plan(length, 0, stride, 0 if part == "summary" else 2).pairs()
     if part == "local":
-        return full_cost(length) if length <= stride else _local_plan(length, 0, stride).pairs()
+        return full_cost(length) if length <= stride else _local_plan(length, stride).pairs()
     if part == "union" and (length <= stride or summary == stride):
         return full_cost(length)
     return sum(plan.pairs() for plan in fixed_plans(length, 0, stride, summary))
@@ -141,31 +135,19 @@ def check_pattern(
     return offsets
 
 
-def _local_plan(length: int, memory: int, stride: int) -> Plan:
-    return make_plan(length, memory, tile=LOCAL_TILE, window=0, segment=stride)
+def _local_plan(length: int, stride: int) -> Plan:
+    return make_plan(length, 0, tile=LOCAL_TILE, window=0, segment=stride)
 
 
 def _strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
-    length, memory = call.q.shape[2], call.memory
-    union = part == "union"
+    length, memory, union = call.q.shape[2], call.memory, part == "union"
     if is_decode(call):
         return decode(_class_of_last(call, stride, union), scale=scale)
-    if union and memory + length <= 2 * stride:
-        # every key is near, or a whole stride away from its query
-        return window_attention_call(call, stride + 1, scale)
     return _scheduled(call, scale, *strided_rounds(length, memory, stride, call.visibility, local=union))
 
 
 def _scheduled(call: Call, scale: float, *rounds: Round) -> Tensor:
     return call.finish(attention(call.q, call.k, call.v, Schedule(rounds, scale))[0])
-
-
-def window_attention_call(call: Call, window: int, scale: float) -> Tensor:
-    """`window_attention` of a call that is already read."""
-    if window >= call.memory + call.q.shape[2]:
-        return attend_call(call, causal=True, scale=scale)
-    plan = make_plan(call.q.shape[2], call.memory, tile=LOCAL_TILE, window=window)
-    return _scheduled(call, scale, Round(plan, plan, call.visibility))
 
 
 def _class_of_last(call: Call, stride: int, union: bool) -> Call:
@@ -184,44 +166,20 @@ def _class_of_last(call: Call, stride: int, union: bool) -> Call:
     return call._replace(k=k, v=v, memory=k.shape[2] - 1, visibility=visibility)
 
 
-def _fixed(call: Call, stride: int, summary: int, part: str, offsets: tuple[int, ...], scale: float) -> Tensor:
-    length, memory = call.q.shape[2], call.memory
+def _fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor:
+    length, stride = call.q.shape[2], pattern.stride
     if part == "local" and length > stride:
-        plan = _local_plan(length, memory, stride)
+        plan = _local_plan(length, stride)
         return _scheduled(call, scale, Round(plan, plan, call.visibility))
-    if part == "local":
-        return attend_call(_without_older(call), causal=True, scale=scale)
-    if part == "union" and (length <= stride or summary == stride):
+    if part == "local" or (part == "union" and (length <= stride or pattern.summary == stride)):
         return attend_call(call, causal=True, scale=scale)
-    pattern = Fixed(stride, summary, offsets, local=part == "union")
     group = call.q.shape[1] // call.k.shape[1]
-    return _scheduled(call, scale, *fixed_rounds(length, memory, pattern, call.visibility, group))
+    return _scheduled(call, scale, *fixed_rounds(length, call.memory, pattern, call.visibility, group))
 
 
-def _without_older(call: Call) -> Call:
-    """The call without its older keys."""
-    first = call.memory
-    if not first:
-        return call
-    visibility = call.visibility
-    if visibility is not None:
-        query, key = visibility.query - first, visibility.key[:, :, first:] - first
-        least = None if visibility.least is None else visibility.least - first
-        visibility = visibility._replace(query=query, key=key, top=max(0, visibility.top - first), least=least)
-    return call._replace(k=call.k[:, :, first:], v=call.v[:, :, first:], memory=0, visibility=visibility)
-
-
-def _open(
-    call: Call,
-    open_block: int | Tensor,
-    stride: int,
-    summary: int,
-    part: str,
-    offsets: tuple[int, ...],
-    scale: float,
-) -> Tensor:
+def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale: float) -> Tensor:
     """All queries in the block that the older keys left open: few queries, and every key that is left is of use."""
-    length, memory = call.q.shape[2], call.memory
+    length, memory, stride = call.q.shape[2], call.memory, pattern.stride
     opened = np.asarray(open_block) if isinstance(open_block, int) else host.values(open_block)
     most = 0 if opened is None else int(opened.max())
     if most + length > stride or most > memory:
@@ -236,10 +194,10 @@ def _open(
     if part == "local":
         seen = place >= 0
     else:
-        last = stride - torch.tensor(offsets, device=call.q.device)
-        last = last.repeat_interleave(call.q.shape[1] // len(offsets))[:, None, None]
+        last = stride - torch.tensor(pattern.offsets, device=call.q.device)
+        last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
         itself = place == place[..., memory:].mT
-        seen = (place < 0) | ((place >= last - summary) & (place < last)) | itself
+        seen = (place < 0) | ((place >= last - pattern.summary) & (place < last)) | itself
     return call.finish(_masked(call, seen, scale))
 
 

@@ -30,11 +30,7 @@ SPAN = 128
 def make_class_plan(length: int, memory: int, stride: int, nearest: int) -> Plan:
     """Tiles of tokens a multiple of the stride apart, for queries that see keys at least `nearest` strides before them.
 
-    Args:
-        length: queries.
-        memory: older keys.
-        stride: how far neighbors of a class are apart.
-        nearest: see above.
+    Of `length` queries behind `memory` older keys.
     """
     borders = {0, stride - memory % stride, length % stride, min(stride, length)}
     edges = sorted(border for border in borders if border <= min(stride, length))
@@ -62,19 +58,12 @@ def strided_rounds(
 
 
 class Fixed(NamedTuple):
-    """The fixed pattern.
+    """The fixed pattern."""
 
-    Attributes:
-        stride: positions of a block.
-        summary: summary places of a block, at most stride.
-        offsets: (kv_heads,) how far before the block's end each head's summary places end.
-        local: keys of the own block are seen whatever their place; else its summary places and the query itself.
-    """
-
-    stride: int
-    summary: int
-    offsets: tuple[int, ...]
-    local: bool
+    stride: int  # positions of a block
+    summary: int  # summary places of a block, at most stride
+    offsets: tuple[int, ...]  # (kv_heads,) how far before the block's end each head's summary places end
+    local: bool  # keys of the own block are seen whatever their place; else its summary places and the query itself
 
     @property
     def span(self) -> int:
@@ -170,15 +159,7 @@ def fixed_plans(length: int, memory: int, stride: int, summary: int) -> tuple[Pl
 def fixed_rounds(
     length: int, memory: int, pattern: Fixed, visibility: Visibility | None, group: int
 ) -> tuple[Round, ...]:
-    """The near keys, and the summary columns of the spans before; every older key is a summary column.
-
-    Args:
-        length: queries.
-        memory: older keys.
-        pattern: which keys.
-        visibility: what hides keys row by row.
-        group: query heads of a kv head.
-    """
+    """The near keys, and the summary columns of the spans before; every older key is a summary column."""
     order, (near, far) = SummaryOrder(pattern, memory), fixed_plans(length, memory, pattern.stride, pattern.summary)
     plain = pattern.local and pattern.span == pattern.stride
     grouped = pattern._replace(offsets=tuple(offset for offset in pattern.offsets for _ in range(group)))

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from longspan import host, ops
 from longspan import state as states
-from longspan.contract.base import Hidden, Shape, Traits, sum_nbytes
-from longspan.contract.relative import NO_CONVERSION, RelativeCore
+from longspan.config import check_least
+from longspan.contract.base import Hidden, Shape, Traits
+from longspan.contract.kv_cache import KeyValueState, carry, first_of_segment
+from longspan.contract.relative import NO_CONVERSION, RelativeCore, carry_hidden
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError, UnsupportedError
 
 
@@ -36,36 +39,20 @@ class TransformerXLConfig:
     memory: Literal["hidden", "kv"] = "hidden"
 
     def __post_init__(self) -> None:
-        for name, least in (("segment", 1), ("mem_len", 1 if self.same_length else 0), ("clamp_len", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"transformer_xl.{name} = {getattr(self, name)}: must be at least {least}")
+        least = {"segment": 1, "mem_len": 1 if self.same_length else 0, "clamp_len": 0}
+        check_least(self, "transformer_xl", least)
 
 
 class TransformerXLState(NamedTuple):
-    """Memory of hidden states.
+    """Memory of hidden states."""
 
-    Attributes:
-        hidden: (batch, columns, dim), newest last; columns = mem_len - 1 with same_length, else mem_len + segment - 1
-            (the open segment and mem_len before it). Slots beyond `live` are zero and masked.
-        live: (batch,) live tokens.
-    """
-
+    # (batch, columns, dim), newest last; columns = mem_len - 1 with same_length, else mem_len + segment - 1 (the open
+    # segment and mem_len before it). Slots beyond `live` are zero and masked.
     hidden: Tensor
-    live: Tensor
+    live: Tensor  # (batch,) live tokens
 
 
-class TransformerXLKeysValues(NamedTuple):
-    """Memory of keys and values: the form for inference.
-
-    Attributes:
-        k: (batch, kv_heads, columns, head_dim), newest last.
-        v: like k.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    live: Tensor
+State = TransformerXLState | KeyValueState
 
 
 class TransformerXLCore(RelativeCore):
@@ -105,12 +92,12 @@ class TransformerXLCore(RelativeCore):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        state: TransformerXLState | TransformerXLKeysValues | None,
+        state: State | None,
         rows: Rows,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, TransformerXLState | TransformerXLKeysValues]:
+        **unused: Any,
+    ) -> tuple[Tensor, State]:
         """See `Core.forward`."""
         assert hidden is not None, "transformer_xl projects hidden states"
         if self.config.memory == "kv" and torch.is_grad_enabled() and k.requires_grad:
@@ -120,13 +107,13 @@ class TransformerXLCore(RelativeCore):
         past, old_k, old_v = self._past(state, hidden, rows)
         memory = 0 if old_k is None else old_k.shape[2]
         own_k, own_v = _behind(old_k, k), _behind(old_v, v)
-        stale, border = None, None
+        stale, border, segment = None, None, self.config.segment
         if torch.is_grad_enabled() and not self._inside(rows):
             fresh_k, fresh_v = hidden.project(hidden.x.detach())
             if past is not None and past.requires_grad:
                 old_k, old_v = hidden.project(past.detach())
             stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
-            border = self._border(rows, memory)
+            border = segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
         distances = max(1, min(self.reach, memory + rows.length))
         seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
         if self.folds(q, distances, own_k, own_v):
@@ -138,7 +125,7 @@ class TransformerXLCore(RelativeCore):
         return out, self._next(state, k, v, hidden.x, rows)
 
     def _past(
-        self, state: TransformerXLState | TransformerXLKeysValues | None, hidden: Hidden, rows: Rows
+        self, state: State | None, hidden: Hidden, rows: Rows
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Hidden states (where carried), keys and values of the columns of the state that this call can see."""
         columns = self.capacity
@@ -146,7 +133,7 @@ class TransformerXLCore(RelativeCore):
             columns = self.config.mem_len + rows.offset_range[0] % self.config.segment
         if state is None or not columns:
             return None, None, None
-        if isinstance(state, TransformerXLKeysValues):
+        if isinstance(state, KeyValueState):
             return None, state.k[:, :, -columns:], state.v[:, :, -columns:]
         past = state.hidden[:, -columns:]
         return past, *hidden.project(past)
@@ -155,65 +142,36 @@ class TransformerXLCore(RelativeCore):
         """All tokens of this call lie in one segment of every row, the open one."""
         return rows.plain and rows.offset_range[0] % self.config.segment + rows.length <= self.config.segment
 
-    def _border(self, rows: Rows, memory: int) -> int | Tensor:
-        segment = self.config.segment
-        return segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
-
     def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
-        start, config = rows.first_visible(memory), self.config
+        config = self.config
         if config.same_length:
-            return {"window": config.mem_len, "start": start}
+            return {"window": config.mem_len, "start": rows.first_visible(memory)}
         if rows.aligned(config.segment):
             return {"window": config.mem_len, "segment": config.segment}
         if self._inside(rows):
             return {}  # the visible columns of the state were cut to just what the segment sees
+        start = first_of_segment(rows, config.segment, config.mem_len, memory)
+        return {"window": self.reach, "start": start}
 
-        def first_key() -> Tensor:
-            start_of = rows.segment_start(config.segment, memory)
-            first = host.derive(lambda begin: (begin - config.mem_len).clip(min=0), start_of)
-            first = host.expand(first, rows.batch)
-            return first if start is None else host.maximum(first, start)
-
-        return {"window": self.reach, "start": rows.cached(("xl", config.segment, config.mem_len, memory), first_key)}
-
-    def _next(
-        self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: Rows
-    ) -> TransformerXLState | TransformerXLKeysValues:
+    def _next(self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: Rows) -> State:
         if self.config.memory == "kv":
-            old_k, old_v = (None, None) if state is None else (state.k, state.v)
-            carried_k, carried_v = rows.carry(old_k, k, self.capacity), rows.carry(old_v, v, self.capacity)
-            return TransformerXLKeysValues(carried_k, carried_v, rows.live)
-        joined = rows.carry(None if state is None else state.hidden, x, self.capacity)
-        if joined.requires_grad:
-            # what lies before the open segment is memory: it is read, not trained through
-            slot = torch.arange(self.capacity, device=x.device)
-            is_open = slot >= (self.capacity - rows.live % self.config.segment)[:, None]
-            some = self.capacity > 0 and (rows.lives % self.config.segment).any()
-            joined = torch.where(is_open[..., None], joined, joined.detach()) if some else joined.detach()
-        return TransformerXLState(joined, rows.live)
+            return KeyValueState(*carry(state, k, v, rows, self.capacity), rows.live)
+        past = None if state is None else state.hidden
+        return TransformerXLState(carry_hidden(past, x, rows, self.capacity, self.config.segment), rows.live)
 
-    def init_state(
-        self, batch_size: int, device: torch.device | None, dtype: torch.dtype
-    ) -> TransformerXLState | TransformerXLKeysValues:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> State:
         """Full capacity, nothing live."""
-        live = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        shape, live = self.shape, torch.zeros(batch_size, dtype=torch.int64, device=device)
         if self.config.memory == "kv":
-            shape = (batch_size, self.shape.num_kv_heads, self.capacity, self.shape.head_dim)
-            k = torch.zeros(shape, device=device, dtype=dtype)
-            return TransformerXLKeysValues(k, k.clone(), live)
-        return TransformerXLState(
-            torch.zeros(batch_size, self.capacity, self.shape.dim, device=device, dtype=dtype), live
-        )
+            k = torch.zeros(batch_size, shape.num_kv_heads, self.capacity, shape.head_dim, device=device, dtype=dtype)
+            return KeyValueState(k, k.clone(), live)
+        hidden = torch.zeros(batch_size, self.capacity, shape.dim, device=device, dtype=dtype)
+        return TransformerXLState(hidden, live)
 
     def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
         """See `Core.fit`; what is carried are hidden states, or keys and values."""
         return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """`capacity` slots and one count a row, whatever the length."""
-        width = self.shape.dim if self.config.memory == "hidden" else 2 * self.shape.num_kv_heads * self.shape.head_dim
-        return sum_nbytes(batch_size, dtype, width * self.capacity)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Content and position products, and one projection of the distances for the whole batch."""
@@ -227,12 +185,11 @@ class TransformerXLCore(RelativeCore):
         """Pairs of the definition, a head."""
         config = self.config
         if config.same_length:
-            near = min(config.mem_len, length)
-            return self.shape.num_heads * (near * (near + 1) // 2 + (length - near) * near)
+            return self.shape.num_heads * pairs_within(length, config.mem_len)
         total = 0
         for first in range(0, length, config.segment):
             size = min(config.segment, length - first)
-            total += size * (size + 1) // 2 + size * min(config.mem_len, first)
+            total += pairs_within(size) + size * min(config.mem_len, first)
         return self.shape.num_heads * total
 
 
