@@ -27,6 +27,7 @@ from longspan.engine.tiles import HIDDEN, Block, Part, Run, make_blocks, make_pa
 from longspan.state import needs_grad
 
 BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
+LISTED_ENTRIES = 1 << 19  # where the keys of a tile are gathered; a quarter of the numbers in its keys counts like them
 INNER_ENTRIES = 1 << 16
 
 
@@ -119,7 +120,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     with flash.full_precision(q.device):
         for round_ in schedule.rounds:
             here = out[:, round_.heads or slice(None)], lse[:, round_.heads or slice(None)]
-            sums = _forward_round(round_, schedule.scale, (q, k, v), tensors, here)
+            keys = (k, v) if round_.source is None else tuple(tensors[index] for index in round_.source)
+            sums = _forward_round(round_, schedule.scale, (q, *keys), tensors, here)
             if merged:
                 parts.append(sums.clone() if sums is here[1] else sums)
     return out.to(target), Sums(lse[..., 0], tuple(parts))
@@ -144,8 +146,8 @@ def _forward_round(
         for block in blocks:
             part, part_sums = flash.attend(
                 run.queries_of(q, block),
-                run.keys_of(k, block),
-                run.keys_of(v, block),
+                round_.keys_of(run, k, block),
+                round_.keys_of(run, v, block),
                 scale=scale,
                 causal=round_.fused == "causal",
                 mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
@@ -156,7 +158,8 @@ def _forward_round(
             else:
                 run.queries_of(out, block).copy_(part)
     if order is not None:
-        out, sums = order.restored(out), order.restored(sums)
+        shape = room[0].shape[:3]
+        out, sums = order.restored(out, shape), order.restored(sums, shape, HIDDEN)
         if merges:
             _merge(*room, out, sums)
         else:
@@ -199,13 +202,16 @@ def backward(
     dq = new_gradient(q, dtype, zero=False)
     keyed = [new_gradient(t, dtype) for t in ((k, v, k, v) if detached else (k, v))]
     for number, round_ in enumerate(schedule.rounds):
+        keys, totals = (k, v), keyed
+        if round_.source is not None:
+            keys, totals = (tensors[round_.source[0]], tensors[round_.source[1]]), [own[1][i] for i in round_.source]
         if round_.fused:
             _backward_fused(round_, schedule.scale, (q, k, v), (grad, out, sums.total), [dq, *keyed])
             continue
         queries = [q, grad, inner]
         if sums.parts:
             queries.append((sums.parts[number] - sums.total[:, round_.heads or slice(None), :, None]).exp_())
-        _backward_round(round_, schedule, queries, (k, v), own if learns else (tensors, None), [dq, *keyed])
+        _backward_round(round_, schedule, queries, keys, own if learns else (tensors, None), [dq, *totals])
     return [dq, *keyed[:2], *own[1], *keyed[2:]]
 
 
@@ -277,14 +283,16 @@ def _backward_round(
     room += slots if round_.key_order is None else [torch.zeros_like(t) for t in keys]
     scores = round_.scores(RoundInputs(round_.backward, round_.visibility, *own, queries[0]))
     group = queries[0].shape[1] // keys[0].shape[1]
-    size = group * max((run.queries * run.keys for run in round_.backward.runs), default=1)
+    size, most = group * max((run.queries * run.keys for run in round_.backward.runs), default=1), BACKWARD_ENTRIES
+    if round_.lists is not None:
+        gathered = round_.lists.width * keys[0].shape[2] * max(t.shape[3] for t in keys)
+        size, most = max(size, gathered // 4), LISTED_ENTRIES
     one_row = scores.one_row and group > 1
-    for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, BACKWARD_ENTRIES, one_row=one_row):
+    for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, most, one_row=one_row):
         _Part(round_, schedule, scores, part, group).run(queries, keys, room)
-    if round_.query_order is not None and round_.merges:
-        dq += round_.query_order.restored(room[0])
-    elif round_.query_order is not None:
-        dq.copy_(round_.query_order.restored(room[0]))
+    if round_.query_order is not None:
+        restored = round_.query_order.restored(room[0], dq.shape[:3])
+        dq.add_(restored) if round_.merges else dq.copy_(restored)
     if round_.key_order is not None:
         for total, slot in zip(slots, room[1:], strict=True):
             round_.key_order.add_restored(total, slot)
@@ -300,7 +308,8 @@ class _Part:
     """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
 
     def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
-        self.plan, self.schedule = round_.backward, schedule
+        self.plan, self.lists, self.schedule = round_.backward, round_.lists, schedule
+        self.beta = 1 if self.lists is None else 0  # the keys of a list are gathered for this tile alone
         self.adds = round_.merges and round_.query_order is None
         self.scores, self.group, (self.rows, self.kv) = scores, group, part
         first = 0 if round_.heads is None else round_.heads.start
@@ -313,8 +322,12 @@ class _Part:
         """Go over the tiles; all tensors are (batch, heads, positions, dim)."""
         self.q, self.grad, self.inner, *self.share = (self._by_query(t)[1] for t in queries)
         self.k, self.v = (self._by_key(t)[1] for t in keys)
-        pairs = [self._by_query(slots[0]), *(self._by_key(t) for t in slots[1:])]
+        pairs = [self._by_query(slots[0])]
+        if self.lists is None:
+            pairs += [self._by_key(t) for t in slots[1:]]
         self.dq, *self.keyed = (flat for _, flat in pairs)
+        if self.lists is not None:
+            self.keyed = [torch.empty_like(self.k), torch.empty_like(self.v)]
         for run in self.plan.runs:
             self.scores.open(run, self.shape[1], self.global_heads)
             scores = self.q.new_empty(self.items, self.group * run.queries, run.keys)
@@ -324,6 +337,10 @@ class _Part:
         for shaped, flat in pairs:
             if not _flattens(shaped):
                 shaped.copy_(flat.view(shaped.shape))
+        if self.lists is not None:
+            for slot, part in zip(slots[1:], self.keyed, strict=True):
+                by_row = part.view(*self.shape[:2], *part.shape[1:]).permute(1, 2, 0, 3)
+                self.lists.add(slot[:, self.kv].transpose(1, 2), by_row, self.rows)
 
     def _by_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(kv_heads, rows, group, length, dim), and (items * group, length, dim): a view of it where one exists."""
@@ -332,7 +349,10 @@ class _Part:
 
     def _by_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(kv_heads, rows, columns, dim), and (items, columns, dim)."""
-        shaped = x[self.rows, self.kv].transpose(0, 1)
+        if self.lists is None:
+            shaped = x[self.rows, self.kv].transpose(0, 1)
+        else:
+            shaped = self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
         return shaped, shaped.flatten(0, 1)
 
     def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
@@ -380,7 +400,7 @@ class _Part:
             keys = slice(None) if columns is there else slice(columns.start - low, columns.stop - low)
             for slot, (weights, source) in zip(self.keyed[index : index + 2], pairs, strict=True):
                 part = weights[:, :, keys] if mask is None else weights[:, :, keys] * mask
-                slot[:, columns].baddbmm_(part.mT, source)
+                slot[:, columns].baddbmm_(part.mT, source, beta=self.beta)
 
         if len(self.keyed) == 2 or border is None:
             add(0, there)
