@@ -247,10 +247,10 @@ def _backward_fused(
 def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """(batch, heads, length, 1); some queries at a time, so that their product stays in cache."""
     inner = grad.new_empty(*grad.shape[:3], 1)
-    step = max(1, INNER_ENTRIES // max(1, grad.shape[0] * grad.shape[1] * grad.shape[3]))
-    for first in range(0, grad.shape[2], step):
-        here = slice(first, first + step)
-        torch.sum(grad[:, :, here] * out[:, :, here], -1, keepdim=True, out=inner[:, :, here])
+    axis = 0 if grad.shape[0] > grad.shape[2] else 2
+    step = max(1, INNER_ENTRIES * grad.shape[axis] // max(1, grad.numel()))
+    for parts in zip(*(t.split(step, axis) for t in (grad, out, inner)), strict=True):
+        torch.sum(parts[0] * parts[1], -1, keepdim=True, out=parts[2])
     return inner if grad_lse is None else inner.sub_(grad_lse[..., None])
 
 
@@ -320,13 +320,13 @@ class _Part:
 
     def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
         """Go over the tiles; all tensors are (batch, heads, positions, dim)."""
-        self.q, self.grad, self.inner, *self.share = (self._by_query(t)[1] for t in queries)
-        self.k, self.v = (self._by_key(t)[1] for t in keys)
-        pairs = [self._by_query(slots[0])]
+        self.q, self.grad, self.inner, *self.share = (self._by_query(t).flatten(0, 2) for t in queries)
+        self.k, self.v = (self._by_key(t).flatten(0, 1) for t in keys)
+        self.dq, shaped = self._by_query(slots[0]), []
         if self.lists is None:
-            pairs += [self._by_key(t) for t in slots[1:]]
-        self.dq, *self.keyed = (flat for _, flat in pairs)
-        if self.lists is not None:
+            shaped = [self._by_key(t) for t in slots[1:]]
+            self.keyed = [t.flatten(0, 1) for t in shaped]
+        else:
             self.keyed = [torch.empty_like(self.k), torch.empty_like(self.v)]
         for run in self.plan.runs:
             self.scores.open(run, self.shape[1], self.global_heads)
@@ -334,26 +334,24 @@ class _Part:
             weights = torch.empty_like(scores)
             for number in range(run.tiles):
                 self._tile(run, number, scores, weights)
-        for shaped, flat in pairs:
-            if not _flattens(shaped):
-                shaped.copy_(flat.view(shaped.shape))
+        for slot, flat in zip(shaped, self.keyed, strict=False):
+            if not _flattens(slot):
+                slot.copy_(flat.view(slot.shape))
         if self.lists is not None:
             for slot, part in zip(slots[1:], self.keyed, strict=True):
                 by_row = part.view(*self.shape[:2], *part.shape[1:]).permute(1, 2, 0, 3)
                 self.lists.add(slot[:, self.kv].transpose(1, 2), by_row, self.rows)
 
-    def _by_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv_heads, rows, group, length, dim), and (items * group, length, dim): a view of it where one exists."""
-        shaped = x[self.rows, self.heads].unflatten(1, (-1, self.group)).transpose(0, 1)
-        return shaped, shaped.flatten(0, 2)
+    def _by_query(self, x: Tensor) -> Tensor:
+        """View of x: (kv_heads, rows, group, length, dim)."""
+        grouped: Tensor = x[self.rows, self.heads].unflatten(1, (-1, self.group))
+        return grouped.transpose(0, 1)
 
-    def _by_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv_heads, rows, columns, dim), and (items, columns, dim)."""
+    def _by_key(self, x: Tensor) -> Tensor:
+        """(kv_heads, rows, columns, dim), a view of x where its columns are not listed."""
         if self.lists is None:
-            shaped = x[self.rows, self.kv].transpose(0, 1)
-        else:
-            shaped = self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
-        return shaped, shaped.flatten(0, 1)
+            return x[self.rows, self.kv].transpose(0, 1)
+        return self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
 
     def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
         here, there = run.query_slice(number), run.key_slice(number)
@@ -375,11 +373,8 @@ class _Part:
         scores.baddbmm_(grad, v.mT, alpha=scale)
         slopes = torch.mul(scores, weights, out=self.scores.slopes(scores))
         self._add(here.start, there, (slopes, q), (weights, grad))
-        dq = torch.bmm(slopes, k).view(-1, run.queries, k.shape[2])
-        if self.adds:
-            self.dq[:, here] += dq
-        else:
-            self.dq[:, here] = dq
+        dq, slot = torch.bmm(slopes, k).view(*shape[:4], -1), self.dq[:, :, :, here]
+        slot.add_(dq) if self.adds else slot.copy_(dq)
         if self.scores.gradients is not None:
             self.scores.backward(tile, slopes)
 

@@ -62,24 +62,23 @@ class TreeScores(Scores):
     def added(self, tile: Tile) -> Tensor:
         """See `Scores`."""
         first, count = tile.block.row, tile.block.rows
-        visible, self.entry = (t[:, None] for t in self.schedule.visible(slice(first, first + count)))
+        visible, self.entry = (t[:, :, None] for t in self.schedule.visible(slice(first, first + count)))
         if not self.tensors:
             bias = torch.zeros(visible.shape, dtype=self.like.dtype, device=self.like.device)
         else:
             bare, relative = self.tensors
-            terms = (tile.queries(bare) @ relative.mT).mul_(self.scale)
-            bias = terms.gather(3, self.entry.expand(-1, terms.shape[1], -1, -1))
-        return bias.masked_fill_(~visible, HIDDEN)
+            terms = (tile.queries(bare).transpose(1, 2) @ relative.mT).mul_(self.scale)
+            bias = terms.gather(3, self.entry.expand(-1, -1, terms.shape[2], -1))
+        return bias.masked_fill_(~visible, HIDDEN).transpose(1, 2)
 
     def backward(self, tile: Tile, slopes: Tensor) -> None:
         """See `Scores`."""
         assert self.gradients is not None
         (bare, relative), (dbare, drelative) = self.tensors, self.gradients
-        queries, rows = tile.queries(bare), tile.block.rows
-        heads, size = queries.shape[1:3]
-        slopes = slopes.view(-1, rows, slopes.shape[1] // size, size, slopes.shape[2]).transpose(0, 1)
-        slopes = slopes.reshape(rows, heads, size, -1)
-        terms = slopes.new_zeros(rows, heads, size, len(relative))
-        terms.scatter_add_(3, self.entry.expand(-1, heads, -1, -1), slopes)
-        tile.queries(dbare).copy_(terms @ relative)
+        queries, rows = tile.queries(bare).transpose(1, 2), tile.block.rows
+        size, heads = queries.shape[1:3]
+        slopes = slopes.view(-1, rows, slopes.shape[1] // size, size, slopes.shape[2]).permute(1, 3, 0, 2, 4)
+        terms = slopes.new_zeros(rows, size, heads, len(relative))
+        terms.scatter_add_(3, self.entry.expand(-1, -1, heads, -1), slopes.reshape(rows, size, heads, -1))
+        tile.queries(dbare).transpose(1, 2).copy_(terms @ relative)
         drelative.addmm_(terms.flatten(0, 2).mT, queries.reshape(-1, queries.shape[3]))
