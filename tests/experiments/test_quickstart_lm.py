@@ -117,7 +117,7 @@ def verdicts(folder, byte_run, tmp_path):
 
     def call(*, first=None, second=None, equal=2048, memory=None):
         recipe = read_toml(folder / "bytes.toml")
-        plan = make_plan(recipe, tmp_path, str(folder / "long.txt"), command_text="")
+        plan = make_plan(recipe, tmp_path, str(folder / "long.txt"))
         (tmp_path / "run").symlink_to(byte_run)
         streamed = Streamed(first or records(45), second or records(45), equal, 2048)
         memory = memory or {0: evaluation([2.2, 2.4, 2.0]), 16: evaluation([2.1, 2.3, 1.9])}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Say, Verdict, signed
+from longspan.experiments.claims.base import Figure, Say, Verdict, graded, signed
 from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
 from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.tasks.base import Documents, heads
@@ -130,9 +130,7 @@ def as_good(lead: Interval) -> str:
 
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
     """Whether all parts are met, or some, or none; at most in part if a lead is too large to be credible."""
-    if all(met) and not any(map(doubtful, leads)):
-        return "holds"
-    return "holds in part" if any(met) else "does not hold"
+    return graded(all(met) and not any(map(doubtful, leads)), any(met))
 
 
 def doubtful(lead: Interval) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.process import resident_bytes
@@ -126,8 +126,8 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
         text = parts.head + parts.filler[:offset] + parts.told + parts.filler[offset:] + parts.asked
         session = StreamSession(model)
         session.feed(tokenizer(text.decode().rstrip(), add_special_tokens=False).input_ids)
-        said = tokenizer.decode(session.generate(12, temperature=0))
-        right.append(parts.number.decode() in said.replace(" ", ""))
+        answer = tokenizer.decode(session.generate(12, temperature=0))
+        right.append(parts.number.decode() in answer.replace(" ", ""))
     return {"k": sum(right), "n": len(right), "depths": depths}
 
 
@@ -195,8 +195,10 @@ def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], t
     figures = []
     for first, last in spans:
         values = {label: _span(measured[name], first, last) for name, label in names.items()}
-        said = ", ".join(f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value))
-        figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", said))
+        perplexities = ", ".join(
+            f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value)
+        )
+        figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", perplexities))
     return figures, spans[-1]
 
 
@@ -225,11 +227,8 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
     ]
     flat = _span(tuned, first, last) <= _span(measured["local"], first, last) + SLACK and grown <= GROWTH
     gain = float(np.mean(measured["local"]["nats"]) - np.mean(tuned["nats"]))
-    verdict: Verdict = (
-        "does not hold" if not flat else "holds" if gain > 0 and measured["keys"]["k"] else "holds in part"
-    )
     return Outcome(
-        verdict=verdict,
+        verdict=graded(flat and gain > 0 and measured["keys"]["k"] > 0, flat),
         figures=figures,
         size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
         f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "

@@ -10,7 +10,7 @@ import numpy as np
 
 from longspan import mixers
 from longspan.errors import ConfigError
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded, signed
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.files import read_json
@@ -244,7 +244,7 @@ def outcome(
         else ""
     )
     return Outcome(
-        verdict="holds" if better and all(better) else "holds in part" if any(better) else "does not hold",
+        verdict=graded(bool(better) and all(better), any(better)),
         figures=figures,
         size=f"4 layers of 128, bytes of State of the Union speeches, {plan.seeds} training seed(s), one thread; "
         f"equal time: {plan.minutes:g} minutes per run; equal tokens: as many as dense attention reads in "

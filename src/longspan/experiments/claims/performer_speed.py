@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops, reference
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.experiments.claims.runs import measure_once
 
@@ -91,7 +91,7 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
     times = measured["seconds"][_OURS][longest] / measured["seconds"][_NONE][longest]
     quadratic = last_power(measured["seconds"][_DENSE]) > 1.5
     return Outcome(
-        verdict="does not hold" if not (linear and quadratic) else "holds" if times < 2 else "holds in part",
+        verdict=graded(linear and quadratic and times < 2, linear and quadratic),
         figures=figures,
         size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; CPU time of one "
         f"thread, median of {_PAIRS} alternating rounds; memory above the inputs, each in its own process",
