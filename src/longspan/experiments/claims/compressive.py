@@ -81,8 +81,8 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
             say(f"{name}, seed {seed}: {bits:.4f} bits per byte")
     assert counts is not None
     ours, peer = ([curve(run_folder(folder, name, seed)) for seed in range(sizes.seeds)] for name in (OURS, PEER))
-    apart = lead(ours, peer, width=1)[1]
-    behind = [float(part.mean()) for part in np.array_split(apart, min(QUARTERS, len(apart)))]
+    gap = lead(ours, peer, width=1)[1]
+    behind = [float(part.mean()) for part in np.array_split(gap, min(QUARTERS, len(gap)))]
     return outcome(read, counts, seen, sizes, parameters, trained_seconds(runs), behind)
 
 

@@ -108,15 +108,15 @@ def differences(models: ModelRecords, base: str) -> dict[str, Interval]:
 
 def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
     """One line per model: its bits per byte, and the difference to `base`."""
-    apart = differences(models, base)
+    gap = differences(models, base)
     figures = []
     for name, records in models.items():
         seed_bits = [as_trained(record).bits_per_unit for record in records]
         ours = f"{bits_of(records):.4f}"
         if len(seed_bits) > 1:
             ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
-        if name in apart:
-            ours += f"; {signed(apart[name])} to {base}"
+        if name in gap:
+            ours += f"; {signed(gap[name])} to {base}"
         figures.append(
             Figure(f"{what}, {name}", paper.get(name, ""), f"{ours}; {records[0]['parameters']:,} parameters")
         )

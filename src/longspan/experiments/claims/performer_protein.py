@@ -233,14 +233,14 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
     beyond = bits["frequencies in the sequence itself"] - bits["exact"]
-    apart = abs(bits["softmax features"] - bits["exact"])
-    equal = gain > 0 and apart < EQUAL * gain
+    gap = abs(bits["softmax features"] - bits["exact"])
+    equal = gain > 0 and gap < EQUAL * gain
     alike = all(heads[name].spearman_p < 0.05 for name in MIXERS if name != "exact")
     parts = (
         f"ReLU features are {'' if best else 'not '}the best of the three.",
-        f"Softmax features differ from exact attention by {apart:.4f} bits, "
+        f"Softmax features differ from exact attention by {gap:.4f} bits, "
         + (
-            f"{apart / gain:.0%} of the {gain:.4f} bits that exact attention gains over frequencies "
+            f"{gap / gain:.0%} of the {gain:.4f} bits that exact attention gains over frequencies "
             f"({'less' if equal else 'not less'} than the {EQUAL:.0%} that would count as equal)."
             if gain > 0
             else "and exact attention gains nothing over frequencies."
