@@ -29,7 +29,7 @@ from longspan.experiments.claims.contest import (
     seeds_note,
     verdict_of,
 )
-from longspan.experiments.claims.growth import in_turn
+from longspan.experiments.claims.growth import time_alternately
 from longspan.experiments.claims.language_modelling import difference
 from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
@@ -90,7 +90,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        seconds = in_turn({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
+        seconds = time_alternately({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
     return {
         "spans": [core.spans for core in models[ADAPTIVE].cores()],
         "flops": {name: model.flops(plan.length) / plan.length for name, model in models.items()},

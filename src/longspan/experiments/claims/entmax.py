@@ -28,7 +28,7 @@ from longspan.experiments.claims.contest import (
     seeds_note,
     verdict_of,
 )
-from longspan.experiments.claims.growth import in_turn
+from longspan.experiments.claims.growth import time_alternately
 from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
@@ -87,7 +87,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
         "kept": sum(float(support.kept.sum()) for support in supports),
         "seen": sum(float(support.seen.sum()) for support in supports),
         "tokens": supports[0].queries,
-        "seconds": in_turn({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
+        "seconds": time_alternately({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
     }
 
 

@@ -60,7 +60,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def held_back(tokenizer: Any, count: int) -> torch.Tensor:
+def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     """(count,) token ids of held-out speeches, concatenated."""
     token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
@@ -155,20 +155,20 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
-    text = held_back(tokenizer, plan.tokens)
+    text = held_out_tokens(tokenizer, plan.tokens)
     measured: dict[str, Any] = {}
 
-    def ask(name: str, what: Callable[[], dict[str, Any]]) -> None:
-        measured[name] = measure_once(folder / f"{name}.json", what)
+    def record(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        measured[name] = measure_once(folder / f"{name}.json", measure)
         say(f"{name}: done")
 
     part, segment = plan.part, plan.segment
-    ask("tuned", lambda: read(load_run(run)[0], text, part, segment))
-    ask("local", lambda: read(load_run(run)[0], text, part, segment, memory=False))
-    ask("untrained", lambda: read(load_converted(endless).model, text[: plan.untrained], part, segment))
-    ask("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
-    ask("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
-    ask("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
+    record("tuned", lambda: read(load_run(run)[0], text, part, segment))
+    record("local", lambda: read(load_run(run)[0], text, part, segment, memory=False))
+    record("untrained", lambda: read(load_converted(endless).model, text[: plan.untrained], part, segment))
+    record("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
+    record("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
+    record("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
     return outcome(measured, plan, trained_seconds([run]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longspan import ops, reference
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
-from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
+from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
 from longspan.experiments.claims.runs import measure_once
 
 PLANS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
@@ -52,7 +52,7 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
     names = [name for name in _LAYERS if length <= _MOST.get(name, length)]
     started = time.perf_counter()
     return {
-        "seconds": in_turn({name: step_of(name, length) for name in names}, _PAIRS),
+        "seconds": time_alternately({name: step_of(name, length) for name in names}, _PAIRS),
         "bytes": {name: float(peak_bytes(step_of, name, length)) for name in names},
         "took": {"all": time.perf_counter() - started},
     }
