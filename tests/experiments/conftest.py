@@ -1,4 +1,4 @@
-"""The fixtures of the command line's tests, which those of the quickstarts share."""
+"""Fixtures of the command line, for tests of the quickstarts."""
 
 from tests.cli.conftest import byte_run, folder, longspan
 

@@ -1,4 +1,4 @@
-"""The claim compressive at the smallest size, and what its verdict follows."""
+"""The claim compressive at the smallest size, and the rules of its verdict."""
 
 import importlib.util
 from pathlib import Path
@@ -18,14 +18,14 @@ TINY = claim.Plan(
 
 
 @needs_text
-def test_it_trains_reads_and_a_second_call_only_looks(tmp_path: Path) -> None:
-    said: list[str] = []
-    outcome = claim.measure(tmp_path, TINY, said.append)
-    assert [line.split(", seed")[0] for line in said] == [claim.PEER, claim.OURS, "compressive, mean"]
+def test_it_trains_reads_and_a_second_call_measures_nothing(tmp_path: Path) -> None:
+    lines: list[str] = []
+    outcome = claim.measure(tmp_path, TINY, lines.append)
+    assert [line.split(", seed")[0] for line in lines] == [claim.PEER, claim.OURS, "compressive, mean"]
     assert len({outcome.data[name]["bits"] for name in (claim.PEER, claim.OURS, "compressive, mean")}) == 3
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("places-*")}
     assert len(times) == 3
-    assert claim.measure(tmp_path, TINY, said.append).figures == outcome.figures
+    assert claim.measure(tmp_path, TINY, lines.append).figures == outcome.figures
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("places-*")}
 
 
@@ -36,7 +36,7 @@ def test_both_see_as_many_states() -> None:
         for name in (claim.PEER, claim.OURS)
     }
     costs = {name: model.flops(65536) for name, model in models.items()}
-    # the convolution costs as much as a projection of the width; scores are as many
+    # the convolution costs as much as a projection; the number of scores is equal
     assert 1 < costs[claim.OURS] / costs[claim.PEER] < 1.1
 
 

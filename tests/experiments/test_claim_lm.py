@@ -42,7 +42,7 @@ def test_every_mechanism_has_a_recipe_of_the_same_size() -> None:
     assert used == set(registry.names())
 
 
-def test_what_has_no_memory_is_else_the_same_model_on_the_same_bytes() -> None:
+def test_models_without_memory_are_otherwise_the_same_on_the_same_bytes() -> None:
     tokens = torch.randint(0, 256, (1, 384), generator=torch.Generator().manual_seed(0))
     shuffled = torch.cat([tokens[:, :256].flip(1), tokens[:, 256:]], 1)
     for name, alone in claim.WITHOUT.items():
@@ -54,7 +54,7 @@ def test_what_has_no_memory_is_else_the_same_model_on_the_same_bytes() -> None:
         torch.testing.assert_close(before, after, atol=0, rtol=0)
 
 
-def test_every_size_trains_what_its_verdict_is_about() -> None:
+def test_every_size_trains_the_models_of_its_verdict() -> None:
     for plan in claim.PLANS.values():
         assert any({name, alone} <= set(plan.names) for name, alone in claim.WITHOUT.items())
 
@@ -68,10 +68,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lm")
 
 
-def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) -> None:
-    said: list[str] = []
-    outcome = claim.compare(folder, TINY, said.append)
-    assert len(said) == 11
+def test_three_models_are_trained_and_a_second_call_measures_nothing(folder: Path) -> None:
+    messages: list[str] = []
+    outcome = claim.compare(folder, TINY, messages.append)
+    assert len(messages) == 11
     dense = [outcome.data[setting]["full"][0]["alone"] for setting in TINY.settings]
     assert dense[0] == dense[1]
     record = outcome.data["equal tokens"]["transformer_xl"][0]
@@ -81,7 +81,7 @@ def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) ->
     assert record["memory"]["units"] == record["alone"]["units"] == [600, 600, 600]
     assert record["memory"]["nats"] != record["alone"]["nats"]
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
-    assert claim.compare(folder, TINY, said.append).figures == outcome.figures
+    assert claim.compare(folder, TINY, messages.append).figures == outcome.figures
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("held-back*.json")}
     lines = [figure.what for figure in outcome.figures]
     assert sum(what.startswith("equal tokens:") for what in lines) == 5

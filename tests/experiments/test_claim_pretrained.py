@@ -1,4 +1,4 @@
-"""The claim infini-pretrained at the smallest size, with a random model in the place of the real one."""
+"""The claim infini-pretrained at the smallest size, with a random model instead of the real one."""
 
 import importlib.util
 from pathlib import Path
@@ -23,19 +23,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path) -> tuple[Any, list[str]]:
-    said: list[str] = []
-    outcome = claim.measure(folder / "out", PLAN, lambda: open_pretrained(str(folder / "llama")), said.append)
-    return outcome, said
+    lines: list[str] = []
+    outcome = claim.measure(folder / "out", PLAN, lambda: open_pretrained(str(folder / "llama")), lines.append)
+    return outcome, lines
 
 
-def test_it_converts_trains_and_reads_and_a_second_call_only_looks(folder: Path) -> None:
-    outcome, said = run(folder)
-    assert said[0] == "trained"
+def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(folder: Path) -> None:
+    outcome, lines = run(folder)
+    assert lines[0] == "trained"
     tuned, local = outcome.data["tuned"], outcome.data["local"]
     assert len(tuned["nats"]) == len(local["nats"]) == 16
     assert len(outcome.data["original"]["nats"]) == 4
     assert outcome.data["original"]["state"] == 2 * 4 * 2 * 2 * 4 * 256
-    # one segment at a time, both see the same until the memory is first read
+    # both see the same until the memory is first read
     assert tuned["nats"] != local["nats"]
     assert all(4 < value < 7 for value in tuned["nats"] + outcome.data["untrained"]["nats"])
     assert "perplexity of tokens 512 to 1,024" in [figure.what for figure in outcome.figures]

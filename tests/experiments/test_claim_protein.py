@@ -1,4 +1,4 @@
-"""Claim performer-protein at a size of seconds, and its statistics against what is known."""
+"""Claim performer-protein at a size of seconds, and its statistics against known values."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def test_blosum62_is_the_published_table() -> None:
 
 
 @pytest.mark.skipif(not PROTEINS[1].with_name("blosum62.out").is_file(), reason="needs Debian's mmseqs2-examples")
-def test_blosum62_is_what_another_package_rounds_to() -> None:
+def test_blosum62_is_the_rounded_table_of_another_package() -> None:
     lines = PROTEINS[1].with_name("blosum62.out").read_text().splitlines()
     head, *rows = (line.split() for line in lines if line and line[0] != "#")
     published = {
@@ -36,7 +36,7 @@ def test_blosum62_is_what_another_package_rounds_to() -> None:
     assert all(similarity.blosum62()[A[a], A[b]] == published[a, b] for a in AMINO_ACIDS for b in AMINO_ACIDS)
 
 
-def test_attention_is_summed_by_amino_acid_as_the_layers_really_attend() -> None:
+def test_attention_of_the_layers_is_summed_by_amino_acid() -> None:
     torch.manual_seed(0)
     mixers = ({"name": "full"}, {"name": "performer", "kind": "relu", "num_features": 8})
     model = MaskedLM(
@@ -71,7 +71,7 @@ def test_similarities_are_those_of_their_definitions() -> None:
     assert by_heads[2, 7] == pytest.approx(np.corrcoef([s[2] for s in shares], [s[7] for s in shares])[0, 1])
 
 
-def test_agreement_finds_what_is_there_and_nothing_else() -> None:
+def test_agreement_tells_signal_from_noise() -> None:
     blosum, random = similarity.blosum62(), np.random.default_rng(0)
     noise = random.normal(size=(60, 20, 20))
     noise = noise + noise.transpose(0, 2, 1)
@@ -80,15 +80,15 @@ def test_agreement_finds_what_is_there_and_nothing_else() -> None:
     assert same.pearson < 0.99
     assert same.spearman_p == pytest.approx(1 / 501)
     p_values = [similarity.agreement(matrix, blosum, samples=200).spearman_p for matrix in noise]
-    assert np.mean(np.array(p_values) < 0.05) < 0.15, "of noise one in twenty"
+    assert np.mean(np.array(p_values) < 0.05) < 0.15, "noise: one in twenty"
     assert 0.35 < np.mean(p_values) < 0.65
     assert similarity.agreement(blosum + noise[0], blosum, samples=500).pearson_p < 0.01
     assert similarity.rank_of_pair(blosum, "IV") == 1
-    assert similarity.rank_of_pair(blosum, "FY") == 1, "equal ones have the same place"
+    assert similarity.rank_of_pair(blosum, "FY") == 1, "equal pairs share a rank"
     assert similarity.rank_of_pair(blosum, "CE") > 180
 
 
-def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     sequences = ["".join(random.choice(list(AMINO_ACIDS), random.integers(40, 60))) for _ in range(60)]
     (tmp_path / "some.fasta").write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
@@ -99,9 +99,9 @@ def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     )
     plan = performer_protein.Plan(steps=3, scored=9, mapped=12, recipe=recipe)
     monkeypatch.setitem(performer_protein.PLANS, "small", plan)
-    claim, said = performer_protein.PERFORMER_PROTEIN, list[str]()
-    outcome = claim.run(tmp_path / "runs", "small", said.append)
-    assert len(said) == 3
+    claim, messages = performer_protein.PERFORMER_PROTEIN, list[str]()
+    outcome = claim.run(tmp_path / "runs", "small", messages.append)
+    assert len(messages) == 3
     frequent = ("frequencies", "frequencies in the sequence itself")
     assert set(outcome.data["bits"]) == {*frequent, "exact", "softmax features", "ReLU features"}
     frequencies = outcome.data["bits"]["frequencies"]
@@ -113,10 +113,10 @@ def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runs, "run", None)
     for name in ("evaluate_text", "attention_between"):
         monkeypatch.setattr(performer_protein, name, None)
-    assert claim.run(tmp_path / "runs", "small", said.append).data == outcome.data, "nothing is measured twice"
+    assert claim.run(tmp_path / "runs", "small", messages.append).data == outcome.data, "a second call measures nothing"
 
 
-def test_the_sequence_itself_says_more_than_frequencies_where_compositions_differ() -> None:
+def test_counts_of_the_sequence_beat_frequencies_if_compositions_differ() -> None:
     documents = [
         ProteinDocument(np.repeat([FIRST + A[letter], FIRST + A["A"]], [150, 50]).astype(np.uint8), 0.15, (0, 0))
         for letter in "LS"

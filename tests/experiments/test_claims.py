@@ -1,4 +1,4 @@
-"""Claims at a size of seconds: the same code, fewer steps."""
+"""Claims at a size of seconds, with the same code and fewer steps."""
 
 from typing import Any
 
@@ -25,18 +25,18 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.long
-def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), evaluations=((1, 3, False), (2, 2, True)))
     monkeypatch.setitem(rmt.PLANS, "small", plan)
     monkeypatch.setattr(rmt, "KINDS", ("detect",))
-    said: list[str] = []
-    outcome = rmt.RMT.run(tmp_path, "small", said.append)
+    lines: list[str] = []
+    outcome = rmt.RMT.run(tmp_path, "small", lines.append)
     assert len(outcome.figures) == 2
     assert "of 6 (" in outcome.figures[0].ours
     assert "of 2 (" in outcome.figures[1].ours
     assert [len(records) for records in outcome.data["detect"].values()] == [2, 1]
     monkeypatch.setattr(rmt, "evaluate_answers", None)
-    assert rmt.RMT.run(tmp_path, "small", said.append).data == outcome.data, "nothing is measured twice"
+    assert rmt.RMT.run(tmp_path, "small", lines.append).data == outcome.data, "a second call measures nothing"
 
 
 def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -54,7 +54,7 @@ def test_rmt_maps(tmp_path: Any) -> None:
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 
-def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from longspan.experiments.claims import find, infini_memory, performer_approximation, performer_speed
 
     numbers = infini_memory.INFINI_MEMORY.run(tmp_path, "small", print)
@@ -76,9 +76,7 @@ def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pyte
     assert find("performer-speed").system == "Performer"
 
 
-def test_infini_passkey_counts_by_depth_and_goes_on_where_it_stopped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
+def test_infini_passkey_counts_by_depth_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     from longspan.experiments.claims import infini_passkey
 
     small = ("model.dim=16", "model.num_heads=2", "task.length=600", "train.tokens=600")
@@ -91,4 +89,6 @@ def test_infini_passkey_counts_by_depth_and_goes_on_where_it_stopped(
     assert [[record["n"] for record in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     monkeypatch.setattr(infini_passkey, "evaluate_depths", None)
-    assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, "nothing is measured twice"
+    assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, (
+        "a second call measures nothing"
+    )

@@ -1,4 +1,4 @@
-"""The quickstart of a few seconds through the same code as the real one, `eval` of its run, and `reproduce`."""
+"""A quickstart of a few seconds with the code of the real one, `eval` of its run, and `reproduce`."""
 
 import json
 
@@ -29,7 +29,7 @@ def finished(tmp_path_factory):
     return out, run(["quickstart", "-o", str(out), "--longest", "64", "--count", "2", *sets])
 
 
-def test_the_quickstart_checks_what_it_claims(finished):
+def test_the_quickstart_checks_its_claims(finished):
     out, code = finished
     report = json.loads((out / "report.json").read_text())
     names = [check["name"] for check in report["checks"]]
@@ -49,7 +49,7 @@ def test_the_quickstart_draws_its_page(finished):
     assert "http" not in without_pixels(html).replace("http-equiv", "")
 
 
-def test_eval_asks_a_run_of_a_memory_task(finished, longspan):
+def test_eval_answers_questions_of_a_memory_task(finished, longspan):
     run = finished[0] / "run"
     records = json.loads(longspan("eval", run, "--segments", "1,3", "--count", "4", "--json").out)
     assert [(record["segments"], record["n"]) for record in records] == [(1, 4), (3, 4)]
@@ -59,7 +59,7 @@ def test_eval_asks_a_run_of_a_memory_task(finished, longspan):
     assert "makes its own questions" in longspan("eval", run, "kjv").error
 
 
-def test_the_quickstart_refuses_what_it_is_not_for(longspan, tmp_path):
+def test_the_quickstart_rejects_other_recipes(longspan, tmp_path):
     recipe = find_recipe("tiny.toml")
     assert "memory task" in longspan("quickstart", "--recipe", recipe, "-o", tmp_path).error
     assert "no trained model" in longspan("quickstart", "--reuse", "-o", tmp_path).error
@@ -71,7 +71,7 @@ def answers(kind, segments, right, wrong, resident=100, seconds=1.0):
     return measure.Reading(segments, {kind: measured})
 
 
-def test_bars_are_bars():
+def test_checks_compare_with_their_bars():
     good = [answers("detect", 16, 64, 0), answers("detect", 256, 31, 1), answers("detect", 4096, 3, 1)]
     verdicts = {check.name: check for check in measure.check(good, Clock())}
     named = {name.split(", ")[-1]: check for name, check in verdicts.items() if name.startswith("detect")}
@@ -85,12 +85,12 @@ def test_bars_are_bars():
     assert measure.plan(4096, 64) == [(1, 64), (4, 64), (16, 64), (64, 64), (256, 32), (1024, 4), (4096, 4)]
 
 
-def test_the_recipes_are_whole():
+def test_the_recipes_resolve():
     for name in ("rmt.toml", "rmt-reasoning.toml"):
         assert resolve(read_toml(find_recipe(name)))["train"]["max_segments"] <= 7
 
 
-def test_reproduce_lists_runs_and_writes(longspan, tmp_path):
+def test_reproduce_lists_and_runs_claims_and_writes_docs(longspan, tmp_path):
     assert "rmt-flops" in longspan("reproduce").out
     assert "did you mean 'rmt-flops'" in longspan("reproduce", "rmt-flop").error
     reproduced = longspan("reproduce", "rmt-flops", "--docs", tmp_path, "-o", tmp_path / "out")
@@ -104,7 +104,7 @@ def test_reproduce_lists_runs_and_writes(longspan, tmp_path):
     assert "no results yet" in longspan("reproduce", "--docs", tmp_path / "none").error
 
 
-def test_the_page_of_claims_is_made_of_their_results():
+def test_the_page_of_claims_is_generated_from_the_results():
     from pathlib import Path
 
     docs = Path(__file__).parents[2] / "docs"

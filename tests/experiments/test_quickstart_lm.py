@@ -1,4 +1,4 @@
-"""A quickstart of a few seconds through the same code as the real one; and its checks on made-up numbers."""
+"""A quickstart of a few seconds with the code of the real one, and its checks on synthetic numbers."""
 
 import json
 
@@ -28,13 +28,13 @@ def finished(folder, tmp_path_factory, byte_run):
     return out, code
 
 
-def test_the_quickstart_checks_what_it_claims(finished):
+def test_the_quickstart_checks_its_claims(finished):
     out, code = finished
     report = json.loads((out / "report.json").read_text())
     checks_by_name = {check["name"]: check for check in report["checks"]}
     assert code == int(any(check["fatal"] and not check["passed"] for check in checks_by_name.values()))
     for name, check in checks_by_name.items():
-        # after twelve steps memory need not help, and clocks are what they are
+        # after twelve steps memory need not help, and times vary
         if check["fatal"] and not name.startswith("A memory of"):
             assert check["passed"], check
     assert len(checks_by_name) == 8
@@ -61,7 +61,7 @@ def test_the_quickstart_keeps_its_numbers(finished):
     assert report["written"]["prompt"]
 
 
-def test_the_quickstart_takes_a_model_that_is_there(longspan, finished, folder, byte_run, tmp_path):
+def test_the_quickstart_reuses_a_model_and_keeps_other_files(longspan, finished, folder, byte_run, tmp_path):
     arguments = ["quickstart-lm", "--recipe", folder / "bytes.toml", "--text", folder / "long.txt", "-o", tmp_path]
     assert "no trained model to keep" in longspan(*arguments, "--reuse").error.splitlines()[-1]
     (tmp_path / "run").mkdir()
@@ -70,7 +70,7 @@ def test_the_quickstart_takes_a_model_that_is_there(longspan, finished, folder, 
     assert (tmp_path / "run" / "mine").read_text() == "precious"
 
 
-def test_a_quickstart_that_cannot_be(longspan, folder, tmp_path):
+def test_the_quickstart_rejects_unfit_texts_and_recipes(longspan, folder, tmp_path):
     (tmp_path / "short.txt").write_text("short")
     options = ["--recipe", folder / "bytes.toml", "-o", tmp_path / "out"]
     assert "too few" in longspan("quickstart-lm", *options, "--text", tmp_path / "short.txt").error
@@ -79,15 +79,12 @@ def test_a_quickstart_that_cannot_be(longspan, folder, tmp_path):
     assert "transformer_xl" in longspan("quickstart-lm", "--recipe", folder / "bytes.toml", *options).error
 
 
-def test_the_recipe_that_ships_is_sound():
+def test_the_recipe_resolves():
     recipe = read_toml(find_recipe("quickstart-lm.toml"))
     resolved = resolve(recipe)
     assert resolved["model"]["mixers"][0]["name"] == "transformer_xl"
     assert resolved["task"] == resolve_task({"source": "sotu"})
     assert resolved["train"]["minutes"] == 3
-
-
-# -- checks on made-up numbers -----------------------------------------------------------------------------------------
 
 
 def evaluation(bits):
@@ -117,7 +114,7 @@ def verdicts(folder, byte_run, tmp_path):
 
     def call(*, first=None, second=None, equal=2048, memory=None):
         recipe = read_toml(folder / "bytes.toml")
-        plan = make_plan(recipe, tmp_path, str(folder / "long.txt"), command_text="")
+        plan = make_plan(recipe, tmp_path, str(folder / "long.txt"))
         (tmp_path / "run").symlink_to(byte_run)
         streamed = Streamed(first or records(45), second or records(45), equal, 2048)
         memory = memory or {0: evaluation([2.2, 2.4, 2.0]), 16: evaluation([2.1, 2.3, 1.9])}
@@ -143,7 +140,7 @@ def test_sound_numbers_pass(verdicts):
         ("Peak resident", {"second": records(45, grows=1)}),
     ],
 )
-def test_a_failure_is_found(verdicts, name, changed):
+def test_a_failure_is_detected(verdicts, name, changed):
     check = verdicts(**changed)[name]
     assert not check.passed
     assert check.fatal

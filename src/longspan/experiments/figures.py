@@ -1,7 +1,7 @@
 """Figures that only the experiments draw: heat maps of shares and of symmetric matrices."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from longspan.report import Picture
-from longspan.report.figures import Panel, picture
+from longspan.report.figures import Panel, Series, picture
 from longspan.report.style import LIGHT, Theme
+from longspan.train import Interval
 
 
 def heat_figure(
@@ -39,8 +40,8 @@ def heat_figure(
         figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        colours = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colours[0]])
-        axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto")
+        colors = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colours[0]])
+        axes.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_xticks(range(len(columns)), list(columns))
         if not numbers:
@@ -51,8 +52,8 @@ def heat_figure(
         axes.grid(visible=False)
         for row, line in enumerate(values if numbers else ()):
             for column, value in enumerate(line):
-                colour = theme.ground if value > 0.6 else theme.ink
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=colour)
+                color = theme.ground if value > 0.6 else theme.ink
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=color)
     return figure
 
 
@@ -79,10 +80,10 @@ def matrix_figure(
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(3.3 * columns, 3.45 * lines), layout="constrained")
         FigureCanvasAgg(figure)
-        colours = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colours[0]])
+        colors = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colours[0]])
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1)
-            axes.imshow(panel.values, cmap=colours)
+            axes.imshow(panel.values, cmap=colors)
             axes.set_facecolor(theme.grid)
             axes.set_title(panel.title, fontsize=9.5, fontweight="normal")
             for axis in (axes.xaxis, axes.yaxis):
@@ -98,6 +99,14 @@ def matrix_figure(
         if below:
             figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
+
+
+def interval_series(
+    x: Sequence[float], intervals: Sequence[Interval], label: str = "", kind: Literal["marked", "points"] = "marked"
+) -> Series:
+    """Values with their intervals as a series."""
+    value, low, high = zip(*intervals, strict=True)
+    return Series(x=x, y=value, low=low, high=high, label=label, kind=kind)
 
 
 def picture_of(

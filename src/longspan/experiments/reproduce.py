@@ -52,10 +52,11 @@ def reproduce(
         ]
         print_table(Table(columns=("claim", "system", "small", "--full"), rows=rows, right=(2, 3)))
         return 0
-    claim, size = claims.find(name), "full" if full else "small"
+    claim = claims.find(name)
+    size: claims.Size = "full" if full else "small"
     console().print(f"{claim.text} ({claim.source})", markup=False)
     started = time.perf_counter()
-    outcome = claim.run(output / f"{name}-{size}", size, say)  # type: ignore[arg-type]
+    outcome = claim.run(output / f"{name}-{size}", size, say)
     seconds = time.perf_counter() - started
     rows = [(figure.what, figure.paper, figure.ours) for figure in outcome.figures]
     print_table(Table(columns=("measured", "paper", "here"), rows=rows))
@@ -63,7 +64,7 @@ def reproduce(
         if line:
             console().print(line, markup=False)
     results_folder = output if docs is None else docs / "claims"
-    path = claims.save_result(results_folder, claim, size, outcome, seconds)  # type: ignore[arg-type]
+    path = claims.save_result(results_folder, claim, size, outcome, seconds)
     console().print(f"all numbers: {path}", markup=False)
     return 0 if docs is None else _write_docs(docs)
 

@@ -29,7 +29,7 @@ from longspan.experiments.claims.contest import (
     seeds_note,
     verdict_of,
 )
-from longspan.experiments.claims.growth import in_turn
+from longspan.experiments.claims.growth import time_alternately
 from longspan.experiments.claims.language_modelling import difference
 from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
@@ -90,7 +90,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        seconds = in_turn({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
+        seconds = time_alternately({name: _reading(model, tokens) for name, model in models.items()}, plan.rounds)
     return {
         "spans": [core.spans for core in models[ADAPTIVE].cores()],
         "flops": {name: model.flops(plan.length) / plan.length for name, model in models.items()},
@@ -168,24 +168,24 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     spans = [value for look in looks for layer in look["spans"] for value in layer]
     layers = by_layer(looks, "spans")
     near = sum(value < NEAR for value in spans) / len(spans)
-    apart = differences(models, FIXED)[ADAPTIVE]
-    good, fewer = apart.high <= EQUAL, _saved(looks, "flops") >= FEWER
+    gap = differences(models, FIXED)[ADAPTIVE]
+    good, fewer = gap.high <= EQUAL, _saved(looks, "flops") >= FEWER
     uneven = near > 0.5 and max(spans) > FAR * plan.max_span
     met = (good, fewer, uneven)
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict_of(met, [apart]),
+        verdict=verdict_of(met, [gap]),
         figures=_figures(models, looks, spans, layers, plan),
         size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
         f"carried states, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held out: the first "
         f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
-        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(apart)}, "
-        f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
+        note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(gap)}, "
+        f"{signed(gap)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
         f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
         "trained briefly, so it uses little distant context, and short spans cost it little."
         + seeds_note(models)
-        + caution(apart, "attention over the whole maximum")
+        + caution(gap, "attention over the whole maximum")
         + f" Gain of learned spans over fixed ones of {RAMP} characters: {signed(_beyond(models))}.",
         data=dict(measured),
         pictures=[

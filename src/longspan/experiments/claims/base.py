@@ -14,6 +14,11 @@ Say = Callable[[str], None]
 """Prints a line of progress."""
 
 
+def graded(whole: bool, part: bool) -> Verdict:
+    """The verdict on a claim of which the whole or a part is met."""
+    return "holds" if whole else "holds in part" if part else "does not hold"
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number next to the paper's.

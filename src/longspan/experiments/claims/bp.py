@@ -154,10 +154,10 @@ def _figures(
 def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     """The verdict and the numbers next to the paper's."""
     models, forms = measured["models"], measured["forms"]
-    apart = differences(models, DENSE)[BP]
+    gap = differences(models, DENSE)[BP]
     persisting = difference(forms[PERSIST], forms[RECOMPUTED])
     slopes = {name: power(values) for name, values in measured["growth"]["flops"].items()}
-    good, cheap = apart.high <= EQUAL, slopes[BP] <= GROWTH
+    good, cheap = gap.high <= EQUAL, slopes[BP] <= GROWTH
     met = (good, cheap)
     first, last = LENGTHS[0], LENGTHS[-1]
     short = plan.train.segment_length
@@ -165,7 +165,7 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     settings = plan.contest.train
     return Outcome(
         # FLOPs are computed, not measured, so they alone decide nothing
-        verdict=verdict_of(met, [apart]) if good else "does not hold",
+        verdict=verdict_of(met, [gap]) if good else "does not hold",
         figures=_figures(measured, slopes, persisting, plan),
         size=f"contest with dense: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} "
@@ -176,12 +176,12 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
         "computed",
         note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{as_good(apart)}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
+        f"{as_good(gap)}, {signed(gap)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
         f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer, the paper "
         f"keeps them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
         "verdict does not depend on it. All models are small and trained briefly."
         + seeds_note(models)
-        + caution(apart, "dense attention"),
+        + caution(gap, "dense attention"),
         data=dict(measured),
         pictures=[
             growth_picture(

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded, signed
 from longspan.experiments.claims.contest import Contest, Plan, run_folder
 from longspan.experiments.claims.language_modelling import curve, lead
 from longspan.experiments.claims.runs import read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.figures import picture_of
+from longspan.experiments.figures import interval_series, picture_of
 from longspan.files import read_tensors, write_tensors
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, line_figure
 from longspan.tasks.base import Array, heads
 from longspan.tasks.text import TextTask
 from longspan.train import lm_evaluation as lm
@@ -81,8 +81,8 @@ def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
             say(f"{name}, seed {seed}: {bits:.4f} bits per byte")
     assert counts is not None
     ours, peer = ([curve(run_folder(folder, name, seed)) for seed in range(sizes.seeds)] for name in (OURS, PEER))
-    apart = lead(ours, peer, width=1)[1]
-    behind = [float(part.mean()) for part in np.array_split(apart, min(QUARTERS, len(apart)))]
+    gap = lead(ours, peer, width=1)[1]
+    behind = [float(part.mean()) for part in np.array_split(gap, min(QUARTERS, len(gap)))]
     return outcome(read, counts, seen, sizes, parameters, trained_seconds(runs), behind)
 
 
@@ -151,11 +151,7 @@ def outcome(
     frequent = [bucket for bucket in buckets if bucket not in rare]
     most = bool(rare) and (not frequent or _gain(rare) < _gain(frequent))
     return Outcome(
-        verdict="holds"
-        if all_words.high < 0 and better and all(better) and most
-        else "holds in part"
-        if all_words.high < 0 or any(better)
-        else "does not hold",
+        verdict=graded(all_words.high < 0 and bool(better) and all(better) and most, all_words.high < 0 or any(better)),
         figures=figures,
         size=f"4 layers of 128, segments of {SEGMENT}, {plan.train['steps']:,} steps of 1,024 bytes of State of the "
         "Union speeches; both see 128 states before a segment, of which the Compressive Transformer's older 64 "
@@ -185,13 +181,7 @@ def _seen(bucket: lm.Bucket) -> str:
 
 def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
     gains = [bucket.gain for bucket in buckets if bucket.gain is not None]
-    series = Series(
-        x=list(range(len(gains))),
-        y=[gain.value for gain in gains],
-        low=[gain.low for gain in gains],
-        high=[gain.high for gain in gains],
-        kind="points",
-    )
+    series = interval_series(range(len(gains)), gains, kind="points")
     return picture_of(
         line_figure,
         "compressive",

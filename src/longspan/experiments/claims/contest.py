@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Say, Verdict, signed
+from longspan.experiments.claims.base import Figure, Say, Verdict, graded, signed
 from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
 from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.tasks.base import Documents, heads
@@ -108,15 +108,15 @@ def differences(models: ModelRecords, base: str) -> dict[str, Interval]:
 
 def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
     """One line per model: its bits per byte, and the difference to `base`."""
-    apart = differences(models, base)
+    gap = differences(models, base)
     figures = []
     for name, records in models.items():
         seed_bits = [as_trained(record).bits_per_unit for record in records]
         ours = f"{bits_of(records):.4f}"
         if len(seed_bits) > 1:
             ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
-        if name in apart:
-            ours += f"; {signed(apart[name])} to {base}"
+        if name in gap:
+            ours += f"; {signed(gap[name])} to {base}"
         figures.append(
             Figure(f"{what}, {name}", paper.get(name, ""), f"{ours}; {records[0]['parameters']:,} parameters")
         )
@@ -130,9 +130,7 @@ def as_good(lead: Interval) -> str:
 
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
     """Whether all parts are met, or some, or none; at most in part if a lead is too large to be credible."""
-    if all(met) and not any(map(doubtful, leads)):
-        return "holds"
-    return "holds in part" if any(met) else "does not hold"
+    return graded(all(met) and not any(map(doubtful, leads)), any(met))
 
 
 def doubtful(lead: Interval) -> bool:

@@ -28,7 +28,7 @@ from longspan.experiments.claims.contest import (
     seeds_note,
     verdict_of,
 )
-from longspan.experiments.claims.growth import in_turn
+from longspan.experiments.claims.growth import time_alternately
 from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
@@ -87,7 +87,7 @@ def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
         "kept": sum(float(support.kept.sum()) for support in supports),
         "seen": sum(float(support.seen.sum()) for support in supports),
         "tokens": supports[0].queries,
-        "seconds": in_turn({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
+        "seconds": time_alternately({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
     }
 
 
@@ -136,12 +136,12 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         values = [value for layer in look["alpha"] for value in layer]
         spreads.append(max(values) - min(values))
     share = sum(look["kept"] for look in looks) / sum(look["seen"] for look in looks)
-    apart = differences(models, SOFTMAX)[LEARNED]
-    good, differ, sparse = apart.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
+    gap = differences(models, SOFTMAX)[LEARNED]
+    good, differ, sparse = gap.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
     met = (good, differ, sparse)
     settings = plan.contest.train
     return Outcome(
-        verdict=verdict_of(met, [apart]),
+        verdict=verdict_of(met, [gap]),
         figures=_figures(models, looks, spreads, share),
         size=f"4 layers of 128 with 4 heads, windows of {plan.window} keys, bytes of State of the Union speeches, "
         f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with carried "
@@ -149,14 +149,14 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
         f"{plan.contest.head:,} bytes of {len(models[SOFTMAX][0]['names'])} speeches; {INTERVALS}; weights counted on "
         f"{looks[0]['tokens']:,} bytes",
         note=f"As good as softmax (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{as_good(apart)}, {signed(apart)}. A range of alphas of at least {SPREAD} in every training: "
+        f"{as_good(gap)}, {signed(gap)}. A range of alphas of at least {SPREAD} in every training: "
         f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the visible keys have a nonzero weight: "
         f"{'yes' if sparse else 'no'}. "
         "The paper's models translate; these predict bytes, are small and trained briefly."
         + seeds_note(models)
         + (
             " So early, a lead shows how fast a model starts to learn, not how good it becomes."
-            if doubtful(apart)
+            if doubtful(gap)
             else ""
         ),
         data=dict(measured),

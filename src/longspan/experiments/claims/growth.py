@@ -19,7 +19,7 @@ from longspan.report.figures import Series, line_figure
 Step = Callable[[], object]
 
 
-def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
+def time_alternately(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """Median CPU seconds of each way on one thread, timed alternately (A B A B) after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()

@@ -1,5 +1,6 @@
 """`infini-memory`: size of the memory of each system."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,42 @@ import torch
 from longspan import mixers
 from longspan import state as states
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
-from longspan.experiments.claims.memory_settings import MemorySetting
 
 _PRINTED = {"transformer_xl": "50M", "memorizing": "183M", "recurrent_memory": "2.5M", "infini": "1.6M"}
 _EXACT = {"transformer_xl": 50_331_648, "memorizing": 183_451_648, "recurrent_memory": 2_457_600, "infini": 1_585_152}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySetting:
+    """Sizes in table 1 of Munkhdalai et al. 2024; the defaults are those of its language models."""
+
+    num_layers: int = 12
+    num_heads: int = 8
+    head_dim: int = 128
+    segment: int = 2048
+    num_memory_tokens: int = 100
+    num_memories: int = 65_000
+
+    @property
+    def dim(self) -> int:
+        """Width of the model."""
+        return self.num_heads * self.head_dim
+
+    def transformer_xl(self) -> int:
+        """Keys and values of the last segment, in every layer: (d_k + d_v) H N l."""
+        return 2 * self.head_dim * self.num_heads * self.segment * self.num_layers
+
+    def memorizing(self) -> int:
+        """Keys and values of one layer's store, and the Transformer-XL memory of all."""
+        return 2 * self.head_dim * self.num_heads * self.num_memories + self.transformer_xl()
+
+    def recurrent_memory(self) -> int:
+        """p D l 2, as in that table; the tokens themselves are p D numbers, shared by all layers."""
+        return self.num_memory_tokens * self.dim * self.num_layers * 2
+
+    def infini(self) -> int:
+        """M and z per head and layer: d_k (d_v + 1) H l."""
+        return self.head_dim * (self.head_dim + 1) * self.num_heads * self.num_layers
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.report import Picture
@@ -108,7 +108,7 @@ def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: f
     perfect = all(record["k"] == record["n"] for record in main)
     enough = all(record["k"] >= GOALS.get(record["length"], 0) * record["n"] for record in main)
     return Outcome(
-        verdict="holds" if perfect and len(sizes) == 1 else "holds in part" if enough else "does not hold",
+        verdict=graded(perfect and len(sizes) == 1, enough),
         figures=figures,
         size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from scratch; "
         f"texts of at most 5,000 tokens, {plan.steps:,} steps of 4,096 tokens, one seed; answers of five digits, "

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.process import resident_bytes
@@ -60,7 +60,7 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def held_back(tokenizer: Any, count: int) -> torch.Tensor:
+def held_out_tokens(tokenizer: Any, count: int) -> torch.Tensor:
     """(count,) token ids of held-out speeches, concatenated."""
     token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
@@ -126,8 +126,8 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
         text = parts.head + parts.filler[:offset] + parts.told + parts.filler[offset:] + parts.asked
         session = StreamSession(model)
         session.feed(tokenizer(text.decode().rstrip(), add_special_tokens=False).input_ids)
-        said = tokenizer.decode(session.generate(12, temperature=0))
-        right.append(parts.number.decode() in said.replace(" ", ""))
+        answer = tokenizer.decode(session.generate(12, temperature=0))
+        right.append(parts.number.decode() in answer.replace(" ", ""))
     return {"k": sum(right), "n": len(right), "depths": depths}
 
 
@@ -155,20 +155,20 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say
     train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
-    text = held_back(tokenizer, plan.tokens)
+    text = held_out_tokens(tokenizer, plan.tokens)
     measured: dict[str, Any] = {}
 
-    def ask(name: str, what: Callable[[], dict[str, Any]]) -> None:
-        measured[name] = measure_once(folder / f"{name}.json", what)
+    def record(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+        measured[name] = measure_once(folder / f"{name}.json", measure)
         say(f"{name}: done")
 
     part, segment = plan.part, plan.segment
-    ask("tuned", lambda: read(load_run(run)[0], text, part, segment))
-    ask("local", lambda: read(load_run(run)[0], text, part, segment, memory=False))
-    ask("untrained", lambda: read(load_converted(endless).model, text[: plan.untrained], part, segment))
-    ask("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
-    ask("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
-    ask("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
+    record("tuned", lambda: read(load_run(run)[0], text, part, segment))
+    record("local", lambda: read(load_run(run)[0], text, part, segment, memory=False))
+    record("untrained", lambda: read(load_converted(endless).model, text[: plan.untrained], part, segment))
+    record("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
+    record("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
+    record("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
     return outcome(measured, plan, trained_seconds([run]))
 
 
@@ -195,8 +195,10 @@ def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], t
     figures = []
     for first, last in spans:
         values = {label: _span(measured[name], first, last) for name, label in names.items()}
-        said = ", ".join(f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value))
-        figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", said))
+        perplexities = ", ".join(
+            f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value)
+        )
+        figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", perplexities))
     return figures, spans[-1]
 
 
@@ -225,11 +227,8 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
     ]
     flat = _span(tuned, first, last) <= _span(measured["local"], first, last) + SLACK and grown <= GROWTH
     gain = float(np.mean(measured["local"]["nats"]) - np.mean(tuned["nats"]))
-    verdict: Verdict = (
-        "does not hold" if not flat else "holds" if gain > 0 and measured["keys"]["k"] else "holds in part"
-    )
     return Outcome(
-        verdict=verdict,
+        verdict=graded(flat and gain > 0 and measured["keys"]["k"] > 0, flat),
         figures=figures,
         size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
         f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "

@@ -10,7 +10,7 @@ import numpy as np
 
 from longspan import mixers
 from longspan.errors import ConfigError
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded, signed
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.files import read_json
@@ -68,7 +68,7 @@ def _train(folder: Path, name: str, seed: int, limits: Mapping[str, Any], plan: 
     train_or_resume(recipe, folder)
 
 
-def done(folder: Path) -> tuple[int, int]:
+def steps_and_tokens(folder: Path) -> tuple[int, int]:
     """Optimizer steps and training tokens of a run."""
     lines = read_log(folder / "log.jsonl")
     return int(max(line["step"] for line in lines)), int(max(line.get("tokens", 0) for line in lines))
@@ -89,7 +89,7 @@ def evaluate_held_out(
     A model that carried states in training is evaluated with them, and with `alone` also without.
     """
 
-    def found() -> dict[str, Any]:
+    def evaluate() -> dict[str, Any]:
         model, task = load_run(folder)
         documents = choose(task.documents("validation"))
         train = read_json(folder / "recipe.json")["train"]
@@ -104,7 +104,7 @@ def evaluate_held_out(
             evaluations["memory" if memory else "alone"] = value.record()
         return {**evaluations, "names": list(documents.names), "parameters": model.num_parameters()}
 
-    return measure_once(folder / f"{file}.json", found)
+    return measure_once(folder / f"{file}.json", evaluate)
 
 
 def as_trained(record: Mapping[str, Any]) -> Evaluation:
@@ -117,7 +117,7 @@ def evaluation(record: Mapping[str, Any], key: str) -> Evaluation:
     return Evaluation.of(record[key], record["names"])
 
 
-def together(parts: list[Evaluation]) -> Evaluation:
+def sum_seeds(parts: list[Evaluation]) -> Evaluation:
     """Evaluations of several seeds as one, with nats of each document summed."""
     return functools.reduce(Evaluation.plus, parts)
 
@@ -130,7 +130,7 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
     for seed in range(plan.seeds):
         dense = folder / DENSE / "equal time" / f"seed-{seed}"
         _train(dense, DENSE, seed, {"minutes": plan.minutes}, plan)
-        dense_steps, _ = done(dense)
+        dense_steps, _ = steps_and_tokens(dense)
         per_step = {name: _tokens_per_step(name) for name in plan.names}
         steps = {name: max(dense_steps * per_step[DENSE] // per_step[name], 1) for name in plan.names}
         for setting in plan.settings:
@@ -143,19 +143,19 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
                 _train(run, name, seed, limits, plan)
                 record = _record(run, plan, steps[name] if setting == "equal tokens" else 0)
                 by_setting[setting].setdefault(name, []).append(record)
-                _tell(say, f"{setting}, {name}, seed {seed}", record)
+                _report(say, f"{setting}, {name}, seed {seed}", record)
     longer: dict[str, list[dict[str, Any]]] = {}
     for seed in range(plan.longer_seeds if plan.longer else 0):
         for name in dict.fromkeys([*WITHOUT, *WITHOUT.values()]):
             run = folder / name / "longer" / f"seed-{seed}"
             _train(run, name, seed, {"steps": plan.longer, "minutes": None}, plan)
             longer.setdefault(name, []).append(_record(run, plan, plan.longer) | curve(run))
-            _tell(say, f"longer, {name}, seed {seed}", longer[name][-1])
+            _report(say, f"longer, {name}, seed {seed}", longer[name][-1])
     return outcome(by_setting, plan, longer)
 
 
 def _record(run: Path, plan: Plan, target_steps: int) -> dict[str, Any]:
-    steps_done, read = done(run)
+    steps_done, read = steps_and_tokens(run)
     record = measure(run, plan) | {"steps": steps_done, "wanted": target_steps, "trained_on": read}
     return record | {"seconds": trained_seconds([run])}
 
@@ -166,7 +166,7 @@ def curve(run: Path) -> dict[str, list[float]]:
     return {"read": list(lines), "training": list(lines.values())}
 
 
-def _tell(say: Say, what: str, record: Mapping[str, Any]) -> None:
+def _report(say: Say, what: str, record: Mapping[str, Any]) -> None:
     say(f"{what}: {as_trained(record).bits_per_unit:.3f} bits per byte after {record['steps']:,} steps")
 
 
@@ -177,19 +177,19 @@ def _tokens_per_step(name: str) -> int:
 
 def bits_of(records: Sequence[Mapping[str, Any]]) -> float:
     """Bits per byte of a model over all seeds."""
-    return float(together([as_trained(record) for record in records]).bits_per_unit)
+    return float(sum_seeds([as_trained(record) for record in records]).bits_per_unit)
 
 
 def difference(ours: list[dict[str, Any]], dense: list[dict[str, Any]]) -> Interval:
     """Bits per byte minus those of dense attention over the seeds of both, with an interval over documents."""
     seeds = min(len(ours), len(dense))
-    pooled, reference = (together([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
-    return pooled.minus(reference)
+    left, right = (sum_seeds([as_trained(record) for record in part[:seeds]]) for part in (ours, dense))
+    return left.minus(right)
 
 
 def memory_gain(records: list[dict[str, Any]]) -> Interval:
     """Bits per byte with memory minus without, same weights, over all seeds."""
-    with_memory, without = (together([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
+    with_memory, without = (sum_seeds([evaluation(record, key) for record in records]) for key in ("memory", "alone"))
     return with_memory.minus(without)
 
 
@@ -244,7 +244,7 @@ def outcome(
         else ""
     )
     return Outcome(
-        verdict="holds" if better and all(better) else "holds in part" if any(better) else "does not hold",
+        verdict=graded(bool(better) and all(better), any(better)),
         figures=figures,
         size=f"4 layers of 128, bytes of State of the Union speeches, {plan.seeds} training seed(s), one thread; "
         f"equal time: {plan.minutes:g} minutes per run; equal tokens: as many as dense attention reads in "

@@ -48,8 +48,8 @@ def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
             maps[role] = (attention_maps(model, tokens, memory), part.tokens)
         _, state = model(tokens, state)
         memory = state.memory
-    written, fact_start = maps["write"][0], _find(maps["write"][1], fact)
-    on_fact = written[:, :count, count + fact_start : count + fact_start + len(fact)].sum(-1).max().item()
+    written, start = maps["write"][0], _find(maps["write"][1], fact)
+    on_fact = written[:, :count, count + start : count + start + len(fact)].sum(-1).max().item()
     on_memory = maps["keep"][0][:, :count, :count].sum(-1).max().item()
     read = maps["read"][0][:, -1, :count].sum(-1).max().item()
     return {
@@ -57,7 +57,7 @@ def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
         "kept": on_memory,
         "read": read,
         "maps": maps,
-        "place": fact_start,
+        "start": start,
         "count": count,
         "fact": fact,
     }
@@ -102,9 +102,9 @@ def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
 
 def _picture(task: MemoryTask, sample: dict[str, Any]) -> Any:
     weights, tokens = sample["maps"]["write"]
-    count, first = sample["count"], max(0, sample["place"] - 8)
+    count, first = sample["count"], max(0, sample["start"] - 8)
     head = int(
-        weights[:, :count, count + sample["place"] : count + sample["place"] + len(sample["fact"])].sum((1, 2)).argmax()
+        weights[:, :count, count + sample["start"] : count + sample["start"] + len(sample["fact"])].sum((1, 2)).argmax()
     )
     shown = weights[head, :count, count + first : count + first + _SHOWN].tolist()
     words = [task.tokenizer.decode([int(t)]).decode("utf-8", "replace").strip() or "·" for t in tokens]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, graded, signed
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.claims.similarity import (
     Agreement,
@@ -105,12 +105,12 @@ def by_frequency(documents: Documents, frequencies: Array, prior: float = math.i
     rows = []
     for index in range(len(documents)):
         part = documents[index].cut(0, len(documents[index]))
-        said, shares = part.targets[part.graded] - FIRST, frequencies
+        residues, shares = part.targets[part.graded] - FIRST, frequencies
         if prior < math.inf:
             seen = part.tokens[is_amino_acid(part.tokens)] - FIRST
             shares = np.bincount(seen, minlength=len(frequencies)) + prior * frequencies
             shares = shares / shares.sum()
-        rows.append((-np.log(shares[said]).sum(), len(said), (said == shares.argmax()).sum()))
+        rows.append((-np.log(shares[residues]).sum(), len(residues), (residues == shares.argmax()).sum()))
     nats, tokens, correct = np.array(rows).T
     counts = tokens.astype(np.int64)
     return Evaluation(tuple(documents.names), nats, counts, counts, correct.astype(np.int64), "residue")
@@ -133,7 +133,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
             scores["frequencies"] = by_frequency(some, task.frequencies())
             scores["frequencies in the sequence itself"] = by_frequency(some, task.frequencies(), PRIOR)
         scores[name] = _score(folders[name], model, some)
-        say(f"{name}: {_said(scores[name])}")
+        say(f"{name}: {_score_text(scores[name])}")
         maps[name] = _map(folders[name], model, short)
         words[name] = similarity_of_embeddings(model)
     # all runs have the same task, and so the same sequences
@@ -148,7 +148,7 @@ def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     return _outcome(plan, shape, scores, ways, len(short), seconds)
 
 
-def _said(evaluation: Evaluation) -> str:
+def _score_text(evaluation: Evaluation) -> str:
     bits, share = evaluation.interval(), evaluation.accuracy_interval()
     return (
         f"perplexity {2**bits.value:.2f} [{2**bits.low:.2f}, {2**bits.high:.2f}], "
@@ -172,7 +172,7 @@ def _outcome(
     verdict, note = _judge(scores, heads)
     paper = {"softmax features": "about equal to exact attention", "ReLU features": "best"}
     figures = [
-        Figure(f"masked residues, {name}", paper.get(name, ""), _said(evaluation))
+        Figure(f"masked residues, {name}", paper.get(name, ""), _score_text(evaluation))
         for name, evaluation in scores.items()
     ]
     for name in MIXERS:
@@ -233,14 +233,14 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
     beyond = bits["frequencies in the sequence itself"] - bits["exact"]
-    apart = abs(bits["softmax features"] - bits["exact"])
-    equal = gain > 0 and apart < EQUAL * gain
+    gap = abs(bits["softmax features"] - bits["exact"])
+    equal = gain > 0 and gap < EQUAL * gain
     alike = all(heads[name].spearman_p < 0.05 for name in MIXERS if name != "exact")
     parts = (
         f"ReLU features are {'' if best else 'not '}the best of the three.",
-        f"Softmax features differ from exact attention by {apart:.4f} bits, "
+        f"Softmax features differ from exact attention by {gap:.4f} bits, "
         + (
-            f"{apart / gain:.0%} of the {gain:.4f} bits that exact attention gains over frequencies "
+            f"{gap / gain:.0%} of the {gain:.4f} bits that exact attention gains over frequencies "
             f"({'less' if equal else 'not less'} than the {EQUAL:.0%} that would count as equal)."
             if gain > 0
             else "and exact attention gains nothing over frequencies."
@@ -255,8 +255,7 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
         "and the similarity of embeddings were added after the first result and do not affect the verdict.",
     )
     met = (best, equal, alike)
-    verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
-    return verdict, " ".join(parts)
+    return graded(all(met), any(met)), " ".join(parts)
 
 
 def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Array) -> Picture:

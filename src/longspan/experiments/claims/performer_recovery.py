@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once
 from longspan.experiments.figures import picture_of
 from longspan.report import Picture
@@ -84,7 +84,7 @@ def converted(model: Any, features: int, seed: int) -> Any:
     return twin
 
 
-def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
+def distill(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
     """Distill embeddings and hidden states of all layers from the original; returns the cosine of every step."""
     from longspan import hf
 
@@ -131,7 +131,7 @@ def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any
         mean = np.mean([scores["cosine"] for scores in untrained[str(features)]])
         say(f"{features} features, untrained: cosine {mean:.3f}")
     model = converted(teacher, plan.tuned, 0)
-    curve = distil(model, teacher, passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2), plan, say)
+    curve = distill(model, teacher, passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2), plan, say)
     return {
         "untrained": untrained,
         "curve": curve,
@@ -186,11 +186,7 @@ def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
     figures.append(Figure("cosine between different passages, original", "", f"{measured['even']:.3f}"))
     before = np.mean([draw["cosine"] for draw in measured["untrained"].get(str(plan.tuned), [tuned])])
     return Outcome(
-        verdict="holds"
-        if tuned["cosine"] >= GOAL
-        else "holds in part"
-        if tuned["cosine"] > before
-        else "does not hold",
+        verdict=graded(tuned["cosine"] >= GOAL, tuned["cosine"] > before),
         figures=figures,
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
         f"the Union speeches, {plan.held_out} of held-out ones; distilled on {plan.steps * plan.batch:,} passages, "

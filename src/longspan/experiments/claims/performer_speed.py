@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops, reference
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
-from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
+from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
 from longspan.experiments.claims.runs import measure_once
 
 PLANS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
@@ -52,7 +52,7 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
     names = [name for name in _LAYERS if length <= _MOST.get(name, length)]
     started = time.perf_counter()
     return {
-        "seconds": in_turn({name: step_of(name, length) for name in names}, _PAIRS),
+        "seconds": time_alternately({name: step_of(name, length) for name in names}, _PAIRS),
         "bytes": {name: float(peak_bytes(step_of, name, length)) for name in names},
         "took": {"all": time.perf_counter() - started},
     }
@@ -91,7 +91,7 @@ def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcom
     times = measured["seconds"][_OURS][longest] / measured["seconds"][_NONE][longest]
     quadratic = last_power(measured["seconds"][_DENSE]) > 1.5
     return Outcome(
-        verdict="does not hold" if not (linear and quadratic) else "holds" if times < 2 else "holds in part",
+        verdict=graded(linear and quadratic and times < 2, linear and quadratic),
         figures=figures,
         size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; CPU time of one "
         f"thread, median of {_PAIRS} alternating rounds; memory above the inputs, each in its own process",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import heat_figure, picture_of
 from longspan.models import build_model, describe_model
@@ -139,7 +139,7 @@ def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, se
     )
     some = any(value >= GOAL for value in best.values())
     return Outcome(
-        verdict="holds" if every and more else "holds in part" if some else "does not hold",
+        verdict=graded(every and more, some),
         figures=figures,
         size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
         f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-out "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.activations import blocks_alone
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.runs import measure_once
 from longspan.experiments.figures import picture_of
 from longspan.report import Picture
@@ -93,7 +93,7 @@ def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
     flat = grown["reversible"] <= GROWTH and by_mode["reversible"][-1]["saved"] == by_mode["reversible"][0]["saved"]
     less = by_mode["reversible"][-1]["peak"] < by_mode["plain"][-1]["peak"]
     return Outcome(
-        verdict="holds" if flat and less else "holds in part" if less else "does not hold",
+        verdict=graded(flat and less, less),
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
         "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; each "

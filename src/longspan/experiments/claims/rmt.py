@@ -9,10 +9,10 @@ import numpy as np
 
 from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
-from longspan.experiments.figures import picture_of
+from longspan.experiments.figures import interval_series, picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure
+from longspan.report.figures import Mark, line_figure
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
 from longspan.train import Answers, Interval, evaluate_answers, load_run
@@ -145,20 +145,10 @@ def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, se
 
 
 def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
-    series = []
-    for kind, lengths in by_kind.items():
-        values = [intervals(records) for records in lengths.values()]
-        low, high = [interval.low for interval in values], [interval.high for interval in values]
-        series.append(
-            Series(
-                x=list(lengths),
-                y=[interval.value for interval in values],
-                low=low,
-                high=high,
-                label=kind,
-                kind="marked",
-            )
-        )
+    series = [
+        interval_series(list(lengths), [intervals(records) for records in lengths.values()], label=kind)
+        for kind, lengths in by_kind.items()
+    ]
     return picture_of(
         line_figure,
         "rmt",

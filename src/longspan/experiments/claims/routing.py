@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from longspan.contract.replay import Choices
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded
 from longspan.experiments.claims.contest import (
     INTERVALS,
     Contest,
@@ -141,7 +141,7 @@ def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> O
     )
     minus = differences(models, LOCAL)[ROUTED]
     return Outcome(
-        verdict="holds" if minus.high < 0 else "holds in part" if minus.value < 0 else "does not hold",
+        verdict=graded(minus.high < 0, minus.value < 0),
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
         f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "

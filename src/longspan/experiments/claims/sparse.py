@@ -29,7 +29,7 @@ from longspan.experiments.claims.contest import (
     seeds_note,
     verdict_of,
 )
-from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
+from longspan.experiments.claims.growth import Step, growth_picture, peak_bytes, power, time_alternately
 from longspan.experiments.claims.language_modelling import bits_of
 from longspan.experiments.claims.runs import measure_once, read_recipe
 from longspan.report import Picture
@@ -121,7 +121,7 @@ def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
     for length in plan.lengths:
         timed = [way for way in (DENSE, FIXED, STRIDED) if length <= most.get(way, length)]
-        for way, seconds in in_turn({way: step_of(way, length) for way in timed}, plan.rounds).items():
+        for way, seconds in time_alternately({way: step_of(way, length) for way in timed}, plan.rounds).items():
             curves["seconds"].setdefault(way, {})[length] = seconds
         for way in (DENSE, FIXED, STRIDED, WEIGHTS):
             if length <= most.get(way, length):
@@ -217,7 +217,7 @@ def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
     )
     on_text = differences(text, DENSE)[FIXED]
     on_images = None if image is None else differences(image, DENSE)[STRIDED]
-    # a dense model no better than byte frequencies, or than chance, is no reference (rule added after the first result)
+    # a dense model no better than byte frequencies or chance is not a reference (rule added after the first result)
     learned = image is not None and bits_of(image[DENSE]) < min(measured["frequencies"], 8.0)
     met = (grows, on_text.high <= EQUAL, learned and on_images is not None and on_images.high <= EQUAL)
     leads = [on_text] if on_images is None else [on_text, on_images]

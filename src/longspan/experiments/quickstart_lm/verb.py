@@ -6,21 +6,13 @@ from typing import Annotated
 import typer
 
 from longspan.cli.outputs import check_output_folder
-from longspan.experiments.tour import (
-    AssignmentsOption,
-    Clock,
-    OutputOption,
-    ReuseOption,
-    finish,
-    say_step,
-    train_or_reuse,
-)
+from longspan.experiments import tour
 
 RECIPE = "quickstart-lm.toml"
 
 
 def quickstart_lm(
-    output: OutputOption = Path("out/quickstart-lm"),
+    output: tour.OutputOption = Path("out/quickstart-lm"),
     text: Annotated[
         str, typer.Option("--text", metavar="FILE", help="The long text to stream: kjv, or a file.")
     ] = "kjv",
@@ -30,12 +22,11 @@ def quickstart_lm(
             "--recipe", metavar="FILE", help="The recipe to train; a transformer_xl.", show_default=f"recipes/{RECIPE}"
         ),
     ] = None,
-    set_: AssignmentsOption = None,
+    set_: tour.AssignmentsOption = None,
     device: Annotated[
-        str,
-        typer.Option("--device", metavar="NAME", help="For every step; auto (CUDA if available), cpu, cuda, ..."),
+        str, typer.Option("--device", metavar="NAME", help="For every step; auto (CUDA if available), cpu, cuda, ...")
     ] = "",
-    reuse: ReuseOption = False,
+    reuse: tour.ReuseOption = False,
 ) -> int:
     """Stream a book in constant memory and write an HTML report; about seven minutes.
 
@@ -62,20 +53,20 @@ def quickstart_lm(
     if device:
         choose_device(device, what="--device")
         data = override(data, f"train.device={device}")
-    clock = Clock()
-    plan = make_plan(data, output, text, command_text=text)
-    say_step(1, 4, "using the model of an earlier run" if reuse else f"training {plan.describe_training()}")
-    train_or_reuse(plan.recipe, plan.run, reuse=reuse, display=TrainingTable())
+    clock = tour.Clock()
+    plan = make_plan(data, output, text)
+    tour.say_step(1, 4, "using the model of an earlier run" if reuse else f"training {plan.describe_training()}")
+    tour.train_or_reuse(plan.recipe, plan.run, reuse=reuse, display=TrainingTable())
     clock.lap("train")
-    say_step(2, 4, "comparing lengths of the memory on held-out speeches")
+    tour.say_step(2, 4, "comparing lengths of the memory on held-out speeches")
     memory = steps.compare_memories(plan)
     clock.lap("memory")
-    say_step(3, 4, f"streaming {plan.text_name}, {plan.size:,} bytes as one document, in two processes")
+    tour.say_step(3, 4, f"streaming {plan.text_name}, {plan.size:,} bytes as one document, in two processes")
     streamed = steps.stream(plan)
     clock.lap("stream")
-    say_step(4, 4, "continuing a held-out speech")
+    tour.say_step(4, 4, "continuing a held-out speech")
     written = steps.write_on(plan)
     clock.lap("write")
     verdicts = checks.check(plan, memory, streamed, clock)
     path = page.write(plan, verdicts, memory, streamed, written, clock)
-    return finish(verdicts, path)
+    return tour.finish(verdicts, path)
