@@ -112,7 +112,7 @@ class SparseCore(Core):
     ) -> tuple[Tensor, SparseState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        stride, empty = self.config.stride, k[:, :, :0].clone()
+        stride, empty = self.config.stride, k.new_zeros(*k.shape[:2], 0, k.shape[3])
         if not self.fixed:
             keys, values, memory = join(state, k, v, grows=self.grows)
             out = ops.sparse_attention(q, keys, values, **self.fields, **visible(rows, memory))
