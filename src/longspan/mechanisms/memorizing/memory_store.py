@@ -82,10 +82,10 @@ class MemoryStore:
             raise ConfigError(f"memory store: index = {index!r}: 'exact' or 'faiss'")
         faiss = _faiss() if index == "faiss" else None
         self.folder, self.write = Path(folder), write
-        given = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
+        wished = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
         exists = self._file.exists()
-        sizes = self._read(given) if exists else self._new(given)
-        self.kv_heads, self.head_dim, self.capacity = (int(sizes[name]) for name in given)
+        sizes = self._read(wished) if exists else self._new(wished)
+        self.kv_heads, self.head_dim, self.capacity = (int(sizes[name]) for name in wished)
         self.written: int = sizes["written"]
         """Pairs added since the store was last empty, evicted ones included."""
         if write:
@@ -129,13 +129,13 @@ class MemoryStore:
                 f"{self.folder}: keys and values must be ({self.kv_heads}, n, {self.head_dim}), "
                 f"got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        kept = min(count, self.capacity)
-        slots = np.arange(self.written + count - kept, self.written + count) % self.capacity
-        numbers = [t[:, count - kept :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
+        most = min(count, self.capacity)
+        slots = np.arange(self.written + count - most, self.written + count) % self.capacity
+        numbers = [t[:, count - most :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
         on_failure(functools.partial(self._put_back, self.written, slots, self._keys[:, slots], self._values[:, slots]))
         self._keys[:, slots], self._values[:, slots] = numbers
         self.written += count
-        if kept < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
+        if most < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
             self._rebuild()
         else:
             for head, graph in enumerate(self._graphs):
@@ -167,8 +167,8 @@ class MemoryStore:
         head = np.arange(self.kv_heads)[:, None, None]
         values = torch.from_numpy(np.asarray(self._values[head, numbers.numpy() % self.capacity]))
         shape = heads, count, top
-        found = Found(scores.view(shape), numbers.view(shape), values.view(*shape, dim))
-        return Found(*(t.to(queries.device) for t in found))
+        nearest = Found(scores.view(shape), numbers.view(shape), values.view(*shape, dim))
+        return Found(*(t.to(queries.device) for t in nearest))
 
     def clear(self) -> None:
         """Forget every pair; numbers start at 0 again.
@@ -253,8 +253,8 @@ class MemoryStore:
     def _approximate(self, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """As `_exact`, by the graphs, and exactly for the queries of which a graph does not know the answer."""
         oldest = self.written - len(self)
-        found = [graph.search(part.numpy(), top, oldest) for graph, part in zip(self._graphs, queries, strict=True)]
-        scores, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
+        answers = [graph.search(part.numpy(), top, oldest) for graph, part in zip(self._graphs, queries, strict=True)]
+        scores, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*answers, strict=True))
         for head, lacking in enumerate((numbers < 0).any(-1)):
             if bool(lacking.any()):
                 exact = self._exact(queries[head, lacking][None], slice(head, head + 1), top)
@@ -308,10 +308,10 @@ def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
         queries: (heads, n, head_dim).
         k: pairs for each query.
     """
-    found, true = store.search(queries, k).numbers, store.search(queries, k, exact=True).numbers
+    own, true = store.search(queries, k).numbers, store.search(queries, k, exact=True).numbers
     if not true.numel():
         return 1.0
-    hits = (true[..., :, None] == found[..., None, :]).any(-1)
+    hits = (true[..., :, None] == own[..., None, :]).any(-1)
     return float(hits.cpu().double().mean())
 
 
@@ -368,9 +368,9 @@ def read_and_write(
 
 
 def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
-    found = store.search(q, top)
-    weights = found.scores.softmax(-1).to(q.dtype)
-    values = (weights[..., None, :] @ found.values.to(q.dtype))[..., 0, :]
+    nearest = store.search(q, top)
+    weights = nearest.scores.softmax(-1).to(q.dtype)
+    values = (weights[..., None, :] @ nearest.values.to(q.dtype))[..., 0, :]
     return mixed(values, local, gate, torch.ones((), dtype=torch.bool, device=q.device))
 
 
