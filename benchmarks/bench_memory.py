@@ -1,9 +1,9 @@
-"""What recurrent memory costs over its backbone: time per token, one process, A B A B.
+"""Time per token of recurrent memory relative to its backbone, alternating (A B A B) in one process.
 
     python benchmarks/bench_memory.py [--pairs 7] [--segments 16] [--batch 8] [--threads 2]
 
 A: a RecurrentMemory over an encoder that streams segments of 499 tokens with 8 memory tokens. B: the same encoder on
-segments of 507. Bar: A needs at most 1.05 times the time of B per token of its input (507 columns a segment in both).
+segments of 507. Bar: A needs at most 1.05 times the time of B per token of its input (507 columns per segment in both).
 """
 
 import argparse

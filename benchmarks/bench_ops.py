@@ -1,13 +1,12 @@
-"""Speed of the attention operations against dense causal attention of PyTorch, in one process, timed in turn.
+"""Speed of the attention operations against dense causal attention of PyTorch, alternating in one process.
 
     python benchmarks/bench_ops.py [--lengths 4096 16384] [--pairs 5] [--threads N] [--only NAME] [--against CASE]
                                   [--cpu-time]
 
-Every operation is first held against its dense definition, outputs and gradients, at a small size; a wrong one gets no
-speed. Figures are ratios, dense time / operation time, so above 1 is faster than dense; with `--against` the time of
-another case takes its place (`--only "gated delta" --against "linear, features given"`). fp32, batch 1, 4
-heads of 64; the rows named "training" are 8 rows of 512 tokens with 512 older keys against dense attention over the
-same keys.
+Outputs and gradients of every operation are first compared with its dense definition at a small size; a wrong one is
+not timed. Figures are ratios, dense time / operation time, so above 1 is faster than dense; `--against` replaces dense
+attention by another case (`--only "gated delta" --against "linear, features given"`). fp32, batch 1, 4 heads of 64;
+rows named "training" are 8 rows of 512 tokens with 512 older keys, against dense attention over the same keys.
 """
 
 import argparse
@@ -27,7 +26,7 @@ HEADS, DIM = 4, 64
 
 
 class Case(NamedTuple):
-    """One operation with its settings; `stale` and `relative` say which tensors it takes."""
+    """One operation with its settings; `stale` and `relative` are tensors that it takes besides q, k, v."""
 
     name: str
     op: str
@@ -49,7 +48,7 @@ CASES = (
     Case("linear, features given", "linear_attention", {}),
     Case("gated delta", "gated_delta_attention", {}),
     Case("performer 256", "favor_attention", {}),
-    Case("performer 256, both sides", "favor_attention", {"causal": False}),
+    Case("performer 256, bidirectional", "favor_attention", {"causal": False}),
     Case("lsh 64, 1 round", "lsh_attention", {"bucket_size": 64, "rounds": 1}),
     Case("lsh 64, 4 rounds", "lsh_attention", {"bucket_size": 64, "rounds": 4}),
     Case("lsh 64, 1 round, sorted", "lsh_attention", {"bucket_size": 64, "rounds": 1, "selection": "sorted"}),
@@ -73,34 +72,34 @@ LEVELS = 13
 def tensors(
     case: Case, length: int, *, batch: int = 1, memory: int = 0, heads: int = HEADS, dim: int = DIM
 ) -> list[Tensor]:
-    """q, k, v and what the case needs beside them, as a model's projections hand them over."""
+    """q, k, v and other tensors of the case, laid out as a model's projections return them."""
     shape = (batch, length, heads, dim)
     keyed = (batch, memory + length, heads, dim)
-    found = [torch.randn(s).transpose(1, 2) for s in (shape, keyed, keyed)]
+    inputs = [torch.randn(s).transpose(1, 2) for s in (shape, keyed, keyed)]
     if case.relative:
         distances = case.settings["window"] + case.settings.get("segment", 0)
-        found += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
+        inputs += [torch.randn(heads, min(distances, memory + length), dim), *torch.randn(2, heads, dim).unbind()]
     if case.stale:
-        found += [found[1].clone(), found[2].clone()]
+        inputs += [inputs[1].clone(), inputs[2].clone()]
     if case.op == "linear_attention":
-        found[:2] = [F.elu(t) + 1 for t in found[:2]]
-    if case.op == "gated_delta_attention":  # decays as they begin in training, a few per cent a token
-        found[:2] = [F.normalize(t, dim=-1) for t in found[:2]]
-        found += [-F.softplus(torch.randn(batch, heads, length) - 3), torch.rand(batch, heads, length)]
+        inputs[:2] = [F.elu(t) + 1 for t in inputs[:2]]
+    if case.op == "gated_delta_attention":  # decays as at initialization, a few percent per token
+        inputs[:2] = [F.normalize(t, dim=-1) for t in inputs[:2]]
+        inputs += [-F.softplus(torch.randn(batch, heads, length) - 3), torch.rand(batch, heads, length)]
     if case.op == "infini_attention":
-        found.append(torch.zeros(heads))
-    if case.op == "bp_attention":  # levels that reach all of 65,536 tokens
+        inputs.append(torch.zeros(heads))
+    if case.op == "bp_attention":  # levels that cover 65,536 tokens
         entries = ops.bp_entries(case.settings["nearest"], LEVELS, True)
-        found += [torch.randn(LEVELS, heads, dim), torch.randn(entries, dim)]
+        inputs += [torch.randn(LEVELS, heads, dim), torch.randn(entries, dim)]
     if case.op == "adaptive_span_attention":
-        # as trained heads are: most near the ramp, one far; their mean is an eighth of the window
-        found.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
-    if case.op == "entmax_attention":  # an alpha a head, spread as training spreads them, or one for all
+        # like trained heads: most near the ramp, one far; their mean is an eighth of the window
+        inputs.append(torch.tensor([0.0, 0.03125, 0.09375, 0.375])[:heads] * case.settings["window"])
+    if case.op == "entmax_attention":  # an alpha per head, spread as after training, or one for all
         alpha = case.settings.get("alpha")
-        found.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
+        inputs.append(torch.linspace(1.1, 1.9, heads) if alpha is None else torch.full((heads,), alpha))
     if case.op in ("lsh_attention", "routing_attention") and not case.settings.get("separate"):
-        del found[2]  # keys are the queries
-    return [t.requires_grad_() for t in found]
+        del inputs[2]  # keys are the queries
+    return [t.requires_grad_() for t in inputs]
 
 
 def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
@@ -117,23 +116,23 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     if case.op == "favor_attention":
         inputs = [*inputs, projection(inputs[0].shape[-1])]
     out = getattr(where, case.op)(*inputs, **settings)
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
+    output: Tensor = out[0] if isinstance(out, tuple) else out
+    return output
 
 
 def lsh(where: Any, inputs: list[Tensor], *, rounds: int, separate: bool = False, **settings: Any) -> Tensor:
-    """LSH attention; buckets are as many as there are tokens in `bucket_size` (reformer-pytorch's count)."""
+    """LSH attention with length / `bucket_size` buckets, as in reformer-pytorch."""
     q, v, *k = inputs
     count = max(2, q.shape[2] // settings["bucket_size"] // 2 * 2)
     turn = rotations(q.shape[1], rounds, q.shape[3], count)
-    found: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
-    return found
+    output: Tensor = where.lsh_attention(q, v, k=k[0] if separate else None, rotations=turn, **settings)
+    return output
 
 
 def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **settings: Any) -> Tensor:
-    """Routing attention; clusters are as many as there are windows in the text."""
+    """Routing attention with length / `window` clusters."""
     q, v, *k = inputs if not separate else (inputs[0], inputs[2], inputs[1])
-    found: Tensor = where.routing_attention(
+    output: Tensor = where.routing_attention(
         q,
         k[0] if separate else q,
         v,
@@ -141,18 +140,18 @@ def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **setti
         itself=separate,
         **settings,
     )
-    return found
+    return output
 
 
 @functools.cache
 def centroids(heads: int, clusters: int, dim: int) -> Tensor:
-    """Those of the routing rows."""
+    """Centroids of the routing rows."""
     return F.normalize(torch.randn(heads, clusters, dim, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
 @functools.cache
 def rotations(heads: int, rounds: int, dim: int, buckets: int) -> Tensor:
-    """Those of the lsh rows."""
+    """Rotations of the lsh rows."""
     return torch.randn(heads, rounds, dim, buckets // 2, generator=torch.Generator().manual_seed(0))
 
 
@@ -163,7 +162,7 @@ def projection(dim: int) -> Tensor:
 
 
 def is_right(case: Case) -> bool:
-    """Outputs and gradients equal the definition at a size where every kind of tile occurs."""
+    """Whether outputs and gradients equal the definition, at a size where every kind of tile occurs."""
     generator = torch.Generator().manual_seed(1)
     small = {
         name: max(value // 8, 1) if type(value) is int and name != "rounds" else value
@@ -171,16 +170,16 @@ def is_right(case: Case) -> bool:
     }
     case = case._replace(settings=small)
     inputs = tensors(case, 333, batch=2, dim=16)
-    results = []
+    outputs_and_gradients = []
     for where in (ops, reference):
         out = call(case, where, inputs)
         grad = torch.randn(out.shape, generator=generator.manual_seed(2))
-        results.append((out, *torch.autograd.grad(out, inputs, grad)))
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*results, strict=True))
+        outputs_and_gradients.append((out, *torch.autograd.grad(out, inputs, grad)))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*outputs_and_gradients, strict=True))
 
 
 def steps(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], train: bool) -> Callable[[], object]:
-    """A forward without gradients, or forward and backward."""
+    """A forward pass without gradients, or a forward and backward pass."""
     if not train:
 
         def forward() -> Tensor:
@@ -193,31 +192,31 @@ def steps(function: Callable[[list[Tensor]], Tensor], inputs: list[Tensor], trai
 
 
 def dense(inputs: list[Tensor]) -> Tensor:
-    """What everything causal is measured against."""
+    """Baseline of causal operations."""
     return F.scaled_dot_product_attention(*inputs, is_causal=True)
 
 
 def dense_both(inputs: list[Tensor]) -> Tensor:
-    """What sees both sides is measured against this."""
+    """Baseline of bidirectional operations."""
     return F.scaled_dot_product_attention(*inputs)
 
 
 def extended(inputs: list[Tensor]) -> Tensor:
-    """Dense attention over older keys: what the training rows are measured against."""
+    """Baseline of the training rows: dense attention over older keys."""
     return ops.full_attention(*inputs)
 
 
 def report(case: Case, label: str, base: Any, base_inputs: list[Tensor], inputs: list[Tensor], options: Any) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     cells = []
     for train in (False,) if options.forward_only else (False, True):
-        result = compare(
+        comparison = compare(
             steps(base, base_inputs, train),
             steps(lambda x: call(case, ops, x), inputs, train),
             pairs=options.pairs,
             clock=time.process_time if options.cpu_time else time.perf_counter,
         )
-        cells.append(f"{result.ratio:8.2f} {result.base * 1e3:9.1f} {result.other * 1e3:9.1f}")
+        cells.append(f"{comparison.ratio:8.2f} {comparison.base * 1e3:9.1f} {comparison.candidate * 1e3:9.1f}")
     print(f"{label:>18} {case.name:<26}" + " |".join(cells), flush=True)
 
 
@@ -228,14 +227,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="")
-    parser.add_argument("--against", choices=[case.name for case in CASES], help="a case in place of dense attention")
+    parser.add_argument(
+        "--against", choices=[case.name for case in CASES], help="a case as baseline instead of dense attention"
+    )
     parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument("--cpu-time", action="store_true", help="with --threads 1 where the machine is busy")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine; with --threads 1")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     print(
-        f"torch {torch.__version__}, {options.threads} threads, median of {options.pairs} pairs timed in turn, "
+        f"torch {torch.__version__}, {options.threads} threads, median of {options.pairs} alternating pairs, "
         f"{'CPU' if options.cpu_time else 'wall'} time"
     )
     print(f"{'length':>18} {'operation':<26}{'forward: ratio, dense ms, op ms':<28} | forward + backward: the same")
@@ -245,20 +246,20 @@ def main() -> None:
             if is_right(case):
                 cases.append(case)
             else:
-                print(f"{case.name}: differs from its definition; no speed is shown")
-    other = next((case for case in CASES if case.name == options.against), None)
+                print(f"{case.name}: differs from its definition; not timed")
+    baseline = next((case for case in CASES if case.name == options.against), None)
     for length in options.lengths:
         base_inputs = [torch.randn(1, HEADS, length, DIM).requires_grad_() for _ in range(3)]
-        if other is not None:
-            base_inputs = tensors(other, length)
+        if baseline is not None:
+            base_inputs = tensors(baseline, length)
         for case in cases:
             base = dense if case.settings.get("causal", True) else dense_both
-            if other is not None:
-                base = functools.partial(call, other, ops)
+            if baseline is not None:
+                base = functools.partial(call, baseline, ops)
             report(case, str(length), base, base_inputs, tensors(case, length), options)
     for case in cases:
         if case.op not in ("window_attention", "relative_attention"):
-            continue  # carries sums, not older keys
+            continue  # the others carry sums, not older keys
         for batch, heads, dim in ((8, 4, 64), (16, 8, 32)):
             inputs = tensors(case, 512, batch=batch, memory=512, heads=heads, dim=dim)
             label = f"training {batch}x{heads}x{dim}"

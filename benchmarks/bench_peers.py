@@ -1,12 +1,12 @@
-"""Content-based attention beside public packages of the same mechanism: time in one process, in turn, and memory.
+"""Content-based attention against public packages of the same mechanism: alternating time in one process, and memory.
 
     pip install --no-deps reformer-pytorch routing-transformer local-attention einops \
         "product-key-memory<0.2" axial-positional-embedding mixture-of-experts
     python benchmarks/bench_peers.py [--lengths 4096 16384] [--pairs 3] [--threads 2] [--cpu-time]
 
-4 heads of 64, fp32, batch 1, causal, attention alone (given shared queries and keys, and values), the packages in
-training mode. Ratios are the package's time over ours, above 1 is faster; memory is the most above the inputs, each in
-a process of its own. The packages let later tokens change what earlier ones see, so they do not compute the same.
+4 heads of 64, fp32, batch 1, causal, attention only (of shared queries and keys, and values), the packages in training
+mode. Ratios are the package's time over ours, above 1 is faster; memory is the peak above the inputs, each in its own
+process. In the packages later tokens change what earlier ones see, so they do not compute the same function.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PAIRS = (
 
 
 def ours(name: str) -> tuple[Callable[[list[Tensor]], Tensor], Case]:
-    """Our operation and what it takes."""
+    """Our operation and its case."""
     if name not in OURS:
         plain = OURS[name.removesuffix(", sorted")]
         OURS[name] = plain._replace(name=name, settings={**plain.settings, "selection": "sorted"})
@@ -51,24 +51,24 @@ def peer(name: str, length: int) -> Callable[[list[Tensor]], Tensor]:
     from routing_transformer.routing_transformer import KmeansAttention
 
     routing: Any = KmeansAttention(length // 256, 256, HEADS, DIM, causal=True, shared_qk=True)
-    routing(*(torch.randn(1, HEADS, length, DIM) for _ in range(3)))  # sets its centroids
+    routing(*(torch.randn(1, HEADS, length, DIM) for _ in range(3)))  # initializes its centroids
     return lambda inputs: routing(inputs[0], inputs[0], inputs[1])[0]
 
 
 def step_of(name: str, length: int) -> Callable[[], object]:
-    """Forward and backward of one of ours or of a package."""
+    """Forward and backward pass of one of ours or of a package."""
     mine = not name.startswith(("reformer", "routing-"))
     function, case = ours(name) if mine else (peer(name, length), OURS["lsh 64, 4 rounds"])
     return steps(function, tensors(case, length), train=True)
 
 
 def main() -> None:
-    """A row for each pair."""
+    """Print a row per pair."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--cpu-time", action="store_true", help="where other processes use the machine; one thread")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy machine; with one thread")
     options = parser.parse_args()
     import time
 
@@ -88,8 +88,8 @@ def main() -> None:
                 ).ratio
                 for train in (False, True)
             ]
-            held = [peak_bytes(step_of, each, length) / 1e6 for each in (theirs, name)]
-            figures = f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}{held[0]:>10,.0f}{held[1]:>8,.0f}"
+            peaks = [peak_bytes(step_of, package, length) / 1e6 for package in (theirs, name)]
+            figures = f"{ratios[0]:>8.2f}{ratios[1]:>8.2f}{peaks[0]:>10,.0f}{peaks[1]:>8,.0f}"
             print(f"{length:>8} {theirs:<28}{name:<28}{figures}", flush=True)
 
 

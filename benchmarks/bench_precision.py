@@ -1,9 +1,9 @@
-"""How far a compressive memory of bf16 input is from one in fp64, after a thousand and a hundred thousand segments.
+"""Error of a compressive memory with bf16 input against fp64, after a thousand and a hundred thousand segments.
 
     python benchmarks/bench_precision.py [--segments 1000 100000]
 
-One token a segment, a head of 8, random keys and values rounded to bf16; what a probe reads from the memory, the
-relative difference to the same run in fp64. Minutes, as the delta update goes segment by segment.
+One token per segment, one head of 8, random keys and values rounded to bf16. The error is the relative difference of a
+probe's output to the same run in fp64. It takes minutes, as the delta update is sequential over segments.
 """
 
 import argparse
@@ -18,11 +18,11 @@ A_CALL, DIM = 1000, 8
 
 
 def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, float]:
-    """Relative difference of what is read, by the number of segments."""
+    """Relative error of the probe's output, by number of segments."""
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
 
     def read(tokens: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-        k, v = (each.to(dtype) for each in tokens)
+        k, v = (t.to(dtype) for t in tokens)
         rule = {"segment": 1, "update": update, "normaliser": normaliser}
         out, after = ops.infini_attention(k, k, v, gate, state=states[dtype], **rule)
         if len(k[0, 0]) > 1:
@@ -31,7 +31,7 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
 
     states = {dtype: ops.empty_memory(1, 1, DIM, DIM, None, dtype) for dtype in (torch.bfloat16, torch.float64)}
     probe = torch.randn(1, 1, 1, DIM, generator=generator).bfloat16()
-    found = {}
+    errors = {}
     for done in range(A_CALL, max(segments) + 1, A_CALL):
         tokens = tuple(torch.randn(1, 1, A_CALL, DIM, generator=generator).bfloat16() for _ in range(2))
         for dtype in states:
@@ -40,18 +40,18 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
             ours, exact = (read((probe, probe), dtype) for dtype in states)
             if not bool(ours.isfinite().all()):
                 raise SystemExit(f"{update}, {normaliser}: not finite after {done:,} segments")
-            found[done] = float((ours - exact).norm() / exact.norm())
-    return found
+            errors[done] = float((ours - exact).norm() / exact.norm())
+    return errors
 
 
 def main() -> None:
-    """A row for each form of the memory."""
+    """Print a row per form of the memory."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--segments", type=int, nargs="+", default=[1000, 100_000], help="multiples of 1,000")
     options = parser.parse_args()
     for update, normaliser in itertools.product(("linear", "delta"), ("paper", "gamma")):
-        found = differences(update, normaliser, options.segments)
-        print(f"{update:<7} {normaliser:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in found.items()), flush=True)
+        errors = differences(update, normaliser, options.segments)
+        print(f"{update:<7} {normaliser:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in errors.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Timing two things against each other: in turn, in one process, so that a slow minute hits both."""
+"""Timing two functions alternately in one process, so that a slow minute affects both."""
 
 import statistics
 import time
@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Comparison(NamedTuple):
-    """Seconds of each (medians) and the median of the ratios taken pair by pair."""
+    """Median seconds of both functions, and the median ratio of pairs."""
 
     base: float
-    other: float
+    candidate: float
     ratio: float
 
 
@@ -25,25 +25,25 @@ def once(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float
 
 
 def compare(
-    base: Callable[[], Any], other: Callable[[], Any], *, pairs: int = 5, clock: Clock = time.perf_counter
+    base: Callable[[], Any], candidate: Callable[[], Any], *, pairs: int = 5, clock: Clock = time.perf_counter
 ) -> Comparison:
-    """Time `base` and `other` in turn, A B A B, after a call of each that does not count.
+    """Time `base` and `candidate` alternately, A B A B, after a warm-up call of each.
 
-    A call much shorter than its partner is repeated, so that both are measured over a like time.
+    A candidate much faster than the base is repeated, so that both are measured over a similar time.
 
     Args:
-        base: what `ratio` counts as 1.
-        other: what is compared; ratio = base / other, above 1 is faster than base.
-        pairs: how many A B are timed.
-        clock: wall time, or `time.process_time` where other processes use the machine (then with one thread).
+        base: the baseline.
+        candidate: the function to compare; ratio = base / candidate, above 1 is faster than base.
+        pairs: number of A B pairs.
+        clock: wall time, or `time.process_time` on a busy machine (then with one thread).
     """
-    once(other)
-    first, second = once(base, clock), once(other, clock)
+    once(candidate)
+    first, second = once(base, clock), once(candidate, clock)
     repeats = max(1, min(8, round(first / second)))
     times = []
     for _ in range(pairs):
         left = once(base, clock)
-        right = sum(once(other, clock) for _ in range(repeats))
+        right = sum(once(candidate, clock) for _ in range(repeats))
         times.append((left, right / repeats))
     return Comparison(
         statistics.median(left for left, _ in times),

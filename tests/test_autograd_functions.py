@@ -12,17 +12,13 @@ import longspan
 PACKAGE = Path(longspan.__file__).parent
 ROOMS = ("engine", "contract", "mechanisms")
 BASES = ("FirstOrder", "Function")
-MOST = 15
+MOST = 10
 
 SOFTMAX = {
-    "engine/softmax.py:Attention": "schedules of tiles: the one that all patterns should use",
-    "mechanisms/bp/softmax.py:_Attention": "rows of a table, gathered: to become a schedule of blocks",
-    "engine/block_sparse.py:_BlockSparse": "sorted lists of blocks: to become a schedule of blocks",
+    "engine/softmax.py:Attention": "schedules of tiles, which read ranges of keys or lists of blocks",
 }
 OTHERS = {
     "engine/first_order.py:FirstOrder": "the base of the others",
-    "engine/first_order.py:_Refused": "refuses second derivatives",
-    "engine/first_order.py:_Library": "refuses them for torch's fused kernel",
     "mechanisms/memorizing/operation.py:_Retrieve": "the best keys of a search: their columns and weights are saved",
     "mechanisms/entmax/tiles.py:EntmaxTiles": "entmax has no log-sum-exp to merge or recompute from",
     "mechanisms/entmax/operation.py:_Entmax": "entmax of scores",
@@ -31,7 +27,6 @@ OTHERS = {
     "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, faster than torch's convolution",
     "mechanisms/bp/nodes.py:_Pool": "nodes of a tree, pooled level by level",
     "mechanisms/compressive/compressors.py:Frozen": "a projection whose parameters get no gradient",
-    "contract/gradients.py:_WithGradients": "zero gradients for the parameters that a call did not use",
 }
 
 

@@ -1,5 +1,6 @@
 """Files that survive a kill at any instant: written under a temporary name, flushed to disk, then renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,16 +65,12 @@ def _write_into(path: Path, write: Callable[[Path], object]) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable; some file systems cannot, and then it is the best that can be had."""
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_json(path: str | Path, data: Any) -> Path:

@@ -23,16 +23,19 @@ R = TypeVar("R")
 _NAME = "_longspan_values"
 
 
-def eager(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that torch.compile leaves as it is: the graph ends before it and goes on behind it.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def uncompiled(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """A call that torch.compile leaves as it is: the graph ends before it and goes on behind it."""
+    return function(*args, **kwargs)
 
-    For what depends on values that the host reads, and for the library's autograd functions.
-    """
-    outside: Callable[P, R] = torch.compiler.disable(function)
+
+def eager(function: Callable[P, R]) -> Callable[P, R]:
+    """A function all of whose calls are `uncompiled`: for what depends on values that the host reads."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return outside(*args, **kwargs) if torch.compiler.is_dynamo_compiling() else function(*args, **kwargs)
+        compiling = torch.compiler.is_dynamo_compiling()
+        return uncompiled(function, *args, **kwargs) if compiling else function(*args, **kwargs)
 
     return call
 
@@ -49,30 +52,39 @@ def put(array: Array, device: torch.device) -> Tensor:
     return remember(torch.tensor(array, device=device), array)
 
 
-def derive(function: Function, *tensors: Tensor) -> Tensor:
-    """`function` of tensors, which knows its values where they do; it must mean the same for arrays as for tensors."""
+def derive(function: Function, *tensors: Tensor, on_arrays: Function | None = None) -> Tensor:
+    """`function` of tensors, which knows its values where they all do.
+
+    Args:
+        function: of the tensors.
+        tensors: its arguments.
+        on_arrays: the same of arrays; default: `function` itself, where it means the same for both.
+    """
     out: Tensor = function(*tensors)
     known = [getattr(tensor, _NAME, None) for tensor in tensors]
-    return out if any(array is None for array in known) else remember(out, np.asarray(function(*known)))
+    return out if any(array is None for array in known) else remember(out, np.asarray((on_arrays or function)(*known)))
 
 
 def maximum(one: Tensor, other: Tensor) -> Tensor:
     """The larger of two tensors, knowing its values where both do."""
-    first, second = (getattr(tensor, _NAME, None) for tensor in (one, other))
-    out = torch.maximum(one, other)
-    return out if first is None or second is None else remember(out, np.maximum(first, second))
+    return derive(torch.maximum, one, other, on_arrays=np.maximum)
 
 
 def expand(tensor: Tensor, rows: int) -> Tensor:
     """(1 or rows, n) to (rows, n), knowing its values where the tensor does."""
-    array = getattr(tensor, _NAME, None)
-    out = tensor.expand(rows, -1)
-    return out if array is None else remember(out, np.broadcast_to(array, tuple(out.shape)))
+    return derive(lambda x: x.expand(rows, -1), tensor, on_arrays=lambda x: np.broadcast_to(x, (rows, x.shape[1])))
 
 
 def values(tensor: Tensor) -> Array | None:
     """The values of one tensor: remembered ones, else read; None where there are none."""
     return read([tensor])[0]
+
+
+def known(tensor: Tensor) -> Array:
+    """The values of a tensor that has them."""
+    array = values(tensor)
+    assert array is not None
+    return array
 
 
 def some(tensor: Tensor) -> bool:

@@ -1,7 +1,10 @@
 """This process: how much memory it holds, and the signals that ask it to end."""
 
+import contextlib
 import signal
 import sys
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,18 @@ def stop_signals() -> list[int]:
 def handle_signal(number: int, handler: Any) -> Any:
     """Set a signal's handler, and return the earlier one; None stands for one that Python did not set, which stays."""
     return signal.getsignal(number) if handler is None else signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def handling(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Inside, these signals call `handler`; nothing changes outside of the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    earlier = {number: handle_signal(number, handler) for number in (numbers if main else ())}
+    try:
+        yield
+    finally:
+        for number, before in earlier.items():
+            handle_signal(number, before)
 
 
 def resident_bytes() -> int | None:

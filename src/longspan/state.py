@@ -11,7 +11,6 @@ that only grow are in fp64 where the device has it, and named by a method `sums(
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -25,7 +24,6 @@ from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 __all__ = [
     "State",
@@ -74,14 +72,9 @@ def _map(function: Callable[[str, Tensor], Tensor], state: S, name: str = "") ->
 
 def tensors(state: Any) -> dict[str, Tensor]:
     """Every tensor of a state by its path, such as `layers.0.k`."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, tensor: Tensor) -> Tensor:
-        found[name] = tensor
-        return tensor
-
-    _map(keep, state)
-    return found
+    named: dict[str, Tensor] = {}
+    _map(named.setdefault, state)
+    return named
 
 
 def replace(state: S, by: Mapping[str, Tensor]) -> S:
@@ -125,54 +118,34 @@ def fit(state: S, dtype: torch.dtype) -> S:
 def _converted(state: Any, device: torch.device | None, dtype: torch.dtype | None, least: torch.dtype | None) -> Any:
     """`to`; `least`: all of this is accumulators, of that type at least. The same object where nothing changes."""
     if isinstance(state, Tensor):
-        if not state.is_floating_point():
-            return state if device is None else state.to(device)
-        kind = dtype or state.dtype
-        kind = kind if least is None else torch.promote_types(kind, least)
-        if kind == torch.float64 and not host.has_float64(device or state.device):
-            kind = torch.float32
+        kind = state.dtype
+        if kind.is_floating_point:
+            kind = dtype or kind
+            kind = kind if least is None else torch.promote_types(kind, least)
+            if kind == torch.float64 and not host.has_float64(device or state.device):
+                kind = torch.float32
         if device is None:
             return state if state.dtype == kind else state.to(kind)
         return state.to(device, kind)
     if state is None:
         return None
     fields = getattr(state, "_fields", None)
+    names = fields or range(len(state))
     floor = {} if fields is None else _floors(state)
-    parts, same = [], True
-    for place, part in enumerate(state):
-        at_least = least or (floor.get(fields[place]) if fields is not None else None)
-        # most need nothing, and every token of a stream comes here in every layer
-        fits = device is None and (part is None or (isinstance(part, Tensor) and _fits(part, dtype, at_least)))
-        new = part if fits else _converted(part, device, dtype, at_least)
-        parts.append(new)
-        same = same and new is part
-    if same:
+    parts = [_converted(part, device, dtype, least or floor.get(name)) for name, part in zip(names, state, strict=True)]
+    if all(new is old for new, old in zip(parts, state, strict=True)):
         return state
-    return type(state)(*parts) if fields is not None else tuple(parts)
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype | None, least: torch.dtype | None) -> bool:
-    """Whether it is certain at a glance that a tensor stays what it is."""
-    found = tensor.dtype
-    if found == torch.int64 or found == torch.bool:
-        return True
-    if least is None or least == torch.float64:
-        return found == (least or dtype)
-    return found == least and dtype is not None and dtype != torch.float64
+    return tuple(parts) if fields is None else type(state)(*parts)
 
 
 def _floors(state: Any) -> dict[str, torch.dtype]:
     """The least types of the fields of a state that are accumulators."""
     floor: dict[str, torch.dtype] = {}
     for method, kind in (("accumulators", torch.float32), ("sums", torch.float64)):
-        floor |= dict.fromkeys(_named_by(state, method), kind)
+        named_by = getattr(state, method, None)
+        if callable(named_by) and not isinstance(named_by, Tensor):  # a tensor of that name is no method
+            floor |= dict.fromkeys(named_by(), kind)
     return floor
-
-
-def _named_by(state: Any, method: str) -> tuple[str, ...]:
-    """The fields that a method of the state names; a tensor of that name is no method."""
-    found = getattr(state, method, None)
-    return tuple(found()) if callable(found) and not isinstance(found, Tensor) else ()
 
 
 def live(state: Any, batch_size: int, device: torch.device | str | None = None) -> Tensor:
@@ -184,7 +157,7 @@ def live(state: Any, batch_size: int, device: torch.device | str | None = None) 
 
 
 def save(path: str | Path, state: Any, header: Mapping[str, Any] | None = None) -> Path:
-    """Write a state as safetensors, atomically; `header` is plain data kept beside it.
+    """Write a state as safetensors, atomically, with plain data beside it (`header`).
 
     Raises:
         CheckpointError: the file could not be written; an earlier one of that name still stands.
@@ -277,24 +250,23 @@ def owned(undo: Undo | None = None) -> Iterator[None]:
         _undo.reset(tokens[0])
 
 
-def all_or_nothing(function: Function) -> Function:
-    """Makes of a function one that takes back what it wrote outside its state (stores on disk) when it raises."""
+def all_or_nothing() -> contextlib.AbstractContextManager[None]:
+    """Inside, what is written outside the state (stores on disk) is taken back where the block raises; blocks nest."""
+    inner = torch.compiler.is_compiling() or _undo.get() is not None
+    return contextlib.nullcontext() if inner else _undoing()
 
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _undo.get() is not None:
-            return function(*args, **kwargs)
-        undo = Undo()
-        token = _undo.set(undo)
-        try:
-            return function(*args, **kwargs)
-        except BaseException:
-            undo.run()
-            raise
-        finally:
-            _undo.reset(token)
 
-    return cast(Function, call)
+@contextlib.contextmanager
+def _undoing() -> Iterator[None]:
+    undo = Undo()
+    token = _undo.set(undo)
+    try:
+        yield
+    except BaseException:
+        undo.run()
+        raise
+    finally:
+        _undo.reset(token)
 
 
 def on_failure(step: Callable[[], Any]) -> None:

@@ -20,12 +20,7 @@ _SCORED = 64
 
 
 class SessionState(NamedTuple):
-    """What a session keeps between two tokens.
-
-    Attributes:
-        model: the model's state.
-        logits: (1, vocab_size), the prediction of the next token; zeros before the first.
-    """
+    """The model's state between two tokens, and the prediction (1, vocab_size) of the next; zeros before the first."""
 
     model: StackState | RecurrentState
     logits: Tensor
@@ -37,12 +32,8 @@ class SessionState(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a session is. It moves by one assignment, so that no interruption finds it half-way.
-
-    Attributes:
-        state: what it keeps.
-        position: tokens since the last reset.
-        undo: what the call that is under way has written into `state`.
+    """Where a session is, with what the call that is under way has written into its state (`undo`). It moves by one
+    assignment, so that no interruption finds it half-way.
     """
 
     state: SessionState
@@ -51,13 +42,8 @@ class _Place(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of tokens that were read.
-
-    Attributes:
-        nats: (n,) what each cost given all before it (the first of a stream: given nothing, log(vocab_size)).
-        likeliest: (n,) bool, whether no other token was likelier.
-
-    Both are on the model's device.
+    """Of tokens that were read, on the model's device: the nats (n,) that each cost given all before it (the first of a
+    stream: given nothing, log(vocab_size)), and whether (n,) no other token was likelier.
     """
 
     nats: Tensor
@@ -65,11 +51,7 @@ class Scores(NamedTuple):
 
 
 def _streaming(model: Any) -> Any:
-    """What a session calls: the model inside all that stands around it.
-
-    Raises:
-        ConfigError: no model of this library.
-    """
+    """What a session calls: the model inside all that stands around it; a ConfigError where it is none of ours."""
     whole = model if hasattr(model, "traits") else unwrapped(model)
     for opener in () if hasattr(whole, "traits") else OPENERS:
         opened = opener(whole)
@@ -108,9 +90,7 @@ class StreamSession:
         self.model: Any = model.eval()
         segment = model.traits.segment or 256
         self.chunk = chunk or segment * -(-256 // segment)
-        vocabulary = model.vocab_size
-        device, dtype = place_of(model)
-        logits = torch.zeros(1, vocabulary, device=device, dtype=dtype)
+        logits = torch.zeros(1, model.vocab_size, **place_of(model)._asdict())
         self._settle(SessionState(model.init_state(1), logits), 0)
 
     # -- reading ---------------------------------------------------------------------------------------------------

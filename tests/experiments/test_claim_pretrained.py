@@ -24,8 +24,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path) -> tuple[Any, list[str]]:
     said: list[str] = []
-    found = claim.measure(folder / "out", PLAN, lambda: open_pretrained(str(folder / "llama")), said.append)
-    return found, said
+    outcome = claim.measure(folder / "out", PLAN, lambda: open_pretrained(str(folder / "llama")), said.append)
+    return outcome, said
 
 
 def test_it_converts_trains_and_reads_and_a_second_call_only_looks(folder: Path) -> None:

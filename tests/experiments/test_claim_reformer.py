@@ -51,12 +51,12 @@ def test_without_hashing_everything_is_seen() -> None:
     seen = weights > 0
     assert torch.equal(seen, torch.ones(63, 63).tril(-1).bool() | (torch.arange(63) == 0).diag())
     hashed = reformer_copy.mixer("strict", 4, 31)
-    one, other = (reformer_copy.with_rounds(model, hashed, seed) for seed in (1, 2))
-    assert not torch.equal(one.layers[0].mixer.core.rotations, other.layers[0].mixer.core.rotations)
-    torch.testing.assert_close(one.embedding.weight.double(), model.embedding.weight, atol=1e-6, rtol=0)
+    left, right = (reformer_copy.with_rounds(model, hashed, seed) for seed in (1, 2))
+    assert not torch.equal(left.layers[0].mixer.core.rotations, right.layers[0].mixer.core.rotations)
+    torch.testing.assert_close(left.embedding.weight.double(), model.embedding.weight, atol=1e-6, rtol=0)
     tokens = torch.randint(9, (1, 63))
     # buckets of so few tokens hold all of what falls into them; what does not is not seen
-    assert not torch.equal(one(tokens)[0], other(tokens)[0])
+    assert not torch.equal(left(tokens)[0], right(tokens)[0])
     assert build_model({**fields, "mixers": [hashed]}).traits.streams
 
 
@@ -71,10 +71,10 @@ def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> Non
         row = {"full": 0.01, "8": value, "4": value, "2": value, "1": value}
         return {"full": row, "4": row, "2": row, "1": row}
 
-    found = reformer_copy.outcome({"strict": rows(strict), "sorted": rows(ordered)}, plan, 1.0)
-    assert found.verdict == verdict
-    assert found.figures[1].paper == "0.8 / 100 / 99.9 / 99.4 / 91.9"
-    assert [drawn.name for drawn in found.pictures] == ["reformer-copy-strict", "reformer-copy-sorted"]
+    outcome = reformer_copy.outcome({"strict": rows(strict), "sorted": rows(ordered)}, plan, 1.0)
+    assert outcome.verdict == verdict
+    assert outcome.figures[1].paper == "0.8 / 100 / 99.9 / 99.4 / 91.9"
+    assert [drawn.name for drawn in outcome.pictures] == ["reformer-copy-strict", "reformer-copy-sorted"]
 
 
 def test_more_rounds_in_training_must_not_be_worse() -> None:
@@ -90,10 +90,10 @@ def test_more_rounds_in_training_must_not_be_worse() -> None:
 
 
 def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, int]] = []
+    calls: list[tuple[str, int]] = []
 
     def alone(mode: str, layers: int, *_: Any) -> dict[str, float]:
-        asked.append((mode, layers))
+        calls.append((mode, layers))
         grows = 1.0 if "reversible" in mode else float(layers)
         return {"saved": 1e6 * grows, "peak": 2e6 * grows, "seconds": 1.0 + ("reversible" in mode)}
 
@@ -101,10 +101,10 @@ def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     outcome = reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print)
     assert outcome.verdict == "holds"
     assert outcome.seconds is not None
-    assert len(asked) == len(set(asked)) == 8
+    assert len(calls) == len(set(calls)) == 8
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     assert reformer_depth.REFORMER_DEPTH.run(tmp_path, "small", print).data == outcome.data
-    assert len(asked) == 8, "nothing is measured twice"
+    assert len(calls) == 8, "nothing is measured twice"
     grown = {**outcome.data, "reversible": outcome.data["checkpoint"]}
     assert reformer_depth.outcome(grown, reformer_depth.PLANS["small"]).verdict == "does not hold"
 
@@ -112,7 +112,7 @@ def test_depth_measures_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_a_process_of_its_own_says_what_it_kept() -> None:
-    found = [activations.blocks_alone(mode, 4, 400, 16, reformer_depth.MIXERS) for mode in ("plain", "reversible")]
-    assert found[1]["saved"] < found[0]["saved"] / 4
-    assert found[1]["saved"] >= 2 * 400 * 16 * 4, "two streams"
-    assert all(each["seconds"] > 0 for each in found)
+    records = [activations.blocks_alone(mode, 4, 400, 16, reformer_depth.MIXERS) for mode in ("plain", "reversible")]
+    assert records[1]["saved"] < records[0]["saved"] / 4
+    assert records[1]["saved"] >= 2 * 400 * 16 * 4, "two streams"
+    assert all(record["seconds"] > 0 for record in records)

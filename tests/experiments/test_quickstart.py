@@ -12,6 +12,7 @@ from longspan.experiments.tour import Clock
 from longspan.files import read_json
 from longspan.train import Answers, find_recipe, resolve
 
+pytestmark = pytest.mark.usefixtures("brief_speeches")
 SMALL = [
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
     *("model.memory.segment_length=96", "train.minutes=1", "train.steps=4", "train.tokens=800", "train.log_every=1"),
@@ -24,7 +25,7 @@ def finished(tmp_path_factory):
     from longspan.cli.app import run
 
     out = tmp_path_factory.mktemp("quickstart")
-    sets = [part for each in SMALL for part in ("--set", each)]
+    sets = [part for assignment in SMALL for part in ("--set", assignment)]
     return out, run(["quickstart", "-o", str(out), "--longest", "64", "--count", "2", *sets])
 
 
@@ -50,8 +51,8 @@ def test_the_quickstart_draws_its_page(finished):
 
 def test_eval_asks_a_run_of_a_memory_task(finished, longspan):
     run = finished[0] / "run"
-    found = json.loads(longspan("eval", run, "--segments", "1,3", "--count", "4", "--json").out)
-    assert [(each["segments"], each["n"]) for each in found] == [(1, 4), (3, 4)]
+    records = json.loads(longspan("eval", run, "--segments", "1,3", "--count", "4", "--json").out)
+    assert [(record["segments"], record["n"]) for record in records] == [(1, 4), (3, 4)]
     shown = longspan("eval", run, "--segments", "2", "--count", "2").out
     assert "of 2" in shown
     assert "whole numbers" in longspan("eval", run, "--segments", "a").error
@@ -65,9 +66,9 @@ def test_the_quickstart_refuses_what_it_is_not_for(longspan, tmp_path):
 
 
 def answers(kind, segments, right, wrong, resident=100, seconds=1.0):
-    found = Answers(kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong))
-    found.seconds, found.resident = seconds * segments, resident
-    return measure.Asked(segments, {kind: found})
+    measured = Answers(kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong))
+    measured.seconds, measured.resident = seconds * segments, resident
+    return measure.Reading(segments, {kind: measured})
 
 
 def test_bars_are_bars():
@@ -92,9 +93,9 @@ def test_the_recipes_are_whole():
 def test_reproduce_lists_runs_and_writes(longspan, tmp_path):
     assert "rmt-flops" in longspan("reproduce").out
     assert "did you mean 'rmt-flops'" in longspan("reproduce", "rmt-flop").error
-    found = longspan("reproduce", "rmt-flops", "--docs", tmp_path, "-o", tmp_path / "out")
-    assert "294.8" in found.out
-    assert "29.3" in found.out
+    reproduced = longspan("reproduce", "rmt-flops", "--docs", tmp_path, "-o", tmp_path / "out")
+    assert "294.8" in reproduced.out
+    assert "29.3" in reproduced.out
     assert read_json(tmp_path / "claims" / "rmt-flops.json")["verdict"] == "holds"
     page = (tmp_path / "claims.md").read_text()
     assert "## rmt-flops" in page

@@ -31,13 +31,13 @@ def finished(folder, tmp_path_factory, byte_run):
 def test_the_quickstart_checks_what_it_claims(finished):
     out, code = finished
     report = json.loads((out / "report.json").read_text())
-    found = {check["name"]: check for check in report["checks"]}
-    assert code == int(any(check["fatal"] and not check["passed"] for check in found.values()))
-    for name, check in found.items():
+    checks_by_name = {check["name"]: check for check in report["checks"]}
+    assert code == int(any(check["fatal"] and not check["passed"] for check in checks_by_name.values()))
+    for name, check in checks_by_name.items():
         # after twelve steps memory need not help, and clocks are what they are
         if check["fatal"] and not name.startswith("A memory of"):
             assert check["passed"], check
-    assert len(found) == 8
+    assert len(checks_by_name) == 8
 
 
 def test_the_quickstart_draws_its_page(finished):
@@ -121,16 +121,16 @@ def verdicts(folder, byte_run, tmp_path):
         (tmp_path / "run").symlink_to(byte_run)
         streamed = Streamed(first or records(45), second or records(45), equal, 2048)
         memory = memory or {0: evaluation([2.2, 2.4, 2.0]), 16: evaluation([2.1, 2.3, 1.9])}
-        found = checks.check(plan, memory, streamed, Clock())
-        return {check.name.split()[0] + " " + check.name.split()[1]: check for check in found}
+        performed = checks.check(plan, memory, streamed, Clock())
+        return {check.name.split()[0] + " " + check.name.split()[1]: check for check in performed}
 
     return call
 
 
 def test_sound_numbers_pass(verdicts):
-    found = verdicts()
-    state = found.pop("The state")
-    assert all(check.passed for check in found.values()), found
+    by_words = verdicts()
+    state = by_words.pop("The state")
+    assert all(check.passed for check in by_words.values()), by_words
     assert state.bar == "one size"
 
 

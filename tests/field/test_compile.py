@@ -26,7 +26,7 @@ def compiled(model: torch.nn.Module) -> Any:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", names(NAMES))
 def test_a_compiled_decoder_trains_and_streams_as_before(name: str) -> None:
-    model = own(name, layers=2)
+    model = own(name)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[0, :3] = False
     text, call = tokens(2, 9), compiled(model)

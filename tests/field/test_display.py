@@ -147,7 +147,7 @@ def test_the_table_of_a_tour_fits_the_terminal(monkeypatch, columns):
         Console(file=file, width=columns, force_terminal=True, color_system=None).print(table._draw())
     terminal.text()
     assert all(len(each.rstrip()) < terminal.columns for each in file.getvalue().splitlines())
-    assert "reading held-back documents: 50%" in file.getvalue()
+    assert "reading held-out documents: 50%" in file.getvalue()
 
 
 class Counting(Silent):

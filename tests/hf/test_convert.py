@@ -129,10 +129,10 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
     model = model.double()
     if not next(iter(hf.cores(model).values())).traits.streams:
         pytest.skip("does not stream")
-    for length in (1, 4, 7, 9):
+    for length in (1, 7):
         text = ids(2, length, seed=length)
-        expected = greedy(model, text, 9)
-        options: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False}
+        expected = greedy(model, text, 7)
+        options: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False}
         assert torch.equal(model.generate(text, attention_mask=torch.ones_like(text), **options), expected)
         pads = 3
         padded = torch.cat([torch.zeros(2, pads, dtype=torch.int64), text], 1)
@@ -142,7 +142,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
         mask[1] = 1
         found = model.generate(padded, attention_mask=mask, **options)
         assert torch.equal(found[0, pads:], expected[0])
-        assert torch.equal(found[1], greedy(model, padded[1:], 9)[0])
+        assert torch.equal(found[1], greedy(model, padded[1:], 7)[0])
 
 
 @pytest.mark.parametrize("kind", CAUSAL)

@@ -47,7 +47,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
         with pytest.raises(UnsupportedError, match="use_cache=False"):
             model.generate(ids(1, 4), max_new_tokens=2)
         return
-    for length in (1, 5, 8):
+    for length in (1, 8):
         text = ids(2, length, seed=length)
         expected = greedy(model, text, 7)
         padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), text], 1)

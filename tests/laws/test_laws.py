@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import longspan as ls
 
-from .checks import CHECKS, why_not
+from .checks import CHECKS, DRAWN, definition, why_not
 from .tools import Make, Registered, trains
 
 
@@ -20,15 +21,20 @@ def subjects() -> list[tuple[str, Make]]:
     ]
 
 
-# cells of half a minute, for `make test-long`; the first form of the mechanism is in `make test`
-LONG = {"4-definition-definition-entmax-1", "4-definition-definition-entmax-2", "4-definition-definition-entmax-3"}
+def is_long(check: Callable[[Make], None], name: str) -> bool:
+    """Cells for `make test-long`: definitions that take seconds, but for the first form of each mechanism."""
+    first = name.endswith("-0")
+    if check is definition.check_definition:
+        return name.startswith("entmax") and not first
+    return check is definition.check_definition_of_long_calls and not first
 
 
-def cells() -> list[Any]:
+def cells(*chosen: Callable[[Make], None]) -> list[Any]:
     return [
-        pytest.param(make, check, id=cell, marks=pytest.mark.long if cell in LONG else ())
+        pytest.param(make, check, id=cell, marks=pytest.mark.long if is_long(check, name) else ())
         for law, checks in CHECKS.items()
         for check in checks
+        if not chosen or check in chosen
         for name, make in subjects()
         for cell in [f"{law}-{check.__name__.removeprefix('check_')}-{name}"]
     ]
@@ -39,6 +45,13 @@ def test_law(make: Make, check: Callable[[Make], None]) -> None:
     if reason := why_not(check, make()):
         pytest.skip(reason)
     check(make)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("make", "check"), cells(*DRAWN))
+def test_law_of_many_examples(make: Make, check: Callable[[Make], None]) -> None:
+    settings.load_profile("many")
+    test_law(make, check)
 
 
 # Which laws are not for which forms (NAME alone: all of its forms), by reason.

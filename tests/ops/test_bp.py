@@ -67,7 +67,7 @@ def nodes_read(length: int, k: int, levels: int, causal: bool, tile: int) -> lis
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_every_position_reads_the_nodes_of_the_definition(k: int, causal: bool) -> None:
-    for length in range(1, 81):
+    for length in (*range(1, 34), 47, 48, 63, 64, 65, 80):
         levels = 7
         read = nodes_read(length, k, levels, causal, tile=8 if length % 2 else 64)
         for i in range(length):

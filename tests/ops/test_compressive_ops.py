@@ -65,13 +65,13 @@ def test_attention(length: int, segments: int, sizes: tuple[int, ...], stale: bo
     agree("compressive_attention", given, position=segments * sizes[0], stale=others, **names)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_attention_of_a_thousand_tokens(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kv_heads", "in_parts"), [(1, False), (4, True)])
+def test_attention_of_many_segments(kv_heads: int, in_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where one batch of segments is all that may be copied."""
     names = {"segment": 48, "mem_len": 50, "compressed_len": 60, "ratio": 3}
-    given = attention_inputs(1000, 0, names, kv_heads)
-    agree("compressive_attention", given, **names)
-    monkeypatch.setattr("longspan.mechanisms.compressive.operation.BATCH_ENTRIES", 1)
+    given = attention_inputs(500, 0, names, kv_heads)
+    if in_parts:
+        monkeypatch.setattr("longspan.mechanisms.compressive.operation.BATCH_ENTRIES", 1)
     agree("compressive_attention", given, **names)
 
 

@@ -67,7 +67,7 @@ def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
     assert close(measured, HEADS * DIM * (4 * content + 2 * position))
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [1, 100, 1000, 1700])
 @pytest.mark.parametrize("shape", [{}, {"causal": False}, {"window": 100}, {"window": 512, "causal": False}])
 @pytest.mark.parametrize("train", [True, False])
 def test_entmax(length: int, shape: dict[str, Any], train: bool) -> None:
@@ -119,7 +119,7 @@ class Largest(TorchDispatchMode):
     ],
 )
 def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, train: bool) -> None:
-    length = 8192
+    length = 8192 if shape else 4096  # where every pair is computed
     given = tensors(length, grad=train)
     more = relative(128, grad=train) if name == "relative_attention" else []
     if name == "entmax_attention":
@@ -133,5 +133,5 @@ def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, tr
         out = out[0] if isinstance(out, tuple) else out
         if train:
             torch.autograd.grad(out.sum(), [*given, *more])
-    # inputs and gradients have 2**18 numbers, the tiles of a kernel call at most 2**22; a matrix would have 2**26
+    # inputs and gradients have 2**18 numbers, the tiles of a kernel call at most 2**22; a matrix would have 2**24
     assert largest.numbers <= 2**22 + 2**18

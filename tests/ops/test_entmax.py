@@ -51,9 +51,11 @@ def agree(given_: list[Tensor], **keywords: Any) -> None:
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+CALLS = [(1, 0, 4), (1, 40, 2), (2, 5, 1), (63, 36, 4), (63, 36, 2), (63, 36, 1), (150, 0, 2), (90, 73, 1)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 37])
-@pytest.mark.parametrize(("length", "memory"), [(1, 0), (1, 40), (2, 5), (63, 36), (200, 0), (150, 73)])
+@pytest.mark.parametrize(("length", "memory", "kv_heads"), CALLS)
 def test_attention_equals_its_definition(length: int, memory: int, window: int | None, kv_heads: int) -> None:
     tensors = heads(0, length, memory, kv_heads=kv_heads)
     agree(tensors, window=window)
@@ -61,13 +63,14 @@ def test_attention_equals_its_definition(length: int, memory: int, window: int |
 
 
 @pytest.mark.parametrize("window", [None, 1, 37, 500])
-@pytest.mark.parametrize("length", [1, 63, 200])
+@pytest.mark.parametrize("length", [1, 63, 150])
 def test_both_sides(length: int, window: int | None) -> None:
     tensors = heads(0, length)
     agree(tensors, window=window, causal=False)
     agree(tensors, window=window, causal=False, **ragged(length, 0, causal=False))
 
 
+@pytest.mark.long  # the fourth law reads a thousand tokens too
 def test_a_thousand_tokens() -> None:
     agree(heads(0, 1000, batch=1))
     agree(heads(0, 700, 63, batch=1), window=100, scale=0.7)
@@ -264,24 +267,25 @@ def families(keys: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("keys", [2, 17, 300, 5000])
 @pytest.mark.parametrize("alpha", [1.01, 1.06, 1.1, 1.21, 1.3, 1.5, 1.6, 1.75, 1.76, 1.9, 1.99, 2.0])
 def test_the_fixed_number_of_steps_is_enough(alpha: float, keys: int) -> None:
-    for name, z in families(keys).items():
-        exact = reference.entmax(z, alpha)
-        torch.testing.assert_close(ops.entmax(z, alpha), exact, atol=1e-9, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-        # the same rows as scores of attention whose values are unit vectors: the tiles and their fp32 steps
-        for dtype, near in ((FP64, 1e-9), (torch.float32, 2e-5 * max(1.0, float(z.abs().max())))):
-            value = torch.linspace(-1, 1, keys, dtype=dtype).view(1, 1, keys, 1)
-            for row in range(0, 16, 8):
-                out = ops.entmax_attention(
-                    torch.ones(1, 1, min(2, keys), 1, dtype=dtype),
-                    z[row].to(dtype).view(1, 1, keys, 1),
-                    value,
-                    torch.tensor([alpha]),
-                    causal=False,
-                    scale=1.0,
-                )
-                weights = reference.entmax(z[row].to(dtype).double(), float(torch.tensor(alpha)))
-                expected = (weights * value.flatten()).sum()
-                assert abs(float(out[0, 0, 0, 0]) - float(expected)) < near, f"{name}, {dtype}, row {row}"
+    names, rows = list(families(keys)), 16 if keys <= 300 else 4
+    z = torch.stack([family[:rows] for family in families(keys).values()])
+    missed = (ops.entmax(z, alpha) - reference.entmax(z, alpha)).abs().amax((1, 2))
+    assert (missed <= 1e-9).all(), dict(zip(names, missed.tolist(), strict=True))
+    # the same rows as scores of attention whose values are unit vectors: the tiles and their fp32 steps
+    z = z[:, :: rows // 2].flatten(0, 1)
+    for dtype, near in ((FP64, 1e-9), (torch.float32, 2e-5 * z.abs().amax(-1).clamp(min=1))):
+        value = torch.linspace(-1, 1, keys, dtype=dtype)
+        out = ops.entmax_attention(
+            torch.ones(len(z), 1, min(2, keys), 1, dtype=dtype),
+            z.to(dtype)[:, None, :, None],
+            value[None, None, :, None].expand(len(z), -1, -1, -1),
+            torch.tensor([alpha]),
+            causal=False,
+            scale=1.0,
+        )
+        weights = reference.entmax(z.to(dtype).double(), float(torch.tensor(alpha)))
+        missed = (out[:, 0, 0, 0].double() - (weights * value).sum(-1)).abs()
+        assert (missed < near).all(), (dtype, dict(zip(names, missed.view(-1, 2).tolist(), strict=True)))
 
 
 @pytest.mark.parametrize("alpha", [1.75, 1.95, 2.0])

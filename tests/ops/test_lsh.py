@@ -59,7 +59,7 @@ SIZES = [(1, 2, 3), (2, 4, 5), (3, 8, 40), (2, 2, 300)]  # rounds, buckets, buck
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("rounds", "buckets", "size"), SIZES)
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (200, 2)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (150, 2)])
 def test_strict(length: int, kv_heads: int, rounds: int, buckets: int, size: int, causal: bool, shared: bool) -> None:
     q, k, v = inputs(length, 0, kv_heads=kv_heads)
     given = {"q": q, "v": v, "k": None if shared else k, "rotations": rotations(rounds, buckets)}
@@ -94,7 +94,7 @@ SORTED = [(1, 2, 3), (3, 4, 5), (2, 8, 40), (2, 8, 100), (2, 2, 300)]  # chunks 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("rounds", "buckets", "size"), SORTED)
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (200, 2)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (150, 2)])
 def test_sorted(length: int, kv_heads: int, rounds: int, buckets: int, size: int, causal: bool, shared: bool) -> None:
     q, k, v = inputs(length, 0, kv_heads=kv_heads)
     given = {"q": q, "v": v, "k": None if shared else k, "rotations": rotations(rounds, buckets)}

@@ -71,7 +71,7 @@ SIZES = [(1, 3), (4, 1), (5, 10), (3, 40), (2, 300)]  # clusters, window
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("count", "window"), SIZES)
-@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (200, 2)])
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 2), (2, 1), (63, 4), (150, 2)])
 def test_definition(
     length: int, kv_heads: int, count: int, window: int, causal: bool, shared: bool, selection: str
 ) -> None:

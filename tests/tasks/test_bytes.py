@@ -13,7 +13,8 @@ from longspan.cli.app import run as cli
 from longspan.config import read_toml
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import MusicConfig, MusicTask, TilesConfig, TilesTask
-from longspan.tasks.bytes import abc_tunes, families, held_back, tune_keys
+from longspan.tasks.bytes import abc_tunes, families, tune_keys
+from longspan.tasks.groups import held_back
 from longspan.train import find_recipe, load_run, run
 
 HEAD = "X:{number}\nT:{title}\nM:6/8\nK:G\n"

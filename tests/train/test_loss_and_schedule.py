@@ -9,7 +9,6 @@ import torch
 from longspan.config import from_dict
 from longspan.errors import ConfigError, DataError
 from longspan.train import TrainConfig, bootstrap, next_token_loss, paired_bootstrap, token_nats
-from longspan.train.schedule import fraction_done, is_done, learning_rate_factor
 
 
 def test_loss_is_the_sum_of_what_counts():
@@ -32,7 +31,7 @@ def test_what_does_not_count_has_no_part_in_the_gradient():
 
 def test_warm_up_then_cosine():
     config = TrainConfig(steps=110, warmup=10, min_lr_ratio=0.1)
-    rates = [learning_rate_factor(config, step, 0.0) for step in range(111)]
+    rates = [config.rate(step, 0.0) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1
     assert rates[60] == pytest.approx(0.55)
@@ -42,12 +41,12 @@ def test_warm_up_then_cosine():
 
 def test_time_or_steps_whichever_is_further_on():
     config = TrainConfig(steps=100, minutes=1, warmup=0)
-    assert learning_rate_factor(config, 50, 0.0) == pytest.approx(learning_rate_factor(config, 0, 30.0))
-    assert fraction_done(config, 10, 30.0) == 0.5
-    assert fraction_done(config, 80, 30.0) == 0.8
-    assert not is_done(config, 99, 59.0)
-    assert is_done(config, 100, 0.0)
-    assert is_done(config, 0, 60.0)
+    assert config.rate(50, 0.0) == pytest.approx(config.rate(0, 30.0))
+    assert config.fraction_done(10, 30.0) == 0.5
+    assert config.fraction_done(80, 30.0) == 0.8
+    assert not config.is_done(99, 59.0)
+    assert config.is_done(100, 0.0)
+    assert config.is_done(0, 60.0)
 
 
 def test_the_default_length():

@@ -316,13 +316,13 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_p
         "longspan.models.Decoder.after_step",
         lambda self, step, generator: self.__dict__.update(drawn=step // 3),
     )
-    forward = Stepper._backward
+    forward = Stepper.step
 
-    def watch(self, index, batches, tokens):
-        seen.append(self.carried[index] is None)
-        return forward(self, index, batches, tokens)
+    def watch(self, batches, **options):
+        seen.append(self.carried[0] is None)
+        return forward(self, batches, **options)
 
-    monkeypatch.setattr(Stepper, "_backward", watch)
+    monkeypatch.setattr(Stepper, "step", watch)
     run(changed(recipe, train__steps=8), tmp_path, progress="none")
     assert seen == [True, False, False, True, False, False, True, False]
 

@@ -8,7 +8,7 @@ from longspan.models import EncoderConfig, MaskedLM
 from longspan.tasks import Documents, ProteinConfig, ProteinTask
 from longspan.tasks.protein import AMINO_ACIDS
 from longspan.train import Silent, evaluate_text, load_run, run, share_bootstrap, token_nats
-from longspan.train.windows import windows
+from longspan.train.lanes import windows
 
 
 @pytest.fixture(scope="module")

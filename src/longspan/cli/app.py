@@ -5,8 +5,7 @@ import inspect
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -24,7 +23,7 @@ from longspan.errors import LongspanError
 from longspan.experiments.quickstart import quickstart
 from longspan.experiments.quickstart_lm import quickstart_lm
 from longspan.experiments.reproduce import reproduce
-from longspan.process import handle_signal, stop_signals
+from longspan.process import handling, stop_signals
 from longspan.version import __version__
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -154,22 +153,13 @@ def _leave_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def orderly_end() -> Iterator[None]:
+def orderly_end() -> contextlib.AbstractContextManager[None]:
     """SIGTERM, and SIGHUP when the terminal is closed, end a verb as Ctrl-C does: files and display are left in order.
 
     Verbs that save when they are stopped have handlers of their own.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = [each for each in stop_signals() if signal.getsignal(each) is signal.SIG_DFL]
-    earlier = {number: handle_signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            handle_signal(number, handler)
+    unhandled = [number for number in stop_signals() if signal.getsignal(number) is signal.SIG_DFL]
+    return handling(unhandled, signal.default_int_handler)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -67,18 +67,15 @@ def column_widths(columns: Sequence[Sequence[str]], room: int, whole: Sequence[i
         room: for all columns together.
         whole: columns whose cells are not broken between words either.
     """
-    least = [max((len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
+    widths = [max((len(word) for cell in cells for word in cell.split()), default=1) for cells in columns]
     for index in whole:
-        least[index] = max(least[index], *(len(cell) for cell in columns[index][1:]), 1)
+        widths[index] = max(widths[index], *(len(cell) for cell in columns[index][1:]), 1)
     most = [max((len(line) for cell in cells for line in cell.splitlines()), default=1) for cells in columns]
-    widths, free = list(least), room - sum(least)
-    if free < 0:
+    if sum(widths) > room:
         return None
-    while free > 0 and (growing := [index for index, width in enumerate(widths) if width < most[index]]):
+    while sum(widths) < room and (growing := [index for index, width in enumerate(widths) if width < most[index]]):
         # the narrowest first, as they need least to hold a cell in one line
-        chosen = min(growing, key=lambda index: widths[index])
-        widths[chosen] += 1
-        free -= 1
+        widths[min(growing, key=lambda index: widths[index])] += 1
     return widths
 
 
@@ -109,6 +106,11 @@ def interval(values: Sequence[float], digits: int = 4) -> str:
     """`1.2345 [1.2300, 1.2400]`, or the value alone where there is no interval."""
     value, low, high = (f"{number:.{digits}f}".replace("-", "−") for number in values)
     return value if math.isnan(values[1]) else f"{value} [{low}, {high}]"
+
+
+def plain_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """A value and its interval as plain data; NaN, which is not JSON, is None."""
+    return {key: None if math.isnan(x) else x for key, x in zip(("value", "low", "high"), values, strict=True)}
 
 
 def harmless(text: str) -> str:

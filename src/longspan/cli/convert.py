@@ -1,5 +1,6 @@
 """`longspan convert`."""
 
+import functools
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,14 +54,14 @@ def convert(
       longspan stream out/endless book.txt
     """
     check_output_folder(output, "--output")
-    from longspan.config import override
+    from longspan.config import from_dict, override
+    from longspan.contract.registry import core_class
 
-    fields: dict[str, Any] = {"segment": segment} if segment else {}
-    for assignment in set_ or []:
-        fields = override(fields, assignment)
+    given: dict[str, Any] = {"segment": segment} if segment else {}
+    fields = functools.reduce(override, set_ or [], given)
     numbers = _numbers(layers)
     # check everything else first: loading weights may take minutes
-    _check_fields(to, fields)
+    from_dict(core_class(to, "convert").Config, fields, f"convert to {to}")
     _check_output(model, output)
     from longspan import hf
     from longspan.hf.decoder import open_pretrained
@@ -74,11 +75,7 @@ def convert(
     opened.model.to(choose_device(device, what="--device"))
     report = hf.convert(opened.model, to, layers=numbers, **fields)
 
-    def save(folder: Path) -> None:
-        opened.model.save_pretrained(folder)
-        opened.tokenizer.save_pretrained(folder)
-
-    write_folder(output, save, seal)
+    write_folder(output, lambda folder: [part.save_pretrained(folder) for part in opened], seal)
     console().print(str(report), markup=False)
     if not report.bounded:
         say("the state of this model grows with the text")
@@ -87,14 +84,6 @@ def convert(
         f"next: longspan stream {name} FILE | longspan generate {name} -p TEXT | "
         f"longspan train pretrained --set model.source={name}",
     )
-
-
-def _check_fields(name: str, fields: dict[str, Any]) -> None:
-    """Refuse an unknown mixer or field."""
-    from longspan.config import from_dict
-    from longspan.contract.registry import core_class
-
-    from_dict(core_class(name, "convert").Config, fields, f"convert to {name}")
 
 
 def _check_output(model: str, output: Path) -> None:

@@ -1,61 +1,34 @@
 """`longspan eval`."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longspan.cli.console import console, interval, print_table, reading_progress
-from longspan.cli.lm import CHUNK, Asked, evaluate_lm, whole_number
-from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
+from longspan.cli.console import console, interval, plain_interval, print_table, reading_progress
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption, verb
 from longspan.cli.outputs import check_output_folder
-from longspan.cli.reading import check_errors
 from longspan.cli.runs import open_any_run
 from longspan.errors import ConfigError
 
-SPLIT = "validation"
-CONTEXTS = "256,1024,4096,16384,65536"
-NAMES_OF_SPLITS = {"train": "training", "validation": "held-back", "test": "test"}
-
 if TYPE_CHECKING:
     from longspan.tasks import Documents
-    from longspan.train import Evaluation, Interval
+    from longspan.train import Evaluation
 
-LmOption = Annotated[str, typer.Option("--task", metavar="lm", help="lm: every figure of a language model, see below.")]
-SplitOption = Annotated[
-    str, typer.Option("--split", metavar="NAME", help="Of the run's own text: train, validation or test.")
-]
-ContextsOption = Annotated[
-    str,
-    typer.Option(
-        "--contexts",
-        metavar="N[:STRIDE],...",
-        help="With --task lm: windows of N tokens of which the last STRIDE (default: half) are scored; '' for none.",
-    ),
-]
-LengthsOption = Annotated[
-    str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
-]
-TokensOption = Annotated[
-    int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
-]
-HeadOption = Annotated[
-    int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
-]
-SegmentOption = Annotated[
-    int,
-    typer.Option(
-        "--segment", min=0, help="Tokens read at once without memory. 0: the segment the run was trained with."
-    ),
-]
-OutputOption = Annotated[
-    str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
-]
+NAMES_OF_SPLITS = {"train": "training", "validation": "held-back", "test": "test"}
+# tokens of a row in one call of a model that streams; what comes out does not depend on it
+CHUNK = 512
 
 
-def evaluate(
-    run: RunArgument,
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Options of `longspan eval`."""
+
+    run: RunArgument
     files: Annotated[
         list[str] | None,
         typer.Argument(
@@ -63,27 +36,69 @@ def evaluate(
             help="Files, folders, globs, sotu or kjv; each file is a document. None: the run's held-back documents.",
             show_default=False,
         ),
-    ] = None,
-    tokens: TokensOption = 0,
-    head: HeadOption = 0,
-    segment: SegmentOption = 0,
-    set_: SetOption = None,
+    ] = None
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=0, help="Read so many tokens only, of documents drawn at random. 0: all.")
+    ] = 0
+    head: Annotated[
+        int, typer.Option("--head", min=0, help="Read only the first so many tokens of each document. 0: all.")
+    ] = 0
+    segment: Annotated[
+        int,
+        typer.Option(
+            "--segment", min=0, help="Tokens read at once without memory. 0: the segment the run was trained with."
+        ),
+    ] = 0
+    set_: SetOption = None
     segments: Annotated[
         str, typer.Option("--segments", metavar="N,...", help="Of a run of a memory task: ask after so many segments.")
-    ] = "1,4,16,64",
-    lengths: LengthsOption = "5000,32768",
+    ] = "1,4,16,64"
+    lengths: Annotated[
+        str, typer.Option("--lengths", metavar="N,...", help="Of a run of pass keys: texts of so many bytes.")
+    ] = "5000,32768"
     count: Annotated[
         int, typer.Option("--count", min=1, help="Of a run of a memory task or of pass keys: so many questions.")
-    ] = 64,
-    task_: LmOption = "",
-    split: SplitOption = SPLIT,
-    contexts: ContextsOption = CONTEXTS,
-    output: OutputOption = "",
-    errors: ErrorsOption = "strict",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "",
-) -> None:
+    ] = 64
+    task: Annotated[
+        str, typer.Option("--task", metavar="lm", help="lm: every figure of a language model, see below.")
+    ] = ""
+    split: Annotated[
+        str, typer.Option("--split", metavar="NAME", help="Of the run's own text: train, validation or test.")
+    ] = "validation"
+    contexts: Annotated[
+        str,
+        typer.Option(
+            "--contexts",
+            metavar="N[:STRIDE],...",
+            help="With --task lm: windows of N tokens of which the last STRIDE (default: half) are scored; "
+            "'' for none.",
+        ),
+    ] = "256,1024,4096,16384,65536"
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="DIR", help="With --task lm: write a page of figures.")
+    ] = ""
+    errors: ErrorsOption = "strict"
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = ""
+
+    def changed(self, *names: str) -> list[str]:
+        """Those of these options that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != getattr(type(self), name)]
+
+    @property
+    def what(self) -> str:
+        """The documents, in words."""
+        return ", ".join(self.files) if self.files else f"{NAMES_OF_SPLITS[self.split]} documents of {self.run}"
+
+    @property
+    def whole_split(self) -> bool:
+        """Every document of a split of the run's own text is read to its end."""
+        return not (self.files or self.head or self.tokens)
+
+
+@verb(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
     """Say how well a run predicts a text, in bits per byte: with what it remembers, and without.
 
     Of a run of a memory task: how many questions it answers rightly after more and more text. Of a run of pass keys
@@ -106,179 +121,73 @@ def evaluate(
     from longspan.train import first_places
     from longspan.train.opening import is_memory_run, is_passkey_run
 
-    if output:
-        check_output_folder(output, "--output")
-    _check(task_, output, contexts, split if files else "")
-    _check_files(files or [])
-    check_errors(errors)
-    given = {"files": files, "--tokens": tokens, "--head": head, "--segment": segment, "--set": set_, "--task": task_}
-    given |= {"--split": split != SPLIT, "--contexts": contexts != CONTEXTS}
+    _check(options)
+    run, settings = options.run, options.set_ or []
+    place: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if is_memory_run(run):
-        _refuse(f"{run}: a run of a memory task makes its own questions; give --segments and --count only", given)
-        _eval_memory(*open_any_run(run, device=device, dtype=dtype), segments, count, as_json)
-    elif is_passkey_run(run) and not files:
-        del given["--set"]
-        _refuse(f"{run}: a run of pass keys makes its own texts; give --lengths, --count and --set only", given)
-        _eval_passkeys(*open_any_run(run, set_ or [], device=device, dtype=dtype), lengths, count, as_json)
+        _refuse(options, "a run of a memory task makes its own questions; give --segments and --count only", "set_")
+        _eval_memory(*open_any_run(run, **place), options)
+    elif is_passkey_run(run) and not options.files:
+        _refuse(options, "a run of pass keys makes its own texts; give --lengths, --count and --set only")
+        _eval_passkeys(*open_any_run(run, settings, **place), options)
     else:
-        model, task = open_any_run(run, set_ or [], device=device, dtype=dtype)
-        documents = _read(task, files or [], run, split, errors)
-        asked = Asked(
-            run=run,
-            what=", ".join(files) if files else f"{NAMES_OF_SPLITS[split]} documents of {run}",
-            split=None if files else split,
-            whole=not (head or tokens),
-            segment=segment or _segment(run, model),
-            contexts=contexts,
-            settings=tuple(set_ or ()),
-        )
-        _eval_text(model, task, first_places(heads(documents, head), tokens), asked, task_, as_json, output)
+        model, task = open_any_run(run, settings, **place)
+        documents = first_places(heads(_read(task, options), options.head), options.tokens)
+        options = dataclasses.replace(options, segment=options.segment or _segment(run, model))
+        if options.task:
+            from longspan.cli.lm import evaluate_lm
+
+            evaluate_lm(model, task, documents, options)
+        else:
+            _eval_text(model, task, documents, options)
 
 
-def _check(task: str, output: str, contexts: str, split: str) -> None:
-    """What does not go together, whatever the run; `split` is empty where no files are given."""
-    if task not in ("", "lm"):
-        raise ConfigError(f"--task {task!r}: only lm, the figures of a language model; other tasks are told by the run")
-    if output and not task:
-        raise ConfigError("-o: with --task lm only")
-    if contexts != CONTEXTS and not task:
-        raise ConfigError("--contexts: with --task lm only")
-    if split not in ("", SPLIT):
-        raise ConfigError(f"--split {split!r}: of the run's own text; leave it out, or the files")
-
-
-def _check_files(files: list[str]) -> None:
-    """Refuse a run given as a text: `eval` takes one run and files.
-
-    Raises:
-        ConfigError: a file is a folder of a run or of a model.
-    """
-    from pathlib import Path
-
+def _check(options: EvaluateOptions) -> None:
+    """What does not go together, whatever the run."""
     from longspan.models.io import is_converted
 
-    for file in files:
+    if options.output:
+        check_output_folder(options.output, "--output")
+    if options.task not in ("", "lm"):
+        raise ConfigError(
+            f"--task {options.task!r}: only lm, the figures of a language model; other tasks are told by the run"
+        )
+    if options.output and not options.task:
+        raise ConfigError("-o: with --task lm only")
+    if options.changed("contexts") and not options.task:
+        raise ConfigError("--contexts: with --task lm only")
+    if options.files and options.changed("split"):
+        raise ConfigError(f"--split {options.split!r}: of the run's own text; leave it out, or the files")
+    for file in options.files or []:
         if (Path(file) / "recipe.json").is_file() or is_converted(file):
             raise ConfigError(f"{file}: a run, not a text; one run is evaluated at a time: longspan eval {file}")
 
 
-def _refuse(why: str, given: dict[str, Any]) -> None:
+def _refuse(options: EvaluateOptions, why: str, *also: str) -> None:
     """Name options that would be passed over."""
-    if names := [name for name, value in given.items() if value]:
-        raise ConfigError(f"{why}, not {', '.join(names)}")
+    changed = options.changed("files", "tokens", "head", "segment", *also, "task", "split", "contexts")
+    names = [name if name == "files" else f"--{name.strip('_')}" for name in changed]
+    if names:
+        raise ConfigError(f"{options.run}: {why}, not {', '.join(names)}")
 
 
-def _eval_text(
-    model: Any, task: Any, documents: "Documents", asked: Asked, figures_of: str, as_json: bool, output: str
-) -> None:
-    """With memory and without, or all that a language model is measured by."""
-    from longspan.train import evaluate_text
-
-    if figures_of:
-        evaluate_lm(model, task, documents, asked, as_json=as_json, output=output)
-        return
-    # of a model that streams, segments of any length are read in calls of this size
-    chunk = min(asked.segment, CHUNK) if model.traits.streams else asked.segment
-    options: dict[str, Any] = {"unit": task.unit, "chunk": chunk}
-    found = {}
-    if model.traits.streams:
-        with reading_progress("reading with memory") as show_progress:
-            found["with memory"] = evaluate_text(model, documents, **options, progress=show_progress)
-    options |= {"memory": False, "segment_length": asked.segment}
-    with reading_progress("reading without memory") as show_progress:
-        found["without memory"] = evaluate_text(model, documents, **options, progress=show_progress)
-    if as_json:
-        print(json.dumps(figures(found), indent=2))
-    else:
-        show(found, asked.what, asked.segment)
-
-
-def _read(task: Any, files: list[str], run: str, split: str, errors: str) -> "Documents":
+def _read(task: Any, options: EvaluateOptions) -> "Documents":
     """The documents of files, or those of a split."""
     from longspan.tasks import TextTask
 
+    run, split, is_text = options.run, options.split, isinstance(task, TextTask)
     if split not in NAMES_OF_SPLITS:
         raise ConfigError(f"--split {split!r}: train, validation or test")
-    if not files:
-        if split == "test" and not isinstance(task, TextTask):
+    documents: Documents
+    if not options.files:
+        if split == "test" and not is_text:
             raise ConfigError(f"{run}: the task {type(task).__name__} has no test split; validation is held back")
-        held: Documents = task.documents(split)
-        return held
-    if not hasattr(task, "read"):
+        documents = task.documents(split)
+    elif not hasattr(task, "read"):
         raise ConfigError(f"{run}: the task {type(task).__name__} makes its own documents; give no files")
-    options = {"errors": errors} if isinstance(task, TextTask) else {}
-    documents: Documents = task.read(files, **options)
-    return documents
-
-
-def _numbers(option: str, given: str, example: str) -> list[int]:
-    found = [whole_number(part.strip()) for part in given.split(",")]
-    if not all(found):
-        raise ConfigError(f"{option} {given!r}: expected whole numbers, for example {example}")
-    return found
-
-
-def _eval_passkeys(model: Any, task: Any, lengths: str, count: int, as_json: bool) -> None:
-    """Ask for numbers in texts of each length, and print the table."""
-    import dataclasses
-
-    from longspan.tasks.synthetic import DEPTHS
-    from longspan.train import evaluate_depths, wilson
-
-    records = []
-    for length in _numbers("--lengths", lengths, "5000,131072"):
-        longer = type(task)(dataclasses.replace(task.config, length=length))
-        with reading_progress(f"asking in {length:,} bytes") as show_progress:
-            rows_each = -(-count // len(DEPTHS))
-            found = evaluate_depths(model, longer, depths=DEPTHS, count=rows_each, progress=show_progress)
-        records.append(found.record())
-    rows = [
-        (
-            f"{each['length']:,}",
-            f"{each['k']} of {each['n']}",
-            interval(wilson(each["k"], each["n"]), 3),
-            f"{each['state_bytes']:,}",
-        )
-        for each in records
-    ]
-    _show_records(records, ("bytes of text", "found", "share, 95 % interval", "bytes of state"), rows, as_json)
-
-
-def _eval_memory(model: Any, task: Any, segments: str, count: int, as_json: bool) -> None:
-    """Ask after each number of segments, and print the table."""
-    from longspan.train import evaluate_answers
-
-    kind = task.config.kind
-    records = []
-    for number in _numbers("--segments", segments, "1,16,256"):
-        with reading_progress(f"asking after {number:,} segments") as show_progress:
-            options: dict[str, Any] = {"segments": number, "count": count, "kinds": (kind,), "progress": show_progress}
-            records.append(evaluate_answers(model, task, **options)[kind].record())
-    rows = [
-        (
-            f"{each['segments']:,}",
-            f"{each['tokens']:,}",
-            f"{each['k']} of {each['n']}",
-            interval((each["accuracy"], each["low"], each["high"]), 3),
-            f"{each['false_writes']:,} in {each['silent']:,}",
-            f"{each['tokens_per_second']:,.0f}",
-        )
-        for each in records
-    ]
-    columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
-    _show_records(records, columns, rows, as_json)
-
-
-def _show_records(
-    records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool
-) -> None:
-    """Records as JSON, or what is shown of them as a table."""
-    from longspan.report import Table
-
-    if as_json:
-        print(json.dumps(records, indent=2))
     else:
-        print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))
+        documents = task.read(options.files, **({"errors": options.errors} if is_text else {}))
+    return documents
 
 
 def _segment(run: str, model: Any) -> int:
@@ -293,43 +202,120 @@ def _segment(run: str, model: Any) -> int:
     return value
 
 
-def difference(found: "dict[str, Evaluation]") -> "Interval | None":
-    """Bits per byte with memory minus those without, and the interval; None where there is no memory."""
-    first, second = found.get("with memory"), found["without memory"]
-    return None if first is None else first.minus(second)
+def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateOptions) -> None:
+    """With memory and without."""
+    from longspan.train import evaluate_text
+
+    streams, segment = model.traits.streams, options.segment
+    chunk = min(segment, CHUNK) if streams else segment
+    results: dict[str, Evaluation] = {}
+    without: dict[str, Any] = {"memory": False, "segment_length": segment}
+    for name, reading in (("with memory", {}), ("without memory", without)):
+        if streams or reading:
+            with reading_progress(f"reading {name}") as progress:
+                results[name] = evaluate_text(
+                    model, documents, unit=task.unit, chunk=chunk, progress=progress, **reading
+                )
+    if options.as_json:
+        print(json.dumps(_figures(results), indent=2))
+    else:
+        _show(results, options.what, segment)
 
 
-def figures(found: "dict[str, Evaluation]") -> dict[str, Any]:
-    """Everything found as plain data."""
-
-    def plain(values: tuple[float, ...]) -> dict[str, float | None]:
-        # NaN is not JSON
-        return {
-            key: value if value == value else None for key, value in zip(("value", "low", "high"), values, strict=True)
-        }
-
-    result: dict[str, Any] = {
-        name.replace(" ", "_"): {**each.summary(), "interval": plain(each.interval())} for name, each in found.items()
+def _figures(results: "dict[str, Evaluation]") -> dict[str, Any]:
+    """Everything as plain data."""
+    figures: dict[str, Any] = {
+        name.replace(" ", "_"): {**result.summary(), "interval": plain_interval(result.interval())}
+        for name, result in results.items()
     }
-    if (minus := difference(found)) is not None:
-        result["difference"] = plain(minus)
-    result["documents"] = len(found["without memory"].names)
-    return result
+    without = results["without memory"]
+    if "with memory" in results:
+        figures["difference"] = plain_interval(results["with memory"].minus(without))
+    return {**figures, "documents": len(without.names)}
 
 
-def show(found: "dict[str, Evaluation]", what: str, segment: int) -> None:
+def _show(results: "dict[str, Evaluation]", what: str, segment: int) -> None:
     """Print the table."""
     from longspan.report import Table
 
-    one = found["without memory"]
-    minus = difference(found)
-    rows = [(name, interval(each.interval()), f"{each.accuracy:.2%}") for name, each in found.items()]
-    if minus is not None:
-        rows.append(("difference", interval(minus), ""))
+    without = results["without memory"]
+    rows = [(name, interval(result.interval()), f"{result.accuracy:.2%}") for name, result in results.items()]
+    if "with memory" in results:
+        rows.append(("difference", interval(results["with memory"].minus(without)), ""))
     out = console()
-    documents = f"{len(one.names):,} document{'s' if len(one.names) > 1 else ''}"
-    read = f"{int(one.units.sum()):,} {one.unit}s, {int(one.tokens.sum()):,} tokens"
+    documents = f"{len(without.names):,} document{'s' if len(without.names) > 1 else ''}"
+    read = f"{int(without.units.sum()):,} {without.unit}s, {int(without.tokens.sum()):,} tokens"
     out.print(f"{what}: {documents}, {read}; without memory in segments of {segment}", markup=False)
-    print_table(Table(columns=("", f"bits per {one.unit}", "right guesses"), rows=rows, right=(1, 2)), out)
-    if len(one.names) == 1:
+    print_table(Table(columns=("", f"bits per {without.unit}", "right guesses"), rows=rows, right=(1, 2)), out)
+    if len(without.names) == 1:
         out.print("One document: no interval, as it is whole documents that are drawn anew.")
+
+
+def whole_number(text: str) -> int:
+    """A number of decimal digits; 0 for anything else."""
+    # isdigit alone holds of a raised 2 too, which is no number
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def _numbers(option: str, text: str, example: str) -> list[int]:
+    numbers = [whole_number(part.strip()) for part in text.split(",")]
+    if not all(numbers):
+        raise ConfigError(f"{option} {text!r}: expected whole numbers, for example {example}")
+    return numbers
+
+
+def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
+    """Ask for numbers in texts of each length, and print the table."""
+    from longspan.tasks.synthetic import DEPTHS
+    from longspan.train import evaluate_depths, wilson
+
+    records, rows = [], []
+    for length in _numbers("--lengths", options.lengths, "5000,131072"):
+        longer = type(task)(dataclasses.replace(task.config, length=length))
+        with reading_progress(f"asking in {length:,} bytes") as progress:
+            count = -(-options.count // len(DEPTHS))
+            record = evaluate_depths(model, longer, depths=DEPTHS, count=count, progress=progress).record()
+        records.append(record)
+        right, asked = record["k"], record["n"]
+        share = interval(wilson(right, asked), 3)
+        rows.append((f"{record['length']:,}", f"{right} of {asked}", share, f"{record['state_bytes']:,}"))
+    columns = ("bytes of text", "found", "share, 95 % interval", "bytes of state")
+    _show_records(records, columns, rows, options.as_json)
+
+
+def _eval_memory(model: Any, task: Any, options: EvaluateOptions) -> None:
+    """Ask after each number of segments, and print the table."""
+    from longspan.train import evaluate_answers
+
+    kind, records, rows = task.config.kind, [], []
+    for number in _numbers("--segments", options.segments, "1,16,256"):
+        with reading_progress(f"asking after {number:,} segments") as progress:
+            answers = evaluate_answers(
+                model, task, segments=number, count=options.count, kinds=(kind,), progress=progress
+            )
+        record = answers[kind].record()
+        records.append(record)
+        rows.append(
+            (
+                f"{record['segments']:,}",
+                f"{record['tokens']:,}",
+                f"{record['k']} of {record['n']}",
+                interval((record["accuracy"], record["low"], record["high"]), 3),
+                f"{record['false_writes']:,} in {record['silent']:,}",
+                f"{record['tokens_per_second']:,.0f}",
+            )
+        )
+    columns = ("segments", "tokens", "right", "share, 95 % interval", "false writes", "tokens/s")
+    _show_records(records, columns, rows, options.as_json)
+
+
+def _show_records(
+    records: list[dict[str, Any]], columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], as_json: bool
+) -> None:
+    """Records as JSON, or what is shown of them as a table."""
+    from longspan.report import Table
+
+    if as_json:
+        print(json.dumps(records, indent=2))
+    else:
+        print_table(Table(columns=columns, rows=rows, right=tuple(range(len(columns)))))

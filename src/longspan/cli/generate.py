@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, cast
 import typer
 
 from longspan.cli.console import harmless, reading_progress, say
-from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption
-from longspan.cli.outputs import check_output_file
-from longspan.cli.reading import check_errors
+from longspan.cli.options import DeviceOption, DtypeOption, ErrorsOption, RunArgument, SetOption, check_state, verb
 from longspan.cli.runs import open_run
 from longspan.cli.stream import open_session
 from longspan.errors import ConfigError, DataError
@@ -27,36 +25,43 @@ if TYPE_CHECKING:
     from longspan.tasks.tokenizers import Tokenizer
 
 
-def generate(
-    run: RunArgument,
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of `longspan generate`."""
+
+    run: RunArgument
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on from.", show_default=False)
-    ] = None,
+    ] = None
     prompt_file: Annotated[
         str | None,
         typer.Option("--prompt-file", metavar="FILE", help="A file of any length, or - for standard input."),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="How many tokens to write at most.")] = 200,
+    ] = None
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="How many tokens to write at most.")] = 200
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="Below 1 bolder in what is likely; 0: always the likeliest.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw among the k likeliest; 0: among all.")] = 0,
+    ] = 0.8
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw among the k likeliest; 0: among all.")] = 0
     top_p: Annotated[
         float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw among the likeliest that reach this probability.")
-    ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed writes the same text.")] = 0,
+    ] = 0.95
+    seed: Annotated[int, typer.Option("--seed", help="The same seed writes the same text.")] = 0
     load_state: Annotated[
         Path | None, typer.Option("--load-state", metavar="STATE", help="Go on from a state that `stream` saved.")
-    ] = None,
+    ] = None
     save_state: Annotated[
-        Path | None, typer.Option("--save-state", metavar="STATE", help="Save where the text ends.")
-    ] = None,
-    errors: ErrorsOption = "strict",
-    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False,
-    set_: SetOption = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "",
-) -> int:
+        Path | None,
+        typer.Option("--save-state", metavar="STATE", help="Save where the text ends.", callback=check_state),
+    ] = None
+    errors: ErrorsOption = "strict"
+    echo: Annotated[bool, typer.Option("--echo", help="Write the prompt (of --prompt) too.")] = False
+    set_: SetOption = None
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = ""
+
+
+@verb(GenerateOptions)
+def generate(options: GenerateOptions) -> int:
     """Go on writing from a prompt, a file of any length, or a state that was saved.
 
     Standard output gets the new text alone, as it comes. Ctrl-C ends it; with --save-state what was read and written
@@ -67,44 +72,40 @@ def generate(
       longspan generate runs/first --prompt-file book.txt --tokens 500 --temperature 0.7
       longspan generate runs/first --load-state book.state --seed 3
     """
-    if prompt is not None and prompt_file is not None:
+    if options.prompt is not None and options.prompt_file is not None:
         raise ConfigError("give --prompt or --prompt-file, not both")
-    if prompt is None and prompt_file is None and load_state is None:
+    if options.prompt is None and options.prompt_file is None and options.load_state is None:
         raise ConfigError("nothing to go on from: give --prompt TEXT, --prompt-file FILE or --load-state STATE")
-    if top_p == 0:
+    if options.top_p == 0:
         raise ConfigError("--top-p 0 leaves nothing to draw from; --temperature 0 takes the likeliest token")
-    check_errors(errors)
-    if save_state is not None:
-        check_output_file(save_state, "--save-state")
     import torch
 
     from longspan.cli import streaming
 
-    model, task = open_run(run, set_ or [], device=device, dtype=dtype)
-    session = open_session(model, load_state)
+    model, task = open_run(options.run, options.set_ or [], device=options.device, dtype=options.dtype)
+    session = open_session(model, options.load_state)
     stop = streaming.Stop()
     with stop.listening():
-        plan = Prompt(text=prompt, file=prompt_file, errors=errors, save_state=save_state)
-        _read_prompt(session, task.tokenizer, plan, stop)
+        _read_prompt(session, task.tokenizer, options, stop)
         drawn = session.stream(
-            tokens,
-            temperature=temperature,
-            top_k=min(top_k, model.vocab_size) or None,
-            top_p=top_p if top_p < 1 else None,
-            generator=torch.Generator().manual_seed(seed),
+            options.tokens,
+            temperature=options.temperature,
+            top_k=min(options.top_k, model.vocab_size) or None,
+            top_p=options.top_p if options.top_p < 1 else None,
+            generator=torch.Generator().manual_seed(options.seed),
             stop=task.tokenizer.ends,
         )
         try:
             if not stop.asked:
-                _write(drawn, task.tokenizer, prompt if echo else None, stop)
+                _write(drawn, task.tokenizer, options.prompt if options.echo else None, stop)
         except OSError:
             # the reader of the output has left, or the disk is full
-            if save_state is not None:
-                session.save(save_state)
+            if options.save_state is not None:
+                session.save(options.save_state)
             raise
-        if save_state is not None:
-            session.save(save_state)
-            say(f"saved {save_state}")
+        if options.save_state is not None:
+            session.save(options.save_state)
+            say(f"saved {options.save_state}")
     return 130 if stop.asked else 0
 
 
@@ -121,22 +122,12 @@ def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, s
     out.end()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """What is read first; fields as the options of the verb."""
-
-    text: str | None
-    file: str | None
-    errors: str
-    save_state: Path | None
-
-
 def _bytes(text: str) -> bytes:
     """What the shell could not decode goes back to the bytes it was."""
     return text.encode("utf-8", errors="surrogateescape")
 
 
-def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", prompt: Prompt, stop: "Stop") -> None:
+def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", options: GenerateOptions, stop: "Stop") -> None:
     """Read it to its end, or to Ctrl-C.
 
     Raises:
@@ -145,35 +136,36 @@ def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", prompt: Promp
     from longspan.cli import reading, streaming
 
     streaming.begin(session, tokenizer)
-    if prompt.file is None:
-        size, text = 0, cast(BinaryIO, io.BytesIO(_bytes(prompt.text or "")))
+    size, path = 0, options.prompt_file
+    if path is None:
+        text = cast(BinaryIO, io.BytesIO(_bytes(options.prompt or "")))
         opened: contextlib.AbstractContextManager[BinaryIO] = contextlib.nullcontext(text)
     else:
-        size, opened = _size_of(prompt.file), reading.open_bytes(prompt.file)
-    name = "standard input" if prompt.file == "-" else prompt.file or "--prompt"
-    encoder = reading.encoder(tokenizer, name, errors=prompt.errors)
+        # a pipe does not say how much there is
+        size, opened = Path(path).stat().st_size if Path(path).is_file() else 0, reading.open_bytes(path)
+    name = "standard input" if path == "-" else path or "--prompt"
+    encoder = reading.encoder(tokenizer, name, errors=options.errors)
+    problem, end = None, 0
     with opened as file, reading_progress("reading the prompt") as show:
-        end, problem = streaming.read_all(
-            session, file, encoder, stop=stop, progress=lambda read: show(read, size) if size else None
-        )
+        try:
+            for block, _ in streaming.feed(session, file, tokenizer, encoder, stop=stop, losses=False):
+                end = block.end
+                if size:
+                    show(block.read, size)
+        except (DataError, OSError) as error:
+            problem = error
     if problem is None and not stop.asked:
         return
-    further = ""
-    if prompt.save_state is not None and prompt.file is not None:
-        session.save(prompt.save_state)
-        state = shlex.quote(str(prompt.save_state))
-        further = (
+    hint = ""
+    if options.save_state is not None and path is not None:
+        session.save(options.save_state)
+        state = shlex.quote(str(options.save_state))
+        hint = (
             f"; the first {end:,} bytes are read and saved: longspan stream RUN FILE --load-state {state} --skip {end}"
         )
     if problem is not None:
-        raise DataError(f"{problem}{further}") from None
-    say(f"stopped while the prompt was read{further}")
-
-
-def _size_of(file: str) -> int:
-    """Bytes of a file; 0 where it does not say, as a pipe."""
-    path = Path(file)
-    return path.stat().st_size if path.is_file() else 0
+        raise DataError(f"{problem}{hint}") from None
+    say(f"stopped while the prompt was read{hint}")
 
 
 class Writer:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longspan.cli.lm import CARRIED, Found, about, plain, tables
+from longspan.cli.lm import CARRIED, Figures, about, plain, tables
 from longspan.report import Picture, Section, Text, write_report
 
 if TYPE_CHECKING:
@@ -17,101 +17,106 @@ if TYPE_CHECKING:
     from longspan.train.lm_evaluation import Bucket
 
 
-def write_page(found: Found, folder: str | Path) -> Path:
+def write_page(figures: Figures, folder: str | Path) -> Path:
     """Write the page, its pictures and the numbers as JSON; the path of the page.
 
     Raises:
         CheckpointError: a file could not be written.
     """
-    figures, how, places, *rare = tables(found)
-    sections = [
-        Section("In one number", [figures, Text(_words(found)), how, *map(Text, found.notes)]),
-        Section("Along a document", [*_places(found), places]),
-    ]
-    if (picture := _contexts(found)) is not None:
-        sections.append(Section("How much context", [picture]))
-    if rare:
-        sections.append(Section("Rare words", [*_frequencies(found), rare[0]]))
-    title = f"How {found.asked.run} reads"
-    lead = f"{about(found)}. Brackets are 95 % intervals, found by drawing whole documents anew."
-    return write_report(folder, title, sections, plain(found), lead=lead)
-
-
-def _words(found: Found) -> str:
-    return (
-        f"The perplexity of a word divides the loss of every token, whatever tokens are, by {found.words[0]:,} words "
-        f"({found.words[1]}). Bits per byte and per character divide it by what the tokens stand for."
+    readings, how, places, *rare = tables(figures)
+    words = (
+        f"The perplexity of a word divides the loss of every token, whatever tokens are, by {figures.words[0]:,} words "
+        f"({figures.words[1]}). Bits per byte and per character divide it by what the tokens stand for."
     )
-
-
-def _places(found: Found) -> list[Picture]:
-    buckets, xlabel = found.by_place, "place in the document, tokens"
-    x, ticks = [_middle(each) for each in buckets], [float(each.last or 0) for each in buckets]
-    lines = _picture(
+    along = _bucket_pictures(
         "along",
-        _lines(buckets, x),
-        xlabel=xlabel,
-        ylabel="bits per byte",
-        xticks=ticks,
+        figures.by_place,
+        [float(bucket.last or 0) for bucket in figures.by_place],
+        xlabel="place in the document, tokens",
+        unit="bits per byte",
         alt="Loss along a document.",
         caption="A point is a stretch of places, twice as long as the one before; only long documents reach the end.",
     )
-    return [lines, *_gain("along-gain", buckets, x, xlabel=xlabel, unit="bits per byte", xticks=ticks)]
+    sections = [
+        Section("In one number", [readings, Text(words), how, *map(Text, figures.notes)]),
+        Section("Along a document", [*along, places]),
+    ]
+    if (picture := _contexts(figures)) is not None:
+        sections.append(Section("How much context", [picture]))
+    if rare:
+        by_frequency = _bucket_pictures(
+            "rare",
+            figures.by_frequency,
+            [float(bucket.first) for bucket in figures.by_frequency],
+            xlabel="times in the training text",
+            unit="bits per word",
+            alt="Loss of a word by how often it stands in the training text.",
+            caption="A word's loss is that of its tokens and of its end. Words are taken without punctuation around "
+            "them.",
+        )
+        sections.append(Section("Rare words", [*by_frequency, rare[0]]))
+    title = f"How {figures.options.run} reads"
+    lead = f"{about(figures)}. Brackets are 95 % intervals, found by drawing whole documents anew."
+    return write_report(folder, title, sections, plain(figures), lead=lead)
 
 
-def _frequencies(found: Found) -> list[Picture]:
-    buckets, xlabel = found.by_frequency, "times in the training text"
-    x, ticks = [_middle(each) for each in buckets], [float(each.first) for each in buckets]
-    lines = _picture(
-        "rare",
-        _lines(buckets, x),
-        xlabel=xlabel,
-        ylabel="bits per word",
-        xticks=ticks,
-        alt="Loss of a word by how often it stands in the training text.",
-        caption="A word's loss is that of its tokens and of its end. Words are taken without punctuation around them.",
-    )
-    return [lines, *_gain("rare-gain", buckets, x, xlabel=xlabel, unit="bits per word", xticks=ticks)]
-
-
-def _gain(
-    name: str, buckets: "Sequence[Bucket]", x: Sequence[float], *, xlabel: str, unit: str, xticks: Sequence[float]
+def _bucket_pictures(
+    name: str,
+    buckets: "Sequence[Bucket]",
+    xticks: Sequence[float],
+    *,
+    xlabel: str,
+    unit: str,
+    alt: str,
+    caption: str,
 ) -> list[Picture]:
-    """What carrying the state changes; nothing where there is nothing to compare."""
+    """The loss of each reading by bucket, and what carrying the state changes where there is something to compare."""
     from longspan.report.figures import Mark
 
-    gains = [each.gain for each in buckets if each.gain is not None]
-    if not gains:
-        return []
-    first, second = list(buckets[0].values)
-    return [
-        _picture(
-            name,
-            [_series(x, gains, "", 2)],
-            marks=[Mark(0.0, "", horizontal=True)],
-            xlabel=xlabel,
-            ylabel=f"{unit}, {first} minus {second}",
-            xticks=xticks,
-            alt="What carrying the state changes.",
-            caption="Paired by document, with 95 % intervals. Below zero the carried state helps.",
-        )
+    x, names = [_middle(bucket) for bucket in buckets], list(buckets[0].values)
+    # without bands: those of the same documents would lie over each other
+    lines = [
+        _series(x, [bucket.values[reading]._replace(low=math.nan) for bucket in buckets], reading, number)
+        for number, reading in enumerate(names)
     ]
+    pictures = [_picture(name, lines, xlabel=xlabel, ylabel=unit, xticks=xticks, alt=alt, caption=caption)]
+    if gains := [bucket.gain for bucket in buckets if bucket.gain is not None]:
+        pictures.append(
+            _picture(
+                f"{name}-gain",
+                [_series(x, gains, "", 2)],
+                marks=[Mark(0.0, "", horizontal=True)],
+                xlabel=xlabel,
+                ylabel=f"{unit}, {names[0]} minus {names[1]}",
+                xticks=xticks,
+                alt="What carrying the state changes.",
+                caption="Paired by document, with 95 % intervals. Below zero the carried state helps.",
+            )
+        )
+    return pictures
 
 
-def _contexts(found: Found) -> Picture | None:
+def _contexts(figures: Figures) -> Picture | None:
     """The loss by context, against the carried state where there is one; None where fewer than two were measured."""
     from longspan.report.figures import Mark
 
-    names = [name for name, each in found.readings.items() if each.window is not None and name.startswith("context")]
-    windows = {name: window for name in names if (window := found.readings[name].window) is not None}
+    windows = {
+        name: reading.window
+        for name, reading in figures.readings.items()
+        if reading.window is not None and name.startswith("context")
+    }
     if len(windows) < 2:
         return None
-    names.sort(key=lambda name: windows[name])
+    names = sorted(windows, key=lambda name: windows[name])
     sizes = [windows[name].context for name in names]
-    carried = CARRIED in found.readings
-    values = [_less(found.gain[name]) if carried else found.readings[name].figures["bits_per_byte"] for name in names]
     strides = ", ".join(f"{windows[name].context:,} by {windows[name].stride:,}" for name in names)
-    against = " Zero is the same model with its state carried from a document's start; paired by document."
+    carried = CARRIED in figures.readings
+    if carried:
+        gains = [figures.gain[name] for name in names]
+        values = [gain._replace(value=-gain.value, low=-gain.high, high=-gain.low) for gain in gains]
+        against = " Zero is the same model with its state carried from a document's start; paired by document."
+    else:
+        values, against = [figures.readings[name].figures["bits_per_byte"] for name in names], ""
     return _picture(
         "contexts",
         [_series(sizes, values, "", 0)],
@@ -122,14 +127,9 @@ def _contexts(found: Found) -> Picture | None:
         alt="Loss by how much context there is.",
         caption=(
             f"Windows from an empty state, of which the last places are scored ({strides}): every token of the text is "
-            f"scored once, and sees no more than the window.{against if carried else ''}"
+            f"scored once, and sees no more than the window.{against}"
         ),
     )
-
-
-def _less(interval: "Interval") -> "Interval":
-    """The interval of the negated value."""
-    return interval._replace(value=-interval.value, low=-interval.high, high=-interval.low)
 
 
 def _middle(bucket: "Bucket") -> float:
@@ -139,14 +139,6 @@ def _middle(bucket: "Bucket") -> float:
     if bucket.first == 0:
         return 0.0 if bucket.last == 1 else bucket.last / 2
     return math.sqrt(bucket.first * bucket.last)
-
-
-def _lines(buckets: "Sequence[Bucket]", x: Sequence[float]) -> "list[Series]":
-    """A line for each reading, without bands: those of the same documents would lie over each other."""
-    return [
-        _series(x, [each.values[name]._replace(low=math.nan) for each in buckets], name, number)
-        for number, name in enumerate(buckets[0].values)
-    ]
 
 
 def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, colour: int) -> "Series":

@@ -1,6 +1,6 @@
 """`longspan mixers`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -44,6 +44,7 @@ def _build(name: str) -> "Mixer":
 
 
 def _list(names: list[str]) -> None:
+    from longspan.config import to_dict
     from longspan.errors import ConfigError
     from longspan.report import Table, si_bytes
 
@@ -60,7 +61,7 @@ def _list(names: list[str]) -> None:
             side for side, has in (("causal", traits.causal), ("both sides", traits.bidirectional)) if has
         )
         state = "none" if not traits.streams else "constant" if traits.bounded else "grows"
-        fields = ", ".join(f"{key}={value!r}" for key, value in _fields(mixer).items())
+        fields = ", ".join(f"{key}={value!r}" for key, value in to_dict(mixer.core.config).items())
         rows.append((name, sides, state, *cost, fields or "-"))
     columns = ("name", "sees", "state", "after 1,000", "after 1,000,000", "fields and defaults")
     out = console()
@@ -71,14 +72,8 @@ def _list(names: list[str]) -> None:
     out.print("More of one: longspan mixers NAME")
 
 
-def _fields(mixer: "Mixer") -> dict[str, Any]:
-    from longspan.config import to_dict
-
-    fields: dict[str, Any] = to_dict(mixer.core.config)
-    return fields
-
-
 def _explain(name: str) -> None:
+    from longspan.config import to_dict
     from longspan.contract.registry import core_class
     from longspan.report import Table, si_bytes
 
@@ -89,7 +84,7 @@ def _explain(name: str) -> None:
     out.print(f"{name}\n", style="bold", markup=False)
     out.print(core.about(), markup=False)
     said = _attributes(core.Config.__doc__ or "")
-    rows = [(key, repr(value), said.get(key, "")) for key, value in _fields(mixer).items()]
+    rows = [(key, repr(value), said.get(key, "")) for key, value in to_dict(mixer.core.config).items()]
     if rows:
         print_table(Table(columns=("field", "default", "meaning"), rows=rows), out)
     else:
@@ -107,7 +102,7 @@ def _explain(name: str) -> None:
 
 def _attributes(docstring: str) -> dict[str, str]:
     """The `Attributes:` of a docstring, by name."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     key, indent = "", None
     for line in docstring.partition("Attributes:")[2].splitlines():
         if not line.strip():
@@ -116,7 +111,7 @@ def _attributes(docstring: str) -> dict[str, str]:
         indent = depth if indent is None else indent
         if depth == indent:
             key, _, text = line.strip().partition(":")
-            found[key] = text.strip()
-        elif key:
-            found[key] += f" {line.strip()}"
-    return found
+            meanings[key] = text.strip()
+        else:
+            meanings[key] += f" {line.strip()}"
+    return meanings

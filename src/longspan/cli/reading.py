@@ -5,9 +5,9 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 
-from longspan.errors import ConfigError, DataError
+from longspan.errors import DataError
 
 if TYPE_CHECKING:
     from longspan.tasks.base import Array
@@ -51,34 +51,21 @@ def read_some(file: BinaryIO, count: int) -> bytes:
     return file.read(count)
 
 
-class Encoder(Protocol):
-    """Turns bytes into tokens as they come."""
-
-    def push(self, data: bytes) -> "Array":
-        """(tokens,) ids that are certain by now."""
-
-    def flush(self, *, end: bool = True) -> "Array":
-        """(tokens,) ids of all that was held back; unless it is the end, half a character may still be."""
-
-    @property
-    def held_back(self) -> int:
-        """Bytes that no token stands for yet."""
-
-
 class ByteEncoder:
-    """Every byte is a token at once."""
+    """Turns bytes into tokens as they come; every byte is one at once."""
 
     held_back = 0
+    """bytes that no token stands for yet"""
 
     def __init__(self, tokenizer: "Tokenizer", name: str) -> None:
         self.tokenizer, self.name = tokenizer, name
 
     def push(self, data: bytes) -> "Array":
-        """The bytes."""
+        """(tokens,) ids that are certain by now."""
         return self.tokenizer.encode(data, self.name)
 
     def flush(self, *, end: bool = True) -> "Array":
-        """Nothing is ever held back."""
+        """(tokens,) ids of all that was held back; unless it is the end, half a character may still be."""
         return self.tokenizer.encode(b"", self.name)
 
 
@@ -156,6 +143,9 @@ def _bytes(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
+Encoder: TypeAlias = ByteEncoder | SubwordEncoder
+
+
 def encoder(tokenizer: "Tokenizer", name: str, *, errors: str = "strict", start: int = 0) -> Encoder:
     """The encoder for a tokenizer; see `SubwordEncoder`. A run that reads bytes takes any."""
     from longspan.tasks.tokenizers import Bytes
@@ -163,13 +153,3 @@ def encoder(tokenizer: "Tokenizer", name: str, *, errors: str = "strict", start:
     if isinstance(tokenizer, Bytes):
         return ByteEncoder(tokenizer, name)
     return SubwordEncoder(tokenizer, name, errors, start)
-
-
-def check_errors(errors: str) -> None:
-    """What `--errors` may be.
-
-    Raises:
-        ConfigError: something else.
-    """
-    if errors not in ("strict", "replace"):
-        raise ConfigError(f"--errors {errors!r}: strict or replace")

@@ -34,25 +34,19 @@ def recipes(
         raise ConfigError("give --show or --new, not both")
     if output is not None and new is None:
         raise ConfigError("-o: with --new NAME only")
+    from longspan.train import find_recipe
+
     if show is not None:
-        _print_recipe(show)
+        sys.stdout.write(find_recipe(show).read_text(encoding="utf-8"))
     elif new is not None:
-        _copy_recipe(new, output)
+        _copy_recipe(find_recipe(new), output)
     else:
         _list_recipes()
 
 
-def _print_recipe(name: str) -> None:
-    from longspan.train import find_recipe
-
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
-
-
-def _copy_recipe(name: str, output: Path | None) -> None:
+def _copy_recipe(source: Path, output: Path | None) -> None:
     from longspan.files import write_atomically
-    from longspan.train import find_recipe
 
-    source = find_recipe(name)
     target = output or Path(source.name)
     if target.exists():
         raise ConfigError(f"{target} exists; choose another file with -o")

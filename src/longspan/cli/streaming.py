@@ -6,18 +6,18 @@ Imported by the verbs when they run, as it needs torch.
 import contextlib
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import torch
 
 from longspan.cli.reading import Encoder, read_some
 from longspan.errors import DataError
-from longspan.process import handle_signal, peak_bytes, resident_bytes, stop_signals
+from longspan.process import handling, peak_bytes, resident_bytes, stop_signals
 
 if TYPE_CHECKING:
     from longspan.stream import StreamSession
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # bytes fed at once, about: more would gain nothing and take memory
 READ = 4096
+# bytes that are reported on at once
+BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +125,9 @@ class Stop:
         self.asked = False
         self.waiting = False
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> contextlib.AbstractContextManager[None]:
         """Listen to SIGINT, SIGTERM and SIGHUP, where this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        earlier = {number: handle_signal(number, self._ask) for number in stop_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                handle_signal(number, handler)
+        return handling(stop_signals(), self._ask)
 
     def _ask(self, *_: object) -> None:
         again, self.asked = self.asked, True
@@ -154,10 +147,11 @@ def feed(
     tokenizer: "Tokenizer",
     encoder: Encoder,
     *,
-    block: int,
+    block: int = BLOCK,
     cuts: Sequence[int] = (),
     limit: int = 0,
-    stop: Stop | None = None,
+    stop: Stop,
+    losses: bool = True,
 ) -> "Iterator[tuple[Block, Array]]":
     """Read a file to its end, or to a limit.
 
@@ -170,6 +164,7 @@ def feed(
         cuts: counts of bytes at which a block is to end, so that the caller may save there.
         limit: stop after so many bytes; 0: at the end.
         stop: listens to Ctrl-C, which ends the reading as the end of the file does.
+        losses: what each token cost is of interest; else it is NaN, which takes less time.
 
     Yields:
         After each block what is known, and (tokens,) float32 nats of its tokens.
@@ -178,7 +173,6 @@ def feed(
         DataError: bytes that the encoder refuses; all before them have been read, and yielded.
         OSError: the file cannot be read on; as above.
     """
-    stop = stop or Stop()
     counter = Counter(session, tokenizer)
     places = sorted({cut for cut in (*cuts, limit) if cut > 0})
     read = begun = 0
@@ -201,7 +195,8 @@ def feed(
             problem, done = error, True
             ids = encoder.flush(end=False)
         if len(ids):
-            nats = session.feed(torch.from_numpy(ids.astype("int64")), losses=True).numpy()
+            out = session.feed(torch.from_numpy(ids.astype("int64")), losses=losses)
+            nats = out.numpy() if losses else np.full(len(ids), np.nan, np.float32)
             found.append((ids, nats))
         # a short read is an input that pauses: what is known is shown
         if found and (read == border or len(data) < wanted or problem is not None):
@@ -234,50 +229,7 @@ def _until_chunk(session: "StreamSession") -> int:
 
 
 def _join(parts: "list[Array]") -> "Array":
-    import numpy as np
-
     return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-def read_all(
-    session: "StreamSession",
-    file: BinaryIO,
-    encoder: Encoder,
-    *,
-    stop: Stop,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[int, Exception | None]:
-    """Read a file to its end without asking what it cost, or until Ctrl-C.
-
-    Args:
-        session: reads; `begin` it first.
-        file: what is read.
-        encoder: fresh.
-        stop: listens to Ctrl-C.
-        progress: called with the bytes taken from the file.
-
-    Returns:
-        Bytes of the file that the session knows, and what has ended the reading before the file's end, an error of the
-        encoder or the file, or None.
-    """
-    read = 0
-    problem: Exception | None = None
-    while problem is None:
-        data = b""
-        try:
-            data = _read(file, _until_chunk(session), stop)
-            read += len(data)
-            ids = encoder.push(data) if data else encoder.flush(end=not stop.asked)
-        except (DataError, OSError) as error:
-            problem = error
-            ids = encoder.flush(end=False)
-        if len(ids):
-            session.feed(torch.from_numpy(ids.astype("int64")))
-        if progress is not None:
-            progress(read)
-        if not data:
-            break
-    return read - encoder.held_back, problem
 
 
 class Records:

@@ -1,5 +1,6 @@
 """`longspan train`."""
 
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -52,8 +53,9 @@ def train(
     if recipe is None and not (resume and output):
         raise ConfigError("no recipe; `longspan train RECIPE`, or `longspan train --resume -o DIR` to go on with a run")
     folder = check_output_folder(output or Path("runs") / (Path(recipe).stem if recipe else ""), "--output")
-    assignments = [*(set_ or [])]
-    assignments += [f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value]
+    assignments = (set_ or []) + [
+        f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value
+    ]
     result = _run(recipe, assignments, folder, resume)
     name = shlex.quote(str(folder))
     if int(os.environ.get("RANK", "0")) != 0:
@@ -69,9 +71,7 @@ def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool)
     from longspan.config import override, read_toml
     from longspan.train import locate_recipe, run
 
-    data = {} if recipe is None else read_toml(locate_recipe(recipe))
-    for assignment in assignments:
-        data = override(data, assignment)
+    data = functools.reduce(override, assignments, {} if recipe is None else read_toml(locate_recipe(recipe)))
     missing = [name for name in ("model", "task") if recipe is not None and not resume and not data.get(name)]
     if missing:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """The contract of every mechanism: `y, state = mixer(x, state)`, built from projections and a core."""
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -68,9 +69,8 @@ class Traits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes a core is built for: `num_kv_heads` divides `num_heads`.
-
-    `rope` is the base of RoPE, or the angles of one position (head_dim // 2 of them), or None.
+    """The sizes a core is built for: `num_kv_heads` divides `num_heads`; `rope` is the base of RoPE, or the angles of
+    one position (head_dim // 2 of them), or None.
     """
 
     dim: int
@@ -102,21 +102,41 @@ class ParameterGroup(NamedTuple):
     weight_decay: float | None = None
 
 
-def special_groups(cores: Iterable["Core"], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """What cores declare in `parameter_groups` as groups for a torch optimiser, one for each name.
+def optimizer_groups(
+    parameters: Iterable[nn.Parameter],
+    decaying: Iterable[Any],
+    cores: Iterable["Core"],
+    *,
+    lr: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser: `decay`, `plain`, and those that mechanisms declare, one for each name.
 
     Args:
-        cores: of all layers.
+        parameters: what is trained.
+        decaying: weights that decay, those of mechanisms' own groups aside.
+        cores: the mechanisms of all layers.
         lr, weight_decay: of the run, where a group has none of its own.
     """
-    merged: dict[str, dict[str, Any]] = {}
+    parameters = list(parameters)
+    trained, merged = {id(parameter) for parameter in parameters}, dict[str, dict[str, Any]]()
     for group in (group for core in cores for group in core.parameter_groups()):
         settings = {
             "lr": lr if group.lr is None else group.lr,
             "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
         }
-        merged.setdefault(group.name, {"name": group.name, "params": [], **settings})["params"] += group.parameters
-    return list(merged.values())
+        known = merged.setdefault(group.name, {"name": group.name, "params": [], **settings})
+        known["params"] += [parameter for parameter in group.parameters if id(parameter) in trained]
+    special = {id(parameter) for group in merged.values() for parameter in group["params"]}
+    decays = {id(weight) for weight in decaying} - special
+    decay = [p for p in parameters if id(p) in decays]
+    plain = [p for p in parameters if id(p) not in decays | special]
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
+        {"name": "plain", "params": plain, "lr": lr, "weight_decay": 0.0},
+        *merged.values(),
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class Core(nn.Module):
@@ -138,10 +158,7 @@ class Core(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """The facts about this instance; they follow from its shape and configuration and never change.
-
-        Asked for at every token: a subclass makes them once, by `functools.cached_property`.
-        """
+        """The facts about this instance, which never change; a subclass makes them once (a `cached_property`)."""
         raise NotImplementedError
 
     @property
@@ -151,9 +168,8 @@ class Core(nn.Module):
 
     @classmethod
     def about(cls) -> str:
-        """Its equations and where they come from: the docstring of its module, its own where that has none.
-
-        Of a module named `layer`, which is one part of a mechanism's folder, that of the folder.
+        """Its equations and where they come from: the docstring of its module (of the folder, where that is `layer`),
+        its own where that has none.
         """
         folder, _, name = cls.__module__.rpartition(".")
         module = sys.modules[folder if name == "layer" else cls.__module__]
@@ -190,7 +206,6 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
-    @host.eager
     def run(
         self,
         q: Tensor,
@@ -204,7 +219,7 @@ class Core(nn.Module):
     ) -> tuple[Tensor, Any]:
         """What layers call: `forward` with the state in the types of this call, and a gradient for every parameter.
 
-        torch.compile leaves it alone: tiles depend on values that the host has read.
+        torch.compile is to leave it alone, as tiles depend on values that the host has read.
         """
         state = self.fit(state, k, hidden)
         out, state = self(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self))
@@ -215,8 +230,7 @@ class Core(nn.Module):
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """Small tensors (spans, draws, counts of a state) whose values the host needs to lay a call out, by names.
 
-        A model reads those of all its layers in one transfer, as `Rows(..., reads=...)`; `forward` gets the values by
-        `rows.read(self.layout_inputs(state))`. None by default.
+        A model reads those of all its layers in one transfer; `forward` gets them by `rows.read(layout_inputs(state))`.
         """
         return {}
 
@@ -225,12 +239,8 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
-        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model).
-
-        Args:
-            state: as in `forward`.
-            k: this call's keys.
-            hidden: as in `forward`.
+        """The state in the types of this call, whatever precision the last one ran in (autocast, a lowered model);
+        arguments as of `forward`.
         """
         return states.fit(state, k.dtype)
 
@@ -318,7 +328,6 @@ class Mixer(nn.Module):
         """The facts about this instance."""
         return self.core.traits
 
-    @states.all_or_nothing
     def forward(
         self,
         x: Tensor,
@@ -333,8 +342,9 @@ class Mixer(nn.Module):
             raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
         offset = self._offset(x, state)
         rows = Rows(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
-        y, state = self.mix(rows.gather(x), state, rows, penalties)
-        return rows.scatter(y), state
+        with states.all_or_nothing():
+            y, state = self.mix(rows.gather(x), state, rows, penalties)
+            return rows.scatter(y), state
 
     def _offset(self, x: Tensor, state: Any) -> Tensor:
         if state is not None and not self.traits.streams:
@@ -352,16 +362,17 @@ class Mixer(nn.Module):
 
         Args:
             x: (B, N, dim), as `rows.gather` gives it.
-            state: as in a call.
+            state, penalties: as in a call.
             rows: the layout of the call; its offsets are the state's.
-            penalties: as in a call.
 
         Returns:
             (B, N, dim), arbitrary behind a row's real tokens, and the next state.
         """
         q, k, v = self.projections(x)
         hidden = self._hidden(x)
-        out, state = self.core.run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        compiling = torch.compiler.is_dynamo_compiling()
+        run = functools.partial(host.uncompiled, self.core.run) if compiling else self.core.run
+        out, state = run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 
@@ -456,37 +467,28 @@ def why_no_stream(cores: Sequence[Core]) -> str:
 
 
 def merge_traits(parts: Sequence[Traits]) -> Traits:
-    """The traits of several mechanisms side by side: what all of them promise and any of them needs.
-
-    The horizon is the farthest reach of any, a reason that of the first which has one; `value_dim` is None where they
-    differ.
+    """The traits of several mechanisms side by side: what all of them promise and any of them needs; the horizon is the
+    farthest reach of any, a reason that of the first which has one, `value_dim` None where they differ.
     """
     segments = [part.segment for part in parts if part.segment is not None]
     segment = math.lcm(*segments) if segments else None
-    reach: int | None = 0
-    for part in parts:
-        if part.horizon is None or part.segment is None or segment is None:
-            reach = None
-            break
-        assert reach is not None
-        reach = max(reach, -(-part.horizon * part.segment // segment))
-    still = [part.no_stream_reason for part in parts if not part.streams]
+    reaches = [
+        -(-part.horizon * part.segment // segment)
+        for part in parts
+        if part.horizon is not None and part.segment is not None and segment is not None
+    ]
+    every = ("causal", "bidirectional", "streams", "bounded", "linear_in_values")
+    some = ("selects", "sparse", "receives_hidden", "tracks_statistics", "uses_keys")
+    merged = {name: all(getattr(part, name) for part in parts) for name in every}
+    merged |= {name: any(getattr(part, name) for part in parts) for name in some}
+    still = (part.no_stream_reason for part in parts if not part.streams)
     value_dims = {part.value_dim for part in parts}
     return Traits(
-        causal=all(part.causal for part in parts),
-        bidirectional=all(part.bidirectional for part in parts),
-        streams=all(part.streams for part in parts),
-        bounded=all(part.bounded for part in parts),
-        selects=any(part.selects for part in parts),
-        sparse=any(part.sparse for part in parts),
-        value_causal=all(part.causal or part.value_causal for part in parts) and not all(part.causal for part in parts),
+        value_causal=not merged["causal"] and all(part.causal or part.value_causal for part in parts),
         segment=segment,
-        horizon=reach,
-        no_stream_reason=still[0] if still else Traits.no_stream_reason,
+        horizon=max(reaches, default=0) if len(reaches) == len(parts) else None,
+        no_stream_reason=next(still, Traits.no_stream_reason),
         no_conversion_reason=next((part.no_conversion_reason for part in parts if not part.convertible), ""),
-        receives_hidden=any(part.receives_hidden for part in parts),
-        tracks_statistics=any(part.tracks_statistics for part in parts),
-        uses_keys=any(part.uses_keys for part in parts),
-        linear_in_values=all(part.linear_in_values for part in parts),
         value_dim=value_dims.pop() if len(value_dims) == 1 else None,
+        **merged,
     )

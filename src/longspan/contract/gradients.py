@@ -5,10 +5,11 @@ DistributedDataParallel then waits for it, as all processes must reduce the same
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from longspan.engine.first_order import attached
 
 
 def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
@@ -21,26 +22,5 @@ def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
     if not torch.is_grad_enabled():
         return t
     parameters = parts.parameters() if isinstance(parts, nn.Module) else parts
-    needed = [p for p in parameters if p.requires_grad]
-    if not needed:
-        return t
-    found: Tensor = _WithGradients.apply(t, *needed)  # type: ignore[no-untyped-call]
-    return found
-
-
-class _WithGradients(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(t: Tensor, *parameters: Tensor) -> Tensor:
-        return t.view_as(t)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.sizes = [(p.shape, p.dtype, p.device) for p in inputs[1:]]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        zeros = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sizes]
-        return gradient, *zeros
+    needed = [p for p in parameters if p.requires_grad and (t.is_meta or not p.is_meta)]
+    return attached(t, needed) if needed else t

@@ -25,13 +25,8 @@ class HasKeys(Protocol):
 
 
 def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[Tensor, Tensor, int]:
-    """A call's keys and values behind those of the state, and how many columns the state has.
-
-    Args:
-        state: None = no columns.
-        k: (batch, kv_heads, length, head_dim).
-        v: like k.
-        grows: the state has no fixed size, so a session may fill a buffer of its own in place.
+    """A call's keys and values (batch, kv_heads, length, head_dim) behind those of the state, and how many columns the
+    state has. `grows`: it has no fixed size, so a session may fill a buffer of its own in place.
     """
     if state is None:
         return k, v, 0

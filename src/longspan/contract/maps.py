@@ -10,12 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -73,9 +68,6 @@ class CalledParameters(nn.ParameterList):
 class Collected:
     """A list to which things are appended inside a hooked module: hooks that move tensors (accelerate's) give the
     module a copy of every list, and leave what is none as it is.
-
-    Args:
-        items: the list itself.
     """
 
     def __init__(self, items: list[Tensor]) -> None:

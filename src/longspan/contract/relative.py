@@ -77,23 +77,14 @@ class RelativeCore(BoundedCore):
         self.position_bias = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim).normal_(0, 0.02))
 
     def relative(self, distances: int, rows: Rows) -> Tensor:
-        """(heads, distances, head_dim): the projected sinusoids, made in every call, as weights may change between two.
-
-        Args:
-            distances: how many, counted from 0.
-            rows: of the call.
-        """
+        """(heads, distances, head_dim): the projected sinusoids, made in every call, as weights may change."""
         r: Tensor = self.r_proj(self._sinusoids(distances, rows))
         return self._spread(r.unflatten(-1, (self.shape.num_heads, self.shape.head_dim)).transpose(0, 1), distances, 1)
 
     def folds(self, q: Tensor, distances: int, *others: Tensor) -> bool:
-        """Whether W_r is better applied to the queries of a call than to the sinusoids: a token of a stream, for which
-        projecting all distances would be most of the work. The map turned round cannot be called, so only a plain one.
-
-        Args:
-            q: (batch, heads, length, head_dim).
-            distances: how many the call needs.
-            others: what gradients may also be wanted of.
+        """Whether W_r is better applied to the queries q (batch, heads, length, head_dim) of a call than to the
+        sinusoids: a token of a stream, for which projecting all distances would be most of the work. The map turned
+        round cannot be called, so only a plain one. `others`: what gradients may also be wanted of.
         """
         if q.shape[2] != 1 or not is_plain(self.r_proj):
             return False

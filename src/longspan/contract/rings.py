@@ -12,14 +12,8 @@ from longspan.state import may_overwrite, needs_grad
 
 
 def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: Rows) -> ops.LSHRings:
-    """The rings after a call; written in place where the caller has given them up.
-
-    Args:
-        rings: before the call.
-        k: (batch, the rings' heads, length, head_dim).
-        v: like k.
-        buckets: (batch, the rings' heads, rounds, length).
-        rows: of the call.
+    """The rings after a call with keys and values (batch, the rings' heads, length, head_dim) in buckets (batch, the
+    rings' heads, rounds, length); written in place where the caller has given them up.
     """
     if rows.length == 1 and rows.plain and rows.emptied is None and not needs_grad(k, v, *rings):
         owned = may_overwrite(k, v, *rings)

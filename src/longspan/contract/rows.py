@@ -74,18 +74,6 @@ class Rows:
         reads = reads or {}
         offsets, real, begins, *others = host.read([offset, mask, reset, *reads.values()])
         self._read = dict(zip(reads, others, strict=True))
-        self._settle(offset, offsets, mask, real, reset, begins)
-
-    def _settle(
-        self,
-        offset: Tensor,
-        offsets: Array | None,
-        mask: Tensor | None,
-        real: Array | None,
-        reset: Tensor | None,
-        begins: Array | None,
-    ) -> None:
-        """Lay the call out by what was read; without values as if nothing came before it and every token were real."""
         self.shapes_only = offsets is None
         for what, tensor, array in (("state", offset, offsets), ("mask", mask, real), ("reset", reset, begins)):
             if tensor is not None and array is None:
@@ -93,15 +81,13 @@ class Rows:
         self.offsets = np.zeros(self.batch, np.int64) if offsets is None else offsets
         # of its own, as the state's tensor does not know its values
         self.offset = host.remember(offset.view_as(offset), offsets)
-        self._mask = None if real is None or real.all() else mask
         self._rank: Tensor | None = None
         self._index: Tensor | None = None
         self.lengths: Tensor | None = None
-        self.length = self.columns
-        index: Array | None = None
-        tokens: Array | None = None
-        if self._mask is not None:
-            assert real is not None
+        self.length = columns
+        index = tokens = None
+        self._mask = None if real is None or real.all() else mask
+        if real is not None and self._mask is not None:
             tokens = real.sum(1)
             self.length = int(tokens.max(initial=0))
             self.lengths = host.put(tokens, self.device)
@@ -128,13 +114,11 @@ class Rows:
         """`origin`, and `emptied` where there is padding."""
         seen = reset.cumsum(1)
         at = seen if index is None else np.take_along_axis(seen, index, 1)
-        before = np.concatenate([np.zeros((self.batch, 1), at.dtype), at[:, :-1]], 1) if self.length else at
-        column = np.arange(self.length)
-        origin = np.maximum.accumulate(np.where(at > before, column, -1), 1) if self.length else at
+        padded = np.concatenate([np.zeros((self.batch, 1), at.dtype), at], 1)
+        origin = np.maximum.accumulate(np.where(np.diff(padded, axis=1) > 0, np.arange(self.length), -1), 1)
         origin = np.where(origin >= 0, origin, -self.offsets[:, None])
         if index is None:
             return origin, None
-        padded = np.concatenate([np.zeros((self.batch, 1), at.dtype), at], 1)
         return origin, seen[:, -1] > np.take_along_axis(padded, self.lengths_read[:, None], 1)[:, 0]
 
     def _live(self, origin: Array | None, emptied: Array | None) -> Array:
@@ -242,18 +226,11 @@ class Rows:
         def make() -> Array:
             column = np.arange(self.length)
             if self.origin is not None:
-                return column - self._origin_read
+                return column - host.known(self.origin)
             low, high = self.offset_range
             return column + (self.offsets[:1, None] if low == high else self.offsets[:, None])
 
         return self.cached("positions read", make)
-
-    @property
-    def _origin_read(self) -> Array:
-        assert self.origin is not None
-        array = host.values(self.origin)
-        assert array is not None
-        return array
 
     def opened(self, size: int) -> Tensor:
         """(B,) tokens of each row's open segment of `size` positions before the call."""
@@ -354,12 +331,7 @@ class Rows:
         joined = new if old is None else torch.cat([old, new], -2)
         slot = torch.arange(columns, device=self.device)
         index = memory + self.real_tokens()[:, None] - columns + slot
-        kept = (columns - slot <= self.live[:, None]) & (index >= 0)
-        shape = (self.batch,) + (1,) * (new.ndim - 3) + (columns, 1)
-        if joined.shape[-2] == 0:
-            return joined.new_zeros(*new.shape[:-2], columns, new.shape[-1])
-        index = index.clamp(min=0).view(shape).expand(*new.shape[:-2], columns, new.shape[-1])
-        return joined.gather(-2, index).masked_fill(~kept.view(shape), 0)
+        return _columns(joined, index, (columns - slot <= self.live[:, None]) & (index >= 0))
 
     def _carry_plain(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
         length = new.shape[-2]
@@ -378,6 +350,16 @@ class Rows:
     def segments(self, size: int) -> "Segments":
         """This call's tokens laid out over whole segments of `size` positions; made once and shared by all layers."""
         return self.cached(("segments", size), lambda: Segments(self, size))
+
+
+def _columns(t: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
+    """(B, ..., M, dim) to the columns `index` (B, C) of each row, zeros where `real` (B, C) is False."""
+    count, width = index.shape[1], t.shape[-1]
+    if t.shape[-2] == 0:
+        return t.new_zeros(*t.shape[:-2], count, width)
+    shape = (t.shape[0],) + (1,) * (t.ndim - 3) + (count, 1)
+    picked = t.gather(-2, index.clamp(0, t.shape[-2] - 1).view(shape).expand(*t.shape[:-2], count, width))
+    return picked if real is None else picked.masked_fill(~real.view(shape), 0)
 
 
 class Segments:
@@ -402,7 +384,7 @@ class Segments:
         column = np.arange(rows.length)
         place = opened[:, None] + column
         if rows.origin is not None:
-            position, origin = rows.positions_read, host.values(rows.origin)
+            position, origin = rows.positions_read, host.known(rows.origin)
             before = np.concatenate([rows.offsets[:, None], position[:, :-1] + 1], 1)
             place = place + np.where(origin == column, -before % size, 0).cumsum(1)
         inside = column < rows.lengths_read[:, None]
@@ -452,18 +434,11 @@ class Segments:
         column = torch.arange(self.columns, device=new.device)
         from_state = memory - self.open[:, None] + column
         index = torch.where(self._index >= 0, self._index + memory, from_state)
-        kept = self.real if old is not None else self._index >= 0
-        shape = (new.shape[0],) + (1,) * (new.ndim - 3) + (self.columns, 1)
-        if joined.shape[-2] == 0:
-            return new.new_zeros(*new.shape[:-2], self.columns, new.shape[-1])
-        index = index.clamp(0, joined.shape[-2] - 1).view(shape).expand(*new.shape[:-2], self.columns, new.shape[-1])
-        return joined.gather(-2, index).masked_fill(~kept.view(shape), 0)
+        return _columns(joined, index, self.real if old is not None else self._index >= 0)
 
     @host.eager
     def collect(self, y: Tensor) -> Tensor:
         """(B, ..., C, dim) back to (B, ..., N, dim): the inverse of `spread` for this call's tokens."""
         if self._views or not self.rows.length:
             return y.narrow(-2, 0, self.rows.length)
-        shape = (y.shape[0],) + (1,) * (y.ndim - 3) + (self.rows.length, 1)
-        index = self.place.clamp(max=max(self.columns - 1, 0)).view(shape)
-        return y.gather(-2, index.expand(*y.shape[:-2], self.rows.length, y.shape[-1]))
+        return _columns(y, self.place)

@@ -13,6 +13,7 @@ Forms of the loss, in nats:
     chinchilla L(N, D) = E + A / N^a + B / D^b                     Hoffmann et al. 2022, equation 2
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,26 +131,25 @@ def _power_starts(x: Array, loss: Array) -> list[list[float]]:
 
 
 def _floored_starts(x: Array, loss: Array) -> list[list[float]]:
-    starts = []
-    for share in (0.1, 0.5, 0.9):
-        floor = share * float(loss.min())
-        starts.append([*_power_starts(x, loss - floor)[0], floor])
-    return starts
+    floors = [share * float(loss.min()) for share in (0.1, 0.5, 0.9)]
+    return [[*_power_starts(x, loss - floor)[0], floor] for floor in floors]
 
 
 def _kaplan_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
-    by_n, by_d = _power_starts(n, loss)[0], _power_starts(d, loss)[0]
-    return [[by_n[0], by_n[1], by_d[0], by_d[1]], [8.8e13, 0.076, 5.4e13, 0.095], [1e8, 0.2, 1e9, 0.2]]
+    return [
+        [*_power_starts(n, loss)[0], *_power_starts(d, loss)[0]],
+        [8.8e13, 0.076, 5.4e13, 0.095],
+        [1e8, 0.2, 1e9, 0.2],
+    ]
 
 
 def _chinchilla_starts(n: Array, d: Array, loss: Array) -> list[list[float]]:
+    centers = [float(np.exp(np.log(sizes).mean())) for sizes in (n, d)]
     starts = []
-    for share in (0.2, 0.8):
+    for share, exponent in itertools.product((0.2, 0.8), (0.1, 0.3, 0.6)):
         rest = float((loss - share * loss.min()).mean())
-        for exponent in (0.1, 0.3, 0.6):
-            centre = [float(np.exp(np.log(each).mean())) for each in (n, d)]
-            scales = [rest / 2 * value**exponent for value in centre]
-            starts.append([share * float(loss.min()), scales[0], exponent, scales[1], exponent])
+        of_n, of_d = (rest / 2 * center**exponent for center in centers)
+        starts.append([share * float(loss.min()), of_n, exponent, of_d, exponent])
     return starts
 
 
@@ -197,11 +197,10 @@ def fit(
     lost = _undetermined(shape, columns, best)
     # what is not determined may wander anywhere from draw to draw, and take the other parameters along
     drawn = _draws(shape, columns, best, draws if count > len(shape.names) and not lost else 0, seed)
-    intervals = {}
+    intervals: dict[str, tuple[float, float]] = {}
     if drawn:
-        for name, values in zip(shape.names, np.array(drawn).T, strict=True):
-            low, high = np.quantile(values, (0.025, 0.975)).tolist()
-            intervals[name] = (low, high)
+        low, high = np.quantile(drawn, (0.025, 0.975), axis=0).tolist()
+        intervals = dict(zip(shape.names, zip(low, high, strict=True), strict=True))
     return Fit(form, dict(zip(shape.names, best, strict=True)), intervals, residual, count, lost)
 
 
@@ -265,25 +264,13 @@ def _solve(
 
     def error(values: Array) -> Array:
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            found = np.log(form.loss(np.exp(np.clip(values, -_LARGEST, _LARGEST)), *inputs)) - target
-        return np.asarray(np.nan_to_num(found, nan=1e3, posinf=1e3, neginf=-1e3))
+            difference = np.log(form.loss(np.exp(np.clip(values, -_LARGEST, _LARGEST)), *inputs)) - target
+        return np.asarray(np.nan_to_num(difference, nan=1e3, posinf=1e3, neginf=-1e3))
 
-    best: Any = None
-    for start in starts:
-        origin = np.log(np.maximum(start, 1e-300))
-        found = least_squares(
-            error,
-            origin,
-            loss="soft_l1",
-            f_scale=0.1,
-            x_scale="jac",
-            xtol=tolerance,
-            ftol=tolerance,
-            gtol=tolerance,
-            max_nfev=evaluations,
-        )
-        if best is None or found.cost < best.cost:
-            best = found
+    options = {"loss": "soft_l1", "f_scale": 0.1, "x_scale": "jac", "max_nfev": evaluations}
+    options |= dict.fromkeys(("xtol", "ftol", "gtol"), tolerance)
+    solutions = [least_squares(error, np.log(np.maximum(start, 1e-300)), **options) for start in starts]
+    best = min(solutions, key=lambda solution: solution.cost)
     # of runs that are nearly alike the scale may lie beyond all numbers, which it then has no part in
     values = [float(value) for value in np.exp(np.clip(best.x, -_LARGEST, _LARGEST))]
     return values, float(np.sqrt(np.mean(error(best.x) ** 2)))

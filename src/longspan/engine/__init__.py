@@ -4,7 +4,18 @@
 one, `first_order` the base of autograd functions with gradients made by hand.
 """
 
-from longspan.engine.schedule import KeyOrder, Pattern, QueryOrder, Round, RoundInputs, Schedule, Scores, Tile
+from longspan.engine.schedule import KeyLists, KeyOrder, Pattern, QueryOrder, Round, RoundInputs, Schedule, Scores, Tile
 from longspan.engine.softmax import attention
 
-__all__ = ["KeyOrder", "Pattern", "QueryOrder", "Round", "RoundInputs", "Schedule", "Scores", "Tile", "attention"]
+__all__ = [
+    "KeyLists",
+    "KeyOrder",
+    "Pattern",
+    "QueryOrder",
+    "Round",
+    "RoundInputs",
+    "Schedule",
+    "Scores",
+    "Tile",
+    "attention",
+]

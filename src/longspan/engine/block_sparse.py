@@ -7,18 +7,17 @@ computes the weights of every tile again.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine import flash
+from longspan.engine import KeyLists, Round, RoundInputs, Schedule, Scores, Tile, attention, flash
 from longspan.engine.arguments import check_positive, check_shapes
-from longspan.engine.first_order import FirstOrder
 from longspan.engine.flash import default_scale
-from longspan.engine.tiles import HIDDEN
+from longspan.engine.tiles import HIDDEN, Run, make_open_plan
 from longspan.errors import ConfigError
 
 ENTRIES = 1 << 19  # scores of one step: they stay in cache through all passes over them
@@ -100,38 +99,6 @@ class BlockSchedule(NamedTuple):
     visible: KeyRange
     duplicates: "tuple[KeyRange | ChunkPair, ...]" = ()
 
-    def by_slot(self, x: Tensor) -> Tensor:
-        """x (batch, kv_heads, columns, dim) in blocks (blocks, size, dim), zeros where a slot is empty."""
-        (batch, kv_heads, columns, _), index = x.shape, self.key.clamp(min=0)
-        group = len(self.key_slot) // (batch * kv_heads * columns)
-        if group > 1:
-            index = index // (group * columns) * columns + index % columns
-        # zeros: a weight of zero hides no NaN that another row may hold
-        return _rows(_flat(x), index).masked_fill_((self.key < 0)[..., None], 0)
-
-    def add_by_column(self, total: Tensor, by_slot: Tensor) -> None:
-        """Add gradients (blocks, size, dim) to those of (batch, kv_heads, columns, dim)."""
-        batch, kv_heads, columns, dim = total.shape
-        part = _rows(_flat(by_slot), self.key_slot.clamp(min=0)).masked_fill_((self.key_slot < 0)[:, None], 0)
-        total += part.view(batch, kv_heads, -1, columns, dim).sum(2)
-
-    def read(self, x: Tensor, tiles: slice) -> Tensor:
-        """x (blocks, size, ...) as some tiles read it: (tiles, width * size, ...); a view of consecutive blocks."""
-        count, size = tiles.stop - tiles.start, x.shape[1]
-        if self.blocks is not None:
-            return x.index_select(0, self.blocks[tiles].flatten()).view(count, -1, *x.shape[2:])
-        shape = count, self.width * size, *x.shape[2:]
-        return x.as_strided(shape, x.stride(), x.storage_offset() + tiles.start * x.stride(0))
-
-    def add(self, total: Tensor, part: Tensor, tiles: slice) -> None:
-        """Add what some tiles have for the blocks they read, (tiles, width * size, dim), to (blocks, size, dim)."""
-        part = part.unflatten(1, (self.width, -1))
-        if self.blocks is not None:
-            total.index_add_(0, self.blocks[tiles].flatten(), part.flatten(0, 1))
-            return
-        for number in range(self.width):
-            total[tiles.start + number : tiles.stop + number] += part[:, number]
-
     def arranged(self, pairs: Pairs) -> Pairs:
         """The numbers of queries by tile (tiles, height), those of keys (the last field) by block (blocks, size)."""
         *of_queries, of_keys = pairs
@@ -142,36 +109,87 @@ class BlockSchedule(NamedTuple):
         """Of some tiles, the numbers of queries (tiles, height, 1) and those of the keys they read (tiles, 1, keys)."""
         *by_tile, by_block = pairs
         of_queries = (None if t is None else t[tiles][..., None] for t in by_tile)
-        return cast(Pairs, cast(Any, type(pairs))(*of_queries, self.read(by_block, tiles)[:, None]))
+        return cast(Pairs, cast(Any, type(pairs))(*of_queries, self.lists.read(by_block, tiles)[:, None]))
+
+    @property
+    def lists(self) -> KeyLists:
+        """What the tiles read."""
+        return KeyLists(self.blocks, self.width)
+
+    def round(self, dim: int, source: tuple[int, int] | None, *, merges: bool) -> Round:
+        """Of the engine, for values of so many numbers; see `Round` for the rest."""
+        plan = make_open_plan(self.query.shape[1], self.query.shape[1], 0, self.width * self.key.shape[1])
+        return Round(
+            plan,
+            plan,
+            scores=partial(BlockScores, schedule=self, dim=dim),
+            query_order=TileOrder(self.query, self.query_place),
+            key_order=BlockOrder(self.key, self.key_slot),
+            lists=self.lists,
+            source=source,
+            merges=merges,
+        )
 
 
-class _Step(NamedTuple):
-    """Some tiles of a schedule, their keys and values (tiles, keys, dim), what is hidden (tiles, height, keys)."""
+class TileOrder(NamedTuple):
+    """The queries of a `BlockSchedule` in its tiles, (tiles, 1, height, dim); see `QueryOrder`."""
 
-    tiles: slice
-    keys: Tensor
-    values: Tensor
-    hidden: Tensor
+    query: Tensor
+    place: Tensor
 
-    def scores(self, queries: Tensor, scale: float) -> Tensor:
-        """Of the queries of all tiles: (tiles, height, keys), HIDDEN where hidden."""
-        scores = queries.new_empty(self.hidden.shape)
-        scores.baddbmm_(queries[self.tiles], self.keys.mT, beta=0, alpha=scale)
-        return scores.masked_fill_(self.hidden, HIDDEN)
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, heads, length, dim) by tile, zeros in empty places."""
+        return _rows(x, self.query.clamp(min=0)).masked_fill_((self.query < 0)[..., None], 0)[:, None]
+
+    def restored(self, x: Tensor, shape: torch.Size, missing: float = 0.0) -> Tensor:
+        """x by tile as (batch, heads, length, dim), `missing` where a query is in no tile."""
+        rows = _rows(x, self.place.clamp(min=0)).masked_fill_((self.place < 0)[:, None], missing)
+        return rows.view(*shape, x.shape[3])
 
 
-def _steps(schedule: BlockSchedule, k: Tensor, v: Tensor) -> Iterator[_Step]:
-    """All tiles, some at a time; k and v by slot."""
-    (count, height), keys = schedule.query.shape, schedule.width * k.shape[1]
-    most = max(1, min(ENTRIES // (height * keys), KEY_ENTRIES // (keys * k.shape[2])))
-    visible = schedule.arranged(schedule.visible)
-    duplicates = [schedule.arranged(pairs) for pairs in schedule.duplicates]
-    for first in range(0, count, most):
-        tiles = slice(first, min(first + most, count))
-        hidden = schedule.at(visible, tiles).hidden()
-        for pairs in duplicates:
-            hidden.logical_or_(schedule.at(pairs, tiles).seen())
-        yield _Step(tiles, schedule.read(k, tiles), schedule.read(v, tiles), hidden)
+class BlockOrder(NamedTuple):
+    """The keys of a `BlockSchedule` in its blocks, (blocks, 1, size, dim); see `KeyOrder`."""
+
+    key: Tensor
+    slot: Tensor
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """x (batch, kv_heads, columns, dim) by block, zeros where a slot is empty."""
+        (batch, kv_heads, columns, _), index = x.shape, self.key.clamp(min=0)
+        group = len(self.slot) // (batch * kv_heads * columns)
+        if group > 1:
+            index = index // (group * columns) * columns + index % columns
+        # zeros: a weight of zero hides no NaN that another row may hold
+        return _rows(x, index).masked_fill_((self.key < 0)[..., None], 0)[:, None]
+
+    def add_restored(self, total: Tensor, x: Tensor) -> None:
+        """Add gradients by block to those of (batch, kv_heads, columns, dim)."""
+        batch, kv_heads, columns, dim = total.shape
+        part = _rows(x, self.slot.clamp(min=0)).masked_fill_((self.slot < 0)[:, None], 0)
+        total += part.view(batch, kv_heads, -1, columns, dim).sum(2)
+
+
+class BlockScores(Scores):
+    """Hides what the queries of a tile do not see, and what earlier rounds show."""
+
+    def __init__(self, inputs: RoundInputs, *, schedule: BlockSchedule, dim: int) -> None:
+        super().__init__(inputs)
+        self.schedule, self.lists, self.dim = schedule, schedule.lists, dim
+        self.visible = schedule.arranged(schedule.visible)
+        self.duplicates = [schedule.arranged(pairs) for pairs in schedule.duplicates]
+        self.bias = torch.full((), HIDDEN, dtype=self.like.dtype, device=self.like.device)
+
+    def tiles_at_once(self, run: Run, heads: int) -> int:
+        """See `Scores`."""
+        return max(1, min(ENTRIES // (run.queries * run.keys), KEY_ENTRIES // (run.keys * self.dim)))
+
+    def added(self, tile: Tile) -> Tensor:
+        """See `Scores`."""
+        tiles = slice(tile.block.row, tile.block.row + tile.block.rows)
+        hidden = self.schedule.at(self.visible, tiles).hidden()
+        for pairs in self.duplicates:
+            hidden.logical_or_(self.schedule.at(pairs, tiles).seen())
+        return torch.where(hidden, self.bias, 0.0)[:, None]
 
 
 def attend_blocks(
@@ -180,61 +198,32 @@ def attend_blocks(
     """One softmax over what the schedules show, differentiable.
 
     Args:
-        q: (batch, heads, length, head_dim), like all others in the working dtype.
+        q: (batch, heads, length, head_dim).
         keys: for each schedule (batch, kv_heads, columns, head_dim); one alone serves all of them.
         values: like keys.
         schedules: of every round.
         scale: factor of the scores.
 
     Returns:
-        out (batch, heads, length, head_dim) and the log-sum-exps of the scores (batch, heads, length); zeros and -inf
-        where a query sees nothing.
+        out (batch, heads, length, head_dim) in q's dtype and the log-sum-exps of the scores (batch, heads, length) in
+        the working dtype; where a query sees nothing (`sees_none`) out is finite.
     """
-    out, lse = _apply(schedules, scale, q, *keys, *values)
-    return out, lse
+    others = len(keys) - 1
+    rounds = []
+    for number, schedule in enumerate(schedules):
+        source = (number - 1, number - 1 + others) if others and number else None
+        rounds.append(schedule.round(values[0].shape[3], source, merges=number > 0))
+    return attention(q, keys[0], values[0], Schedule(tuple(rounds), scale), *keys[1:], *values[1:])
 
 
-class _BlockSparse(FirstOrder):
-    """Saves the inputs, the output, the log-sum-exps and the schedules."""
-
-    what = "block-sparse attention"
-
-    @staticmethod
-    def forward(
-        ctx: Any, schedules: tuple[BlockSchedule, ...], scale: float, q: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        half = len(tensors) // 2
-        with flash.full_precision(q.device):
-            out, lse = _forward(q, tensors[:half], tensors[half:], schedules, scale)
-        ctx.save_for_backward(q, out, lse, *tensors)
-        ctx.schedules, ctx.scale = schedules, scale
-        return out, lse
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor, lse_grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, *tensors = saved
-        half, unseen = len(tensors) // 2, lse == -math.inf
-        inner = ((grad * out).sum(-1) - lse_grad.masked_fill(unseen, 0)).flatten()
-        total = lse.masked_fill(unseen, -HIDDEN).flatten()  # so that all weights are zero
-        with flash.full_precision(q.device):
-            return (
-                None,
-                None,
-                *_backward(grad, inner, total, q, tensors[:half], tensors[half:], ctx.schedules, ctx.scale),
-            )
-
-
-_apply: Callable[..., tuple[Tensor, Tensor]] = _BlockSparse.apply
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(..., dim) as (n, dim)."""
-    return x.reshape(-1, x.shape[-1])
+def sees_none(lse: Tensor) -> Tensor:
+    """Which queries saw no key, from their log-sum-exps."""
+    return lse < HIDDEN / 2
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (any shape) of x (n, dim): (*index.shape, dim)."""
-    return x.index_select(0, index.flatten()).view(*index.shape, x.shape[1])
+    """Rows `index` (any shape) of x (..., dim), numbered through: (*index.shape, dim)."""
+    return x.reshape(-1, x.shape[-1]).index_select(0, index.flatten()).view(*index.shape, x.shape[-1])
 
 
 def _pick(x: Tensor, index: Tensor, empty: float) -> Tensor:
@@ -247,70 +236,6 @@ def inverse(index: Tensor, size: int) -> Tensor:
     place = torch.full((size + 1,), -1, dtype=torch.int64, device=index.device)
     source = torch.arange(index.numel(), device=index.device)
     return place.scatter_(0, torch.where(index < 0, size, index).flatten(), source)[:size]
-
-
-def _forward(
-    q: Tensor,
-    keys: tuple[Tensor, ...],
-    values: tuple[Tensor, ...],
-    schedules: tuple[BlockSchedule, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `attend_blocks`."""
-    out, lse = q.new_empty(0), q.new_empty(0)
-    for number, schedule in enumerate(schedules):
-        k, v = (schedule.by_slot(t[number % len(t)]) for t in (keys, values))
-        queries = _rows(_flat(q), schedule.query.clamp(min=0))
-        by_tile, sums = queries.new_empty(*queries.shape[:2], v.shape[2]), queries.new_empty(queries.shape[:2])
-        for step in _steps(schedule, k, v):
-            scores = step.scores(queries, scale)
-            largest = scores.amax(-1)
-            weights = torch.softmax(scores, -1)
-            torch.bmm(weights, step.values, out=by_tile[step.tiles])
-            sums[step.tiles] = largest - weights.amax(-1).log()
-        part = _rows(_flat(by_tile), schedule.query_place.clamp(min=0))
-        part_lse = _pick(sums.flatten(), schedule.query_place, HIDDEN)
-        if number == 0:
-            out, lse = part, part_lse
-        else:
-            total = torch.logaddexp(lse, part_lse)
-            out.mul_((lse - total).exp_()[:, None]).addcmul_(part, (part_lse - total).exp_()[:, None])
-            lse = total
-    unseen = lse < HIDDEN / 2
-    out.masked_fill_(unseen[:, None], 0)
-    return out.view(*q.shape[:3], -1), lse.masked_fill_(unseen, -math.inf).view(q.shape[:3])
-
-
-def _backward(
-    grad: Tensor,
-    inner: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    keys: list[Tensor],
-    values: list[Tensor],
-    schedules: tuple[BlockSchedule, ...],
-    scale: float,
-) -> tuple[Tensor, ...]:
-    """Gradients of q, of all keys and of all values; `inner` (queries,) is out . grad less the gradient of `lse`."""
-    dq = torch.zeros_like(_flat(q))
-    dk, dv = ([torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in tensors] for tensors in (keys, values))
-    for number, schedule in enumerate(schedules):
-        at, index, place = number % len(keys), schedule.query.clamp(min=0), schedule.query_place
-        k, v = schedule.by_slot(keys[at]), schedule.by_slot(values[at])
-        queries, grads, inners = _rows(_flat(q), index), _rows(_flat(grad), index), inner[index][..., None]
-        sums = _pick(lse, schedule.query, -HIDDEN)[..., None]
-        slots_q, slots_k, slots_v = torch.empty_like(queries), torch.zeros_like(k), torch.zeros_like(v)
-        for step in _steps(schedule, k, v):
-            tiles = step.tiles
-            weights = step.scores(queries, scale).sub_(sums[tiles]).exp_()
-            slope = torch.bmm(grads[tiles], step.values.mT).sub_(inners[tiles]).mul_(weights).mul_(scale)
-            torch.bmm(slope, step.keys, out=slots_q[tiles])
-            schedule.add(slots_k, torch.bmm(slope.mT, queries[tiles]), tiles)
-            schedule.add(slots_v, torch.bmm(weights.mT, grads[tiles]), tiles)
-        dq += _rows(_flat(slots_q), place.clamp(min=0)).masked_fill_((place < 0)[:, None], 0)
-        schedule.add_by_column(dk[at], slots_k)
-        schedule.add_by_column(dv[at], slots_v)
-    return dq.view(q.shape), *dk, *dv
 
 
 def block_sparse_attention(
@@ -380,7 +305,9 @@ def block_sparse_attention(
         if memory_lengths is not None:
             real &= column >= (k.shape[2] - length - memory_lengths)[:, None]
         schedule = _schedule(blocks, real, length, heads, kv_heads, query_block, key_block, causal, start)
-        out, lse = attend_blocks(q.to(dtype), (k.to(dtype),), (v.to(dtype),), (schedule,), scale)
+        out, lse = attend_blocks(q, (k,), (v,), (schedule,), scale)
+        unseen = sees_none(lse)
+        out, lse = out.masked_fill(unseen[..., None], 0), lse.masked_fill(unseen, -math.inf)
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
@@ -410,6 +337,7 @@ def _schedule(
     height = min(query_block, max(1, 2 * ENTRIES // (group * keys)))
     parts = -(-query_block // height)
     query = torch.arange(batch * heads * length, device=device).view(batch, lists, group, length)
+    query = query.masked_fill(~real[:, None, None, columns - length :], -1)
     query = F.pad(query, (0, tiles * query_block - length), value=-1).unflatten(3, (tiles, query_block))
     query = F.pad(query, (0, parts * height - query_block), value=-1).unflatten(4, (parts, height))
     query = query.permute(0, 1, 3, 4, 2, 5).reshape(-1, group * height)

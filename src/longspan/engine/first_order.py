@@ -2,11 +2,12 @@
 
 Gradients made by hand have no graph. torch's `once_differentiable` notices a second derivative only where the gradient
 that comes in has a graph, and hangs its error beside the graph, where `torch.autograd.grad` does not look: a gradient
-penalty is then short of terms, without a word. Here each gradient goes through a node that hangs between itself and
-everything it was computed from, so whoever wants a derivative of it passes there and is refused.
+penalty is then short of terms, without a word. Here each gradient depends, by zeros, on everything it was computed
+from, so whoever wants a derivative of it passes there and is refused.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import UnsupportedError
-from longspan.host import eager
+from longspan.host import uncompiled
 from longspan.state import needs_grad
 
-__all__ = ["FirstOrder", "scaled_dot_product_attention"]
+__all__ = ["FirstOrder", "attached", "scaled_dot_product_attention"]
 
 
 class FirstOrder(torch.autograd.Function):
@@ -42,19 +43,26 @@ class FirstOrder(torch.autograd.Function):
         raise NotImplementedError
 
     @classmethod
-    @eager
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
-        """Call it.
+        """Call it; raises as `caller` does."""
+        return cls.caller()(*args, **kwargs)
+
+    @classmethod
+    def caller(cls) -> Callable[..., Any]:
+        """What calls it: torch's own `apply`, so that tracebacks have no frame of ours in between.
 
         Raises:
             UnsupportedError: inside a transform of `torch.func`.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return functools.partial(uncompiled, _apply, cls)
         if torch._C._are_functorch_transforms_active():
             raise UnsupportedError(
                 f"{cls.what} does not work inside torch.func (grad, vjp, vmap, hessian, ...); use backward() or "
                 "torch.autograd.grad"
             )
-        return super().apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        call: Callable[..., Any] = super().apply
+        return call
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -72,50 +80,49 @@ class FirstOrder(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return gradients
         sources = [t for t in (*grads, *saved) if isinstance(t, Tensor) and t.requires_grad]
-        outputs = list(gradients) if isinstance(gradients, tuple) else [gradients]
-        places = [place for place, t in enumerate(outputs) if isinstance(t, Tensor)]
-        if not sources or not places:
+        if not sources:
             return gradients
-        guarded = _refused(function.what, len(places), *(outputs[place] for place in places), *sources)
-        for place, t in zip(places, guarded, strict=True):
-            outputs[place] = t
-        return tuple(outputs) if isinstance(gradients, tuple) else outputs[0]
+        if isinstance(gradients, tuple):
+            return tuple(_refused(t, sources, function.what) if isinstance(t, Tensor) else t for t in gradients)
+        return _refused(gradients, sources, function.what)
 
 
-class _Refused(torch.autograd.Function):
-    """The first tensors as they are; the others are what they were computed from."""
+def _apply(function: type[FirstOrder], *args: Any) -> Any:
+    return function.apply(*args)
 
-    @staticmethod
-    def forward(ctx: Any, what: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.what = what
-        # no views: who clips or scales gradients does it in place
-        return tuple(t.data for t in tensors[:count])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+def attached(t: Tensor, sources: Iterable[Tensor]) -> Tensor:
+    """`t` plus the sum of no numbers of each source, all of which so get zeros for a gradient; never a view of `t`."""
+    return t + torch.stack([source.flatten()[:0].sum().to(t) for source in sources]).sum()
+
+
+def _refused(gradient: Tensor, sources: Sequence[Tensor], what: str) -> Tensor:
+    """A gradient whose derivatives, by whatever it was computed from, are refused."""
+    gradient = attached(gradient, sources)
+
+    def refuse(_: Any) -> None:
         raise UnsupportedError(
-            f"{ctx.what} has no second derivatives: a gradient made with create_graph=True may be used, but nothing "
+            f"{what} has no second derivatives: a gradient made with create_graph=True may be used, but nothing "
             "computed from it (a gradient penalty, a Hessian) can be differentiated"
         )
 
+    node = gradient.grad_fn
+    assert node is not None
+    node.register_prehook(refuse)  # not one of the tensor, which derivatives by the gradient itself would call too
+    return gradient
 
-_refused: Callable[..., tuple[Tensor, ...]] = _Refused.apply
 
+def _first_order(t: Tensor) -> Tensor:
+    """`t` on its way into a fused kernel, whose backward pass torch cannot differentiate."""
+    t = t.view_as(t)
 
-class _Library(FirstOrder):
-    """q, k, v on their way into a fused kernel, whose backward pass torch cannot differentiate."""
+    def guard(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        what = "softmax attention"
+        return tuple(t if t is None or not t.requires_grad else _refused(t, [t], what) for t in gradients)
 
-    what = "softmax attention"
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Tensor, ...], *grads: Any) -> Any:
-        return grads
+    if t.grad_fn is not None:
+        t.grad_fn.register_hook(guard)
+    return t
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -126,5 +133,6 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any
     cuda = torch.backends.cuda
     fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
     if fused and needs_grad(q, k, v) and not torch._C._are_functorch_transforms_active():
-        q, k, v = _Library.apply(q, k, v)
+        guard = functools.partial(uncompiled, _first_order) if torch.compiler.is_dynamo_compiling() else _first_order
+        q, k, v = (guard(t) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, **options)

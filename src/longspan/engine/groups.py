@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
-from longspan.engine import flash
 from longspan.engine.arguments import check_positive, check_shapes
-from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse
+from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.flash import default_scale
 from longspan.errors import ConfigError, UnsupportedError
 
@@ -396,9 +395,8 @@ def group_attention(
     of_queries = of_keys[..., memory:] if memory else of_keys
     reach = group_reach(min(window, columns), causal=causal, itself=itself)
     schedules = nearest_members(of_queries, of_keys, num_groups, reach, first_column=start)
-    dtype = flash.working_dtype(q, k, v)
-    out, _ = attend_blocks(q.to(dtype), (k.to(dtype),), (v.to(dtype),), schedules, default_scale(q, scale))
-    return out.to(q.dtype)
+    out, lse = attend_blocks(q, (k,), (v,), schedules, default_scale(q, scale))
+    return out.masked_fill(sees_none(lse)[..., None], 0)
 
 
 def group_reach(window: int, *, causal: bool, itself: bool) -> Reach:

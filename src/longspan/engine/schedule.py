@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from longspan.engine.tiles import Bands, Block, Plan, Run, Visibility, tile_mask
@@ -89,13 +90,13 @@ class Pattern(Scores):
 
 
 class QueryOrder(Protocol):
-    """An order of the queries in which tiles are ranges."""
+    """An order of the queries in which tiles are ranges; it may have rows and heads of its own."""
 
     def ordered(self, x: Tensor) -> Tensor:
         """x (batch, heads, length, dim) in this order, any empty places zero."""
 
-    def restored(self, x: Tensor) -> Tensor:
-        """What `ordered` gave, in the order of the sequence."""
+    def restored(self, x: Tensor, shape: torch.Size, missing: float = 0.0) -> Tensor:
+        """What `ordered` gave, as (*shape, dim) in the order of the sequence; `missing` where it has none."""
 
 
 class KeyOrder(Protocol):
@@ -108,6 +109,38 @@ class KeyOrder(Protocol):
         """Add gradients of what `ordered` gave to those of the keys."""
 
 
+class KeyLists(NamedTuple):
+    """Tiles that read lists of blocks of keys, for keys in the order (blocks, kv_heads, size, dim).
+
+    Each row of the queries is a tile then, and the keys of a row are those of its blocks, one after another.
+
+    Attributes:
+        blocks: (tiles, width) the blocks that a tile reads; None: `width` consecutive ones, from that of its number on.
+        width: blocks that a tile reads.
+    """
+
+    blocks: Tensor | None
+    width: int
+
+    def read(self, x: Tensor, tiles: slice) -> Tensor:
+        """x (blocks, size, ...) as some tiles read it: (tiles, width * size, ...); a view of consecutive blocks."""
+        count, size = tiles.stop - tiles.start, x.shape[1]
+        if self.blocks is not None:
+            return x.index_select(0, self.blocks[tiles].flatten()).view(count, -1, *x.shape[2:])
+        shape = count, self.width * size, *x.shape[2:]
+        return x.as_strided(shape, x.stride(), x.storage_offset() + tiles.start * x.stride(0))
+
+    def add(self, total: Tensor, part: Tensor, tiles: slice) -> None:
+        """Add what some tiles have for what they read, (tiles, width * size, ...), to (blocks, size, ...)."""
+        part = part.unflatten(1, (self.width, -1))
+        if self.blocks is not None:
+            # of what is not contiguous index_add_ is much slower
+            total.index_add_(0, self.blocks[tiles].flatten(), part.flatten(0, 1).contiguous())
+            return
+        for number in range(self.width):
+            total[tiles.start + number : tiles.stop + number] += part[:, number]
+
+
 class Round(NamedTuple):
     """Tiles in which every query occurs at most once.
 
@@ -118,6 +151,8 @@ class Round(NamedTuple):
         scores: makes what is added to the scores.
         heads: query heads that it serves, and kv: their kv heads; None = all.
         query_order: of the queries, and key_order: of the keys; None = that of the sequence.
+        lists: the keys of each row, where they are lists of blocks; the plans are then one tile, of all of them.
+        source: which of the schedule's tensors are its keys and its values; None = those that all rounds share.
         merges: an earlier round served these heads too; then this one may leave queries out.
         fused: tiles, none of which reads a key of another of its run, go through the fused kernel in the backward pass
             too. Where they are small and many, or one tile is all, this takes a quarter less time than products here.
@@ -134,6 +169,8 @@ class Round(NamedTuple):
     kv: slice | None = None
     query_order: QueryOrder | None = None
     key_order: KeyOrder | None = None
+    lists: KeyLists | None = None
+    source: tuple[int, int] | None = None
     merges: bool = False
     fused: Literal["open", "causal", "masked"] | None = None
 
@@ -146,6 +183,12 @@ class Round(NamedTuple):
         """x (batch, kv_heads, columns, dim) as the round takes it."""
         x = x if self.kv is None else x[:, self.kv]
         return x if self.key_order is None else self.key_order.ordered(x)
+
+    def keys_of(self, run: Run, x: Tensor, block: Block) -> Tensor:
+        """A block's part of what `sorted_keys` gave, (rows * tiles, kv_heads, keys, dim); a view of ranges."""
+        if self.lists is None:
+            return run.keys_of(x, block)
+        return self.lists.read(x.transpose(1, 2), slice(block.row, block.row + block.rows)).transpose(1, 2)
 
 
 class Schedule(NamedTuple):

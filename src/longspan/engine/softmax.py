@@ -27,6 +27,7 @@ from longspan.engine.tiles import HIDDEN, Block, Part, Run, make_blocks, make_pa
 from longspan.state import needs_grad
 
 BACKWARD_ENTRIES = 1 << 20  # scores of one backward tile over all its heads: they stay in cache
+LISTED_ENTRIES = 1 << 19  # where the keys of a tile are gathered; a quarter of the numbers in its keys counts like them
 INNER_ENTRIES = 1 << 16
 
 
@@ -119,7 +120,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     with flash.full_precision(q.device):
         for round_ in schedule.rounds:
             here = out[:, round_.heads or slice(None)], lse[:, round_.heads or slice(None)]
-            sums = _forward_round(round_, schedule.scale, (q, k, v), tensors, here)
+            keys = (k, v) if round_.source is None else tuple(tensors[index] for index in round_.source)
+            sums = _forward_round(round_, schedule.scale, (q, *keys), tensors, here)
             if merged:
                 parts.append(sums.clone() if sums is here[1] else sums)
     return out.to(target), Sums(lse[..., 0], tuple(parts))
@@ -144,8 +146,8 @@ def _forward_round(
         for block in blocks:
             part, part_sums = flash.attend(
                 run.queries_of(q, block),
-                run.keys_of(k, block),
-                run.keys_of(v, block),
+                round_.keys_of(run, k, block),
+                round_.keys_of(run, v, block),
                 scale=scale,
                 causal=round_.fused == "causal",
                 mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
@@ -156,7 +158,8 @@ def _forward_round(
             else:
                 run.queries_of(out, block).copy_(part)
     if order is not None:
-        out, sums = order.restored(out), order.restored(sums)
+        shape = room[0].shape[:3]
+        out, sums = order.restored(out, shape), order.restored(sums, shape, HIDDEN)
         if merges:
             _merge(*room, out, sums)
         else:
@@ -199,13 +202,16 @@ def backward(
     dq = new_gradient(q, dtype, zero=False)
     keyed = [new_gradient(t, dtype) for t in ((k, v, k, v) if detached else (k, v))]
     for number, round_ in enumerate(schedule.rounds):
+        keys, totals = (k, v), keyed
+        if round_.source is not None:
+            keys, totals = (tensors[round_.source[0]], tensors[round_.source[1]]), [own[1][i] for i in round_.source]
         if round_.fused:
             _backward_fused(round_, schedule.scale, (q, k, v), (grad, out, sums.total), [dq, *keyed])
             continue
         queries = [q, grad, inner]
         if sums.parts:
             queries.append((sums.parts[number] - sums.total[:, round_.heads or slice(None), :, None]).exp_())
-        _backward_round(round_, schedule, queries, (k, v), own if learns else (tensors, None), [dq, *keyed])
+        _backward_round(round_, schedule, queries, keys, own if learns else (tensors, None), [dq, *totals])
     return [dq, *keyed[:2], *own[1], *keyed[2:]]
 
 
@@ -241,10 +247,10 @@ def _backward_fused(
 def _inner(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """(batch, heads, length, 1); some queries at a time, so that their product stays in cache."""
     inner = grad.new_empty(*grad.shape[:3], 1)
-    step = max(1, INNER_ENTRIES // max(1, grad.shape[0] * grad.shape[1] * grad.shape[3]))
-    for first in range(0, grad.shape[2], step):
-        here = slice(first, first + step)
-        torch.sum(grad[:, :, here] * out[:, :, here], -1, keepdim=True, out=inner[:, :, here])
+    axis = 0 if grad.shape[0] > grad.shape[2] else 2
+    step = max(1, INNER_ENTRIES * grad.shape[axis] // max(1, grad.numel()))
+    for parts in zip(*(t.split(step, axis) for t in (grad, out, inner)), strict=True):
+        torch.sum(parts[0] * parts[1], -1, keepdim=True, out=parts[2])
     return inner if grad_lse is None else inner.sub_(grad_lse[..., None])
 
 
@@ -277,14 +283,16 @@ def _backward_round(
     room += slots if round_.key_order is None else [torch.zeros_like(t) for t in keys]
     scores = round_.scores(RoundInputs(round_.backward, round_.visibility, *own, queries[0]))
     group = queries[0].shape[1] // keys[0].shape[1]
-    size = group * max((run.queries * run.keys for run in round_.backward.runs), default=1)
+    size, most = group * max((run.queries * run.keys for run in round_.backward.runs), default=1), BACKWARD_ENTRIES
+    if round_.lists is not None:
+        gathered = round_.lists.width * keys[0].shape[2] * max(t.shape[3] for t in keys)
+        size, most = max(size, gathered // 4), LISTED_ENTRIES
     one_row = scores.one_row and group > 1
-    for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, BACKWARD_ENTRIES, one_row=one_row):
+    for part in make_parts(queries[0].shape[0], keys[0].shape[1], size, most, one_row=one_row):
         _Part(round_, schedule, scores, part, group).run(queries, keys, room)
-    if round_.query_order is not None and round_.merges:
-        dq += round_.query_order.restored(room[0])
-    elif round_.query_order is not None:
-        dq.copy_(round_.query_order.restored(room[0]))
+    if round_.query_order is not None:
+        restored = round_.query_order.restored(room[0], dq.shape[:3])
+        dq.add_(restored) if round_.merges else dq.copy_(restored)
     if round_.key_order is not None:
         for total, slot in zip(slots, room[1:], strict=True):
             round_.key_order.add_restored(total, slot)
@@ -300,7 +308,8 @@ class _Part:
     """Some batch rows and kv heads of a backward round: products over (kv_heads, rows) items at once."""
 
     def __init__(self, round_: Round, schedule: Schedule, scores: Scores, part: Part, group: int) -> None:
-        self.plan, self.schedule = round_.backward, schedule
+        self.plan, self.lists, self.schedule = round_.backward, round_.lists, schedule
+        self.beta = 1 if self.lists is None else 0  # the keys of a list are gathered for this tile alone
         self.adds = round_.merges and round_.query_order is None
         self.scores, self.group, (self.rows, self.kv) = scores, group, part
         first = 0 if round_.heads is None else round_.heads.start
@@ -311,29 +320,38 @@ class _Part:
 
     def run(self, queries: list[Tensor], keys: list[Tensor], slots: list[Tensor]) -> None:
         """Go over the tiles; all tensors are (batch, heads, positions, dim)."""
-        self.q, self.grad, self.inner, *self.share = (self._by_query(t)[1] for t in queries)
-        self.k, self.v = (self._by_key(t)[1] for t in keys)
-        pairs = [self._by_query(slots[0]), *(self._by_key(t) for t in slots[1:])]
-        self.dq, *self.keyed = (flat for _, flat in pairs)
+        self.q, self.grad, self.inner, *self.share = (self._by_query(t).flatten(0, 2) for t in queries)
+        self.k, self.v = (self._by_key(t).flatten(0, 1) for t in keys)
+        self.dq, shaped = self._by_query(slots[0]), []
+        if self.lists is None:
+            shaped = [self._by_key(t) for t in slots[1:]]
+            self.keyed = [t.flatten(0, 1) for t in shaped]
+        else:
+            self.keyed = [torch.empty_like(self.k), torch.empty_like(self.v)]
         for run in self.plan.runs:
             self.scores.open(run, self.shape[1], self.global_heads)
             scores = self.q.new_empty(self.items, self.group * run.queries, run.keys)
             weights = torch.empty_like(scores)
             for number in range(run.tiles):
                 self._tile(run, number, scores, weights)
-        for shaped, flat in pairs:
-            if not _flattens(shaped):
-                shaped.copy_(flat.view(shaped.shape))
+        for slot, flat in zip(shaped, self.keyed, strict=False):
+            if not _flattens(slot):
+                slot.copy_(flat.view(slot.shape))
+        if self.lists is not None:
+            for slot, part in zip(slots[1:], self.keyed, strict=True):
+                by_row = part.view(*self.shape[:2], *part.shape[1:]).permute(1, 2, 0, 3)
+                self.lists.add(slot[:, self.kv].transpose(1, 2), by_row, self.rows)
 
-    def _by_query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv_heads, rows, group, length, dim), and (items * group, length, dim): a view of it where one exists."""
-        shaped = x[self.rows, self.heads].unflatten(1, (-1, self.group)).transpose(0, 1)
-        return shaped, shaped.flatten(0, 2)
+    def _by_query(self, x: Tensor) -> Tensor:
+        """View of x: (kv_heads, rows, group, length, dim)."""
+        grouped: Tensor = x[self.rows, self.heads].unflatten(1, (-1, self.group))
+        return grouped.transpose(0, 1)
 
-    def _by_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kv_heads, rows, columns, dim), and (items, columns, dim)."""
-        shaped = x[self.rows, self.kv].transpose(0, 1)
-        return shaped, shaped.flatten(0, 1)
+    def _by_key(self, x: Tensor) -> Tensor:
+        """(kv_heads, rows, columns, dim), a view of x where its columns are not listed."""
+        if self.lists is None:
+            return x[self.rows, self.kv].transpose(0, 1)
+        return self.lists.read(x[:, self.kv].transpose(1, 2), self.rows).permute(2, 0, 1, 3)
 
     def _tile(self, run: Run, number: int, scores: Tensor, weights: Tensor) -> None:
         here, there = run.query_slice(number), run.key_slice(number)
@@ -355,11 +373,8 @@ class _Part:
         scores.baddbmm_(grad, v.mT, alpha=scale)
         slopes = torch.mul(scores, weights, out=self.scores.slopes(scores))
         self._add(here.start, there, (slopes, q), (weights, grad))
-        dq = torch.bmm(slopes, k).view(-1, run.queries, k.shape[2])
-        if self.adds:
-            self.dq[:, here] += dq
-        else:
-            self.dq[:, here] = dq
+        dq, slot = torch.bmm(slopes, k).view(*shape[:4], -1), self.dq[:, :, :, here]
+        slot.add_(dq) if self.adds else slot.copy_(dq)
         if self.scores.gradients is not None:
             self.scores.backward(tile, slopes)
 
@@ -380,7 +395,7 @@ class _Part:
             keys = slice(None) if columns is there else slice(columns.start - low, columns.stop - low)
             for slot, (weights, source) in zip(self.keyed[index : index + 2], pairs, strict=True):
                 part = weights[:, :, keys] if mask is None else weights[:, :, keys] * mask
-                slot[:, columns].baddbmm_(part.mT, source)
+                slot[:, columns].baddbmm_(part.mT, source, beta=self.beta)
 
         if len(self.keyed) == 2 or border is None:
             add(0, there)

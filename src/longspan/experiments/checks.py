@@ -1,21 +1,23 @@
-"""What a quickstart claims, each claim measured against its bar."""
+"""Checks of a quickstart: what it claims, measured against a bar."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from longspan.report import Table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A claim that was measured.
+    """One claim, measured.
 
     Attributes:
-        name: what is claimed.
-        value: what was measured, in words.
-        bar: what it had to be, in words.
-        passed: whether it was.
-        fatal: a failure fails the whole; False for clocks, which another process can disturb.
+        name: the claim.
+        value: the measured value, as text.
+        bar: the required value, as text.
+        passed: whether the value meets the bar.
+        fatal: whether a failure fails the quickstart; False for times, which other processes can disturb.
     """
 
     name: str
@@ -26,8 +28,30 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """ "pass", "FAIL", or "missed" where it is not fatal."""
+        """ "pass", "FAIL", or "missed" if a failure is not fatal."""
         return "pass" if self.passed else "FAIL" if self.fatal else "missed"
+
+    def record(self) -> dict[str, Any]:
+        """All fields and the verdict, as plain data."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def time_check(name: str, seconds: float, bar: float) -> Check:
+    """Check that a step took at most `bar` seconds."""
+    value = f"{seconds / 60:.1f} min"
+    return Check(name=name, value=value, bar=f"{bar / 60:g} min", passed=seconds <= bar, fatal=False)
+
+
+def speed_check(name: str, early: float, late: float, unit: str, bar: float = 0.10) -> Check:
+    """Check that two speeds differ by at most a share `bar`."""
+    change = late / early - 1 if early else math.nan
+    return Check(
+        name=name,
+        value=f"{early:,.0f} and {late:,.0f} {unit}: {100 * change:+.1f}%".replace("-", "−"),
+        bar=f"within {bar:.0%}",
+        passed=abs(change) <= bar,
+        fatal=False,
+    )
 
 
 def check_table(checks: Sequence[Check], caption: str = "") -> Table:

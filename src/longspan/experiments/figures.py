@@ -1,6 +1,7 @@
-"""Figures of the claims alone: shares and symmetric matrices as colours."""
+"""Figures that only the experiments draw: heat maps of shares and of symmetric matrices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,7 +9,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from longspan.report.figures import Panel
+from longspan.report import Picture
+from longspan.report.figures import Panel, picture
 from longspan.report.style import LIGHT, Theme
 
 
@@ -22,16 +24,16 @@ def heat_figure(
     numbers: bool = True,
     theme: Theme = LIGHT,
 ) -> Figure:
-    """A table of shares from 0 to 1 as colours.
+    """A heat map of shares from 0 to 1.
 
     Args:
         values: rows of shares.
-        rows: their names.
-        columns: names of the columns.
-        xlabel: what the columns are.
-        ylabel: what the rows are.
-        numbers: write each share into its field; without, columns are slanted words.
-        theme: colours.
+        rows: labels of the rows.
+        columns: labels of the columns.
+        xlabel: label of the horizontal axis.
+        ylabel: label of the vertical axis.
+        numbers: write each share into its cell; if not, the labels of columns are words, set at an angle.
+        theme: colors.
     """
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
@@ -63,15 +65,15 @@ def matrix_figure(
     below: str = "",
     theme: Theme = LIGHT,
 ) -> Figure:
-    """Symmetric matrices beside each other, each in its own range of colours from its least to its largest value.
+    """Heat maps of symmetric matrices, each with colors from its smallest to its largest value.
 
     Args:
-        panels: matrices of the same things.
-        labels: names of rows and columns, short.
-        marked: (row, column) fields that are framed, on both sides of the diagonal.
-        columns: panels in a row.
-        below: said under all of them.
-        theme: colours.
+        panels: matrices with the same rows and columns.
+        labels: short labels of rows and columns.
+        marked: (row, column) cells to frame, on both sides of the diagonal.
+        columns: panels per row.
+        below: a caption under all panels.
+        theme: colors.
     """
     lines = -(-len(panels) // columns)
     with matplotlib.rc_context(theme.settings()):
@@ -90,9 +92,16 @@ def matrix_figure(
             for row, column in (field for pair in marked for field in (pair, pair[::-1])):
                 corner = (column - 0.5, row - 0.5)
                 frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
-                # in front of the axis, beside which the last row stands
+                # in front of the axis, which is next to the last row
                 frame.set_zorder(5)
                 axes.add_patch(frame)
         if below:
             figure.supxlabel(below, fontsize=9, color=theme.faint)
     return figure
+
+
+def picture_of(
+    figure: Callable[..., Figure], name: str, *arguments: Any, alt: str, caption: str = "", **axes: Any
+) -> Picture:
+    """What a function of figures draws of its arguments, in both themes."""
+    return picture(name, lambda theme: figure(*arguments, theme=theme, **axes), alt=alt, caption=caption)

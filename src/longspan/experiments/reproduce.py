@@ -13,23 +13,24 @@ from longspan.errors import ConfigError
 
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A claim; none lists them.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A claim; without one, all claims are listed.", show_default=False),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="At the size that docs/claims.md reports, which takes longer.")
+        bool, typer.Option("--full", help="Run at the size of docs/claims.md, which takes longer.")
     ] = False,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where its runs go; a second call goes on from them.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of its runs; a second call resumes them.")
     ] = Path("out/claims"),
     docs: Annotated[
         Path | None,
-        typer.Option("--docs", metavar="DIR", help="Put the result into DIR/claims/ and write DIR/claims.md anew."),
+        typer.Option("--docs", metavar="DIR", help="Save the numbers in DIR/claims/ and rewrite DIR/claims.md."),
     ] = None,
 ) -> int:
-    """Re-enact a claim of a paper, and say what came out beside what the paper says.
+    """Reproduce a claim of a paper at a small size and print its numbers next to the paper's.
 
-    Ctrl-C stops it; the same command goes on where it stopped. There is no --device: what a claim measures, clocks
-    among it, belongs to the device its recipes name, and docs/claims.md compares it with that of others.
+    Ctrl-C stops it; the same command resumes it. There is no --device: recipes name the device, as docs/claims.md
+    compares times of different claims.
 
     Examples:
       longspan reproduce
@@ -46,12 +47,8 @@ def reproduce(
         if docs is not None:
             return _write_docs(docs)
         rows = [
-            (
-                each,
-                claims.find(each).system,
-                *(f"{claims.find(each).minutes[size]:g} min" for size in ("small", "full")),
-            )
-            for each in claims.names()
+            (claim.name, claim.system, *(f"{claim.minutes[size]:g} min" for size in ("small", "full")))
+            for claim in map(claims.find, claims.names())
         ]
         print_table(Table(columns=("claim", "system", "small", "--full"), rows=rows, right=(2, 3)))
         return 0
@@ -65,8 +62,8 @@ def reproduce(
     for line in (outcome.note, f"{outcome.verdict}; {outcome.size}"):
         if line:
             console().print(line, markup=False)
-    kept = output if docs is None else docs / "claims"
-    path = claims.save_result(kept, claim, size, outcome, seconds)  # type: ignore[arg-type]
+    results_folder = output if docs is None else docs / "claims"
+    path = claims.save_result(results_folder, claim, size, outcome, seconds)  # type: ignore[arg-type]
     console().print(f"all numbers: {path}", markup=False)
     return 0 if docs is None else _write_docs(docs)
 
@@ -75,10 +72,10 @@ def _write_docs(docs: Path) -> int:
     from longspan.experiments import claims
     from longspan.files import write_atomically
 
-    results = claims.read_results(docs / "claims", claims.names())
-    if not results:
+    records = claims.read_results(docs / "claims", claims.names())
+    if not records:
         raise ConfigError(f"{docs / 'claims'}: no results yet; `longspan reproduce NAME --docs {docs}` makes one")
-    text = claims.markdown(results)
+    text = claims.markdown(records)
     path = write_atomically(docs / "claims.md", lambda to: to.write_text(text, encoding="utf-8"))
     console().print(f"wrote {path}", markup=False)
     return 0

@@ -1,14 +1,32 @@
-"""What the quickstarts share: their steps, their end."""
+"""What the quickstarts share: options, training, the facts of a page, and the exit."""
 
+import os
+import platform
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from longspan.cli.console import console, print_table, say
+from longspan.errors import CheckpointError
+from longspan.version import __version__
 
 if TYPE_CHECKING:
     from longspan.experiments.checks import Check
+    from longspan.train import Silent
+
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
+]
+AssignmentsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
+]
+ReuseOption = Annotated[bool, typer.Option("--reuse", help="Use the model that is already in DIR.")]
 
 
 def say_step(number: int, count: int, text: str) -> None:
@@ -17,13 +35,33 @@ def say_step(number: int, count: int, text: str) -> None:
     console().print(text, markup=False)
 
 
-def finish(found: "list[Check]", path: Path) -> int:
-    """Show the checks and where the page is; the exit code."""
+def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, display: "Silent") -> None:
+    """Train from scratch, replacing an earlier run in the folder; with `reuse` keep that run.
+
+    Raises:
+        CheckpointError: the folder holds something that is not a run; or there is no trained model to reuse.
+    """
+    from longspan.train import run
+
+    if reuse:
+        if not (folder / "model").is_dir():
+            raise CheckpointError(f"{folder}: no trained model to keep; leave out --reuse")
+        return
+    if folder.exists():
+        if not (folder / "recipe.json").exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder}: holds something that is not a run; choose another --output")
+        shutil.rmtree(folder)
+    if run(recipe, folder, progress=display).interrupted:
+        raise KeyboardInterrupt
+
+
+def finish(checks: "list[Check]", path: Path) -> int:
+    """Print the checks and the path of the page; the exit code."""
     from longspan.experiments.checks import check_table
 
     print()
-    print_table(check_table(found))
-    failed = [check.name for check in found if check.fatal and not check.passed]
+    print_table(check_table(checks))
+    failed = [check.name for check in checks if check.fatal and not check.passed]
     print(f"The page, with figures and all numbers: {path}", flush=True)
     if failed:
         say(f"longspan: {len(failed)} check{'s' if len(failed) > 1 else ''} failed: {'; '.join(failed)}")
@@ -32,16 +70,29 @@ def finish(found: "list[Check]", path: Path) -> int:
 
 @dataclass
 class Clock:
-    """How long each step took, in seconds."""
+    """Seconds that each step took."""
 
     started: float = field(default_factory=time.perf_counter)
     laps: dict[str, float] = field(default_factory=dict)
 
     def lap(self, name: str) -> None:
-        """The step `name` has ended."""
+        """Record the end of the step `name`."""
         self.laps[name] = self.total - sum(self.laps.values())
 
     @property
     def total(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.started
+
+
+def machine_facts(seed: int, clock: Clock) -> list[tuple[str, str]]:
+    """Rows of a page's table: seed, threads, versions, time."""
+    import torch
+
+    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
+    return [
+        ("seed", str(seed)),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
+        ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
+        ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
+    ]

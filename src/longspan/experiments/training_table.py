@@ -1,4 +1,4 @@
-"""The live table of the training: a row every few seconds, the same on a terminal and in a file."""
+"""The live table of a training run: a row every few seconds, the same on a terminal and in a file."""
 
 import sys
 import time
@@ -15,8 +15,8 @@ from longspan.cli.console import console, terminal_width
 from longspan.train import Silent
 
 Columns = Sequence[tuple[str, int]]
-TEXT = (("step", 7), ("bits/byte", 10), ("held back", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
-RECALL = (("step", 7), ("right", 7), ("segments", 9), ("tokens each", 12), ("tokens/s", 9), ("memory", 9), ("left", 6))
+TEXT = (("step", 7), ("bits/byte", 10), ("held-out", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
+RECALL = (("step", 7), ("correct", 7), ("segments", 9), ("tokens each", 12), *TEXT[3:])
 
 
 class TrainingTable(Silent):
@@ -24,7 +24,7 @@ class TrainingTable(Silent):
 
     Args:
         columns: `TEXT` for language models, `RECALL` for memory tasks.
-        every: seconds of a row; the last row of a terminal is always the newest state of things.
+        every: seconds between rows; the last row on a terminal always shows the newest numbers.
     """
 
     def __init__(self, columns: Columns = TEXT, every: float = 10.0) -> None:
@@ -46,10 +46,10 @@ class TrainingTable(Silent):
             print(self._aligned([name for name, _ in self.columns]), flush=True)
 
     def step(self, line: dict[str, Any]) -> None:
-        """Take up a line of the log."""
-        held = line.get("validation", {}).get("bits_per_byte")
-        if held is not None:
-            self._held_back(f"{held:.4f}")
+        """Show a line of the log."""
+        validation_bits = line.get("validation", {}).get("bits_per_byte")
+        if validation_bits is not None:
+            self._show_validation(f"{validation_bits:.4f}")
         else:
             self._last = cells(line) if self.columns is TEXT else recall_cells(line)
             self._fraction = line["fraction"]
@@ -59,12 +59,12 @@ class TrainingTable(Silent):
             self._live.update(self._draw())
 
     def evaluating(self, read: int, total: int) -> None:
-        """Say how far an evaluation is, below the table."""
-        self._evaluation = f"reading held-back documents: {read / max(total, 1):.0%}" if read < total else ""
+        """Show the progress of an evaluation below the table."""
+        self._evaluation = f"reading held-out documents: {read / max(total, 1):.0%}" if read < total else ""
         if self._live is not None:
             self._live.update(self._draw())
 
-    def _held_back(self, text: str) -> None:
+    def _show_validation(self, text: str) -> None:
         if self._last:
             self._last[2] = text
             self._pin()
@@ -84,7 +84,7 @@ class TrainingTable(Silent):
             print(text, flush=True)
 
     def stop(self) -> None:
-        """Leave the table standing."""
+        """Print the last row and end the live display."""
         if self._last:
             self._pin()
         if self._live is not None:
@@ -109,7 +109,7 @@ class TrainingTable(Silent):
         return Group(table, *([Text(self._evaluation, no_wrap=True)] if self._evaluation else []), bar)
 
     def _fitting(self, width: int) -> list[int]:
-        """The columns that a terminal has room for: memory and speed are left out first."""
+        """Indices of the columns that fit the terminal; memory and speed are dropped first."""
         shown = list(range(len(self.columns)))
         for least in ("memory", "tokens/s", "tokens each"):
             if sum(self.columns[index][1] + 2 for index in shown) > width:
@@ -118,12 +118,12 @@ class TrainingTable(Silent):
 
 
 def cells(line: dict[str, Any]) -> list[str]:
-    """A line of the log as the cells of a row."""
+    """The cells of a row, from a line of the log."""
     return [f"{line['step']:,}", f"{line['bits_per_byte']:.4f}", "", *_running(line)]
 
 
 def recall_cells(line: dict[str, Any]) -> list[str]:
-    """The same for a memory task."""
+    """The cells of a row, for a memory task."""
     return [f"{line['step']:,}", f"{line['accuracy']:.0%}", *line["stage"], *_running(line)]
 
 

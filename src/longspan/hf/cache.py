@@ -119,27 +119,24 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.device is not None:
             self.state = on_device(self.state, self.device)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the beams that go on."""
-        self._select(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some rows."""
-        self._select(indices)
+        if self.state is not None:
+            self.state = states.select(self.state, indices.to(states.live(self.state, 0).device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the beams that go on."""
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
         if self.state is not None:
             rows = states.live(self.state, 0).shape[0]
-            self._select(torch.arange(rows).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """A state cannot forget its last tokens."""
         raise UnsupportedError("a state cannot be cropped: assisted decoding and contrastive search need a KV cache")
-
-    def _select(self, index: Tensor) -> None:
-        if self.state is not None:
-            self.state = states.select(self.state, index.to(states.live(self.state, 0).device))
 
 
 class StateCache(Cache):
@@ -162,7 +159,11 @@ class StateCache(Cache):
     first_columns: Tensor | None
 
     def __init__(self, layers: list[bool], config: Any = None, *, offloading: bool = False) -> None:
-        super().__init__(layers=_cache_layers(layers, config))
+        plain: list[Any] = [] if config is None or all(layers) else DynamicCache(config=config).layers
+        keys: list[Any] = plain + [DynamicLayer() for _ in layers[len(plain) :]]  # type: ignore[no-untyped-call]
+        super().__init__(
+            layers=[StateLayer() if has_state else layer for has_state, layer in zip(layers, keys, strict=False)]
+        )
         self.offloading = offloading
         self.shift, self.first_columns = None, None
 
@@ -229,46 +230,32 @@ class StateCache(Cache):
         """Rows of the beams that go on."""
         self._take_back()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._select(beam_idx)
+        self._change_rows(lambda rows: rows[beam_idx.to(rows.device)])
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some rows."""
         self._take_back()
         super().batch_select_indices(indices)
-        self._select(indices)
+        self._change_rows(lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row so many times."""
         self._take_back()
         super().batch_repeat_interleave(repeats)
-        for name in ("shift", "first_columns"):
-            rows = getattr(self, name)
-            setattr(self, name, None if rows is None else rows.repeat_interleave(repeats))
+        self._change_rows(lambda rows: rows.repeat_interleave(repeats))
 
-    def _select(self, index: Tensor) -> None:
-        for name in ("shift", "first_columns"):
-            rows = getattr(self, name)
-            setattr(self, name, None if rows is None else rows[index.to(rows.device)])
+    def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.shift, self.first_columns = (
+            None if rows is None else change(rows) for rows in (self.shift, self.first_columns)
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        total = 0
-        layers: list[Any] = list(self.layers)
-        for layer in layers:
-            if isinstance(layer, StateLayer):
-                total += 0 if layer.state is None else states.nbytes(layer.state)
-            elif layer.is_initialized:
-                total += sum(kept.numel() * kept.element_size() for kept in (layer.keys, layer.values))
-        return total
-
-
-def _cache_layers(layers: list[bool], config: Any) -> list[Any]:
-    keys: Any = DynamicLayer
-    plain: list[Any] = [] if config is None or all(layers) else DynamicCache(config=config).layers
-    return [
-        StateLayer() if state else plain[index] if index < len(plain) else keys() for index, state in enumerate(layers)
-    ]
+        held = [layer.state for layer in self.state_layers.values() if layer.state is not None]
+        pairs: list[Any] = [layer for layer in self.layers if not isinstance(layer, StateLayer)]
+        held += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
+        return sum(states.nbytes(state) for state in held)
 
 
 def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:

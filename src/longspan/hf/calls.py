@@ -64,11 +64,6 @@ class Call:
             cache.first_columns = self.first_columns[:, -1]
 
 
-def is_converted(attention: Any) -> bool:
-    """Whether an attention module was converted."""
-    return hasattr(attention, "longspan_family")
-
-
 def check_caches(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Refuse a call in which a converted layer is handed a cache that does not carry its state.
 
@@ -146,14 +141,16 @@ def _cache(base: Any, found: Found, keywords: dict[str, Any], cache: Any) -> Sta
         use = getattr(base.config, "use_cache", False) and not base.training
     else:
         use = bool(asked)
-    cores = [attention.longspan for attention in found.attentions if is_converted(attention)]
-    if not all(core.traits.streams for core in cores):
+    cores = found.cores
+    if not all(core.traits.streams for core in cores.values()):
         if cache is not None or asked:
-            raise UnsupportedError(f"{why_no_stream(cores)}; call the model, and generate, with use_cache=False")
+            raise UnsupportedError(
+                f"{why_no_stream(list(cores.values()))}; call the model, and generate, with use_cache=False"
+            )
         return None
     if cache is None and not use:
         return None
-    layers = [is_converted(attention) for attention in found.attentions]
+    layers = [index in cores for index in range(len(found.attentions))]
     carried = own_cache(cache, lambda: StateCache(layers, base.config))
     carried.begin()
     return carried
@@ -169,8 +166,11 @@ def _lay_out(
         raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
     past = Past(live, 0 if cache is None else cache.get_seq_length(), None if cache is None else cache.shift)
     packed = documents(inputs, past, keywords, found.family.first_position(base))
-    rows = Rows(live, inputs.shape[1], packed.mask, packed.reset, reads=_reads(found, before))
-    whole = all(is_converted(attention) for attention in found.attentions)
+    reads: dict[Hashable, Tensor] = {}
+    for index, core in found.cores.items():
+        reads |= core.layout_inputs(before.get(index))
+    rows = Rows(live, inputs.shape[1], packed.mask, packed.reset, reads=reads)
+    whole = len(found.cores) == len(found.attentions)
     if packed.positions is not None:
         keywords["position_ids"] = packed.positions
     elif found.family.causal and (whole or packed.reset is not None or past.shift is not None):
@@ -188,15 +188,6 @@ def _lay_out(
     if not whole and (packed.reset is not None or (cache is not None and cache.first_columns is not None)):
         call.first_columns = _first_columns(packed, past, cache)
     return call, packed.mask
-
-
-def _reads(found: Found, before: dict[int, Any]) -> dict[Hashable, Tensor]:
-    """What converted layers want to know of their parameters and states when the call is laid out."""
-    reads: dict[Hashable, Tensor] = {}
-    for index, attention in enumerate(found.attentions):
-        if is_converted(attention):
-            reads |= attention.longspan.layout_inputs(before.get(index))
-    return reads
 
 
 def _count(rows: Rows, shift: Tensor | None) -> Tensor:
@@ -226,7 +217,7 @@ def _first_columns(packed: Documents, past: Past, cache: StateCache | None) -> T
 def _attention_mask(base: Any, found: Found, keywords: dict[str, Any], mask: Tensor | None, call: Call) -> Any:
     """What the base model makes the masks of its own layers of."""
     inputs_shape, device = (call.rows.batch, call.rows.columns), call.rows.device
-    if all(is_converted(attention) for attention in found.attentions):
+    if len(found.cores) == len(found.attentions):
         # nobody reads it; without one, or of padding, transformers would make a matrix of the length squared
         return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     cache = keywords.get(_cache_keyword(known_keywords(type(base).forward)))

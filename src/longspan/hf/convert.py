@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.contract.base import Core, Hidden, merge_traits
+from longspan.contract.base import Core, Hidden
 from longspan.contract.maps import place_of
 from longspan.contract.registry import build_core, core_class
 from longspan.errors import ConfigError, UnsupportedError
@@ -134,8 +134,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     found = find(model)
     chosen = _layers(layers, len(found.attentions))
     fields = _defaults(name, fields)
-    taken = [index for index in chosen if isinstance(found.attentions[index], Converted)]
-    if taken:
+    if taken := [index for index in chosen if index in found.cores]:
         raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
     cores = {}
     for index in chosen:
@@ -148,7 +147,13 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     _hook(found.family.base(model))
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
-    report = _report(model, name, chosen, record["fields"])
+    report = Report(
+        name=name,
+        layers=chosen,
+        fields=record["fields"],
+        new_parameters=tuple(key for key, _ in model.named_parameters() if f".{CORE}." in key),
+        bounded=len(found.cores) == len(found.attentions) and all(core.traits.bounded for core in found.cores.values()),
+    )
     _save_with_adapters(outside, [found.attentions[index] for index in chosen])
     return report
 
@@ -209,10 +214,10 @@ def revert(model: Any) -> None:
     """
     model = unwrapped(model)
     found = find(model)
-    converted = [each for each in found.attentions if isinstance(each, Converted)]
-    if not converted:
+    if not found.cores:
         raise ConfigError("revert: this model is not converted")
-    for attention in converted:
+    for index in found.cores:
+        attention = found.attentions[index]
         wake(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
@@ -224,12 +229,7 @@ def revert(model: Any) -> None:
 
 def cores(model: Any) -> dict[int, Core]:
     """The cores of a converted model, by layer; empty where it is not converted."""
-    found = find(unwrapped(model))
-    return {
-        index: attention.longspan
-        for index, attention in enumerate(found.attentions)
-        if isinstance(attention, Converted)
-    }
+    return find(unwrapped(model)).cores
 
 
 def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
@@ -305,15 +305,6 @@ def after_step(model: Any, step: int, generator: torch.Generator | None = None) 
     """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
     for core in cores(model).values():
         core.after_step(step, generator)
-
-
-def _report(model: Any, name: str, layers: tuple[int, ...], fields: dict[str, Any]) -> Report:
-    found = find(model)
-    marker = f".{CORE}."
-    new = tuple(key for key, _ in model.named_parameters() if marker in key)
-    kept = [each for each in found.attentions if not isinstance(each, Converted)]
-    traits = merge_traits([each.longspan.traits for each in found.attentions if isinstance(each, Converted)])
-    return Report(name, layers, fields, new, traits.bounded and not kept)
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """A converted causal model with the face of a `Decoder`, so that sessions, evaluation and the verbs take it."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from longspan.models import Head, StackState
 from longspan.models.head import CalledHead, linear_head
 from longspan.models.wrappers import OPENERS, unwrapped
 from longspan.state import all_or_nothing
+
+
+class CallOptions(TypedDict, total=False):
+    """What a call takes beside tokens and state, as of a `Decoder`."""
+
+    mask: Tensor | None
+    reset: Tensor | None
+    penalties: list[Tensor] | None
 
 
 class ConvertedDecoder(nn.Module):
@@ -101,79 +110,43 @@ class ConvertedDecoder(nn.Module):
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.layers)
 
     def forward(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
         """Logits (batch, length, vocab_size) and the next state; arguments as of a `Decoder`.
 
         Raises:
             DataError: a token outside the vocabulary.
         """
-        out, following = self._run(self.inner, tokens, state, mask, reset, penalties, logits_to_keep=0)
+        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=0)
         return out.logits, following
 
     def hidden(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim) of the model without its head.
-
-        Raises:
-            DataError: a token outside the vocabulary.
-        """
-        base = find(self.inner).family.base(self.inner)
-        out, following = self._run(base, tokens, state, mask, reset, penalties)
+        """Like a call, but what logits are made of: hidden states (batch, length, dim)."""
+        out, following = self._run(find(self.inner).family.base(self.inner), tokens, state, call)
         return out.last_hidden_state, following
 
-    def head(self) -> Head | CalledHead:
-        """The language-model head.
-
-        Raises:
-            UnsupportedError: it is no plain linear map.
-        """
-        return linear_head(self.inner.get_output_embeddings())
-
     def last(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
+        self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
         """Like a call, but only the logits (batch, vocab_size) of the last column."""
+        mask = call.get("mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ConfigError("last: a row ends in padding")
-        out, following = self._run(self.inner, tokens, state, mask, reset, None, logits_to_keep=1)
+        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=1)
         return out.logits[:, -1], following
 
-    @all_or_nothing
+    def head(self) -> Head | CalledHead:
+        """The language-model head. Raises UnsupportedError: it is no plain linear map."""
+        return linear_head(self.inner.get_output_embeddings())
+
     def _run(
-        self,
-        model: Any,
-        tokens: Tensor,
-        state: StackState | None,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        penalties: list[Tensor] | None,
-        **options: Any,
+        self, model: Any, tokens: Tensor, state: StackState | None, call: CallOptions, **options: Any
     ) -> tuple[Any, StackState]:
         # on another device this would wait for it
-        if (
-            tokens.device.type == "cpu"
-            and tokens.numel()
-            and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size
-        ):
+        inside = tokens.device.type != "cpu" or bool(((tokens >= 0) & (tokens < self.vocab_size)).all())
+        if not inside:
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
@@ -182,18 +155,14 @@ class ConvertedDecoder(nn.Module):
         columns = int(before.live.max())
         for place, layer_state in zip(places, before.layers, strict=True):
             place.state, place.columns, place.is_initialized = layer_state, columns, True
-        out = model(
-            tokens,
-            attention_mask=None if mask is None else mask.long(),
-            use_cache=True,
-            reset=reset,
-            **{CACHE: cache},
-            **options,
-        )
-        if penalties is not None:
-            penalties.extend(last_penalties(self.inner))
-        following = tuple(place.state for place in places)
-        return out, StackState(following, following[0].live)
+        mask, penalties = call.get("mask"), call.get("penalties")
+        options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
+        with all_or_nothing():
+            out = model(tokens, use_cache=True, **options)
+            if penalties is not None:
+                penalties.extend(last_penalties(self.inner))
+            following = tuple(place.state for place in places)
+            return out, StackState(following, following[0].live)
 
 
 def open_for_streams(model: Any) -> Any:
@@ -226,6 +195,15 @@ class Opened(NamedTuple):
     tokenizer: Any
 
 
+@contextlib.contextmanager
+def readable(source: str | Path) -> Iterator[None]:
+    """What transformers raises inside for a source that it cannot read becomes a CheckpointError of one line."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
+
+
 def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype | None = torch.float32) -> Opened:
     """A causal language model of transformers, from a folder or a hub.
 
@@ -240,11 +218,9 @@ def open_pretrained(source: str, *, gguf: str | None = None, dtype: torch.dtype 
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
-    try:
+    with readable(source):
         tokenizer: Any = open_tokenizer(source, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None
     if gguf is not None:
         # what was read from GGUF refuses to be saved; the same weights in a model of their own do not
         config = model.config
@@ -267,16 +243,10 @@ def end_tokens_of(source: str | Path) -> tuple[int, ...]:
     for reader in readers:
         # models need not have the first
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if ends := _ends(reader.from_pretrained(source)):
-                return ends
+            ends = getattr(reader.from_pretrained(source), "eos_token_id", None)
+            if ends is not None and ends != []:
+                return tuple(int(end) for end in (ends if isinstance(ends, list | tuple) else [ends]))
     return ()
-
-
-def _ends(config: Any) -> tuple[int, ...]:
-    ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        return ()
-    return tuple(int(end) for end in ends) if isinstance(ends, list | tuple) else (int(ends),)
 
 
 def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Opened:
@@ -295,14 +265,8 @@ def load_converted(folder: str | Path, dtype: torch.dtype | None = None) -> Open
 
 
 def open_tokenizer(source: str | Path, **options: Any) -> Any:
-    """A tokenizer of transformers, from a folder or a hub.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """A tokenizer of transformers, from a folder or a hub. Raises CheckpointError: it cannot be read."""
     from transformers import AutoTokenizer
 
-    try:
+    with readable(source):
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from None

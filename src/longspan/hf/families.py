@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.contract.base import Shape
+from longspan.contract.base import Core, Shape
 from longspan.errors import UnsupportedError
 
 
@@ -32,11 +32,7 @@ class Family:
         raise NotImplementedError
 
     def shape(self, model: Any, attention: Any) -> Shape:
-        """Its sizes.
-
-        Raises:
-            UnsupportedError: logits or positions are scaled in a way that no mixer does.
-        """
+        """Its sizes. Raises UnsupportedError: logits or positions are scaled in a way that no mixer does."""
         raise NotImplementedError
 
     def max_positions(self, model: Any) -> int | None:
@@ -205,13 +201,14 @@ class Found:
     family: Family
     attentions: list[Any]
 
+    @property
+    def cores(self) -> dict[int, Core]:
+        """The mechanisms of converted attention modules, by layer."""
+        return {index: each.longspan for index, each in enumerate(self.attentions) if hasattr(each, "longspan_family")}
+
 
 def find(model: Any) -> Found:
-    """The family of a model.
-
-    Raises:
-        UnsupportedError: there is none.
-    """
+    """The family of a model. Raises UnsupportedError: there is none."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for family in _FAMILIES:
         if kind in family.model_types:

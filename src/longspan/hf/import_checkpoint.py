@@ -19,9 +19,6 @@ FAMILIES: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any]], Decoder]
 }
 """A function for each `model_type`: weights under their published names, and the configuration, to a model."""
 
-_MARKS: dict[str, str] = {"reformer": "reformer.", "transfo-xl": "transformer.word_emb."}
-"""How the names of a family's weights begin, for configurations that do not say what they are of."""
-
 
 def import_checkpoint(
     source: nn.Module | Mapping[str, Tensor] | str | Path, config: Mapping[str, Any] | Any = None
@@ -57,32 +54,31 @@ def _read(source: Any) -> tuple[Mapping[str, Tensor], Any]:
         return source.state_dict(), getattr(source, "config", None)
     if isinstance(source, Mapping):
         return source, None
+    from safetensors.torch import load_file
+
     folder = Path(source)
     config = read_json(folder / "config.json")
     weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        weights |= _file(path)
+        try:
+            if path.suffix == ".safetensors":
+                weights |= load_file(path)
+            else:
+                weights |= torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # whatever a file of another origin may hold
+            raise CheckpointError(f"{path}: damaged: {error}") from None
     if not weights:
         raise CheckpointError(f"{folder}: no weights; expected *.safetensors or pytorch_model*.bin")
     return weights, config
 
 
-def _file(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        # whatever a file of another origin may hold
-        raise CheckpointError(f"{path}: damaged: {error}") from None
-
-
 def _family(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    # how the names of a family's weights begin, for configurations that do not say what they are of
+    marks = {"reformer": "reformer.", "transfo-xl": "transformer.word_emb."}
     kind = config.get("model_type")
     if kind is None:
-        kind = next((name for name, mark in _MARKS.items() if any(key.startswith(mark) for key in weights)), None)
+        kind = next((name for name, mark in marks.items() if any(key.startswith(mark) for key in weights)), None)
     if kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UnsupportedError(f"import_checkpoint: no weights of type {kind!r} are known; these are: {known}")

@@ -7,7 +7,7 @@ change nothing and say nothing.
 import functools
 import inspect
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.utils.generic import TransformersKwargs
@@ -44,6 +44,24 @@ PASSED_ON = (frozenset(TransformersKwargs.__annotations__) | LOSS_KEYWORDS | {"r
 """Keywords that models of transformers hand down beside the arguments of their own."""
 
 
+class _Refusal(NamedTuple):
+    """Why a keyword is refused, unless its value is None or the harmless one."""
+
+    reason: str
+    harmless: bool | None
+
+
+_NO_STATE = _Refusal("it reads a whole text in one call and keeps no state; leave {name} out", False)
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(_OF_OTHER_MODELS, _Refusal("it has nothing that {name} could act on; leave it out", False)),
+    **dict.fromkeys((*CACHE_NAMES, "use_cache"), _NO_STATE),
+    "shift_labels": _Refusal(
+        "it predicts no next token, so its labels cannot be shifted; leave shift_labels out", None
+    ),
+    "is_causal": _Refusal("whether it is causal is part of the model; leave is_causal out", True),
+}
+
+
 def settle_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], where: str) -> None:
     """Remove keywords that say nothing to this model, and refuse those that nobody here knows.
 
@@ -58,27 +76,12 @@ def settle_keywords(keywords: MutableMapping[str, Any], known: Iterable[str], wh
     """
     names = set(known)
     for name in [name for name in keywords if name not in names]:
-        value = keywords[name]
+        value = keywords.pop(name)
         if name == "token_type_ids":
             # tokenizers make them for every model; of one kind they say nothing
             if isinstance(value, Tensor) and bool((value != 0).any()):
                 raise UnsupportedError(f"{where}: it has no token types; token_type_ids may only hold 0")
-        elif name in _OF_OTHER_MODELS:
-            if value is not None and value is not False:
-                raise UnsupportedError(f"{where}: it has nothing that {name} could act on; leave it out")
-        elif name in (*CACHE_NAMES, "use_cache"):
-            if value is not None and value is not False:
-                raise UnsupportedError(
-                    f"{where}: it reads a whole text in one call and keeps no state; leave {name} out"
-                )
-        elif name == "shift_labels":
-            if value is not None:
-                raise UnsupportedError(
-                    f"{where}: it predicts no next token, so its labels cannot be shifted; leave shift_labels out"
-                )
-        elif name == "is_causal":
-            if value is not None and value is not True:
-                raise UnsupportedError(f"{where}: whether it is causal is part of the model; leave is_causal out")
-        else:
+        elif name not in _WITHOUT_EFFECT:
             raise ConfigError(f"{where}: unknown keyword {name!r}{nearest(name, names)}")
-        del keywords[name]
+        elif value is not None and value is not _WITHOUT_EFFECT[name].harmless:
+            raise UnsupportedError(f"{where}: {_WITHOUT_EFFECT[name].reason.format(name=name)}")

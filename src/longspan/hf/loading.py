@@ -38,9 +38,8 @@ class ConvertedLoader:
     @classmethod
     def _from_config(cls, config: Any, **options: Any) -> Any:
         """A converted model of new weights."""
-        records, config = _parted(config)
-        model = getattr(transformers, cls.original)._from_config(config, **options)
-        _convert_again(model, records)
+        model = getattr(transformers, cls.original)._from_config(_original(config), **options)
+        _convert_again(model, config)
         return model
 
 
@@ -61,28 +60,22 @@ def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, **place)
     if not getattr(config, CORE, None):
         raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
-    return load_as(auto or _class_of(config), folder, config=config, **options)
-
-
-def _class_of(config: Any) -> Any:
-    """The class that a configuration was written by."""
-    for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    written = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     encoder = config.model_type in ("bert", "roberta")
-    return transformers.AutoModel if encoder else transformers.AutoModelForCausalLM
+    known = [auto, *written, transformers.AutoModel if encoder else transformers.AutoModelForCausalLM]
+    return load_as(next(filter(None, known)), folder, config=config, **options)
 
 
 def load_as(cls: Any, folder: Any, *args: Any, config: Any, **options: Any) -> Any:
     """A converted model of a class of transformers, or what an Auto class chooses; raises as `load` does."""
-    records, config = _parted(config)
+    plain = _original(config)
     # adapters go on behind the conversion, whose parameters they may hold
     adapters = dict(options.pop("adapter_kwargs", None) or {})
     path, name = adapters.pop("_adapter_model_path", None), options.pop("adapter_name", "default")
-    with _expected(cls, config):
-        opened = cls.from_pretrained(folder, *args, config=config, **options)
+    with _expected(cls, plain):
+        opened = cls.from_pretrained(folder, *args, config=plain, **options)
     model = opened[0] if isinstance(opened, tuple) else opened
-    _convert_again(model, records)
+    _convert_again(model, config)
     _take_up(model, folder, options)
     if path is not None:
         model.load_adapter(path, adapter_name=name, adapter_kwargs=adapters)
@@ -90,16 +83,16 @@ def load_as(cls: Any, folder: Any, *args: Any, config: Any, **options: Any) -> A
     return opened
 
 
-def _parted(config: Any) -> tuple[list[dict[str, Any]], Any]:
-    """The records of conversions, and the configuration of the original."""
+def _original(config: Any) -> Any:
+    """The configuration of the original."""
     plain = copy.deepcopy(config)
-    records = list(plain.longspan)
     unmark(plain)
-    return records, plain
+    return plain
 
 
-def _convert_again(model: Any, records: list[dict[str, Any]]) -> None:
-    for record in records:
+def _convert_again(model: Any, config: Any) -> None:
+    """Repeat the conversions that a configuration records."""
+    for record in config.longspan:
         convert(model, record["mixer"], layers=record["layers"], **record["fields"])
 
 

@@ -1,7 +1,8 @@
 """The library's own models as models of transformers: `generate`, `Trainer`, `pipeline`, `save_pretrained`."""
 
+import contextlib
 import dataclasses
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from transformers.utils import logging
 
 from longspan.contract.gradients import with_gradients
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.hf.cache import CACHE, StateCache, StateLayer, on_device, take_cache
+from longspan.hf.cache import CACHE, StateLayer, on_device, take_cache
 from longspan.hf.config import LongspanConfig
 from longspan.hf.generation import StateGeneration
 from longspan.hf.keywords import LOSS_KEYWORDS, known_keywords, settle_keywords
@@ -29,6 +30,7 @@ from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
+from longspan.state import all_or_nothing
 
 _LOGGER: Any = logging.get_logger(__name__)
 
@@ -39,10 +41,8 @@ def _built(config: LongspanConfig, kinds: tuple[str, ...]) -> nn.Module:
     if table["kind"] not in kinds:
         # the table names no kind: what is built decides
         table = as_kind(table, kinds[0])
-    if "memory" not in table:
-        return cast(nn.Module, build_model(table))
     # a recurrent memory looks at what its backbone returns, which tensors without data cannot say
-    with torch.device("cpu"):
+    with torch.device("cpu") if "memory" in table else contextlib.nullcontext():
         return cast(nn.Module, build_model(table))
 
 
@@ -137,58 +137,41 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """The embeddings and blocks, below a recurrent memory too."""
         return getattr(self.model, "backbone", self.model)
 
-    def _penalties(self) -> list[Tensor] | None:
-        """A list for auxiliary losses, where this call trains: the loss may be made outside of the model."""
-        return [] if self.training else None
-
-    def _note_unread(self, penalties: list[Tensor] | None, labels: Tensor | None, keywords: dict[str, Any]) -> None:
-        """Say once that a Trainer which makes the loss itself leaves auxiliary losses out."""
-        if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
-            _LOGGER.warning_once(
-                "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "
-                "mixers are not trained; pass compute_loss_func=longspan.hf.TrainerLoss(model, label_smoothing=...)"
-            )
-
-    def _documents(
-        self, inputs: Tensor | None, keywords: dict[str, Any], past: Past | None = None, **arguments: Any
-    ) -> Documents:
-        """Padding and documents of a call; unknown keywords are refused.
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        packing: dict[str, Any],
+        keywords: dict[str, Any],
+        past: Past | None = None,
+        state: Any = None,
+        *,
+        labels: Tensor | None,
+        hidden_states: bool,
+    ) -> "_Read":
+        """Run the model without its head; unknown keywords are refused.
 
         Args:
-            inputs: token ids or embeddings.
-            keywords: those of the call that its signature does not name; what is read here is taken out.
-            past: what the rows hold already; None = nothing.
-            arguments: attention_mask, mask, reset and position_ids.
+            input_ids, inputs_embeds: of the call.
+            packing: its attention_mask, mask, reset and position_ids.
+            keywords: those that its signature does not name; what is read here is taken out.
+            past, state: what the rows hold already; None = nothing.
+            labels: of the call; without any, the loss may still be made outside of the model.
+            hidden_states: return those of all layers.
         """
-        if inputs is None:
-            raise ConfigError("give input_ids or inputs_embeds")
-        arguments |= {name: keywords.pop(name) for name in PACKING if name in keywords}
+        inputs = _inputs(input_ids, inputs_embeds)
+        packing |= {name: keywords.pop(name) for name in PACKING if name in keywords}
         losses = LOSS_KEYWORDS if self.loss_kind == "ForCausalLM" else LOSS_KEYWORDS - {"shift_labels"}
         settle_keywords(keywords, {*known_keywords(type(self).forward), *losses}, type(self).__name__)
         if past is None:
             past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
-        packed = documents(inputs, past, arguments)
+        packed = documents(inputs, past, packing)
         if packed.ahead and getattr(self._stack.config, "positions", None) in ("learned", "factorised"):
             raise UnsupportedError(
                 "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
                 "leave position_ids out, or begin at 0 (padding goes by attention_mask)"
             )
-        return packed
-
-    def _run(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        state: Any = None,
-        *,
-        mask: Tensor | None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None,
-        hidden_states: bool,
-    ) -> tuple[Tensor, Any, Rows, tuple[Tensor, ...] | None]:
-        """The model without its head: last hidden states (B, N, dim), gathered, the next state, the rows, and, if they
-        are wanted, the hidden states (B, N, dim) before each layer and at the end, zeros at padding.
-        """
+        penalties: list[Tensor] | None = [] if self.training else None
         if isinstance(self.model, RecurrentMemory):
             if input_ids is None:
                 raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
@@ -197,22 +180,30 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                     "output_hidden_states: a recurrent memory runs its layers once a segment, memory tokens included; "
                     "model.model.hidden(tokens) gives the last hidden states"
                 )
-            (h, seen), following, rows = self.model.run(
-                input_ids, state, mask=mask, reset=reset, penalties=penalties, flush=self._flush, traces=None
+            call: dict[str, Any] = {"mask": packed.mask, "reset": packed.reset, "penalties": penalties}
+            (h, seen), state, rows = self.model.run(input_ids, state, **call, flush=self._flush, traces=None)
+            h, layers = h if seen is None else h.masked_fill(~seen, 0), None
+        else:
+            layer_inputs: list[Tensor] | None = [] if hidden_states else None
+            with all_or_nothing():
+                h, state, rows = self.model.run(
+                    input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=layer_inputs
+                )
+            layers = None if layer_inputs is None else tuple(rows.scatter(hidden) for hidden in (*layer_inputs, h))
+        if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
+            _LOGGER.warning_once(
+                "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "
+                "mixers are not trained; pass compute_loss_func=longspan.hf.TrainerLoss(model, label_smoothing=...)"
             )
-            return (h if seen is None else h.masked_fill(~seen, 0)), following, rows, None
-        inputs: list[Tensor] | None = [] if hidden_states else None
-        h, following, rows = self.model.run(input_ids, state, mask, reset, penalties, inputs_embeds, inputs=inputs)
-        layers = None if inputs is None else (*(rows.scatter(each) for each in inputs), rows.scatter(h))
-        return h, following, rows, layers
+        return _Read(packed, h, state, rows, layers, penalties)
 
-    def _activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute blocks in the backward pass (always without re-entry)."""
         if not self._stack.config.reversible:  # whose blocks are recomputed in any case
             self._stack.config = dataclasses.replace(self._stack.config, checkpoint=True)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
-        """Recompute blocks in the backward pass (always without re-entry)."""
-        self._activation_checkpointing_enable()
+    # as the newest versions of transformers call it
+    _activation_checkpointing_enable = gradient_checkpointing_enable
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations."""
@@ -223,10 +214,34 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """Whether blocks are recomputed."""
         return bool(self._stack.config.checkpoint or self._stack.config.reversible)
 
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        """The same, by its newer name."""
-        return self.is_gradient_checkpointing
+    is_activation_checkpointing = is_gradient_checkpointing
+
+
+class _Read(NamedTuple):
+    """What a call has read.
+
+    Attributes:
+        documents: padding and documents.
+        hidden: (B, N, dim) last hidden states, gathered.
+        state: the next one.
+        rows: where the real tokens are.
+        layers: (B, N, dim) hidden states before each layer and at the end, zeros at padding; None = not wanted.
+        penalties: auxiliary losses; None where the model does not train.
+    """
+
+    documents: Documents
+    hidden: Tensor
+    state: Any
+    rows: Rows
+    layers: tuple[Tensor, ...] | None
+    penalties: list[Tensor] | None
+
+
+def _inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None:
+        raise ConfigError("give input_ids or inputs_embeds")
+    return inputs
 
 
 # transformers looks for GenerationMixin among the direct bases
@@ -278,44 +293,37 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
         `return_dict=False` a plain tuple.
         """
         options = take_options(kwargs, self.config)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        inputs = _inputs(input_ids, inputs_embeds)
         wanted = labels is None and bool(self.config.use_cache) if use_cache is None else use_cache
         carried = self._carried(take_cache({"cache": cache, "past_key_values": past_key_values}), wanted, use_cache)
-        packed = self._documents(
-            inputs,
-            kwargs,
-            None if carried is None or inputs is None else self._past(carried, inputs),
-            attention_mask=attention_mask,
-            mask=mask,
-            reset=reset,
-            position_ids=position_ids,
-        )
-        assert inputs is not None
         layer = None if carried is None else cast(StateLayer, carried.layers[0])
-        penalties = self._penalties()
-        h, state, rows, hidden_states = self._run(
+        read = self._read(
             input_ids,
             inputs_embeds,
+            {"attention_mask": attention_mask, "mask": mask, "reset": reset, "position_ids": position_ids},
+            kwargs,
+            None if carried is None else self._past(carried, inputs),
             None if layer is None else on_device(layer.state, inputs.device),
-            mask=packed.mask,
-            reset=packed.reset,
-            penalties=penalties,
+            labels=labels,
             hidden_states=options.hidden_states,
         )
         if carried is not None and layer is not None:
-            _advance(carried, layer, state, inputs.shape[1], packed.shift)
-        self._note_unread(penalties, labels, kwargs)
+            layer.advance(read.state, inputs.shape[1])
+            carried.shift = read.documents.shift
+            if carried.offloading:
+                layer.offload()
+            carried.end()
         loss, columns = None, kept_columns(logits_to_keep)
         if labels is None:
-            real = None if packed.mask is None else packed.mask[:, columns]
-            logits = self._logits(rows.scatter(h)[:, columns], real)
+            real = None if read.documents.mask is None else read.documents.mask[:, columns]
+            logits = self._logits(read.rows.scatter(read.hidden)[:, columns], real)
         else:
-            logits = rows.scatter(self._logits(h))
-            loss = self._loss(logits, labels, penalties, kwargs)
+            logits = read.rows.scatter(self._logits(read.hidden))
+            loss = self._loss(logits, labels, read.penalties, kwargs)
             logits = logits[:, columns]
         returned: dict[str, Any] = {CACHE: carried} if wanted else {}
         output = LongspanCausalOutput(
-            loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties), **returned
+            loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(read.penalties), **returned
         )
         return output.to_tuple() if options.as_tuple else output
 
@@ -330,15 +338,6 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
         memory = isinstance(self.model, RecurrentMemory)
         logits: Tensor = self.model.adapter.output(h) if memory else self.model.logits(h)
         return logits if real is None else logits.masked_fill(~real[..., None], 0)
-
-
-def _advance(cache: StateCache, layer: StateLayer, state: Any, columns: int, shift: Tensor | None) -> None:
-    """Move a cache behind a call of so many columns."""
-    layer.advance(state, columns)
-    cache.shift = shift
-    if cache.offloading:
-        layer.offload()
-    cache.end()
 
 
 def register_causal(cls: type[LongspanForCausalLM]) -> None:
@@ -376,30 +375,13 @@ class _WholeTexts(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
         Documents of one row (`position_ids`, `reset`, ...) do not see each other.
         """
         options = take_options(kwargs, self.config)
-        packed = self._documents(
-            input_ids if inputs_embeds is None else inputs_embeds,
-            kwargs,
-            attention_mask=attention_mask,
-            mask=mask,
-            reset=reset,
-            position_ids=position_ids,
-        )
-        penalties = self._penalties()
-        h, _, rows, hidden_states = self._run(
-            input_ids,
-            inputs_embeds,
-            mask=packed.mask,
-            reset=packed.reset,
-            penalties=penalties,
-            hidden_states=options.hidden_states,
-        )
-        logits = self._logits(h, rows)
-        self._note_unread(penalties, labels, kwargs)
-        loss = None
+        packing = {"attention_mask": attention_mask, "mask": mask, "reset": reset, "position_ids": position_ids}
+        read = self._read(input_ids, inputs_embeds, packing, kwargs, labels=labels, hidden_states=options.hidden_states)
+        logits, loss, penalties = self._logits(read.hidden, read.rows), None, read.penalties
         if labels is not None:
             loss = self._loss(logits, labels, kwargs)
             loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
-        output = self.output_class(loss=loss, logits=logits, hidden_states=hidden_states, aux_loss=auxiliary(penalties))
+        output = self.output_class(loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(penalties))
         return output.to_tuple() if options.as_tuple else output
 
     def _logits(self, h: Tensor, rows: Rows) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from longspan.errors import CheckpointError, UnsupportedError
 from longspan.files import read_object
 from longspan.hf.convert import convert
-from longspan.hf.decoder import ConvertedDecoder, Opened, open_pretrained, open_tokenizer
+from longspan.hf.decoder import ConvertedDecoder, Opened, open_pretrained, open_tokenizer, readable
 from longspan.hf.families import find
 
 
@@ -94,10 +94,8 @@ def _open_own(folder: str | Path, dtype: torch.dtype | None) -> Opened:
     from longspan.hf.modeling import LongspanForCausalLM
 
     tokenizer = open_tokenizer(folder)
-    try:
+    with readable(folder):
         wrapped: Any = LongspanForCausalLM.from_pretrained(folder, dtype="auto" if dtype is None else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
     return Opened(wrapped.model.eval(), tokenizer)
 
 

@@ -53,11 +53,7 @@ class Renaming:
         self.ours: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:
-        """A published weight.
-
-        Raises:
-            CheckpointError: it is not there.
-        """
+        """A published weight. Raises CheckpointError: it is not there."""
         if name not in self.left:
             raise CheckpointError(f"{self.where}: missing weight {name!r}; the config is of another model")
         return self.left.pop(name)
@@ -72,11 +68,7 @@ class Renaming:
             self.move(f"{ours}.{part}", f"{theirs}.{part}")
 
     def done(self) -> dict[str, Tensor]:
-        """All weights.
-
-        Raises:
-            CheckpointError: a published one is left over.
-        """
+        """All weights. Raises CheckpointError: a published one is left over."""
         if self.left:
             more = f" and {len(self.left) - 1} more" if len(self.left) > 1 else ""
             raise CheckpointError(

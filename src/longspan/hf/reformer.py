@@ -158,11 +158,7 @@ class _Mapping(Renaming):
         self.ours = dict(model.state_dict())
 
     def run(self) -> dict[str, Tensor]:
-        """All of them.
-
-        Raises:
-            CheckpointError: one is missing or left over.
-        """
+        """All of them. Raises CheckpointError: one is missing or left over."""
         self.move("embedding.weight", "reformer.embeddings.word_embeddings.weight")
         self._positions()
         for index, kind in enumerate(self.table["attn_layers"]):

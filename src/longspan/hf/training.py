@@ -74,29 +74,20 @@ class TrainerLoss:
         if self.label_smoothing:
             if classifies and (labels.is_floating_point() or labels.numel() != len(logits)):
                 raise DataError("label_smoothing: labels are smoothed where a row has one class; set it to 0")
-            loss = self._smoothed(logits[:, : scored.shape[1]] if scored is not labels else logits, scored)
-            loss = loss / (scored != -100).sum() if num_items_in_batch is None else loss / num_items_in_batch
+            wide = (logits[:, : scored.shape[1]] if scored is not labels else logits).flatten(0, -2).float()
+            smoothing: dict[str, Any] = {"reduction": "sum", "label_smoothing": self.label_smoothing}
+            loss = F.cross_entropy(wide, scored.flatten(), **smoothing)
+            loss = loss / ((scored != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         elif classifies:
             loss = classification_loss(inner.loss_function, logits, labels, inner.config, num_items_in_batch)
         else:
-            loss = inner.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=logits.shape[-1],
-                config=inner.config,
-                num_items_in_batch=num_items_in_batch,
-            )
+            sizes = {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
+            loss = inner.loss_function(logits=logits, labels=labels, config=inner.config, **sizes)
         if not inner.training:
             return loss
-        if isinstance(inner, LongspanPreTrainedModel):
-            extra = outputs.get("aux_loss")
-        else:
-            extra = auxiliary(last_penalties(inner))
+        own = isinstance(inner, LongspanPreTrainedModel)
+        extra = outputs.get("aux_loss") if own else auxiliary(last_penalties(inner))
         return loss if extra is None else loss + extra * share_of_step(scored, num_items_in_batch)
-
-    def _smoothed(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wide = logits.flatten(0, -2).float()
-        return F.cross_entropy(wide, labels.flatten(), reduction="sum", label_smoothing=self.label_smoothing)
 
 
 def _loss_kind(model: Any) -> str:

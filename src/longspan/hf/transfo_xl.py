@@ -162,11 +162,7 @@ class _Mapping(Renaming):
         self.names = model.state_dict().keys()
 
     def run(self) -> dict[str, Tensor]:
-        """All of them.
-
-        Raises:
-            CheckpointError: one is missing or left over.
-        """
+        """All of them. Raises CheckpointError: one is missing or left over."""
         for index in range(self.count):
             self._layer(f"blocks.{index}", f"transformer.layers.{index}")
         for name in _BIASES.values():

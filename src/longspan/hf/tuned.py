@@ -133,9 +133,7 @@ def add_adapters(model: Any, config: TunedConfig) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(f"{layers}.") and f".{CORE}." not in name
     }
-    chosen = {
-        name for name in maps if not config.lora_targets or any(name.endswith(end) for end in config.lora_targets)
-    }
+    chosen = {name for name in maps if not config.lora_targets or name.endswith(tuple(config.lora_targets))}
     if not chosen:
         known = sorted({name.rsplit(".", 1)[-1] for name in maps})
         raise ConfigError(

@@ -1,14 +1,13 @@
 """The library's own models: one stack for all mixers."""
 
 from longspan.models.classifier import RecurrentClassifier
-from longspan.models.config import DecoderConfig, EncoderConfig, StackConfig
+from longspan.models.config import DecoderConfig, EncoderConfig, RecurrentConfig, StackConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, Head
 from longspan.models.io import accepted_hashes, load_model, load_weights, model_hash, save_model
 from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory, RecurrentState
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.stack import Stack, StackState
 from longspan.models.tables import build_model, describe_model, resolve_model
 from longspan.models.token_memory import Trace

@@ -55,9 +55,6 @@ class AdaptiveEmbedding(nn.Module):
     No shape depends on which tokens are read: every table is asked for every token, with an entry that becomes zero
     where the token is another cluster's. Tables are normal with the model's `init_std` and maps with
     width^-1/2, so that embeddings of all clusters begin with `init_std`.
-
-    Args:
-        config: of the model.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -103,12 +100,9 @@ class AdaptiveEmbedding(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """What the adaptive output layer has of its own beside the embedding's tables and maps.
-
-    Args:
-        config: of the model. `tie_embeddings` takes the embedding's tables; `tie_projections` its maps ("all"), all but
-            the first cluster's ("rare": Transformer-XL on WikiText-103), or none of them ("none"); `output_bias` adds a
-            bias for every token and cluster.
+    """What the adaptive output layer has of its own beside the embedding's tables and maps: by the configuration,
+    `tie_embeddings` takes the tables; `tie_projections` the maps ("all"), all but the first cluster's ("rare":
+    Transformer-XL on WikiText-103), or none ("none"); `output_bias` adds a bias for every token and cluster.
     """
 
     def __init__(self, config: DecoderConfig) -> None:

@@ -13,29 +13,41 @@ import torch
 from torch import Tensor, nn
 
 from longspan import host
-from longspan.contract.base import Core, special_groups
+from longspan.contract.base import Core, optimizer_groups
 from longspan.contract.maps import is_hooked, place_of
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head, linear_head
-from longspan.models.stack import Around, Stack
+from longspan.models.stack import Around
 
 
 class Ran(NamedTuple):
-    """One run of a backbone over a segment.
-
-    Attributes:
-        hidden: (batch, length, dim) last hidden states, after the last norm; zeros at padding.
-        state: the backbone's state where it carries one, else None.
+    """One run of a backbone over a segment: hidden states (batch, length, dim) after the last norm, zeros at padding,
+    and the backbone's state where it carries one, else None.
     """
 
     hidden: Tensor
     state: Any
 
 
-class Backbone:
-    """The interface: a model of short sequences of embeddings.
+def groups_of(module: nn.Module, cores: Iterable[Core], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, of a foreign model: weights of its maps decay; embeddings, norms and biases do not;
+    mechanisms of this library have their own.
+
+    Args:
+        module: the model; parameters that need no gradient are left out.
+        cores: its mechanisms.
+        lr, weight_decay: of the run.
+    """
+    looked_up = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    maps = [p for p in trained if p.ndim == 2 and id(p) not in looked_up]
+    return optimizer_groups(trained, maps, cores, lr=lr, weight_decay=weight_decay)
+
+
+class OwnBackbone:
+    """A Decoder or Encoder of this library as the backbone of a memory: a model of short sequences of embeddings.
 
     Attributes:
         module: the model itself.
@@ -43,135 +55,6 @@ class Backbone:
         dim: width of embeddings and hidden states.
         num_layers: of the model.
         streams: the model carries a state, so an open segment need not be read again.
-    """
-
-    module: nn.Module
-    causal: bool
-    dim: int
-    num_layers: int
-    streams = False
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids are below it; read from the model, whose embeddings may be resized."""
-        raise NotImplementedError
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (batch, length) to embeddings (batch, length, dim)."""
-        raise NotImplementedError
-
-    def embedding_std(self) -> float:
-        """Standard deviation of the token embeddings: what the initial memory is drawn with."""
-        raise NotImplementedError
-
-    def run(
-        self,
-        inputs: Tensor,
-        state: Any,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        penalties: list[Tensor] | None,
-        around: Around | None = None,
-    ) -> Ran:
-        """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
-        raise NotImplementedError
-
-    def output(self, hidden: Tensor) -> Tensor:
-        """Hidden states to what the model returns: logits, or the hidden states themselves."""
-        raise NotImplementedError
-
-    def head(self) -> Head | CalledHead | AdaptiveHead:
-        """What makes logits of hidden states.
-
-        Raises:
-            UnsupportedError: the model has no linear output layer.
-        """
-        return linear_head(None)
-
-    def output_parameters(self) -> list[nn.Parameter]:
-        """What `output` needs and `run` does not."""
-        return []
-
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
-        """The backbone's empty state, where it carries one; device and dtype default to those of the parameters."""
-        return None
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Bytes of the backbone's state after `length` positions of an open segment."""
-        return 0
-
-    def flops(self, length: int, batch_size: int) -> int:
-        """FLOPs of `run` on `length` positions from an empty past."""
-        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the FLOPs of foreign models")
-
-    def embed_flops(self, positions: int) -> int:
-        """FLOPs of `embed`."""
-        return 0
-
-    def output_flops(self, positions: int) -> int:
-        """FLOPs of `output`."""
-        return 0
-
-    def pairs(self, length: int) -> int:
-        """Attended pairs of `run` on `length` positions of one row."""
-        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the pairs of foreign models")
-
-    def after_step(self, step: int, generator: torch.Generator | None) -> None:
-        """What the model does between optimiser steps."""
-
-    @property
-    def draw(self) -> int:
-        """Changes whenever the model redraws its random projections."""
-        return 0
-
-    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser; see `decay_groups`."""
-        return decay_groups(self.module, lr=lr, weight_decay=weight_decay)
-
-
-def decay_groups(
-    module: nn.Module, *, lr: float, weight_decay: float, without: Iterable[Tensor] = ()
-) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser, of a foreign model: weights of its maps decay; embeddings, norms and biases do not.
-
-    Args:
-        module: the model; parameters that need no gradient are left out.
-        lr, weight_decay: of the run.
-        without: parameters of groups of their own.
-    """
-    left_out = {id(parameter) for parameter in without}
-    looked_up = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
-    trained = [p for p in module.parameters() if p.requires_grad and id(p) not in left_out]
-    maps = [p for p in trained if p.ndim == 2 and id(p) not in looked_up]
-    taken = {id(p) for p in maps}
-    groups: list[dict[str, Any]] = [
-        {"name": "decay", "params": maps, "lr": lr, "weight_decay": weight_decay},
-        {"name": "plain", "params": [p for p in trained if id(p) not in taken], "lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def groups_of(module: nn.Module, cores: Iterable[Core], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser, of a foreign model with mechanisms of this library: gates and the like with
-    settings of their own, the rest as `decay_groups` has it.
-
-    Args:
-        module: the model; parameters that need no gradient are left out.
-        cores: its mechanisms.
-        lr, weight_decay: of the run.
-    """
-    special = special_groups(cores, lr=lr, weight_decay=weight_decay)
-    taken = [parameter for group in special for parameter in group["params"]]
-    for group in special:
-        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-    rest = decay_groups(module, lr=lr, weight_decay=weight_decay, without=taken)
-    return [*rest, *(group for group in special if group["params"])]
-
-
-class OwnBackbone(Backbone):
-    """A Decoder or Encoder of this library.
 
     Raises:
         UnsupportedError: its hidden states are not as wide as its embeddings, between which memory goes round.
@@ -187,20 +70,28 @@ class OwnBackbone(Backbone):
         self.causal, self.dim = module.causal, module.config.dim
         self.num_layers = module.config.num_layers
         self.streams = isinstance(module, Decoder) and module.traits.streams
+        # what the model says and does itself
+        self.flops, self.pairs, self.output_parameters = module.block_flops, module.pairs, module.output_parameters
+        self.after_step, self.parameter_groups = module.after_step, module.parameter_groups
 
     @property
     def vocab_size(self) -> int:
-        """See `Backbone`."""
+        """Token ids are below it."""
         return self.stack.vocab_size
 
+    @property
+    def draw(self) -> int:
+        """Changes whenever the model redraws its random projections."""
+        return self.stack.draw
+
     def embed(self, tokens: Tensor) -> Tensor:
-        """See `Backbone`; refuses ids outside the vocabulary."""
+        """Token ids (batch, length), which must be of the vocabulary, to embeddings (batch, length, dim)."""
         self.stack.check_tokens(tokens)
-        found: Tensor = self.stack.embedding(tokens)
-        return found
+        embeddings: Tensor = self.stack.embedding(tokens)
+        return embeddings
 
     def embedding_std(self) -> float:
-        """See `Backbone`."""
+        """Standard deviation of the token embeddings: what the initial memory is drawn with."""
         if isinstance(self.stack.embedding, nn.Embedding):
             return float(self.stack.embedding.weight.detach().float().std())
         with torch.no_grad():
@@ -216,70 +107,34 @@ class OwnBackbone(Backbone):
         penalties: list[Tensor] | None,
         around: Around | None = None,
     ) -> Ran:
-        """See `Backbone`."""
+        """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
         hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
         if following is not None:  # the next segment need not ask a device
             following = following._replace(live=host.remember(following.live.view_as(following.live), rows.lives))
         return Ran(rows.scatter(hidden), following)
 
     def output(self, hidden: Tensor) -> Tensor:
-        """See `Backbone`."""
+        """Hidden states to what the model returns: logits, or the hidden states themselves."""
         return self.stack.logits(hidden) if isinstance(self.stack, Decoder) else hidden
 
     def head(self) -> Head | CalledHead | AdaptiveHead:
-        """See `Backbone`."""
-        return self.stack.head() if isinstance(self.stack, Decoder) else super().head()
+        """What makes logits of hidden states; an UnsupportedError where the model has no linear output layer."""
+        return self.stack.head() if isinstance(self.stack, Decoder) else linear_head(None)
 
-    def output_parameters(self) -> list[nn.Parameter]:
-        """See `Backbone`."""
-        return self.stack.output_parameters() if isinstance(self.stack, Decoder) else []
-
-    def init_state(
-        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Any:
-        """See `Backbone`."""
-        return self.stack.init_state(batch_size, device=device, dtype=dtype) if self.streams else None
+    def init_state(self, batch_size: int, **options: Any) -> Any:
+        """The backbone's empty state, where it carries one; options as of the model."""
+        return self.stack.init_state(batch_size, **options) if self.streams else None
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """See `Backbone`."""
+        """Bytes of the backbone's state after `length` positions of an open segment."""
         return self.stack.state_nbytes(batch_size, length, dtype) if self.streams else 0
-
-    def flops(self, length: int, batch_size: int) -> int:
-        """See `Backbone`."""
-        return Stack.flops(self.stack, length, batch_size=batch_size)
-
-    def embed_flops(self, positions: int) -> int:
-        """See `Backbone`."""
-        return self.stack.embed_flops(positions) if isinstance(self.stack, Decoder) else 0
-
-    def output_flops(self, positions: int) -> int:
-        """See `Backbone`."""
-        return self.stack.output_flops(positions) if isinstance(self.stack, Decoder) else 0
-
-    def pairs(self, length: int) -> int:
-        """See `Backbone`."""
-        return self.stack.pairs(length)
-
-    def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See `Backbone`."""
-        return self.stack.parameter_groups(lr=lr, weight_decay=weight_decay)
-
-    def after_step(self, step: int, generator: torch.Generator | None) -> None:
-        """See `Backbone`."""
-        self.stack.after_step(step, generator)
-
-    @property
-    def draw(self) -> int:
-        """See `Backbone`."""
-        return self.stack.draw
 
     def alike(self) -> bool:
         """Whether all layers are of one make and can run as a batch: recomputation inside a layer cannot."""
-        if self.stack.config.ffn_chunk:
+        if self.stack.config.ffn_chunk or not all(_batches(block) for block in self.stack.blocks):
             return False
-        if not all(_batches(block) for block in self.stack.blocks):
-            return False
-        return len(self.stack.config.mixers) == 1 or len({str(each) for each in self.stack.config.mixers}) == 1
+        makes = [_make(block) for block in self.stack.blocks]
+        return len({str(table) for table in self.stack.config.mixers}) == 1 and all(make == makes[0] for make in makes)
 
 
 def _batches(block: nn.Module) -> bool:
@@ -289,12 +144,20 @@ def _batches(block: nn.Module) -> bool:
     return known and not any(is_hooked(each) for each in modules) and not any(p.is_meta for p in block.parameters())
 
 
-class HuggingFaceBackbone(Backbone):
-    """A Hugging Face encoder or causal language model, by duck typing.
+def _make(block: nn.Module) -> list[Any]:
+    """Types of modules, and shapes, types and places of parameters and buffers."""
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return [*map(type, block.modules()), *((name, t.shape, t.dtype, t.device) for name, t in tensors)]
+
+
+class HuggingFaceBackbone:
+    """A Hugging Face encoder or causal language model, by duck typing; methods as of `OwnBackbone`.
 
     Padding goes by `attention_mask`, positions by `position_ids` counted over real tokens where the model takes them.
     An open segment is read again from its token ids, so results do not depend on the model's own cache.
     """
+
+    streams = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -322,16 +185,16 @@ class HuggingFaceBackbone(Backbone):
 
     @property
     def vocab_size(self) -> int:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         return int(self.embedding.weight.shape[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         found: Tensor = self.embedding(tokens)
         return found
 
     def embedding_std(self) -> float:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         return float(self.embedding.weight.detach().float().std())
 
     def run(
@@ -343,7 +206,7 @@ class HuggingFaceBackbone(Backbone):
         penalties: list[Tensor] | None,
         around: Around | None = None,
     ) -> Ran:
-        """See `Backbone`; `state` and `reset` mean nothing here."""
+        """See `OwnBackbone`; `state` and `reset` mean nothing here."""
         seen = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if mask is None else mask
         extras: dict[str, Any] = {"use_cache": False} if "use_cache" in self.extras else {}
         if "logits_to_keep" in self.extras:
@@ -353,24 +216,40 @@ class HuggingFaceBackbone(Backbone):
         with _hooked(self.layers, around):
             out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
         if penalties is not None:
-            penalties.extend(self._penalties())
+            runs = [each.__dict__.get("longspan_penalties") for each in self.module.modules()]
+            penalties.extend(loss for run in runs if run is not None for loss in run.read())
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)
 
     def output(self, hidden: Tensor) -> Tensor:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         layer = self.output_layer
         found: Tensor = hidden if layer is None else layer(hidden)
         return found
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         layer = self.output_layer
         return [] if layer is None else list(layer.parameters())
 
     def head(self) -> Head | CalledHead:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         return linear_head(self.output_layer)
+
+    def init_state(self, batch_size: int, **options: Any) -> None:
+        """None: nothing is carried."""
+
+    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
+        """Of no state."""
+        return 0
+
+    def flops(self, length: int, batch_size: int) -> int:
+        """Not counted."""
+        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the FLOPs of foreign models")
+
+    def pairs(self, length: int) -> int:
+        """Not counted."""
+        raise UnsupportedError(f"{type(self.module).__name__}: longspan does not count the pairs of foreign models")
 
     # of converted models, whose layers have mechanisms of this library
 
@@ -378,28 +257,22 @@ class HuggingFaceBackbone(Backbone):
         """The mechanisms of converted layers; none where the model is not converted."""
         return [each.longspan for each in self.module.modules() if hasattr(each, "longspan_family")]
 
-    def _penalties(self) -> list[Tensor]:
-        """Auxiliary losses of the last run."""
-        runs = [each.__dict__["longspan_penalties"] for each in self.module.modules() if _was_penalised(each)]
-        return [loss for run in runs for loss in run.read()]
-
     def after_step(self, step: int, generator: torch.Generator | None) -> None:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         for core in self.cores():
             core.after_step(step, generator)
 
     @property
     def draw(self) -> int:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         return sum(core.draw for core in self.cores())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """See `Backbone`."""
+        """See `OwnBackbone`."""
         return groups_of(self.module, self.cores(), lr=lr, weight_decay=weight_decay)
 
 
-def _was_penalised(module: nn.Module) -> bool:
-    return "longspan_penalties" in module.__dict__
+Backbone = OwnBackbone | HuggingFaceBackbone
 
 
 def _output_layer(module: nn.Module) -> Any:

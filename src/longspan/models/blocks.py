@@ -67,31 +67,27 @@ class FeedForward(nn.Module):
         return 2 * length * matrices * self.up_proj.in_features * self.up_proj.out_features
 
 
-def _build_mixer(config: StackConfig, table: dict[str, Any], causal: bool) -> Mixer:
-    return mixers.build(
-        table.pop("name"),
-        dim=config.dim,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        causal=causal,
-        bias=config.bias if config.mixer_bias is None else config.mixer_bias,
-        rope=config.rope_theta if config.positions == "rope" else None,
-        dropout=config.dropout,
-        **table,
-    )
-
-
 class Block(nn.Module):
     """Mixer and feed-forward with residuals, pre-norm or post-norm."""
 
     def __init__(self, config: StackConfig, index: int, causal: bool) -> None:
         super().__init__()
-        table = dict(config.mixers[index % len(config.mixers)])
-        self.post = config.norm_position == "post"
         place = index % len(config.mixers)
+        fields = dict(config.mixers[place])
+        self.post = config.norm_position == "post"
         try:
-            self.mixer: Mixer = _build_mixer(config, table, causal)
+            self.mixer: Mixer = mixers.build(
+                fields.pop("name"),
+                dim=config.dim,
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                causal=causal,
+                bias=config.bias if config.mixer_bias is None else config.mixer_bias,
+                rope=config.rope_theta if config.positions == "rope" else None,
+                dropout=config.dropout,
+                **fields,
+            )
         except ConfigError as error:
             raise ConfigError(f"model.mixers[{place}]: {str(error).removeprefix('mixer: ')}") from None
         self.mixer_norm = make_norm(config)
@@ -102,13 +98,13 @@ class Block(nn.Module):
         self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
-        if self.post:
-            penalties: list[Tensor] = []
-            y, state = self.mixer.mix(h, state, rows, penalties if collect_penalties else None)
-            h = self.mixer_norm(h + y)
-            return self.ffn_norm(h + self.ffn(h)), state, penalties
-        y, state, penalties = self.attend(h, state, rows, collect_penalties)
+        penalties: list[Tensor] = []
+        x = h if self.post else self.mixer_norm(h)
+        y, state = self.mixer.mix(x, state, rows, penalties if collect_penalties else None)
         h = h + y
+        if self.post:
+            h = self.mixer_norm(h)
+            return self.ffn_norm(h + self.ffn(h)), state, penalties
         return h + self.feed(h), state, penalties
 
     def attend(

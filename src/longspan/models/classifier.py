@@ -52,12 +52,12 @@ class RecurrentClassifier(nn.Module):
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See the class."""
-        found: list[Trace] = []
+        traces = [] if traces is None else traces
+        earlier = len(traces)
         _, following, _ = self.recurrent.run(
-            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=found
+            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
         )
-        if traces is not None:
-            traces += found
+        found = traces[earlier:]
         answer = torch.zeros(tokens.shape[0], self.num_classes, device=tokens.device, dtype=place_of(self).dtype)
         # the backbone makes no logits, and where nothing ran there is no answer yet
         unused = [*self.head.parameters(), *self.recurrent.adapter.output_parameters()]
@@ -103,9 +103,8 @@ class RecurrentClassifier(nn.Module):
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """See `RecurrentMemory`; the head belongs to those that decay."""
-        groups = self.recurrent.parameter_groups(lr=lr, weight_decay=weight_decay)
-        head = [
+        return [
+            *self.recurrent.parameter_groups(lr=lr, weight_decay=weight_decay),
             {"name": "head", "params": [self.head.weight], "lr": lr, "weight_decay": weight_decay},
             {"name": "head bias", "params": [self.head.bias], "lr": lr, "weight_decay": 0.0},
         ]
-        return [*groups, *head]

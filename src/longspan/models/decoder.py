@@ -34,27 +34,18 @@ class Decoder(Stack):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.output = self._make_output(config)
+        # what the output layer has of its own, its bias aside; None: the embedding's weights
+        self.output: nn.Module | None = AdaptiveSoftmax(config) if config.adaptive else None
+        if not (config.adaptive or config.tie_embeddings):
+            self.output = output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
+            sparse = config.init == "sparse"
+            nn.init.zeros_(output.weight) if sparse else nn.init.normal_(output.weight, std=config.init_std)
         bias = torch.zeros(config.vocab_size) if config.output_bias and not config.adaptive else None
         self.output_bias = None if bias is None else nn.Parameter(bias)
 
     def _make_embedding(self) -> nn.Module:
         return AdaptiveEmbedding(self.config) if self.config.adaptive else super()._make_embedding()
 
-    def _make_output(self, config: DecoderConfig) -> nn.Module | None:
-        """What the output layer has of its own, its bias aside; None: the embedding's weights."""
-        if config.adaptive:
-            return AdaptiveSoftmax(config)
-        if config.tie_embeddings:
-            return None
-        output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
-        if config.init == "sparse":
-            nn.init.zeros_(output.weight)
-        else:
-            nn.init.normal_(output.weight, std=config.init_std)
-        return output
-
-    @all_or_nothing
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -69,12 +60,13 @@ class Decoder(Stack):
         """See the class; `give` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
         if give == "head":
             return self._head()
-        h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
-        if give == "hidden":
-            return rows.scatter(h), following
-        if give == "last":
-            return self._head().logits(last_of_each_row(h, rows)), following
-        return rows.scatter(self._head().logits(h)), following
+        with all_or_nothing():
+            h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
+            if give == "hidden":
+                return rows.scatter(h), following
+            if give == "last":
+                return self._head().logits(last_of_each_row(h, rows)), following
+            return rows.scatter(self._head().logits(h)), following
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""
@@ -85,7 +77,7 @@ class Decoder(Stack):
         return cast("Head | CalledHead | AdaptiveHead", self(give="head")) if is_hooked(self) else self._head()
 
     def output_parameters(self) -> list[nn.Parameter]:
-        """What logits need and hidden states do not; none where the embedding's weights are all."""
+        """See `Stack`."""
         own = [] if self.output is None else list(self.output.parameters())
         return own if self.output_bias is None else [*own, self.output_bias]
 
@@ -96,47 +88,22 @@ class Decoder(Stack):
             return Head(table_of(self.embedding, self.config.vocab_size), self.output_bias)
         return head_of(self.output, self.output_bias)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, StackState | None]:
+    def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
         """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
-        out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
-        return cast("tuple[Tensor, StackState | None]", out)
+        return cast("tuple[Tensor, StackState | None]", self(tokens, state, give="hidden", **call))
 
-    @all_or_nothing
-    def last(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-    ) -> tuple[Tensor, StackState | None]:
+    def last(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
         """Like a call, but only the logits (batch, vocab_size) of each row's last real token: those of the others are
         never computed. Zeros where a row has no real token in this call.
         """
-        out = self(tokens, state, mask=mask, reset=reset, give="last")
-        return cast("tuple[Tensor, StackState | None]", out)
-
-    def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
-        adaptive softmax the whole distribution, of which losses need less).
-        """
-        positions = batch_size * length
-        return super().flops(length, batch_size=batch_size) + self.embed_flops(positions) + self.output_flops(positions)
+        return cast("tuple[Tensor, StackState | None]", self(tokens, state, give="last", **call))
 
     def embed_flops(self, positions: int) -> int:
-        """FLOPs of the embeddings of so many tokens."""
+        """See `Stack`."""
         return self.embedding.flops(positions) if isinstance(self.embedding, AdaptiveEmbedding) else 0
 
     def output_flops(self, positions: int) -> int:
-        """FLOPs of the logits of so many places."""
+        """See `Stack`."""
         if isinstance(self.output, AdaptiveSoftmax):
             return self.output.flops(positions)
         return 2 * positions * self.config.hidden_dim * self.config.vocab_size

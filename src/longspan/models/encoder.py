@@ -10,11 +10,7 @@ class Encoder(Stack):
     """An encoder in which every token sees both sides, of any mixers that have a bidirectional form.
 
     Args of a call:
-        tokens: (batch, length) token ids.
-        mask: (batch, length) bool, True = real token.
-        reset: (batch, length) bool, True = a new document starts here; documents do not see each other.
-        penalties: a list to which auxiliary losses are appended.
-        inputs_embeds: (batch, length, dim) in place of tokens.
+        tokens, mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
     Returns of a call:
         Hidden states (batch, length, dim; twice that with `streams = "both"`), zeros at padding.

@@ -32,11 +32,8 @@ class Softmax(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`.
-
-    Attributes:
-        weight: (vocab_size, dim).
-        bias: (vocab_size,) or None.
+    """What makes logits of the hidden states that a model's `hidden` gives: `hidden @ weight.T + bias`, with a weight
+    (vocab_size, dim) and a bias (vocab_size,) or None.
     """
 
     weight: Tensor
@@ -52,11 +49,8 @@ class Head(NamedTuple):
 
 
 class CalledHead:
-    """A `Head` whose linear map is called, as its weight is not all of it: adapters, hooks, quantized maps.
-
-    Args:
-        linear: hidden states (..., dim) to logits (..., vocab_size).
-        bias: (vocab_size,) added to them, or None.
+    """A `Head` whose linear map is called, as its weight is not all of it: adapters, hooks, quantized maps. A bias
+    (vocab_size,) may be added to what it gives.
     """
 
     def __init__(self, linear: nn.Module, bias: Tensor | None = None) -> None:
@@ -155,14 +149,12 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def linear_head(module: Any) -> Head | CalledHead:
-    """The head of a foreign model, with whatever adapters stand beside it.
-
-    Raises:
-        UnsupportedError: it has none, or one that is no linear map.
-    """
+    """The head of a foreign model, adapters and all; an UnsupportedError where it has none that is a linear map."""
     if not (isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")):
         found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
         raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
-    if not is_plain(module):
-        return CalledHead(module)
-    return Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
+    return (
+        Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
+        if is_plain(module)
+        else CalledHead(module)
+    )

@@ -17,9 +17,8 @@ l + s can run together (diagonal batching, Sivtsov et al. 2025): `diagonals` run
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -27,10 +26,11 @@ from torch.func import functional_call, vmap
 from longspan import host, ops
 from longspan.contract.maps import table_of
 from longspan.errors import UnsupportedError
+from longspan.host import Array
 from longspan.mixers import Rows
 from longspan.models.backbone import Backbone, OwnBackbone
+from longspan.models.config import RecurrentConfig
 from longspan.models.memory_update import PaperUpdate
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
 from longspan.models.token_memory import (
     Carried,
@@ -38,20 +38,14 @@ from longspan.models.token_memory import (
     Trace,
     assemble,
     counted,
-    known,
+    cut_graph,
     last_real,
     where_rows,
 )
 
 
 class Associative(nn.Module):
-    """The memory's maps in one layer.
-
-    Args:
-        dim: width of the backbone.
-        memory_dim: of keys and queries before the feature map.
-        nu: of the feature map.
-    """
+    """The memory's maps in one layer: `memory_dim` wide for keys and queries before the feature map, which has `nu`."""
 
     def __init__(self, dim: int, memory_dim: int, nu: int) -> None:
         super().__init__()
@@ -72,6 +66,10 @@ class Associative(nn.Module):
         phi, strength = ops.dpfp(self.key(m), self.nu), self.strength(m).sigmoid()[..., 0]
         return ops.associative_write(phi, self.value(m), strength, memory, normaliser)
 
+    def forward(self, what: str, *given: Tensor) -> Any:
+        """`read` or `write` as a call, for `functional_call`."""
+        return (self.read if what == "read" else self.write)(*given)
+
 
 class _Around:
     """What happens around each layer of a run: reading before it, writing after it."""
@@ -79,6 +77,8 @@ class _Around:
     def __init__(self, owner: "LayerMemory", carried: Carried, segment: Segment) -> None:
         self.owner, self.closed = owner, segment.closed
         self.memory, self.normaliser = carried.memory, carried.mass
+        first = segment.ids.shape[1]
+        self.place = slice(first, first + owner.config.num_memory_tokens)
         self.written: list[tuple[Tensor, Tensor]] = []
 
     def before(self, index: int, h: Tensor) -> Tensor:
@@ -87,23 +87,15 @@ class _Around:
 
     def after(self, index: int, h: Tensor) -> None:
         """The output of a layer (batch, columns, dim), memory tokens where `place` says."""
-        count = self.owner.config.num_memory_tokens
-        m = h[:, self.place : self.place + count]
-        memory, normaliser = self.memory[:, index], self.normaliser[:, index]
-        after = self.owner.layer(index).write(m, memory, normaliser)
-        kept = (where_rows(self.closed, after[0], memory), where_rows(self.closed, after[1], normaliser))
-        self.written.append(kept)
-
-    place = 0
+        before = self.memory[:, index], self.normaliser[:, index]
+        after = self.owner.layer(index).write(h[:, self.place], *before)
+        self.written.append(
+            (where_rows(self.closed, after[0], before[0]), where_rows(self.closed, after[1], before[1]))
+        )
 
 
 class LayerMemory(nn.Module):
-    """The memories of all layers.
-
-    Args:
-        config: of the RecurrentMemory.
-        backbone: of this library, or a Hugging Face model whose layers can be found.
-    """
+    """The memories of all layers, of this library's models or of Hugging Face models whose layers can be found."""
 
     def __init__(self, config: RecurrentConfig, backbone: Backbone) -> None:
         super().__init__()
@@ -127,9 +119,7 @@ class LayerMemory(nn.Module):
 
     def layer(self, index: int) -> Associative:
         """The maps of a layer."""
-        found = self.maps[index]
-        assert isinstance(found, Associative)
-        return found
+        return cast(Associative, self.maps[index])
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
@@ -163,50 +153,29 @@ class LayerMemory(nn.Module):
         text = backbone.embed(segment.ids)
         write = self._tokens().to(text.dtype).expand(text.shape[0], -1, -1)
         around = _Around(self, carried, segment)
-        around.place = text.shape[1]
-        if backbone.causal:
-            inputs, mask, reset = assemble(backbone, segment, [], text, write, carried.backbone)
-            before = carried.backbone
-        else:
-            used = (known(segment.closed) | known(segment.shown))[:, None]
-            real = np.concatenate([known(segment.real) & used, used.repeat(write.shape[1], 1)], 1)
-            mask = host.put(real, text.device)
-            inputs, reset, before = torch.cat([text, write], 1), None, None
-        ran = backbone.run(inputs, before, mask, reset, penalties, around)
+        inputs, mask, reset = assemble(backbone, segment, [], text, write, carried.backbone)
+        ran = backbone.run(inputs, carried.backbone, mask, reset, penalties, around)
         memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
-        following = None if not backbone.causal or host.every(segment.closed) else ran.state
-        size = text.shape[1]
-        hidden, offered = ran.hidden[:, :size], ran.hidden[:, size : size + write.shape[1]]
-        trace = Trace(offered, last_real(hidden, segment), None, segment.closed, segment.shown)
-        written = counted(carried.written, segment)
-        return Stepped(hidden, Carried(memory, normaliser, written, following), trace)
+        state = None if host.every(segment.closed) else ran.state
+        hidden = ran.hidden[:, : text.shape[1]]
+        trace = Trace(ran.hidden[:, around.place], last_real(hidden, segment), None, segment.closed, segment.shown)
+        return Stepped(hidden, Carried(memory, normaliser, counted(carried.written, segment), state), trace)
 
     # -- diagonals -------------------------------------------------------------------------------------------------
 
     def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
         """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
-        the mechanism's kernels run for several layers at once. Those that do not go segment by segment.
-
-        Args:
-            backbone: of the memory.
-            segments: of the call.
-            penalised: auxiliary losses are wanted.
+        the mechanism's kernels run for several layers at once, without auxiliary losses that are wanted (`penalised`).
         """
         if not isinstance(backbone, OwnBackbone) or len(segments) < 2 or not backbone.alike():
             return False
         full = all(host.every(segment.real) and host.every(segment.closed) for segment in segments)
         if not full or any(host.some(segment.begins) or host.some(segment.resumed) for segment in segments[1:]):
             return False
-        return can_stack(list(backbone.stack.blocks)) and self._runs_batched(
-            backbone, segments[0].ids.shape[1], penalised
-        )
-
-    def _runs_batched(self, backbone: OwnBackbone, size: int, penalised: bool) -> bool:
-        """Whether the first layer, stacked with itself, runs as a batch of layers, backward too, and adds no auxiliary
-        losses that are wanted; tried on a copy once for each kind of call.
-        """
         if any(core.traits.tracks_statistics for core in backbone.stack.cores()):
             return False
+        # whether it runs is tried once for each kind of call
+        size = segments[0].ids.shape[1]
         weight, graph = self.tokens.weight, (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
         kind = weight.device.type
         narrow = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -219,7 +188,10 @@ class LayerMemory(nn.Module):
         return self._tried[key]
 
     def _try_batch(self, backbone: OwnBackbone, size: int, penalised: bool) -> bool:
-        block, maps = (copy.deepcopy(each).eval() for each in (backbone.stack.blocks[0], _Both(self.layer(0))))
+        """Whether a copy of the first layer, stacked with itself, runs as a batch of layers, backward too, and adds no
+        auxiliary losses that are wanted.
+        """
+        block, maps = (copy.deepcopy(each).eval() for each in (backbone.stack.blocks[0], self.layer(0)))
         width = size + self.config.num_memory_tokens
         h = self.tokens.weight.detach().new_zeros(2, 1, width, self.dim).requires_grad_(torch.is_grad_enabled())
         memory, normaliser = (torch.stack([t[:, 0], t[:, 0]]) for t in self.empty(1))
@@ -233,31 +205,22 @@ class LayerMemory(nn.Module):
         return True
 
     def diagonals(
-        self, backbone: Backbone, segments: list[Segment], carried: Carried, left: Tensor, horizon: int | None
+        self, backbone: Backbone, segments: list[Segment], carried: Carried, left: Array, horizon: int | None
     ) -> tuple[list[Tensor], Carried, list[Trace]]:
         """All segments, layers of one diagonal as one batch; the result of `step` after `step`.
 
         Args:
-            backbone: see `can_batch`.
-            segments: of the call.
-            carried: what the first one finds.
-            left: (segments, batch) segments to each row's end, this one included.
-            horizon: `bptt_segments`.
+            backbone, segments: see `can_batch`.
+            carried: what the first segment finds, emptied where a document begins with it.
+            left, horizon: see `cut_graph`; left is (segments, batch).
         """
         assert isinstance(backbone, OwnBackbone)
         stack, blocks = backbone.stack, list(backbone.stack.blocks)
-        if host.some(segments[0].begins):
-            fresh = self.empty(left.shape[1], carried.memory)
-            memory, mass = where_rows(segments[0].begins, fresh[0], carried.memory), carried.mass
-            mass = where_rows(segments[0].begins, fresh[1], mass)
-            carried = carried._replace(memory=memory, mass=mass)
-        weights, maps = _stacked(blocks), _stacked([_Both(self.layer(index)) for index in range(self.layers)])
-        count, layers, size = len(segments), self.layers, segments[0].ids.shape[1]
-        batch = left.shape[1]
-        rows = Rows(torch.zeros(batch, dtype=torch.int64, device=left.device), size + self.config.num_memory_tokens)
-        template, maps_of = blocks[0], _Both(self.layer(0))
-
-        cell = _cell(template, maps_of, rows, size)
+        weights, maps = _stacked(blocks), _stacked(list(self.maps))
+        count, layers, (batch, size) = len(segments), self.layers, segments[0].ids.shape
+        device = segments[0].ids.device
+        rows = Rows(torch.zeros(batch, dtype=torch.int64, device=device), size + self.config.num_memory_tokens)
+        cell = _cell(blocks[0], self.layer(0), rows, size)
         memories, normalisers = list(carried.memory.unbind(1)), list(carried.mass.unbind(1))
         inner: dict[int, Tensor] = {}
         done: list[Tensor] = []
@@ -268,7 +231,8 @@ class LayerMemory(nn.Module):
                 write = self._tokens().to(text.dtype).expand(batch, -1, -1)
                 inner[0] = stack.place(torch.cat([text, write], 1), rows)
             for layer in active:
-                self._cut(memories, normalisers, layer, left[diagonal - layer], horizon)
+                here = Carried(memories[layer], normalisers[layer], carried.written, None)
+                memories[layer], normalisers[layer], *_ = cut_graph(here, left[diagonal - layer], horizon)
             pick = slice(active.start, active.stop)
             parts = tuple({name: t[pick] for name, t in group.items()} for group in (weights, maps))
             args = [torch.stack([each[layer] for layer in active]) for each in (inner, memories, normalisers)]
@@ -280,30 +244,8 @@ class LayerMemory(nn.Module):
         traces = [
             Trace(h[:, size:], h[:, size - 1], None, s.closed, s.shown) for h, s in zip(done, segments, strict=True)
         ]
-        written = carried.written.masked_fill(segments[0].begins, 0) + count
-        end = Carried(torch.stack(memories, 1), torch.stack(normalisers, 1), written, None)
+        end = Carried(torch.stack(memories, 1), torch.stack(normalisers, 1), carried.written + count, None)
         return [h[:, :size] for h in done], end, traces
-
-    def _cut(
-        self, memories: list[Tensor], normalisers: list[Tensor], layer: int, left: Tensor, horizon: int | None
-    ) -> None:
-        if horizon is None or not memories[layer].requires_grad:
-            return
-        cut = (left > 0) & (left % horizon == 0)
-        memories[layer] = where_rows(cut, memories[layer].detach(), memories[layer])
-        normalisers[layer] = where_rows(cut, normalisers[layer].detach(), normalisers[layer])
-
-
-class _Both(nn.Module):
-    """`Associative.read` and `.write` as a call, for `functional_call`."""
-
-    def __init__(self, inner: Associative) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, what: str, x: Tensor, memory: Tensor, normaliser: Tensor) -> Any:
-        """See the class."""
-        return (self.inner.read if what == "read" else self.inner.write)(x, memory, normaliser)
 
 
 Cell = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -328,23 +270,6 @@ def _batched(cell: Cell, parts: Any, *args: Tensor) -> tuple[Tensor, Tensor, Ten
         warnings.filterwarnings("ignore", message="There is a performance drop")
         found: tuple[Tensor, Tensor, Tensor] = vmap(cell, randomness="different")(parts, *args)
     return found
-
-
-def can_stack(modules: list[nn.Module]) -> bool:
-    """Whether modules are of one make and nothing but their parameters and buffers tells them apart."""
-    made = []
-    for module in modules:
-        parts = list(module.modules())
-        for part in parts:
-            foreign = type(part).__module__.startswith("torch.ao") or hasattr(part, "_hf_hook")
-            if foreign or part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-                return False
-        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-        if any(tensor.is_meta for tensor in tensors.values()):
-            return False
-        shapes = [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]
-        made.append(([type(part) for part in parts], shapes))
-    return all(each == made[0] for each in made)
 
 
 def _stacked(modules: list[nn.Module]) -> dict[str, Tensor]:

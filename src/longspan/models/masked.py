@@ -24,10 +24,7 @@ class MaskedLM(Stack):
     Args of a call:
         tokens: (batch, length) token ids, some of them replaced; which, says the task.
         state: None.
-        mask: (batch, length) bool, True = real token.
-        reset: (batch, length) bool, True = a new document starts here; documents do not see each other.
-        penalties: a list to which auxiliary losses are appended.
-        inputs_embeds: (batch, length, dim) in place of tokens.
+        mask, reset, penalties, inputs_embeds: as of a `Decoder`; documents do not see each other.
 
     Returns of a call:
         Logits (batch, length, vocab_size), zeros at padding, and None.
@@ -65,7 +62,8 @@ class MaskedLM(Stack):
         """See the class; `give` is for `hidden` and `head`, which are calls too so that hooks see them."""
         if give == "head":
             return self._head()
-        _refuse(state)
+        if state is not None:
+            raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
         h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
         h = self._transformed(h)
         return rows.scatter(h if give == "hidden" else self._head().logits(h)), None
@@ -87,25 +85,10 @@ class MaskedLM(Stack):
             return Head(table_of(self.embedding, self.config.vocab_size), self.output_bias)
         return head_of(self.output, self.output_bias)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        state: StackState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, None]:
+    def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, None]:
         """Like a call, but what logits are made of: (batch, length, dim), zeros at padding."""
-        out = self(tokens, state, mask=mask, reset=reset, penalties=penalties, give="hidden")
-        return cast("tuple[Tensor, None]", out)
+        return cast("tuple[Tensor, None]", self(tokens, state, give="hidden", **call))
 
-    def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens, logits included."""
-        head = self.config.dim * (self.config.hidden_dim + self.config.vocab_size)
-        return super().flops(length, batch_size=batch_size) + 2 * batch_size * length * head
-
-
-def _refuse(state: StackState | None) -> None:
-    if state is not None:
-        raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
+    def output_flops(self, positions: int) -> int:
+        """See `Stack`."""
+        return 2 * positions * self.config.dim * (self.config.hidden_dim + self.config.vocab_size)

@@ -7,12 +7,8 @@ from torch import Tensor, nn
 
 
 class Written(NamedTuple):
-    """What a segment did to the memory.
-
-    Attributes:
-        memory: (B, memory tokens, dim), the memory after the segment.
-        mass: (B, memory tokens) fp32, evidence gathered so far; zeros where the update keeps none.
-        logits: (B, memory tokens) fp32, how much the segment wanted to write (> 0 writes); None where there is no gate.
+    """The memory (B, memory tokens, dim) after a segment, the evidence (B, memory tokens) fp32 gathered so far, and the
+    logits (B, memory tokens) fp32 of the gate, above 0 where it writes; None where there is none.
     """
 
     memory: Tensor

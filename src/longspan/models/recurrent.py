@@ -34,13 +34,13 @@ from longspan.contract.maps import place_of, table_of
 from longspan.errors import UnsupportedError
 from longspan.mixers import Rows, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
-from longspan.models.decoder import Decoder
+from longspan.models.config import RecurrentConfig
+from longspan.models.decoder import Decoder, last_of_each_row
 from longspan.models.encoder import Encoder
 from longspan.models.head import AdaptiveHead, CalledHead, Head
 from longspan.models.layer_memory import LayerMemory
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment, cut_segments, lay_out
-from longspan.models.token_memory import Carried, TokenMemory, Trace, known, where_rows
+from longspan.models.token_memory import Carried, TokenMemory, Trace, cut_graph
 from longspan.models.wrappers import unwrapped
 
 
@@ -145,17 +145,13 @@ class RecurrentMemory(nn.Module):
     @property
     def traits(self) -> Traits:
         """What this model promises; in the encoder form outputs appear when a segment closes."""
-        horizon = self.config.bptt_segments
-        size = self.config.segment_length
-        causal, streams = self.adapter.causal, self.config.alignment == "left"
         return Traits(
-            causal=causal,
+            causal=self.adapter.causal,
             bidirectional=False,
-            streams=streams,
+            streams=self.config.alignment == "left",
             bounded=True,
-            selects=False,
-            segment=size,
-            horizon=horizon,
+            segment=self.config.segment_length,
+            horizon=self.config.bptt_segments,
         )
 
     def why_no_stream(self) -> str:
@@ -176,13 +172,25 @@ class RecurrentMemory(nn.Module):
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See the class."""
-        hidden, following, rows = self.run(
+        (hidden, seen), following, rows = self.run(
             tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
         )
-        out, seen = self.adapter.output(hidden[0]), hidden[1]
+        out = self.adapter.output(hidden)
         return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), following
 
     def hidden(
+        self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
+    ) -> tuple[Tensor, RecurrentState | None]:
+        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros where logits are."""
+        (h, seen), following, rows = self.run(tokens, state, **call)
+        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
+
+    def head(self) -> Head | CalledHead | AdaptiveHead:
+        """The backbone's output layer; an UnsupportedError where it has none that is a linear map."""
+        return self.adapter.head()
+
+    @host.eager
+    def run(
         self,
         tokens: Tensor,
         state: RecurrentState | None = None,
@@ -190,106 +198,66 @@ class RecurrentMemory(nn.Module):
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, RecurrentState | None]:
-        """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros where logits are."""
-        (h, seen), following, rows = self.run(
-            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=False, traces=None
-        )
-        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
-
-    def head(self) -> Head | CalledHead | AdaptiveHead:
-        """The backbone's output layer.
-
-        Raises:
-            UnsupportedError: it has none that is a linear map.
-        """
-        return self.adapter.head()
-
-    @states.all_or_nothing
-    @host.eager
-    def run(
-        self,
-        tokens: Tensor,
-        state: RecurrentState | None,
-        *,
-        mask: Tensor | None,
-        reset: Tensor | None,
-        penalties: list[Tensor] | None,
-        flush: bool,
-        traces: list[Trace] | None,
+        flush: bool = False,
+        traces: list[Trace] | None = None,
     ) -> tuple[tuple[Tensor, Tensor | None], RecurrentState | None, Rows]:
         """A call up to the hidden states: ((B, N, dim) hidden, (B, N, 1) bool shown), the next state, the rows."""
-        size = self._size(state)
         stream = self.config.alignment == "left"
-        offset = states.live(state, tokens.shape[0], tokens.device)
-        rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
-        ids = rows.gather(tokens)
-        layout = lay_out(rows, size, self.config.alignment)
-        old = None if state is None or not stream else state.tokens
-        flushed = flush or self.adapter.causal
-        segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-        carried = self._carried(state, rows)
-        shown, carried, found = self._all(segments, carried, penalties)
-        if traces is not None:
-            traces += found
-        self._penalise(found, penalties)
-        if not segments:
-            return (
-                (carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype), None),
-                self._next(state, carried, ids, rows),
-                rows,
-            )
-        hidden = layout.collect(torch.cat(shown, 1) if len(shown) > 1 else shown[0])
-        hidden = with_gradients(hidden, self.cell)  # nothing is written where no segment closes, nor read in the first
-        if all(segment.whole for segment in segments):
-            return (hidden, None), self._next(state, carried, ids, rows), rows
-        seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
-        return (hidden, seen), self._next(state, carried, ids, rows), rows
+        with states.all_or_nothing():
+            size = self._size(state)
+            offset = states.live(state, tokens.shape[0], tokens.device)
+            rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
+            ids = rows.gather(tokens)
+            layout = lay_out(rows, size, self.config.alignment)
+            old = None if state is None or not stream else state.tokens
+            flushed = flush or self.adapter.causal
+            segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
+            shown, carried, found = self._all(segments, self._carried(state, rows), penalties)
+            if traces is not None:
+                traces += found
+            self._penalise(found, penalties)
+            following = self._next(state, carried, ids, rows)
+            if not segments:
+                hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
+                return (hidden, None), following, rows
+            # nothing is written where no segment closes, nor read in the first
+            hidden = with_gradients(layout.collect(torch.cat(shown, 1)), self.cell)
+            if all(segment.whole for segment in segments):
+                return (hidden, None), following, rows
+            seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
+            return (hidden, seen), following, rows
 
     def last(
-        self,
-        tokens: Tensor,
-        state: RecurrentState | None = None,
-        *,
-        mask: Tensor | None = None,
-        reset: Tensor | None = None,
+        self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
     ) -> tuple[Tensor, RecurrentState | None]:
         """Like a call of the decoder form, but only the logits (batch, vocab_size) of each row's last real token."""
-        from longspan.models.decoder import last_of_each_row
-
-        (hidden, _), following, rows = self.run(
-            tokens, state, mask=mask, reset=reset, penalties=None, flush=True, traces=None
-        )
+        (hidden, _), following, rows = self.run(tokens, state, flush=True, **call)
         return self.adapter.output(last_of_each_row(hidden, rows)), following
 
     def _all(
         self, segments: list[Segment], carried: Carried, penalties: list[Tensor] | None
     ) -> tuple[list[Tensor], Carried, list[Trace]]:
         """Segment after segment, or along diagonals: hidden states, what is carried on, what the memory did."""
-        active = [known(segment.fresh).any(1) | known(segment.closed) for segment in segments]
-        left = left_read = None
-        if active:
-            left_read = np.stack(active)[::-1].cumsum(0)[::-1].copy()
-            left = host.put(left_read, segments[0].ids.device)
-        cell = self.cell if self.config.diagonal and isinstance(self.cell, LayerMemory) else None
-        if cell is not None and left is not None and cell.can_batch(self.adapter, segments, penalties is not None):
-            return cell.diagonals(self.adapter, segments, carried, left, self.config.bptt_segments)
+        if not segments:
+            return [], carried, []
+        active = np.stack([host.known(segment.fresh).any(1) | host.known(segment.closed) for segment in segments])
+        left, horizon = active[::-1].cumsum(0)[::-1], self.config.bptt_segments
+        cell, diagonal = self.cell, self.config.diagonal
+        if diagonal and isinstance(cell, LayerMemory) and cell.can_batch(self.adapter, segments, penalties is not None):
+            return cell.diagonals(self.adapter, segments, self._begin(segments[0], carried), left, horizon)
         shown: list[Tensor] = []
-        found: list[Trace] = []
+        traces: list[Trace] = []
         for index, segment in enumerate(segments):
-            assert left is not None
-            assert left_read is not None
-            carried = self._cut(self._begin(segment, carried), host.remember(left[index], left_read[index]))
+            carried = cut_graph(self._begin(segment, carried), left[index], horizon)
             if not (segment.whole or host.some(segment.closed) or host.some(segment.shown)):
                 shown.append(carried.memory.new_zeros(*segment.ids.shape, self.adapter.dim, dtype=place_of(self).dtype))
                 continue
             if not index and not host.some(segment.resumed):
                 carried = carried._replace(backbone=None)  # nothing of an open segment is in it
-            stepped = self.cell.step(self.adapter, segment, carried, penalties)
-            shown.append(stepped.hidden)
-            found.append(stepped.trace)
-            carried = stepped.carried
-        return shown, carried, found
+            hidden, carried, trace = cell.step(self.adapter, segment, carried, penalties)
+            shown.append(hidden)
+            traces.append(trace)
+        return shown, carried, traces
 
     def _penalise(self, found: list[Trace], penalties: list[Tensor] | None) -> None:
         if penalties is None or not self.config.gate_penalty:
@@ -327,25 +295,8 @@ class RecurrentMemory(nn.Module):
         begins = segment.begins
         if not host.some(begins):
             return carried
-        memory, mass = self.cell.empty(len(begins), carried.memory)
-        return carried._replace(
-            memory=where_rows(begins, memory, carried.memory),
-            mass=where_rows(begins, mass, carried.mass),
-            written=host.derive(lambda before, begin: before * ~begin, carried.written, begins),
-        )
-
-    def _cut(self, carried: Carried, left: Tensor) -> Carried:
-        """Detach the memory k, 2k, ... segments before each row's last; `left` counts them, this one included."""
-        k = self.config.bptt_segments
-        if k is None or not carried.memory.requires_grad:
-            return carried
-        cut = host.derive(lambda count: (count > 0) & (count % k == 0), left)
-        if not host.some(cut):
-            return carried
-        memory = where_rows(cut, carried.memory.detach(), carried.memory)
-        mass = where_rows(cut, carried.mass.detach(), carried.mass)
-        backbone = states.detach(carried.backbone) if host.every(cut) else carried.backbone
-        return carried._replace(memory=memory, mass=mass, backbone=backbone)
+        written = host.derive(lambda before, begin: before * ~begin, carried.written, begins)
+        return carried.put(begins, *self.cell.empty(len(begins), carried.memory))._replace(written=written)
 
     # -- state and cost --------------------------------------------------------------------------------------------
 
@@ -376,11 +327,10 @@ class RecurrentMemory(nn.Module):
             return None
         width = self.config.segment_length - 1
         tokens = rows.carry(None if state is None else state.tokens[..., None], ids[..., None], width)
-        memory, mass, written, backbone = carried
         if rows.emptied is not None:
-            gone, (empty, nothing) = rows.emptied, self.cell.empty(rows.batch, memory)
-            memory, mass = where_rows(gone, empty, memory), where_rows(gone, nothing, mass)
-            written = written.masked_fill(gone, 0)
+            carried = carried.put(rows.emptied, *self.cell.empty(rows.batch, carried.memory))
+            carried = carried._replace(written=carried.written.masked_fill(rows.emptied, 0))
+        memory, mass, written, backbone = carried
         if self.adapter.streams and backbone is None:
             backbone = self.adapter.init_state(rows.batch)
         if backbone is not None:  # of their own, as nothing outside a call knows its values
@@ -404,11 +354,10 @@ class RecurrentMemory(nn.Module):
         positions, size = batch_size * length, self.config.segment_length
         # an open segment is embedded as wide as a whole one
         embedded = batch_size * -(-length // size) * size
-        return (
-            self._sum(length, lambda width: self.adapter.flops(width, batch_size) + self.cell.flops(width, batch_size))
-            + self.adapter.embed_flops(embedded)
-            + self.adapter.output_flops(positions)
-        )
+        adapter, cell = self.adapter, self.cell
+        total = self._sum(length, lambda width: adapter.flops(width, batch_size) + cell.flops(width, batch_size))
+        assert isinstance(self.backbone, (Decoder, Encoder))
+        return total + self.backbone.embed_flops(embedded) + self.backbone.output_flops(positions)
 
     def pairs(self, length: int) -> int:
         """Attended (query, key) pairs of one row: those of the backbone over its segments with their memory tokens."""

@@ -8,10 +8,9 @@ Sources: Gomez et al. 2017, "The Reversible Residual Network", equations 6 and 7
 norm, where it is the sum. Reformer's code concatenates them instead, which makes the output layer twice as wide and
 unties it from the embeddings: `streams = "both"`.
 
-In training the last values of the two streams are all that is kept of the activations, whatever the depth. What does
-grow with it, as little as it is: the states of the layers (given and returned, as without reversibility), a copy of
-torch's generator for each sublayer (5 KB on a CPU), so that dropout is drawn again as it was, and the choices of
-`longspan.contract.replay` (buckets). The price is a second forward pass in the backward pass.
+In training the last values of the two streams are all that is kept of the activations, whatever the depth. What grows
+with it: the states of the layers, a copy of torch's generator for each sublayer (5 KB on a CPU), so that dropout is
+drawn again as it was, and the choices of `longspan.contract.replay` (buckets). The price is a second forward pass.
 
 Gradients are those of autograd through the same equations, for whatever the blocks take: embeddings, parameters, the
 state that was given; penalties and the returned state have a graph as in other models, so the caller cuts
@@ -21,7 +20,7 @@ narrower too (in bf16 what is subtracted would not be what was added). Second de
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,23 +33,15 @@ from longspan.mixers import Rows
 from longspan.models.blocks import Block
 
 
-class Streamed(NamedTuple):
-    """What a run over all blocks gives: hidden states (B, N, dim or 2 dim), a state a layer, auxiliary losses."""
-
-    hidden: Tensor
-    following: list[Any]
-    losses: list[Tensor]
-
-
 def run_reversible(
     blocks: Sequence[Block],
     h: Tensor,
     before: Sequence[Any] | None,
     rows: Rows,
-    collect: bool,
+    penalties: list[Tensor] | None,
     streams: Literal["mean", "both"] = "mean",
     inputs: list[Tensor] | None = None,
-) -> Streamed:
+) -> tuple[Tensor, list[Any]]:
     """All blocks, by two streams.
 
     Args:
@@ -58,29 +49,33 @@ def run_reversible(
         h: (B, N, dim), gathered embeddings: both streams begin with them.
         before: one state a layer; None = empty past.
         rows: the layout of the call.
-        collect: gather auxiliary losses.
+        penalties: a list to which auxiliary losses are appended; None = they are not wanted.
         streams: what of them is returned: their mean, or both side by side, y1 first.
         inputs: what each block begins with is appended in the same form; activations are then stored, as they are
             outputs.
+
+    Returns:
+        Hidden states (B, N, dim or 2 dim) and the next state of each layer.
     """
-    call = _Call(blocks, [None] * len(blocks) if before is None else list(before), rows, collect, h.dtype)
-    wide = h if h.element_size() >= 4 else h.float()
-    given = call.given()
+    call = _Call(blocks, before, rows, penalties is not None, h.dtype)
+    y1 = y2 = h if h.element_size() >= 4 else h.float()
+    given = [t for layer in call.layers for t in layer.given]
     if inputs is None and states.needs_grad(h, *given):
-        found = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, wide, *given))
-        y1, y2, losses, following = call.sort_out(found)
+        y1, y2, *returned = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, y1, *given))
+        losses, following = call.sort_out(returned)
     else:
-        y1 = y2 = wide
         losses, following = [], []
-        for index, block in enumerate(blocks):
+        for layer in call.layers:
             if inputs is not None:
                 inputs.append(_joined(y1, y2, streams).to(h.dtype))
-            f, after, penalties = block.attend(y2.to(h.dtype), call.before[index], rows, collect)
+            f, after, added = layer.block.attend(y2.to(h.dtype), layer.before, rows, call.collect)
             y1 = y1 + f
-            y2 = y2 + block.feed(y1.to(h.dtype))
+            y2 = y2 + layer.block.feed(y1.to(h.dtype))
             following.append(after)
-            losses += penalties
-    return Streamed(_joined(y1, y2, streams).to(h.dtype), following, losses)
+            losses += added
+    if penalties is not None:
+        penalties += losses
+    return _joined(y1, y2, streams).to(h.dtype), following
 
 
 def _joined(y1: Tensor, y2: Tensor, streams: Literal["mean", "both"]) -> Tensor:
@@ -99,8 +94,8 @@ class _Replay:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, the same is drawn and chosen; outside, nothing was drawn."""
-        with torch.random.fork_rng(devices=self.devices, device_type=self.kind):
+        """Inside, the same is drawn and chosen, with gradients; outside, nothing was drawn."""
+        with torch.random.fork_rng(devices=self.devices, device_type=self.kind), torch.enable_grad():
             torch.set_rng_state(self.generator)
             set_device_states(self.devices, self.generators, device_type=self.kind)
             self.choices.rewind()
@@ -115,55 +110,87 @@ def _floats(state: Any) -> dict[str, Tensor]:
     return {name: t for name, t in states.tensors(state).items() if t.is_floating_point()}
 
 
-class _Layer(NamedTuple):
-    """Where a layer's part of the given tensors is, and how many it returns."""
+class _Layer:
+    """One block in a call.
 
-    names: list[str]
-    attending: int
-    feeding: int
+    Attributes:
+        block, before: the block, and its state before the call.
+        names: the floating-point tensors of that state.
+        given: what gradients may be wanted of: those tensors, the parameters of mixer and norm, `attending` of them,
+            and those of feed-forward and norm.
+        replays: of the mixer and of the feed-forward.
+        after, losses, after_names: the next state, how many auxiliary losses the block added, and the floating-point
+            tensors of that state; the function returns these losses and tensors.
+    """
+
+    replays: tuple[_Replay, _Replay]
+    after: Any
+    losses: int
+    after_names: list[str]
+
+    def __init__(self, block: Block, before: Any) -> None:
+        self.block, self.before, floats = block, before, _floats(before)
+        attending = _learning(block.mixer, block.mixer_norm)
+        self.names, self.attending = list(floats), len(attending)
+        self.given = [*floats.values(), *attending, *_learning(block.ffn, block.ffn_norm)]
+
+    def undo(
+        self,
+        call: "_Call",
+        streams: tuple[Tensor, ...],
+        given: list[Tensor],
+        wants: list[bool],
+        outer: list[Tensor | None],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor | None]]:
+        """One block, backwards.
+
+        Args:
+            call: of all blocks.
+            streams: y1, y2 and their gradients.
+            given, wants: the tensors, and of which of them gradients are wanted.
+            outer: gradients of what the block returned.
+
+        Returns:
+            x1, x2 and their gradients, and the gradients of `given`.
+        """
+        (y1, y2, d1, d2), (attending, feeding) = streams, self.replays
+        count = len(self.names)
+        with feeding.again():
+            x = y1.detach().requires_grad_()
+            g = self.block.feed(x.to(call.dtype))
+        own, *of_feeding = _gradients([g], [d2], [x, *given[count + self.attending :]])
+        x2, d1 = y2 - g.detach(), d1 if own is None else d1 + own
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(given[:count], wants, strict=False)]
+        before = states.replace(states.detach(self.before), dict(zip(self.names, leaves, strict=True)))
+        with attending.again():
+            x = x2.detach().requires_grad_()
+            rows = call.rows.with_choices(attending.choices)
+            f, after, losses = self.block.attend(x.to(call.dtype), before, rows, call.collect)
+        learnt = [leaf for leaf in leaves if leaf.requires_grad] + given[count : count + self.attending]
+        own, *others = _gradients([f, *losses, *_floats(after).values()], [d1, *outer], [x, *learnt])
+        kept = iter(others)
+        of_state = [next(kept) if leaf.requires_grad else None for leaf in leaves]
+        return y1 - f.detach(), x2, d1, d2 if own is None else d2 + own, [*of_state, *kept, *of_feeding]
 
 
 class _Call:
-    """One call of all blocks: what `_TwoStreams` needs beside tensors.
-
-    Given tensors are, layer by layer, the floating-point part of its state, the parameters of mixer and norm, and those
-    of feed-forward and norm; returned are the streams, then layer by layer auxiliary losses and the next state's part.
-    """
+    """One call of all blocks: what `_TwoStreams` needs beside tensors."""
 
     def __init__(
-        self, blocks: Sequence[Block], before: list[Any], rows: Rows, collect: bool, dtype: torch.dtype
+        self, blocks: Sequence[Block], before: Sequence[Any] | None, rows: Rows, collect: bool, dtype: torch.dtype
     ) -> None:
-        self.blocks, self.before, self.rows, self.collect, self.dtype = blocks, before, rows, collect, dtype
-        self.layers: list[_Layer] = []
-        self.replays: list[tuple[_Replay, _Replay]] = []
-        self.following: list[Any] = []
-        self.counts: list[tuple[int, list[str]]] = []
+        self.rows, self.collect, self.dtype = rows, collect, dtype
+        self.layers = [_Layer(block, None if before is None else before[i]) for i, block in enumerate(blocks)]
         self.autocast: tuple[str, bool, torch.dtype] | None = None
 
-    def given(self) -> list[Tensor]:
-        """The tensors that gradients may be wanted of."""
-        found: list[Tensor] = []
-        for block, before in zip(self.blocks, self.before, strict=True):
-            floats = _floats(before)
-            attending, feeding = _learning(block.mixer, block.mixer_norm), _learning(block.ffn, block.ffn_norm)
-            self.layers.append(_Layer(list(floats), len(attending), len(feeding)))
-            found += [*floats.values(), *attending, *feeding]
-        return found
-
-    def sort_out(self, found: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, list[Tensor], list[Any]]:
-        """Returned tensors by what they are: two streams, losses, next states."""
-        y1, y2, *rest = found
-        losses: list[Tensor] = []
-        following: list[Any] = []
-        place = 0
-        for after, (count, names) in zip(self.following, self.counts, strict=True):
-            losses += rest[place : place + count]
-            place += count
-            parts = dict(zip(names, rest[place : place + len(names)], strict=True))
-            place += len(names)
-            following.append(states.replace(after, parts))
-        self.following = []
-        return y1, y2, losses, following
+    def sort_out(self, returned: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """Returned tensors behind the streams by what they are: losses, and next states."""
+        losses, following, rest = list[Tensor](), [], iter(returned)
+        for layer in self.layers:
+            losses += [next(rest) for _ in range(layer.losses)]
+            following.append(states.replace(layer.after, {name: next(rest) for name in layer.after_names}))
+            layer.after = None
+        return losses, following
 
     @contextlib.contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
@@ -184,17 +211,15 @@ class _TwoStreams(FirstOrder):
         y1 = y2 = h
         rest: list[Tensor] = []
         with call.precision(h.device):
-            for block, before in zip(call.blocks, call.before, strict=True):
+            for layer in call.layers:
                 attending = _Replay(h)
                 rows = call.rows.with_choices(attending.choices)
-                f, after, losses = block.attend(y2.to(call.dtype), before, rows, call.collect)
+                f, layer.after, losses = layer.block.attend(y2.to(call.dtype), layer.before, rows, call.collect)
                 y1 = y1 + f
-                feeding = _Replay(h)
-                y2 = y2 + block.feed(y1.to(call.dtype))
-                floats = _floats(after)
-                call.replays.append((attending, feeding))
-                call.following.append(after)
-                call.counts.append((len(losses), list(floats)))
+                layer.replays = attending, _Replay(h)
+                y2 = y2 + layer.block.feed(y1.to(call.dtype))
+                floats = _floats(layer.after)
+                layer.losses, layer.after_names = len(losses), list(floats)
                 rest += [*losses, *floats.values()]
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -209,55 +234,20 @@ class _TwoStreams(FirstOrder):
         rest, wanted = list(gradients[2:]), list(ctx.needs_input_grad[2:])
         found: list[Tensor | None] = []
         with call.precision(y1.device):
-            for index in reversed(range(len(call.blocks))):
-                names, attending, feeding = call.layers[index]
-                returned = call.counts[index][0] + len(call.counts[index][1])
-                step = _Step(call, index, rest[len(rest) - returned :])
-                own = len(given) - len(names) - attending - feeding
-                old, wants = given[own : own + len(names)], wanted[own : own + len(names)]
-                learnt = given[own + len(names) :]
-                y2, d1, of_feeding = step.undo_feed(y1, y2, d1, d2, learnt[attending:])
-                y1, d2, of_rest = step.undo_attend(y1, y2, d1, d2, old, wants, learnt[:attending])
-                found = [*of_rest, *of_feeding, *found]
-                del given[own:], wanted[own:], rest[len(rest) - returned :]
+            for layer in reversed(call.layers):
+                own, wants = _taken(given, len(layer.given)), _taken(wanted, len(layer.given))
+                outer = _taken(rest, layer.losses + len(layer.after_names))
+                y1, y2, d1, d2, of_layer = layer.undo(call, (y1, y2, d1, d2), own, wants, outer)
+                found = [*of_layer, *found]
         return None, d1 + d2, *found
 
 
-class _Step:
-    """One block, backwards."""
-
-    def __init__(self, call: _Call, index: int, gradients: list[Tensor | None]) -> None:
-        self.call, self.block, self.gradients = call, call.blocks[index], gradients
-        self.before, self.names = call.before[index], call.layers[index].names
-        self.attending, self.feeding = call.replays[index]
-
-    def undo_feed(
-        self, y1: Tensor, y2: Tensor, d1: Tensor, d2: Tensor, learnt: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """x2, the gradient of y1, and those of parameters."""
-        with torch.enable_grad(), self.feeding.again():
-            x = y1.detach().requires_grad_()
-            g = self.block.feed(x.to(self.call.dtype))
-        own, *others = _gradients([g], [d2], [x, *learnt])
-        return y2 - g.detach(), d1 if own is None else d1 + own, others
-
-    def undo_attend(
-        self, y1: Tensor, x2: Tensor, d1: Tensor, d2: Tensor, old: list[Tensor], wants: list[bool], learnt: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """x1, the gradient of x2, and those of the state that was given and of parameters."""
-        call = self.call
-        leaves = [t.detach().requires_grad_(want) for t, want in zip(old, wants, strict=True)]
-        before = states.replace(states.detach(self.before), dict(zip(self.names, leaves, strict=True)))
-        with torch.enable_grad(), self.attending.again():
-            x = x2.detach().requires_grad_()
-            rows = call.rows.with_choices(self.attending.choices)
-            f, after, losses = self.block.attend(x.to(call.dtype), before, rows, call.collect)
-        outputs = [f, *losses, *_floats(after).values()]
-        inputs = [x, *(leaf for leaf, want in zip(leaves, wants, strict=True) if want), *learnt]
-        own, *others = _gradients(outputs, [d1, *self.gradients], inputs)
-        kept = iter(others)
-        of_state = [next(kept) if want else None for want in wants]
-        return y1 - f.detach(), d2 if own is None else d2 + own, [*of_state, *kept]
+def _taken(items: list[Any], count: int) -> list[Any]:
+    """The last items of a list, which no longer has them."""
+    first = len(items) - count
+    last = items[first:]
+    del items[first:]
+    return last
 
 
 def _gradients(

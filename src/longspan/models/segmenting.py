@@ -77,8 +77,7 @@ def cut_segments(
     # whether a later segment of the row has tokens
     later = np.flip(np.logical_or.accumulate(np.flip(any_real, 1), 1), 1)
     later = np.concatenate([later[:, 1:], np.zeros_like(later[:, :1])], 1)
-    over = np.zeros(rows.batch, bool) if rows.emptied is None else host.values(rows.emptied)
-    assert over is not None
+    over = np.zeros(rows.batch, bool) if rows.emptied is None else host.known(rows.emptied)
     closed = any_real & ((real.sum(2) == size if stream else any_real) | later | (over | ended)[:, None])
     resumed = np.zeros_like(closed)
     if stream:

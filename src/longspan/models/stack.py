@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import host
 from longspan import state as states
-from longspan.contract.base import merge_traits, special_groups, why_no_stream
+from longspan.contract.base import merge_traits, optimizer_groups, why_no_stream
 from longspan.contract.maps import place_of
 from longspan.errors import ConfigError, DataError, UnsupportedError
 from longspan.mixers import Core, Rows, Traits
@@ -20,12 +20,7 @@ from longspan.models.reversible import run_reversible
 
 
 class StackState(NamedTuple):
-    """The state of a model.
-
-    Attributes:
-        layers: one mixer state a layer.
-        live: (batch,) int64, live tokens of each row.
-    """
+    """The state of a model: one mixer state a layer, and the live tokens (batch,) int64 of each row."""
 
     layers: tuple[Any, ...]
     live: Tensor
@@ -107,8 +102,7 @@ class Stack(nn.Module):
 
     def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
         """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
-        h: Tensor = self.embedding(tokens)
-        return self.place(h, rows)
+        return self.place(self.embedding(tokens), rows)
 
     def place(self, h: Tensor, rows: Rows) -> Tensor:
         """Embeddings (B, N, dim) scaled, with learned positions where the model has them."""
@@ -124,7 +118,6 @@ class Stack(nn.Module):
             h = h + self.position_embedding(rows.positions.clamp(0, maximum))
         return cast(Tensor, self.dropout(h))
 
-    @states.all_or_nothing
     def run(
         self,
         tokens: Tensor | None,
@@ -142,78 +135,57 @@ class Stack(nn.Module):
         Returns:
             Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
         """
+        streams, layers = self.traits.streams, None if state is None else state.layers
+        if state is not None and not streams:
+            raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
+        h, rows = self._begin(tokens, state, mask, reset, inputs_embeds)
+        if self.config.reversible:
+            if around is not None:
+                raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
+            h, following = run_reversible(self.layers, h, layers, rows, penalties, self.config.streams, inputs)
+        else:
+            following = []
+            recomputes = self.config.checkpoint and self.training and torch.is_grad_enabled()
+            for index, block in enumerate(self.blocks):
+                if around is not None:
+                    h = around.before(index, h)
+                if inputs is not None:
+                    inputs.append(h)
+                call = h, None if layers is None else layers[index], rows, penalties is not None
+                h, after, losses = checkpoint(block, *call, use_reentrant=False) if recomputes else block(*call)
+                if around is not None:
+                    around.after(index, rows.scatter(h))
+                following.append(after)
+                if penalties is not None:
+                    penalties.extend(losses)
+        return self.norm(h), StackState(tuple(following), rows.live) if streams else None, rows
+
+    def _begin(
+        self,
+        tokens: Tensor | None,
+        state: StackState | None,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Rows]:
+        """What enters the first layer, gathered, and the layout of the call."""
         given = tokens if inputs_embeds is None else inputs_embeds
         if given is None or (tokens is not None and inputs_embeds is not None):
             raise ConfigError("give either tokens or inputs_embeds")
         if tokens is not None and tokens.ndim != 2:
             raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
-        streams = self.traits.streams
-        if state is not None and not streams:
-            raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         offset = states.live(state, given.shape[0], given.device)
         if offset.shape[0] != given.shape[0]:
             raise ConfigError(f"tokens have {given.shape[0]} rows, the state {offset.shape[0]}")
-        layers = None if state is None else state.layers
-        rows = Rows(offset, given.shape[1], mask, reset, reads=self._reads(layers))
-        gathered = rows.gather(given)
-        if tokens is not None:
-            self.check_tokens(gathered)
-            h = self.embed(gathered, rows)
-        else:
-            h = self.place(gathered, rows)
-        h, following = self._blocks(h, layers, rows, penalties, around, inputs)
-        following_state = StackState(tuple(following), rows.live) if streams else None
-        return self.norm(h), following_state, rows
-
-    def _reads(self, layers: tuple[Any, ...] | None) -> dict[Hashable, Tensor]:
-        """What the layers want to know of their parameters and states when the call is laid out."""
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
-            reads |= core.layout_inputs(None if layers is None else layers[index])
-        return reads
-
-    def _blocks(
-        self,
-        h: Tensor,
-        state: tuple[Any, ...] | None,
-        rows: Rows,
-        penalties: list[Tensor] | None,
-        around: "Around | None",
-        inputs: list[Tensor] | None,
-    ) -> tuple[Tensor, list[Any]]:
-        """All blocks: hidden states (B, N, hidden_dim) and a state a layer."""
-        if self.config.reversible:
-            if around is not None:
-                raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
-            h, following, losses = run_reversible(
-                self.layers, h, state, rows, penalties is not None, self.config.streams, inputs
-            )
-            if penalties is not None:
-                penalties.extend(losses)
-            return h, following
-        following = []
-        for index, block in enumerate(self.layers):
-            before = None if state is None else state[index]
-            if around is not None:
-                h = around.before(index, h)
-            if inputs is not None:
-                inputs.append(h)
-            h, after, losses = self._block(block, h, before, rows, penalties is not None)
-            if around is not None:
-                around.after(index, rows.scatter(h))
-            following.append(after)
-            if penalties is not None:
-                penalties.extend(losses)
-        return h, following
-
-    def _block(
-        self, block: Block, h: Tensor, state: Any, rows: Rows, collect: bool
-    ) -> tuple[Tensor, Any, list[Tensor]]:
-        if self.config.checkpoint and self.training and torch.is_grad_enabled():
-            result = checkpoint(block, h, state, rows, collect, use_reentrant=False)
-        else:
-            result = block(h, state, rows, collect)
-        return cast(tuple[Tensor, Any, list[Tensor]], result)
+            reads |= core.layout_inputs(None if state is None else state.layers[index])
+        rows = Rows(offset, given.shape[1], mask, reset, reads=reads)
+        gathered = rows.gather(given)
+        if tokens is None:
+            return self.place(gathered, rows), rows
+        self.check_tokens(gathered)
+        return self.embed(gathered, rows), rows
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse what is no token id of this model, with a `DataError`."""
@@ -246,11 +218,30 @@ class Stack(nn.Module):
         return 8 * batch_size + sum(block.mixer.state_nbytes(batch_size, length, dtype) for block in self.layers)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
-        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past."""
+        """FLOPs (2 per multiply-add) of one forward of `length` tokens from an empty past, logits included (of an
+        adaptive softmax the whole distribution, of which losses need less).
+        """
+        positions = batch_size * length
+        return self.block_flops(length, batch_size) + self.embed_flops(positions) + self.output_flops(positions)
+
+    def block_flops(self, length: int, batch_size: int) -> int:
+        """FLOPs of the layers alone."""
         return sum(
             block.mixer.flops(length, batch_size=batch_size) + block.ffn.flops(batch_size * length)
             for block in self.layers
         )
+
+    def embed_flops(self, positions: int) -> int:
+        """FLOPs of the embeddings of so many tokens: none where they are looked up."""
+        return 0
+
+    def output_flops(self, positions: int) -> int:
+        """FLOPs of what follows the last norm at so many places."""
+        return 0
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """What logits need and hidden states do not; none where the embedding's weights are all."""
+        return []
 
     def pairs(self, length: int) -> int:
         """Attended (query, key) pairs of one row of `length` tokens, summed over heads and layers."""
@@ -273,26 +264,11 @@ class Stack(nn.Module):
         return sum(block.mixer.draw for block in self.layers)
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for a torch optimiser.
-
-        Weights of linear maps decay; embeddings, norms, biases and other vectors do not; groups that a mechanism
-        declares (gates, compressors) follow with their own settings.
-
-        Args:
-            lr: learning rate of the run.
-            weight_decay: of the run.
+        """Groups for a torch optimiser: weights of linear maps decay; embeddings, norms and vectors do not; groups that
+        a mechanism declares (gates, compressors) follow with their own settings.
         """
-        special = special_groups(self.cores(), lr=lr, weight_decay=weight_decay)
-        taken = {id(parameter) for group in special for parameter in group["params"]}
-        linear = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} - taken
-        decay = [p for p in self.parameters() if id(p) in linear]
-        plain = [p for p in self.parameters() if id(p) not in linear and id(p) not in taken]
-        groups: list[dict[str, Any]] = [
-            {"name": "decay", "params": decay, "lr": lr, "weight_decay": weight_decay},
-            {"name": "plain", "params": plain, "lr": lr, "weight_decay": 0.0},
-            *special,
-        ]
-        return [group for group in groups if group["params"]]
+        linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        return optimizer_groups(self.parameters(), linear, self.cores(), lr=lr, weight_decay=weight_decay)
 
     def cores(self) -> list[Core]:
         """The mechanisms of all layers."""

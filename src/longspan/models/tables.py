@@ -14,12 +14,11 @@ from torch import nn
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.classifier import RecurrentClassifier
-from longspan.models.config import DecoderConfig, EncoderConfig
+from longspan.models.config import DecoderConfig, EncoderConfig, RecurrentConfig
 from longspan.models.decoder import Decoder
 from longspan.models.encoder import Encoder
 from longspan.models.masked import MaskedLM
 from longspan.models.recurrent import RecurrentMemory
-from longspan.models.recurrent_config import RecurrentConfig
 
 _KINDS: dict[str, tuple[Any, Any]] = {
     "decoder": (Decoder, DecoderConfig),

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longspan import host
+from longspan import state as states
 from longspan.contract.maps import table_of
 from longspan.host import Array
 from longspan.models.backbone import Backbone
+from longspan.models.config import RecurrentConfig
 from longspan.models.memory_update import GatedUpdate, PaperUpdate
-from longspan.models.recurrent_config import RecurrentConfig
 from longspan.models.segmenting import Segment
 
 
@@ -50,6 +51,10 @@ class Carried(NamedTuple):
     written: Tensor
     backbone: Any
 
+    def put(self, rows: Tensor, memory: Tensor, mass: Tensor) -> "Carried":
+        """The same with another memory and mass in the rows (batch,) that are True."""
+        return self._replace(memory=where_rows(rows, memory, self.memory), mass=where_rows(rows, mass, self.mass))
+
 
 class Stepped(NamedTuple):
     """A segment done: hidden states (batch, size, dim), what is carried on, what the memory did."""
@@ -69,6 +74,24 @@ def counted(written: Tensor, segment: Segment) -> Tensor:
     return host.derive(lambda before, closed: before + closed, written, segment.closed)
 
 
+def cut_graph(carried: Carried, left: Array, horizon: int | None) -> Carried:
+    """Memory and mass detached `horizon`, twice as many, ... segments before each row's last.
+
+    Args:
+        carried: what a segment finds.
+        left: (batch,) segments to each row's end, this one included.
+        horizon: None = never.
+    """
+    if horizon is None or not carried.memory.requires_grad:
+        return carried
+    cut = (left > 0) & (left % horizon == 0)
+    if not cut.any():
+        return carried
+    if cut.all():
+        carried = carried._replace(backbone=states.detach(carried.backbone))
+    return carried.put(host.put(cut, carried.memory.device), carried.memory.detach(), carried.mass.detach())
+
+
 def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
     if segment.whole:
@@ -78,34 +101,29 @@ def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     return hidden[torch.arange(len(index), device=hidden.device), index]
 
 
-def known(tensor: Tensor) -> Array:
-    """The values of a part of a segment on the host."""
-    array = host.values(tensor)
-    assert array is not None
-    return array
-
-
 def assemble(
-    backbone: Backbone, segment: Segment, front: list[tuple[Tensor, Tensor]], text: Tensor, back: Tensor, before: Any
+    backbone: Backbone, segment: Segment, front: list[tuple[Tensor, Array]], text: Tensor, back: Tensor, before: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Inputs, mask and resets of a causal backbone's run: what is read, the segment, what writes.
+    """Inputs, mask and resets of a backbone's run: what is read, the segment, what stands behind it.
 
     Args:
         backbone: asked whether it carries the open segment.
         segment: at hand.
         front: (embeddings (B, m, dim), readable (B, m)) in front of the text.
         text: (B, size, dim) embeddings of the segment.
-        back: (B, m, dim) embeddings of the write tokens.
+        back: (B, m, dim) embeddings of memory tokens: in the decoder form they only write, where a segment closes.
         before: the backbone's state of the open segment.
     """
-    inputs = [*(each for each, _ in front), text, back]
-    if segment.whole and before is None and all(host.every(readable) for _, readable in front):
+    inputs = [*(embeddings for embeddings, _ in front), text, back]
+    if segment.whole and before is None and all(readable.all() for _, readable in front):
         return torch.cat(inputs, 1), None, None
     carries = backbone.streams and before is not None
-    closed, shown, resumed = (known(t) for t in (segment.closed, segment.shown, segment.resumed))
-    used = (closed | shown) & ~resumed if carries else closed | shown
-    parts = [known(readable) & used[:, None] for _, readable in front]
-    parts += [known(segment.fresh if carries else segment.real), closed[:, None].repeat(back.shape[1], 1)]
+    closed, resumed = host.known(segment.closed), host.known(segment.resumed)
+    active = closed | host.known(segment.shown)
+    used = active & ~resumed if carries else active
+    parts = [readable & used[:, None] for _, readable in front]
+    parts.append(host.known(segment.fresh if carries else segment.real) & active[:, None])
+    parts.append((closed if backbone.causal else active)[:, None].repeat(back.shape[1], 1))
     # one padded place behind the rest, whose reset empties the state of rows that closed their segment
     emptied = backbone.streams and not closed.all()
     if emptied:
@@ -122,12 +140,8 @@ def assemble(
 
 
 class TokenMemory(nn.Module):
-    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`.
-
-    Args:
-        config: of the RecurrentMemory.
-        dim: width of the backbone.
-        std: of the initial memory.
+    """The memory of RMT and, with `accumulate`, of AutoCompressor; equations in `longspan.models.recurrent`. It is as
+    wide as the backbone (`dim`) and begins with a standard deviation of `std`.
     """
 
     def __init__(self, config: RecurrentConfig, dim: int, std: float) -> None:
@@ -179,61 +193,46 @@ class TokenMemory(nn.Module):
         """Read, run and write one segment."""
 
         def run(memory: Tensor) -> tuple[Tensor, Tensor, Any, list[Tensor]]:
-            found: list[Tensor] = []
-            collected = None if penalties is None else found
-            hidden, new, following = self._run(backbone, segment, carried._replace(memory=memory), collected)
-            return hidden, new, following, found
+            losses: list[Tensor] = []
+            given = carried._replace(memory=memory)
+            return *self._run(backbone, segment, given, None if penalties is None else losses), losses
 
         if self.config.replay and self.training and torch.is_grad_enabled():
-            hidden, new, following, found = checkpoint(run, carried.memory, use_reentrant=False)
+            hidden, new, state, losses = checkpoint(run, carried.memory, use_reentrant=False)
         else:
-            hidden, new, following, found = run(carried.memory)
+            hidden, new, state, losses = run(carried.memory)
         if penalties is not None:
-            penalties += found
-        memory, mass, logits = self._write(carried, new, segment)
-        written = counted(carried.written, segment)
-        trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
-        return Stepped(hidden, Carried(memory, mass, written, following), trace)
-
-    def _write(self, carried: Carried, new: Tensor, segment: Segment) -> tuple[Tensor, Tensor, Tensor | None]:
+            penalties += losses
         new = new.to(carried.memory.dtype)  # under autocast the backbone's may be narrower
         if self.config.accumulate:
-            kept = carried.memory[:, self.config.num_memory_tokens :]
-            memory, mass, logits = torch.cat([kept, new], 1), carried.mass, None
+            older = carried.memory[:, self.config.num_memory_tokens :]
+            memory, mass, logits = torch.cat([older, new], 1), carried.mass, None
         else:
             memory, mass, logits = self.update(carried.memory, new, carried.mass)
-        closed = segment.closed
-        if not (segment.whole or host.every(closed)):
-            memory, mass = where_rows(closed, memory, carried.memory), where_rows(closed, mass, carried.mass)
-        return memory, mass, logits
+        trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
+        following = carried._replace(written=counted(carried.written, segment), backbone=state)
+        if segment.whole or host.every(segment.closed):
+            return Stepped(hidden, following._replace(memory=memory, mass=mass), trace)
+        return Stepped(hidden, following.put(segment.closed, memory, mass), trace)
 
     def _run(
         self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Any]:
         """Hidden states of the segment (B, size, dim), the new memory (B, memory tokens, dim), the backbone's state."""
-        memory, accumulate = carried.memory, self.config.accumulate
+        memory, tokens = carried.memory, self.config.num_memory_tokens
         batch, columns = memory.shape[:2]
-        text = backbone.embed(segment.ids).to(memory.dtype)
+        text, write = backbone.embed(segment.ids).to(memory.dtype), memory
         seen = np.ones((batch, columns), bool)
-        if accumulate:
-            seen &= np.arange(columns) >= columns - self.config.num_memory_tokens * known(carried.written)[:, None]
-        readable = host.put(seen, memory.device)
-        write = memory
-        if accumulate:
-            write = table_of(self.tokens, self.config.num_memory_tokens).to(memory.dtype).expand(batch, -1, -1)
-        if backbone.causal:
-            inputs, mask, reset = assemble(backbone, segment, [(memory, readable)], text, write, carried.backbone)
-            ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
-            end = columns + text.shape[1]
-            following = None if segment.whole or host.every(segment.closed) else ran.state
-            return ran.hidden[:, columns:end], ran.hidden[:, end : end + write.shape[1]], following
-        used = (known(segment.closed) | known(segment.shown))[:, None]
-        front = memory
-        if accumulate:
-            front, seen = torch.cat([memory, write], 1), np.concatenate([seen, np.ones(write.shape[:2], bool)], 1)
-        mask = None
-        if accumulate or not segment.whole:
-            mask = host.put(np.concatenate([seen & used, known(segment.real) & used], 1), memory.device)
-        ran = backbone.run(torch.cat([front, text], 1), None, mask, None, penalties)
-        width = front.shape[1]
-        return ran.hidden[:, width:], ran.hidden[:, width - self.config.num_memory_tokens : width], None
+        if self.config.accumulate:
+            seen = np.arange(columns) >= columns - tokens * host.known(carried.written)[:, None]
+            write = table_of(self.tokens, tokens).to(memory.dtype).expand(batch, -1, -1)
+        front, back = [(memory, seen)], write if backbone.causal else write[:, :0]
+        if self.config.accumulate and not backbone.causal:
+            front.append((write, np.ones(write.shape[:2], bool)))
+        inputs, mask, reset = assemble(backbone, segment, front, text, back, carried.backbone)
+        ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
+        first = sum(embeddings.shape[1] for embeddings, _ in front)
+        last = first + text.shape[1]
+        new = ran.hidden[:, last : last + tokens] if backbone.causal else ran.hidden[:, first - tokens : first]
+        state = None if segment.whole or host.every(segment.closed) else ran.state
+        return ran.hidden[:, first:last], new, state

@@ -106,7 +106,10 @@ def line_figure(
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        _scale(axes, xscale, [x for each in series for x in each.x])
+        if xscale == "log2":
+            smallest = min((x for each in series for x in each.x if x > 0), default=1.0)
+            axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=1.0)
+            axes.minorticks_off()
         for number, each in enumerate(series):
             colour = theme.colours[(number if each.colour is None else each.colour) % len(theme.colours)]
             _draw(axes, each, colour, front=len(series) - number)
@@ -218,13 +221,6 @@ class PlainNumbers(Formatter):
         return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
-def _scale(axes: Axes, scale: str, values: Sequence[float]) -> None:
-    if scale == "log2":
-        smallest = min((x for x in values if x > 0), default=1.0)
-        axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=1.0)
-        axes.minorticks_off()
-
-
 def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
     faint = series.kind == "faint"
     axes.plot(
@@ -238,33 +234,26 @@ def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
         linestyle="none" if series.kind == "points" else None,
         zorder=2 + front,
     )
-    if series.low is not None and series.high is not None and series.kind == "points":
+    if series.low is None or series.high is None:
+        return
+    if series.kind == "points":
         axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.5, linewidth=2.5, zorder=2)
-    elif series.low is not None and series.high is not None:
+    else:
         axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
 def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:
     look = {"color": theme.faint, "linewidth": 1.0, "linestyle": (0, (4, 3)), "zorder": 2}
+    label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": theme.faint, "zorder": 19}
+    label["bbox"] = {"boxstyle": "square,pad=0.15", "facecolor": theme.ground, "edgecolor": "none", "alpha": 0.85}
     if mark.horizontal:
         axes.axhline(mark.at, **look)  # type: ignore[arg-type]
-        place, offset, transform, where = (1.0, mark.at), (-2, 3), axes.get_yaxis_transform(), "right"
+        label |= {"xycoords": axes.get_yaxis_transform(), "xytext": (-2, 3), "ha": "right", "va": "bottom"}
+        axes.annotate(mark.label, (1.0, mark.at), **label)
     else:
         axes.axvline(mark.at, **look)  # type: ignore[arg-type]
-        place, offset, transform, where = (mark.at, 1.0), (5, -2), axes.get_xaxis_transform(), "left"
-    axes.annotate(
-        mark.label,
-        place,
-        xycoords=transform,
-        xytext=offset,
-        textcoords="offset points",
-        ha=where,
-        va="bottom" if mark.horizontal else "top",
-        fontsize=8.5,
-        color=theme.faint,
-        bbox={"boxstyle": "square,pad=0.15", "facecolor": theme.ground, "edgecolor": "none", "alpha": 0.85},
-        zorder=19,
-    )
+        label |= {"xycoords": axes.get_xaxis_transform(), "xytext": (5, -2), "ha": "left", "va": "top"}
+        axes.annotate(mark.label, (mark.at, 1.0), **label)
 
 
 def to_png(figure: Figure) -> bytes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from longspan.files import write_atomically, write_json
+from longspan.files import write_atomically, write_json, write_text
 from longspan.report.tables import Table
 from longspan.version import __version__
 
@@ -109,7 +109,7 @@ def write_report(
                 write_atomically(path, functools.partial(Path.write_bytes, data=block.light))
     write_json(folder / "report.json", {"title": title, "version": __version__, **data})
     html = page(title, sections, lead=lead, footer=footer)
-    return write_atomically(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
+    return write_text(folder / "report.html", html)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Tables: the same object is printed on the terminal and set on the page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +31,7 @@ def number(value: float, digits: int = 3) -> str:
 
 def si_bytes(count: float) -> str:
     """Bytes in the unit that reads best, powers of 1024: `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    if abs(count) < 1024:
+        return f"{count:,.0f} B"
+    power = min(int(math.log2(abs(count))) // 10, 3)
+    return f"{count / 1024**power:,.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

@@ -8,7 +8,6 @@ with the stride as the width. A recipe that leaves `model.position_shape` out ge
 Tiles of one image are alike, and so are tunes of one title: the split parts images, and families of tunes.
 """
 
-import hashlib
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from longspan.config import check_fractions, check_least
 from longspan.errors import DataError
 from longspan.packages import package_folder
 from longspan.tasks.base import Array, Document, Documents, Split
+from longspan.tasks.groups import Named, arrays_digest, linked, split_groups
 from longspan.tasks.sources import read_source
 from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
@@ -41,8 +41,6 @@ IMAGES = (
 )
 # collections that music21 ships as ABC; its Essen folk songs are not for commercial use and are left out
 TUNES = ("airdsAirs", "oneills1850", "ryansMammoth")
-
-Named = list[tuple[str, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +123,12 @@ class ByteTask:
         """
         if self._split is None:
             found, group = self._grouped(self.config.source)
-            held = held_back(group, self.config.validation_fraction, self.config.seed)
-            parts: dict[Split, Named] = {"train": [], "validation": []}
-            for each, away in zip(found, held, strict=True):
-                parts["validation" if away else "train"].append(each)
-            if not parts["train"] or not parts["validation"]:
+            self._split = split_groups(found, group, self.config.validation_fraction, self.config.seed)
+            if not all(self._split.values()):
                 raise DataError(
                     f"{self.config.source}: {len(found)} document(s), all of one image or family, cannot be parted "
                     "into training and validation; give more"
                 )
-            self._split = parts
         return _documents(self._split[split])
 
     def read(self, source: str | Sequence[str]) -> Documents:
@@ -187,7 +181,12 @@ class MusicTask(ByteTask):
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
         tunes: dict[bytes, str] = {}
-        for name, data in self._files(source):
+        if source == "music":
+            folder = package_folder("music21", "these tunes") / "corpus"
+            files = read_source([str(folder / name) for name in TUNES], pattern="*.abc")
+        else:
+            files = read_source(source, pattern=self.config.pattern)
+        for name, data in files:
             for number, tune in enumerate(abc_tunes(data.tobytes())):
                 if len(tune) <= self.config.max_bytes:
                     tunes.setdefault(tune, f"{name}:{number}")
@@ -198,50 +197,12 @@ class MusicTask(ByteTask):
         found = [(name, np.frombuffer(tune, dtype=np.uint8)) for tune, name in tunes.items()]
         return found, families([tune_keys(tune) for tune in tunes])
 
-    def _files(self, source: str | Sequence[str]) -> Named:
-        if source == "music":
-            folder = package_folder("music21", "these tunes") / "corpus"
-            return read_source([str(folder / name) for name in TUNES], pattern="*.abc")
-        return read_source(source, pattern=self.config.pattern)
-
-
-def held_back(group: Array, fraction: float, seed: int) -> Array:
-    """(documents,) bool, which are held back: whole groups in a random order, each that fits into what is left.
-
-    Args:
-        group: (documents,) int64, the number of each one's group.
-        fraction: of the documents, at most; where no group fits, the smallest is held back all the same.
-        seed: of the order.
-    """
-    members = np.bincount(group)
-    present = np.flatnonzero(members)
-    held, room = np.zeros(len(members), dtype=np.bool_), int(fraction * len(group))
-    for each in np.random.default_rng(seed).permutation(present).tolist():
-        if members[each] <= room:
-            held[each] = True
-            room -= int(members[each])
-    if not held.any() and len(present):
-        held[present[np.argmin(members[present])]] = True
-    chosen: Array = held[group]
-    return chosen
-
 
 def families(keys: Sequence[set[bytes]]) -> Array:
     """(documents,) int64: a number that documents share where they have a key in common, or are linked by others."""
-    parent = list(range(len(keys)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = index = parent[parent[index]]
-        return index
-
     first: dict[bytes, int] = {}
-    for index, those in enumerate(keys):
-        for key in those:
-            # the smaller number stays, so that the order of a set, which differs between processes, does not matter
-            low, high = sorted((root(index), root(first.setdefault(key, index))))
-            parent[high] = low
-    return np.array([root(index) for index in range(len(keys))])
+    pairs = [(first.setdefault(key, index), index) for index, those in enumerate(keys) for key in those]
+    return linked(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(keys))
 
 
 def abc_tunes(data: bytes) -> Iterator[bytes]:
@@ -286,8 +247,6 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
 
 
 def _documents(found: Named) -> Documents:
-    digest, tokenizer = hashlib.blake2b(digest_size=16), Bytes()
-    for _, data in found:
-        digest.update(len(data).to_bytes(8, "little") + data.tobytes())
+    tokenizer = Bytes()
     items: list[Document] = [TextDocument(data, tokenizer) for _, data in found]
-    return Documents(items, [name for name, _ in found], digest.hexdigest())
+    return Documents(items, [name for name, _ in found], arrays_digest(data for _, data in found))

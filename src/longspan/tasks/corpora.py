@@ -85,12 +85,8 @@ def wikitext(source: str, config: "TextConfig", without: Sequence[Path] = ()) ->
     Raises:
         DataError: a file is missing.
     """
-    folder = Path(source)
-    return {
-        "train": list(articles(_either(folder, "train"))),
-        "validation": list(articles(_either(folder, "valid"))),
-        "test": list(articles(_either(folder, "test"))),
-    }
+    files: dict[Split, str] = {"train": "train", "validation": "valid", "test": "test"}
+    return {split: list(articles(_either(Path(source), name))) for split, name in files.items()}
 
 
 def articles(path: Path) -> Iterator[Text]:
@@ -251,11 +247,7 @@ def _json_lines(path: Path, field: str) -> Iterator[tuple[int, Array]]:
 
 
 def _bytes(value: Any, where: str, field: str) -> Array:
-    """A cell as bytes; none of a missing one.
-
-    Raises:
-        DataError: it is no text; `where` says which file and row.
-    """
+    """A cell as bytes; none of a missing one. Raises DataError: it is no text; `where` says which file and row."""
     if not isinstance(value, str | bytes | None):
         raise DataError(f"{where}: {field!r} is of type {type(value).__name__}, not text; set task.field")
     try:

@@ -9,18 +9,19 @@ sentences of real documents, drawn one by one with the sample's own seed, so a s
 segment by segment and never held whole. Training, validation and test noise come from disjoint documents.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from longspan.errors import ConfigError, DataError
-from longspan.tasks.base import Array, Document, Documents, Piece
+from longspan.tasks.base import Array, Documents
 from longspan.tasks.sources import read_source
+from longspan.tasks.synthetic import Sample, SyntheticDocument
 from longspan.tasks.tokenizers import Subword, Tokenizer, load_tokenizer
 
 NAMES = ("Mary", "John", "Daniel", "Sandra")
@@ -175,37 +176,27 @@ class MemorySample:
 
     Args:
         task: where facts, noise and sizes come from.
-        noise: sentences.
+        split: whose noise; that of training has hard negatives and decoys, see `MemoryConfig`.
         segments: how many.
         seed: of everything random about it.
         kind: which of the three tasks.
         size: tokens of a segment.
-        hardened: with hard negatives and decoys, see `MemoryConfig`.
     """
 
     def __init__(
-        self,
-        task: "MemoryTask",
-        noise: Noise,
-        segments: int,
-        seed: Sequence[int],
-        *,
-        kind: Kind,
-        size: int,
-        hardened: bool,
+        self, task: "MemoryTask", split: "MemorySplit", segments: int, seed: Sequence[int], kind: Kind, size: int
     ) -> None:
-        self.task, self.noise, self.segments, self.size = task, noise, segments, size
-        self.negatives = task.negatives(kind) if hardened else None
-        self.drawn = np.zeros(len(noise), dtype=np.int32)
-        self.seed = list(seed)
+        self.noise, self.segments, self.size = task.noise(split), segments, size
+        self.negatives = task.negatives(kind) if split == "train" else None
+        self.drawn = np.zeros(len(self.noise), dtype=np.int32)
+        self.seed = [*seed, segments]
         random = np.random.default_rng([*self.seed, 0])
         self.what = ask(kind, random)
         self.facts = [task.encode(" " + fact) for fact in self.what.facts]
         self.question = task.encode(" " + self.what.question)
-        room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
-        places = [0] if kind == "memorize" else sorted(random.integers(0, room + 1, size=len(self.facts)))
+        self.room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
+        places = [0] if kind == "memorize" else sorted(random.integers(0, self.room + 1, size=len(self.facts)))
         self.places = [int(place) for place in places]
-        self.room = room
 
     @property
     def repeats(self) -> float:
@@ -218,21 +209,24 @@ class MemorySample:
         return self.what.answer
 
     def __iter__(self) -> Iterator[SegmentOfSample]:
-        size = self.size
+        # each token above its mark
         buffer: list[Array] = []
-        marks: list[Array] = []
         filled = 0
         for part, fact in self._parts():
-            buffer.append(part)
-            marks.append(_mark(len(part), fact))
+            buffer.append(np.stack([part, _mark(len(part), fact)]))
             filled += len(part)
-            if filled >= size:
-                tokens, mark = np.concatenate(buffer), np.concatenate(marks)
-                whole = filled // size * size
-                for first in range(0, whole, size):
-                    inside = mark[first : first + size]
-                    yield SegmentOfSample(tokens[first : first + size], bool(inside.any()), _whole(inside))
-                buffer, marks, filled = [tokens[whole:]], [mark[whole:]], filled - whole
+            if filled >= self.size:
+                places = np.concatenate(buffer, axis=1)
+                while filled >= self.size:
+                    (tokens, mark), places = places[:, : self.size], places[:, self.size :]
+                    filled -= self.size
+                    yield SegmentOfSample(tokens, bool(mark.any()), _whole(mark))
+                buffer = [places]
+
+    def whole(self, answers: Sequence[int]) -> Sample:
+        """All tokens and, behind the question, the one of the answer, which alone is graded."""
+        tokens = np.concatenate([*(segment.tokens for segment in self), [answers[self.answer]]])
+        return Sample(tokens, np.arange(len(tokens) - 1) == len(tokens) - 2)
 
     def _parts(self) -> Iterator[tuple[Array, bool]]:
         """Noise and facts in turn, then the question; a fact stands at the sentence border at or after its place."""
@@ -259,30 +253,9 @@ def _mark(length: int, fact: bool) -> Array:
 
 
 def _whole(mark: Array) -> bool:
-    """Whether all of some fact lies inside."""
-    begins, ends = np.flatnonzero(mark == 1), np.flatnonzero(mark == 2)
-    return bool(len(begins) and len(ends) and begins[0] < ends[-1])
-
-
-class MemoryDocument:
-    """A sample as a document: its tokens, then, behind the question, the answer; nothing is made before it is cut."""
-
-    def __init__(self, sample: MemorySample, answers: Sequence[int]) -> None:
-        self.sample, self.answer = sample, answers[sample.answer]
-
-    def __len__(self) -> int:
-        return self.sample.segments * self.sample.size
-
-    @functools.cached_property
-    def _tokens(self) -> Array:
-        return np.concatenate([segment.tokens for segment in self.sample])
-
-    def cut(self, first: int, last: int) -> Piece:
-        """Places `first` to `last` (excluded); only the last place of the document counts."""
-        tokens = self._tokens[first:last]
-        targets = np.append(self._tokens[1:], self.answer)[first:last]
-        graded = np.arange(first, last) == len(self) - 1
-        return Piece(tokens, targets, graded, graded.astype(np.int64))
+    """Whether all of some fact lies inside: a last token behind the first first one."""
+    begun = (mark == 1).cumsum() > 0
+    return bool((begun & (mark == 2)).any())
 
 
 class MemoryTask:
@@ -351,15 +324,8 @@ class MemoryTask:
             kind: another task than the configuration's.
             size: another number of tokens in a segment.
         """
-        return MemorySample(
-            self,
-            self.noise(split),
-            segments,
-            [*seed, segments],
-            kind=kind or self.config.kind,
-            size=size or self.config.segment_length,
-            hardened=split == "train",
-        )
+        kind, size = kind or self.config.kind, size or self.config.segment_length
+        return MemorySample(self, split, segments, seed, kind, size)
 
     def negatives(self, kind: Kind) -> Negatives:
         """What hardens the noise of training."""
@@ -387,9 +353,8 @@ class MemoryTask:
         """Samples as documents of language modelling, in which only the answer behind the question is graded."""
         count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
-        items: list[Document] = [
-            MemoryDocument(self.sample(split, self.config.segments, [index]), answers) for index in range(count)
-        ]
+        samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
+        items = [SyntheticDocument(each.segments * each.size, partial(each.whole, answers)) for each in samples]
         return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
 
 

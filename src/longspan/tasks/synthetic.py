@@ -192,11 +192,8 @@ class SyntheticTask:
 
     def document(self, split: Split, index: int) -> SyntheticDocument:
         """One of them; `documents` holds as many as the configuration says, but any index has one."""
-
-        def make() -> Sample:
-            return self.sample(np.random.default_rng([self.config.seed, index, split == "train"]), index, split)
-
-        return SyntheticDocument(self.config.length, make)
+        seed = [self.config.seed, index, split == "train"]
+        return SyntheticDocument(self.config.length, lambda: self.sample(np.random.default_rng(seed), index, split))
 
 
 class PasskeyTask(SyntheticTask):
@@ -247,11 +244,8 @@ class PasskeyTask(SyntheticTask):
         graded = np.zeros(config.length, dtype=np.bool_)
         graded[-len(parts.number) :] = True
         if config.graded == "mentions":
-            first = whole.find(parts.number)
-            at = whole.find(parts.number, first + 1)
-            while at >= 0:
-                graded[at : at + len(parts.number)] = True
-                at = whole.find(parts.number, at + 1)
+            for again in list(re.finditer(b"(?=%b)" % parts.number, whole))[1:]:
+                graded[again.start() : again.start() + len(parts.number)] = True
         return Sample(tokens, graded)
 
 

@@ -44,12 +44,14 @@ class Tokenizer(Protocol):
 
     def text(self) -> str:
         """All of it as JSON, which `load_tokenizer` reads."""
+        raise NotImplementedError
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, atomically."""
+        write_text(path, self.text())
 
 
-class Bytes:
+class Bytes(Tokenizer):
     """256 symbols; a document begins with byte 0, which text does not contain (and does no harm where it does)."""
 
     vocab_size = 256
@@ -69,12 +71,32 @@ class Bytes:
         """JSON that says "bytes"."""
         return json.dumps({"longspan": "bytes"})
 
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically."""
-        write_text(path, self.text())
+
+class EngineTokenizer(Tokenizer):
+    """What tokenizers by the `tokenizers` library share; they set `sizes` themselves.
+
+    Args:
+        engine: of the library; no token of it may reach over a newline that ends a chunk.
+    """
+
+    def __init__(self, engine: "Engine") -> None:
+        self.engine = engine
+        self.vocab_size = engine.get_vocab_size()
+        self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def encode(self, data: bytes | Array, name: str = "text") -> Array:
+        """(tokens,) uint16 or uint32; a long text in parallel. Raises DataError: not UTF-8."""
+        chunks, parts = _chunks(utf8(data, name)), []
+        for first in range(0, len(chunks), _TOGETHER):
+            encoded = self.engine.encode_batch_fast(chunks[first : first + _TOGETHER], add_special_tokens=False)
+            parts += [np.array(part.ids, dtype=self._type) for part in encoded]
+        return np.concatenate(parts)
+
+    def _token(self, index: int) -> str:
+        return self.engine.id_to_token(index) or ""
 
 
-class Subword:
+class Subword(EngineTokenizer):
     """Byte-level BPE by the `tokenizers` library; its JSON file is that library's own, so other tools read it too.
 
     Args:
@@ -87,23 +109,20 @@ class Subword:
     def __init__(
         self, engine: "Engine", begin: str = BEGIN, also: Iterable[str] = (), ends: Iterable[int] = ()
     ) -> None:
-        also = tuple(also)
         # a text that spells out the begin token must not be taken for one
         engine.encode_special_tokens = True
-        self.engine = engine
-        self.vocab_size = engine.get_vocab_size()
+        super().__init__(engine)
         found = engine.token_to_id(begin)
         if found is None:
             raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
         self.begin: int = found
         self.ends = tuple(dict.fromkeys(int(end) for end in ends)) or (found,)
         self._specials = (begin, sorted(also))
-        tokens = [engine.id_to_token(index) or "" for index in range(self.vocab_size)]
-        silent = {begin, *also}
-        self._silent = {index for index, token in enumerate(tokens) if token in silent}
+        tokens = [self._token(index) for index in range(self.vocab_size)]
+        self._silent = {index for index, token in enumerate(tokens) if token in (begin, *self._specials[1])}
         # byte-level tokens are spelled with one character a byte
-        self.sizes: Array = np.array([0 if token in silent else len(token) for token in tokens], dtype=np.int64)
-        self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        self.sizes = np.array([len(token) for token in tokens], dtype=np.int64)
+        self.sizes[list(self._silent)] = 0
 
     @classmethod
     def train(cls, texts: Iterable[tuple[str, Array]], vocab_size: int) -> "Subword":
@@ -125,18 +144,10 @@ class Subword:
         engine.train_from_iterator((utf8(data, name) for name, data in texts), trainer)
         return cls(engine)
 
-    def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(tokens,) uint16 or uint32.
-
-        Raises:
-            DataError: not UTF-8.
-        """
-        return encode_in_parts(self.engine, utf8(data, name), self._type)
-
     def decode(self, ids: Iterable[int]) -> bytes:
         """The exact bytes, also where a token ends inside a character."""
         alphabet = _byte_of_character()
-        tokens = (self.engine.id_to_token(int(index)) or "" for index in ids if int(index) not in self._silent)
+        tokens = (self._token(int(index)) for index in ids if int(index) not in self._silent)
         return bytes(alphabet[character] for token in tokens for character in token)
 
     def text(self) -> str:
@@ -146,10 +157,6 @@ class Subword:
             return str(self.engine.to_str())
         known = {"longspan": "model", "begin": begin, "also": also, "ends": list(self.ends)}
         return json.dumps({**known, "engine": self.engine.to_str()})
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically."""
-        write_text(path, self.text())
 
 
 def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
@@ -177,22 +184,19 @@ def borrow(tokenizer: Any, ends: Iterable[int] = ()) -> Subword:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer that a run saved.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
-    data = read_json(path)
-    if isinstance(data, dict) and data.get("longspan") == "bytes":
-        return Bytes()
+    """Read a tokenizer that a run saved. Raises CheckpointError: missing or damaged."""
     from tokenizers import Tokenizer as Engine
 
-    try:
-        if isinstance(data, dict) and data.get("longspan") == "words":
-            from longspan.tasks.words import Words
+    from longspan.tasks.words import Words
 
+    data = read_json(path)
+    kind = data.get("longspan") if isinstance(data, dict) else None
+    try:
+        if kind == "bytes":
+            return Bytes()
+        if kind == "words":
             return Words(Engine.from_str(data["engine"]))
-        if isinstance(data, dict) and data.get("longspan") == "model":
+        if kind == "model":
             return Subword(Engine.from_str(data["engine"]), data["begin"], data["also"], data.get("ends", ()))
         return Subword(Engine.from_str(Path(path).read_text(encoding="utf-8")))
     except Exception as error:
@@ -201,11 +205,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def utf8(data: bytes | Array, name: str) -> str:
-    """Bytes as text.
-
-    Raises:
-        DataError: they are not UTF-8; says where.
-    """
+    """Bytes as text. Raises DataError: they are not UTF-8; says where."""
     try:
         return bytes(data).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -239,24 +239,15 @@ def not_utf8(name: str, place: int, tokenizer: Tokenizer) -> str:
     return f"{name}: not UTF-8 at byte {place:,}, and this run reads {kind}; --errors replace reads U+FFFD in its place"
 
 
-def encode_in_parts(engine: "Engine", text: str, dtype: Any) -> Array:
-    """(tokens,) ids of a text by an engine that no token carries over the end of a line, in parallel."""
-    chunks, parts = _chunks(text), []
-    for first in range(0, len(chunks), _TOGETHER):
-        encoded = engine.encode_batch_fast(chunks[first : first + _TOGETHER], add_special_tokens=False)
-        parts += [np.array(part.ids, dtype=dtype) for part in encoded]
-    return np.concatenate(parts)
-
-
 def _chunks(text: str) -> list[str]:
     """The text in pieces of about `CHUNK_BYTES` characters that end in a newline."""
-    chunks, first = [], 0
-    while first < len(text):
-        border = text.find("\n", first + CHUNK_BYTES)
-        last = len(text) if border < 0 else border + 1
+    chunks: list[str] = []
+    first = 0
+    while first < len(text) or not chunks:
+        last = text.find("\n", first + CHUNK_BYTES) + 1 or len(text)
         chunks.append(text[first:last])
         first = last
-    return chunks or [""]
+    return chunks
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longspan.errors import DataError
-from longspan.files import write_text
 from longspan.tasks.base import Array
-from longspan.tasks.tokenizers import encode_in_parts, utf8
+from longspan.tasks.tokenizers import EngineTokenizer, utf8
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Engine
@@ -28,7 +27,7 @@ END = "<eos>"
 SPECIALS = (BEGIN, UNKNOWN, END)
 
 
-class Words:
+class Words(EngineTokenizer):
     """Whole words by the `tokenizers` library (`WordLevel` over white space).
 
     A word's size is its bytes and one for the white space behind it, the end of a line therefore 0: bytes of the text
@@ -44,16 +43,14 @@ class Words:
     def __init__(self, engine: "Engine") -> None:
         if [engine.token_to_id(word) for word in SPECIALS] != [0, 1, 2]:
             raise DataError(f"a vocabulary whose first words are not {', '.join(SPECIALS)}, so not one of longspan's")
-        self.engine = engine
-        self.vocab_size = engine.get_vocab_size()
+        super().__init__(engine)
         self.begin, self.unknown, self.end = 0, 1, 2
         # `end` ends a line, not a text
         self.ends: tuple[int, ...] = (self.begin,)
-        words = [(engine.id_to_token(index) or "").encode() for index in range(self.vocab_size)]
-        self._spelled = [b"", UNKNOWN.encode() + b" ", b"\n", *(word + b" " for word in words[len(SPECIALS) :])]
-        self.sizes: Array = np.array([len(word) for word in self._spelled], dtype=np.int64)
+        words = (self._token(index).encode() for index in range(len(SPECIALS), self.vocab_size))
+        self._spelled = [b"", UNKNOWN.encode() + b" ", b"\n", *(word + b" " for word in words)]
+        self.sizes = np.array([len(word) for word in self._spelled], dtype=np.int64)
         self.sizes[self.end] = 0
-        self._type = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
 
     @classmethod
     def of(cls, words: Iterable[str]) -> "Words":
@@ -100,14 +97,6 @@ class Words:
             raise DataError(f"{path}: a vocabulary without a word")
         return cls.of(words)
 
-    def encode(self, data: bytes | Array, name: str = "text") -> Array:
-        """(tokens,) uint16 or uint32.
-
-        Raises:
-            DataError: not UTF-8.
-        """
-        return encode_in_parts(self.engine, utf8(data, name), self._type)
-
     def decode(self, ids: Iterable[int]) -> bytes:
         """Every word with a space behind it, unknown ones as `<unk>`; the end of a line as a newline."""
         return b"".join(self._spelled[int(index)] for index in ids)
@@ -115,10 +104,6 @@ class Words:
     def text(self) -> str:
         """JSON that says "words", around that of the `tokenizers` library."""
         return json.dumps({"longspan": "words", "engine": self.engine.to_str()})
-
-    def save(self, path: str | Path) -> None:
-        """Write it as JSON, atomically."""
-        write_text(path, self.text())
 
 
 def _cut_at_white_space(engine: Any) -> None:

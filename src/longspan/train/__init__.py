@@ -2,7 +2,6 @@
 
 from longspan.train.answers import Answers, evaluate_answers, wilson
 from longspan.train.config import TrainConfig
-from longspan.train.curriculum import Curriculum, CurriculumConfig
 from longspan.train.depths import Depths, evaluate_depths
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
@@ -11,6 +10,7 @@ from longspan.train.loop import Result
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
 from longspan.train.opening import load_run, open_run
 from longspan.train.progress import Live, Plain, Silent
+from longspan.train.recall import Curriculum, CurriculumConfig
 from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
 from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import resolve, run

@@ -116,9 +116,8 @@ def evaluate_answers(
         segments: of each sample.
         count: samples of each kind.
         kinds: side by side in every batch.
-        split: whose noise.
+        split, seed: of the noise and of the samples.
         batch: rows read together.
-        seed: of the samples.
         progress: called with the share that is done.
 
     Returns:
@@ -126,24 +125,23 @@ def evaluate_answers(
     """
     model.eval()
     rows = [(kind, index) for index in range(count) for kind in kinds]
-    found: dict[str, Answers] = {
-        kind: Answers(kind, segments, segments * task.config.segment_length, [], []) for kind in kinds
-    }
+    tokens, numbers = segments * task.config.segment_length, ("memorize", "detect", "reasoning")
+    by_kind: dict[str, Answers] = {kind: Answers(kind, segments, tokens, [], []) for kind in kinds}
     task.noise(split)
     started, most = time.perf_counter(), 0
     for first in range(0, len(rows), batch):
         group = rows[first : first + batch]
-        numbers = {kind: place for place, kind in enumerate(("memorize", "detect", "reasoning"))}
-        samples = [task.sample(split, segments, [seed, 1, index, numbers[kind]], kind=kind) for kind, index in group]
-        answers = [found[kind] for kind, _ in group]
+        seeds = [[seed, 1, index, numbers.index(kind)] for kind, index in group]
+        samples = [task.sample(split, segments, own, kind=kind) for (kind, _), own in zip(group, seeds, strict=True)]
+        answers = [by_kind[kind] for kind, _ in group]
         for done, resident in _read(model, samples, answers):
             most = max(most, resident)
             if progress is not None:
                 progress((first + done * len(group)) / len(rows))
     seconds = time.perf_counter() - started
-    for each in found.values():
-        each.seconds, each.resident = seconds / len(kinds), most or None
-    return found
+    for result in by_kind.values():
+        result.seconds, result.resident = seconds / len(kinds), most or None
+    return by_kind
 
 
 def _read(

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longspan import state as states
 from longspan.errors import CheckpointError
@@ -61,11 +60,6 @@ class Checkpoint:
     """groups of lanes whose state was saved, over all processes"""
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
-    return folder / f"step-{step:08d}"
-
-
 def found(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first; whether they are sound shows when they are read."""
     if not folder.is_dir():
@@ -87,8 +81,7 @@ def save(
 
     Args:
         folder: the run's `checkpoints`.
-        position: where the run is.
-        model: for `longspan.models.io.save_model`.
+        position, model: of the run.
         tensors: optimiser and generators, the same in every process or already gathered.
         carried: states of this process's groups of lanes; None where nothing is carried.
         group: the processes.
@@ -97,7 +90,7 @@ def save(
     Raises:
         CheckpointError: the disk is full or not writable; says which checkpoint is the last good one.
     """
-    path = step_folder(folder, position.step)
+    path = folder / f"step-{position.step:08d}"
 
     def fill(filled: Path) -> None:
         for index, state in enumerate(carried):
@@ -135,11 +128,7 @@ def last_good(folder: Path) -> str:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """The contents of `meta.json` of a sound checkpoint.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; names it.
-    """
+    """The contents of `meta.json` of a sound checkpoint; a CheckpointError names the file that is damaged."""
     meta = read_json(path / META)
     if not isinstance(meta, dict) or not {"position", "files", "blocks"} <= meta.keys():
         raise CheckpointError(f"{path / META}: not a checkpoint that longspan wrote")
@@ -147,21 +136,12 @@ def check(path: Path) -> dict[str, Any]:
     own = meta.pop("digest", None)
     if meta.keys() != {"position", "files", "blocks"} or (own is not None and own != data_digest(meta)):
         raise CheckpointError(f"{path / META}: damaged: its contents are not what was written")
-    for name, expected in meta["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if folders.digest(file) != expected:
-            raise CheckpointError(f"{file}: damaged: its contents are not what was written")
+    folders.check_digests(path, meta["files"])
     return meta
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking it.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
+    """Read a checkpoint after checking it; a CheckpointError where it is missing or damaged."""
     meta = check(path)
     tensors, _ = read_tensors(path / TRAINING)
     try:
@@ -172,11 +152,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group) -> list[Any]:
-    """What this process's groups of lanes carried.
-
-    Raises:
-        CheckpointError: the run was split into another number of groups.
-    """
+    """What this process's groups of lanes carried; a CheckpointError where the run was split into other groups."""
     if groups * group.world_size != checkpoint.blocks:
         raise CheckpointError(
             f"{checkpoint.path}: saved with {checkpoint.blocks} groups of lanes (processes x accumulation), "
@@ -188,27 +164,3 @@ def carried_states(checkpoint: Checkpoint, model: Any, groups: int, group: Group
         # cloned into memory of torch's own alignment, on which the last bit of a matrix product may depend
         result.append(states.clone(states.load(file, like=model.init_state(1))[0]) if file.exists() else None)
     return result
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name: `optimizer.exp_avg.layers.0...`."""
-    return {
-        f"optimizer.{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give an optimiser what `optimizer_tensors` took from it."""
-    parameters = dict(model.named_parameters())
-    for path, value in tensors.items():
-        kind, _, rest = path.partition(".")
-        if kind != "optimizer":
-            continue
-        key, _, name = rest.partition(".")
-        if name not in parameters:
-            continue  # of a parameter that nothing used, which earlier versions had
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = value.clone().to(parameter.device)

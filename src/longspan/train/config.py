@@ -1,5 +1,6 @@
 """How a run is trained: the `[train]` table of a recipe."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,17 @@ class RunConfig:
         parts += [f"{self.minutes:g} minutes"] if self.minutes is not None else []
         return " or ".join(parts)
 
+    def fraction_done(self, step: int, seconds: float) -> float:
+        """How much of the run is over, 0 to 1, by steps or by time, whichever is further on."""
+        by_steps = step / max(self.step_limit, 1) if self.step_limit is not None else 0.0
+        by_time = seconds / max(60 * self.minutes, 1e-9) if self.minutes is not None else 0.0
+        return min(max(by_steps, by_time), 1.0)
+
+    def is_done(self, step: int, seconds: float) -> bool:
+        """Whether the run has reached its steps or its time."""
+        by_steps = self.step_limit is not None and step >= self.step_limit
+        return by_steps or (self.minutes is not None and seconds >= 60 * self.minutes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
@@ -92,3 +104,13 @@ class TrainConfig(RunConfig):
         positive = ("lanes", "segment_length", "bptt_segments", "accumulation")
         others = ("eps", "eval_every", "eval_tokens", "final_eval_tokens", "loss_chunk")
         check_least(self, "train", dict.fromkeys(positive, 1) | dict.fromkeys(others, 0))
+
+    def rate(self, step: int, seconds: float) -> float:
+        """What `lr` is multiplied with in step `step` (from 0): linear warm-up, a cosine down to `min_lr_ratio`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        by_time = 0.0 if self.minutes is None else seconds / max(60 * self.minutes, 1e-9)
+        limit = self.step_limit
+        by_steps = 0.0 if limit is None else (step - self.warmup) / max(limit - self.warmup, 1)
+        progress = min(max(by_steps, by_time), 1.0)
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -7,7 +7,7 @@ and what follows is read from there, all samples of a depth side by side.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Depths:
             "length": self.length,
             "k": self.right,
             "n": self.count,
-            "by_depth": {str(depth): [sum(each), len(each)] for depth, each in self.contained.items()},
+            "by_depth": {str(depth): [sum(right), len(right)] for depth, right in self.contained.items()},
             "digits": {str(depth): share for depth, share in self.digits.items()},
             "state_bytes": self.state_bytes,
             "tokens": self.tokens,
@@ -79,7 +79,8 @@ def evaluate_depths(
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
 ) -> Depths:
-    """Ask for numbers told at each depth, in texts as long as the task's `length`.
+    """Ask for numbers told at each depth, in texts as long as the task's `length`; texts of a task with the same filler
+    in every sample share what they have read.
 
     Args:
         model: a causal model that streams; put into evaluation mode.
@@ -88,9 +89,6 @@ def evaluate_depths(
         count: samples of each depth, side by side.
         seed: of the samples.
         progress: called with the share that is done.
-
-    Returns:
-        What was found. Texts of a task with the same filler in every sample share what they have read.
     """
     model.eval()
     found, started = Depths(task.config.length), time.perf_counter()
@@ -112,10 +110,8 @@ def _prefixes(
     model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], found: Depths
 ) -> Iterator[tuple[int, StackState]]:
     """Each depth, and the state after all that stands before the number there."""
-    done = 0
-    begin = torch.tensor([[task.tokenizer.begin]])
-    state = _read(model, begin, model.init_state(1))
-    state = _read(model, _tokens([part.head]), state)
+    done, begin = 0, torch.tensor([[task.tokenizer.begin]])
+    state = _read(model, _tokens([part.head]), _read(model, begin, model.init_state(1)))
     for depth in depths:
         place = part.place(depth)
         state = _read(model, _tokens([part.filler[done:place]]), state)
@@ -133,9 +129,7 @@ def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, st
     rows = _read(model, tokens[:, :-1], rows)
     token, said = tokens[:, -1:], []
     for _ in range(task.config.digits):
-        logits, following = model.last(token, rows)
-        assert following is not None
-        rows = following
+        logits, rows = cast("tuple[Tensor, StackState]", model.last(token, rows))
         token = logits.argmax(-1, keepdim=True)
         said.append(token)
     answers = torch.cat(said, 1).tolist()
@@ -156,7 +150,5 @@ def _read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
     first, tokens = 0, tokens.to(state.live.device)
     while first < tokens.shape[1]:
         last = min(first + CHUNK - int(state.live[0]) % CHUNK, tokens.shape[1])
-        following = model.last(tokens[:, first:last], state)[1]
-        assert following is not None
-        state, first = following, last
+        state, first = cast(StackState, model.last(tokens[:, first:last], state)[1]), last
     return state

@@ -64,9 +64,8 @@ class Group:
                 dist.broadcast(tensor.data, 0)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum the gradients over all processes, in one exchange for each floating-point type.
-
-        A parameter without a gradient here counts as zero if another process has one.
+        """Sum the gradients over all processes, in one exchange for each floating-point type; a parameter without a
+        gradient here counts as zero if another process has one.
         """
         if self.world_size == 1:
             return
@@ -88,13 +87,7 @@ def join_group(device: str = "auto") -> Group:
     """The group of this process: torchrun's where its environment is there, alone otherwise.
 
     The connection is made once and stays until the process ends: made anew for a second run, it may wait for ever for
-    the store of the first. A program that has a connection of its own keeps it.
-
-    Args:
-        device: as in `TrainConfig.device`.
-
-    Raises:
-        ConfigError: torch does not know the device or cannot reach it.
+    the store of the first. A program that has a connection of its own keeps it. `device`: see `choose_device`.
     """
     if "RANK" not in os.environ and not dist.is_initialized():
         return Group(device=choose_device(device))
@@ -103,25 +96,13 @@ def join_group(device: str = "auto") -> Group:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(_leave_group)
+        atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return Group(dist.get_rank(), dist.get_world_size(), chosen)
 
 
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def choose_device(name: str, local_rank: int = 0, what: str = "train.device") -> torch.device:
-    """The device of a name.
-
-    Args:
-        name: `"auto"` (CUDA where there is one), or what torch calls it.
-        local_rank: which CUDA device `"cuda"` and `"auto"` mean.
-        what: the setting, for the message.
-
-    Raises:
-        ConfigError: torch does not know the device or cannot reach it.
+    """The device of a name: `"auto"` (CUDA where there is one), or what torch calls it; `local_rank` says which CUDA
+    device is meant. A ConfigError, which names the setting `what`, where torch does not know or reach it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

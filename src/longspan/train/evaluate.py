@@ -17,10 +17,9 @@ from longspan.models import AdaptiveHead
 from longspan.tasks import Document, Documents
 from longspan.tasks.base import Array, Head
 from longspan.train.distributed import Group
-from longspan.train.lanes import Batch, Lanes
+from longspan.train.lanes import Batch, Lanes, windows
 from longspan.train.loss import adaptive_head, head_nats, token_nats
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
-from longspan.train.windows import windows
 
 Progress = Callable[[int, int], bool | None]
 """Called after every call of the model with the tokens that this process has read and is to read; False ends it."""
@@ -127,8 +126,7 @@ def evaluate_text(
     Args:
         model: a language model, `logits, state = model(tokens, state, mask=, reset=)`; masked ones too.
         documents: from `task.documents("validation")` or `task.read(path)`.
-        chunk: tokens of a row in one call, more where documents are fewer than rows; changes memory and speed, not
-            the result.
+        chunk: tokens of a row in one call, more where documents are fewer than rows; does not change the result.
         batch: rows, over all processes together.
         memory: False: every segment of `segment_length` tokens starts from an empty state, to see what memory gives.
         segment_length: of reading without memory; default `chunk`.
@@ -179,54 +177,30 @@ def read_documents(
     """Logits and what was read, call after call; of each document in order, where the model streams.
 
     Args:
-        model: as in `evaluate_text`, like `documents`, `chunk`, `batch` and `group`.
-        documents: what is read.
-        chunk: tokens of a row in one call.
-        batch: rows.
+        model, documents, chunk, batch, group: as in `evaluate_text`.
         restart: the state is emptied at every multiple of this place of a document.
-        group: processes that share the work.
         hidden: hidden states, of `model.hidden`, in the place of logits.
     """
+    call = model.hidden if hidden else model
+    world: dict[str, Any] = {"rank": group.rank, "world_size": group.world_size}
     with _evaluating(model):
-        batches = _batches(model, documents, chunk, batch, restart, group)
-        yield from _forward(model, model.hidden if hidden else model, batches, group.device)
+        if not model.traits.streams:
+            for part in windows(documents, restart or chunk, batch * chunk, **world):
+                here = part.to(group.device)
+                yield call(here.tokens, None, mask=here.mask, reset=here.reset)[0], part
+            return
+        rows = -(-min(batch, len(documents)) // group.world_size) * group.world_size
+        order: dict[str, Any] = {"seed": None, "epochs": 1, "longest_first": True, "cut_long": False}
+        length = chunk * max(batch // rows, 1)
+        lanes = Lanes(documents, lanes=rows, segment_length=length, restart=restart, **order, **world)
+        yield from _stream(call, lanes, group.device)
 
 
-def _batches(
-    model: Any, documents: Documents, chunk: int, batch: int, restart: int | None, group: Group
-) -> Iterator[Batch]:
-    """What is read in one call after another; see `evaluate_text`."""
-    if not model.traits.streams:
-        width = restart or chunk
-        return windows(documents, width, batch * chunk, rank=group.rank, world_size=group.world_size)
-    rows = -(-min(batch, len(documents)) // group.world_size) * group.world_size
-    return Lanes(
-        documents,
-        lanes=rows,
-        segment_length=chunk * max(batch // rows, 1),
-        seed=None,
-        epochs=1,
-        longest_first=True,
-        cut_long=False,
-        restart=restart,
-        rank=group.rank,
-        world_size=group.world_size,
-    )
-
-
-def _forward(
-    model: Any, call: Callable[..., Any], batches: Iterator[Batch], device: torch.device
-) -> Iterator[tuple[Tensor, Batch]]:
+def _stream(call: Callable[..., Any], lanes: Lanes, device: torch.device) -> Iterator[tuple[Tensor, Batch]]:
     """What `call` gives of every batch of the rows that still have documents; a row that has none left is dropped."""
-    if not model.traits.streams:
-        for batch in batches:
-            here = batch.to(device)
-            yield call(here.tokens, None, mask=here.mask, reset=here.reset)[0], batch
-        return
     state: Any = None
-    alive = None
-    for batch in batches:
-        alive = torch.arange(len(batch.tokens)) if alive is None else alive
+    alive = torch.arange(len(lanes.own))
+    for batch in lanes:
         part = batch.at(alive)
         if part.mask is not None and not bool((going := part.mask.any(1)).all()):
             alive, part = alive[going], part.at(going)
@@ -255,12 +229,8 @@ def first_places(documents: Documents, places: int, seed: int = 0) -> Documents:
 
 
 def judge(out: Tensor, targets: Tensor, head: AdaptiveHead | None) -> Tensor:
-    """(batch, length) losses of targets, in nats.
-
-    Args:
-        out: logits; hidden states where a head is given, of whose distributions few rows exist at once.
-        targets: (batch, length).
-        head: adaptive, or None.
+    """(batch, length) losses of targets (batch, length) in nats, of logits, or of hidden states where there is an
+    adaptive head, of whose distributions few rows exist at once.
     """
     return token_nats(out, targets) if head is None else head_nats(out, head, targets, chunk=_ROWS)
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from longspan.errors import CheckpointError
@@ -20,11 +20,7 @@ def hidden_name(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Give the folder filled under `hidden_name(path)` its name; one that is there already is replaced.
-
-    Raises:
-        OSError: the file system refuses.
-    """
+    """Give the folder filled under `hidden_name(path)` its name; one that is there already is replaced."""
     filled, old = hidden_name(path), path.with_name(f".{path.name}.old{HIDDEN}")
     sync_folder(filled)
     if path.exists():
@@ -98,25 +94,24 @@ def seal_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def check_sealed(folder: Path) -> None:
-    """Check the digests that `seal` wrote; nothing where there are none, as of earlier versions.
-
-    Raises:
-        CheckpointError: a file is missing or damaged; names it.
-    """
+    """Check the digests that `seal` wrote, as `check_digests` does; nothing where there are none (earlier versions)."""
     if not (folder / DIGESTS).is_file():
         return
     files = read_json(folder / DIGESTS)
     if not isinstance(files, dict) or not isinstance(files.get("files"), dict):
         raise CheckpointError(f"{folder / DIGESTS}: damaged")
-    for name, expected in files["files"].items():
+    remedy = f"; if you have changed the file yourself, delete {folder / DIGESTS}"
+    check_digests(folder, files["files"], remedy)
+
+
+def check_digests(folder: Path, files: Mapping[str, str], remedy: str = "") -> None:
+    """Check the digests of files by their names; a CheckpointError names one that is missing or damaged."""
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
         if digest(path) != expected:
-            raise CheckpointError(
-                f"{path}: damaged: its contents are not what was written; if you have changed the file yourself, "
-                f"delete {folder / DIGESTS}"
-            )
+            raise CheckpointError(f"{path}: damaged: its contents are not what was written{remedy}")
 
 
 def digest(path: Path) -> str:

@@ -8,7 +8,7 @@ Where each lane stands is a few integers, and every process plans all lanes but 
 lanes read what one process of four lanes reads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -38,25 +38,22 @@ class Batch(NamedTuple):
     mask: Tensor | None
     """bool: a real token; None: all of them are"""
 
-    def rows(self, first: int, last: int) -> "Batch":
-        """Lanes `first` to `last` (excluded)."""
-        return Batch(*(None if tensor is None else tensor[first:last] for tensor in self))  # type: ignore[arg-type]
-
-    def at(self, index: Tensor) -> "Batch":
-        """The lanes of an index (int64 or bool); without a mask if none of these is padded."""
-        part = Batch(*(None if tensor is None else tensor[index] for tensor in self))  # type: ignore[arg-type]
-        return part._replace(mask=None) if part.mask is not None and bool(part.mask.all()) else part
+    def at(self, index: Tensor | slice) -> "Batch":
+        """The lanes of an index (int64 or bool) or a slice; without a mask if none of these is padded."""
+        return self._each(lambda tensor: tensor[index])
 
     def clipped(self) -> "Batch":
         """Without columns that are padding in every lane, which stand behind all others."""
-        if self.mask is None or (width := int(self.mask.sum(1).max())) == self.mask.shape[1]:
-            return self
-        part = Batch(*(None if tensor is None else tensor[:, :width] for tensor in self))  # type: ignore[arg-type]
-        return part._replace(mask=None) if bool(self.mask[:, :width].all()) else part
+        width = self.tokens.shape[1] if self.mask is None else int(self.mask.sum(1).max())
+        return self._each(lambda tensor: tensor[:, :width])
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))  # type: ignore[arg-type]
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        part = Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+        return part._replace(mask=None) if part.mask is not None and bool(part.mask.all()) else part
 
 
 class Span(NamedTuple):
@@ -96,6 +93,33 @@ def lay_out(documents: Documents, rows: Sequence[Sequence[Span]], width: int) ->
     )
 
 
+def windows(documents: Documents, width: int, places: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    """Every place of every document once, a part of a document in each row, for models that carry nothing from call to
+    call. Parts of about equal length stand together, so little is padded.
+
+    Args:
+        documents: what is read.
+        width: places of a part, at most; the last of a document is what is left.
+        places: of a batch, padding included, unless one row has more.
+        rank, world_size: which process this is, and how many share the batches.
+    """
+    parts = [
+        Span(index, first, min(first + width, length))
+        for index, length in enumerate(documents.lengths.tolist())
+        for first in range(0, length, width)
+    ]
+    parts.sort(key=lambda part: part.first - part.last)
+    groups: list[list[Span]] = []
+    for part in parts:
+        longest = groups[-1][0].last - groups[-1][0].first if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= places:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    for group in groups[rank::world_size]:
+        yield lay_out(documents, [[part] for part in group], group[0].last - group[0].first)
+
+
 class Lanes(Iterator[Batch]):
     """Batches over documents; see the module.
 
@@ -108,8 +132,7 @@ class Lanes(Iterator[Batch]):
         longest_first: for a given order; the rows then end at about the same time.
         cut_long: whether documents longer than a lane's share are cut.
         restart: a further reset at every multiple of this position of a document: reading without memory.
-        rank: which process this is.
-        world_size: how many there are; they share the lanes evenly.
+        rank, world_size: which process this is, and how many share the lanes evenly.
 
     Raises:
         ConfigError: the processes cannot share the lanes evenly.
@@ -134,18 +157,12 @@ class Lanes(Iterator[Batch]):
             raise ConfigError(f"train.lanes = {lanes} cannot be shared evenly by {world_size} processes")
         if not documents.lengths.sum():
             raise DataError("the documents hold no tokens")
-        self.documents = documents
-        self.lanes = lanes
-        self.segment_length = segment_length
-        self.seed = seed
-        self.epochs = epochs
-        self.longest_first = longest_first
-        self.restart = restart
+        self.documents, self.lanes, self.segment_length = documents, lanes, segment_length
+        self.seed, self.epochs, self.longest_first, self.restart = seed, epochs, longest_first, restart
         share = lanes // world_size
         self.own = range(rank * share, (rank + 1) * share)
         self._pieces = _pieces(documents.lengths, lanes if cut_long else 1)
-        self._epoch = 0
-        self._dealt = 0
+        self._epoch = self._dealt = 0
         self._order = self._order_of(0)
         self._places = [(NO_PIECE, 0)] * lanes
 
@@ -161,21 +178,14 @@ class Lanes(Iterator[Batch]):
         plans = [self._advance(lane) for lane in range(self.lanes)]
         if not any(plans):
             raise StopIteration
-        rows = []
-        for lane in self.own:
-            row = []
-            for piece, first, last in plans[lane]:
-                index, start, _ = (int(value) for value in self._pieces[piece])
-                row.append(Span(index, first, last, self._resets(first, last, start)))
-            rows.append(row)
+        rows = [[self._span(*stretch) for stretch in plans[lane]] for lane in self.own]
         return lay_out(self.documents, rows, self.segment_length)
 
-    def _resets(self, first: int, last: int, start: int) -> Array:
+    def _span(self, piece: int, first: int, last: int) -> Span:
+        index, start, _ = self._pieces[piece].tolist()
         places = np.arange(first, last)
-        resets: Array = places == start
-        if self.restart is not None:
-            resets |= places % self.restart == 0
-        return resets
+        starts = places == start
+        return Span(index, first, last, starts if self.restart is None else starts | (places % self.restart == 0))
 
     def _advance(self, lane: int) -> list[tuple[int, int, int]]:
         """Move a lane one segment on; the stretches (piece, first, last) it reads on the way."""
@@ -225,11 +235,7 @@ class Lanes(Iterator[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises:
-            CheckpointError: the data or the number of lanes is not what it was.
-        """
+        """Go on where `state_dict` was taken; a CheckpointError where data or lanes are not what they were."""
         if state["fingerprint"] != self.documents.fingerprint or state["pieces"] != len(self._pieces):
             raise CheckpointError("the training data is not what this run was trained on: put the earlier data back")
         if len(state["places"]) != self.lanes:

@@ -63,11 +63,9 @@ def place_nats(
     """(length,) fp32 loss of every place of every document, in nats.
 
     Args:
-        model: a language model, `logits, state = model(tokens, state, mask=, reset=)`.
+        model, chunk, batch: as in `evaluate_text`.
         documents: of a text.
         window: None: carried.
-        chunk: tokens of a row in one call; memory and speed, not the result.
-        batch: rows.
         progress: called with the tokens read and all there are; what it returns is not looked at.
 
     Raises:
@@ -338,21 +336,19 @@ def _buckets(
         units: (documents, buckets) what losses are divided by.
         edges: one more than buckets.
     """
-    count = len(edges) - 1
-    bits = {name: _sums(nats, places, count) / math.log(2) for name, nats in readings.items()}
-    found = []
-    for bucket in range(count):
+    bits = {name: _sums(nats, places, len(edges) - 1) / math.log(2) for name, nats in readings.items()}
+    buckets = []
+    for bucket, (first, last) in enumerate(itertools.pairwise(edges)):
         amounts = units[:, bucket]
         if not amounts.sum():
             continue
-        values = {name: _share(each[:, bucket], amounts) for name, each in bits.items()}
-        two = list(bits.values())[:2]
-        gain = _share(two[0][:, bucket] - two[1][:, bucket], amounts) if len(two) == 2 else None
-        last = edges[bucket + 1]
-        found.append(
-            Bucket(int(edges[bucket]), None if math.isinf(last) else int(last), int(amounts.sum()), values, gain)
-        )
-    return found
+        columns = {name: sums[:, bucket] for name, sums in bits.items()}
+        values = {name: _share(column, amounts) for name, column in columns.items()}
+        one, other = [*columns.values(), None, None][:2]
+        gain = None if one is None or other is None else _share(one - other, amounts)
+        end = None if math.isinf(last) else int(last)
+        buckets.append(Bucket(int(first), end, int(amounts.sum()), values, gain))
+    return buckets
 
 
 def _sums(values: Sequence[Array], places: Sequence[Array], count: int) -> Array:

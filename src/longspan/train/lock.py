@@ -25,19 +25,14 @@ _BUSY = (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK)
 
 
 class Start:
-    """A training that is about to begin in a folder."""
+    """A training that is about to begin in a folder: `begun` where everything fits, so that what was written stays."""
 
-    def __init__(self) -> None:
-        self.begun = False
-
-    def begin(self) -> None:
-        """Everything fits: what was written into the folder stays."""
-        self.begun = True
+    begun = False
 
 
 @contextlib.contextmanager
 def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
-    """Lock a run's folder, which is made where it is missing; unless `begin` is called inside, it is left as it was.
+    """Lock a run's folder, which is made where it is missing; unless it is `begun` inside, it is left as it was.
 
     Args:
         folder: of the run.

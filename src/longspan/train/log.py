@@ -42,21 +42,13 @@ class Log:
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line.
-
-        Raises:
-            CheckpointError: the disk is full or not writable.
-        """
+        """Append a line; a CheckpointError where the disk is full or not writable."""
         with self._explained():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """Flush to disk, so that a log never ends before its checkpoint.
-
-        Raises:
-            CheckpointError: the disk is full or not writable.
-        """
+        """Flush to disk, so that a log never ends before its checkpoint; errors as of `write`."""
         with self._explained():
             os.fsync(self._file.fileno())
 

@@ -14,7 +14,6 @@ from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.distributed import Group
 from longspan.train.log import Log
 from longspan.train.progress import Silent
-from longspan.train.schedule import fraction_done, is_done
 from longspan.train.signals import on_interrupt
 from longspan.train.step import DivergedError, Optimization
 
@@ -38,7 +37,7 @@ class Result:
 
 
 class TrainingLoop:
-    """Trains a model on a task in a run folder; a subclass says what a step does and what a checkpoint holds.
+    """Trains a model on a task in a run folder; a subclass says what a step does.
 
     Args:
         model: on its device, in its dtype.
@@ -53,6 +52,8 @@ class TrainingLoop:
     """what a run that diverged may try"""
     config: Any
     optimization: Optimization
+    data: Any
+    """where the run is in its data, with `state_dict` and `load_state_dict`"""
 
     def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Silent) -> None:
         self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
@@ -72,10 +73,7 @@ class TrainingLoop:
         self.position = checkpoint.position
         self._saved_step = self.position.step
         self.optimization.load_tensors(checkpoint.tensors)
-
-    def _rate(self) -> float:
-        """What the learning rate of the next step is multiplied with."""
-        raise NotImplementedError
+        self.data.load_state_dict(checkpoint.position.lanes)
 
     def _train(self, rate: float) -> Any:
         """An optimiser step: its tokens, units, and sums for the log."""
@@ -100,14 +98,6 @@ class TrainingLoop:
         """What comes behind the last checkpoint: figures, and whether it was interrupted."""
         return None, False
 
-    def _data_state(self) -> dict[str, Any]:
-        """Where the run is in its data, as plain data."""
-        raise NotImplementedError
-
-    def _carried(self) -> list[Any]:
-        """States that go from step to step."""
-        return []
-
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
@@ -116,10 +106,8 @@ class TrainingLoop:
     def fit(self, publish: Callable[[], None] | None = None) -> Result:
         """Train to the end of the schedule, or until interrupted.
 
-        What was trained is in a checkpoint before anything else happens, the final evaluation included.
-
         Args:
-            publish: called in the main process between that checkpoint and the final evaluation.
+            publish: called in the main process between the last checkpoint and the final evaluation.
 
         Raises:
             DivergedError: the loss is no number any more; says at which step and what to go back to.
@@ -146,7 +134,7 @@ class TrainingLoop:
 
     @property
     def _done(self) -> bool:
-        return is_done(self.config, self.position.step, self.position.seconds)
+        return bool(self.config.is_done(self.position.step, self.position.seconds))
 
     def _loop(self, log: Log | None) -> bool:
         """Steps until the end; True where interrupted."""
@@ -168,23 +156,18 @@ class TrainingLoop:
             return
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             raise DivergedError(f"the parameters after step {position.step} are not finite; {self._advice()}")
-        position.lanes = self._data_state()
+        position.lanes = self.data.state_dict()
         if log is not None:
             log.sync()
+        tensors, carried = self.optimization.tensors(), self.optimization.carried
         checkpoints.save(
-            self.checkpoints,
-            position,
-            self.model,
-            self.optimization.tensors(),
-            self._carried(),
-            group=self.group,
-            keep=self.config.keep,
+            self.checkpoints, position, self.model, tensors, carried, group=self.group, keep=self.config.keep
         )
         self._saved_step = position.step
 
     def _step(self, log: Log | None) -> None:
         position, started = self.position, time.perf_counter()
-        rate = self._rate()
+        rate = self.config.rate(position.step, position.seconds)
         try:
             outcome = self._train(rate)
         except DivergedError as error:
@@ -217,7 +200,7 @@ class TrainingLoop:
         if log is not None:
             log.write(line)
         seconds = self.position.seconds
-        fraction = fraction_done(self.config, self.position.step, seconds)
+        fraction = self.config.fraction_done(self.position.step, seconds)
         eta = seconds * (1 - fraction) / fraction if fraction else None
         self.display.step({**line, "fraction": fraction, "eta": eta, "unit": self.task.unit, **self._shown()})
 

@@ -27,12 +27,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class OpenedRun(NamedTuple):
-    """A model to read with.
-
-    Attributes:
-        model: in evaluation mode, on its device.
-        task: ready to encode text; of a pretrained model a text task with its tokenizer.
-        notes: what whoever asked should know, a line each.
+    """A model in evaluation mode, on its device; a task ready to encode text (of a pretrained model a text task with
+    its tokenizer); and notes for whoever asked, a line each.
     """
 
     model: Any
@@ -70,11 +66,7 @@ def open_run(
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The type of a name; None where it is empty.
-
-    Raises:
-        ConfigError: it is none of `DTYPES`.
-    """
+    """The type of a name, None where it is empty; a ConfigError where it is none of `DTYPES`."""
     if not name:
         return None
     if name not in DTYPES:
@@ -99,8 +91,7 @@ def is_pretrained_folder(folder: str | Path) -> bool:
 def recipe_table(folder: str | Path, name: str) -> dict[str, Any]:
     """The table `name` of a run's recipe; empty where there is no run, or no such table."""
     path = Path(folder) / "recipe.json"
-    table: dict[str, Any] = read_object(path).get(name, {}) if path.is_file() else {}
-    return table
+    return read_object(path).get(name, {}) if path.is_file() else {}
 
 
 def is_memory_run(folder: str | Path) -> bool:
@@ -131,10 +122,8 @@ def _open_pretrained(folder: str | Path, dtype: str) -> tuple[Any, Task, str]:
 def load_run(folder: str | Path) -> tuple[Any, Task]:
     """The model of a run, in evaluation mode, and its task, ready to encode text; data is read only when asked for.
 
-    The model is the trained one, or that of the newest sound checkpoint while the run is not over.
-
-    Raises:
-        CheckpointError: there is no run, or nothing sound in it.
+    The model is the trained one, or that of the newest sound checkpoint while the run is not over; a CheckpointError
+    where there is neither.
     """
     folder = Path(folder)
     recipe = stored_recipe(folder)
@@ -190,14 +179,8 @@ def newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
 
 
 def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
-    """The same weights in a model of other settings, such as another length of memory.
-
-    Args:
-        model: of a run.
-        assignments: `model.a.b=c`.
-
-    Returns:
-        The model, and a line that says what differs from training; empty where nothing does.
+    """The same weights in a model of other settings (`model.a.b=c`), such as another length of memory, and a line that
+    says what differs from training; empty where nothing does.
 
     Raises:
         ConfigError: an assignment that is not `model.a.b=c`, an unknown field, or weights that do not fit.
@@ -234,9 +217,9 @@ def _with_defaults(table: Any) -> Any:
     table = {key: _with_defaults(value) for key, value in table.items()}
     if table.get("name") not in mixers.names():
         return table
-    known = {field.name for field in dataclasses.fields(core_class(table["name"]).Config)}
-    fields = {key: value for key, value in table.items() if key in known}
-    return {**table, **to_dict(from_dict(core_class(table["name"]).Config, fields))}
+    config = core_class(table["name"]).Config
+    known = {field.name for field in dataclasses.fields(config)}
+    return {**table, **to_dict(from_dict(config, {key: value for key, value in table.items() if key in known}))}
 
 
 def _differences(before: Any, after: Any, path: str) -> list[str]:

@@ -19,11 +19,7 @@ def is_pretrained(recipe: Mapping[str, Any]) -> bool:
 
 
 def make_known() -> None:
-    """Make the kind of pretrained models known, so that tables and checkpoints of it can be read.
-
-    Raises:
-        UnsupportedError: transformers is missing.
-    """
+    """Make the kind of pretrained models known; an UnsupportedError where transformers is missing."""
     import longspan.hf.tuned  # noqa: F401 - registers it
 
 
@@ -43,11 +39,7 @@ def completed(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_tokenizer(model: Mapping[str, Any], folder: Path) -> None:
-    """Put the tokenizer of a pretrained model into a run's folder, where there is none yet.
-
-    Args:
-        model: the recipe's table.
-        folder: of the run.
+    """Put the tokenizer of a pretrained model (the recipe's table) into a run's folder, where there is none yet.
 
     Raises:
         ConfigError: its source is not converted, and gets no memory either.

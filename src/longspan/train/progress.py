@@ -47,17 +47,19 @@ class Plain(Silent):
 
     def step(self, line: dict[str, Any]) -> None:
         """Print a line if the last one is long enough ago, or holds an evaluation."""
-        now = time.monotonic()
-        if now - self._last >= self.interval or "validation" in line:
-            self._last = now
+        if self._is_due("validation" in line):
             self.message("  ".join(part for part in describe(line).values() if part))
 
     def evaluating(self, read: int, total: int) -> None:
         """Print how far the evaluation is, if the last line is long enough ago."""
-        now = time.monotonic()
-        if now - self._last >= self.interval:
-            self._last = now
+        if self._is_due():
             self.message(f"evaluating {read / max(total, 1):4.0%} of {total:,} held-back tokens")
+
+    def _is_due(self, always: bool = False) -> bool:
+        now = time.monotonic()
+        due = always or now - self._last >= self.interval
+        self._last = now if due else self._last
+        return due
 
     def message(self, text: str) -> None:
         """Print a line."""

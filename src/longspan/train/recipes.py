@@ -7,11 +7,7 @@ from longspan.errors import ConfigError
 
 
 def recipes_folder() -> Path:
-    """The folder of the recipes: inside the installed package, beside `src` in a checkout.
-
-    Raises:
-        ConfigError: the installation has no recipes.
-    """
+    """The folder of the recipes: inside the installed package, beside `src` in a checkout; a ConfigError where none."""
     package = Path(__file__).parents[1]
     for folder in (package / "recipes", package.parents[1] / "recipes"):
         if folder.is_dir():
@@ -26,13 +22,8 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe that comes with the package.
-
-    Args:
-        name: with or without `.toml`.
-
-    Raises:
-        ConfigError: there is no recipe of this name (with the nearest one).
+    """The file of a recipe that comes with the package, by its name with or without `.toml`; a ConfigError names the
+    nearest where there is none.
     """
     name = name.removesuffix(".toml")
     path = recipes_folder() / f"{name}.toml"

@@ -90,10 +90,6 @@ class Retrieval(Stages):
         mentions = self.mentions if random.random() < 0.8 else 0
         return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
 
-    def add(self, right: float) -> bool:
-        """Count a batch; True where a new stage begins."""
-        return self.count(right, self.config.accuracy)
-
     def further(self) -> bool:
         """Fewer mentions, then longer texts, then heavier memories."""
         if self.mentions:
@@ -161,15 +157,13 @@ class RetrievalTrainer(StagedTrainer):
         penalties: list[Tensor] = []
         logits, _ = self.model(tokens[:, :-1], state, penalties=penalties)
         targets = tokens[:, 1:]
-        loss = F.cross_entropy(logits[graded], targets[graded])
-        total = loss
+        total = loss = F.cross_entropy(logits[graded], targets[graded])
         if config.text:
-            other = F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
-            total = loss + config.text * other
+            total = loss + config.text * F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
         with_penalties(total, penalties).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
 
     def title(self) -> str:
         """See the base."""
@@ -197,8 +191,7 @@ def draw_texts(
     for row in range(rows):
         random = np.random.default_rng([*seed, row])
         place = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
-        drawn.append(same.sample(random, place, "train"))
-    return (
-        torch.from_numpy(np.stack([each.tokens for each in drawn])),
-        torch.from_numpy(np.stack([each.graded for each in drawn])),
-    )
+        piece = same.sample(random, place, "train")
+        drawn.append((piece.tokens, piece.graded))
+    tokens, graded = (torch.from_numpy(np.stack(rows)) for rows in zip(*drawn, strict=True))
+    return tokens, graded

@@ -23,21 +23,18 @@ from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import write_json
 from longspan.models import build_model, resolve_model
-from longspan.tasks import Task
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
-from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import TrainConfig
 from longspan.train.copying import CopyingConfig, CopyingTrainer
-from longspan.train.curriculum import CurriculumConfig
 from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
 from longspan.train.loop import Result, TrainingLoop
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
 from longspan.train.progress import Silent, make
-from longspan.train.recall import RecallTrainer
+from longspan.train.recall import CurriculumConfig, RecallTrainer
 from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
-from longspan.train.staged import StagedConfig
+from longspan.train.staged import StagedConfig, StagedTrainer
 from longspan.train.trainer import Trainer
 from longspan.version import __version__
 
@@ -46,6 +43,11 @@ _CURRICULA: dict[str, tuple[type[StagedConfig], tuple[str, ...]]] = {
     "copy": (CopyingConfig, ("copy",)),
 }
 """What `train.curriculum` names, and the tasks that it is for."""
+_TRAINERS: dict[type[StagedConfig], type[StagedTrainer]] = {
+    CurriculumConfig: RecallTrainer,
+    RetrievalConfig: RetrievalTrainer,
+    CopyingConfig: CopyingTrainer,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
 FREE = (
@@ -116,8 +118,8 @@ def run(
     """Train what a recipe says, in a folder; under torchrun every process calls it.
 
     Args:
-        recipe: plain data of a recipe, see `resolve`. With `resume`, None or whatever part of it is given: it must
-            agree with the recipe the run began with, but for its length, intervals, threads and device.
+        recipe: see `resolve`. With `resume`, None or any part of it, which must agree with the recipe that the run
+            began with, but for its length, intervals, threads and device.
         folder: of the run; made where missing.
         resume: go on from the newest sound checkpoint, bit for bit.
         progress: `"auto"` (live on a terminal, else lines), `"live"`, `"plain"`, `"none"`, or a display of your own.
@@ -148,8 +150,8 @@ def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
         if group.main:
             try:
                 start = stack.enter_context(reserved(folder, resume=resume))
-                if not resume:
-                    _refuse_run(folder)
+                if not resume and (checkpoints.found(folder / "checkpoints") or (folder / "model").is_dir()):
+                    raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
             except CheckpointError as error:
                 problem = error
         if group.any(problem is not None):
@@ -157,27 +159,27 @@ def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
         yield start
 
 
-def _refuse_run(folder: Path) -> None:
-    if checkpoints.found(folder / "checkpoints") or (folder / "model").is_dir():
-        raise CheckpointError(f"{folder}: holds a run already; resume it, or choose another folder")
-
-
 def _train(
-    resolved: dict[str, Any],
-    config: Any,
-    folder: Path,
-    resume: bool,
-    group: Group,
-    display: Silent,
-    start: Start,
+    resolved: dict[str, Any], config: Any, folder: Path, resume: bool, group: Group, display: Silent, start: Start
 ) -> Result:
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
-    task = _prepared_task(resolved["task"], folder, group)
-    _fit_vocabulary(resolved["model"], task)
+    task = tasks.build(resolved["task"])
+    if group.main:
+        task.prepare(folder)
+    group.barrier()
+    if not group.main:
+        task.prepare(folder, main=False)
+    known = resolved["model"].setdefault("vocab_size", task.vocab_size)
+    if known < task.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
+        )
     if isinstance(config, StagedConfig):
         _check_staged(resolved, config)
-    checkpoint = _resumed_checkpoint(folder, display) if resume else None
+    checkpoint = newest_sound(folder / "checkpoints", display) if resume else None
+    if resume and checkpoint is None:
+        display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
     torch.manual_seed(config.seed)
     model = build_model(resolved["model"]) if checkpoint is None else checkpoint.model
     trainer = _trainer(model, task, config, folder, group, display)
@@ -215,12 +217,7 @@ def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, dis
     if isinstance(config, TrainConfig):
         group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
         return Trainer(model, task, config, folder, group=group, display=display)
-    model.to(group.device)
-    if isinstance(config, RetrievalConfig):
-        return RetrievalTrainer(model, task, config, folder, display=display)
-    if isinstance(config, CopyingConfig):
-        return CopyingTrainer(model, task, config, folder, display=display)
-    return RecallTrainer(model, task, config, folder, display=display)
+    return _TRAINERS[type(config)](model.to(group.device), task, config, folder, display=display)
 
 
 def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
@@ -228,7 +225,7 @@ def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
     # deleted first, as a kill between the two files would leave digests of an earlier recipe
     (folder / folders.DIGESTS).unlink(missing_ok=True)
     write_json(folder / "recipe.json", resolved)
-    start.begin()
+    start.begun = True
     folders.seal_files(folder, ("recipe.json", "tokenizer.json"))
     if (folder / "model").is_dir():
         # of an earlier end of this run; until the next end the newest checkpoint is the model
@@ -264,33 +261,6 @@ def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
                     "keep it, or start another run"
                 )
     return resolved
-
-
-def _prepared_task(table: dict[str, Any], folder: Path, group: Group) -> Task:
-    task = tasks.build(table)
-    if group.main:
-        task.prepare(folder)
-    group.barrier()
-    if not group.main:
-        task.prepare(folder, main=False)
-    return task
-
-
-def _fit_vocabulary(model: dict[str, Any], task: Task) -> None:
-    """Set `vocab_size` where the recipe leaves it out."""
-    known = model.setdefault("vocab_size", task.vocab_size)
-    if known < task.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
-        )
-
-
-def _resumed_checkpoint(folder: Path, display: Silent) -> Checkpoint | None:
-    """The newest sound checkpoint; says where there is none, so that the run begins at step 0."""
-    checkpoint = newest_sound(folder / "checkpoints", display)
-    if checkpoint is None:
-        display.message(f"{folder}: no checkpoint to resume; training begins at step 0")
-    return checkpoint
 
 
 @contextlib.contextmanager

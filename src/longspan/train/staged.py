@@ -7,7 +7,7 @@ for bit.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ import torch
 
 from longspan.config import check_least, check_shares
 from longspan.contract.maps import place_of
-from longspan.train.checkpoint import Checkpoint
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
-from longspan.train.schedule import fraction_done
 from longspan.train.step import DivergedError, Optimization
 
 
@@ -57,7 +55,7 @@ class StagedConfig(RunConfig):
 
     def rate(self, step: int, seconds: float) -> float:
         """What `lr` is multiplied with in step `step` (from 0)."""
-        done = fraction_done(self, step, seconds)
+        done = self.fraction_done(step, seconds)
         falling = 1.0 if done < self.constant else max((1 - done) / max(1 - self.constant, 1e-9), self.min_lr_ratio)
         return min(1.0, (step + 1) / max(self.warmup, 1)) * falling
 
@@ -92,14 +90,11 @@ class Stages:
         raise NotImplementedError
 
     def count(self, right: float | None, wanted: float) -> bool:
-        """Count a step, and end the stage where it is learnt or has lasted too long.
+        """Count a step, and end the stage where it is learnt or has lasted too long: whether a new one begins.
 
         Args:
             right: accuracy of its batch; None = the batch was not of this stage.
             wanted: accuracy over the last `window` batches of the stage that ends it.
-
-        Returns:
-            Whether a new stage begins.
         """
         config = self.config
         self.since += 1
@@ -114,23 +109,17 @@ class Stages:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("config", "full")}
+        return {key: value for key, value in vars(self).items() if key not in ("config", "full")}
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was outcome."""
-        for key, value in data.items():
-            setattr(self, key, value)
+        """Go on where `state_dict` was taken."""
+        vars(self).update(data)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a step.
-
-    Attributes:
-        loss: on the answers, a mean over rows.
-        right: share of right answers.
-        rows, tokens: of the batch.
-        moved: a new stage begins.
+    """Of a step: the loss on the answers (a mean over rows), the share of right ones, rows and tokens of the batch, and
+    whether a new stage begins.
     """
 
     loss: float
@@ -148,13 +137,7 @@ class Outcome:
 
 class StagedTrainer(TrainingLoop):
     """Trains a model along a curriculum, in one process; a subclass says what a step reads and what is asked of it.
-
-    Args:
-        model: on the CPU or a GPU.
-        task: prepared; it knows the longest text that is trained on.
-        config: of the run.
-        folder: of the run.
-        display: what is shown.
+    Arguments as of the base; the task knows the longest text that is trained on.
     """
 
     config: StagedConfig
@@ -162,7 +145,7 @@ class StagedTrainer(TrainingLoop):
 
     def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
         super().__init__(model, task, config, folder, group=Group(), display=display)
-        self.stages = self.first_stage()
+        self.stages = self.data = self.first_stage()
         self.optimization = Optimization(model, config, self.group)
 
     @property
@@ -177,14 +160,6 @@ class StagedTrainer(TrainingLoop):
     def read(self) -> Outcome:
         """Draw the batch of this step, add its gradient, and tell the curriculum."""
         raise NotImplementedError
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose model this trainer was made with."""
-        super().restore(checkpoint)
-        self.stages.load_state_dict(checkpoint.position.lanes)
-
-    def _rate(self) -> float:
-        return self.config.rate(self.position.step, self.position.seconds)
 
     def _train(self, rate: float) -> Outcome:
         step = self.position.step
@@ -205,6 +180,3 @@ class StagedTrainer(TrainingLoop):
 
     def _shown(self) -> dict[str, Any]:
         return {"stage": self.stages.words}
-
-    def _data_state(self) -> dict[str, Any]:
-        return self.stages.state_dict()

@@ -18,14 +18,8 @@ class Interval(NamedTuple):
 
 
 def bootstrap(nats: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0) -> Interval:
-    """Bits per unit with an interval.
-
-    Args:
-        nats: (documents,) total nats of each document.
-        units: (documents,) its bytes (or tokens).
-        samples: resamplings of the documents.
-        level: of the interval.
-        seed: of the resampling.
+    """Bits per unit with an interval, of the total nats (documents,) and bytes or tokens (documents,) of each document;
+    other arguments as of `share_bootstrap`.
     """
     return paired_bootstrap(nats, np.zeros_like(nats), units, samples=samples, level=level, seed=seed)
 
@@ -33,9 +27,8 @@ def bootstrap(nats: Array, units: Array, *, samples: int = 10_000, level: float 
 def paired_bootstrap(
     nats: Array, other: Array, units: Array, *, samples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bits per unit of one evaluation minus another's of the same documents, with an interval.
-
-    Each resampling draws the same documents for both, so what makes a document hard cancels.
+    """Bits per unit of one evaluation minus another's of the same documents, with an interval; other arguments as of
+    `share_bootstrap`. Each resampling draws the same documents for both, so what makes a document hard cancels.
 
     Raises:
         DataError: the evaluations are not of the same documents.

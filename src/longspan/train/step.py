@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from longspan import state as states
 from longspan.errors import ConfigError, LongspanError
 from longspan.mixers import with_penalties
-from longspan.train.checkpoint import load_optimizer, optimizer_tensors
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
@@ -40,7 +39,7 @@ class StepResult(NamedTuple):
 
 
 class Optimization:
-    """An optimiser, the learning rates its groups began with, and the random generators of a training.
+    """An optimiser, the learning rates its groups began with, random generators, and the states carried on (`carried`).
 
     Args:
         model: with `parameter_groups` and `after_step`.
@@ -50,6 +49,7 @@ class Optimization:
 
     def __init__(self, model: Any, config: Any, group: Group) -> None:
         self.model, self.group, self._clip = model, group, config.clip or math.inf
+        self.carried: list[Any] = []
         groups = model.parameter_groups(lr=config.lr, weight_decay=config.weight_decay)
         self.base_rates = [parameters["lr"] for parameters in groups]
         eps = getattr(config, "eps", 1e-8)
@@ -63,11 +63,7 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int, rate: float) -> float:
-        """Step with `rate` times the learning rates; the norm of the gradient.
-
-        Args:
-            step: optimiser steps done before this one.
-            rate: what every group's learning rate is multiplied with.
+        """Step with `rate` times the learning rates, after `step` others; the norm of the gradient.
 
         Raises:
             DivergedError: the gradient is not finite; parameters are as before the step.
@@ -85,18 +81,28 @@ class Optimization:
 
     def tensors(self) -> dict[str, Tensor]:
         """Optimiser moments and random generators, those of all processes; every process calls it."""
-        found = optimizer_tensors(self.optimizer, self.model)
-        found["random.after_step"] = self.generator.get_state()
-        for rank, each in enumerate(self.group.gather(torch.get_rng_state())):
-            found[f"random.cpu.{rank}"] = each
+        tensors = {
+            f"optimizer.{key}.{name}": moment
+            for name, parameter in self.model.named_parameters()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(moment, Tensor)
+        }
+        tensors["random.after_step"] = self.generator.get_state()
+        states_of = {"cpu": torch.get_rng_state()}
         if self.group.device.type == "cuda":
-            for rank, each in enumerate(self.group.gather(torch.cuda.get_rng_state(self.group.device))):
-                found[f"random.cuda.{rank}"] = each
-        return found
+            states_of["cuda"] = torch.cuda.get_rng_state(self.group.device)
+        for kind, own in states_of.items():
+            tensors |= {f"random.{kind}.{rank}": state for rank, state in enumerate(self.group.gather(own))}
+        return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on where `tensors` was taken; a process that was not there then starts from its seed."""
-        load_optimizer(self.optimizer, self.model, tensors)
+        parameters = dict(self.model.named_parameters())
+        for path, moment in tensors.items():
+            kind, key, name = (*path.split(".", 2), "", "")[:3]
+            # earlier versions had parameters that nothing used
+            if kind == "optimizer" and name in parameters:
+                self.optimizer.state[parameters[name]][key] = moment.clone().to(parameters[name].device)
         self.generator.set_state(tensors["random.after_step"])
         if (cpu := tensors.get(f"random.cpu.{self.group.rank}")) is not None:
             torch.set_rng_state(cpu)
@@ -130,7 +136,7 @@ class Stepper(Optimization):
         super().__init__(model, config, group)
         self.config = config
         self.carry = config.carry and model.traits.streams
-        self.carried: list[Any] = [None] * config.accumulation
+        self.carried = [None] * config.accumulation
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
         """Train on the next segments of this process's lanes.
@@ -143,53 +149,44 @@ class Stepper(Optimization):
         Raises:
             DivergedError: the loss or the gradient is not finite; parameters are as before the step.
         """
+        config, group = self.config, self.group
         own_tokens = sum(int(batch.graded.sum()) for batch in batches)
         own_units = sum(int(batch.sizes.sum()) for batch in batches)
-        tokens, units = self.group.sum(own_tokens, own_units)
+        tokens, units = group.sum(own_tokens, own_units)
         self.begin()
-        rows = batches[0].tokens.shape[0] // self.config.accumulation
+        rows = batches[0].tokens.shape[0] // config.accumulation
+        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
+        calls = len(batches) * config.accumulation * group.world_size
         nats = 0.0
-        for index in range(self.config.accumulation):
-            part = [batch.rows(index * rows, (index + 1) * rows).to(self.group.device) for batch in batches]
-            nats += self._backward(index, part, max(tokens, 1.0))
-        (nats,) = self.group.sum(nats)
+        for index, state in enumerate(self.carried):
+            losses, penalties = list[Tensor](), list[Tensor]()
+            for batch in batches:
+                part = batch.at(slice(index * rows, (index + 1) * rows)).to(group.device)
+                layout = {"mask": part.mask, "reset": part.reset, "penalties": penalties}
+                with self._autocast():
+                    if self.by_head:
+                        hidden, state = self.model.hidden(part.tokens, state, **layout)
+                        head, chunk = self.model.head(), config.loss_chunk
+                        loss = chunked_next_token_loss(hidden, head, part.targets, part.graded, chunk=chunk)
+                    else:
+                        logits, state = self.model(part.tokens, state, **layout)
+                        loss = next_token_loss(logits, part.targets, part.graded)
+                losses.append(loss)
+                state = state if self.carry else None
+            total = torch.stack(losses).sum()
+            with_penalties(total / max(tokens, 1.0), penalties, calls).backward()
+            # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
+            self.carried[index] = None if state is None else states.clone(states.detach(state))
+            nats += float(total.detach())
+        (nats,) = group.sum(nats)
         if not math.isfinite(nats):
             raise DivergedError(f"the loss of step {step + 1} is {nats}")
-        self.group.sum_gradients(self.model.parameters())
+        group.sum_gradients(self.model.parameters())
         draw = self.model.draw
         norm = self.update(step, rate)
         if self.model.draw != draw:
-            self.carried = [None] * self.config.accumulation
+            self.carried = [None] * config.accumulation
         return StepResult(nats, int(tokens), int(units), norm)
-
-    def _backward(self, index: int, batches: Sequence[Batch], tokens: float) -> float:
-        """Add the gradient of one group of lanes; its summed nats."""
-        state, losses, penalties = self.carried[index], [], []
-        for batch in batches:
-            extra: list[Tensor] = []
-            with self._autocast():
-                nats, state = self._read(batch, state, extra)
-                losses.append(nats)
-            penalties += extra
-            if not self.carry:
-                state = None
-        nats = torch.stack(losses).sum()
-        # a penalty is a mean over a call's tokens, so a step takes the mean over its calls
-        calls = len(batches) * self.config.accumulation * self.group.world_size
-        with_penalties(nats / tokens, penalties, calls).backward()
-        # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
-        self.carried[index] = None if state is None else states.clone(states.detach(state))
-        return float(nats.detach())
-
-    def _read(self, batch: Batch, state: Any, penalties: list[Tensor]) -> tuple[Tensor, Any]:
-        """The summed nats of a call and the next state."""
-        rows = {"mask": batch.mask, "reset": batch.reset, "penalties": penalties}
-        if self.by_head:
-            hidden, state = self.model.hidden(batch.tokens, state, **rows)
-            head, chunk = self.model.head(), self.config.loss_chunk
-            return chunked_next_token_loss(hidden, head, batch.targets, batch.graded, chunk=chunk), state
-        logits, state = self.model(batch.tokens, state, **rows)
-        return next_token_loss(logits, batch.targets, batch.graded), state
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.dtype == "bfloat16":

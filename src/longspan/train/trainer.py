@@ -14,21 +14,11 @@ from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
 from longspan.train.loop import TrainingLoop
 from longspan.train.progress import Silent
-from longspan.train.schedule import learning_rate_factor
 from longspan.train.step import Stepper, StepResult
 
 
 class Trainer(TrainingLoop):
-    """Trains a model on a task in a run folder; `longspan.train.run` makes one from a recipe.
-
-    Args:
-        model: on its device, in its dtype.
-        task: prepared.
-        config: of the run.
-        folder: of the run.
-        group: the processes.
-        display: what is shown; only the main process's is used.
-    """
+    """Trains a model on documents in lanes; `longspan.train.run` makes one from a recipe. Arguments as of the base."""
 
     config: TrainConfig
     remedies = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
@@ -38,7 +28,7 @@ class Trainer(TrainingLoop):
     ) -> None:
         super().__init__(model, task, config, folder, group=group, display=display)
         self.stepper = self.optimization = Stepper(model, config, group)
-        self.lanes = Lanes(
+        self.lanes = self.data = Lanes(
             task.documents("train"),
             lanes=config.lanes,
             segment_length=config.segment_length,
@@ -48,13 +38,8 @@ class Trainer(TrainingLoop):
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint whose model this trainer was made with.
-
-        Raises:
-            CheckpointError: its data, lanes or groups are not this run's.
-        """
+        """See the base; a CheckpointError where data, lanes or groups are not this run's."""
         super().restore(checkpoint)
-        self.lanes.load_state_dict(checkpoint.position.lanes)
         self.stepper.carried = checkpoints.carried_states(checkpoint, self.model, self.config.accumulation, self.group)
 
     def title(self) -> str:
@@ -63,12 +48,6 @@ class Trainer(TrainingLoop):
 
     def _title(self) -> str:
         return f"{super()._title()}, on {self.group.device}"
-
-    def _data_state(self) -> dict[str, Any]:
-        return self.lanes.state_dict()
-
-    def _carried(self) -> list[Any]:
-        return self.stepper.carried
 
     def _loop(self, log: Log | None) -> bool:
         step = self.position.step
@@ -101,9 +80,6 @@ class Trainer(TrainingLoop):
         lines = [line for line in read_log(self.folder / "log.jsonl") if "validation" in line]
         found = [line["validation"] for line in lines if line["step"] == self.position.step]
         return cast(dict[str, Any], found[-1]) if found else None
-
-    def _rate(self) -> float:
-        return learning_rate_factor(self.config, self.position.step, self.position.seconds)
 
     def _train(self, rate: float) -> StepResult:
         batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]
@@ -139,13 +115,8 @@ class Trainer(TrainingLoop):
             self._stop = True
             return None
         position = self.position
-        line = {
-            "step": position.step,
-            "tokens": position.tokens,
-            "seconds": position.seconds,
-            "validation": figures,
-        }
-        self._write(log, line)
+        line = {"step": position.step, "tokens": position.tokens, "seconds": position.seconds}
+        self._write(log, {**line, "validation": figures})
         return figures
 
     def _show_evaluation(self, read: int, total: int) -> bool:

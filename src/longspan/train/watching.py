@@ -29,19 +29,14 @@ def watch_layers(
     """Read documents as `longspan eval` does; `watch` is called after each layer of `cores`.
 
     Args:
-        model: a language model.
-        documents: what is read.
+        model, documents, chunk, unit, progress: as in `evaluate_text`.
         cores: what is watched.
         watch: a forward hook with keywords: (core, positional arguments, keywords, output).
-        chunk: tokens of a row in one call.
-        unit: of the task.
-        progress: told what is read, as by `evaluate_text`.
     """
     hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
+    memory = bool(model.traits.streams)
     try:
-        return evaluate_text(
-            model, documents, chunk=chunk, batch=_BATCH, memory=bool(model.traits.streams), unit=unit, progress=progress
-        )
+        return evaluate_text(model, documents, chunk=chunk, batch=_BATCH, memory=memory, unit=unit, progress=progress)
     finally:
         for hook in hooks:
             hook.remove()
@@ -49,13 +44,7 @@ def watch_layers(
 
 @dataclass
 class Support:
-    """Sums over the tokens read.
-
-    Attributes:
-        kept: (heads,) fp64 keys that got a weight.
-        seen: (heads,) fp64 keys that could have got one.
-        queries: tokens.
-    """
+    """Sums over the tokens read: (heads,) fp64 keys that got a weight (`kept`) and that could have got one (`seen`)."""
 
     kept: Tensor
     seen: Tensor

@@ -40,7 +40,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         memory.check_given_state_is_kept,
         memory.check_interrupted_calls,
     ),
-    "4-definition": (definition.check_definition,),
+    "4-definition": (definition.check_definition, definition.check_definition_of_long_calls),
     "5-packing": (
         packing.check_padding,
         packing.check_documents,
@@ -88,6 +88,18 @@ STREAM_ONLY = {
 }
 
 
+# those of drawn examples
+DRAWN = (
+    causality.check_causality,
+    stream.check_cuts,
+    memory.check_bytes,
+    packing.check_padding,
+    packing.check_documents,
+    packing.check_carried_state,
+    packing.check_ragged_calls,
+    packing.check_both_sides,
+    gradients.check_gradients_of_cuts,
+)
 GRADIENTS = {packing.check_padding_gradients, quiet.check_forward_changes_nothing, *CHECKS["6-gradients"]}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import longspan as ls
@@ -41,17 +42,15 @@ def check_cuts(make: Make) -> None:
 def drawn_cuts(mixer: nn.Module, dtype: torch.dtype) -> None:
     tolerance = TOLERANCE[dtype]
 
-    @given(case=cases())
-    def law(case: Case) -> None:
-        x = inputs(case.seed, BATCH, case.length, dtype=dtype)
+    @given(case=cases(), empty=st.booleans())
+    def law(case: Case, empty: bool) -> None:
+        x, state = inputs(case.seed, BATCH, case.length, dtype=dtype), mixer.init_state(BATCH) if empty else None
         with torch.no_grad():
             whole, end = mixer(x, mask=case.mask, reset=case.reset)
-            cut, later = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset)
-            empty, last = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset, state=mixer.init_state(BATCH))
-        close(cut, whole, tolerance, f"outputs of the calls against one pass, {dtype}")
-        states_close(later, end, tolerance, f"final state of the calls against one pass, {dtype}")
-        close(empty, whole, tolerance, f"outputs from init_state against state=None, {dtype}")
-        states_close(last, end, tolerance, f"final state from init_state against state=None, {dtype}")
+            cut, last = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset, state=state)
+        what = f"the calls from {'init_state' if empty else 'None'} against one pass, {dtype}"
+        close(cut, whole, tolerance, f"outputs of {what}")
+        states_close(last, end, tolerance, f"final state of {what}")
 
     law()
 
@@ -60,15 +59,16 @@ def check_token_by_token(make: Make) -> None:
     """Token by token, in chunks and in one pass; fp64 and fp32; several windows and segments long."""
     length = 70
     x = calm(make, 2, length)
-    for dtype in (torch.float64, torch.float32):
+    equal = [[size] * (length // size) + [length % size] for size in (1, 3, 16)]
+    mixed = [[1] * 14 + [3] * 8 + [16, 16]]
+    for dtype, streams in ((torch.float64, equal), (torch.float32, mixed)):
         mixer = make(dtype=dtype)
         with torch.no_grad():
             whole, end = mixer(x.to(dtype))
-            for size in (1, 3, 16):
-                cuts = [size] * (length // size) + [length % size]
+            for cuts in streams:
                 y, state = feed(mixer, x.to(dtype), cuts)
-                close(y, whole, TOLERANCE[dtype], f"outputs in calls of {size}, {dtype}")
-                states_close(state, end, TOLERANCE[dtype], f"final state of calls of {size}, {dtype}")
+                close(y, whole, TOLERANCE[dtype], f"outputs in calls of {cuts}, {dtype}")
+                states_close(state, end, TOLERANCE[dtype], f"final state of calls of {cuts}, {dtype}")
 
 
 def check_saved_state(make: Make) -> None:

@@ -1,5 +1,6 @@
 """`longspan show patterns`."""
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,6 @@ import typer
 
 from longspan.cli.console import console, print_table, say
 from longspan.cli.options import PageOption
-from longspan.cli.outputs import check_output_folder
 from longspan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,29 +64,24 @@ def patterns(
       longspan show patterns sparse --set pattern=strided --set stride=16 --length 256
       longspan show patterns window --set window=9 --both-sides
     """
-    check_output_folder(output, "--output")
-    from longspan import mixers as registry
     from longspan.config import override
+    from longspan.mixers import examples
     from longspan.report import write_report
 
     chosen = _chosen(names)
-    fields: dict[str, Any] = {}
-    for assignment in set_ or []:
-        fields = override(fields, assignment)
     if set_ and len(chosen) != 1:
         raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
+    given: dict[str, Any] = functools.reduce(override, set_ or [], {})
     rows, sections = [], []
     for name in chosen:
-        forms = [
-            (each, _build(name, each, both_sides, seed)) for each in ((fields,) if set_ else registry.examples(name))
-        ]
-        drawn = [(each, mixer) for each, mixer in forms if mixer is not None]
-        if not drawn and names:
-            raise ConfigError(f"{name}: sees no later tokens in any form; leave --both-sides out")
+        forms = [(fields, _build(name, fields, both_sides, seed)) for fields in ([given] if set_ else examples(name))]
+        drawn = [(fields, mixer) for fields, mixer in forms if mixer is not None]
         if drawn:
-            section, found = _section(name, drawn, length, seed)
+            section, records = _section(name, drawn, length, seed)
             sections.append(section)
-            rows += found
+            rows += records
+        elif names:
+            raise ConfigError(f"{name}: sees no later tokens in any form; leave --both-sides out")
     if not sections:
         raise ConfigError("--both-sides: none of these mechanisms sees later tokens")
     path = write_report(
@@ -149,12 +144,13 @@ def _section(
     panels, rows = [], []
     for fields, mixer in forms:
         weights = influence(mixer, length, seed=seed)
-        keys = (weights > 0).sum(-1).double().mean(-1).tolist()
-        for heads in _alike(weights):
-            numbers = "" if len(heads) == _HEADS else f"{_numbers(heads)}: "
+        keys, alike = (weights > 0).sum(-1).double().mean(-1).tolist(), _alike(weights)
+        for heads in alike:
+            plural = "s" if len(heads) > 1 else ""
+            numbers = "" if len(heads) == _HEADS else f"head{plural} {', '.join(map(str, heads))}: "
             title = f"{_words(fields) or 'defaults'}\n{numbers}{keys[heads[0] - 1]:.1f} keys"
             panels.append(Panel(title, weights[heads[0] - 1].tolist()))
-        rows.append({"name": name, "fields": fields, "keys_per_query": keys, "heads_alike": _alike(weights)})
+        rows.append({"name": name, "fields": fields, "keys_per_query": keys, "heads_alike": alike})
     mixers = [mixer for _, mixer in forms]
     both_sides = not mixers[0].causal
     figure = picture(
@@ -171,20 +167,10 @@ def _section(
 
 def _alike(weights: "Tensor") -> list[list[int]]:
     """Heads, counted from one, that read the same keys."""
-    groups: list[list[int]] = []
-    for head in range(len(weights)):
-        for group in groups:
-            if bool(((weights[head] > 0) == (weights[group[0] - 1] > 0)).all()):
-                group.append(head + 1)
-                break
-        else:
-            groups.append([head + 1])
-    return groups
-
-
-def _numbers(heads: list[int]) -> str:
-    """`head 2`, `heads 1, 3`."""
-    return f"head{'s' if len(heads) > 1 else ''} {', '.join(str(head) for head in heads)}"
+    groups: dict[bytes, list[int]] = {}
+    for number, read in enumerate((weights > 0).cpu().numpy(), 1):
+        groups.setdefault(read.tobytes(), []).append(number)
+    return list(groups.values())
 
 
 def _words(fields: dict[str, Any]) -> str:

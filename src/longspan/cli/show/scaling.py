@@ -8,7 +8,6 @@ import typer
 
 from longspan.cli.console import console, print_table, say
 from longspan.cli.options import PageOption
-from longspan.cli.outputs import check_output_folder
 from longspan.errors import CheckpointError, ConfigError, LongspanError
 
 if TYPE_CHECKING:
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from longspan.report import Picture, Table
 
 _LAWS = (("compute", "C", "training FLOPs"), ("size", "N", "parameters"), ("data", "D", "tokens"))
+_OF_LAW = ("parameters", "intervals", "undetermined", "residual")
 
 
 def scaling(
@@ -43,7 +43,6 @@ def scaling(
     """
     if form not in ("chinchilla", "kaplan", "none"):
         raise ConfigError(f"--form {form!r}: chinchilla, kaplan or none")
-    check_output_folder(output, "--output")
     from longspan.cost.scaling import fit
     from longspan.report import Block, Section, Text, write_report
 
@@ -55,7 +54,7 @@ def scaling(
         if len({row[key] for row in rows}) < 3:
             continue
         law = fit("power", {"x": [row[key] for row in rows], "loss": [row["loss"] for row in rows]})
-        data["laws"][name] = _plain(law)
+        data["laws"][name] = {key: getattr(law, key) for key in _OF_LAW}
         blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
     if form != "none":
         _joint(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
@@ -119,21 +118,19 @@ def evaluated(lines: list[dict[str, Any]], run: str) -> tuple[int, float]:
     Raises:
         CheckpointError: no evaluation, or none whose tokens are known.
     """
-    found, tokens = None, None
+    tokens = last = loss = None
     for line in lines:
-        tokens = line.get("tokens", tokens)
+        last = line.get("tokens", last)
         validation = line.get("validation")
         if isinstance(validation, dict) and isinstance(validation.get("loss"), int | float):
-            found = tokens, float(validation["loss"])
-    if found is None:
+            tokens, loss = last, float(validation["loss"])
+    if loss is None:
         raise CheckpointError(f"{run}: was never evaluated on held-back documents; let it end, or set train.eval_every")
-    if found[0] is None:
+    if tokens is None:
         raise CheckpointError(f"{run}: its log holds no step at or before its evaluation; set train.log_every lower")
-    if not isinstance(found[0], int) or found[0] < 1 or not 0 < found[1] < math.inf:
-        raise CheckpointError(
-            f"{run}: no law fits a loss of {found[1]:g} after {found[0]} tokens; its log.jsonl holds it"
-        )
-    return int(found[0]), found[1]
+    if not isinstance(tokens, int) or tokens < 1 or not 0 < loss < math.inf:
+        raise CheckpointError(f"{run}: no law fits a loss of {loss:g} after {tokens} tokens; its log.jsonl holds it")
+    return tokens, loss
 
 
 def check_same_text(runs: list[str]) -> None:
@@ -152,14 +149,14 @@ def check_same_text(runs: list[str]) -> None:
 
     first, known = read(runs[0])
     for run in runs[1:]:
-        task, spelled = read(run)
+        task, tokenizer = read(run)
         for name in (*first, *task):
             if task.get(name) != first.get(name):
                 raise ConfigError(
                     f"{run}: task.{name} = {task.get(name)!r}, of {runs[0]} it is {first.get(name)!r}; "
                     "a law is fitted to losses on one text, by one tokenizer"
                 )
-        if spelled != known:
+        if tokenizer != known:
             raise ConfigError(f"{run}: another tokenizer than that of {runs[0]}; losses of a token are not comparable")
 
 
@@ -222,7 +219,7 @@ def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any
         return
     values = ", ".join(_parameter(law, name) for name in law.parameters)
     said = f"{form}: {values}; {law.residual:.1%} from the runs."
-    data["laws"][form] = _plain(law)
+    data["laws"][form] = {key: getattr(law, key) for key in _OF_LAW}
     try:
         best = optimal(law, flops)
     except ConfigError as error:
@@ -244,16 +241,4 @@ def _parameter(law: "Fit", name: str) -> str:
     value = f"{name} = {law.parameters[name]:.4g}"
     if name in law.undetermined:
         return f"{value} (not determined)"
-    return (
-        value if name not in law.intervals else f"{value} [{law.intervals[name][0]:.4g}, {law.intervals[name][1]:.4g}]"
-    )
-
-
-def _plain(law: "Fit") -> dict[str, Any]:
-    """A law as plain data."""
-    return {
-        "parameters": law.parameters,
-        "intervals": law.intervals,
-        "undetermined": list(law.undetermined),
-        "residual": law.residual,
-    }
+    return value if name not in law.intervals else "{} [{:.4g}, {:.4g}]".format(value, *law.intervals[name])

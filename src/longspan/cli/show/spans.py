@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli.console import console, print_table, reading_progress
-from longspan.cli.options import DeviceOption, DtypeOption, RunArgument
-from longspan.cli.outputs import check_output_folder
+from longspan.cli.options import DeviceOption, DtypeOption, RunArgument, check_page
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ def spans(
         int, typer.Option("--tokens", min=1, help="Dynamic spans are the mean over so many held-back tokens.")
     ] = 8192,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figure go.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Where the page and the figure go.", callback=check_page),
     ] = Path("out/spans"),
     device: DeviceOption = "auto",
     dtype: DtypeOption = "",
@@ -35,7 +35,6 @@ def spans(
       longspan train lm/adaptive_span -o runs/spans
       longspan show spans runs/spans
     """
-    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
     from longspan.report import Section, Text, number, write_report

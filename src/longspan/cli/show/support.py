@@ -7,7 +7,6 @@ import typer
 
 from longspan.cli.console import console, print_table, reading_progress
 from longspan.cli.options import DeviceOption, DtypeOption, PageOption, RunArgument
-from longspan.cli.outputs import check_output_folder
 from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ def support(
       longspan show support runs/entmax
       longspan show support runs/entmax --tokens 20000 --head 2048
     """
-    check_output_folder(output, "--output")
     from longspan.cli.show.heads import find
     from longspan.cli.show.reading import chosen
     from longspan.mechanisms.entmax.layer import EntmaxCore

@@ -1,6 +1,6 @@
-"""The papers' claims, re-enacted: `longspan reproduce NAME` runs one, docs/claims.md shows what came out.
+"""Reproductions of the papers' claims: `longspan reproduce NAME` runs one, docs/claims.md shows the numbers.
 
-A new claim is one file with a `Claim`, and one line in `_CLAIMS`.
+A new claim is one file with a `Claim`, and one line in `_ALL`.
 """
 
 from longspan.config import nearest
@@ -51,8 +51,8 @@ def find(name: str) -> Claim:
     """A claim by its name.
 
     Raises:
-        ConfigError: there is none, with the nearest name.
+        ConfigError: there is no such claim; the message suggests the nearest name.
     """
     if name not in _CLAIMS:
-        raise ConfigError(f"{name!r} is no claim{nearest(name, _CLAIMS)}")
+        raise ConfigError(f"unknown claim {name!r}{nearest(name, _CLAIMS)}")
     return _CLAIMS[name]

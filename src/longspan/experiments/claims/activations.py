@@ -1,4 +1,4 @@
-"""What a training step keeps of its activations: bytes that autograd saves, and the peak of a process (Linux)."""
+"""Memory of activations in a training step: bytes that autograd saves, and the peak of a process (Linux)."""
 
 import json
 import os
@@ -22,15 +22,15 @@ MODES: dict[str, dict[str, Any]] = {
     "reversible": {"reversible": True},
     "reversible, ffn_chunk": {"reversible": True, "ffn_chunk": 256},
 }
-"""Fields of a model, by a name."""
+"""Fields of a model, by mode."""
 
 
-def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
-    """A forward and backward pass, in which `parameters` get their gradients.
+def measure_step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, float]:
+    """Measure a forward and backward pass that computes gradients of `parameters`.
 
     Returns:
-        "saved": bytes that autograd holds behind the forward pass, parameters not counted. "peak": bytes resident at
-        most above what stood before, less the gradients of the parameters. "seconds": of processor time.
+        "saved": bytes that autograd stores after the forward pass, without parameters. "peak": peak resident bytes
+        minus those before the pass and minus the gradients of the parameters. "seconds": CPU time.
     """
     own = {p.untyped_storage().data_ptr() for p in parameters}
     saved: dict[int, int] = {}
@@ -57,35 +57,35 @@ def measured(loss: Callable[[], Tensor], parameters: list[Tensor]) -> dict[str, 
 
 
 def blocks(mode: str, layers: int, length: int, dim: int, mixers: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`measured` of a model of 4 heads with dropout on one text of random tokens.
+    """Measure a step of a model of 4 heads with dropout on one text of random tokens.
 
     Args:
-        mode: of `MODES`.
-        layers, dim, mixers: of the model.
-        length: tokens.
+        mode: a key of `MODES`.
+        layers, dim, mixers: fields of the model.
+        length: number of tokens.
     """
     torch.manual_seed(0)
     fields = {"vocab_size": 64, "dim": dim, "num_heads": 4, "mixers": tuple(mixers), "dropout": 0.1, **MODES[mode]}
     model = Decoder(DecoderConfig(num_layers=layers, **fields)).train()
     text = torch.randint(64, (1, length))
-    model(text[:, :300])[0].sum().backward()  # warm, so that libraries are loaded before memory is counted
+    model(text[:, :300])[0].sum().backward()  # warm-up: loads libraries before memory is counted
     model.zero_grad(set_to_none=True)
-    return measured(lambda: model(text)[0].square().mean(), list(model.parameters()))
+    return measure_step(lambda: model(text)[0].square().mean(), list(model.parameters()))
 
 
 def in_own_process(command: Sequence[str]) -> dict[str, float]:
-    """What a Python program prints as JSON, run alone, so that its peak is its own.
+    """The JSON that a Python program prints, run in a process of its own so that its peak is its own.
 
-    Tensors stand in pages of their own there, so that what is freed is given back and fragments do not count as memory
-    in use.
+    malloc gives every tensor pages of its own there, so freed memory returns to the system and fragmentation does not
+    count as memory in use.
 
     Args:
-        command: arguments of the Python that runs this one.
+        command: arguments of the Python interpreter.
     """
-    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
-    done = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=surroundings)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_MMAP_MAX_": "1000000"}
+    process = subprocess.run([sys.executable, *command], check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    figures: dict[str, float] = json.loads(process.stdout)
+    return figures
 
 
 def blocks_alone(*arguments: Any, threads: int = 1) -> dict[str, float]:
@@ -95,6 +95,6 @@ def blocks_alone(*arguments: Any, threads: int = 1) -> dict[str, float]:
 
 
 def main(threads: int, *arguments: Any) -> None:
-    """What the process of `blocks_alone` does."""
+    """Run `blocks` and print its numbers as JSON; the program of `blocks_alone`."""
     torch.set_num_threads(threads)
     print(json.dumps(blocks(*arguments)))

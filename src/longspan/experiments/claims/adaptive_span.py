@@ -1,4 +1,4 @@
-"""`adaptive-span`: how far heads learn to look, what that saves, and what it costs beside spans of the same maximum."""
+"""`adaptive-span`: spans that heads learn, and their FLOPs and loss next to fixed spans of the same maximum."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 from longspan.cost import scaling
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     by_layer,
     caution,
     contest,
     differences,
+    numbers,
     recipe_with,
     run_folder,
     seconds_of,
@@ -30,24 +31,24 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import in_turn
 from longspan.experiments.claims.language_modelling import difference
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.train import Interval, load_run
 
 FIXED, ADAPTIVE, SHORT = "fixed", "adaptive", "fixed, short"
 RAMP = 32
-# rules of the verdict, fixed before anything was trained
+# rules of the verdict, set before any training
 FEWER = 0.3
-"""least share of the forward FLOPs that is saved"""
+"""smallest share of forward FLOPs to save"""
 NEAR = 100
-"""most heads look less far, in characters; the paper's figure of spans"""
+"""characters; most spans must be shorter, as in the paper's figure"""
 FAR = 0.25
-"""of the maximum: some head looks farther"""
+"""share of the maximum; some span must be longer"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: the maximum of the spans, the text whose FLOPs and time are counted, the contest."""
+    """Sizes: largest span, length of the text for FLOPs and time, rounds of timing, the contest."""
 
     max_span: int
     length: int
@@ -72,9 +73,9 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The models; all else is that of `recipes/lm/adaptive_span.toml`.
+    """Recipes of the models, which differ from `recipes/lm/adaptive_span.toml` in their mixer alone.
 
-    The short one sees as far as learned spans do before they learn: what it lacks is what learning them gives.
+    The short window is as long as learned spans are at initialization, so the difference to it is what learning adds.
     """
     mixers = {
         FIXED: {"name": "window", "window": plan.max_span},
@@ -84,8 +85,8 @@ def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
     return {name: recipe_with(mixer, "adaptive_span") for name, mixer in mixers.items()}
 
 
-def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Spans by layer, FLOPs a token of both models, and their time, of one seed."""
+def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+    """Spans by layer, FLOPs per token and time of both models, for one seed."""
     models = {name: load_run(run_folder(folder, name, seed))[0] for name in (FIXED, ADAPTIVE)}
     tokens = torch.randint(256, (1, plan.length), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -93,7 +94,7 @@ def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     return {
         "spans": [core.spans for core in models[ADAPTIVE].cores()],
         "flops": {name: model.flops(plan.length) / plan.length for name, model in models.items()},
-        # the convention of scaling papers, forward: a third of training
+        # forward, by the convention of scaling papers: a third of training
         "counted": {
             name: scaling.model_training_flops(model, 1.0, length=plan.length) / 3 for name, model in models.items()
         },
@@ -105,36 +106,28 @@ def _reading(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model.last(tokens)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train all, then measure; a second call goes on from what is in the folder."""
-    found = contest(folder, recipes(plan), plan.contest, say)
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train all models, then measure; a second call resumes from the folder."""
+    models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"spans-{seed}.json", partial(looked_at, folder, plan, seed)))
-        say(f"seed {seed}: " + "; ".join(_numbers(layer) for layer in looks[-1]["spans"]))
-    return outcome({"models": found, "looks": looks}, plan)
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:.0f}" for value in values)
+        looks.append(measure_once(folder / f"spans-{seed}.json", partial(inspect_heads, folder, plan, seed)))
+        say(f"seed {seed}: " + "; ".join(numbers(layer) for layer in looks[-1]["spans"]))
+    return outcome({"models": models, "looks": looks}, plan)
 
 
 def _saved(looks: list[dict[str, Any]], key: str) -> float:
-    """Share of what the fixed model takes that the adaptive one does without, the mean over seeds."""
-    return 1 - statistics.mean(float(each[key][ADAPTIVE] / each[key][FIXED]) for each in looks)
+    """Share of the fixed model's cost that the adaptive one saves, mean over seeds."""
+    return 1 - statistics.mean(float(look[key][ADAPTIVE] / look[key][FIXED]) for look in looks)
 
 
-def _beyond(models: Found) -> Interval:
-    """Bits per character of learned spans minus those of the least."""
+def _beyond(models: ModelRecords) -> Interval:
+    """Bits per character of learned spans minus those of the short window."""
     return difference(models[ADAPTIVE], models[SHORT])
 
 
 def _figures(
-    models: Found, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
+    models: ModelRecords, looks: list[dict[str, Any]], spans: list[float], layers: list[list[float]], plan: Plan
 ) -> list[Figure]:
     near = sum(value < NEAR for value in spans) / len(spans)
     flops, counted = looks[0]["flops"], looks[0]["counted"]
@@ -144,13 +137,13 @@ def _figures(
         Figure(f"adaptive minus fixed spans of {RAMP}", "", f"{signed(_beyond(models))} bits per character"),
         Figure("mean span, in characters", "314 (text8, 12 layers, at most 8,192)", f"{sum(spans) / len(spans):.0f}"),
         *(
-            Figure(f"spans of layer {index + 1}", "lowest layers near the least" if not index else "", _numbers(layer))
+            Figure(f"spans of layer {index + 1}", "shortest in the lowest layers" if not index else "", numbers(layer))
             for index, layer in enumerate(layers)
         ),
-        Figure(f"heads that look less than {NEAR} characters far", "most", f"{near:.0%} of {len(spans)}"),
-        Figure("farthest head", "more than 1,000 of 4,096", f"{max(spans):.0f} of {plan.max_span:,}"),
+        Figure(f"heads with spans below {NEAR} characters", "most", f"{near:.0%} of {len(spans)}"),
+        Figure("longest span", "more than 1,000 of 4,096", f"{max(spans):.0f} of {plan.max_span:,}"),
         Figure(
-            "forward FLOPs a character, as computed",
+            "forward FLOPs per character, computed",
             "up to 70 % fewer",
             f"{flops[ADAPTIVE] / 1e6:.2f} M against {flops[FIXED] / 1e6:.2f} M with fixed spans: "
             f"{_saved(looks, 'flops'):.0%} fewer",
@@ -162,17 +155,17 @@ def _figures(
             f"{_saved(looks, 'counted'):.0%} fewer",
         ),
         Figure(
-            f"time to read {plan.length:,} characters, beside fixed spans",
+            f"time to read {plan.length:,} characters, relative to fixed spans",
             "that of a fixed span of 2,048 at a maximum of 8,192 (training)",
-            f"{1 - _saved(looks, 'seconds'):.2f} times (CPU time, one thread, in turn)",
+            f"{1 - _saved(looks, 'seconds'):.2f} times (CPU time, one thread, alternating)",
         ),
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
-    models, looks = found["models"], found["looks"]
-    spans = [value for each in looks for layer in each["spans"] for value in layer]
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    models, looks = measured["models"], measured["looks"]
+    spans = [value for look in looks for layer in look["spans"] for value in layer]
     layers = by_layer(looks, "spans")
     near = sum(value < NEAR for value in spans) / len(spans)
     apart = differences(models, FIXED)[ADAPTIVE]
@@ -185,16 +178,16 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         figures=_figures(models, looks, spans, layers, plan),
         size=f"4 layers of 128 with 4 heads, spans of at most {plan.max_span:,}, ramp {RAMP}, bytes of State of the "
         f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with "
-        f"what came before carried on, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held back: the first "
+        f"carried states, AdamW (the paper: Adagrad), {plan.contest.seeds} seed(s); held out: the first "
         f"{plan.contest.head:,} bytes of {len(models[FIXED][0]['names'])} speeches; {INTERVALS}",
         note=f"As good (the upper end of the interval at most {EQUAL} bits per character): {as_good(apart)}, "
         f"{signed(apart)}. At least {FEWER:.0%} fewer FLOPs: {'yes' if fewer else 'no'}. Most heads below {NEAR} "
         f"characters and one beyond {FAR:.0%} of the maximum: {'yes' if uneven else 'no'}. The model is small and "
-        "briefly trained, so what it can use from afar is little, and short spans cost it little."
+        "trained briefly, so it uses little distant context, and short spans cost it little."
         + seeds_note(models)
         + caution(apart, "attention over the whole maximum")
-        + f" What learning adds to the {RAMP} characters that every head sees: {signed(_beyond(models))}.",
-        data=dict(found),
+        + f" Gain of learned spans over fixed ones of {RAMP} characters: {signed(_beyond(models))}.",
+        data=dict(measured),
         pictures=[
             head_figure(
                 "adaptive-span",
@@ -211,8 +204,9 @@ ADAPTIVE_SPAN = Claim(
     name="adaptive-span",
     system="Adaptive Span",
     source="Sukhbaatar et al. 2019, sections 3.2 and 3.3, tables 1 and 2, figures 3 and 4",
-    text="Every head learns how far it looks: most need fewer than 100 characters, a few look far, and the model is as "
-    "good as one with fixed spans of the same maximum at a fraction of the FLOPs.",
-    run=_run,
+    text="Every head learns its span: most need fewer than 100 characters, a few many more, and the model is as good "
+    "as one with fixed spans of the same maximum at a fraction of the FLOPs.",
+    measure=measure,
     minutes={"small": 0.3, "full": 9},
+    plans=PLANS,
 )

@@ -1,6 +1,6 @@
-"""What a claim is: what a paper says, and a function that measures it."""
+"""A claim: a statement of a paper, and a function that measures it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,16 +10,18 @@ from longspan.train import Interval
 
 Size = Literal["small", "full"]
 Verdict = Literal["holds", "holds in part", "does not hold"]
+Say = Callable[[str], None]
+"""Prints a line of progress."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number beside the paper's.
+    """One number next to the paper's.
 
     Attributes:
-        what: is measured.
-        paper: what the paper says, in words; empty: it says nothing of it.
-        ours: what was measured, in words, with its interval and size.
+        what: the quantity.
+        paper: its value in the paper, as text; empty if the paper has none.
+        ours: the measured value, as text, with its interval and size.
     """
 
     what: str
@@ -29,16 +31,16 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a re-enactment found.
+    """The outcome of a reproduction.
 
     Attributes:
-        verdict: in a word.
-        figures: numbers beside the paper's.
-        size: what was trained and measured, in words.
-        note: what falls short, and why; empty: nothing to say.
+        verdict: whether the claim holds.
+        figures: numbers next to the paper's.
+        size: models, data and training, as text.
+        note: limitations and their reasons; may be empty.
         data: all numbers, as plain data.
-        pictures: figures, drawn.
-        seconds: that it took, earlier calls in the same folder included; None: as long as this call.
+        pictures: the plots.
+        seconds: time it took, earlier calls in the same folder included; None: the time of this call.
     """
 
     verdict: Verdict
@@ -55,22 +57,28 @@ class Claim:
     """A claim of a paper.
 
     Attributes:
-        name: for `longspan reproduce`.
-        system: whose claim it is.
+        name: its name for `longspan reproduce`.
+        system: the model that it is about.
         source: paper, section, figure.
         text: the claim, in our words.
-        run: (folder, size, say) to what was found; goes on where an earlier run in the folder stopped.
-        minutes: about how long the sizes take on two cores.
+        measure: called with (folder, plan, say); resumes from what an earlier call left in the folder.
+        minutes: approximate time of each size on two cores.
+        plans: the plan of each size; empty: the claim has none.
     """
 
     name: str
     system: str
     source: str
     text: str
-    run: Callable[[Path, Size, Callable[[str], None]], Outcome]
+    measure: Callable[[Path, Any, Say], Outcome]
     minutes: dict[str, float]
+    plans: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, folder: Path, size: Size, say: Say) -> Outcome:
+        """Measure the claim at a size."""
+        return self.measure(folder, self.plans.get(size), say)
 
 
 def signed(interval: Interval) -> str:
-    """A difference with its interval."""
+    """A difference with its interval, as text."""
     return f"{interval.value:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]".replace("-", "−")

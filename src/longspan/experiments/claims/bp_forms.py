@@ -1,9 +1,9 @@
-"""BP-Transformer as its paper has it, beside the library's form: spans that persist through the layers, and spans made
-anew in each. Both are trained alike on short texts, where the paper's graph is dense.
+"""BP-Transformer with spans that persist through the layers (the paper) or are recomputed per layer (the library).
+
+Both are trained alike on short texts, with a dense implementation of the paper's graph.
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longspan.experiments.claims.contest import Found
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.base import Say
+from longspan.experiments.claims.contest import ModelRecords
+from longspan.experiments.claims.runs import measure_once
 from longspan.mechanisms.bp.definition import paper_graph, paper_layer
 from longspan.mixers import Traits
 from longspan.models import Decoder, DecoderConfig
@@ -21,19 +22,18 @@ from longspan.tasks import Documents
 from longspan.train import Lanes, TrainConfig, evaluate_text
 from longspan.train.distributed import Group
 from longspan.train.lm_evaluation import Window, cut, windowed
-from longspan.train.schedule import learning_rate_factor
 from longspan.train.step import Stepper
 
-PERSIST, ANEW, DENSE = "spans that persist", "spans made anew", "dense"
-FORMS = (DENSE, ANEW, PERSIST)
+PERSIST, RECOMPUTED, DENSE = "spans that persist", "spans made anew", "dense"  # keys of saved records
+FORMS = (DENSE, RECOMPUTED, PERSIST)
 _STD = 0.02
 
 
 class PersistentSpans(nn.Module):
     """A causal language model over the paper's graph, for one call of at most `length` tokens.
 
-    Everything around the attention is that of a Decoder: embedding, norms in front (the paper: behind), projections,
-    feed-forward, for tokens and spans alike. Spans begin as zero and go through the layers.
+    Apart from attention it is a Decoder: embedding, pre-norm (the paper: post-norm), projections and feed-forward, for
+    tokens and spans alike. Spans start as zeros and pass through the layers.
     """
 
     def __init__(self, decoder: Decoder, length: int, nearest: int) -> None:
@@ -46,7 +46,7 @@ class PersistentSpans(nn.Module):
 
     @property
     def traits(self) -> Traits:
-        """It reads a text as a whole."""
+        """It reads a whole text in one call."""
         return Traits(bidirectional=False, streams=False)
 
     def forward(
@@ -58,14 +58,14 @@ class PersistentSpans(nn.Module):
         reset: Tensor | None = None,
         penalties: list[Tensor] | None = None,
     ) -> tuple[Tensor, None]:
-        """Tokens (batch, length), one text a row, to logits; padding behind them is seen by no token."""
+        """Logits (batch, length, vocabulary) of tokens (batch, length), one text per row; padding is never seen."""
         count = tokens.shape[1]
         h = self.decoder.embedding(F.pad(tokens, (0, self.length - count)))
         nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.place) - self.length, h.shape[2])], 1)
         for block, relative in zip(self.decoder.layers, self.relative, strict=True):
             parts = block.mixer.projections
             assert parts.k_proj is not None
-            q, k, v = (each.weight.mT for each in (parts.q_proj, parts.k_proj, parts.v_proj))
+            q, k, v = (projection.weight.mT for projection in (parts.q_proj, parts.k_proj, parts.v_proj))
             heads = self.decoder.config.num_heads
             out = paper_layer(block.mixer_norm(nodes), q, k, v, relative, self.graph, heads=heads)
             nodes = nodes + parts.o_proj(out)
@@ -74,79 +74,74 @@ class PersistentSpans(nn.Module):
 
     @property
     def draw(self) -> int:
-        """Nothing is drawn."""
+        """Always 0: the model has no random projections."""
         return 0
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def num_parameters(self) -> int:
-        """All of them."""
+        """Number of parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The decoder's, and relative places without weight decay."""
+        """Groups of the decoder, and relative positions without weight decay."""
         tree = {"name": "tree", "params": list(self.relative), "lr": lr, "weight_decay": 0.0}
         return [*self.decoder.parameter_groups(lr=lr, weight_decay=weight_decay), tree]
 
 
-def make(form: str, length: int, nearest: int, **fields: Any) -> Any:
-    """A model of a form; `fields` of its decoder.
+def build_form(form: str, length: int, nearest: int, **fields: Any) -> Any:
+    """Build a model of a form; `fields` are those of its decoder.
 
-    Positions come from the tree's places alone where there is a tree, from RoPE in the dense model.
+    Positions come from the tree, or from RoPE in the dense model.
     """
     levels = max(length - 1, 1).bit_length()
-    mixer = {"name": "bp", "k": nearest, "max_level": levels} if form == ANEW else {"name": "full"}
+    mixer = {"name": "bp", "k": nearest, "max_level": levels} if form == RECOMPUTED else {"name": "full"}
     positions: Any = "rope" if form == DENSE else "none"
     decoder = Decoder(DecoderConfig(vocab_size=256, mixers=(mixer,), positions=positions, **fields))
     return PersistentSpans(decoder, length, nearest) if form == PERSIST else decoder
 
 
 def fit(model: Any, documents: Documents, config: TrainConfig) -> float:
-    """Train on texts of `segment_length` tokens, each alone in its row; how many seconds it took."""
+    """Train on texts of `segment_length` tokens, one per row; returns the seconds it took."""
     length = config.segment_length
-    places = cut(documents.lengths, Window(length, length))
-    texts = windowed(documents, places[places[:, 3] - places[:, 1] == length])
+    windows = cut(documents.lengths, Window(length, length))
+    texts = windowed(documents, windows[windows[:, 3] - windows[:, 1] == length])
     stepper = Stepper(model, config, Group())
     lanes = Lanes(texts, lanes=config.lanes, segment_length=length, seed=config.seed)
     started = time.perf_counter()
     for step in range(config.step_limit or 0):
-        stepper.step([next(lanes)], step=step, rate=learning_rate_factor(config, step, 0.0))
+        stepper.step([next(lanes)], step=step, rate=config.rate(step, 0.0))
     return time.perf_counter() - started
 
 
 def compare_forms(
     folder: Path,
     train: Documents,
-    held: Documents,
+    held_out: Documents,
     *,
     seeds: int,
     nearest: int,
     config: TrainConfig,
     fields: dict[str, Any],
-    say: Callable[[str], None],
-) -> Found:
-    """Every form with every seed, on the same texts; a second call goes on from the trainings that are over."""
-    found: Found = {form: [] for form in FORMS}
+    say: Say,
+) -> ModelRecords:
+    """Train and evaluate every form with every seed on the same texts; a second call skips finished trainings."""
+    by_form: ModelRecords = {form: [] for form in FORMS}
     length = config.segment_length
 
     def measured(form: str, seed: int) -> dict[str, Any]:
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            model = make(form, length, nearest, **fields)
+            model = build_form(form, length, nearest, **fields)
             settings = {name: getattr(config, name) for name in ("steps", "lanes", "segment_length", "lr", "warmup")}
             seconds = fit(model, train, TrainConfig(**settings, carry=False, seed=seed))
-        alone = evaluate_text(model, held, chunk=length, memory=False, segment_length=length).record()
-        return {
-            "alone": alone,
-            "names": list(held.names),
-            "parameters": model.num_parameters(),
-            "seconds": seconds,
-        }
+        alone = evaluate_text(model, held_out, chunk=length, memory=False, segment_length=length).record()
+        return {"alone": alone, "names": list(held_out.names), "parameters": model.num_parameters(), "seconds": seconds}
 
     for seed in range(seeds):
         for form in FORMS:
             file = folder / "forms" / f"{form.replace(' ', '-')}-{seed}.json"
-            found[form].append(kept(file, partial(measured, form, seed)))
-            say(f"{form}, seed {seed}: trained in {found[form][-1]['seconds']:.0f} s")
-    return found
+            by_form[form].append(measure_once(file, partial(measured, form, seed)))
+            say(f"{form}, seed {seed}: trained in {by_form[form][-1]['seconds']:.0f} s")
+    return by_form

@@ -1,31 +1,30 @@
-"""`compressive`: half of Transformer-XL's memory compressed, at the same cost of attention; all words and rare ones."""
+"""`compressive`: Transformer-XL with half of its memory compressed, at equal cost of attention; all and rare words."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import Contest, Plan, run_folder
 from longspan.experiments.claims.language_modelling import curve, lead
-from longspan.experiments.claims.runs import trained, trained_seconds
+from longspan.experiments.claims.runs import read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.files import read_tensors, write_tensors
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.base import Array, heads
 from longspan.tasks.text import TextTask
-from longspan.train import find_recipe, load_run
 from longspan.train import lm_evaluation as lm
+from longspan.train import load_run
 
 SEGMENT = 128
 OURS, PEER = "compressive, conv", "transformer_xl, memory of 128"
 XL = "Transformer-XL"
-# Both see 128 states before a segment; of ours half stand for four tokens each. The others, which a plan may name,
-# take one thing away or change it: what compressed slots add to the same recent memory, and the paper's other
-# compressions (table 4).
+# Both see 128 states before a segment; in ours half of them summarize four tokens each. Extra models, which a plan may
+# name, are ablations: no compressed slots after the same recent memory, and the paper's other compressions (table 4).
 MIXERS: dict[str, dict[str, Any]] = {
     PEER: {"name": "transformer_xl", "segment": SEGMENT, "mem_len": 128},
     OURS: {"name": "compressive", "segment": SEGMENT, "mem_len": 64, "compressed_len": 64, "ratio": 4},
@@ -35,7 +34,7 @@ for _kind in ("mean", "max", "dilated", "most_used"):
     MIXERS[f"compressive, {_kind}"] = {**MIXERS[OURS], "compression": _kind}
 QUARTERS = 4
 RARE = 100
-"""a word that stands less often in the training text is rare"""
+"""a word is rare if it occurs less often in the training text"""
 
 
 PLANS: dict[str, Plan] = {
@@ -45,36 +44,30 @@ PLANS: dict[str, Plan] = {
 
 
 def recipe_of(name: str, seed: int, plan: Contest) -> dict[str, Any]:
-    """A recipe: that of quickstart-lm with another memory."""
-    recipe = read_toml(find_recipe("quickstart-lm.toml"))
-    del recipe["train"]["minutes"]
+    """The recipe of quickstart-lm with another memory."""
+    recipe = read_recipe("quickstart-lm", seed=seed, eval_every=0, final_eval_tokens=2000, threads=1, **plan.train)
     recipe["model"]["mixers"] = [MIXERS[name]]
-    recipe["train"] |= {"seed": seed, "eval_every": 0, "final_eval_tokens": 2000, "threads": 1, **plan.train}
     return recipe
 
 
 def losses(folder: Path, model: Any, documents: Any, plan: Contest) -> list[Array]:
-    """Loss of every place of each held-back document, from the file of an earlier call where there is one."""
+    """Loss at every position of each held-out document, read from the file of an earlier call if there is one."""
     path = folder / f"places-{plan.documents}x{plan.head}.safetensors"
     if not path.is_file():
         nats = lm.place_nats(model, documents, chunk=SEGMENT)
-        write_tensors(path, {str(index): torch.from_numpy(each) for index, each in enumerate(nats)}, {})
-    found, _ = read_tensors(path)
-    return [found[str(index)].numpy() for index in range(len(found))]
+        write_tensors(path, {str(index): torch.from_numpy(nats_of_one) for index, nats_of_one in enumerate(nats)}, {})
+    tensors, _ = read_tensors(path)
+    return [tensors[str(index)].numpy() for index in range(len(tensors))]
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train and read everything; a second call goes on from what is in the folder."""
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train and evaluate all models; a second call resumes from the folder."""
     read: dict[str, list[list[Array]]] = {}
     runs, counts, seen, parameters, sizes = [], None, {}, {}, plan.contest
-    for name in (PEER, OURS, *plan.others):
+    for name in (PEER, OURS, *plan.extra_models):
         for seed in range(sizes.seeds if name in (PEER, OURS) else 1):
             run = run_folder(folder, name, seed)
-            trained(recipe_of(name, seed, sizes), run)
+            train_or_resume(recipe_of(name, seed, sizes), run)
             model, task = load_run(run)
             assert isinstance(task, TextTask)
             documents = heads(task.documents("validation"), sizes.head, sizes.documents)
@@ -94,8 +87,8 @@ def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
 
 
 def mean_of(parts: Sequence[Sequence[Array]]) -> list[Array]:
-    """Losses of places, averaged over seeds."""
-    return [np.stack(each).mean(0, dtype=np.float64) for each in zip(*parts, strict=True)]
+    """Losses by position, averaged over seeds."""
+    return [np.stack(document_losses).mean(0, dtype=np.float64) for document_losses in zip(*parts, strict=True)]
 
 
 def outcome(
@@ -107,11 +100,14 @@ def outcome(
     seconds: float,
     behind: Sequence[float],
 ) -> Outcome:
-    """What was found, beside what the paper says; `behind` is the training loss to Transformer-XL's, by quarters."""
+    """The verdict and the numbers next to the paper's.
+
+    `behind` is the training loss minus that of Transformer-XL, by quarters of the training.
+    """
     ours, peer = mean_of(read[OURS]), mean_of(read[PEER])
     figures, data = [], {}
     for name, parts in read.items():
-        # a model of one seed is held against the same seed of Transformer-XL
+        # a model of one seed is compared with the same seed of Transformer-XL
         base = peer if len(parts) == plan.seeds else read[PEER][0]
         value = lm.summary(mean_of(parts), counts)["bits_per_byte"]
         minus = lm.difference(mean_of(parts), base, counts.units)
@@ -127,13 +123,13 @@ def outcome(
                 f"bits per byte, {name}",
                 paper,
                 f"{value.value:.4f}"
-                + (f" ({signed(minus)} to Transformer-XL's)" if name != PEER else "")
+                + (f" ({signed(minus)} to Transformer-XL)" if name != PEER else "")
                 + f", {len(parts)} seed{'s' if len(parts) > 1 else ''}, {parameters[name]:,} parameters",
             )
         )
     figures.append(
         Figure(
-            f"training loss to {XL}'s, by quarters of the training",
+            f"training loss minus that of {XL}, by quarters of the training",
             "",
             ", ".join(f"{part:+.3f}" for part in behind).replace("-", "−") + " bits per byte",
         )
@@ -144,8 +140,8 @@ def outcome(
         data[_seen(bucket)] = {"words": bucket.amount, "gain": list(bucket.gain)}
         figures.append(
             Figure(
-                f"bits per word, words seen {_seen(bucket)} times in training, to {XL}",
-                "gains grow the rarer the word" if bucket is buckets[0] else "",
+                f"bits per word minus {XL}, words seen {_seen(bucket)} times in training",
+                "rarer words gain more" if bucket is buckets[0] else "",
                 f"{signed(bucket.gain)} of {bucket.values[PEER].value:.2f} ({bucket.amount:,} words)",
             )
         )
@@ -162,13 +158,13 @@ def outcome(
         else "does not hold",
         figures=figures,
         size=f"4 layers of 128, segments of {SEGMENT}, {plan.train['steps']:,} steps of 1,024 bytes of State of the "
-        "Union speeches; both see 128 states before a segment, of which the Compressive Transformer's older 64 stand "
-        f"for {MIXERS[OURS]['ratio']} tokens each; held back: the first {plan.head:,} bytes of {len(counts.names)} "
-        "speeches; 95 % intervals by drawing documents anew, the seeds' losses averaged",
-        note="Holds: better over all bytes and in every bucket of words that stand less than "
-        f"{RARE} times in the training text, with intervals below zero, and more bits gained a rare word than a "
+        "Union speeches; both see 128 states before a segment, of which the Compressive Transformer's older 64 "
+        f"summarize {MIXERS[OURS]['ratio']} tokens each; held out: the first {plan.head:,} bytes of "
+        f"{len(counts.names)} speeches; 95 % intervals by bootstrap over documents, losses averaged over seeds",
+        note="Holds: better over all bytes and in every bucket of words that occur less than "
+        f"{RARE} times in the training text, with intervals below zero, and more bits gained per rare word than per "
         "frequent one; in part: one of the first two. A layer reaches 320 bytes before its "
-        "segment instead of 128. The paper's models are hundreds of times larger and read books.",
+        "segment instead of 128. The paper's models are hundreds of times larger and trained on books.",
         data=data,
         pictures=[_picture(buckets)],
         seconds=seconds,
@@ -176,7 +172,7 @@ def outcome(
 
 
 def _gain(buckets: Sequence[lm.Bucket]) -> float:
-    """Bits per word of all of them together, below zero where ours is better."""
+    """Difference in bits per word over all buckets, below zero if ours is better."""
     gains = [bucket.gain.value for bucket in buckets if bucket.gain is not None]
     return float(np.average(gains, weights=[bucket.amount for bucket in buckets]))
 
@@ -191,21 +187,19 @@ def _picture(buckets: Sequence[lm.Bucket]) -> Picture:
     gains = [bucket.gain for bucket in buckets if bucket.gain is not None]
     series = Series(
         x=list(range(len(gains))),
-        y=[each.value for each in gains],
-        low=[each.low for each in gains],
-        high=[each.high for each in gains],
+        y=[gain.value for gain in gains],
+        low=[gain.low for gain in gains],
+        high=[gain.high for gain in gains],
         kind="points",
     )
-    return picture(
+    return picture_of(
+        line_figure,
         "compressive",
-        lambda theme: line_figure(
-            [series],
-            xlabel="times a word stands in the training text",
-            ylabel=f"bits per word, to {XL}",
-            marks=[Mark(0.0, horizontal=True)],
-            xticks={index: _seen(bucket) for index, bucket in enumerate(buckets)},
-            theme=theme,
-        ),
+        [series],
+        xlabel="occurrences of a word in the training text",
+        ylabel=f"bits per word minus {XL}",
+        marks=[Mark(0.0, horizontal=True)],
+        xticks={index: _seen(bucket) for index, bucket in enumerate(buckets)},
         alt="Bits per word of the Compressive Transformer minus those of Transformer-XL, by frequency of the word.",
     )
 
@@ -214,7 +208,8 @@ COMPRESSIVE = Claim(
     name="compressive",
     system="Compressive Transformer",
     source="Rae et al. 2020, sections 5.1, 5.2 and 5.6, tables 3, 4 and 6, figure 4",
-    text="At the same cost of attention, a memory of which half is compressed is better, most of all for rare words.",
-    run=_run,
+    text="At the same cost of attention, a half-compressed memory is better, most of all for rare words.",
+    measure=measure,
     minutes={"small": 1, "full": 32},
+    plans=PLANS,
 )

@@ -1,48 +1,49 @@
-"""Language models that differ in their mechanism alone, at equal parameters and equal tokens: what claims about one
-mechanism share.
+"""Language models that differ only in their mechanism, at equal parameters and equal tokens.
+
+Claims about one mechanism share this comparison and its rules.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longspan.experiments.claims.base import Figure, Verdict, signed
-from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, held_back, recipe_of
-from longspan.experiments.claims.runs import trained, trained_seconds
+from longspan.experiments.claims.base import Figure, Say, Verdict, signed
+from longspan.experiments.claims.language_modelling import as_trained, bits_of, difference, evaluate_held_out, recipe_of
+from longspan.experiments.claims.runs import train_or_resume, trained_seconds
 from longspan.tasks.base import Documents, heads
 from longspan.train import Interval
 
 EQUAL = 0.02
-"""bits per byte: a model is as good as another where the upper end of the interval of their difference lies below this.
+"""bits per byte: a model is as good as another if the upper end of the interval of their difference is at most this.
 Models that the papers call equal differ by 0.01 to 0.02 in their own tables."""
 LEAD = 0.1
-"""bits per byte: a lead beyond it over a model that sees as much or more says that this one has hardly begun to learn.
-Then a claim holds in part at most. The rule was added when the first results were known; it can only take away."""
-INTERVALS = "95 % intervals by drawing documents anew, the seeds' losses summed"
+"""bits per byte: a larger lead over a model that sees at least as much shows that it has hardly started to learn. Then
+a claim holds at most in part. This rule was added after the first results; it can only weaken a verdict."""
+INTERVALS = "95 % intervals by bootstrap over documents, losses summed over seeds"
 
-Found = dict[str, list[dict[str, Any]]]
-"""of each model a record a seed: its evaluation, `parameters`, `seconds` of training"""
+ModelRecords = dict[str, list[dict[str, Any]]]
+"""Records of each model, one per seed: its evaluation, `parameters`, `seconds` of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """Sizes: training seeds, what is held back, and the fields of `[train]` that all models share."""
+    """Sizes: training seeds, held-out text, and the fields of `[train]` that all models share."""
 
     seeds: int
     head: int
-    """bytes of each held-back document"""
+    """bytes of each held-out document"""
     documents: int = 0
-    """held-back documents, evenly over all; 0: all"""
+    """number of held-out documents, evenly spaced; 0: all"""
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: of the two that are compared, and of others, which are trained with one seed."""
+    """The contest of two models, and names of extra models, which are trained with one seed."""
 
     contest: Contest
-    others: tuple[str, ...] = ()
+    extra_models: tuple[str, ...] = ()
 
 
 def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
@@ -53,12 +54,12 @@ def recipe_with(mixer: Mapping[str, Any], name: str = "full") -> dict[str, Any]:
 
 
 def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """Where a run of a contest lies."""
+    """Folder of a run of a contest."""
     return folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
 
 
 def evenly(documents: Documents, count: int) -> Documents:
-    """So many of the documents, at equal distances; 0, or more than there are: all."""
+    """`count` of the documents, evenly spaced; all of them if `count` is 0 or larger than their number."""
     if not count or count >= len(documents):
         return documents
     chosen = [index * len(documents) // count for index in range(count)]
@@ -69,46 +70,51 @@ def evenly(documents: Documents, count: int) -> Documents:
     )
 
 
-def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Callable[[str], None]) -> Found:
-    """Train and evaluate every model with every seed; a second call goes on from what is in the folder."""
-    found: Found = {name: [] for name in recipes}
+def contest(folder: Path, recipes: Mapping[str, Mapping[str, Any]], plan: Contest, say: Say) -> ModelRecords:
+    """Train and evaluate every model with every seed; a second call resumes from the folder."""
+    models: ModelRecords = {name: [] for name in recipes}
     for seed in range(plan.seeds):
         for name, recipe in recipes.items():
             run = run_folder(folder, name, seed)
-            # what counts is measured afterwards
+            # the loss that counts is measured afterwards
             settings = {"seed": seed, "threads": 1, "eval_every": 0, "final_eval_tokens": 1000, "checkpoint_every": 100}
-            trained({**recipe, "train": {**recipe["train"], **settings, **plan.train}}, run)
-            record = held_back(
+            train_or_resume({**recipe, "train": {**recipe["train"], **settings, **plan.train}}, run)
+            record = evaluate_held_out(
                 run,
                 f"evenly-{plan.documents}x{plan.head}",
                 lambda documents: heads(evenly(documents, plan.documents), plan.head),
                 alone=False,
             )
-            found[name].append({**record, "seconds": trained_seconds([run])})
-            bits, seconds = as_trained(record).bits_per_unit, found[name][-1]["seconds"]
+            models[name].append({**record, "seconds": trained_seconds([run])})
+            bits, seconds = as_trained(record).bits_per_unit, models[name][-1]["seconds"]
             say(f"{name}, seed {seed}: {bits:.3f} bits per byte after {seconds:.0f} s")
-    return found
+    return models
 
 
 def by_layer(looks: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
-    """What was seen of the heads of each layer, one seed after the other."""
-    return [[value for each in looks for value in each[key][index]] for index in range(len(looks[0][key]))]
+    """Values of `key` by layer, the heads of all seeds joined."""
+    return [[value for look in looks for value in look[key][index]] for index in range(len(looks[0][key]))]
 
 
-def differences(found: Found, base: str) -> dict[str, Interval]:
-    """Bits per byte more than `base`, of every other model."""
-    return {name: difference(records, found[base]) for name, records in found.items() if name != base}
+def numbers(values: Sequence[float], digits: int = 0) -> str:
+    """Values as text, with a number of decimal digits."""
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
-def bit_figures(found: Found, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
-    """A line a model: its bits per byte, and how far it is from `base`."""
-    apart = differences(found, base)
+def differences(models: ModelRecords, base: str) -> dict[str, Interval]:
+    """Bits per byte of every other model minus those of `base`."""
+    return {name: difference(records, models[base]) for name, records in models.items() if name != base}
+
+
+def bit_figures(models: ModelRecords, base: str, paper: Mapping[str, str], what: str = "bits per byte") -> list[Figure]:
+    """One line per model: its bits per byte, and the difference to `base`."""
+    apart = differences(models, base)
     figures = []
-    for name, records in found.items():
-        each = [as_trained(record).bits_per_unit for record in records]
+    for name, records in models.items():
+        seed_bits = [as_trained(record).bits_per_unit for record in records]
         ours = f"{bits_of(records):.4f}"
-        if len(each) > 1:
-            ours += f" (seeds {', '.join(f'{value:.4f}' for value in each)})"
+        if len(seed_bits) > 1:
+            ours += f" (seeds {', '.join(f'{value:.4f}' for value in seed_bits)})"
         if name in apart:
             ours += f"; {signed(apart[name])} to {base}"
         figures.append(
@@ -118,42 +124,42 @@ def bit_figures(found: Found, base: str, paper: Mapping[str, str], what: str = "
 
 
 def as_good(lead: Interval) -> str:
-    """Whether a model is as good, in a word: `EQUAL` above, below or within the interval."""
+    """Whether a model is as good, as text: `EQUAL` is above, below or within the interval."""
     return "yes" if lead.high <= EQUAL else "no" if lead.low > EQUAL else "open, the interval is too wide"
 
 
 def verdict_of(met: Sequence[bool], leads: Sequence[Interval]) -> Verdict:
-    """All parts are met, or some, or none; in part at most where a lead is too large to be believed."""
+    """Whether all parts are met, or some, or none; at most in part if a lead is too large to be credible."""
     if all(met) and not any(map(doubtful, leads)):
         return "holds"
     return "holds in part" if any(met) else "does not hold"
 
 
 def doubtful(lead: Interval) -> bool:
-    """Whether a model is better by more than models that are trained to the end differ."""
+    """Whether a lead is larger than differences between fully trained models."""
     return lead.high < -LEAD
 
 
 def caution(lead: Interval, what: str) -> str:
-    """What a note says where a model is far better than `what`, which sees more; else nothing."""
+    """A sentence for the note if a model is far better than `what`, which sees more; else empty."""
     if not doubtful(lead):
         return ""
     return (
-        f" A lead of more than {LEAD} says that {what} has not yet learned in so few steps which keys matter, while "
-        "near ones are a good guess; of models that are trained to the end, as the paper's, it says nothing. So the "
-        "claim holds in part at most (a rule added when the first results were known)."
+        f" A lead of more than {LEAD} shows that {what} has not yet learned in so few steps which keys matter, while "
+        "near ones are a good guess; it says nothing about fully trained models such as the paper's. So the "
+        "claim holds at most in part (a rule added after the first results)."
     )
 
 
-def seeds_note(found: Found) -> str:
-    """What a note says of how far trainings of one model are apart."""
-    each = [[as_trained(record).bits_per_unit for record in records] for records in found.values()]
-    if len(each[0]) == 1:
-        return " One seed, so differences hold for these trainings only."
-    widest = max(max(values) - min(values) for values in each)
+def seeds_note(models: ModelRecords) -> str:
+    """A sentence for the note on differences between seeds of one model."""
+    bits_by_model = [[as_trained(record).bits_per_unit for record in records] for records in models.values()]
+    if len(bits_by_model[0]) == 1:
+        return " One seed, so differences are those of these trainings only."
+    widest = max(max(values) - min(values) for values in bits_by_model)
     return f" Seeds of one model differ by up to {widest:.3f} bits, which the intervals do not cover."
 
 
-def seconds_of(found: Found) -> float:
-    """How long all runs were trained."""
-    return float(sum(record["seconds"] for records in found.values() for record in records))
+def seconds_of(models: ModelRecords) -> float:
+    """Seconds of training of all runs."""
+    return float(sum(record["seconds"] for records in models.values() for record in records))

@@ -1,4 +1,4 @@
-"""`entmax`: whether heads learn their own sparsity, how sparse they become, and what it costs beside the softmax."""
+"""`entmax`: whether heads learn different sparsity, how sparse they become, and loss and time relative to softmax."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     by_layer,
@@ -21,6 +21,7 @@ from longspan.experiments.claims.contest import (
     differences,
     doubtful,
     evenly,
+    numbers,
     recipe_with,
     run_folder,
     seconds_of,
@@ -28,23 +29,23 @@ from longspan.experiments.claims.contest import (
     verdict_of,
 )
 from longspan.experiments.claims.growth import in_turn
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
 from longspan.train import load_run
 from longspan.train.watching import head_supports
 
 SOFTMAX, LEARNED = "softmax", "entmax"
-# rules of the verdict, fixed before anything was trained
+# rules of the verdict, set before any training
 SPREAD = 0.3
-"""of the alphas of a training, from the least to the largest; all could lie in [1, 2]"""
+"""smallest range of the alphas of a training, which lie in [1, 2]"""
 SPARSE = 0.5
-"""of the keys that are seen have a weight, at most"""
+"""largest share of visible keys with a nonzero weight"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: keys that are seen, held-back documents and bytes of each whose weights are counted, the contest."""
+    """Sizes: window, held-out documents and bytes of each whose weights are counted, the contest."""
 
     window: int
     counted: tuple[int, int]
@@ -66,16 +67,13 @@ PLANS: dict[str, Plan] = {
 
 
 def recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The two models; all else is that of `recipes/lm/entmax.toml`."""
-    mixers: dict[str, dict[str, Any]] = {
-        SOFTMAX: {"name": "window"},
-        LEARNED: {"name": "entmax", "alpha_init": 1.5},
-    }
+    """Recipes of the two models, which differ from `recipes/lm/entmax.toml` in their mixer alone."""
+    mixers: dict[str, dict[str, Any]] = {SOFTMAX: {"name": "window"}, LEARNED: {"name": "entmax", "alpha_init": 1.5}}
     return {name: recipe_with({**mixer, "window": plan.window}, "entmax") for name, mixer in mixers.items()}
 
 
-def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
-    """Alphas by layer, and the keys with a weight and those seen of each head, on held-back text."""
+def inspect_heads(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
+    """Alphas by layer, and per head the number of keys with a nonzero weight and of visible keys, on held-out text."""
     models = {name: load_run(run_folder(folder, name, seed)) for name in (SOFTMAX, LEARNED)}
     model, task = models[LEARNED]
     tokens = torch.randint(256, (4, plan.window), generator=torch.Generator().manual_seed(seed))
@@ -84,12 +82,12 @@ def looked_at(folder: Path, plan: Plan, seed: int) -> dict[str, Any]:
     _, supports = head_supports(model, documents, model.cores(), chunk=256)
     return {
         "alpha": [core.alpha.tolist() for core in model.cores()],
-        "sizes": [each.sizes for each in supports],
-        "shares": [each.shares for each in supports],
-        "kept": sum(float(each.kept.sum()) for each in supports),
-        "seen": sum(float(each.seen.sum()) for each in supports),
+        "sizes": [support.sizes for support in supports],
+        "shares": [support.shares for support in supports],
+        "kept": sum(float(support.kept.sum()) for support in supports),
+        "seen": sum(float(support.seen.sum()) for support in supports),
         "tokens": supports[0].queries,
-        "seconds": in_turn({name: _training(each, tokens) for name, (each, _) in models.items()}, 3),
+        "seconds": in_turn({name: _training(variant, tokens) for name, (variant, _) in models.items()}, 3),
     }
 
 
@@ -97,55 +95,47 @@ def _training(model: Any, tokens: torch.Tensor) -> Callable[[], object]:
     return lambda: model(tokens)[0].sum().backward()
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train both, then measure; a second call goes on from what is in the folder."""
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train both models, then measure; a second call resumes from the folder."""
     models = contest(folder, recipes(plan), plan.contest, say)
     looks = []
     for seed in range(plan.contest.seeds):
-        looks.append(kept(folder / f"support-{seed}.json", partial(looked_at, folder, plan, seed)))
-        say(f"seed {seed}, alphas: " + "; ".join(_numbers(layer) for layer in looks[-1]["alpha"]))
+        looks.append(measure_once(folder / f"support-{seed}.json", partial(inspect_heads, folder, plan, seed)))
+        say(f"seed {seed}, alphas: " + "; ".join(numbers(layer, 2) for layer in looks[-1]["alpha"]))
     return outcome({"models": models, "looks": looks}, plan)
 
 
-def _numbers(values: list[float], digits: int = 2) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
-
-
-def _figures(models: Found, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
+def _figures(models: ModelRecords, looks: list[dict[str, Any]], spreads: list[float], share: float) -> list[Figure]:
     alphas, sizes = by_layer(looks, "alpha"), by_layer(looks, "sizes")
-    times = [each["seconds"][LEARNED] / each["seconds"][SOFTMAX] for each in looks]
+    times = [look["seconds"][LEARNED] / look["seconds"][SOFTMAX] for look in looks]
     return [
         *bit_figures(models, SOFTMAX, {LEARNED: "as good: 26.93 BLEU against 26.02 (EN-DE)"}),
         *(
-            Figure(f"alphas of layer {index + 1}", "spread over (1, 2), by head" if not index else "", _numbers(layer))
+            Figure(f"alphas of layer {index + 1}", "spread over (1, 2)" if not index else "", numbers(layer, 2))
             for index, layer in enumerate(alphas)
         ),
         *(
-            Figure(f"keys with a weight of layer {index + 1}, a query", "", _numbers(layer, 1))
+            Figure(f"keys with a nonzero weight per query, layer {index + 1}", "", numbers(layer, 1))
             for index, layer in enumerate(sizes)
         ),
-        Figure("from the least to the largest alpha, each seed", "about 1", _numbers(spreads)),
-        Figure("share of the keys seen that have a weight", "well below 1", f"{share:.1%}"),
+        Figure("range of the alphas, per seed", "about 1", numbers(spreads, 2)),
+        Figure("share of visible keys with a nonzero weight", "well below 1", f"{share:.1%}"),
         Figure(
-            "time forward and backward, beside softmax",
+            "time forward and backward, relative to softmax",
             "1.33 (75 % of the throughput)",
-            f"{_numbers(times)} times (CPU time, one thread, in turn)",
+            f"{numbers(times, 2)} times (CPU time, one thread, alternating)",
         ),
     ]
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
-    models, looks = found["models"], found["looks"]
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    models, looks = measured["models"], measured["looks"]
     spreads = []
-    for each in looks:
-        values = [value for layer in each["alpha"] for value in layer]
+    for look in looks:
+        values = [value for layer in look["alpha"] for value in layer]
         spreads.append(max(values) - min(values))
-    share = sum(each["kept"] for each in looks) / sum(each["seen"] for each in looks)
+    share = sum(look["kept"] for look in looks) / sum(look["seen"] for look in looks)
     apart = differences(models, SOFTMAX)[LEARNED]
     good, differ, sparse = apart.high <= EQUAL, min(spreads) >= SPREAD, share <= SPARSE
     met = (good, differ, sparse)
@@ -154,18 +144,22 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
         verdict=verdict_of(met, [apart]),
         figures=_figures(models, looks, spreads, share),
         size=f"4 layers of 128 with 4 heads, windows of {plan.window} keys, bytes of State of the Union speeches, "
-        f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with what came "
-        f"before carried on, {plan.contest.seeds} seed(s), alphas from 1.5; held back: the first "
+        f"{settings['steps']:,} steps of {settings['lanes']} x {settings['segment_length']} bytes with carried "
+        f"states, {plan.contest.seeds} seed(s), alphas from 1.5; held out: the first "
         f"{plan.contest.head:,} bytes of {len(models[SOFTMAX][0]['names'])} speeches; {INTERVALS}; weights counted on "
         f"{looks[0]['tokens']:,} bytes",
         note=f"As good as softmax (the upper end of the interval at most {EQUAL} bits per byte): "
-        f"{as_good(apart)}, {signed(apart)}. Alphas at least {SPREAD} apart in every training: "
-        f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the keys seen have a weight: "
+        f"{as_good(apart)}, {signed(apart)}. A range of alphas of at least {SPREAD} in every training: "
+        f"{'yes' if differ else 'no'}. At most {SPARSE:.0%} of the visible keys have a nonzero weight: "
         f"{'yes' if sparse else 'no'}. "
-        "The paper's models translate; these predict bytes, are small and briefly trained."
+        "The paper's models translate; these predict bytes, are small and trained briefly."
         + seeds_note(models)
-        + (" A lead so early says how fast a model begins, not where it ends." if doubtful(apart) else ""),
-        data=dict(found),
+        + (
+            " So early, a lead shows how fast a model starts to learn, not how good it becomes."
+            if doubtful(apart)
+            else ""
+        ),
+        data=dict(measured),
         pictures=[
             head_figure(
                 "entmax",
@@ -182,8 +176,9 @@ ENTMAX = Claim(
     name="entmax",
     system="Adaptively Sparse Transformer",
     source="Correia et al. 2019, sections 4 and 5, table 1 and figures 2 and 3",
-    text="Heads learn how sparse they are, each its own alpha between softmax and sparsemax, give most keys no weight "
-    "at all, and the model is as good as with the softmax.",
-    run=_run,
+    text="Every head learns its own alpha between softmax and sparsemax and gives most keys a weight of zero, and the "
+    "model is as good as with softmax.",
+    measure=measure,
     minutes={"small": 0.4, "full": 6},
+    plans=PLANS,
 )

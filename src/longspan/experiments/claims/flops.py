@@ -1,16 +1,16 @@
-"""`rmt-flops`: how many times fewer FLOPs recurrent memory needs."""
+"""`rmt-flops`: the factor by which recurrent memory saves FLOPs."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from longspan.cost import OPT, recurrent_ratio
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.report.figures import Series, line_figure, picture
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.figures import picture_of
+from longspan.report.figures import Series, line_figure
 
 _PAPER = {"125M": 295, "175B": 29}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: None, say: Say) -> Outcome:
     counts = [4**power for power in range(7)]
     ratios = {name: [recurrent_ratio(shape, segments=count) for count in counts] for name, shape in OPT.items()}
     figures = [
@@ -22,18 +22,16 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         for name, ratio in ratios.items()
     ]
     series = [Series(x=counts, y=ratio, label=f"OPT-{name}", kind="marked") for name, ratio in ratios.items()]
-    drawn = picture(
+    drawn = picture_of(
+        line_figure,
         "rmt-flops",
-        lambda theme: line_figure(
-            series,
-            xlabel="segments of 512 tokens",
-            ylabel="times fewer FLOPs than the whole text at once",
-            xscale="log2",
-            yscale="log",
-            xticks=counts,
-            theme=theme,
-        ),
-        alt="How many times fewer FLOPs recurrent memory needs, against the number of segments, for five sizes of OPT.",
+        series,
+        xlabel="segments of 512 tokens",
+        ylabel="times fewer FLOPs than attention over the whole text",
+        xscale="log2",
+        yscale="log",
+        xticks=counts,
+        alt="Factor of saved FLOPs against the number of segments, for five sizes of OPT.",
     )
     holds = all(round(ratios[name][-1]) == value for name, value in _PAPER.items())
     return Outcome(
@@ -51,6 +49,6 @@ RMT_FLOPS = Claim(
     source="Bulatov et al. 2023, figure 2 and section 4",
     text="Over 4,096 segments recurrent memory needs up to 295 times fewer FLOPs than the same model needs for the "
     "whole text.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.1, "full": 0.1},
 )

@@ -1,52 +1,59 @@
-"""`rmt-grid`: how far a model answers, given how many segments it was trained on."""
+"""`rmt-grid`: accuracy by the number of segments in training and at evaluation."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import ask_once, train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.experiments.figures import heat_figure
-from longspan.report.figures import picture
+from longspan.experiments.figures import heat_figure, picture_of
 
-_PLANS: dict[str, tuple[int, tuple[int, ...], tuple[tuple[int, int], ...]]] = {
-    "small": (250, (1, 2, 4), ((1, 32), (4, 32), (16, 32))),
-    "full": (450, (1, 2, 3, 4, 5, 6, 7), ((1, 64), (2, 64), (4, 64), (7, 64), (16, 64), (64, 32), (256, 32))),
+
+class Plan(NamedTuple):
+    """Steps of each training, most segments of each training, and (segments, samples) of each evaluation."""
+
+    steps: int
+    trained: tuple[int, ...]
+    evaluations: tuple[tuple[int, int], ...]
+
+
+PLANS = {
+    "small": Plan(250, (1, 2, 4), ((1, 32), (4, 32), (16, 32))),
+    "full": Plan(450, (1, 2, 3, 4, 5, 6, 7), ((1, 64), (2, 64), (4, 64), (7, 64), (16, 64), (64, 32), (256, 32))),
 }
-"""Steps of each training, most segments of each training, and (segments, samples) of each evaluation."""
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    steps, trained, asked = _PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    steps, trained, evaluations = plan
     rows: dict[int, list[dict[str, Any]]] = {}
     for most in trained:
         run = folder / f"detect-up-to-{most}"
         train_once(run, "detect", 0, steps, f"train.max_segments={most}", f"train.first_segments={min(2, most)}")
-        rows[most] = [ask_once(run, "detect", segments, count, 0) for segments, count in asked]
+        rows[most] = [ask_once(run, "detect", segments, count, 0) for segments, count in evaluations]
         say(f"trained on {most}: " + ", ".join(f"{row['k']} of {row['n']} at {row['segments']}" for row in rows[most]))
     figures = [
         Figure(
             f"detect, trained on at most {most}",
             "near perfect at twice the length" if most >= 5 else "",
-            "; ".join(f"{row['segments']:,}: {row['k']} of {row['n']}" for row in found),
+            "; ".join(f"{row['segments']:,}: {row['k']} of {row['n']}" for row in records),
         )
-        for most, found in rows.items()
+        for most, records in rows.items()
     ]
-    drawn = picture(
+    drawn = picture_of(
+        heat_figure,
         "rmt-grid",
-        lambda theme: heat_figure(
-            [[row["accuracy"] for row in found] for found in rows.values()],
-            rows=[str(most) for most in rows],
-            columns=[f"{segments:,}" for segments, _ in asked],
-            xlabel="segments when asked",
-            ylabel="most segments in training",
-            theme=theme,
-        ),
-        alt="Share of right answers by segments in training and when asked.",
+        [[row["accuracy"] for row in records] for records in rows.values()],
+        rows=[str(most) for most in rows],
+        columns=[f"{segments:,}" for segments, _ in evaluations],
+        xlabel="segments at evaluation",
+        ylabel="most segments in training",
+        alt="Accuracy by segments in training and at evaluation.",
     )
     far = [
-        row["accuracy"] for most, found in rows.items() for row in found if most >= 5 and row["segments"] <= 2 * most
+        row["accuracy"]
+        for most, records in rows.items()
+        for row in records
+        if most >= 5 and row["segments"] <= 2 * most
     ]
     one = [row["accuracy"] for row in rows.get(1, []) if row["segments"] > 1]
     good = all(value >= 0.95 for value in far)
@@ -54,14 +61,14 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         verdict="holds" if good and far else "holds in part",
         figures=figures,
         size=f"the model of `rmt`, {steps} steps of training each, one seed; n as shown",
-        note=f"Trained on one segment alone nothing is ever written, so it answers longer texts at {min(one):.0%} to "
-        f"{max(one):.0%}, as in the paper."
+        note="A model trained on one segment never learns to write memory; its accuracy on longer texts is "
+        f"{min(one):.0%} to {max(one):.0%}, as in the paper."
         if one
         else "",
-        data={str(most): found for most, found in rows.items()},
+        data={str(most): records for most, records in rows.items()},
         pictures=[drawn],
         seconds=trained_seconds([folder / f"detect-up-to-{most}" for most in trained])
-        + sum(row["seconds"] for found in rows.values() for row in found),
+        + sum(row["seconds"] for records in rows.values() for row in records),
     )
 
 
@@ -69,8 +76,9 @@ RMT_GRID = Claim(
     name="rmt-grid",
     system="Recurrent Memory Transformer",
     source="Bulatov et al. 2023, figure 4",
-    text="The more segments in training, the farther a model answers; from five on it is near perfect at twice the "
-    "length.",
-    run=_run,
+    text="More segments in training extend the range of correct answers; with five or more it is near perfect at twice "
+    "the length.",
+    measure=_measure,
     minutes={"small": 6, "full": 35},
+    plans=PLANS,
 )

@@ -1,4 +1,4 @@
-"""How time and memory of operations grow with the length, measured: powers of the length on logarithmic axes."""
+"""Measured growth of time and memory with the length, as powers of the length."""
 
 import multiprocessing
 import statistics
@@ -10,17 +10,18 @@ import numpy as np
 import torch
 
 from longspan.errors import UnsupportedError
+from longspan.experiments.figures import picture_of
 from longspan.process import forget_peak, highest_bytes, resident_bytes
 from longspan.process import peak_bytes as process_peak
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure, picture
+from longspan.report.figures import Series, line_figure
 
 Step = Callable[[], object]
 
 
 def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
-    """CPU seconds of each way on one thread, the median of some rounds, A B A B; one round before does not count."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Median CPU seconds of each way on one thread, timed alternately (A B A B) after a warm-up round."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,62 +30,60 @@ def in_turn(ways: Mapping[str, Step], rounds: int) -> dict[str, float]:
                 started = time.process_time()
                 way()
                 if number:
-                    found[name].append(time.process_time() - started)
+                    times[name].append(time.process_time() - started)
     finally:
         torch.set_num_threads(threads)
-    return {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def power(values: Mapping[int, float]) -> float:
-    """The exponent of the length in values by length: the slope on logarithmic axes, by least squares."""
+    """Exponent of the growth with the length: the least-squares slope on logarithmic axes."""
     lengths = np.log(list(values))
     return float(np.polyfit(lengths, np.log([values[length] for length in values]), 1)[0])
 
 
-def peak_bytes(prepare: Callable[..., Step], *given: Any) -> int:
-    """Most memory that one step takes above what stood before, in a process of its own.
+def peak_bytes(prepare: Callable[..., Step], *arguments: Any) -> int:
+    """Peak bytes of one step above those before it, in a process of its own.
 
     Args:
-        prepare: a function of a module, which makes inputs, warms up what is loaded once, and returns the step.
-        given: its arguments, plain data.
+        prepare: a module-level function that makes the inputs, warms up, and returns the step.
+        arguments: its arguments, plain data.
     """
-    # a process forked from one that has nothing but imports: it starts at once, and its peak is its own
+    # a fork of a process with only imports: it starts at once, and its peak is its own
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([prepare.__module__])
     with context.Pool(1) as pool:
-        return pool.apply(_peak, (prepare, given))
+        return pool.apply(_peak, (prepare, arguments))
 
 
-def _peak(prepare: Callable[..., Step], given: Sequence[Any]) -> int:
+def _peak(prepare: Callable[..., Step], arguments: Sequence[Any]) -> int:
     torch.set_num_threads(1)
-    step = prepare(*given)
+    step = prepare(*arguments)
     now, most = (resident_bytes, process_peak) if forget_peak() else (highest_bytes, highest_bytes)
     before = now()
     step()
     after = most()
     if before is None or after is None:
-        raise UnsupportedError("this system does not say how much memory a process holds")
+        raise UnsupportedError("the memory of a process is unknown on this system")
     return max(after - before, 1)
 
 
-def growth_picture(name: str, found: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
-    """Values of each way against the length, both logarithmic."""
-    lengths = sorted({length for values in found.values() for length in values})
-    return picture(
+def growth_picture(name: str, values_by_way: Mapping[str, Mapping[int, float]], *, ylabel: str, alt: str) -> Picture:
+    """Plot values of each way against the length, both axes logarithmic."""
+    lengths = sorted({length for values in values_by_way.values() for length in values})
+    return picture_of(
+        line_figure,
         name,
-        lambda theme: line_figure(
-            [
-                Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
-                for way, values in found.items()
-            ],
-            xlabel="length n",
-            ylabel=ylabel,
-            xscale="log2",
-            yscale="log",
-            xticks=lengths,
-            theme=theme,
-        ),
+        [
+            Series(x=list(values), y=list(values.values()), label=f"{way}: n^{power(values):.2f}", kind="marked")
+            for way, values in values_by_way.items()
+        ],
+        xlabel="length n",
+        ylabel=ylabel,
+        xscale="log2",
+        yscale="log",
+        xticks=lengths,
         alt=alt,
     )

@@ -1,6 +1,5 @@
-"""`infini-memory`: how much each system carries."""
+"""`infini-memory`: size of the memory of each system."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 
 from longspan import mixers
 from longspan import state as states
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.memory_settings import MemorySetting
 
 _PRINTED = {"transformer_xl": "50M", "memorizing": "183M", "recurrent_memory": "2.5M", "infini": "1.6M"}
@@ -16,7 +15,7 @@ _EXACT = {"transformer_xl": 50_331_648, "memorizing": 183_451_648, "recurrent_me
 
 
 @torch.no_grad()
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: None, say: Say) -> Outcome:
     setting = MemorySetting()
     counts = {name: getattr(setting, name)() for name in _PRINTED}
     figures = [Figure(f"numbers carried, {name}", _PRINTED[name], f"{count:,}") for name, count in counts.items()]
@@ -42,8 +41,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         verdict="holds" if exact else "does not hold",
         figures=figures,
         size="12 layers, 8 heads of 128, segments of 2,048, 100 memory tokens, 65,000 memories; one layer here",
-        note="The memory itself is what the table counts. A stream also carries the keys and values of the open "
-        "segment, which are most of the bytes measured here for infini.",
+        note="The table counts the memory only. The state of a stream also holds keys and values of the open segment, "
+        "which are most of the bytes measured here for infini.",
         data={"numbers": counts, "bytes": measured},
     )
 
@@ -54,6 +53,6 @@ INFINI_MEMORY = Claim(
     source="Munkhdalai et al. 2024, table 1 and section 3",
     text="The compressive memory is 114 times smaller than that of a Memorizing Transformer, and the smallest of all "
     "systems compared.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.2, "full": 0.2},
 )

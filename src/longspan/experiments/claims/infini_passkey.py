@@ -1,20 +1,19 @@
-"""`infini-passkey`: trained on at most 5,000 tokens, a number is found again in a million."""
+"""`infini-passkey`: trained on at most 5,000 tokens, retrieves a number from a million."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from longspan.config import override, read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train import evaluate_depths, find_recipe, load_run, wilson
+from longspan.train import evaluate_depths, load_run, wilson
 
-# the recipe as it stands, and what differs from it
+# the recipe unchanged, and fields that differ from it; names are keys of saved records
 MAIN = "linear update, paper's normaliser"
 VARIANTS: dict[str, tuple[str, ...]] = {
     MAIN: (),
@@ -31,20 +30,20 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Variants (how many of them, from the first on), steps of each training, and (length, depths, samples of each)."""
+    """Number of variants, steps of each training, and (length, depths, samples per depth) of each evaluation."""
 
     variants: int
     steps: int
-    asked: tuple[tuple[int, tuple[int, ...], int], ...]
+    evaluations: tuple[tuple[int, tuple[int, ...], int], ...]
 
 
 FEW = (0, 25, 50, 75, 100)
 PLANS: dict[str, Plan] = {
-    "small": Plan(variants=1, steps=3000, asked=((5_000, DEPTHS, 1), (32_768, FEW, 2), (131_072, FEW, 1))),
+    "small": Plan(variants=1, steps=3000, evaluations=((5_000, DEPTHS, 1), (32_768, FEW, 2), (131_072, FEW, 1))),
     "full": Plan(
         variants=len(VARIANTS),
         steps=4000,
-        asked=(
+        evaluations=(
             (5_000, DEPTHS, 4),
             (32_768, DEPTHS, 4),
             (131_072, DEPTHS, 2),
@@ -57,107 +56,103 @@ GOALS = {5_000: 0.95, 32_768: 0.95}
 
 
 def train_once(folder: Path, steps: int, *assignments: str) -> None:
-    """A run of the recipe, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("infini-passkey.toml"))
-    for assignment in (f"train.steps={steps}", *assignments):
-        recipe = override(recipe, assignment)
-    trained(recipe, folder)
+    """Run the recipe, or resume it."""
+    train_or_resume(read_recipe("infini-passkey", f"train.steps={steps}", *assignments), folder)
 
 
 def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> dict[str, Any]:
-    """What a run finds at one length, from the file of an earlier evaluation where there is one."""
+    """Accuracy of a run at one length, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
         config = dataclasses.replace(cast(PasskeyTask, task).config, length=length)
         return evaluate_depths(model, PasskeyTask(config), depths=depths, count=count).record()
 
-    return kept(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
+    return measure_once(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
-    found: dict[str, list[dict[str, Any]]] = {}
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    by_variant: dict[str, list[dict[str, Any]]] = {}
     names = list(VARIANTS)[: plan.variants]
     folders = {name: folder / f"variant-{list(VARIANTS).index(name)}" for name in names}
     for name in names:
         train_once(folders[name], plan.steps, *VARIANTS[name])
         say(f"{name}: trained")
-        for length, depths, count in plan.asked:
+        for length, depths, count in plan.evaluations:
             record = ask_once(folders[name], length, depths, count)
-            found.setdefault(name, []).append(record)
+            by_variant.setdefault(name, []).append(record)
             say(f"{name}: {record['k']} of {record['n']} at {length:,} tokens")
     seconds = trained_seconds(folders.values())
-    return _outcome(found, plan, seconds + sum(each["seconds"] for records in found.values() for each in records))
+    return _outcome(
+        by_variant, plan, seconds + sum(record["seconds"] for records in by_variant.values() for record in records)
+    )
 
 
-def _outcome(found: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
+def _outcome(by_variant: dict[str, list[dict[str, Any]]], plan: Plan, seconds: float) -> Outcome:
     figures = []
-    for name, records in found.items():
-        for each in records:
-            low, high = wilson(each["k"], each["n"])[1:]
+    for name, records in by_variant.items():
+        for record in records:
+            low, high = wilson(record["k"], record["n"])[1:]
             figures.append(
                 Figure(
-                    f"{name}: {each['length']:,} tokens",
-                    _paper(name, each["length"]),
-                    f"{each['k']} of {each['n']} [{low:.2f}, {high:.2f}], {len(each['by_depth'])} depths",
+                    f"{name}: {record['length']:,} tokens",
+                    _paper(name, record["length"]),
+                    f"{record['k']} of {record['n']} [{low:.2f}, {high:.2f}], {len(record['by_depth'])} depths",
                 )
             )
-    main = found[MAIN]
-    sizes = sorted({each["state_bytes"] for each in main})
+    main = by_variant[MAIN]
+    sizes = sorted({record["state_bytes"] for record in main})
     figures.append(
-        Figure("bytes of the state", "constant", f"{', '.join(f'{each:,}' for each in sizes)} at every length")
+        Figure("bytes of the state", "constant", f"{', '.join(f'{size:,}' for size in sizes)} at every length")
     )
-    perfect = all(each["k"] == each["n"] for each in main)
-    enough = all(each["k"] >= GOALS.get(each["length"], 0) * each["n"] for each in main)
+    perfect = all(record["k"] == record["n"] for record in main)
+    enough = all(record["k"] >= GOALS.get(record["length"], 0) * record["n"] for record in main)
     return Outcome(
         verdict="holds" if perfect and len(sizes) == 1 else "holds in part" if enough else "does not hold",
         figures=figures,
-        size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from nothing; "
+        size="2 layers of 64 (a window of 16, then infini with segments of 128), 4 heads of 16, bytes, from scratch; "
         f"texts of at most 5,000 tokens, {plan.steps:,} steps of 4,096 tokens, one seed; answers of five digits, "
         "generated greedily, counted where they contain the number; 95 % intervals (Wilson)",
-        note="'Made heavier': in training, the memory begins as if two segments of filler had been read up to 8,000 "
-        "times, which for a memory that only adds is that memory times the factor. The paper's model knew language "
-        "before it was tuned for 400 steps; ours begins from nothing, with numbers that are told several times over.",
-        data=found,
-        pictures=[_picture(found)],
+        note="'Made heavier': training starts with the memory of two segments of filler, multiplied by up to 8,000, as "
+        "if they had been read that often. The paper's model was pretrained before its 400 steps of fine-tuning; "
+        "ours is trained from scratch, on texts that repeat the number several times.",
+        data=by_variant,
+        pictures=[_picture(by_variant)],
         seconds=seconds,
     )
 
 
 def _paper(name: str, length: int) -> str:
-    """Of its table 3, fine-tuned, start / middle / end."""
+    """Accuracy in the paper's table 3, fine-tuned, start / middle / end."""
     if name == MAIN:
         return {131_072: "100/100/100", 524_288: "97/99/100", 1_048_576: "96/94/100"}.get(length, "100/100/100")
     return "100/100/99 to 100/100/100" if name == "delta update, paper's normaliser" else ""
 
 
-def _picture(found: dict[str, list[dict[str, Any]]]) -> Picture:
+def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
     series = [
         Series(
-            x=[each["length"] for each in records],
-            y=[each["k"] / each["n"] for each in records],
-            # intervals of six lines would be a blot; the table has them
-            low=[wilson(each["k"], each["n"])[1] for each in records] if name == MAIN else None,
-            high=[wilson(each["k"], each["n"])[2] for each in records] if name == MAIN else None,
+            x=[record["length"] for record in records],
+            y=[record["k"] / record["n"] for record in records],
+            # intervals of six lines would overlap; the table has them
+            low=[wilson(record["k"], record["n"])[1] for record in records] if name == MAIN else None,
+            high=[wilson(record["k"], record["n"])[2] for record in records] if name == MAIN else None,
             label=name,
             kind="marked",
         )
-        for name, records in found.items()
+        for name, records in by_variant.items()
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "infini-passkey",
-        lambda theme: line_figure(
-            series,
-            xlabel="tokens of the text",
-            ylabel="share of numbers found",
-            marks=[Mark(5_000, "trained up to here")],
-            xscale="log2",
-            xticks=[each["length"] for each in next(iter(found.values()))],
-            ylim=(0, 1.16),
-            theme=theme,
-        ),
-        alt="Share of pass keys found against the length of the text, by update and normaliser.",
+        series,
+        xlabel="tokens of the text",
+        ylabel="share of pass keys retrieved",
+        marks=[Mark(5_000, "longest in training")],
+        xscale="log2",
+        xticks=[record["length"] for record in next(iter(by_variant.values()))],
+        ylim=(0, 1.16),
+        alt="Share of pass keys retrieved against the length of the text, by update and normaliser.",
     )
 
 
@@ -166,6 +161,7 @@ INFINI_PASSKEY = Claim(
     system="Infini-attention",
     source="Munkhdalai et al. 2024, section 3.2 and table 3",
     text="Trained on texts of 5 K tokens, a pass key is retrieved from texts of up to a million, at any depth.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 8, "full": 60},
+    plans=PLANS,
 )

@@ -1,4 +1,4 @@
-"""`infini-pretrained`: a pretrained model with compressive memory reads far past the positions it was trained for."""
+"""`infini-pretrained`: a pretrained model with compressive memory reads far beyond the positions of its training."""
 
 import math
 import time
@@ -11,27 +11,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.process import resident_bytes
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
 from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
 from longspan.tasks.text import TextTask
-from longspan.train import find_recipe, load_run
+from longspan.train import load_run
 
 POSITIONS = 8192
-"""that the original was trained for"""
-# nats per token by which the last part of the text may cost more than without memory, and still be called flat
+"""positions that the original was trained for"""
+# nats per token: the last part of the text may cost this much more than without memory and still count as flat
 SLACK = 0.02
 GROWTH = 1.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: tokens of a segment, steps of training, tokens read by each model, bytes and number of pass-key texts."""
+    """Sizes: tokens per segment, training steps, tokens read by each model, bytes and number of pass-key texts."""
 
     segment: int
     steps: int
@@ -61,35 +61,35 @@ PLANS: dict[str, Plan] = {
 
 
 def held_back(tokenizer: Any, count: int) -> torch.Tensor:
-    """(count,) token ids: held-back speeches, one after the other."""
-    found: list[int] = []
+    """(count,) token ids of held-out speeches, concatenated."""
+    token_ids: list[int] = []
     for _, data in TextTask().texts("validation"):
-        found += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
-        if len(found) >= count:
+        token_ids += tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
+        if len(token_ids) >= count:
             break
-    return torch.tensor(found[:count])
+    return torch.tensor(token_ids[:count])
 
 
 def read_in_parts(tokens: torch.Tensor, part: int, chunk: int, read: Callable[[torch.Tensor], float]) -> dict[str, Any]:
     """Mean nats, CPU seconds and resident bytes of each part of a text; `read` gives the mean nats of a chunk."""
-    found: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
-    for place in tokens.split(part):
+    record: dict[str, Any] = {"part": part, "nats": [], "seconds": [], "resident": []}
+    for span in tokens.split(part):
         started = time.process_time()
-        nats = sum(read(piece) * len(piece) for piece in place.split(chunk))
-        found["nats"].append(nats / part)
-        found["seconds"].append(time.process_time() - started)
-        found["resident"].append(resident_bytes())
-    return found
+        nats = sum(read(piece) * len(piece) for piece in span.split(chunk))
+        record["nats"].append(nats / part)
+        record["seconds"].append(time.process_time() - started)
+        record["resident"].append(resident_bytes())
+    return record
 
 
 def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: bool = True) -> dict[str, Any]:
-    """A text through a session; without memory every segment starts anew."""
+    """Read a text through a session; without memory the session is reset at every segment."""
     session = StreamSession(model)
 
     def nats_of(piece: torch.Tensor) -> float:
         if not memory:
             session.reset()
-        # the first token of a stream is predicted from nothing, which is not what is measured
+        # the first token of a stream has no context, so it does not count
         fresh = int(session.position == 0)
         return float(session.feed(piece, losses=True).cpu().double()[fresh:].mean())
 
@@ -98,7 +98,7 @@ def read(model: Any, tokens: torch.Tensor, part: int, segment: int, *, memory: b
 
 @torch.no_grad()
 def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> dict[str, Any]:
-    """The same of the original, which keeps every key."""
+    """The same for the original model, which caches every key."""
     from transformers import DynamicCache
 
     from longspan.hf.cache import CACHE
@@ -116,14 +116,14 @@ def read_original(model: Any, tokens: torch.Tensor, part: int, chunk: int) -> di
 
 
 def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
-    """How many pass keys are said again, told so early that local attention has long forgotten them."""
+    """Number of pass keys retrieved; they come so early that they are out of reach of local attention."""
     task = PasskeyTask(PasskeyConfig(length=plan.passkey_bytes, samples=plan.passkeys))
     depths = [round(60 * index / max(plan.passkeys - 1, 1)) for index in range(plan.passkeys)]
     right = []
     for index, depth in enumerate(depths):
         parts = task.parts(np.random.default_rng([7, index]), "validation")
-        place = parts.place(depth)
-        text = parts.head + parts.filler[:place] + parts.told + parts.filler[place:] + parts.asked
+        offset = parts.place(depth)
+        text = parts.head + parts.filler[:offset] + parts.told + parts.filler[offset:] + parts.asked
         session = StreamSession(model)
         session.feed(tokenizer(text.decode().rstrip(), add_special_tokens=False).input_ids)
         said = tokenizer.decode(session.generate(12, temperature=0))
@@ -131,35 +131,35 @@ def find_keys(model: Any, tokenizer: Any, plan: Plan) -> dict[str, Any]:
     return {"k": sum(right), "n": len(right), "depths": depths}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     from longspan.experiments.bundled_models import open_smollm
 
-    return measure(folder, PLANS[size], open_smollm, say)
+    return measure(folder, plan, open_smollm, say)
 
 
-def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Callable[[str], None]) -> Outcome:
-    """Convert, train, and read; everything is kept in the folder, so that a second call goes on."""
+def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Say) -> Outcome:
+    """Convert, train, and read; a second call resumes from the folder."""
     from longspan import hf
     from longspan.hf.decoder import load_converted
 
     endless, run = folder / "endless", folder / "run"
     if not (endless / "config.json").exists():
         opened = open_original()
-        # a short run: at the default rate of 0.01 gates would hardly move from -4
+        # the run is short: at the default rate of 0.01 gates would hardly move from -4
         hf.convert(opened.model, "infini", segment=plan.segment, gate_lr=0.1)
         opened.model.save_pretrained(endless)
         opened.tokenizer.save_pretrained(endless)
-    recipe = read_toml(find_recipe("pretrained.toml"))
+    settings = {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
+    recipe = read_recipe("pretrained", **settings)
     recipe["model"]["source"] = str(endless)
-    recipe["train"] |= {"steps": plan.steps, "segment_length": plan.segment, "lanes": 1, "final_eval_tokens": 1000}
-    trained(recipe, run)
+    train_or_resume(recipe, run)
     say("trained")
     tokenizer = load_converted(endless).tokenizer
     text = held_back(tokenizer, plan.tokens)
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
 
     def ask(name: str, what: Callable[[], dict[str, Any]]) -> None:
-        found[name] = kept(folder / f"{name}.json", what)
+        measured[name] = measure_once(folder / f"{name}.json", what)
         say(f"{name}: done")
 
     part, segment = plan.part, plan.segment
@@ -169,41 +169,41 @@ def measure(folder: Path, plan: Plan, open_original: Callable[[], Any], say: Cal
     ask("original", lambda: read_original(open_original().model, text[: plan.original], part, segment))
     ask("keys", lambda: find_keys(load_run(run)[0], tokenizer, plan))
     ask("keys_untrained", lambda: find_keys(load_converted(endless).model, tokenizer, plan))
-    return outcome(found, plan, trained_seconds([run]))
+    return outcome(measured, plan, trained_seconds([run]))
 
 
 def growth(record: dict[str, Any], plan: Plan) -> float:
-    """Largest resident memory, after the first eighth of a text over that within it."""
+    """Peak resident memory after the first eighth of a text, divided by that within it."""
     first = max(plan.tokens // 8 // record["part"], 1)
     resident = [value or 0 for value in record["resident"]]
     return float(max(resident[first:]) / max(*resident[:first], 1))
 
 
 def _span(record: dict[str, Any], first: int, last: int) -> float:
-    """Mean nats of the tokens `first` to `last`; NaN where they were not read."""
+    """Mean nats of the tokens `first` to `last`; NaN if they were not read."""
     part = record["part"]
     values = record["nats"][first // part : last // part]
     return float(np.mean(values)) if len(values) == (last - first) // part else math.nan
 
 
-def _perplexities(found: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
-    """Perplexity by how much was read, in spans that double; the last span."""
+def _perplexities(measured: dict[str, Any], plan: Plan) -> tuple[list[Figure], tuple[int, int]]:
+    """Perplexity by position, in spans of doubling length; also the last span."""
     spans = [(0, 2 * plan.part)]
     while spans[-1][1] < plan.tokens:
         spans.append((spans[-1][1], spans[-1][1] * 2))
     names = {"tuned": "converted, trained", "local": "no memory", "untrained": "untrained", "original": "original"}
     figures = []
     for first, last in spans:
-        values = {label: _span(found[name], first, last) for name, label in names.items()}
+        values = {label: _span(measured[name], first, last) for name, label in names.items()}
         said = ", ".join(f"{label} {math.exp(value):.2f}" for label, value in values.items() if not math.isnan(value))
         figures.append(Figure(f"perplexity of tokens {first:,} to {last:,}", "", said))
     return figures, spans[-1]
 
 
-def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
-    """What was found, beside what the paper says."""
-    figures, (first, last) = _perplexities(found, plan)
-    tuned, original = found["tuned"], found["original"]
+def outcome(measured: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    figures, (first, last) = _perplexities(measured, plan)
+    tuned, original = measured["tuned"], measured["original"]
     grown, speed = growth(tuned, plan), tuned["seconds"]
     eighth = max(len(speed) // 8, 1)
     slower = float(np.mean(speed[-eighth:]) / np.mean(speed[eighth : 2 * eighth]))
@@ -217,50 +217,50 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float) -> Outcome:
         Figure("resident memory after the first eighth of the text", "constant", f"{grown - 1:+.1%} at most"),
         Figure("CPU time per token, last eighth over second", "constant", f"{slower:.2f}"),
         Figure(
-            f"pass keys found, {plan.passkey_bytes:,} bytes, told in the first 60 %",
+            f"pass keys retrieved, {plan.passkey_bytes:,} bytes, key in the first 60 %",
             "100 % after training for it",
-            f"{found['keys']['k']} of {found['keys']['n']} trained on speeches, "
-            f"{found['keys_untrained']['k']} of {found['keys_untrained']['n']} untrained",
+            f"{measured['keys']['k']} of {measured['keys']['n']} trained on speeches, "
+            f"{measured['keys_untrained']['k']} of {measured['keys_untrained']['n']} untrained",
         ),
     ]
-    flat = _span(tuned, first, last) <= _span(found["local"], first, last) + SLACK and grown <= GROWTH
-    gain = float(np.mean(found["local"]["nats"]) - np.mean(tuned["nats"]))
-    verdict: Verdict = "does not hold" if not flat else "holds" if gain > 0 and found["keys"]["k"] else "holds in part"
+    flat = _span(tuned, first, last) <= _span(measured["local"], first, last) + SLACK and grown <= GROWTH
+    gain = float(np.mean(measured["local"]["nats"]) - np.mean(tuned["nats"]))
+    verdict: Verdict = (
+        "does not hold" if not flat else "holds" if gain > 0 and measured["keys"]["k"] else "holds in part"
+    )
     return Outcome(
         verdict=verdict,
         figures=figures,
         size=f"SmolLM2-135M-Instruct from 4-bit weights, segments of {plan.segment:,}, gates from -4 at rate 0.1; "
         f"adapters of rank 8 and gates trained for {plan.steps} steps of {2 * plan.segment:,} tokens of State of the "
-        f"Union speeches; read: held-back speeches, {plan.tokens:,} tokens on end",
-        note=f"Memory is worth {gain:+.4f} nats a token against the same model that starts anew with every segment. "
-        f"The original was trained for {POSITIONS:,} positions. It has probably seen these speeches, so only "
-        "differences mean something; nothing was trained to find pass keys.",
-        data=found,
-        pictures=[_picture(found, plan)],
-        seconds=seconds + sum(sum(each["seconds"]) for each in found.values() if "seconds" in each),
+        f"Union speeches; read: held-out speeches, {plan.tokens:,} tokens in one stream",
+        note=f"Memory gains {gain:+.4f} nats per token over the same model reset at every segment. "
+        f"The original was trained for {POSITIONS:,} positions. Its training text probably contains these speeches, so "
+        "only differences are meaningful; no model was trained to retrieve pass keys.",
+        data=measured,
+        pictures=[_picture(measured, plan)],
+        seconds=seconds + sum(sum(record["seconds"]) for record in measured.values() if "seconds" in record),
     )
 
 
-def _picture(found: dict[str, Any], plan: Plan) -> Picture:
+def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
     labels = {"tuned": "converted, trained", "local": "the same, no memory", "original": "original"}
     series = []
     for name, label in labels.items():
-        record = found[name]
+        record = measured[name]
         ends = [(index + 1) * record["part"] for index in range(len(record["nats"]))]
         series.append(Series(x=ends, y=[math.exp(value) for value in record["nats"]], label=label))
     ticks = [plan.part * 2**power for power in range(0, int(math.log2(plan.tokens / plan.part)) + 1, 2)]
-    return picture(
+    return picture_of(
+        line_figure,
         "infini-pretrained",
-        lambda theme: line_figure(
-            series,
-            xlabel="tokens read",
-            ylabel="perplexity",
-            marks=[Mark(POSITIONS, "positions it was trained for")] if plan.tokens > POSITIONS else [],
-            xscale="log2",
-            xticks=ticks,
-            yscale="log",
-            theme=theme,
-        ),
+        series,
+        xlabel="tokens read",
+        ylabel="perplexity",
+        marks=[Mark(POSITIONS, "positions in training")] if plan.tokens > POSITIONS else [],
+        xscale="log2",
+        xticks=ticks,
+        yscale="log",
         alt="Perplexity against the number of tokens read, converted model and original.",
     )
 
@@ -269,8 +269,9 @@ INFINI_PRETRAINED = Claim(
     name="infini-pretrained",
     system="Infini-attention",
     source="Munkhdalai et al. 2024, sections 3.2 and 3.3",
-    text="A pretrained model that gets compressive memory and a short training reads texts without end in bounded "
+    text="With compressive memory and a short training, a pretrained model reads texts of any length in bounded "
     "memory.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 6, "full": 60},
+    plans=PLANS,
 )

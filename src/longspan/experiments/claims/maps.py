@@ -1,6 +1,5 @@
-"""`rmt-maps`: what memory tokens attend to when they write, keep and read."""
+"""`rmt-maps`: attention of memory tokens when memory is written, kept and read."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import train_once
 from longspan.experiments.claims.runs import trained_seconds
-from longspan.experiments.figures import heat_figure
+from longspan.experiments.figures import heat_figure, picture_of
 from longspan.mixers import Rows
-from longspan.report.figures import picture
 from longspan.tasks import MemoryTask
 from longspan.train import load_run
 
@@ -50,32 +48,40 @@ def _one(model: Any, task: MemoryTask, seed: int) -> dict[str, Any] | None:
             maps[role] = (attention_maps(model, tokens, memory), part.tokens)
         _, state = model(tokens, state)
         memory = state.memory
-    written, place = maps["write"][0], _find(maps["write"][1], fact)
-    on_fact = written[:, :count, count + place : count + place + len(fact)].sum(-1).max().item()
-    kept = maps["keep"][0][:, :count, :count].sum(-1).max().item()
+    written, fact_start = maps["write"][0], _find(maps["write"][1], fact)
+    on_fact = written[:, :count, count + fact_start : count + fact_start + len(fact)].sum(-1).max().item()
+    on_memory = maps["keep"][0][:, :count, :count].sum(-1).max().item()
     read = maps["read"][0][:, -1, :count].sum(-1).max().item()
-    return {"on_fact": on_fact, "kept": kept, "read": read, "maps": maps, "place": place, "count": count, "fact": fact}
+    return {
+        "on_fact": on_fact,
+        "kept": on_memory,
+        "read": read,
+        "maps": maps,
+        "place": fact_start,
+        "count": count,
+        "fact": fact,
+    }
 
 
 def _find(tokens: Any, fact: Any) -> int:
-    places = [i for i in range(len(tokens) - len(fact) + 1) if np.array_equal(tokens[i : i + len(fact)], fact)]
-    return places[0]
+    starts = [i for i in range(len(tokens) - len(fact) + 1) if np.array_equal(tokens[i : i + len(fact)], fact)]
+    return starts[0]
 
 
 @torch.no_grad()
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, num_samples: int, say: Say) -> Outcome:
     run = folder / "detect-0"
     with torch.enable_grad():
         train_once(run, "detect", 0, 450)
     model, task = cast("tuple[Any, MemoryTask]", load_run(run))
-    found = [one for seed in range(32 if size == "small" else 128) if (one := _one(model, task, seed)) is not None]
-    uniform = len(found[0]["fact"]) / (task.config.segment_length + found[0]["count"])
-    shares = {name: np.array([one[name] for one in found]) for name in ("on_fact", "kept", "read")}
+    samples = [sample for seed in range(num_samples) if (sample := _one(model, task, seed)) is not None]
+    uniform = len(samples[0]["fact"]) / (task.config.segment_length + samples[0]["count"])
+    shares = {name: np.array([sample[name] for sample in samples]) for name in ("on_fact", "kept", "read")}
     say(", ".join(f"{name} {values.mean():.2f}" for name, values in shares.items()))
     return Outcome(
         verdict="holds" if shares["on_fact"].mean() > 10 * uniform else "holds in part",
         figures=[
-            Figure(what, paper, f"{shares[name].mean():.2f} (least {shares[name].min():.2f}), n = {len(found)}")
+            Figure(what, paper, f"{shares[name].mean():.2f} (least {shares[name].min():.2f}), n = {len(samples)}")
             for name, what, paper in (
                 (
                     "on_fact",
@@ -83,34 +89,34 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
                     "visible",
                 ),
                 ("kept", "keep: share of a memory token's attention on memory, in a segment of noise", "visible"),
-                ("read", "read: share of the last token's attention on memory, where the question ends", "visible"),
+                ("read", "read: share of the last token's attention on memory, at the end of the question", "visible"),
             )
         ],
         size="last layer of the `rmt` model, the head and memory token that attend most, test samples of 4 segments",
-        note="The memory token that attends most is shown; a share is of the attention of one head.",
+        note="Shares are of the attention of one head; the memory token that attends most is shown.",
         data={name: values.tolist() for name, values in shares.items()},
-        pictures=[_picture(task, found[0])],
+        pictures=[_picture(task, samples[0])],
         seconds=trained_seconds([run]),
     )
 
 
-def _picture(task: MemoryTask, one: dict[str, Any]) -> Any:
-    weights, tokens = one["maps"]["write"]
-    count, place = one["count"], max(0, one["place"] - 8)
-    head = int(weights[:, :count, count + one["place"] : count + one["place"] + len(one["fact"])].sum((1, 2)).argmax())
-    shown = weights[head, :count, count + place : count + place + _SHOWN].tolist()
+def _picture(task: MemoryTask, sample: dict[str, Any]) -> Any:
+    weights, tokens = sample["maps"]["write"]
+    count, first = sample["count"], max(0, sample["place"] - 8)
+    head = int(
+        weights[:, :count, count + sample["place"] : count + sample["place"] + len(sample["fact"])].sum((1, 2)).argmax()
+    )
+    shown = weights[head, :count, count + first : count + first + _SHOWN].tolist()
     words = [task.tokenizer.decode([int(t)]).decode("utf-8", "replace").strip() or "·" for t in tokens]
-    return picture(
+    return picture_of(
+        heat_figure,
         "rmt-maps",
-        lambda theme: heat_figure(
-            shown,
-            rows=[str(index + 1) for index in range(count)],
-            columns=words[place : place + _SHOWN],
-            xlabel="the segment, around the fact",
-            ylabel="memory token",
-            numbers=False,
-            theme=theme,
-        ),
+        shown,
+        rows=[str(index + 1) for index in range(count)],
+        columns=words[first : first + _SHOWN],
+        xlabel="the segment, around the fact",
+        ylabel="memory token",
+        numbers=False,
         alt="Attention of the memory tokens on the tokens around the fact, in the segment where it is written.",
         caption="Writing: memory tokens attend to the words of the fact.",
     )
@@ -122,6 +128,7 @@ RMT_MAPS = Claim(
     source="Bulatov et al. 2023, figure 5",
     text="Attention shows the operations of memory: it is written from the fact, kept over noise, and read by the "
     "question.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 4, "full": 5},
+    plans={"small": 32, "full": 128},
 )

@@ -1,11 +1,11 @@
-"""Numbers that long-context systems carry, by the formulas of the papers' tables."""
+"""Sizes of the memories of long-context systems, in numbers, by the formulas of the papers' tables."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySetting:
-    """Sizes in which table 1 of Munkhdalai et al. 2024 counts; the defaults are those of its language models."""
+    """Sizes in table 1 of Munkhdalai et al. 2024; the defaults are those of its language models."""
 
     num_layers: int = 12
     num_heads: int = 8
@@ -33,9 +33,9 @@ class MemorySetting:
         return 2 * self.head_dim * self.num_heads * self.num_memories + self.transformer_xl()
 
     def recurrent_memory(self) -> int:
-        """p D l 2, as that table books it; the tokens themselves are p D numbers, once for all layers."""
+        """p D l 2, as in that table; the tokens themselves are p D numbers, shared by all layers."""
         return self.num_memory_tokens * self.dim * self.num_layers * 2
 
     def infini(self) -> int:
-        """M and z of every head and layer: d_k (d_v + 1) H l."""
+        """M and z per head and layer: d_k (d_v + 1) H l."""
         return self.head_dim * (self.head_dim + 1) * self.num_heads * self.num_layers

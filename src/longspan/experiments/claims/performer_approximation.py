@@ -1,23 +1,32 @@
-"""`performer-approximation`: how near random features come to softmax attention."""
+"""`performer-approximation`: error of random features relative to softmax attention."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from longspan import ops
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.report.figures import Series, line_figure, picture
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.figures import picture_of
+from longspan.report.figures import Series, line_figure
 
 _SCALES = (0.25, 0.5, 1.0)
-_FEATURES = {"small": (64, 256, 1024), "full": (64, 256, 1024, 4096, 16384)}
-_DRAWS = {"small": 2, "full": 5}
 _LENGTH, _DIM = 256, 64
+
+
+class Plan(NamedTuple):
+    """Numbers of features, and draws of inputs and projections."""
+
+    features: tuple[int, ...]
+    draws: int
+
+
+PLANS = {"small": Plan((64, 256, 1024), 2), "full": Plan((64, 256, 1024, 4096, 16384), 5)}
 
 
 @torch.no_grad()
 def _error(scale: float, count: int, kind: str, draws: int) -> float:
-    """Relative error of the outputs, the mean over draws of inputs and projections."""
+    """Relative error of the outputs, mean over draws of inputs and projections."""
     generator, errors = torch.Generator().manual_seed(0), []
     for _ in range(draws):
         q, k, v = (torch.randn(1, 1, _LENGTH, _DIM, generator=generator) for _ in range(3))
@@ -30,14 +39,14 @@ def _error(scale: float, count: int, kind: str, draws: int) -> float:
     return sum(errors) / draws
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    counts, draws = _FEATURES[size], _DRAWS[size]
-    found = {
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    counts, draws = plan
+    errors_by_input = {
         f"{kind}, inputs of scale {scale:g}": [_error(scale, count, kind, draws) for count in counts]
         for scale in _SCALES
         for kind in ("positive", "hyperbolic", "bounded")
     }
-    for name, errors in found.items():
+    for name, errors in errors_by_input.items():
         say(f"{name}: " + ", ".join(f"{count:,}: {error:.3f}" for count, error in zip(counts, errors, strict=True)))
     figures = [
         Figure(
@@ -45,32 +54,30 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
             "falls with the number of features",
             ", ".join(f"{count:,}: {error:.3f}" for count, error in zip(counts, errors, strict=True)),
         )
-        for name, errors in found.items()
+        for name, errors in errors_by_input.items()
     ]
-    small = found["positive, inputs of scale 0.25"]
-    wanted = (counts[-1] / counts[0]) ** 0.5
-    falls = small[0] / small[-1] > 0.5 * wanted
-    shown = {name: errors for name, errors in found.items() if name.startswith("positive")}
-    drawn = picture(
+    small = errors_by_input["positive, inputs of scale 0.25"]
+    expected_ratio = (counts[-1] / counts[0]) ** 0.5
+    falls = small[0] / small[-1] > 0.5 * expected_ratio
+    shown = {name: errors for name, errors in errors_by_input.items() if name.startswith("positive")}
+    drawn = picture_of(
+        line_figure,
         "performer-approximation",
-        lambda theme: line_figure(
-            [Series(x=list(counts), y=errors, label=name, kind="marked") for name, errors in shown.items()],
-            xlabel="features",
-            ylabel="relative error of the output",
-            xscale="log2",
-            yscale="log",
-            xticks=list(counts),
-            theme=theme,
-        ),
+        [Series(x=list(counts), y=errors, label=name, kind="marked") for name, errors in shown.items()],
+        xlabel="features",
+        ylabel="relative error of the output",
+        xscale="log2",
+        yscale="log",
+        xticks=list(counts),
         alt="Relative error of FAVOR+ against the number of features, for three scales of the inputs.",
     )
     return Outcome(
         verdict="holds in part" if falls else "does not hold",
         figures=figures,
-        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, both sides",
-        note="The error falls with the root of the number of features where inputs are small; at unit variance, which "
-        "trained models exceed, no practical number of features comes near softmax attention.",
-        data={"features": list(counts), "errors": found},
+        size=f"queries and keys of normal numbers times the scale, {_LENGTH} of {_DIM}, {draws} draws, bidirectional",
+        note="The error falls with the square root of the number of features for small inputs; at unit variance, which "
+        "trained models exceed, no practical number of features approximates softmax attention well.",
+        data={"features": list(counts), "errors": errors_by_input},
         pictures=[drawn],
     )
 
@@ -79,7 +86,8 @@ PERFORMER_APPROXIMATION = Claim(
     name="performer-approximation",
     system="Performer",
     source="Choromanski et al. 2021, section 4.2 and figure 4",
-    text="Positive orthogonal random features estimate softmax attention without bias, the better the more there are.",
-    run=_run,
+    text="Positive orthogonal random features estimate softmax attention without bias, and more features do so better.",
+    measure=_measure,
     minutes={"small": 0.2, "full": 1},
+    plans=PLANS,
 )

@@ -1,7 +1,6 @@
-"""`performer-protein`: proteins by ReLU and softmax features beside exact attention, and what attention holds alike."""
+"""`performer-protein`: ReLU and softmax features against exact attention on proteins, and similarity from attention."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +8,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, Verdict, signed
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, Verdict, signed
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
 from longspan.experiments.claims.similarity import (
     Agreement,
     agreement,
@@ -23,14 +21,14 @@ from longspan.experiments.claims.similarity import (
     similarity_by_pairs,
     similarity_of_embeddings,
 )
-from longspan.experiments.figures import matrix_figure
+from longspan.experiments.figures import matrix_figure, picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Panel, picture
+from longspan.report.figures import Panel
 from longspan.tasks import Documents, ProteinTask
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, FIRST, ProteinDocument, is_amino_acid
-from longspan.train import Evaluation, evaluate_text, find_recipe, load_run
+from longspan.train import Evaluation, evaluate_text, load_run
 
 MIXERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "full"},
@@ -38,27 +36,27 @@ MIXERS: dict[str, dict[str, Any]] = {
     "ReLU features": {"name": "performer", "kind": "relu", "num_features": 64, "redraw": 0},
 }
 PAIRS = ("DE", "FY")
-# neighbours are alike, so that BLOSUM62 shows blocks along its diagonal
+# similar amino acids are neighbors, so that BLOSUM62 has blocks along its diagonal
 ORDER = "CSTAGPDEQNHRKMILVWYF"
-# two losses are called equal where they differ by less than this share of what exact attention gains over frequencies
+# two losses count as equal if they differ by less than this share of the gain of exact attention over frequencies
 EQUAL = 0.1
-# what a sequence's own residues are weighed against: frequencies count as so many residues (100 to 400 score alike)
+# weight of frequencies against a sequence's own residues: they count as this many (100 to 400 score alike)
 PRIOR = 200
-# bits per residue beyond composition that a note calls little
+# bits per residue beyond composition that the note calls little
 LITTLE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: optimiser steps, held-back sequences that are scored, and those whose attention is mapped."""
+    """Sizes: optimizer steps, held-out sequences to score, and sequences whose attention is mapped."""
 
     steps: int
     scored: int
     mapped: int
     longest: int = 250
-    """residues of a sequence that is mapped, at most"""
+    """most residues of a mapped sequence"""
     recipe: tuple[tuple[str, str, Any], ...] = ()
-    """fields of the recipe that are set: (table, field, value)"""
+    """fields of the recipe to set: (table, field, value)"""
 
 
 PLANS: dict[str, Plan] = {
@@ -68,42 +66,41 @@ PLANS: dict[str, Plan] = {
 
 
 def _train(folder: Path, mixer: dict[str, Any], plan: Plan) -> None:
-    """A run of the recipe with another mixer, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("protein.toml"))
+    """Run the recipe with another mixer, or resume it."""
+    # the losses that count are measured afterwards, so one sequence is enough at the end of training
+    recipe = read_recipe("protein", steps=plan.steps, final_eval_tokens=1000)
     recipe["model"]["mixers"] = [mixer]
-    # the figures that count are measured afterwards, so one sequence will do at the end of training
-    recipe["train"] |= {"steps": plan.steps, "final_eval_tokens": 1000}
     for table, name, value in plan.recipe:
         recipe[table][name] = value
-    trained(recipe, folder)
+    train_or_resume(recipe, folder)
 
 
 def _score(folder: Path, model: Any, documents: Documents) -> Evaluation:
-    """Held-back sequences, from the file of an earlier evaluation where there is one."""
+    """Evaluation on held-out sequences, read from the file of an earlier one if there is one."""
 
     def measure() -> dict[str, Any]:
         width = read_json(folder / "recipe.json")["train"]["segment_length"]
         return evaluate_text(model, documents, chunk=width, memory=False, unit="residue").record()
 
-    found = kept(folder / f"scored-{len(documents)}.json", measure)
-    return Evaluation.of(found, documents.names, "residue")
+    record = measure_once(folder / f"scored-{len(documents)}.json", measure)
+    return Evaluation.of(record, documents.names, "residue")
 
 
 def _map(folder: Path, model: Any, documents: list[ProteinDocument]) -> Array:
-    """Attention between amino acids over sequences, from the file of an earlier run where there is one."""
+    """Attention between amino acids over sequences, read from the file of an earlier call if there is one."""
 
     def measure() -> dict[str, Any]:
-        parts = [attention_between(model, torch.from_numpy(each.tokens)) for each in documents]
+        parts = [attention_between(model, torch.from_numpy(document.tokens)) for document in documents]
         return {"between": np.sum(parts, 0).tolist()}
 
-    return np.array(kept(folder / f"attention-{len(documents)}.json", measure)["between"])
+    return np.array(measure_once(folder / f"attention-{len(documents)}.json", measure)["between"])
 
 
 def by_frequency(documents: Documents, frequencies: Array, prior: float = math.inf) -> Evaluation:
-    """The scores of whoever knows the frequencies of the amino acids and nothing else.
+    """The scores of a predictor that knows only the frequencies of the amino acids.
 
-    With a finite `prior` also how often each stands in the sequence itself, where the frequencies weigh as so many
-    residues: what a model can know without regard to order.
+    With a finite `prior` it also counts the residues of the sequence itself, and the frequencies weigh as `prior`
+    residues: the best prediction that ignores order.
     """
     rows = []
     for index in range(len(documents)):
@@ -119,8 +116,7 @@ def by_frequency(documents: Documents, frequencies: Array, prior: float = math.i
     return Evaluation(tuple(documents.names), nats, counts, counts, correct.astype(np.int64), "residue")
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     scores: dict[str, Evaluation] = {}
     maps: dict[str, Array] = {}
     words: dict[str, Array] = {}
@@ -128,9 +124,11 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     for name, mixer in MIXERS.items():
         _train(folders[name], mixer, plan)
         model, task = cast("tuple[Any, ProteinTask]", load_run(folders[name]))
-        held = task.documents("validation")
-        some = Documents(held.items[: plan.scored], held.names[: plan.scored])
-        short = [cast(ProteinDocument, each) for each in held.items if len(each) <= plan.longest + 2][: plan.mapped]
+        held_out = task.documents("validation")
+        some = Documents(held_out.items[: plan.scored], held_out.names[: plan.scored])
+        short = [cast(ProteinDocument, document) for document in held_out.items if len(document) <= plan.longest + 2][
+            : plan.mapped
+        ]
         if not scores:
             scores["frequencies"] = by_frequency(some, task.frequencies())
             scores["frequencies in the sequence itself"] = by_frequency(some, task.frequencies(), PRIOR)
@@ -138,8 +136,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
         say(f"{name}: {_said(scores[name])}")
         maps[name] = _map(folders[name], model, short)
         words[name] = similarity_of_embeddings(model)
-    # every run has the same task, so the sequences are the same for all
-    even = np.sum([even_attention(torch.from_numpy(each.tokens)) for each in short], 0)
+    # all runs have the same task, and so the same sequences
+    even = np.sum([even_attention(torch.from_numpy(document.tokens)) for document in short], 0)
     ways = {
         "by heads": {name: similarity_by_heads(between) for name, between in maps.items()},
         "by pairs": {name: similarity_by_pairs(between, even) for name, between in maps.items()},
@@ -150,8 +148,8 @@ def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
     return _outcome(plan, shape, scores, ways, len(short), seconds)
 
 
-def _said(found: Evaluation) -> str:
-    bits, share = found.interval(), found.accuracy_interval()
+def _said(evaluation: Evaluation) -> str:
+    bits, share = evaluation.interval(), evaluation.accuracy_interval()
     return (
         f"perplexity {2**bits.value:.2f} [{2**bits.low:.2f}, {2**bits.high:.2f}], "
         f"accuracy {share.value:.2%} [{share.low:.2%}, {share.high:.2%}]"
@@ -167,11 +165,16 @@ def _outcome(
     seconds: float,
 ) -> Outcome:
     blosum = blosum62()
-    agreed = {way: {name: agreement(each, blosum) for name, each in found.items()} for way, found in ways.items()}
+    agreed = {
+        way: {name: agreement(matrix, blosum) for name, matrix in matrices.items()} for way, matrices in ways.items()
+    }
     by_heads, heads = ways["by heads"], agreed["by heads"]
     verdict, note = _judge(scores, heads)
     paper = {"softmax features": "about equal to exact attention", "ReLU features": "best"}
-    figures = [Figure(f"masked residues, {name}", paper.get(name, ""), _said(found)) for name, found in scores.items()]
+    figures = [
+        Figure(f"masked residues, {name}", paper.get(name, ""), _said(evaluation))
+        for name, evaluation in scores.items()
+    ]
     for name in MIXERS:
         if name != "exact":
             less = scores[name].minus(scores["exact"])
@@ -183,30 +186,35 @@ def _outcome(
                 )
             )
     for name in MIXERS:
-        seen = "similar pairs found" if name != "exact" else ""
+        seen = "finds similar pairs" if name != "exact" else ""
         figures += [
-            Figure(f"similarity {way} against BLOSUM62, {name}", seen if way == "by heads" else "", _agreed(each[name]))
-            for way, each in agreed.items()
+            Figure(
+                f"similarity {way} against BLOSUM62, {name}", seen if way == "by heads" else "", _agreed(by_model[name])
+            )
+            for way, by_model in agreed.items()
         ]
         ranks = ", ".join(f"({pair[0]}, {pair[1]}) {rank_of_pair(by_heads[name], pair)}" for pair in PAIRS)
-        figures.append(Figure(f"place among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
+        figures.append(Figure(f"rank among 190 pairs by heads, {name}", "among the first" if seen else "", ranks))
     first, model, train = next(iter(scores.values())), recipe["model"], recipe["train"]
     return Outcome(
         verdict=verdict,
         figures=figures,
         size=f"encoder of {model['num_layers']} layers of {model['dim']}, {model['num_heads']} heads, 64 features, "
         f"{plan.steps:,} steps of {train['lanes']} x {train['segment_length']} residues of UniProt, one seed, same "
-        f"batches; {len(first.names):,} held-back sequences of other families, {int(first.tokens.sum()):,} "
-        f"hidden residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabelling the "
+        f"batches; {len(first.names):,} held-out sequences of other families, {int(first.tokens.sum()):,} "
+        f"masked residues; maps of {mapped} of them; intervals 95 %, bootstrap over sequences; p by relabeling the "
         "amino acids",
         note=note,
         data={
-            "bits": {name: found.interval() for name, found in scores.items()},
-            "accuracy": {name: found.accuracy_interval() for name, found in scores.items()},
+            "bits": {name: evaluation.interval() for name, evaluation in scores.items()},
+            "accuracy": {name: evaluation.accuracy_interval() for name, evaluation in scores.items()},
             "amino_acids": AMINO_ACIDS,
-            "agreement": {way: {name: each._asdict() for name, each in found.items()} for way, found in agreed.items()},
+            "agreement": {
+                way: {name: match._asdict() for name, match in by_model.items()} for way, by_model in agreed.items()
+            },
             "similarity": {
-                way: {name: each.round(4).tolist() for name, each in found.items()} for way, found in ways.items()
+                way: {name: matrix.round(4).tolist() for name, matrix in matrices.items()}
+                for way, matrices in ways.items()
             },
         },
         pictures=[_picture(by_heads, heads, blosum)],
@@ -214,14 +222,14 @@ def _outcome(
     )
 
 
-def _agreed(found: Agreement) -> str:
-    pearson = f"Pearson {found.pearson:.2f} (p {found.pearson_p:.4f})"
-    return f"{pearson}, Spearman {found.spearman:.2f} (p {found.spearman_p:.4f})".replace("-", "−")
+def _agreed(match: Agreement) -> str:
+    pearson = f"Pearson {match.pearson:.2f} (p {match.pearson_p:.4f})"
+    return f"{pearson}, Spearman {match.spearman:.2f} (p {match.spearman_p:.4f})".replace("-", "−")
 
 
 def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
-    """The three parts of the claim, each by a rule that was fixed before anything was trained."""
-    bits = {name: found.bits_per_unit for name, found in scores.items()}
+    """The three parts of the claim, by rules set before any training."""
+    bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]
     best = min(MIXERS, key=bits.__getitem__) == "ReLU features"
     beyond = bits["frequencies in the sequence itself"] - bits["exact"]
@@ -237,14 +245,14 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
             if gain > 0
             else "and exact attention gains nothing over frequencies."
         ),
-        f"The similarity that both Performers find agrees with BLOSUM62 beyond chance: {'yes' if alike else 'no'} "
-        "(Spearman, by heads, p < 0.05).",
+        f"The similarity from both Performers' attention agrees with BLOSUM62 beyond chance: "
+        f"{'yes' if alike else 'no'} (Spearman, by heads, p < 0.05).",
         f"Exact attention is {beyond:+.4f} bits better than counting the residues of the sequence itself".replace(
             "-", "−"
         )
-        + (", so these models know little beyond its composition." if beyond < LITTLE else "."),
-        "One seed, so differences between models hold for these trainings only. The counts of the sequence itself and "
-        "the similarity of embeddings were added when the first result was known, and decide nothing.",
+        + (", so these models learn little beyond its composition." if beyond < LITTLE else "."),
+        "One seed, so differences between models are those of these trainings only. The counts of the sequence itself "
+        "and the similarity of embeddings were added after the first result and do not affect the verdict.",
     )
     met = (best, equal, alike)
     verdict: Verdict = "holds" if all(met) else "holds in part" if any(met) else "does not hold"
@@ -254,20 +262,18 @@ def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[
 def _picture(by_heads: dict[str, Array], heads: dict[str, Agreement], blosum: Array) -> Picture:
     order = [AMINO_ACIDS.index(letter) for letter in ORDER]
     panels = [Panel("BLOSUM62", _shown(blosum, order))]
-    for name, found in by_heads.items():
+    for name, similarity in by_heads.items():
         title = f"{name}, Spearman {heads[name].spearman:.2f}".replace("-", "−")
-        panels.append(Panel(title, _shown(found, order)))
+        panels.append(Panel(title, _shown(similarity, order)))
     marked = [(ORDER.index(pair[0]), ORDER.index(pair[1])) for pair in PAIRS]
-    return picture(
+    return picture_of(
+        matrix_figure,
         "performer-protein",
-        lambda theme: matrix_figure(
-            panels,
-            labels=ORDER,
-            marked=marked,
-            below="darker: more alike, in the range of each panel; framed: (D, E) and (F, Y)",
-            theme=theme,
-        ),
-        alt="Similarity of the amino acids: BLOSUM62, and as three models' attention has it; (D, E) and (F, Y) framed.",
+        panels,
+        labels=ORDER,
+        marked=marked,
+        below="darker: more similar, by the range of each panel; framed: (D, E) and (F, Y)",
+        alt="Similarity of amino acids in BLOSUM62 and in the attention of three models; (D, E) and (F, Y) framed.",
     )
 
 
@@ -282,8 +288,9 @@ PERFORMER_PROTEIN = Claim(
     name="performer-protein",
     system="Performer",
     source="Choromanski et al. 2021, section 4.4 and appendix C",
-    text="In masked language modelling of proteins ReLU features do best and softmax features as well as exact "
-    "attention, and attention finds amino acids alike that are, (D, E) and (F, Y) first.",
-    run=_run,
+    text="In masked language modeling of proteins, ReLU features are best, softmax features equal exact attention, and "
+    "attention finds similar amino acids, (D, E) and (F, Y) first.",
+    measure=_measure,
     minutes={"small": 6, "full": 40},
+    plans=PLANS,
 )

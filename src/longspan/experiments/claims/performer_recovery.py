@@ -1,8 +1,7 @@
-"""`performer-recovery`: a pretrained encoder gets FAVOR+ for its softmax, and a short training brings it back."""
+"""`performer-recovery`: a pretrained encoder gets FAVOR+ instead of softmax and recovers in a short training."""
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.text import TextTask
 
 GOAL = 0.95
@@ -24,26 +24,26 @@ DRAWS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: features that are tried untrained, steps, passages of a step, tokens of a passage, held-back passages."""
+    """Sizes: features to try untrained, steps, passages per step, tokens per passage, held-out passages."""
 
     features: tuple[int, ...]
     steps: int
     batch: int
     length: int
-    held: int
+    held_out: int
     lr: float = 2e-4
     tuned: int = 512
-    """features of the model that is trained"""
+    """features of the trained model"""
 
 
 PLANS: dict[str, Plan] = {
-    "small": Plan(features=(64, 256), steps=40, batch=8, length=32, held=32),
-    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=450, batch=16, length=64, held=200),
+    "small": Plan(features=(64, 256), steps=40, batch=8, length=32, held_out=32),
+    "full": Plan(features=(64, 128, 256, 512, 1024, 2048), steps=450, batch=16, length=64, held_out=200),
 }
 
 
 def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> Tensor:
-    """(count, length) token ids of passages from different places of State of the Union speeches."""
+    """(count, length) token ids of passages of State of the Union speeches, drawn without replacement."""
     cut: list[list[int]] = []
     for _, data in TextTask().texts("train" if split == "train" else "validation"):
         ids = tokenizer(bytes(data).decode(), add_special_tokens=False, verbose=False).input_ids
@@ -54,20 +54,20 @@ def passages(tokenizer: Any, split: str, count: int, length: int, seed: int) -> 
 
 
 def embed(model: Any, tokens: Tensor) -> Tensor:
-    """(batch, dim) embeddings of unit norm, means over tokens, as the model was trained for."""
+    """(batch, dim) embeddings of unit norm: means over tokens, as in the model's training."""
     return F.normalize(model(tokens).last_hidden_state.mean(1), dim=-1)
 
 
 @torch.no_grad()
 def embed_all(model: Any, tokens: Tensor, batch: int = 20) -> Tensor:
-    """The same of many passages, without gradients."""
+    """The same for many passages, without gradients."""
     return torch.cat([embed(model, part) for part in tokens.split(batch)])
 
 
 def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
-    """Mean cosine to the original embeddings, its least, and the share of passages whose nearest other is the same."""
+    """Mean and least cosine to the original embeddings, and the share of passages with the same nearest neighbor."""
     cosines = (ours * original).sum(-1)
-    nearest = [(each @ each.T).fill_diagonal_(-2).argmax(1) for each in (ours, original)]
+    nearest = [(embeddings @ embeddings.T).fill_diagonal_(-2).argmax(1) for embeddings in (ours, original)]
     return {
         "cosine": float(cosines.mean()),
         "least": float(cosines.min()),
@@ -76,7 +76,7 @@ def agreement(ours: Tensor, original: Tensor) -> dict[str, float]:
 
 
 def converted(model: Any, features: int, seed: int) -> Any:
-    """A copy of an encoder with FAVOR+ in the place of its softmax."""
+    """A copy of an encoder with FAVOR+ instead of softmax."""
     from longspan import hf
 
     twin = copy.deepcopy(model)
@@ -84,104 +84,107 @@ def converted(model: Any, features: int, seed: int) -> Any:
     return twin
 
 
-def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Callable[[str], None]) -> list[float]:
-    """Train an encoder to give the original's embeddings and the hidden states of every layer; cosines of each step."""
+def distil(model: Any, teacher: Any, texts: Tensor, plan: Plan, say: Say) -> list[float]:
+    """Distill embeddings and hidden states of all layers from the original; returns the cosine of every step."""
     from longspan import hf
 
-    model.eval()  # without dropout, as the original reads: it is to be imitated, noise only hides what differs
+    model.eval()  # no dropout, like the teacher: noise would only hide the differences
     groups = hf.parameter_groups(model, lr=plan.lr, weight_decay=0.0)
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], total_steps=plan.steps, pct_start=0.1
     )
-    found = []
+    curve = []
     for step in range(plan.steps):
         tokens = texts[step * plan.batch : (step + 1) * plan.batch]
         with torch.no_grad():
-            wanted = teacher(tokens, output_hidden_states=True).hidden_states
+            teacher_hidden = teacher(tokens, output_hidden_states=True).hidden_states
         hidden = model(tokens, output_hidden_states=True).hidden_states
-        cosines = F.cosine_similarity(hidden[-1].mean(1), wanted[-1].mean(1), dim=-1)
-        # every layer is told what it should have given: an error of the first is not left to the last to mend
-        layers = [(1 - F.cosine_similarity(*pair, dim=-1)).mean() for pair in zip(hidden[1:], wanted[1:], strict=True)]
+        cosines = F.cosine_similarity(hidden[-1].mean(1), teacher_hidden[-1].mean(1), dim=-1)
+        # every layer has a target, so that late layers need not correct errors of early ones
+        layers = [
+            (1 - F.cosine_similarity(*pair, dim=-1)).mean() for pair in zip(hidden[1:], teacher_hidden[1:], strict=True)
+        ]
         loss = (1 - cosines).mean() + torch.stack(layers).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        found.append(float(cosines.mean().detach()))
+        curve.append(float(cosines.mean().detach()))
         if (step + 1) % 50 == 0:
-            say(f"step {step + 1}: cosine {np.mean(found[-20:]):.3f} in training")
-    return found
+            say(f"step {step + 1}: cosine {np.mean(curve[-20:]):.3f} in training")
+    return curve
 
 
-def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything that is measured."""
+def recover(plan: Plan, teacher: Any, tokenizer: Any, say: Say) -> dict[str, Any]:
+    """Convert, measure, train, and measure again."""
     torch.manual_seed(0)
     started = time.perf_counter()
-    held = passages(tokenizer, "validation", plan.held, plan.length, 1)
-    original = embed_all(teacher, held)
+    held_out = passages(tokenizer, "validation", plan.held_out, plan.length, 1)
+    original = embed_all(teacher, held_out)
     untrained: dict[str, list[dict[str, float]]] = {}
     for features in plan.features:
         for seed in range(DRAWS):
-            found = agreement(embed_all(converted(teacher, features, seed), held), original)
-            untrained.setdefault(str(features), []).append(found)
-        mean = np.mean([each["cosine"] for each in untrained[str(features)]])
+            scores = agreement(embed_all(converted(teacher, features, seed), held_out), original)
+            untrained.setdefault(str(features), []).append(scores)
+        mean = np.mean([scores["cosine"] for scores in untrained[str(features)]])
         say(f"{features} features, untrained: cosine {mean:.3f}")
     model = converted(teacher, plan.tuned, 0)
     curve = distil(model, teacher, passages(tokenizer, "train", plan.steps * plan.batch, plan.length, 2), plan, say)
     return {
         "untrained": untrained,
         "curve": curve,
-        "tuned": agreement(embed_all(model, held), original),
+        "tuned": agreement(embed_all(model, held_out), original),
         "even": float((original @ original.T).fill_diagonal_(0).sum() / (len(original) * (len(original) - 1))),
-        "other_draws": [other_draw(model, teacher, plan, seed, held, original) for seed in (1, 2)],
+        "other_draws": [other_draw(model, teacher, plan, seed, held_out, original) for seed in (1, 2)],
         "seconds": time.perf_counter() - started,
     }
 
 
-def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held: Tensor, original: Tensor) -> dict[str, float]:
-    """The trained weights with a projection they have not seen."""
+def other_draw(tuned: Any, teacher: Any, plan: Plan, seed: int, held_out: Tensor, original: Tensor) -> dict[str, float]:
+    """Agreement of the trained weights with a projection that they were not trained with."""
     model = converted(teacher, plan.tuned, seed)
     model.load_state_dict(dict(tuned.named_parameters()), strict=False)
-    return agreement(embed_all(model, held), original)
+    return agreement(embed_all(model, held_out), original)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
     from longspan.experiments.bundled_models import open_minilm
 
-    plan, opened = PLANS[size], open_minilm()
-    folder.mkdir(parents=True, exist_ok=True)
-    return outcome(kept(folder / "found.json", lambda: recover(plan, *opened, say)), plan)
+    opened = open_minilm()
+    return outcome(measure_once(folder / "found.json", lambda: recover(plan, *opened, say)), plan)
 
 
-def outcome(found: dict[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
+def outcome(measured: dict[str, Any], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
     figures = []
-    for features, draws in found["untrained"].items():
-        cosines = [each["cosine"] for each in draws]
-        nearest = np.mean([each["nearest"] for each in draws])
+    for features, draws in measured["untrained"].items():
+        cosines = [draw["cosine"] for draw in draws]
+        nearest = np.mean([draw["nearest"] for draw in draws])
         figures.append(
             Figure(
                 f"cosine to the original embeddings, {int(features):,} features, untrained",
-                "accuracy 0.07 at once (of a language model)",
+                "accuracy 0.07 before training (of a language model)",
                 f"{np.mean(cosines):.3f} ({min(cosines):.3f} to {max(cosines):.3f} over {len(draws)} draws); "
-                f"nearest passage kept for {nearest:.0%}",
+                f"same nearest passage for {nearest:.0%}",
             )
         )
-    tuned, others = found["tuned"], [each["cosine"] for each in found["other_draws"]]
+    tuned, other_cosines = measured["tuned"], [draw["cosine"] for draw in measured["other_draws"]]
     figures.append(
         Figure(
             f"the same, {plan.tuned} features, after {plan.steps} steps",
             "recovered in few steps",
-            f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); nearest passage kept for {tuned['nearest']:.0%}",
+            f"{tuned['cosine']:.3f} (least {tuned['least']:.3f}); same nearest passage for {tuned['nearest']:.0%}",
         )
     )
     figures.append(
-        Figure("the same with projections it was not trained with", "", ", ".join(f"{each:.3f}" for each in others))
+        Figure(
+            "the same with projections it was not trained with", "", ", ".join(f"{draw:.3f}" for draw in other_cosines)
+        )
     )
-    figures.append(Figure("cosine between different passages, original", "", f"{found['even']:.3f}"))
-    before = np.mean([each["cosine"] for each in found["untrained"].get(str(plan.tuned), [tuned])])
+    figures.append(Figure("cosine between different passages, original", "", f"{measured['even']:.3f}"))
+    before = np.mean([draw["cosine"] for draw in measured["untrained"].get(str(plan.tuned), [tuned])])
     return Outcome(
         verdict="holds"
         if tuned["cosine"] >= GOAL
@@ -190,42 +193,40 @@ def outcome(found: dict[str, Any], plan: Plan) -> Outcome:
         else "does not hold",
         figures=figures,
         size=f"all-MiniLM-L6-v2 (BERT, 6 layers of 384, 12 heads of 32), passages of {plan.length} tokens of State of "
-        f"the Union speeches, {plan.held} of held-back ones; distilled on {plan.steps * plan.batch:,} passages, all "
-        "weights, cosine of embeddings and of every layer's hidden states to the original's",
-        note="The paper's pretrained model was a language model whose accuracy it followed; here it is an encoder's "
-        "embeddings, so that a model of a few megabytes shows it.",
-        data=found,
-        pictures=[_picture(found, plan)],
-        seconds=found["seconds"],
+        f"the Union speeches, {plan.held_out} of held-out ones; distilled on {plan.steps * plan.batch:,} passages, "
+        "all weights, cosine of embeddings and of every layer's hidden states to the original's",
+        note="The paper measures the accuracy of a pretrained language model; here it is the embeddings of an encoder, "
+        "which a model of a few megabytes can show.",
+        data=measured,
+        pictures=[_picture(measured, plan)],
+        seconds=measured["seconds"],
     )
 
 
-def _picture(found: dict[str, Any], plan: Plan) -> Picture:
-    features = [int(each) for each in found["untrained"]]
-    draws = [[each["cosine"] for each in found["untrained"][str(count)]] for count in features]
+def _picture(measured: dict[str, Any], plan: Plan) -> Picture:
+    features = [int(count) for count in measured["untrained"]]
+    draws = [[draw["cosine"] for draw in measured["untrained"][str(count)]] for count in features]
     series = [
         Series(
             x=features,
-            y=[float(np.mean(each)) for each in draws],
-            low=[min(each) for each in draws],
-            high=[max(each) for each in draws],
-            label="weights as they were",
+            y=[float(np.mean(cosines)) for cosines in draws],
+            low=[min(cosines) for cosines in draws],
+            high=[max(cosines) for cosines in draws],
+            label="untrained",
             kind="marked",
         ),
-        Series(x=[plan.tuned], y=[found["tuned"]["cosine"]], label=f"after {plan.steps} steps", kind="marked"),
+        Series(x=[plan.tuned], y=[measured["tuned"]["cosine"]], label=f"after {plan.steps} steps", kind="marked"),
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "performer-recovery",
-        lambda theme: line_figure(
-            series,
-            xlabel="random features",
-            ylabel="cosine to the original embeddings",
-            marks=[Mark(GOAL, "goal", horizontal=True), Mark(found["even"], "another passage", horizontal=True)],
-            xscale="log2",
-            xticks=features,
-            ylim=(0, 1.08),
-            theme=theme,
-        ),
+        series,
+        xlabel="random features",
+        ylabel="cosine to the original embeddings",
+        marks=[Mark(GOAL, "goal", horizontal=True), Mark(measured["even"], "another passage", horizontal=True)],
+        xscale="log2",
+        xticks=features,
+        ylim=(0, 1.08),
         alt="Cosine to the original embeddings against the number of random features, untrained and distilled.",
     )
 
@@ -234,7 +235,8 @@ PERFORMER_RECOVERY = Claim(
     name="performer-recovery",
     system="Performer",
     source="Choromanski et al. 2021, section 4.3 and figure 5",
-    text="A pretrained Transformer's weights serve a Performer after a short training.",
-    run=_run,
+    text="A Performer with the weights of a pretrained Transformer recovers after a short training.",
+    measure=_measure,
     minutes={"small": 2, "full": 35},
+    plans=PLANS,
 )

@@ -1,4 +1,4 @@
-"""`performer-speed`: time and memory against length, beside dense attention and a layer without attention."""
+"""`performer-speed`: time and memory against length, with dense attention and a layer without attention."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import ops, reference
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
 
-_LENGTHS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
+PLANS = {"small": (1024, 4096), "full": (1024, 4096, 16384, 65536)}
 _HEADS, _DIM, _FEATURES = 4, 64, 256
 _PAIRS = 3
 _DENSE, _WEIGHTS, _NONE, _OURS = "dense", "dense, all weights kept", "no attention", "performer"
@@ -34,11 +34,11 @@ _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _NONE: lambda q, k, v: q + k + v,
 }
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
-"""lengths beyond which the quadratic are not measured"""
+"""largest lengths at which quadratic ways are measured"""
 
 
 def step_of(name: str, length: int) -> Step:
-    """Forward and backward of a layer on normal numbers, warmed up on a short text."""
+    """Forward and backward pass of a layer on normal numbers, after a warm-up on a short text."""
 
     def step(count: int) -> Step:
         inputs = [torch.randn(1, _HEADS, count, _DIM, requires_grad=True) for _ in range(3)]
@@ -58,25 +58,24 @@ def _measured(length: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
-    for length in _LENGTHS[size]:
-        for what, values in kept(folder / f"length-{length}.json", partial(_measured, length)).items():
+def _measure(folder: Path, lengths: tuple[int, ...], say: Say) -> Outcome:
+    measured: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "took": {}}
+    for length in lengths:
+        for what, values in measure_once(folder / f"length-{length}.json", partial(_measured, length)).items():
             for name, value in values.items():
-                found[what].setdefault(name, {})[length] = value
+                measured[what].setdefault(name, {})[length] = value
         say(
             f"{length:,}: "
-            + ", ".join(f"{n} {1e3 * v[length]:.1f} ms" for n, v in found["seconds"].items() if length in v)
+            + ", ".join(f"{n} {1e3 * v[length]:.1f} ms" for n, v in measured["seconds"].items() if length in v)
         )
-    return outcome(found)
+    return outcome(measured)
 
 
-def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
-    """What was found, beside what the paper says."""
+def outcome(measured: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
     figures = []
     for what, unit, factor in (("seconds", "milliseconds", 1e3), ("bytes", "MB", 1e-6)):
-        for name, values in found[what].items():
+        for name, values in measured[what].items():
             figures.append(
                 Figure(
                     f"{unit} forward and backward, {name}",
@@ -87,31 +86,31 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
                     + f" (last two: grows as n^{last_power(values):.2f})",
                 )
             )
-    linear = all(last_power(found[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
-    longest = max(found["seconds"][_OURS])
-    times = found["seconds"][_OURS][longest] / found["seconds"][_NONE][longest]
-    quadratic = last_power(found["seconds"][_DENSE]) > 1.5
+    linear = all(last_power(measured[what][_OURS]) < 1.25 for what in ("seconds", "bytes"))
+    longest = max(measured["seconds"][_OURS])
+    times = measured["seconds"][_OURS][longest] / measured["seconds"][_NONE][longest]
+    quadratic = last_power(measured["seconds"][_DENSE]) > 1.5
     return Outcome(
         verdict="does not hold" if not (linear and quadratic) else "holds" if times < 2 else "holds in part",
         figures=figures,
-        size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; processor time of one "
-        f"thread, median of {_PAIRS} rounds in turn; memory above the inputs, in a process for each",
-        note="Linear in the length, and past dense attention from a few thousand tokens on. Near the bound of no "
-        f"attention at all it is not, on a CPU: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
-        "four times the work of the values themselves. PyTorch's dense attention keeps no weights, so that its memory "
+        size=f"operations alone, batch 1, {_HEADS} heads of {_DIM}, {_FEATURES} features, fp32; CPU time of one "
+        f"thread, median of {_PAIRS} alternating rounds; memory above the inputs, each in its own process",
+        note="Linear in the length, and faster than dense attention from a few thousand tokens on. On a CPU it is not "
+        f"near the bound of no attention: at {longest:,} it takes {times:.0f} times as long, as 256 features are "
+        "four times the work of the values themselves. PyTorch's dense attention stores no weights, so its memory "
         "is linear too.",
-        seconds=sum(sum(values.values()) for values in found["took"].values()),
-        data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in found.items()},
+        seconds=sum(sum(values.values()) for values in measured["took"].values()),
+        data={what: {name: dict(values) for name, values in by_name.items()} for what, by_name in measured.items()},
         pictures=[
             growth_picture(
                 "performer-speed",
-                {name: {n: 1e3 * x for n, x in values.items()} for name, values in found["seconds"].items()},
+                {name: {n: 1e3 * x for n, x in values.items()} for name, values in measured["seconds"].items()},
                 ylabel="milliseconds, forward and backward",
                 alt="Time of dense, performer and linear attention and of no attention against length, logarithmic.",
             ),
             growth_picture(
                 "performer-speed-memory",
-                {name: {n: 1e-6 * x for n, x in values.items()} for name, values in found["bytes"].items()},
+                {name: {n: 1e-6 * x for n, x in values.items()} for name, values in measured["bytes"].items()},
                 ylabel="MB above the inputs, forward and backward",
                 alt="Memory of the same against length, logarithmic.",
             ),
@@ -120,7 +119,7 @@ def outcome(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Outcome:
 
 
 def last_power(values: Mapping[int, float]) -> float:
-    """How values grow between the two longest lengths measured, as a power of the length."""
+    """Growth between the two largest lengths, as a power of the length."""
     return power(dict(list(values.items())[-2:]))
 
 
@@ -128,7 +127,8 @@ PERFORMER_SPEED = Claim(
     name="performer-speed",
     system="Performer",
     source="Choromanski et al. 2021, section 4.1 and figure 3",
-    text="Time and memory grow linearly with the length and come near those of a layer without attention.",
-    run=_run,
+    text="Time and memory grow linearly with the length and are close to those of a layer without attention.",
+    measure=_measure,
     minutes={"small": 0.3, "full": 4},
+    plans=PLANS,
 )

@@ -1,25 +1,22 @@
-"""`reformer-copy`: one layer learns to say a word again, and how many rounds of hashing that takes."""
+"""`reformer-copy`: one layer learns to copy a word, and the rounds of hashing that this takes."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
-from longspan.experiments.figures import heat_figure
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import heat_figure, picture_of
 from longspan.models import build_model, describe_model
 from longspan.report import Picture
-from longspan.report.figures import picture
 from longspan.tasks.base import heads
-from longspan.train import evaluate_text, find_recipe, load_run
+from longspan.train import evaluate_text, load_run
 
 FULL = 0
-"""In the place of a number of rounds: every earlier token is seen."""
+"""Instead of a number of rounds: every earlier token is seen."""
 GOAL = 0.99
 PAPER: dict[int, dict[int, float]] = {
     FULL: {FULL: 100, 8: 94.8, 4: 92.5, 2: 76.9, 1: 52.5},
@@ -27,14 +24,14 @@ PAPER: dict[int, dict[int, float]] = {
     2: {FULL: 0.8, 8: 100, 4: 99.9, 2: 98.1, 1: 86.8},
     1: {FULL: 0.8, 8: 99.9, 4: 99.6, 2: 94.8, 1: 77.9},
 }
-"""Its table 2: rounds in training, rounds at evaluation, percent of tokens that are right."""
-ASKED = (FULL, 8, 4, 2, 1)
+"""The paper's table 2: rounds in training, rounds at evaluation, percent of correct tokens."""
+EVAL_ROUNDS = (FULL, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: symbols of the word, steps of each training, selections and rounds that are trained, and of each
-    evaluation the samples and the draws of rotations."""
+    """Sizes: symbols of the word, steps, selections and rounds of the trainings; samples and draws of rotations of each
+    evaluation."""
 
     word: int
     steps: int
@@ -51,10 +48,10 @@ PLANS: dict[str, Plan] = {
 
 
 def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
-    """LSH attention of so many rounds; without hashing, two chunks that see each other hold everything.
+    """LSH attention with a number of rounds; `FULL` is two chunks that see each other, and so everything.
 
-    Strict: buckets of as many tokens, on average, as one sees of them. Sorted: twice as many buckets as chunks, as in
-    the paper.
+    Strict: the mean size of buckets is the number of tokens seen in one. Sorted: twice as many buckets as chunks, as
+    in the paper.
     """
     if rounds == FULL:
         return {"name": "lsh", "selection": "sorted", "num_hashes": 1, "num_buckets": 2, "bucket_size": word + 1}
@@ -64,116 +61,109 @@ def mixer(selection: str, rounds: int, word: int) -> dict[str, Any]:
 
 
 def recipe_of(plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The recipe of one training."""
-    recipe = read_toml(find_recipe("reformer-copy.toml"))
+    """The recipe of a training."""
+    recipe = read_recipe("reformer-copy", steps=plan.steps)
     recipe["task"]["word"] = plan.word
-    recipe["train"]["steps"] = plan.steps
     recipe["model"]["mixers"] = [mixer(selection, rounds, plan.word)]
     return recipe
 
 
 def with_rounds(model: Any, table: dict[str, Any], seed: int) -> Any:
-    """The same weights with another mixer, whose rotations nothing was trained with."""
+    """The same weights with another mixer, with rotations that were not used in training."""
     described = {**describe_model(model), "mixers": [{**table, "seed": seed}]}
-    other = build_model(described)
+    rehashed = build_model(described)
     weights = {name: t for name, t in model.state_dict().items() if not name.endswith(("core.rotations", "core.draws"))}
-    missing, unexpected = other.load_state_dict(weights, strict=False)
+    missing, unexpected = rehashed.load_state_dict(weights, strict=False)
     assert not unexpected
     assert all(name.endswith(("core.rotations", "core.draws")) for name in missing), missing
-    return other.eval()
+    return rehashed.eval()
 
 
 def ask(run: Path, plan: Plan, selection: str, rounds: int) -> dict[str, Any]:
-    """The share of the second word that a run says rightly, by so many rounds, for each draw of rotations."""
+    """Accuracy of a run on the second word with a number of rounds, for each draw of rotations."""
     model, task = load_run(run)
     documents = heads(task.documents("validation"), 0, plan.samples)
     shares = []
     for draw in range(1 if rounds == FULL else plan.draws):
-        other = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
-        found = evaluate_text(other, documents, chunk=2 * plan.word + 1, batch=4, memory=False)
-        shares.append(found.accuracy)
+        rehashed = with_rounds(model, mixer(selection, rounds, plan.word), seed=1000 + draw)
+        evaluation = evaluate_text(rehashed, documents, chunk=2 * plan.word + 1, batch=4, memory=False)
+        shares.append(evaluation.accuracy)
     return {"right": float(np.mean(shares)), "shares": shares}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train everything, ask everything; a second call goes on from what is in the folder."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train and evaluate all models; a second call resumes from the folder."""
+    by_selection: dict[str, dict[str, dict[str, float]]] = {}
     runs = {}
     for selection in plan.selections:
         for rounds in plan.rounds:
-            # what sees everything is trained once
+            # full attention is the same in all selections
             run = folder / (_name(FULL) if rounds == FULL else f"{selection}-{_name(rounds)}")
-            trained(recipe_of(plan, selection, rounds), run)
+            train_or_resume(recipe_of(plan, selection, rounds), run)
             runs[run] = True
             row = {}
-            for asked in ASKED:
-                path = folder / "asked" / f"{run.name}-by-{selection}-{_name(asked)}.json"
-                row[_name(asked)] = kept(path, lambda: ask(run, plan, selection, asked))["right"]  # noqa: B023 - at once
-            found.setdefault(selection, {})[_name(rounds)] = row
+            for eval_rounds in EVAL_ROUNDS:
+                path = folder / "asked" / f"{run.name}-by-{selection}-{_name(eval_rounds)}.json"
+                row[_name(eval_rounds)] = measure_once(path, lambda: ask(run, plan, selection, eval_rounds))["right"]  # noqa: B023 - at once
+            by_selection.setdefault(selection, {})[_name(rounds)] = row
             say(f"{selection}, trained with {_name(rounds)}: " + ", ".join(f"{k} {v:.1%}" for k, v in row.items()))
-    return outcome(found, plan, trained_seconds(runs))
+    return outcome(by_selection, plan, trained_seconds(runs))
 
 
 def _name(rounds: int) -> str:
     return "full" if rounds == FULL else str(rounds)
 
 
-def outcome(found: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
-    """What was found, beside what the paper says."""
-    asked = " / ".join(_name(each) for each in ASKED)
+def outcome(by_selection: dict[str, dict[str, dict[str, float]]], plan: Plan, seconds: float) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    labels = " / ".join(_name(number) for number in EVAL_ROUNDS)
     figures = [
         Figure(
-            f"{selection}, trained with {_name(rounds)}: % of tokens right, asked with {asked}",
-            " / ".join(f"{PAPER[rounds][each]:g}" for each in ASKED) if rounds in PAPER else "",
-            " / ".join(f"{100 * found[selection][_name(rounds)][_name(each)]:.1f}" for each in ASKED),
+            f"{selection}, trained with {_name(rounds)}: % of correct tokens, evaluated with {labels}",
+            " / ".join(f"{PAPER[rounds][number]:g}" for number in EVAL_ROUNDS) if rounds in PAPER else "",
+            " / ".join(f"{100 * by_selection[selection][_name(rounds)][_name(number)]:.1f}" for number in EVAL_ROUNDS),
         )
-        for selection in found
+        for selection in by_selection
         for rounds in plan.rounds
     ]
-    best = {selection: rows["4"]["4"] for selection, rows in found.items() if "4" in rows}
+    best = {selection: rows["4"]["4"] for selection, rows in by_selection.items() if "4" in rows}
     every = bool(best) and all(value >= GOAL for value in best.values())
-    more = all(row["8"] >= row["1"] - 0.01 for rows in found.values() for row in rows.values())
-    # of the trainings too, where they are asked alike
-    order = [_name(each) for each in (4, 2, 1) if each in plan.rounds]
+    more = all(row["8"] >= row["1"] - 0.01 for rows in by_selection.values() for row in rows.values())
+    # also between trainings, at equal rounds of evaluation
+    order = [_name(number) for number in (4, 2, 1) if number in plan.rounds]
     more = more and all(
-        rows[first][asked] >= rows[second][asked] - 0.01
-        for rows in found.values()
+        rows[first][eval_rounds] >= rows[second][eval_rounds] - 0.01
+        for rows in by_selection.values()
         for first, second in itertools.pairwise(order)
-        for asked in (_name(each) for each in ASKED if each != FULL)
+        for eval_rounds in (_name(number) for number in EVAL_ROUNDS if number != FULL)
     )
     some = any(value >= GOAL for value in best.values())
     return Outcome(
         verdict="holds" if every and more else "holds in part" if some else "does not hold",
         figures=figures,
         size=f"1 layer of 128, 4 heads, learned positions, 0 w 0 w with {plan.word} symbols of 127 in w; "
-        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-back "
-        f"texts, for each number of rounds {plan.draws} draws of rotations that were never trained with",
-        note="Holds: at least 99 % trained and asked with 4 rounds in every selection, and more rounds never worse by "
-        "more than a point, neither asked nor in training; in part: 99 % in one of them, or in all and fewer rounds "
-        f"better somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
+        f"{plan.steps:,} steps of at most 12 texts, words of 31 symbols first, one seed; {plan.samples} held-out "
+        f"texts, for each number of rounds {plan.draws} draws of rotations not used in training",
+        note="Holds: at least 99 % with 4 rounds in training and evaluation in every selection, and more rounds never "
+        "worse by more than a point in either; in part: 99 % in one selection, or in all with fewer rounds better "
+        f"somewhere. More rounds never worse: {'yes' if more else 'no'}. 'full' sees every earlier token with "
         "shared queries and keys. The paper trained 150,000 steps of a layer of 256; its selection is 'sorted'.",
-        data=dict(found),
-        pictures=[_picture(each, found[each]) for each in found],
+        data=dict(by_selection),
+        pictures=[_picture(selection, by_selection[selection]) for selection in by_selection],
         seconds=seconds,
     )
 
 
 def _picture(selection: str, rows: dict[str, dict[str, float]]) -> Picture:
-    return picture(
+    return picture_of(
+        heat_figure,
         f"reformer-copy-{selection}",
-        lambda theme: heat_figure(
-            [list(row.values()) for row in rows.values()],
-            rows=list(rows),
-            columns=list(next(iter(rows.values()))),
-            xlabel="rounds when asked",
-            ylabel="rounds in training",
-            theme=theme,
-        ),
-        alt=f"Share of the second word said rightly, by rounds of hashing in training and when asked, {selection}.",
+        [list(row.values()) for row in rows.values()],
+        rows=list(rows),
+        columns=list(next(iter(rows.values()))),
+        xlabel="rounds at evaluation",
+        ylabel="rounds in training",
+        alt=f"Accuracy on the second word by rounds of hashing in training and at evaluation, {selection}.",
     )
 
 
@@ -181,8 +171,9 @@ REFORMER_COPY = Claim(
     name="reformer-copy",
     system="Reformer",
     source="Kitaev et al. 2020, section 5.1 and table 2",
-    text="One layer of LSH attention learns to copy 511 symbols; the more rounds of hashing, in training and when "
-    "asked, the better.",
-    run=_run,
+    text="One layer of LSH attention learns to copy 511 symbols; more rounds of hashing, in training and at "
+    "evaluation, are better.",
+    measure=measure,
     minutes={"small": 2, "full": 55},
+    plans=PLANS,
 )

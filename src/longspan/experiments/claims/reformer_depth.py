@@ -1,22 +1,22 @@
-"""`reformer-depth`: what a training step keeps of activations, against the depth of the model."""
+"""`reformer-depth`: memory of activations in a training step against the depth of the model."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longspan.experiments.claims.activations import blocks_alone
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.report import Picture
-from longspan.report.figures import Series, line_figure, picture
+from longspan.report.figures import Series, line_figure
 
 MIXERS: tuple[dict[str, Any], ...] = (
     {"name": "window", "window": 64, "blocks": True},
     {"name": "lsh", "selection": "sorted", "bucket_size": 64, "num_buckets": 64},
 )
-"""Reformer's layers: local ones and LSH in turn."""
+"""Reformer's layers: local and LSH, alternating."""
 KINDS = {
     "plain": "ordinary blocks",
     "checkpoint": "ordinary blocks, each recomputed",
@@ -24,12 +24,12 @@ KINDS = {
     "reversible, ffn_chunk": "reversible blocks, feed-forward in chunks",
 }
 GROWTH = 1.25
-"""most that the peak of the deepest may be of the shallowest, where memory does not depend on the depth"""
+"""largest ratio of peaks, deepest to shallowest, that counts as independent of the depth"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: depths, tokens of the text, width of the model."""
+    """Sizes: depths, tokens per text, width of the model."""
 
     layers: tuple[int, ...]
     length: int
@@ -42,93 +42,89 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[dict[str, float]]] = {}
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    by_mode: dict[str, list[dict[str, float]]] = {}
     for mode in KINDS:
         for layers in plan.layers:
             path = folder / f"{mode.replace(', ', '-')}-{layers}.json"
-            each = kept(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
-            found.setdefault(mode, []).append(each)
-            say(f"{KINDS[mode]}, {layers} layers: {each['peak'] / 1e6:.1f} MB")
-    return outcome(found, plan)
+            record = measure_once(path, lambda: _timed(mode, layers, plan))  # noqa: B023 - called at once
+            by_mode.setdefault(mode, []).append(record)
+            say(f"{KINDS[mode]}, {layers} layers: {record['peak'] / 1e6:.1f} MB")
+    return outcome(by_mode, plan)
 
 
 def _timed(mode: str, layers: int, plan: Plan) -> dict[str, float]:
-    """What a process says, and the seconds that it lived."""
+    """The numbers of a process, and the seconds that it ran."""
     begin = time.perf_counter()
-    found = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
-    return {**found, "process": time.perf_counter() - begin}
+    measurements = blocks_alone(mode, layers, plan.length, plan.dim, MIXERS)
+    return {**measurements, "process": time.perf_counter() - begin}
 
 
-def outcome(found: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
+def outcome(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
     depths = ", ".join(f"{layers}" for layers in plan.layers)
     figures = []
-    for mode, records in found.items():
-        peaks = [each["peak"] for each in records]
+    for mode, records in by_mode.items():
+        peaks = [record["peak"] for record in records]
         figures.append(
             Figure(
-                f"{KINDS[mode]}: MB at most, {depths} layers",
+                f"{KINDS[mode]}: peak MB, {depths} layers",
                 "independent of the depth" if "reversible" in mode else "grows with the depth",
                 f"{_megabytes(peaks)} (deepest over shallowest: {peaks[-1] / peaks[0]:.2f})",
             )
         )
     figures += [
         Figure(
-            f"{KINDS[mode]}: MB that autograd keeps, {depths} layers",
+            f"{KINDS[mode]}: MB saved by autograd, {depths} layers",
             "inputs and outputs of one layer" if mode == "reversible" else "",
-            _megabytes([each["saved"] for each in found[mode]]),
+            _megabytes([record["saved"] for record in by_mode[mode]]),
         )
         for mode in ("plain", "reversible")
     ]
-    times = [found["reversible"][-1]["seconds"] / found[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
+    times = [by_mode["reversible"][-1]["seconds"] / by_mode[mode][-1]["seconds"] for mode in ("plain", "checkpoint")]
     figures.append(
         Figure(
-            f"processor time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
+            f"CPU time of a step, {plan.layers[-1]} layers, reversible over ordinary and over recomputed blocks",
             "a second forward pass",
             f"{times[0]:.2f}, {times[1]:.2f}",
         )
     )
-    grown = {mode: records[-1]["peak"] / records[0]["peak"] for mode, records in found.items()}
-    flat = grown["reversible"] <= GROWTH and found["reversible"][-1]["saved"] == found["reversible"][0]["saved"]
-    less = found["reversible"][-1]["peak"] < found["plain"][-1]["peak"]
+    grown = {mode: records[-1]["peak"] / records[0]["peak"] for mode, records in by_mode.items()}
+    flat = grown["reversible"] <= GROWTH and by_mode["reversible"][-1]["saved"] == by_mode["reversible"][0]["saved"]
+    less = by_mode["reversible"][-1]["peak"] < by_mode["plain"][-1]["peak"]
     return Outcome(
         verdict="holds" if flat and less else "holds in part" if less else "does not hold",
         figures=figures,
         size=f"a forward and backward pass on one text of {plan.length:,} tokens, dim {plan.dim}, 4 heads, local "
-        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) in turn, dropout 0.1, fp32, 1 thread; each in "
-        "a process of its own: peak of resident memory above what stood before, without the parameters' gradients",
-        note="What does grow with the depth is small: the buckets of LSH layers, which must not be chosen anew (one "
-        "byte a token, head and round), and random generators. That reversibility costs no quality is not measured "
-        "here.",
-        data=dict(found),
-        pictures=[_picture(found, plan)],
-        seconds=sum(each["process"] for records in found.values() for each in records),
+        "layers (chunks of 64) and LSH (chunks of 64, 2 rounds, sorted) alternating, dropout 0.1, fp32, 1 thread; each "
+        "in its own process: peak resident memory above that before, without the parameters' gradients",
+        note="Only small parts grow with the depth: the buckets of LSH layers, which are stored for the backward pass "
+        "(one byte per token, head and round), and states of random generators. Whether reversibility costs quality is "
+        "not measured here.",
+        data=dict(by_mode),
+        pictures=[_picture(by_mode, plan)],
+        seconds=sum(record["process"] for records in by_mode.values() for record in records),
     )
 
 
 def _megabytes(values: list[float]) -> str:
-    return ", ".join(f"{each / 1e6:.1f}" for each in values)
+    return ", ".join(f"{value / 1e6:.1f}" for value in values)
 
 
-def _picture(found: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
+def _picture(by_mode: dict[str, list[dict[str, float]]], plan: Plan) -> Picture:
     series = [
-        Series(x=list(plan.layers), y=[each["peak"] / 1e6 for each in records], label=KINDS[mode], kind="marked")
-        for mode, records in found.items()
+        Series(x=list(plan.layers), y=[record["peak"] / 1e6 for record in records], label=KINDS[mode], kind="marked")
+        for mode, records in by_mode.items()
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "reformer-depth",
-        lambda theme: line_figure(
-            series,
-            xlabel="layers",
-            ylabel="MB of activations at most, in a forward and backward pass",
-            xscale="log2",
-            ylim=(0, None),
-            xticks=list(plan.layers),
-            theme=theme,
-        ),
+        series,
+        xlabel="layers",
+        ylabel="peak MB of activations, forward and backward",
+        xscale="log2",
+        ylim=(0, None),
+        xticks=list(plan.layers),
         alt="Peak memory of activations against the number of layers, ordinary, recomputed and reversible blocks.",
     )
 
@@ -138,6 +134,7 @@ REFORMER_DEPTH = Claim(
     system="Reformer",
     source="Kitaev et al. 2020, section 3 and table 3",
     text="With reversible layers the memory of activations does not depend on the number of layers.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 0.6, "full": 4},
+    plans=PLANS,
 )

@@ -1,21 +1,21 @@
-"""`rmt`: trained on at most five segments, answers over 4,096."""
+"""`rmt`: trained on at most five segments, answers after 4,096."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from longspan.config import override, read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.files import read_json
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, find_recipe, load_run
+from longspan.train import Answers, Interval, evaluate_answers, load_run
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -24,78 +24,71 @@ GOAL = {"memorize": 0.95, "detect": 0.95, "reasoning": 0.90}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: training seeds, optimiser steps of each training, and (segments, samples, of the first seed only)."""
+    """Training seeds, optimizer steps by kind, and (segments, samples, only the first seed) of each evaluation."""
 
     seeds: int
     steps: dict[str, int]
-    asked: tuple[tuple[int, int, bool], ...]
+    evaluations: tuple[tuple[int, int, bool], ...]
 
 
 PLANS: dict[str, Plan] = {
     "small": Plan(
         seeds=1,
         steps={"memorize": 450, "detect": 450, "reasoning": 1800},
-        asked=((1, 64, False), (16, 64, False), (64, 32, False), (256, 16, False)),
+        evaluations=((1, 64, False), (16, 64, False), (64, 32, False), (256, 16, False)),
     ),
     "full": Plan(
         seeds=3,
         steps={"memorize": 450, "detect": 450, "reasoning": 2400},
-        asked=(
-            *((segments, 128, False) for segments in (1, 4, 16, 64, 256)),
-            (1024, 64, True),
-            (4096, 32, True),
-        ),
+        evaluations=(*((segments, 128, False) for segments in (1, 4, 16, 64, 256)), (1024, 64, True), (4096, 32, True)),
     ),
 }
 
 
 def train_once(folder: Path, kind: Kind, seed: int, steps: int, *assignments: str) -> None:
-    """A run of the recipe, from the start or from where it stopped."""
-    recipe = read_toml(find_recipe("rmt-reasoning.toml" if kind == "reasoning" else "rmt.toml"))
-    for assignment in (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}", *assignments):
-        recipe = override(recipe, assignment)
-    del recipe["train"]["minutes"]  # a number of steps gives the same model on any machine
-    trained(recipe, folder)
+    """Run the recipe, or resume it."""
+    name = "rmt-reasoning" if kind == "reasoning" else "rmt"
+    settings = (f"task.kind={kind}", f"train.seed={seed}", f"train.steps={steps}")
+    train_or_resume(read_recipe(name, *settings, *assignments), folder)
 
 
 def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> dict[str, Any]:
-    """The answers of a run, from the file of an earlier evaluation where there is one."""
+    """The answers of a run, read from the file of an earlier evaluation if there is one."""
 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
-        found = evaluate_answers(
+        answers = evaluate_answers(
             model, cast(MemoryTask, task), segments=segments, count=count, kinds=(kind,), batch=BATCH, seed=seed
         )
-        return found[kind].record()
+        return answers[kind].record()
 
-    return kept(folder / f"answers-{segments}x{count}.json", measure)
+    return measure_once(folder / f"answers-{segments}x{count}.json", measure)
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    plan = PLANS[size]
-    found: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
-    # the long texts last, so that a run which is stopped has all of the short ones
+def _measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    by_kind: dict[str, dict[int, list[dict[str, Any]]]] = {kind: {} for kind in KINDS}
+    # long texts last, so that an interrupted call has all short ones
     for kind in KINDS:
         for seed in range(plan.seeds):
             train_once(folder / f"{kind}-{seed}", kind, seed, plan.steps[kind])
             say(f"{kind}, seed {seed}: trained")
-    for segments, count, first_only in plan.asked:
+    for segments, count, first_only in plan.evaluations:
         for kind in KINDS:
             for seed in range(1 if first_only else plan.seeds):
                 record = ask_once(folder / f"{kind}-{seed}", kind, segments, count, seed)
-                found[kind].setdefault(segments, []).append(record)
+                by_kind[kind].setdefault(segments, []).append(record)
                 say(f"{kind}, seed {seed}: {record['k']} of {record['n']} at {segments:,} segments")
     runs = [folder / f"{kind}-{seed}" for kind in KINDS for seed in range(plan.seeds)]
     seconds = trained_seconds(runs)
-    floors = {read_json(each / "recipe.json")["train"].get("gate_floor", 0.0) for each in runs}
-    return _outcome(found, plan, seconds, ", ".join(f"{floor:g}" for floor in sorted(floors)))
+    floors = {read_json(run / "recipe.json")["train"].get("gate_floor", 0.0) for run in runs}
+    return _outcome(by_kind, plan, seconds, ", ".join(f"{floor:g}" for floor in sorted(floors)))
 
 
 def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, seed: int = 0) -> Interval:
-    """Accuracy over several trainings, with a bootstrap that draws trainings and, within each, samples anew."""
+    """Accuracy over several trainings, with a bootstrap over trainings and over samples within each."""
     random = np.random.default_rng(seed)
-    shares = [np.asarray(each, dtype=np.float64) for each in right]
-    value = float(np.mean([each.mean() for each in shares]))
+    shares = [np.asarray(answers, dtype=np.float64) for answers in right]
+    value = float(np.mean([share.mean() for share in shares]))
     drawn = np.zeros(samples)
     for index in range(samples):
         chosen = random.integers(len(shares), size=len(shares))
@@ -105,73 +98,78 @@ def seeds_interval(right: Sequence[Sequence[bool]], *, samples: int = 10_000, se
 
 
 def intervals(records: list[dict[str, Any]]) -> Interval:
-    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval where all are right."""
+    """Accuracy over trainings and samples: a bootstrap over both, or Wilson's interval if all are correct."""
     right = [[letter == "1" for letter in record["answers"]] for record in records]
     value = seeds_interval(right)
     if value.low < value.high:
         return value
-    answers = Answers("", 1, 1, [each for part in right for each in part], [])
+    answers = Answers("", 1, 1, [answer for part in right for answer in part], [])
     return answers.interval()
 
 
-def _outcome(found: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, seconds: float, floor: str) -> Outcome:
+def _outcome(by_kind: dict[str, dict[int, list[dict[str, Any]]]], plan: Plan, seconds: float, floor: str) -> Outcome:
     figures, reached = [], True
-    for kind, lengths in found.items():
+    for kind, lengths in by_kind.items():
         for segments, records in lengths.items():
             value = intervals(records)
-            k, n = sum(each["k"] for each in records), sum(each["n"] for each in records)
+            k, n = sum(record["k"] for record in records), sum(record["n"] for record in records)
             reached = reached and value.value >= GOAL[kind]
             figures.append(
                 Figure(
                     f"{kind}, {segments:,} segments ({segments * 499:,} tokens)",
-                    "near perfect" if kind != "reasoning" else "lower than the others",
+                    "near perfect" if kind != "reasoning" else "lower than the other kinds",
                     f"{k} of {n} ({value.value:.3f} [{value.low:.3f}, {value.high:.3f}]), "
                     f"{len(records)} seed{'s' if len(records) > 1 else ''}",
                 )
             )
-    records = [each for lengths in found.values() for group in lengths.values() for each in group]
-    silent, false = sum(each["silent"] for each in records), sum(each["false_writes"] for each in records)
-    cut, whole = sum(each["cut_facts"] for each in records), sum(each["k_of_whole_facts"] for each in records)
-    total = sum(each["n"] for each in records)
+    records = [record for lengths in by_kind.values() for group in lengths.values() for record in group]
+    silent, false = sum(record["silent"] for record in records), sum(record["false_writes"] for record in records)
+    cut, whole = sum(record["cut_facts"] for record in records), sum(record["k_of_whole_facts"] for record in records)
+    total = sum(record["n"] for record in records)
     note = (
-        f"{false:,} of {silent:,} segments without a fact wrote something. {cut} of {total:,} samples have a fact that "
-        f"a segment border cuts in two; of the others {whole / max(total - cut, 1):.1%} were answered rightly. At the "
-        f"longest texts a noise sentence occurs {max(each['repeats'] for each in records):.1f} times on average."
+        f"{false:,} of {silent:,} segments without a fact wrote to memory. In {cut} of {total:,} samples a segment "
+        f"border cuts the fact in two; of the others {whole / max(total - cut, 1):.1%} were answered correctly. In the "
+        f"longest texts a noise sentence occurs {max(record['repeats'] for record in records):.1f} times on average."
     )
     return Outcome(
         verdict="holds" if reached else "holds in part",
         figures=figures,
         size="encoder of 2 layers of 64, 8 memory tokens, segments of 499, trained on at most 5 of them for "
         f"{', '.join(f'{steps:,}' for steps in plan.steps.values())} steps (gate_floor {floor}), {plan.seeds} seeds; "
-        "intervals 95 %, bootstrap over seeds and samples (Wilson where all are right)",
+        "intervals 95 %, bootstrap over seeds and samples (Wilson if all are correct)",
         note=note,
-        data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in found.items()},
-        pictures=[_picture(found)],
-        seconds=seconds + sum(each["seconds"] for each in records),
+        data={kind: {str(key): value for key, value in lengths.items()} for kind, lengths in by_kind.items()},
+        pictures=[_picture(by_kind)],
+        seconds=seconds + sum(record["seconds"] for record in records),
     )
 
 
-def _picture(found: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
+def _picture(by_kind: dict[str, dict[int, list[dict[str, Any]]]]) -> Picture:
     series = []
-    for kind, lengths in found.items():
+    for kind, lengths in by_kind.items():
         values = [intervals(records) for records in lengths.values()]
-        low, high = [each.low for each in values], [each.high for each in values]
+        low, high = [interval.low for interval in values], [interval.high for interval in values]
         series.append(
-            Series(x=list(lengths), y=[each.value for each in values], low=low, high=high, label=kind, kind="marked")
+            Series(
+                x=list(lengths),
+                y=[interval.value for interval in values],
+                low=low,
+                high=high,
+                label=kind,
+                kind="marked",
+            )
         )
-    return picture(
+    return picture_of(
+        line_figure,
         "rmt",
-        lambda theme: line_figure(
-            series,
-            xlabel="segments of 499 tokens",
-            ylabel="share of right answers",
-            marks=[Mark(5, "trained up to here"), Mark(1 / 6, "chance", horizontal=True)],
-            xscale="log2",
-            xticks=list(next(iter(found.values()))),
-            ylim=(0, 1.16),
-            theme=theme,
-        ),
-        alt="Share of right answers of the three memory tasks against the number of segments.",
+        series,
+        xlabel="segments of 499 tokens",
+        ylabel="accuracy",
+        marks=[Mark(5, "longest in training"), Mark(1 / 6, "chance", horizontal=True)],
+        xscale="log2",
+        xticks=list(next(iter(by_kind.values()))),
+        ylim=(0, 1.16),
+        alt="Accuracy on the three memory tasks against the number of segments.",
     )
 
 
@@ -179,8 +177,9 @@ RMT = Claim(
     name="rmt",
     system="Recurrent Memory Transformer",
     source="Bulatov et al. 2023, section 3 and figures 1 and 4",
-    text="Trained on a few segments, the model answers over 4,096 segments, 2,043,904 tokens: memorize, detect and "
+    text="Trained on a few segments, the model answers after 4,096 segments, 2,043,904 tokens: memorize, detect and "
     "memorize, and reasoning over two facts.",
-    run=_run,
+    measure=_measure,
     minutes={"small": 20, "full": 150},
+    plans=PLANS,
 )

@@ -1,4 +1,4 @@
-"""`routing`: half of the heads routed by content, against local heads alone of as many FLOPs; how clusters are used."""
+"""`routing`: half of the heads routed by content against local heads of equal FLOPs, and the usage of clusters."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from longspan.contract.replay import Choices
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.contest import (
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     Plan,
     bit_figures,
     contest,
@@ -24,26 +24,27 @@ from longspan.experiments.claims.contest import (
     seconds_of,
 )
 from longspan.experiments.claims.language_modelling import recipe_of
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once
+from longspan.experiments.figures import picture_of
 from longspan.models import build_model
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.base import Documents, heads
 from longspan.train import load_run
 
 ROUTED, LOCAL, BALANCED, DENSE = "routed and local heads", "local heads", "the paper's equal clusters", "dense"
 PIECE = 2048
-"""bytes that a model sees at once; clusters, windows and FLOPs are for it"""
+"""bytes that a model reads at once, for which clusters, windows and FLOPs are chosen"""
 
 
 PLANS: dict[str, Plan] = {
     "small": Plan(contest=Contest(seeds=1, head=2048, documents=4, train={"steps": 30})),
-    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), others=(BALANCED, DENSE)),
+    "full": Plan(contest=Contest(seeds=2, head=8192, train={"steps": 800}), extra_models=(BALANCED, DENSE)),
 }
 
 
 def mixer_of(name: str) -> dict[str, Any]:
-    """What stands in every layer."""
+    """The mixer of every layer."""
     if name == DENSE:
         return {"name": "full"}
     if name == LOCAL:
@@ -54,24 +55,24 @@ def mixer_of(name: str) -> dict[str, Any]:
 
 
 def flops(mixer: Mapping[str, Any]) -> int:
-    """Of a forward over a piece."""
+    """FLOPs of a forward pass over a piece."""
     table = recipe_of("routing")["model"]
     return int(build_model({**table, "vocab_size": 256, "mixers": [dict(mixer)]}).flops(PIECE))
 
 
 @cache
 def equal_window() -> int:
-    """The window of local heads that cost as many FLOPs as routed and local ones."""
-    wanted = flops(mixer_of(ROUTED))
+    """The smallest window with which local heads cost at least the FLOPs of routed and local ones."""
+    routed_flops = flops(mixer_of(ROUTED))
     low, high = 1, PIECE
     while low < high:
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < wanted else (low, middle)
+        low, high = (middle + 1, high) if flops({"name": "window", "window": middle}) < routed_flops else (low, middle)
     return low
 
 
 def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
-    """A hook before a core that records what it chooses."""
+    """A forward pre-hook of a core that records its choices of clusters."""
 
     def hook(core: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         *rest, rows = arguments
@@ -82,7 +83,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 
 @torch.no_grad()
 def usage(model: Any, documents: Documents) -> list[list[float]]:
-    """Share of the tokens that each cluster takes, the largest first, for every routed head of every layer."""
+    """Share of tokens per cluster, largest first, for every routed head of every layer."""
     counts: list[np.ndarray[Any, Any]] = []
     clusters = recipe_of("routing")["model"]["mixers"][0]["parts"][1]["num_clusters"]
     for document in documents.items:
@@ -93,26 +94,22 @@ def usage(model: Any, documents: Documents) -> list[list[float]]:
         for hook in hooks:
             hook.remove()
         chosen = torch.cat([layer[0] for layer in choices.recorded])
-        found = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
-        counts.append(found)
+        cluster_counts = np.stack([np.bincount(head.numpy(), minlength=clusters) for head in chosen])
+        counts.append(cluster_counts)
     total = np.sum(counts, axis=0)
     return np.sort(total / total.sum(1, keepdims=True))[:, ::-1].tolist()  # type: ignore[no-any-return]
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return compare(folder, PLANS[size], say)
-
-
-def compare(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train and measure everything; a second call goes on from what is in the folder."""
-    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.others)}
-    found = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
-    found |= contest(folder, {name: recipes[name] for name in plan.others}, replace(plan.contest, seeds=1), say)
+def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train and evaluate all models; a second call resumes from the folder."""
+    recipes = {name: recipe_with(mixer_of(name), "routing") for name in (LOCAL, ROUTED, *plan.extra_models)}
+    models = contest(folder, {name: recipes[name] for name in (LOCAL, ROUTED)}, plan.contest, say)
+    models |= contest(folder, {name: recipes[name] for name in plan.extra_models}, replace(plan.contest, seeds=1), say)
     shares: list[list[float]] = []
     for seed in range(plan.contest.seeds):
         run = run_folder(folder, ROUTED, seed)
-        shares += kept(run / "usage.json", partial(_used, run, plan.contest))["shares"]
-    return outcome(found, shares, plan.contest)
+        shares += measure_once(run / "usage.json", partial(_used, run, plan.contest))["shares"]
+    return outcome(models, shares, plan.contest)
 
 
 def _used(run: Path, plan: Contest) -> dict[str, Any]:
@@ -120,61 +117,61 @@ def _used(run: Path, plan: Contest) -> dict[str, Any]:
     return {"shares": usage(model, heads(task.documents("validation"), plan.head, plan.documents))}
 
 
-def outcome(found: Found, shares: list[list[float]], plan: Contest) -> Outcome:
-    """What was found, beside what the paper says.
+def outcome(models: ModelRecords, shares: list[list[float]], plan: Contest) -> Outcome:
+    """The verdict and the numbers next to the paper's.
 
     Args:
-        found: of `contest`.
-        shares: of the tokens, in each cluster of each routed head, the fullest first.
+        models: records of `contest`.
+        shares: shares of tokens per cluster for each routed head, largest first.
         plan: sizes.
     """
-    figures = bit_figures(found, LOCAL, {ROUTED: "0.99 (enwik8)"})
+    figures = bit_figures(models, LOCAL, {ROUTED: "0.99 (enwik8)"})
     figures += [
-        Figure(f"GFLOPs of a piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in found
+        Figure(f"GFLOPs per piece, {name}", "", f"{flops(mixer_of(name)) / 1e9:.2f}" + _window(name)) for name in models
     ]
     even = 1 / len(shares[0])
     busy = [sum(share > even / 10 for share in head) for head in shares]
     figures.append(
         Figure(
-            "clusters that take at least a tenth of an even share",
+            "clusters with at least a tenth of an even share",
             "",
-            f"{np.mean(busy):.1f} of {len(shares[0])} on average, {min(busy)} at least; the largest takes "
+            f"{np.mean(busy):.1f} of {len(shares[0])} on average, at least {min(busy)}; the largest takes "
             f"{np.mean([head[0] for head in shares]):.0%} of the tokens",
         )
     )
-    minus = differences(found, LOCAL)[ROUTED]
+    minus = differences(models, LOCAL)[ROUTED]
     return Outcome(
         verdict="holds" if minus.high < 0 else "holds in part" if minus.value < 0 else "does not hold",
         figures=figures,
         size="4 layers of 128, in each 2 heads with a window of 128 and 2 routed to 16 clusters of 128, against 4 "
-        f"local heads of as many FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
-        f"{plan.train['steps']:,} steps of one, {plan.seeds} seeds, of other models one; held back: the first "
-        f"{plan.head:,} bytes of {len(found[LOCAL][0]['names'])} speeches; {INTERVALS}",
-        note=_note(found, busy, len(shares[0])),
-        data={"models": found, "shares": shares},
+        f"local heads of equal FLOPs; pieces of {PIECE:,} bytes of State of the Union speeches, "
+        f"{plan.train['steps']:,} steps of one piece, {plan.seeds} seeds, one of extra models; held out: the first "
+        f"{plan.head:,} bytes of {len(models[LOCAL][0]['names'])} speeches; {INTERVALS}",
+        note=_note(models, busy, len(shares[0])),
+        data={"models": models, "shares": shares},
         pictures=[_picture(shares)],
-        seconds=seconds_of(found),
+        seconds=seconds_of(models),
     )
 
 
-def _note(found: Found, busy: list[int], clusters: int) -> str:
-    """What the verdict means, and what stands in the way of it: clusters that collapsed, a model that is too young."""
+def _note(models: ModelRecords, busy: list[int], clusters: int) -> str:
+    """The meaning of the verdict, and its limitations: collapsed clusters, too short a training."""
     parts = [
-        "Holds: better than local heads, the interval of the difference below zero; in part: better, but it reaches "
-        "above zero."
+        "Holds: better than local heads, the interval of the difference below zero; in part: better, but the interval "
+        "includes zero."
     ]
     if 2 * min(busy) < clusters or 4 * np.mean(busy) < 3 * clusters:
         parts.append(
             f"Clusters collapsed ({np.mean(busy):.1f} of {clusters} busy, {min(busy)} in the worst head): these heads "
             "route less than they could, so the difference says little about routing."
         )
-    if DENSE in found and differences(found, LOCAL)[DENSE].value > 0:
+    if DENSE in models and differences(models, LOCAL)[DENSE].value > 0:
         parts.append(
-            "After so few steps near tokens are most of what a model knows: dense attention, which sees all that "
-            "local heads see, is behind them too."
+            "After so few steps a model mainly uses near tokens: dense attention, which sees everything that local "
+            "heads see, is behind them too."
         )
     parts.append(
-        "The routed heads are strict, so that decoding equals training; in the paper every cluster takes as many "
+        "The routed heads are strict, so that decoding equals training; in the paper all clusters take equally many "
         "tokens."
     )
     return " ".join(parts)
@@ -190,21 +187,19 @@ def _picture(shares: list[list[float]]) -> Picture:
     mean = np.mean(shares, axis=0).tolist()
     series = [Series(x=ranks, y=mean, label="mean", kind="marked", colour=0)]
     series += [
-        Series(x=ranks, y=head, label="" if index else "a head", kind="faint", colour=1)
+        Series(x=ranks, y=head, label="" if index else "one head", kind="faint", colour=1)
         for index, head in enumerate(shares)
     ]
-    return picture(
+    return picture_of(
+        line_figure,
         "routing",
-        lambda theme: line_figure(
-            series,
-            xlabel="clusters of a head, the fullest first",
-            ylabel="share of the held-back tokens",
-            marks=[Mark(1 / count, "even", horizontal=True)],
-            xticks=ranks,
-            ylim=(0, None),
-            theme=theme,
-        ),
-        alt="Share of held-back tokens in each cluster, the fullest first, for every routed head.",
+        series,
+        xlabel="clusters of a head, largest first",
+        ylabel="share of held-out tokens",
+        marks=[Mark(1 / count, "even", horizontal=True)],
+        xticks=ranks,
+        ylim=(0, None),
+        alt="Share of held-out tokens per cluster, largest first, for every routed head.",
     )
 
 
@@ -212,7 +207,8 @@ ROUTING = Claim(
     name="routing",
     system="Routing Transformer",
     source="Roy et al. 2021, sections 5.2 to 5.5, tables 2 to 5",
-    text="Heads that attend by content beside local ones are better than local heads alone of the same cost.",
-    run=_run,
+    text="Routed and local heads together are better than local heads alone at the same cost.",
+    measure=compare,
     minutes={"small": 1, "full": 30},
+    plans=PLANS,
 )

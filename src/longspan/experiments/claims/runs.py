@@ -1,27 +1,41 @@
-"""What claims that train share: runs that go on where they stopped, measurements that are made once."""
+"""What claims that train share: recipes, runs that resume, measurements that are saved."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from longspan.config import override, read_toml
 from longspan.files import read_json, write_json
-from longspan.train import read_log, run
+from longspan.train import find_recipe, read_log, run
 
 
-def trained(recipe: Mapping[str, Any], folder: Path) -> None:
-    """A run of a recipe, from the start or from where it stopped; nothing where it is over."""
+def read_recipe(name: str, *assignments: str, **train: Any) -> dict[str, Any]:
+    """The recipe NAME.toml with assignments such as "task.kind=detect" and fields of `[train]`.
+
+    A limit in minutes is dropped: a number of steps gives the same model on any machine.
+    """
+    recipe = read_toml(find_recipe(f"{name}.toml"))
+    recipe["train"].pop("minutes", None)
+    for assignment in assignments:
+        recipe = override(recipe, assignment)
+    recipe["train"] |= train
+    return recipe
+
+
+def train_or_resume(recipe: Mapping[str, Any], folder: Path) -> None:
+    """Run a recipe in a folder, from its last checkpoint if there is one; a finished run is left as it is."""
     if (folder / "model").is_dir():
         return
     resume = any((folder / "checkpoints").glob("step-*"))
-    # trainings of minutes are shown to who waits for them; a log gets the lines of the claim alone
+    # a terminal shows the progress of trainings of minutes; a log gets the lines of the claim alone
     progress = "live" if sys.stderr.isatty() else "none"
     if run(recipe, folder, resume=resume, progress=progress).interrupted:
         raise KeyboardInterrupt
 
 
-def kept(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """What a measurement found, from the file of an earlier one where there is one."""
+def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The record that `measure` returns, read from `path` if an earlier call saved it there."""
     if not path.is_file():
         write_json(path, dict(measure()))
     record: dict[str, Any] = read_json(path)
@@ -29,5 +43,5 @@ def kept(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]
 
 
 def trained_seconds(runs: Iterable[Path]) -> float:
-    """How long runs were trained, all their parts together."""
+    """Seconds of training of all runs, earlier calls included."""
     return float(sum(line["seconds"] for run in runs for line in read_log(run / "log.jsonl")[-1:]))

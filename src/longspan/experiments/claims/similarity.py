@@ -1,13 +1,11 @@
-"""Which amino acids attention holds to be alike, and which ones evolution does.
+"""Similarity of amino acids from attention maps, and from evolution (BLOSUM62).
 
-Both ways to read it from attention maps count only attention between residues, and take the maps as the fast operation
-really makes them (`Mixer.attention_map`).
+Both ways count only attention between residues, in the maps of the fast operation (`Mixer.attention_map`).
 
-    by heads    the share of each head's attention that goes to an amino acid; two amino acids are as alike as these
-                shares are correlated over the heads of all layers (Vig et al. 2020, section 4.4, which the Performer's
-                appendix follows)
-    by pairs    log2 of the attention from one amino acid to another, all heads together, over what even attention would
-                give; the mean of both directions. A log-odds score, as BLOSUM's are
+    by heads    correlation over the heads of all layers of the shares of attention that two amino acids get (Vig et al.
+                2020, section 4.4, which the Performer's appendix follows)
+    by pairs    log2 of the attention from one amino acid to another over all heads, divided by that of even attention;
+                the mean of both directions. A log-odds score, as BLOSUM's are
 """
 
 from typing import Any, NamedTuple
@@ -55,61 +53,61 @@ def blosum62() -> Array:
 
 @torch.no_grad()
 def attention_between(model: Any, tokens: Tensor) -> Array:
-    """Attention of a sequence summed by amino acids.
+    """Attention within a sequence, summed by pairs of amino acids.
 
     Args:
         model: a `MaskedLM` in evaluation mode.
-        tokens: (length,) int64 ids of `longspan.tasks.protein`, nothing hidden.
+        tokens: (length,) int64 ids of `longspan.tasks.protein`, unmasked.
 
     Returns:
         (layers * heads, 20, 20) fp64: from the amino acid of the row to that of the column.
     """
     kinds = torch.nn.functional.one_hot(tokens, len(VOCABULARY))[:, FIRST : FIRST + len(AMINO_ACIDS)].float()
     rows = Rows(torch.zeros(1, dtype=torch.int64), len(tokens))
-    h, found = model.embed(tokens[None], rows), []
+    h, sums = model.embed(tokens[None], rows), []
     for block in model.layers:
         weights = block.mixer.attention_map(block.mixer_norm(h))[0]
-        found.append((kinds.T @ weights @ kinds).double().numpy())
+        sums.append((kinds.T @ weights @ kinds).double().numpy())
         h, _, _ = block(h, None, rows, False)
-    return np.concatenate(found)
+    return np.concatenate(sums)
 
 
 def even_attention(tokens: Tensor) -> Array:
-    """(20, 20) fp64: what `attention_between` would give for a head that attends evenly to all places."""
+    """(20, 20) fp64: `attention_between` of a head that attends evenly to all positions."""
     counts = np.bincount(tokens.numpy(), minlength=len(VOCABULARY))[FIRST : FIRST + len(AMINO_ACIDS)]
     even: Array = np.outer(counts, counts) / len(tokens)
     return even
 
 
 def similarity_by_heads(between: Array) -> Array:
-    """(20, 20) correlations over heads; see the module. `between` as of `attention_between`, summed over sequences."""
+    """(20, 20) correlations over heads; see the module. `between` is `attention_between` summed over sequences."""
     shares = between.sum(1) / between.sum((1, 2))[:, None]
-    found: Array = np.corrcoef(shares.T)
-    return found
+    correlations: Array = np.corrcoef(shares.T)
+    return correlations
 
 
 def similarity_by_pairs(between: Array, even: Array) -> Array:
-    """(20, 20) log-odds; see the module. Arguments summed over the same sequences."""
+    """(20, 20) log-odds; see the module. Both arguments are sums over the same sequences."""
     odds: Array = np.log2(between.sum(0) / (len(between) * even))
     return (odds + odds.T) / 2
 
 
 @torch.no_grad()
 def similarity_of_embeddings(model: Any) -> Array:
-    """(20, 20) correlations of the amino acids' embeddings, without what all of them share."""
+    """(20, 20) correlations of the amino acids' embeddings, minus their mean."""
     weights = model.embedding.weight[FIRST : FIRST + len(AMINO_ACIDS)].double().numpy()
-    found: Array = np.corrcoef(weights - weights.mean(0))
-    return found
+    correlations: Array = np.corrcoef(weights - weights.mean(0))
+    return correlations
 
 
 class Agreement(NamedTuple):
-    """How two similarities of the 190 pairs of amino acids agree.
+    """Agreement of two similarities over the 190 pairs of amino acids.
 
     Attributes:
         pearson: their correlation.
-        spearman: that of their ranks.
-        pearson_p: share of relabellings of the amino acids whose correlation is at least as high, this one counted.
-        spearman_p: the same of the ranks.
+        spearman: the correlation of their ranks.
+        pearson_p: share of relabelings of the amino acids, the identity included, with at least this correlation.
+        spearman_p: the same for ranks.
     """
 
     pearson: float
@@ -118,52 +116,52 @@ class Agreement(NamedTuple):
     spearman_p: float
 
 
-def agreement(one: Array, other: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
+def agreement(left: Array, right: Array, *, samples: int = 10_000, seed: int = 0) -> Agreement:
     """Correlations of two symmetric matrices off their diagonals, with a permutation test.
 
-    Pairs that share an amino acid are not independent, so it is the amino acids that are relabelled, rows and columns
-    together (Mantel 1967), not the pairs.
+    Pairs that share an amino acid are not independent, so the test relabels amino acids, rows and columns together
+    (Mantel 1967), instead of pairs.
 
     Args:
-        one: (20, 20), symmetric.
-        other: the same.
-        samples: relabellings.
-        seed: of them.
+        left: (20, 20), symmetric.
+        right: the same.
+        samples: number of relabelings.
+        seed: seed of the relabelings.
     """
     (pearson, pearson_p), (spearman, spearman_p) = (
-        _mantel(first, second, samples, seed) for first, second in ((one, other), (_ranked(one), _ranked(other)))
+        _mantel(first, second, samples, seed) for first, second in ((left, right), (_ranked(left), _ranked(right)))
     )
     return Agreement(pearson, spearman, pearson_p, spearman_p)
 
 
-def _mantel(one: Array, other: Array, samples: int, seed: int) -> tuple[float, float]:
-    upper = np.triu_indices(len(one), 1)
-    fixed = _standard(other[upper])
-    value = float(_standard(one[upper]) @ fixed)
+def _mantel(left: Array, right: Array, samples: int, seed: int) -> tuple[float, float]:
+    upper = np.triu_indices(len(left), 1)
+    fixed = _standard(right[upper])
+    value = float(_standard(left[upper]) @ fixed)
     random, above = np.random.default_rng(seed), 0
     for _ in range(samples):
-        order = random.permutation(len(one))
-        above += bool(_standard(one[order][:, order][upper]) @ fixed >= value - 1e-12)
+        order = random.permutation(len(left))
+        above += bool(_standard(left[order][:, order][upper]) @ fixed >= value - 1e-12)
     return value, (1 + above) / (1 + samples)
 
 
 def _standard(values: Array) -> Array:
-    centred: Array = values - values.mean()
-    return centred / float(np.linalg.norm(centred))
+    centered: Array = values - values.mean()
+    return centered / float(np.linalg.norm(centered))
 
 
 def _ranked(matrix: Array) -> Array:
-    """The matrix with its values off the diagonal replaced by their ranks, equal ones by their mean rank."""
+    """The matrix with off-diagonal values replaced by their ranks, equal values by their mean rank."""
     upper = np.triu_indices(len(matrix), 1)
-    _, place, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
+    _, inverse, count = np.unique(matrix[upper], return_inverse=True, return_counts=True)
     mean = np.cumsum(count) - (count - 1) / 2
     ranked = np.zeros(matrix.shape)
-    ranked[upper] = mean[place]
+    ranked[upper] = mean[inverse]
     return ranked + ranked.T
 
 
 def rank_of_pair(matrix: Array, pair: str) -> int:
-    """The place of a pair such as "DE" among the 190, the most alike first."""
+    """The rank of a pair such as "DE" among the 190, most similar first."""
     upper = np.triu_indices(len(matrix), 1)
     a, b = (AMINO_ACIDS.index(letter) for letter in pair)
     return int((matrix[upper] > matrix[a, b]).sum()) + 1

@@ -1,8 +1,8 @@
-"""`sparse`: how time and memory of fixed and strided patterns grow, and how they model text and images beside dense."""
+"""`sparse`: growth of time and memory of fixed and strided patterns, and their loss against dense attention."""
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from longspan import mixers, ops, reference, tasks
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
 from longspan.experiments.claims.contest import (
     EQUAL,
     INTERVALS,
     Contest,
-    Found,
+    ModelRecords,
     as_good,
     bit_figures,
     caution,
@@ -32,29 +31,29 @@ from longspan.experiments.claims.contest import (
 )
 from longspan.experiments.claims.growth import Step, growth_picture, in_turn, peak_bytes, power
 from longspan.experiments.claims.language_modelling import bits_of
-from longspan.experiments.claims.runs import kept
+from longspan.experiments.claims.runs import measure_once, read_recipe
 from longspan.report import Picture
-from longspan.train import Interval, find_recipe
+from longspan.train import Interval
 
 DENSE, FIXED, STRIDED = "dense", "fixed", "strided"
 WEIGHTS = "dense, weights kept"
 SUMMARY = 8
 HEADS, DIM = 2, 64
-# rules of the verdict, fixed before anything was trained: n sqrt n, with room for what is measured
+# rules of the verdict, set before any training: n sqrt n, with a margin for measurement
 GROWTH = 1.6
 DENSE_GROWTH = 1.75
-"""of time: dense attention must be seen to be quadratic"""
+"""smallest exponent of the time of dense attention, which must be visibly quadratic"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: lengths that are timed (dense only some), rounds, the contests on text and on tiles of an image."""
+    """Sizes: lengths to time, rounds, the contests on text and on tiles of images."""
 
     lengths: tuple[int, ...]
     dense: int
-    """longest for dense attention"""
+    """largest length for dense attention"""
     weights: int
-    """longest where all weights are kept"""
+    """largest length for dense attention that stores its weights"""
     rounds: int
     text: Contest
     image: Contest
@@ -93,7 +92,7 @@ PLANS: dict[str, Plan] = {
 
 
 def step_of(way: str, length: int) -> Step:
-    """Forward and backward of one way of attention on normal numbers, warmed up on a short text."""
+    """Forward and backward pass of one way of attention on normal numbers, after a warm-up on a short text."""
     for count in (64, length):
         step = _step(way, count)
         if count < length:
@@ -116,25 +115,25 @@ def _step(way: str, length: int) -> Step:
     return lambda: torch.autograd.grad(attend().sum(), inputs)
 
 
-def growth(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, dict[int, float]]]:
-    """CPU seconds, peak bytes, and pairs by the definition, of each way by length."""
-    found: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
+def growth(plan: Plan, say: Say) -> dict[str, dict[str, dict[int, float]]]:
+    """CPU seconds, peak bytes, and pairs by the definition, for each way by length."""
+    curves: dict[str, dict[str, dict[int, float]]] = {"seconds": {}, "bytes": {}, "pairs": {}}
     most = {DENSE: plan.dense, WEIGHTS: plan.weights}
     for length in plan.lengths:
         timed = [way for way in (DENSE, FIXED, STRIDED) if length <= most.get(way, length)]
         for way, seconds in in_turn({way: step_of(way, length) for way in timed}, plan.rounds).items():
-            found["seconds"].setdefault(way, {})[length] = seconds
+            curves["seconds"].setdefault(way, {})[length] = seconds
         for way in (DENSE, FIXED, STRIDED, WEIGHTS):
             if length <= most.get(way, length):
-                found["bytes"].setdefault(way, {})[length] = peak_bytes(step_of, way, length)
+                curves["bytes"].setdefault(way, {})[length] = peak_bytes(step_of, way, length)
         for way in (DENSE, FIXED, STRIDED):
-            found["pairs"].setdefault(way, {})[length] = pairs(way, length)
-        say(f"{length:,}: " + ", ".join(f"{way} {found['seconds'][way][length]:.2f} s" for way in timed))
-    return found
+            curves["pairs"].setdefault(way, {})[length] = pairs(way, length)
+        say(f"{length:,}: " + ", ".join(f"{way} {curves['seconds'][way][length]:.2f} s" for way in timed))
+    return curves
 
 
 def pairs(way: str, length: int) -> float:
-    """Weights that one head has by the definition."""
+    """Number of weights per head by the definition."""
     stride = math.isqrt(length)
     fields: dict[str, Any] = {} if way == DENSE else {"pattern": way, "stride": stride}
     if way == FIXED:
@@ -142,11 +141,11 @@ def pairs(way: str, length: int) -> float:
     return float(mixers.build("full" if way == DENSE else "sparse", dim=4, num_heads=1, **fields).pairs(length))
 
 
-def _by_length(found: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
-    """With lengths as numbers, which a file holds as words."""
+def _by_length(curves: Mapping[str, Mapping[str, Mapping[Any, float]]]) -> dict[str, dict[str, dict[int, float]]]:
+    """The same with lengths as numbers, which JSON stores as text."""
     return {
         kind: {way: {int(length): value for length, value in values.items()} for way, values in ways.items()}
-        for kind, ways in found.items()
+        for kind, ways in curves.items()
     }
 
 
@@ -159,48 +158,45 @@ def _mixers(stride: int) -> dict[str, dict[str, Any]]:
 
 
 def text_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The three models of text, all else as in `recipes/lm/full.toml`; the stride is the root of the length."""
+    """Recipes of the three models of text, otherwise `recipes/lm/full.toml`; the stride is the root of the length."""
     return {name: recipe_with(mixer) for name, mixer in _mixers(math.isqrt(plan.text.train["segment_length"])).items()}
 
 
 def image_recipes(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The three models of tiles, all else as in `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
-    found = {}
+    """Recipes of the three models of tiles, otherwise `recipes/sparse-tiles.toml`; the stride is a row of pixels."""
+    recipes = {}
     for name, mixer in _mixers(3 * plan.tile).items():
-        recipe = read_toml(find_recipe("sparse-tiles.toml"))
-        del recipe["train"]["minutes"]
+        recipe = read_recipe("sparse-tiles")
         # tiles are small enough to keep activations
         recipe["model"] |= {"mixers": [mixer], "checkpoint": False}
         recipe["task"]["tile"] = plan.tile
-        found[name] = recipe
-    return found
+        recipes[name] = recipe
+    return recipes
 
 
 def frequency_bits(plan: Plan) -> float:
-    """Bits per byte on held-back tiles of whoever knows how often each byte stands in those trained on."""
+    """Bits per byte on held-out tiles of a predictor that knows only the frequencies of bytes in training tiles."""
     task = tasks.build(image_recipes(plan)[DENSE]["task"])
     counts = np.ones(task.vocab_size)
     for item in task.documents("train").items:
         counts += np.bincount(item.cut(0, len(item)).targets, minlength=len(counts))
-    held = evenly(task.documents("validation"), plan.image.documents).items
-    targets = np.concatenate([item.cut(0, len(item)).targets for item in held])
+    held_out = evenly(task.documents("validation"), plan.image.documents).items
+    targets = np.concatenate([item.cut(0, len(item)).targets for item in held_out])
     return float(-np.log2(counts / counts.sum())[targets].mean())
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Measure growth, then train all; a second call goes on from what is in the folder."""
-    grown = _by_length(kept(folder / "growth.json", lambda: growth(plan, say)))
-    found: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Measure growth, then train all models; a second call resumes from the folder."""
+    grown = _by_length(measure_once(folder / "growth.json", lambda: growth(plan, say)))
+    measured: dict[str, Any] = {"growth": grown, "text": contest(folder / "text", text_recipes(plan), plan.text, say)}
     if importlib.util.find_spec("skimage") is None:
-        say("no images: pip install --no-deps scikit-image brings them")
+        say("no images; install them with: pip install --no-deps scikit-image")
     else:
-        found["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
-        found["frequencies"] = kept(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})["bits"]
-    return outcome(found, plan)
+        measured["image"] = contest(folder / "image", image_recipes(plan), plan.image, say)
+        measured["frequencies"] = measure_once(folder / "frequencies.json", lambda: {"bits": frequency_bits(plan)})[
+            "bits"
+        ]
+    return outcome(measured, plan)
 
 
 def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
@@ -210,20 +206,19 @@ def _shown(values: Mapping[int, float], scale: float, unit: str) -> str:
     return f"{words} {unit} (n^{power(values):.2f})"
 
 
-def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
-    """What was found, beside what the paper says."""
-    grown, text, image = found["growth"], found["text"], found.get("image")
+def outcome(measured: Mapping[str, Any], plan: Plan) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    grown, text, image = measured["growth"], measured["text"], measured.get("image")
     time_powers, memory_powers = (
-        {way: power(each) for way, each in grown[key].items()} for key in ("seconds", "bytes")
+        {way: power(values) for way, values in grown[key].items()} for key in ("seconds", "bytes")
     )
     grows = time_powers[DENSE] >= DENSE_GROWTH and all(
         max(time_powers[way], memory_powers[way]) <= GROWTH for way in (FIXED, STRIDED)
     )
     on_text = differences(text, DENSE)[FIXED]
     on_images = None if image is None else differences(image, DENSE)[STRIDED]
-    # a dense model that knows no more than frequencies, or than nothing, is no measure (added when the first result
-    # was known)
-    learned = image is not None and bits_of(image[DENSE]) < min(found["frequencies"], 8.0)
+    # a dense model no better than byte frequencies, or than chance, is no reference (rule added after the first result)
+    learned = image is not None and bits_of(image[DENSE]) < min(measured["frequencies"], 8.0)
     met = (grows, on_text.high <= EQUAL, learned and on_images is not None and on_images.high <= EQUAL)
     leads = [on_text] if on_images is None else [on_text, on_images]
     expected = {DENSE: "n^2", WEIGHTS: "n^2", FIXED: "n^1.5", STRIDED: "n^1.5"}
@@ -237,53 +232,53 @@ def outcome(found: Mapping[str, Any], plan: Plan) -> Outcome:
             for way, values in grown["bytes"].items()
         ),
         *(
-            Figure(f"weights of a head by the definition, {way}", expected[way], _shown(values, 1e-6, "million"))
+            Figure(f"weights per head by the definition, {way}", expected[way], _shown(values, 1e-6, "million"))
             for way, values in grown["pairs"].items()
         ),
         *_bits(text, {FIXED: "enwik8 0.99 (dense 1.00)", STRIDED: "worse: enwik8 1.13"}, "text"),
         *(
             []
             if image is None
-            else [Figure("bits per byte on images, frequencies of bytes alone", "", f"{found['frequencies']:.4f}")]
+            else [Figure("bits per byte on images, frequencies of bytes only", "", f"{measured['frequencies']:.4f}")]
         ),
         *([] if image is None else _bits(image, {FIXED: "2.85", STRIDED: "2.80 (dense 2.82), CIFAR-10"}, "images")),
     ]
     return Outcome(
         verdict=verdict_of(met, leads),
         figures=figures,
-        size=_size(found, plan),
+        size=_size(measured, plan),
         note=_note(grows, leads, differences(text, DENSE)[STRIDED]) + seeds_note(text),
-        data=dict(found),
+        data=dict(measured),
         pictures=_pictures(grown),
         seconds=seconds_of(text) + (0.0 if image is None else seconds_of(image)),
     )
 
 
-def _bits(found: Found, paper: Mapping[str, str], where: str) -> list[Figure]:
-    return bit_figures(found, DENSE, paper, f"bits per byte on {where}")
+def _bits(models: ModelRecords, paper: Mapping[str, str], where: str) -> list[Figure]:
+    return bit_figures(models, DENSE, paper, f"bits per byte on {where}")
 
 
-def _size(found: Mapping[str, Any], plan: Plan) -> str:
+def _size(measured: Mapping[str, Any], plan: Plan) -> str:
     text, image = plan.text, plan.image
     words = (
         f"time and memory of the operations alone: batch 1, {HEADS} heads of {DIM}, fp32, one thread, strides of "
-        f"sqrt(n), {SUMMARY} summary columns; CPU time, median of {plan.rounds} round(s) in turn; peak resident "
-        "memory of a process each, above what stood before. Text: 4 layers of 128, State of the Union speeches, "
-        f"{text.train['steps']:,} steps of {text.train['lanes']} x {text.train['segment_length']:,} bytes, "
-        f"{text.seeds} seed(s); held back: the first {text.head:,} bytes of "
-        f"{len(found['text'][DENSE][0]['names'])} speeches"
+        f"sqrt(n), {SUMMARY} summary columns; CPU time, median of {plan.rounds} alternating round(s); peak "
+        "resident memory above that before, each in its own process. Text: 4 layers of 128, State of the Union "
+        f"speeches, {text.train['steps']:,} steps of {text.train['lanes']} x {text.train['segment_length']:,} bytes, "
+        f"{text.seeds} seed(s); held out: the first {text.head:,} bytes of "
+        f"{len(measured['text'][DENSE][0]['names'])} speeches"
     )
-    if "image" in found:
+    if "image" in measured:
         words += (
             f". Images: 4 layers of 128, tiles of {plan.tile} x {plan.tile} x 3 bytes of eight photographs, "
-            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held back: "
-            f"{len(found['image'][DENSE][0]['names'])} tiles of other photographs"
+            f"{image.train['steps']:,} steps of {image.train['lanes']} tile(s), {image.seeds} seed(s); held out: "
+            f"{len(measured['image'][DENSE][0]['names'])} tiles of other photographs"
         )
     return f"{words}; {INTERVALS}"
 
 
 def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
-    """`leads` over dense attention: fixed on text, and strided on images where there are any."""
+    """`leads` over dense attention: fixed on text, and strided on images if there are any."""
 
     parts = [
         f"Time and memory grow no faster than n^{GROWTH} (and time of dense attention at least n^{DENSE_GROWTH}): "
@@ -292,15 +287,15 @@ def _note(grows: bool, leads: list[Interval], strided: Interval) -> str:
     ]
     if len(leads) == 1:
         parts.append(
-            "Images were not there (pip install --no-deps scikit-image), so that part of the claim is open and it "
-            "cannot hold whole."
+            "There were no images (pip install --no-deps scikit-image), so that part is open and the claim cannot "
+            "hold as a whole."
         )
     else:
         parts.append(f"Strided on images as good as dense: {as_good(leads[1])}, {signed(leads[1])}.")
     parts.append(
-        f"Strided on text, which the paper finds wrong: {signed(strided)}. Weights are never stored here, by dense "
-        "attention neither, so memory grows with the length alone; the paper stores them, as does the row of kept "
-        "weights. The models are small and briefly trained, the images are few and unlike each other."
+        f"Strided on text, which the paper advises against: {signed(strided)}. Neither sparse nor dense attention "
+        "stores weights here, so memory is linear in the length; the paper stores them, as does the row 'weights "
+        "kept'. The models are small and trained briefly, the images are few and dissimilar."
         + next((words for lead in leads if (words := caution(lead, "dense attention"))), "")
     )
     return " ".join(parts)
@@ -329,8 +324,9 @@ SPARSE = Claim(
     name="sparse",
     system="Sparse Transformer",
     source="Child et al. 2019, sections 4.3, 5.1 and 7, tables 1 and 2",
-    text="Factorised patterns take time and memory of n sqrt n and lose nothing: fixed ones on text, strided ones on "
-    "images.",
-    run=_run,
+    text="Factorized patterns take time and memory of n sqrt n without loss of quality: fixed ones on text, strided "
+    "ones on images.",
+    measure=measure,
     minutes={"small": 0.8, "full": 8},
+    plans=PLANS,
 )

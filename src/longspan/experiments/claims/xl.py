@@ -1,7 +1,6 @@
-"""`xl`: longer memory at evaluation helps, reach goes beyond the segment, and nothing is read twice."""
+"""`xl`: longer memory at evaluation helps, the reach exceeds a segment, and streaming reads nothing twice."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,30 +9,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from longspan.config import read_toml
-from longspan.experiments.claims.base import Claim, Figure, Outcome, Size, signed
-from longspan.experiments.claims.runs import kept, trained, trained_seconds
+from longspan.experiments.claims.base import Claim, Figure, Outcome, Say, signed
+from longspan.experiments.claims.runs import measure_once, read_recipe, train_or_resume, trained_seconds
+from longspan.experiments.figures import picture_of
 from longspan.models import build_model, describe_model, load_weights
 from longspan.report import Picture
-from longspan.report.figures import Mark, Series, line_figure, picture
+from longspan.report.figures import Mark, Series, line_figure
 from longspan.stream import StreamSession
 from longspan.tasks.base import heads
-from longspan.train import evaluate_text, find_recipe, load_run
+from longspan.train import evaluate_text, load_run
 from longspan.train.evaluate import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes: steps of training, memory lengths at evaluation, bytes of each held-back document, tokens timed."""
+    """Sizes: training steps, memory lengths at evaluation, bytes of each held-out document, tokens to time."""
 
     steps: int
     lengths: tuple[int, ...]
     head: int
     documents: int
     timed: int
-    """tokens that are predicted one after the other"""
+    """number of tokens to predict one by one"""
     rounds: int
-    """times that both ways of predicting are timed, in turn"""
+    """rounds of timing both ways of prediction, alternating"""
 
 
 PLANS: dict[str, Plan] = {
@@ -47,32 +46,32 @@ TRAINED = 128
 
 
 def with_memory(model: Any, length: int) -> Any:
-    """The same weights with a memory of another length."""
+    """The same weights with another length of memory."""
     table = describe_model(model)
     table["mixers"] = [{**mixer, "mem_len": length} for mixer in table["mixers"]]
-    other = build_model(table)
-    load_weights(other, model.state_dict(), "xl")
-    return other.eval()
+    resized = build_model(table)
+    load_weights(resized, model.state_dict(), "xl")
+    return resized.eval()
 
 
 def by_length(model: Any, documents: Any, lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Nats of each document with memories of each length."""
-    found: dict[str, Any] = {"names": list(documents.names)}
+    """Nats of each document for each length of memory."""
+    records: dict[str, Any] = {"names": list(documents.names)}
     for length in lengths:
-        found[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
-    return found
+        records[str(length)] = evaluate_text(with_memory(model, length), documents, chunk=TRAINED).record()
+    return records
 
 
-def _evaluation(found: dict[str, Any], length: int) -> Evaluation:
-    return Evaluation.of(found[str(length)], found["names"])
+def _evaluation(records: dict[str, Any], length: int) -> Evaluation:
+    return Evaluation.of(records[str(length)], records["names"])
 
 
 @torch.no_grad()
 def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
-    """The farthest token back whose change alters the last prediction."""
+    """Distance to the farthest token that affects the last prediction."""
     base = model(tokens[None], None)[0][0, -1]
     low, high = 0, len(tokens) - 1
-    # what is seen is an interval that ends at the last token, so its start is found by halving
+    # visible tokens are an interval that ends at the last one, so bisection finds its start
     while low < high:
         middle = (low + high) // 2
         changed = tokens.clone()
@@ -86,59 +85,52 @@ def reach(model: Any, length: int, tokens: torch.Tensor) -> int:
 
 @torch.no_grad()
 def speed(model: Any, tokens: torch.Tensor, plan: Plan) -> dict[str, float]:
-    """CPU seconds a token, streaming and reading the window anew for every token, in turn."""
+    """CPU seconds per token, streaming and rereading the window for every token, alternating."""
     span = 2 * TRAINED
-    found: dict[str, list[float]] = {"streaming": [], "reading anew": []}
+    seconds: dict[str, list[float]] = {"streaming": [], "reading anew": []}
     for _ in range(plan.rounds):
         session = StreamSession(model)
         session.feed(tokens[:span])
         started = time.process_time()
         for index in range(plan.timed):
             session.feed(tokens[span + index : span + index + 1])
-        found["streaming"].append((time.process_time() - started) / plan.timed)
+        seconds["streaming"].append((time.process_time() - started) / plan.timed)
         started = time.process_time()
         for index in range(plan.timed):
             model.last(tokens[None, index + 1 : span + index + 1])
-        found["reading anew"].append((time.process_time() - started) / plan.timed)
-    return {name: float(np.median(values)) for name, values in found.items()}
+        seconds["reading anew"].append((time.process_time() - started) / plan.timed)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def _run(folder: Path, size: Size, say: Callable[[str], None]) -> Outcome:
-    return measure(folder, PLANS[size], say)
-
-
-def measure(folder: Path, plan: Plan, say: Callable[[str], None]) -> Outcome:
-    """Train once, then measure; a second call goes on from what is in the folder."""
-    recipe = read_toml(find_recipe("quickstart-lm.toml"))
-    del recipe["train"]["minutes"]
-    recipe["train"] |= {"steps": plan.steps, "eval_every": 0, "final_eval_tokens": 2000}
+def measure(folder: Path, plan: Plan, say: Say) -> Outcome:
+    """Train once, then measure; a second call resumes from the folder."""
     run = folder / "run"
-    trained(recipe, run)
+    train_or_resume(read_recipe("quickstart-lm", steps=plan.steps, eval_every=0, final_eval_tokens=2000), run)
     say("trained")
     model, task = load_run(run)
     documents = task.documents("validation")
     chosen = heads(documents, plan.head, plan.documents)
-    losses = kept(folder / "by-length.json", lambda: by_length(model, chosen, plan.lengths))
+    losses = measure_once(folder / "by-length.json", lambda: by_length(model, chosen, plan.lengths))
     say("read with memories of every length")
     length = 2 * TRAINED + plan.timed + 1
     tokens = torch.from_numpy(np.asarray(documents[0].cut(0, max(length, 2048)).tokens)).long()
-    found = {
+    measured = {
         "losses": losses,
-        "speed": kept(folder / "speed.json", lambda: speed(model, tokens, plan)),
-        "reach": kept(folder / "reach.json", lambda: {"tokens": reach(model, TRAINED, tokens[:1024])}),
+        "speed": measure_once(folder / "speed.json", lambda: speed(model, tokens, plan)),
+        "reach": measure_once(folder / "reach.json", lambda: {"tokens": reach(model, TRAINED, tokens[:1024])}),
     }
-    return outcome(found, plan, trained_seconds([run]), model.config.num_layers)
+    return outcome(measured, plan, trained_seconds([run]), model.config.num_layers)
 
 
-def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
-    """What was found, beside what the paper says."""
-    losses = found["losses"]
+def outcome(measured: dict[str, Any], plan: Plan, seconds: float, layers: int) -> Outcome:
+    """The verdict and the numbers next to the paper's."""
+    losses = measured["losses"]
     none = _evaluation(losses, plan.lengths[0])
     figures, values = [], []
     for length in plan.lengths:
-        each = _evaluation(losses, length)
-        minus = each.minus(none)
-        values.append(each.bits_per_unit)
+        evaluation = _evaluation(losses, length)
+        minus = evaluation.minus(none)
+        values.append(evaluation.bits_per_unit)
         figures.append(
             Figure(
                 f"bits per byte with a memory of {length:,}",
@@ -146,49 +138,47 @@ def outcome(found: dict[str, Any], plan: Plan, seconds: float, layers: int) -> O
                 f"{values[-1]:.4f}" + (f" ({signed(minus)})" if length else ""),
             )
         )
-    rate = found["speed"]["reading anew"] / found["speed"]["streaming"]
+    rate = measured["speed"]["reading anew"] / measured["speed"]["streaming"]
     figures += [
         Figure(
-            f"times faster than reading {2 * TRAINED} tokens anew for each",
+            f"times faster than rereading {2 * TRAINED} tokens for each token",
             "363 to 1,874, at 800 to 3,800 tokens on a GPU",
-            f"{rate:.0f} (CPU, one token {1000 * found['speed']['streaming']:.1f} ms)",
+            f"{rate:.0f} (CPU, one token {1000 * measured['speed']['streaming']:.1f} ms)",
         ),
         Figure(
-            "tokens back that change the last prediction, in 1,024",
+            "distance of the farthest token that affects the last prediction, of 1,024",
             "layers x memory",
-            f"{found['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
+            f"{measured['reach']['tokens']:,} ({layers} layers, memory and segment of {TRAINED})",
         ),
     ]
     best = _evaluation(losses, TRAINED).minus(none)
     falls = all(b <= a for a, b in pairwise(values))
-    beyond = found["reach"]["tokens"] > TRAINED
+    beyond = measured["reach"]["tokens"] > TRAINED
     return Outcome(
         verdict="does not hold" if best.high >= 0 else "holds" if falls and rate > 1 and beyond else "holds in part",
         figures=figures,
         size=f"4 layers of 128, segments and memory of {TRAINED}, bytes of State of the Union speeches, {plan.steps:,} "
-        f"steps of 1,024 bytes; held back: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
-        "intervals by drawing documents anew",
-        note=f"Bits fall with every length: {'yes' if falls else 'no'}. Trained with {TRAINED}: what longer memories "
-        "give beyond it was never trained for.",
-        data=found,
+        f"steps of 1,024 bytes; held out: the first {plan.head:,} bytes of {len(losses['names'])} speeches; 95 % "
+        "intervals by bootstrap over documents",
+        note=f"Bits fall with every length: {'yes' if falls else 'no'}. The model was trained with {TRAINED}, so "
+        "longer memories are an extrapolation.",
+        data=measured,
         pictures=[_picture(values, plan)],
         seconds=seconds,
     )
 
 
 def _picture(values: list[float], plan: Plan) -> Picture:
-    return picture(
+    return picture_of(
+        line_figure,
         "xl",
-        lambda theme: line_figure(
-            [Series(x=list(plan.lengths), y=values, kind="marked")],
-            xlabel="length of the memory at evaluation",
-            ylabel="held-back bits per byte",
-            marks=[Mark(TRAINED, "trained with")],
-            xscale="log2",
-            xticks=list(plan.lengths),
-            theme=theme,
-        ),
-        alt="Held-back bits per byte against the length of the memory at evaluation.",
+        [Series(x=list(plan.lengths), y=values, kind="marked")],
+        xlabel="length of the memory at evaluation",
+        ylabel="held-out bits per byte",
+        marks=[Mark(TRAINED, "in training")],
+        xscale="log2",
+        xticks=list(plan.lengths),
+        alt="Held-out bits per byte against the length of the memory at evaluation.",
     )
 
 
@@ -196,8 +186,8 @@ XL = Claim(
     name="xl",
     system="Transformer-XL",
     source="Dai et al. 2019, sections 4.1, 4.3 and 4.4, tables 8 and 9",
-    text="Memory reaches beyond the segment, the more of it at evaluation the better, and streaming reads nothing "
-    "twice.",
-    run=_run,
+    text="Memory reaches beyond the segment, more memory at evaluation is better, and streaming reads nothing twice.",
+    measure=measure,
     minutes={"small": 1, "full": 12},
+    plans=PLANS,
 )

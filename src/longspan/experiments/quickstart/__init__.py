@@ -1,4 +1,4 @@
-"""`longspan quickstart`: a fact is told once, two million tokens go by, and it is asked for."""
+"""`longspan quickstart`: recall a fact after two million tokens."""
 
 from longspan.experiments.quickstart.verb import quickstart
 

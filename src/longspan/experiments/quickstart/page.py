@@ -1,71 +1,68 @@
-"""The page of the quickstart: checks, figures, numbers, and how to go on."""
+"""The page of the quickstart: checks, figures, numbers, and next commands."""
 
-import os
-import platform
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longspan.experiments.checks import Check, check_table
-from longspan.experiments.quickstart.measure import SURE, Asked
-from longspan.experiments.tour import Clock
+from longspan.experiments.quickstart.measure import SURE, Reading
+from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
 from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.tasks import MemoryTask
 from longspan.train import read_log
-from longspan.version import __version__
 
 TITLE = "longspan: a question answered over two million tokens"
 
 
 def write(
-    output: Path, run: Path, model: Any, task: MemoryTask, found: list[Asked], checks: list[Check], clock: Clock
+    output: Path, run: Path, model: Any, task: MemoryTask, readings: list[Reading], checks: list[Check], clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; its path."""
+    """Draw the figures and write the page; returns its path."""
     log, recipe = read_log(run / "log.jsonl"), read_json(run / "recipe.json")
-    facts = _facts(model, recipe, log, found, clock)
+    facts = _facts(model, recipe, log, readings, clock)
     most = recipe["train"]["max_segments"]
     sections = [
         Section("Checks", [check_table(checks)]),
-        Section("Right answers", [_accuracy(found, most), _table(found), *_example(task, found)]),
-        Section("Constant memory, constant speed", _constant(found)),
+        Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(task, readings)]),
+        Section("Constant memory, constant speed", _constant(readings)),
         Section("What a dense Transformer would do", _flops(model, task)),
         Section("Training", [_training(log)]),
         Section("The numbers", [Table(columns=("", ""), rows=facts)]),
         Section(
-            "Go on", [Code(_commands(run, output)), Text("All numbers of this page are in report.json beside it.")]
+            "Next", [Code(_commands(run, output)), Text("All numbers on this page are in report.json next to it.")]
         ),
     ]
     data = {
-        "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
+        "checks": [check.record() for check in checks],
         "facts": dict(facts),
-        "answers": [answer.record() for each in found for answer in each.answers.values()],
+        "answers": [answer.record() for reading in readings for answer in reading.answers.values()],
         "training": log,
         "seconds": {**clock.laps, "total": clock.total},
     }
-    last = found[-1]
+    last = readings[-1]
     lead = (
         f"A Recurrent Memory Transformer was trained on at most {most} segments of {task.config.segment_length} "
-        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of text it has never seen, is "
-        "told once who went where, and is asked at the end. This page was made by longspan quickstart and checks "
-        "what it claims."
+        f"tokens. Here it reads up to {last.segments:,} of them, {last.tokens:,} tokens of unseen text, with one "
+        "sentence that says who went where, and answers a question about it at the end. longspan quickstart made this "
+        "page and checks its claims."
     )
     return write_report(output, TITLE, sections, data, lead=lead, footer="made by longspan quickstart")
 
 
-def _accuracy(found: list[Asked], most: int) -> Picture:
-    lengths = [each.segments for each in found]
+def _accuracy(readings: list[Reading], most: int) -> Picture:
+    lengths = [reading.segments for reading in readings]
     series = []
-    for kind in found[0].answers:
-        intervals = [each.answers[kind].interval() for each in found]
-        low, high = [each.low for each in intervals], [each.high for each in intervals]
-        values = [each.value for each in intervals]
+    for kind in readings[0].answers:
+        intervals = [reading.answers[kind].interval() for reading in readings]
+        low, high = [interval.low for interval in intervals], [interval.high for interval in intervals]
+        values = [interval.value for interval in intervals]
         series.append(Series(x=lengths, y=values, low=low, high=high, label=kind, kind="marked"))
     chance = Mark(1 / 6, "chance", horizontal=True)
     return picture(
@@ -73,28 +70,35 @@ def _accuracy(found: list[Asked], most: int) -> Picture:
         lambda theme: line_figure(
             series,
             xlabel="segments of 499 tokens",
-            ylabel="share of right answers",
-            marks=[Mark(most, "trained up to here"), chance],
+            ylabel="accuracy",
+            marks=[Mark(most, "longest in training"), chance],
             xscale="log2",
             xticks=lengths,
             ylim=(0, 1.16),
             theme=theme,
         ),
-        alt="Share of right answers against the number of segments.",
-        caption="Bands are 95 % intervals (Wilson); at the longest texts few questions are asked, so they are wide.",
+        alt="Accuracy against the number of segments.",
+        caption="Bands are 95 % intervals (Wilson); they are wide at the longest texts, which have few questions.",
     )
 
 
-def _table(found: list[Asked]) -> Table:
-    columns = ["segments", "tokens", *found[0].answers, "facts cut by a border", "false writes", "a sentence repeats"]
+def _table(readings: list[Reading]) -> Table:
+    columns = [
+        "segments",
+        "tokens",
+        *readings[0].answers,
+        "facts cut by a border",
+        "false writes",
+        "repeats of a sentence",
+    ]
     rows = []
-    for each in found:
-        answers = list(each.answers.values())
+    for reading in readings:
+        answers = list(reading.answers.values())
         silent = sum(answer.silent for answer in answers)
         rows.append(
             (
-                f"{each.segments:,}",
-                f"{each.tokens:,}",
+                f"{reading.segments:,}",
+                f"{reading.tokens:,}",
                 *(f"{sum(answer.right)} of {len(answer.right)}" for answer in answers),
                 f"{sum(sum(answer.straddles) for answer in answers)}",
                 f"{sum(answer.false_writes for answer in answers)} in {silent:,}",
@@ -104,27 +108,27 @@ def _table(found: list[Asked]) -> Table:
     return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
 
 
-def _example(task: MemoryTask, found: list[Asked]) -> list[Quote | Text]:
-    kind = next(iter(found[-1].answers))
+def _example(task: MemoryTask, readings: list[Reading]) -> list[Quote | Text]:
+    kind = next(iter(readings[-1].answers))
     sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
     (segment,) = list(sample)
     text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
     *before, question = text.rpartition(sample.what.question)[:2]
     return [
         Text(
-            "A sample of one segment, and its question (underlined). Noise is sentences of held-back speeches and of "
-            "the King James Bible, drawn one by one; a fact may stand anywhere, also across a segment border, where no "
-            "segment shows all of it."
+            "A sample of one segment and its question (underlined). Noise consists of sentences from held-out speeches "
+            "and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment border, so that "
+            "no segment contains all of it."
         ),
         Quote("".join(before), question),
     ]
 
 
-def _constant(found: list[Asked]) -> list[Picture | Text]:
-    lengths = [each.segments for each in found]
+def _constant(readings: list[Reading]) -> list[Picture | Text]:
+    lengths = [reading.segments for reading in readings]
 
-    def draw(name: str, label: str, value: Callable[[Asked], float], alt: str, caption: str) -> Picture:
-        values = [value(each) for each in found]
+    def draw(name: str, label: str, value: Callable[[Reading], float], alt: str, caption: str) -> Picture:
+        values = [value(reading) for reading in readings]
         series = [Series(x=lengths, y=values, kind="marked")]
         return picture(
             name,
@@ -142,14 +146,14 @@ def _constant(found: list[Asked]) -> list[Picture | Text]:
         )
 
     blocks: list[Picture | Text] = []
-    if all(each.resident for each in found):
+    if all(reading.resident for reading in readings):
         blocks.append(
             draw(
                 "resident-memory",
                 "resident memory (MiB)",
-                lambda each: (each.resident or 0) / 2**20,
+                lambda reading: (reading.resident or 0) / 2**20,
                 "Resident memory against the number of segments: flat.",
-                "Most that the process held while reading, Python and PyTorch included; samples are made segment by "
+                "Peak of the process while reading, Python and PyTorch included; samples are generated segment by "
                 "segment as they are read.",
             )
         )
@@ -157,9 +161,9 @@ def _constant(found: list[Asked]) -> list[Picture | Text]:
         draw(
             "speed",
             "tokens per second",
-            lambda each: each.tokens_per_second,
-            "Tokens per second against the number of segments: level.",
-            "All rows of a batch together, making the samples included.",
+            lambda reading: reading.tokens_per_second,
+            "Tokens per second against the number of segments: flat.",
+            "All rows of a batch together, generation of the samples included.",
         )
     )
     return blocks
@@ -171,11 +175,16 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
     with torch.device("meta"):
         dense = Encoder(replace(config, mixers=({"name": "full"},)))
     counts = [4**power for power in range(7)]
-    mine = [recurrent.flops(count * size) / (count * size) for count in counts]
-    other = [dense.flops(count * size) / (count * size) for count in counts]
+    our_flops = [recurrent.flops(count * size) / (count * size) for count in counts]
+    dense_flops = [dense.flops(count * size) / (count * size) for count in counts]
     series = [
-        Series(x=counts, y=[each / 1e6 for each in other], label="dense Transformer of the same size", kind="marked"),
-        Series(x=counts, y=[each / 1e6 for each in mine], label="recurrent memory", kind="marked"),
+        Series(
+            x=counts,
+            y=[flops / 1e6 for flops in dense_flops],
+            label="dense Transformer of the same size",
+            kind="marked",
+        ),
+        Series(x=counts, y=[flops / 1e6 for flops in our_flops], label="recurrent memory", kind="marked"),
     ]
     drawn = picture(
         "flops",
@@ -188,9 +197,9 @@ def _flops(model: Any, task: MemoryTask) -> list[Picture | Text]:
             xticks=counts,
             theme=theme,
         ),
-        alt="FLOPs per token against length: level for recurrent memory, rising for a dense Transformer.",
+        alt="FLOPs per token against length: flat for recurrent memory, rising for a dense Transformer.",
         caption=f"At {counts[-1] * size:,} tokens a dense Transformer of this size needs "
-        f"{other[-1] / mine[-1]:,.0f} times the work. (For models of the paper's size see the claim rmt-flops.)",
+        f"{dense_flops[-1] / our_flops[-1]:,.0f} times the work. (The claim rmt-flops covers the paper's model sizes.)",
     )
     return [drawn]
 
@@ -204,34 +213,30 @@ def _training(log: list[dict[str, Any]]) -> Picture:
         lambda theme: line_figure(
             series,
             xlabel="minutes of training",
-            ylabel="share of right answers while training",
+            ylabel="accuracy in training",
             marks=stages,
             ylim=(0, 1.03),
             theme=theme,
         ),
-        alt="Share of right answers over the minutes of training.",
-        caption="Dashed lines: the curriculum goes on, first to longer segments, then to more of them.",
+        alt="Accuracy over the minutes of training.",
+        caption="Dashed lines: the next stage of the curriculum, first longer segments, then more of them.",
     )
 
 
 def _facts(
-    model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], found: list[Asked], clock: Clock
+    model: Any, recipe: dict[str, Any], log: list[dict[str, Any]], readings: list[Reading], clock: Clock
 ) -> list[tuple[str, str]]:
     config, memory, last = model.recurrent.backbone.config, model.recurrent.config, log[-1]
     shape = f"encoder, {config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
-    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
-    far = [each for each in found if each.segments > SURE]
+    far = [reading for reading in readings if reading.segments > SURE]
     state = model.state_nbytes(1, 0)
     return [
         ("model", f"{shape}, {memory.num_memory_tokens} memory tokens; {model.num_parameters():,} parameters"),
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} tokens"),
         ("trained on", f"at most {last['segments']} segments of {memory.segment_length} tokens"),
-        ("state", f"{state:,} bytes for a text, at any length"),
-        ("asked beyond the bar", f"{sum(len(a.right) for each in far for a in each.answers.values())} questions"),
-        ("seed", str(recipe["train"]["seed"])),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
-        ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
+        ("state", f"{state:,} bytes per text, at any length"),
+        ("beyond the bar", f"{sum(len(a.right) for reading in far for a in reading.answers.values())} questions"),
+        *machine_facts(recipe["train"]["seed"], clock),
     ]
 
 
@@ -240,7 +245,7 @@ def _commands(run: Path, output: Path) -> str:
     return "\n".join(
         [
             f"longspan eval {name} --segments 16,256 --count 128     # more questions",
-            f"longspan quickstart --reuse -o {folder}      # the same model again",
+            f"longspan quickstart --reuse -o {folder}      # the same model",
             "longspan reproduce rmt --full                  # three tasks, three seeds, with intervals",
             "longspan quickstart-lm                         # a language model that streams a book",
         ]

@@ -1,14 +1,21 @@
-"""The verb: train, ask at every length, check, and draw the page."""
+"""The command: train, ask at every length, check, and write the page."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from longspan.cli.outputs import check_output_folder
-from longspan.errors import CheckpointError, ConfigError
-from longspan.experiments.tour import Clock, finish, say_step
+from longspan.errors import ConfigError
+from longspan.experiments.tour import (
+    AssignmentsOption,
+    Clock,
+    OutputOption,
+    ReuseOption,
+    finish,
+    say_step,
+    train_or_reuse,
+)
 
 if TYPE_CHECKING:
     from longspan.tasks import MemoryTask
@@ -17,33 +24,28 @@ RECIPE = "rmt.toml"
 
 
 def quickstart(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
-    ] = Path("out/quickstart"),
+    output: OutputOption = Path("out/quickstart"),
     recipe: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE", help="What is trained.", show_default=f"recipes/{RECIPE}"),
+        typer.Option("--recipe", metavar="FILE", help="The recipe to train.", show_default=f"recipes/{RECIPE}"),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
-    ] = None,
-    longest: Annotated[int, typer.Option("--longest", min=1, help="Ask after at most so many segments.")] = 4096,
+    set_: AssignmentsOption = None,
+    longest: Annotated[int, typer.Option("--longest", min=1, help="Most segments before a question.")] = 4096,
     count: Annotated[
         int,
-        typer.Option("--count", min=1, help="Questions of each kind at short lengths; fewer are asked at long ones."),
+        typer.Option("--count", min=1, help="Questions of each kind at short lengths; long ones get fewer."),
     ] = 64,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="Of training and asking; auto is CUDA where there is one.")
+        str, typer.Option("--device", metavar="NAME", help="For training and evaluation; auto is CUDA if available.")
     ] = "cpu",
-    reuse: Annotated[bool, typer.Option("--reuse", help="Keep the model that is in DIR already.")] = False,
+    reuse: ReuseOption = False,
 ) -> int:
-    """Tell a model a fact once, let two million tokens go by, and ask for it; about ten minutes.
+    """Recall a fact after 2M tokens and write an HTML report; about ten minutes.
 
-    Trains a Recurrent Memory Transformer on at most five segments of 499 tokens: who went where, told somewhere in
-    State of the Union addresses. Then asks after 1, 4, 16 ... 4,096 segments of text it has never seen, 2,043,904
-    tokens, read one by one in constant memory. Checks its own claims, and ends with exit code 1 where one fails;
-    clocks are reported only, as other programs disturb them.
+    Trains a Recurrent Memory Transformer on at most five segments of 499 tokens: State of the Union addresses with a
+    sentence somewhere that says who went where. Then asks about it after 1, 4, 16 ... 4,096 segments of unseen text,
+    2,043,904 tokens, read in constant memory. Checks its own claims and exits with status 1 if one fails; times are
+    only reported, as other programs disturb them.
 
     Examples:
       longspan quickstart
@@ -54,7 +56,7 @@ def quickstart(
     from longspan.config import override, read_toml
     from longspan.experiments.quickstart import measure, page
     from longspan.experiments.training_table import RECALL, TrainingTable
-    from longspan.train import find_recipe, load_run, run
+    from longspan.train import find_recipe, load_run
     from longspan.train.distributed import choose_device
 
     data = read_toml(recipe or find_recipe(RECIPE))
@@ -64,27 +66,20 @@ def quickstart(
     if device != "cpu":
         data = override(data, f"train.device={device}")
     if data.get("task", {}).get("name") != "memory" or "classes" not in data.get("model", {}):
-        raise ConfigError("quickstart: wants a recipe of the memory task with model.classes; use `longspan train`")
+        raise ConfigError(
+            "quickstart: the recipe must have the memory task and model.classes; `longspan train` takes any recipe"
+        )
     clock, folder = Clock(), output / "run"
-    if reuse:
-        say_step(1, 3, "keeping the model that is there")
-        if not (folder / "model").is_dir():
-            raise CheckpointError(f"{folder}: no trained model to keep; leave --reuse out")
-    else:
-        say_step(1, 3, "training: a fact somewhere in a few segments of real text, then a question")
-        if folder.exists():
-            if not (folder / "recipe.json").exists() and any(folder.iterdir()):
-                raise CheckpointError(f"{folder}: holds something that is not a run; choose another --output")
-            shutil.rmtree(folder)
-        if run(data, folder, progress=TrainingTable(RECALL)).interrupted:
-            raise KeyboardInterrupt
+    training = "training: a fact somewhere in a few segments of real text, then a question"
+    say_step(1, 3, "using the model of an earlier run" if reuse else training)
+    train_or_reuse(data, folder, reuse=reuse, display=TrainingTable(RECALL))
     clock.lap("train")
     model, task = cast("tuple[Any, MemoryTask]", load_run(folder))
     model.to(where)
-    say_step(2, 3, "asking, after more and more text it has never seen (k of n right)")
-    found = measure.ask(model, task, measure.plan(longest, count))
+    say_step(2, 3, "asking after longer and longer unseen texts (k of n correct)")
+    readings = measure.ask(model, task, measure.plan(longest, count))
     clock.lap("ask")
-    say_step(3, 3, "checking and drawing")
-    checks = measure.check(found, clock)
-    path = page.write(output, folder, model, task, found, checks, clock)
+    say_step(3, 3, "checking and writing the page")
+    checks = measure.check(readings, clock)
+    path = page.write(output, folder, model, task, readings, checks, clock)
     return finish(checks, path)

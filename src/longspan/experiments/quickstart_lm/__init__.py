@@ -1,4 +1,4 @@
-"""`longspan quickstart-lm`: train, stop, resume, stream, measure, check, draw; each step is one thin file."""
+"""`longspan quickstart-lm`: train, stream, stop, resume, measure, check, and write a page."""
 
 from longspan.experiments.quickstart_lm.verb import quickstart_lm
 

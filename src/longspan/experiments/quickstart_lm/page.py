@@ -1,76 +1,76 @@
-"""The page of the quickstart: checks, figures, numbers, and how to go on."""
+"""The page of the quickstart: checks, figures, numbers, and next commands."""
 
-import os
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longspan.cli.console import interval
 from longspan.cli.runs import open_run
 from longspan.experiments.checks import Check, check_table
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, Plan
 from longspan.experiments.quickstart_lm.steps import Streamed, Written
-from longspan.experiments.tour import Clock
+from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.report import Code, Picture, Quote, Section, Table, Text, si_bytes, write_report
 from longspan.report.figures import Mark, Series, line_figure, picture
 from longspan.train import Evaluation, read_log
-from longspan.version import __version__
 
 TITLE = "longspan: one text of any length, in constant memory"
 
 
 def write(
-    plan: Plan,
-    checks: list[Check],
-    memory: dict[int, Evaluation],
-    streamed: Streamed,
-    written: Written,
-    clock: Clock,
+    plan: Plan, checks: list[Check], memory: dict[int, Evaluation], streamed: Streamed, written: Written, clock: Clock
 ) -> Path:
-    """Draw the figures and write the page; its path."""
+    """Draw the figures and write the page; returns its path."""
     log = read_log(plan.run / "log.jsonl")
     facts = _facts(plan, log, streamed, clock)
     sections = [
         Section("Checks", [check_table(checks)]),
         Section("The stream", _stream_blocks(plan, streamed)),
-        Section("What memory is worth", _memory_blocks(plan, memory)),
+        Section("Length of the memory", _memory_blocks(plan, memory)),
         Section("Training", [_training_picture(log)]),
-        Section("It goes on writing", _writing_blocks(written)),
+        Section("Generated text", _writing_blocks(written)),
         Section("The numbers", [Table(columns=("", ""), rows=facts)]),
-        Section("Go on", [Code(_commands(plan)), Text(_reading_on())]),
+        Section(
+            "Next",
+            [
+                Code(_commands(plan)),
+                Text("All numbers on this page are in report.json next to it, the figures in figures/."),
+            ],
+        ),
     ]
     data = {
-        "checks": [{**asdict(check), "verdict": check.verdict} for check in checks],
+        "checks": [check.record() for check in checks],
         "facts": dict(facts),
         "stream": {"records": streamed.records, "equal": streamed.equal, "compared": streamed.compared},
-        "memory": {str(length): _plain(found, memory[0]) for length, found in memory.items()},
+        "memory": {str(length): _plain(evaluation, memory[0]) for length, evaluation in memory.items()},
         "training": log,
         "written": asdict(written),
         "seconds": {**clock.laps, "total": clock.total},
     }
     lead = (
-        f"A Transformer-XL of bytes, trained for a few minutes, read {plan.text_name} ({plan.size:,} bytes) as one "
-        "document. Halfway it was stopped; another process went on from the saved state. This page was made by "
-        "longspan quickstart-lm and checks what it claims."
+        f"A byte-level Transformer-XL, trained for a few minutes, read {plan.text_name} ({plan.size:,} bytes) as one "
+        "document. It was stopped halfway; another process continued from the saved state. longspan quickstart-lm made "
+        "this page and checks its claims."
     )
     return write_report(plan.folder, TITLE, sections, data, lead=lead, footer="made by longspan quickstart-lm")
 
 
-def _plain(found: Evaluation, without: Evaluation) -> dict[str, Any]:
-    return {**found.summary(), "interval": list(found.interval()), "minus_none": list(found.minus(without))}
+def _plain(evaluation: Evaluation, without: Evaluation) -> dict[str, Any]:
+    return {
+        **evaluation.summary(),
+        "interval": list(evaluation.interval()),
+        "minus_none": list(evaluation.minus(without)),
+    }
 
 
 def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
     records = streamed.records
-    place = [record["bytes"] / 1e6 for record in records]
+    position = [record["bytes"] / 1e6 for record in records]
     where = f"position in {plan.text_name} (MB)"
-    mark = [Mark(plan.half / 1e6, "saved; a fresh process goes on")]
+    mark = [Mark(plan.half / 1e6, "saved; a new process continues")]
 
     def draw(name: str, label: str, series: Sequence[Series], alt: str, caption: str, **more: Any) -> Picture:
         return picture(
@@ -81,8 +81,10 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
         )
 
     bits = [
-        Series(x=place, y=_running_mean(records), label="all bytes so far"),
-        Series(x=place, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0),
+        Series(x=position, y=_running_mean(records), label="all bytes so far"),
+        Series(
+            x=position, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0
+        ),
     ]
     blocks: list[Picture | Text] = [
         draw(
@@ -90,21 +92,21 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
             "bits per byte",
             bits,
             f"Bits per byte along {plan.text_name}, without a jump where the process was replaced.",
-            "How well each block of the text is predicted, and all of it so far. The model has never seen this text. "
-            "Where the process was replaced nothing happens, which is the point.",
+            "Bits per byte of each block and of the text so far, which is not in the training text. Replacing the "
+            "process changes nothing.",
         )
     ]
     if records[0]["resident"] is not None:
-        held = [record["resident"] / 2**20 for record in records]
+        resident = [record["resident"] / 2**20 for record in records]
         blocks.append(
             draw(
                 "resident-memory",
                 "resident memory (MiB)",
-                [Series(x=place, y=held)],
+                [Series(x=position, y=resident)],
                 "Resident memory along the text: flat.",
-                f"What the process holds in memory, Python and PyTorch included. The model's state is "
+                "Memory of the process, Python and PyTorch included. The state of the model takes "
                 f"{si_bytes(records[-1]['state_bytes'])} of it, at any position.",
-                ylim=(0, max(held) * 1.25),
+                ylim=(0, max(resident) * 1.25),
             )
         )
     speeds = [record["bytes_per_second"] for record in records]
@@ -112,9 +114,9 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
         draw(
             "speed",
             "bytes per second",
-            [Series(x=place, y=speeds)],
-            "Bytes per second along the text: level.",
-            "Speed does not depend on how much was read before; other programs on the same cores can show as dips.",
+            [Series(x=position, y=speeds)],
+            "Bytes per second along the text: flat.",
+            "The speed does not depend on the position; other programs on the same cores can cause dips.",
             ylim=(0, max(speeds) * 1.25),
         )
     )
@@ -132,13 +134,13 @@ def _running_mean(records: list[dict[str, Any]]) -> list[float]:
 
 def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | Table | Text]:
     lengths = list(memory)
-    intervals = [found.interval() for found in memory.values()]
+    intervals = [evaluation.interval() for evaluation in memory.values()]
     series = [
         Series(
             x=lengths,
-            y=[each.value for each in intervals],
-            low=[each.low for each in intervals],
-            high=[each.high for each in intervals],
+            y=[bounds.value for bounds in intervals],
+            low=[bounds.low for bounds in intervals],
+            high=[bounds.high for bounds in intervals],
             kind="marked",
         )
     ]
@@ -147,37 +149,37 @@ def _memory_blocks(plan: Plan, memory: dict[int, Evaluation]) -> list[Picture | 
         lambda theme: line_figure(
             series,
             xlabel="memory (bytes before the segment)",
-            ylabel="bits per byte on held-back documents",
-            marks=[Mark(plan.mem_len, "trained with this")],
+            ylabel="bits per byte on held-out documents",
+            marks=[Mark(plan.mem_len, "in training")],
             xscale="log2",
             xticks=lengths,
             theme=theme,
         ),
         alt="Bits per byte against the length of the memory: falling.",
-        caption="One set of weights, several lengths of memory. The band is a 95 % interval over documents: wide, as "
-        "documents differ; the table compares each with none on the same documents.",
+        caption="The same weights with several lengths of memory. The band is a 95 % interval over documents; it is "
+        "wide as documents differ. The table compares each length with no memory on the same documents.",
     )
     rows = [
-        (f"{length:,}", interval(found.interval()), interval(found.minus(memory[0])) if length else "")
-        for length, found in memory.items()
+        (f"{length:,}", interval(evaluation.interval()), interval(evaluation.minus(memory[0])) if length else "")
+        for length, evaluation in memory.items()
     ]
-    table = Table(columns=("memory (bytes)", "bits per byte", "difference from none"), rows=rows, right=(0, 1, 2))
+    table = Table(columns=("memory (bytes)", "bits per byte", "difference to none"), rows=rows, right=(0, 1, 2))
     count = len(next(iter(memory.values())).names)
-    note = Text(f"Measured on the first {HEAD:,} bytes of each of the {count} held-back documents.")
+    note = Text(f"Measured on the first {HEAD:,} bytes of each of the {count} held-out documents.")
     return [drawn, table, note]
 
 
 def _training_picture(log: list[dict[str, Any]]) -> Picture:
     steps = [line for line in log if "bits_per_byte" in line]
-    held = [line for line in log if "validation" in line]
+    validations = [line for line in log if "validation" in line]
     series = [
         Series(
             x=[line["seconds"] / 60 for line in steps], y=[line["bits_per_byte"] for line in steps], label="training"
         ),
         Series(
-            x=[line["seconds"] / 60 for line in held],
-            y=[line["validation"]["bits_per_byte"] for line in held],
-            label="held-back documents",
+            x=[line["seconds"] / 60 for line in validations],
+            y=[line["validation"]["bits_per_byte"] for line in validations],
+            label="held-out documents",
             kind="marked",
         ),
     ]
@@ -185,15 +187,15 @@ def _training_picture(log: list[dict[str, Any]]) -> Picture:
         "training",
         lambda theme: line_figure(series, xlabel="minutes of training", ylabel="bits per byte", theme=theme),
         alt="Bits per byte over the minutes of training: falling.",
-        caption="The last point is of all held-back documents, the others of a part of them.",
+        caption="The last point uses all held-out documents, the others some of them.",
     )
 
 
 def _writing_blocks(written: Written) -> list[Quote | Text]:
     return [
-        Text(f"The start of a document that was held back ({written.name}), and how the model goes on (underlined):"),
+        Text(f"The start of a held-out document ({written.name}) and the model's continuation (underlined):"),
         Quote(written.prompt, written.text),
-        Text("After a few minutes of training these are words and turns of phrase, not thoughts."),
+        Text("After a few minutes of training the model writes words and phrases, but no sense."),
     ]
 
 
@@ -202,21 +204,17 @@ def _facts(plan: Plan, log: list[dict[str, Any]], streamed: Streamed, clock: Clo
     recipe = read_json(plan.run / "recipe.json")
     config, train = model.config, recipe["train"]
     last = [line for line in log if "tokens_per_second" in line][-1]
-    held = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
+    validation_bits = [line["validation"]["bits_per_byte"] for line in log if "validation" in line]
     records, mixer = streamed.records, config.mixers[0]
     layers = f"{config.num_layers} layers of dim {config.dim}, {config.num_heads} heads"
     segments = f"segments of {mixer['segment']}, memory of {plan.mem_len}"
-    laps = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in clock.laps.items())
     return [
         ("model", f"transformer_xl, {layers}, {segments}; {model.num_parameters():,} parameters"),
         ("training", f"{last['seconds'] / 60:.1f} minutes, {last['step']:,} steps, {last['tokens']:,} bytes seen"),
-        ("held-back documents", f"{held[-1]:.4f} bits per byte" if held else "not measured"),
+        ("held-out documents", f"{validation_bits[-1]:.4f} bits per byte" if validation_bits else "not measured"),
         (plan.text_name, f"{_running_mean(records)[-1]:.4f} bits per byte, {records[-1]['seconds']:.0f} s"),
-        ("state", f"{records[-1]['state_bytes']:,} bytes, exactly, at any position"),
-        ("seed", str(train["seed"])),
-        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
-        ("versions", f"longspan {__version__}, torch {torch.__version__}, Python {platform.python_version()}"),
-        ("time", f"{laps}; {clock.total / 60:.1f} min in all"),
+        ("state", f"{records[-1]['state_bytes']:,} bytes at any position"),
+        *machine_facts(train["seed"], clock),
     ]
 
 
@@ -224,14 +222,10 @@ def _commands(plan: Plan) -> str:
     run, folder = shlex.quote(str(plan.run)), shlex.quote(str(plan.folder))
     return "\n".join(
         [
-            f"longspan eval {run} FILE                      # how well it predicts a text of yours",
-            f"longspan stream {run} FILE --save-state s     # any length; go on with --load-state s",
+            f"longspan eval {run} FILE                      # bits per byte of your own text",
+            f"longspan stream {run} FILE --save-state s     # any length; resume with --load-state s",
             f"longspan generate {run} --prompt-file {folder}/prompt.txt",
             f"longspan train --resume -o {run} --set train.minutes=30",
-            "longspan mixers                                # what else a model can be made of",
+            "longspan mixers                                # all mechanisms",
         ]
     )
-
-
-def _reading_on() -> str:
-    return "All numbers of this page are in report.json beside it, the figures in figures/."

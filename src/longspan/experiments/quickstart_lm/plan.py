@@ -1,4 +1,4 @@
-"""What a quickstart does: sizes that follow the recipe and the text, and where everything goes."""
+"""The plan of a quickstart: sizes that follow from the recipe and the text, and paths of the output."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any
 
 from longspan.errors import ConfigError, DataError
 
-# of the first bytes after the resumption, and before memory is measured first
+# bytes: compared after the resumption; before the first measurement of memory
 COMPARED = 65_536
 BLOCK = 65_536
-# of each held-back document, in the comparison of memories
+# bytes of each held-out document, in the comparison of memories
 HEAD = 4096
 PROMPT, WRITTEN = 300, 500
-# the same outputs with less work: keys and values are carried in place of hidden states
+# the same outputs with less work: the cache holds keys and values instead of hidden states
 INFERENCE = "model.mixers.0.memory=kv"
 
 
@@ -22,13 +22,13 @@ class Plan:
     """A quickstart.
 
     Attributes:
-        recipe: plain data.
-        folder: of all output.
-        text: the file that is streamed.
-        text_name: what it is called.
-        text_argument: how the verb was told about it.
-        size: bytes of it.
-        mem_len: memory the model is trained with.
+        recipe: the training recipe, plain data.
+        folder: folder of all output.
+        text: the file to stream.
+        text_name: name of the text on the page.
+        text_argument: value of `--text`.
+        size: bytes of the text.
+        mem_len: length of the memory in training.
     """
 
     recipe: Mapping[str, Any]
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where it is trained and read, as `--device` names it."""
+        """Device of training and reading, as `--device` names it."""
         return str(self.recipe.get("train", {}).get("device", "auto"))
 
     @property
@@ -56,10 +56,10 @@ class Plan:
 
     @property
     def compared(self) -> int:
-        """Bytes after the resumption that are compared with a stream that was never stopped.
+        """Bytes after the resumption that are compared with an uninterrupted stream.
 
-        Whole blocks: were the last one cut short in one of the two, the shapes of its products would differ, and with
-        them perhaps the last bit.
+        Whole blocks: if one of the two cut the last block short, its matrix products would have other shapes, and
+        perhaps another last bit.
         """
         return max(min(COMPARED, self.size // 4) // self.block, 1) * self.block
 
@@ -70,12 +70,12 @@ class Plan:
 
     @property
     def memory_lengths(self) -> tuple[int, ...]:
-        """Memories that are compared, from none to four times what the model was trained with."""
+        """Lengths of memory to compare, from none to four times that of training."""
         length = self.mem_len
         return tuple(sorted({0, length // 4, length // 2, length, 2 * length, 4 * length}))
 
     def describe_training(self) -> str:
-        """What is trained, in words."""
+        """The model and the training text, for the console."""
         train, source = self.recipe.get("train", {}), self.recipe.get("task", {}).get("source", "sotu")
         minutes, steps = train.get("minutes"), train.get("steps")
         end = f"for {minutes:g} minutes" if minutes is not None else f"for {steps or 1000:,} steps"
@@ -83,21 +83,21 @@ class Plan:
 
 
 def make_plan(recipe: Mapping[str, Any], folder: Path, text: str, *, command_text: str) -> Plan:
-    """A plan, with the text as a file.
+    """Make a plan, and write the text to a file if it is `kjv`.
 
     Raises:
-        ConfigError: a recipe that is not of a byte-level transformer_xl.
-        DataError: a text that is missing or too short to be cut in two.
+        ConfigError: the recipe is not of a byte-level transformer_xl.
+        DataError: the text is missing, or too short to be cut in two.
     """
     first = (recipe.get("model", {}).get("mixers") or [{}])[0]
     if first.get("name") != "transformer_xl" or recipe.get("task", {}).get("tokenizer", "bytes") != "bytes":
         raise ConfigError(
-            "quickstart-lm: wants a recipe of bytes whose first mixer is transformer_xl; use `longspan train`"
+            "quickstart-lm: the recipe must model bytes with a transformer_xl first; `longspan train` takes any recipe"
         )
     path = _text_file(text, folder)
     size = path.stat().st_size
     if size < 4096:
-        raise DataError(f"{path}: {size:,} bytes are too few to be stopped halfway; 4,096 at least")
+        raise DataError(f"{path}: {size:,} bytes are too few to stop halfway; use a text of at least 4,096")
     return Plan(
         recipe=recipe,
         folder=folder,
@@ -112,7 +112,7 @@ def make_plan(recipe: Mapping[str, Any], folder: Path, text: str, *, command_tex
 def _text_file(text: str, folder: Path) -> Path:
     if text != "kjv":
         if not Path(text).is_file():
-            raise DataError(f"{text}: no such file; --text wants kjv or a file")
+            raise DataError(f"{text}: no such file; --text takes kjv or a file")
         return Path(text)
     from longspan.files import write_atomically
     from longspan.tasks.sources import read_source

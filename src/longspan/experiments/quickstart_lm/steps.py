@@ -1,7 +1,6 @@
-"""The steps: each takes the plan and gives back what it found."""
+"""The steps after training: compare memories, stream in two processes, continue a text."""
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -14,59 +13,39 @@ import torch
 
 from longspan.cli.console import StatusLine, console, harmless, say
 from longspan.cli.runs import open_run
-from longspan.errors import CheckpointError, LongspanError
+from longspan.errors import LongspanError
 from longspan.experiments.quickstart_lm.plan import HEAD, INFERENCE, PROMPT, WRITTEN, Plan
-from longspan.experiments.training_table import TrainingTable
 from longspan.report import si_bytes
 from longspan.stream import StreamSession
 from longspan.tasks.base import heads
-from longspan.train import Evaluation, evaluate_text, run
+from longspan.train import Evaluation, evaluate_text
 from longspan.train.opening import reshape
 
 
-def train(plan: Plan, *, reuse: bool) -> None:
-    """Train the model, from the start.
-
-    Raises:
-        CheckpointError: the folder of the run holds something else; or nothing is there to reuse.
-    """
-    if reuse:
-        if not (plan.run / "model").is_dir():
-            raise CheckpointError(f"{plan.run}: no trained model to keep; leave --reuse out")
-        return
-    if plan.run.exists():
-        if not (plan.run / "recipe.json").exists() and any(plan.run.iterdir()):
-            raise CheckpointError(f"{plan.run}: holds something that is not a run; choose another --output")
-        shutil.rmtree(plan.run)
-    result = run(plan.recipe, plan.run, progress=TrainingTable())
-    if result.interrupted:
-        raise KeyboardInterrupt
-
-
 def compare_memories(plan: Plan) -> dict[int, Evaluation]:
-    """The trained weights with memories of several lengths, on the first bytes of every held-back document."""
+    """Evaluate the trained weights with memories of several lengths on the first bytes of each held-out document."""
     model, task = open_run(str(plan.run), device=plan.device)
     documents = heads(task.documents("validation"), HEAD)
-    status, found = StatusLine(every=0.0), {}
+    status, evaluations = StatusLine(every=0.0), {}
     for length in plan.memory_lengths:
         variant, note = reshape(model, [f"model.mixers.0.mem_len={length}"])
         if note:
             say(note)
-        found[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
-        status.show(f"memory of {length:>5,} bytes: {found[length].bits_per_unit:.4f} bits per byte")
+        evaluations[length] = evaluate_text(variant, documents, chunk=256, batch=len(documents), unit=task.unit)
+        status.show(f"memory of {length:>5,} bytes: {evaluations[length].bits_per_unit:.4f} bits per byte")
         status.end()
-    return found
+    return evaluations
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What two processes found, the second going on from the first one's state.
+    """Records of two processes, of which the second continues from the state that the first saved.
 
     Attributes:
-        first: the records of the first process, up to the place where the state was saved.
-        second: those of the second.
-        equal: how many of the compared losses are equal, bit for bit.
-        compared: how many were compared.
+        first: records of the first process, up to the position where it saved the state.
+        second: records of the second process.
+        equal: number of compared losses that are bitwise equal.
+        compared: number of compared losses.
     """
 
     first: list[dict[str, Any]]
@@ -76,17 +55,17 @@ class Streamed:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Of both, with `bytes` and `seconds` counted through."""
+        """Records of both processes, with cumulative `bytes` and `seconds`."""
         end = self.first[-1]
         moved = [
-            {**each, "bytes": each["bytes"] + end["bytes"], "seconds": each["seconds"] + end["seconds"]}
-            for each in self.second
+            {**record, "bytes": record["bytes"] + end["bytes"], "seconds": record["seconds"] + end["seconds"]}
+            for record in self.second
         ]
         return [*self.first, *moved]
 
 
 def stream(plan: Plan) -> Streamed:
-    """Stream the text: one process to the half and a little on, another from the saved state to the end."""
+    """Stream the text: one process up to a little beyond the middle, another from the state saved there to the end."""
     out, state = plan.folder / "stream", plan.folder / "stream" / "half.state"
     out.mkdir(parents=True, exist_ok=True)
     status = StatusLine(every=10.0)
@@ -94,7 +73,7 @@ def stream(plan: Plan) -> Streamed:
     _run_process(plan, out / "first", first, status, 0)
     status.end()
     print(
-        f"saved at byte {plan.half:,} ({si_bytes(state.stat().st_size)}); a fresh process goes on from there",
+        f"saved at byte {plan.half:,} ({si_bytes(state.stat().st_size)}); a new process continues from there",
         flush=True,
     )
     second = [f"--load-state={state}", f"--skip={plan.half}"]
@@ -103,21 +82,21 @@ def stream(plan: Plan) -> Streamed:
     unstopped = np.fromfile(out / "first.losses", dtype="<u4")[plan.half : plan.half + plan.compared]
     resumed = np.fromfile(out / "second.losses", dtype="<u4")[: plan.compared]
     equal = int((unstopped == resumed).sum()) if len(unstopped) == len(resumed) else 0
-    records = [each for each in _records(out / "first.jsonl") if each["bytes"] <= plan.half]
+    records = [record for record in _records(out / "first.jsonl") if record["bytes"] <= plan.half]
     return Streamed(records, _records(out / "second.jsonl"), equal, plan.compared)
 
 
 def stream_command(plan: Plan, options: list[str]) -> list[str]:
-    """The arguments behind `longspan` of one of the processes."""
+    """Arguments of `longspan` for one of the processes."""
     settings = [f"--set={INFERENCE}", f"--block={plan.block}", f"--device={plan.device}"]
     return ["stream", str(plan.run), str(plan.text), *settings, *options]
 
 
 def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine, offset: int) -> None:
-    """Run `longspan stream` in a fresh process and show what it writes to its log.
+    """Run `longspan stream` in a new process and show the last line of its log.
 
     Raises:
-        LongspanError: it failed; with what it said.
+        LongspanError: the process failed; with its error message.
     """
     log = name.with_suffix(".jsonl")
     log.unlink(missing_ok=True)
@@ -131,9 +110,11 @@ def _run_process(plan: Plan, name: Path, options: list[str], status: StatusLine,
         except BaseException:
             process.terminate()
             raise
-        said = process.stderr.read().strip() if process.stderr else ""
+        message = process.stderr.read().strip() if process.stderr else ""
     if process.returncode:
-        reason = said.splitlines()[-1].removeprefix("longspan: error: ") if said else f"exit code {process.returncode}"
+        reason = (
+            message.splitlines()[-1].removeprefix("longspan: error: ") if message else f"exit code {process.returncode}"
+        )
         raise LongspanError(f"streaming in a process of its own failed: {reason}")
     _show(log, status, offset, plan.size)
 
@@ -143,7 +124,7 @@ def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
     if records:
         last = records[-1]
         position = min(offset + last["bytes"], size)
-        memory = "" if last["resident"] is None else f"  {si_bytes(last['resident'])} held"
+        memory = "" if last["resident"] is None else f"  {si_bytes(last['resident'])} resident"
         status.show(
             f"{position:>11,} bytes {position / size:4.0%}  {last['bits_per_byte']:.4f} bits/byte  "
             f"{last['bytes_per_second']:>7,.0f} bytes/s{memory}"
@@ -151,7 +132,7 @@ def _show(log: Path, status: StatusLine, offset: int, size: int) -> None:
 
 
 def _records(log: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log."""
+    """The complete lines of a log."""
     if not log.exists():
         return []
     return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -159,7 +140,7 @@ def _records(log: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Written:
-    """What the model wrote: behind `prompt`, the start of the held-back document `name`."""
+    """Text that the model generated after `prompt`, the start of the held-out document `name`."""
 
     name: str
     prompt: str
@@ -167,11 +148,11 @@ class Written:
 
 
 def write_on(plan: Plan) -> Written:
-    """Let the model go on with the newest held-back document."""
+    """Let the model continue the newest held-out document."""
     model, task = open_run(str(plan.run), [INFERENCE], device=plan.device)
     documents = task.documents("validation")
     start = task.tokenizer.decode(documents[-1].cut(0, min(PROMPT, len(documents[-1]))).targets.tolist())
-    # to the end of a word
+    # cut at the end of a word
     prompt = (start[: start.rindex(b" ") + 1] if b" " in start else start).decode(errors="replace")
     (plan.folder / "prompt.txt").write_text(prompt, encoding="utf-8")
     session = StreamSession(model)

@@ -1,4 +1,4 @@
-"""The verb: the steps in order, the checks, and the page."""
+"""The command: the steps in order, the checks, and the page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,41 +6,43 @@ from typing import Annotated
 import typer
 
 from longspan.cli.outputs import check_output_folder
-from longspan.experiments.tour import Clock, finish, say_step
+from longspan.experiments.tour import (
+    AssignmentsOption,
+    Clock,
+    OutputOption,
+    ReuseOption,
+    finish,
+    say_step,
+    train_or_reuse,
+)
 
 RECIPE = "quickstart-lm.toml"
 
 
 def quickstart_lm(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
-    ] = Path("out/quickstart-lm"),
+    output: OutputOption = Path("out/quickstart-lm"),
     text: Annotated[
-        str, typer.Option("--text", metavar="FILE", help="The long text that is streamed: kjv, or a file of your own.")
+        str, typer.Option("--text", metavar="FILE", help="The long text to stream: kjv, or a file.")
     ] = "kjv",
     recipe: Annotated[
         Path | None,
         typer.Option(
-            "--recipe", metavar="FILE", help="What is trained; a transformer_xl.", show_default=f"recipes/{RECIPE}"
+            "--recipe", metavar="FILE", help="The recipe to train; a transformer_xl.", show_default=f"recipes/{RECIPE}"
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Override a field of the recipe. Repeatable.", show_default=False),
-    ] = None,
+    set_: AssignmentsOption = None,
     device: Annotated[
         str,
-        typer.Option("--device", metavar="NAME", help="Of every step; auto (CUDA where there is one), cpu, cuda, ..."),
+        typer.Option("--device", metavar="NAME", help="For every step; auto (CUDA if available), cpu, cuda, ..."),
     ] = "",
-    reuse: Annotated[bool, typer.Option("--reuse", help="Keep the model that is in DIR already.")] = False,
+    reuse: ReuseOption = False,
 ) -> int:
-    """Read a book in constant memory, in about seven minutes: train, stream, stop halfway, resume, draw a page.
+    """Stream a book in constant memory and write an HTML report; about seven minutes.
 
     Trains a byte-level Transformer-XL on 200 years of State of the Union addresses for three minutes. Streams the
-    whole King James Bible, which it has never seen, through it in constant memory; halfway the state is saved and a
-    fresh process goes on. Compares what longer and shorter memories are worth on speeches that were held back, and
-    continues one of them. Checks its own claims, and ends with exit code 1 where one fails; clocks are reported only,
-    as other programs disturb them.
+    whole King James Bible, which is not in its training text, in constant memory; halfway the state is saved and a new
+    process continues from it. Compares longer and shorter memories on held-out speeches, and continues one of them.
+    Checks its own claims and exits with status 1 if one fails; times are only reported, as other programs disturb them.
 
     Examples:
       longspan quickstart-lm
@@ -50,6 +52,7 @@ def quickstart_lm(
     from longspan.config import override, read_toml
     from longspan.experiments.quickstart_lm import checks, page, steps
     from longspan.experiments.quickstart_lm.plan import make_plan
+    from longspan.experiments.training_table import TrainingTable
     from longspan.train import find_recipe
     from longspan.train.distributed import choose_device
 
@@ -61,18 +64,18 @@ def quickstart_lm(
         data = override(data, f"train.device={device}")
     clock = Clock()
     plan = make_plan(data, output, text, command_text=text)
-    say_step(1, 4, f"training {plan.describe_training()}" if not reuse else "keeping the model that is there")
-    steps.train(plan, reuse=reuse)
+    say_step(1, 4, "using the model of an earlier run" if reuse else f"training {plan.describe_training()}")
+    train_or_reuse(plan.recipe, plan.run, reuse=reuse, display=TrainingTable())
     clock.lap("train")
-    say_step(2, 4, "what memory is worth, on speeches that were held back")
+    say_step(2, 4, "comparing lengths of the memory on held-out speeches")
     memory = steps.compare_memories(plan)
     clock.lap("memory")
     say_step(3, 4, f"streaming {plan.text_name}, {plan.size:,} bytes as one document, in two processes")
     streamed = steps.stream(plan)
     clock.lap("stream")
-    say_step(4, 4, "going on with a speech that was held back")
+    say_step(4, 4, "continuing a held-out speech")
     written = steps.write_on(plan)
     clock.lap("write")
-    found = checks.check(plan, memory, streamed, clock)
-    path = page.write(plan, found, memory, streamed, written, clock)
-    return finish(found, path)
+    verdicts = checks.check(plan, memory, streamed, clock)
+    path = page.write(plan, verdicts, memory, streamed, written, clock)
+    return finish(verdicts, path)

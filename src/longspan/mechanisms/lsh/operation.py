@@ -1,6 +1,5 @@
 """Reformer's attention (Kitaev et al. 2020): tokens that fall into one bucket of an angular hash see each other."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from longspan.engine import flash
 from longspan.engine.arguments import check_floating, check_positive
-from longspan.engine.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse
+from longspan.engine.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.groups import (
     TILE,
     Reach,
@@ -134,7 +133,7 @@ def lsh_attention(
         )
     all_keys, all_values = behind_rings(rings, keys, values, heads, unit_keys=k is None)
     out, lse = attend_blocks(queries, all_keys, all_values, schedules, scale)
-    return zero_padding(torch.where((lse == -math.inf)[..., None], by_heads(values, heads), out), real, q.dtype)
+    return zero_padding(torch.where(sees_none(lse)[..., None], by_heads(values, heads), out), real, q.dtype)
 
 
 def _check(q: Tensor, v: Tensor, k: Tensor | None, rotations: Tensor, bucket_size: int, selection: str) -> None:

@@ -4,7 +4,6 @@ Each cluster's tokens are copied out in the order of their positions and attend 
 scattered back. How many tokens a list has follows from lengths and documents alone.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
-from longspan.engine.block_sparse import ABSENT, ENTRIES, BlockSchedule, KeyRange, attend_blocks
+from longspan.engine.block_sparse import ABSENT, ENTRIES, BlockSchedule, KeyRange, attend_blocks, sees_none
 from longspan.engine.groups import by_heads, count_documents, documents_of
 
 
@@ -65,7 +64,7 @@ def balanced_attention(
 
     keys, values = (taken(k, of_keys),), (taken(v, of_keys),)
     out, lse = attend_blocks(taken(q, of_queries), keys, values, (schedule,), scale)
-    sees, target = (lse > -math.inf).flatten().to(q.dtype), index(of_queries, heads)
+    sees, target = (~sees_none(lse)).flatten().to(q.dtype), index(of_queries, heads)
     count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, target, sees)
     share = sees / count[target].clamp_(min=1)
     total = q.new_zeros(batch * heads * length, dim).index_add(0, target, out.reshape(-1, dim) * share[:, None])

@@ -1,6 +1,5 @@
 """Routing Transformer's attention (Roy et al. 2021): tokens that one centroid is nearest to see each other."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from longspan.engine import flash
 from longspan.engine.arguments import check_floating, check_positive, check_shapes
-from longspan.engine.block_sparse import attend_blocks
+from longspan.engine.block_sparse import attend_blocks, sees_none
 from longspan.engine.flash import default_scale
 from longspan.engine.groups import (
     Reach,
@@ -170,7 +169,7 @@ def _strict(
         own_score = (q * by_heads(k, heads)).sum(-1) * scale
         total = torch.logaddexp(lse, own_score)
         return out * (lse - total).exp()[..., None] + own_value * (own_score - total).exp()[..., None]
-    return torch.where((lse == -math.inf)[..., None], own_value, out)
+    return torch.where(sees_none(lse)[..., None], own_value, out)
 
 
 def strict_reach(window: int, *, causal: bool, itself: bool, shared: bool) -> Reach:

@@ -1,0 +1,1 @@
+"""What version 0.1 saved must load."""
