@@ -1,6 +1,5 @@
 """Rings of the last tokens of every bucket or cluster, which a state carries."""
 
-import math
 from typing import Any
 
 import torch
@@ -35,8 +34,3 @@ def empty_rings(
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     position = torch.full((batch, *shape), -1, dtype=torch.int64, device=device)
     return {"k": k, "v": k.clone(), "position": position, "drawn": zeros, "live": zeros.clone()}
-
-
-def rings_nbytes(shape: tuple[int, ...], dim: int, batch: int, dtype: torch.dtype) -> int:
-    """Two vectors and a position for every slot of every ring, and two counts a row."""
-    return batch * (math.prod(shape) * (2 * dim * dtype.itemsize + 8) + 16)
