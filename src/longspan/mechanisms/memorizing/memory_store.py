@@ -20,9 +20,8 @@ search approximately too.
 
 import functools
 import importlib
-import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -31,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.contract.rows import Rows
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.files import read_json, write_json
 from longspan.mechanisms.memorizing.operation import mixed, nearest_of_blocks
@@ -315,59 +313,8 @@ def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
     return float(hits.cpu().double().mean())
 
 
-def read_and_write(
-    stores: Sequence[MemoryStore],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    local: Tensor,
-    gate: Tensor,
-    *,
-    rows: Rows,
-    near: int,
-    segment: int,
-    top: int,
-) -> Tensor:
-    """What `memorizing` gives with stores outside its state: each segment is searched for, then written if it closes.
-
-    Args:
-        stores: one for each row.
-        q: of norm 1, times the scale.
-        k: of norm 1, behind `near` older keys, at least those of the open segment.
-        v: like k.
-        local, gate, top: as of `memorizing_attention`.
-        rows, near, segment: of the call.
-
-    Raises:
-        ConfigError: a store that is written and does not hold what the state has read.
-    """
-    out = local.clone()
-    positions = rows.positions.expand(rows.batch, -1)
-    for row, (store, tokens) in enumerate(zip(stores, rows.real_tokens().tolist(), strict=True)):
-        begins = positions[row, :tokens] % segment == 0
-        borders = sorted({0, tokens, *begins.nonzero()[:, 0].tolist()})
-        for begin, end in itertools.pairwise(borders):
-            position = int(positions[row, begin])
-            if store.write:
-                if position == 0:
-                    store.clear()
-                closed = position // segment * segment
-                if store.written != closed:
-                    raise ConfigError(
-                        f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; "
-                        "attach an empty store where a document begins, and give every call the state of the one before"
-                    )
-            if len(store):
-                out[row, :, begin:end] = _read(store, q[row, :, begin:end], local[row, :, begin:end], gate, top)
-            if store.write and (position + end - begin) % segment == 0:
-                last = near + end
-                store.add(k[row, :, last - segment : last], v[row, :, last - segment : last])
-        if store.write and rows.emptied is not None and bool(rows.emptied[row]):
-            store.clear()
-    return out
-
-
-def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
+def read_store(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
+    """`memorizing_attention` of queries (heads, n, head_dim) of norm 1, times the scale, to what a store has nearest."""
     nearest = store.search(q, top)
     weights = nearest.scores.softmax(-1).to(q.dtype)
     values = (weights[..., None, :] @ nearest.values.to(q.dtype))[..., 0, :]
