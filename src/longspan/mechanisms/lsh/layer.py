@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
 from longspan.contract.redraw import DrawnCore
-from longspan.contract.rings import empty_rings, next_rings
+from longspan.contract.rings import RingState, empty_rings, next_rings
 from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 
@@ -45,16 +45,6 @@ class LSHConfig:
             raise ConfigError(
                 f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
             )
-
-
-class LSHState(NamedTuple):
-    """The last tokens of every bucket; heads are the layer's heads where shared, else its kv heads."""
-
-    k: Tensor  # (batch, heads, num_hashes, num_buckets, 2 * bucket_size, head_dim), newest last, zeros where empty
-    v: Tensor  # like k
-    position: Tensor  # (batch, heads, num_hashes, num_buckets, 2 * bucket_size) int64, -1 where empty
-    drawn: Tensor  # (batch,) int64, the draw of the rotations that chose the buckets
-    live: Tensor  # (batch,) live tokens
 
 
 _NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
@@ -107,8 +97,8 @@ class LSHCore(DrawnCore):
         )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LSHState | None, rows: Rows, **unused: Any
-    ) -> tuple[Tensor, LSHState | None]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: RingState | None, rows: Rows, **unused: Any
+    ) -> tuple[Tensor, RingState | None]:
         """See `Core.forward`.
 
         Raises:
@@ -144,17 +134,17 @@ class LSHCore(DrawnCore):
         if rings is None:
             empty = self.init_state(rows.batch, k.device, k.dtype)
             rings = ops.LSHRings(empty.k, empty.v, empty.position)
-        return out, LSHState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
+        return out, RingState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the rotations anew every `redraw` steps."""
         self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
         """Full capacity, nothing live."""
         config = self.config
         shape = self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
-        return LSHState(**empty_rings(shape, self.shape.head_dim, batch_size, device, dtype))
+        return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""

@@ -314,7 +314,7 @@ def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
 
 
 def read_store(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
-    """`memorizing_attention` of queries (heads, n, head_dim) of norm 1, times the scale, to what a store has nearest."""
+    """`memorizing_attention` of scaled unit queries (heads, n, head_dim) to what a store has nearest."""
     nearest = store.search(q, top)
     weights = nearest.scores.softmax(-1).to(q.dtype)
     values = (weights[..., None, :] @ nearest.values.to(q.dtype))[..., 0, :]
