@@ -91,7 +91,7 @@ def test_queries_near_evicted_pairs(later: int, index: Any, tmp_path: Path) -> N
         assert bool((found.scores.diff(dim=-1) <= 0).all())
         for head in range(4):
             assert torch.equal(found.values[head], values[head // 2][found.numbers[head]])
-        read = memory_store._read(store, 5 * queries, torch.zeros_like(queries), torch.zeros(4), 32)
+        read = memory_store.read_store(store, 5 * queries, torch.zeros_like(queries), torch.zeros(4), 32)
         exact = store.search(5 * queries, 32, exact=True)
         expected = (exact.scores.softmax(-1)[..., None] * exact.values).sum(-2) / 2
         assert not bool(read.isnan().any())

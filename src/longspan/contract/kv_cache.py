@@ -90,8 +90,8 @@ def rotate_by_column(
     columns, dim, dtype = k.shape[2], q.shape[-1], q.dtype
 
     def table() -> tuple[Tensor, Tensor]:
-        place = torch.arange(columns, device=q.device)[None]
-        return ops.rotary_table(place if period is None else place % period, dim, base=base, dtype=dtype)
+        position = torch.arange(columns, device=q.device)[None]
+        return ops.rotary_table(position if period is None else position % period, dim, base=base, dtype=dtype)
 
     cos, sin = rows.cached(("columns", base, dim, dtype, columns, period), table)
     older = columns - q.shape[2]
@@ -145,8 +145,8 @@ class KeyValueCore(Core):
         out = self.attend(q, keys, values, rows, memory)
         if not self.shape.causal:
             return out, None
-        kept = carry(state, k, v, rows, self.capacity, (keys, values))
-        return out, KeyValueState(*kept, rows.live)
+        carried = carry(state, k, v, rows, self.capacity, (keys, values))
+        return out, KeyValueState(*carried, rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> KeyValueState:
         """Full capacity or, where there is none, no columns yet; nothing live."""

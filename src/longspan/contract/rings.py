@@ -1,7 +1,6 @@
 """Rings of the last tokens of every bucket or cluster, which a state carries."""
 
-import math
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +8,16 @@ from torch import Tensor
 from longspan import ops
 from longspan.contract.rows import Rows
 from longspan.state import may_overwrite, needs_grad
+
+
+class RingState(NamedTuple):
+    """The last tokens of every bucket or cluster; heads are the layer's where keys are queries, else its kv heads."""
+
+    k: Tensor  # (batch, heads, rounds and buckets or clusters, tokens, head_dim), newest last, zeros where empty
+    v: Tensor  # like k
+    position: Tensor  # (batch, heads, rounds and buckets or clusters, tokens) int64, -1 where empty
+    drawn: Tensor  # (batch,) int64, how often what tells tokens apart had been drawn
+    live: Tensor  # (batch,) live tokens
 
 
 def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: Rows) -> ops.LSHRings:
@@ -29,14 +38,9 @@ def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows:
 
 def empty_rings(
     shape: tuple[int, ...], dim: int, batch: int, device: torch.device | None, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The fields of a state with rings of `shape` tokens in which nothing is live yet."""
+) -> RingState:
+    """The state with rings of `shape`, (heads, ..., tokens), in which nothing is live yet."""
     k = torch.zeros(batch, *shape, dim, device=device, dtype=dtype)
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     position = torch.full((batch, *shape), -1, dtype=torch.int64, device=device)
-    return {"k": k, "v": k.clone(), "position": position, "drawn": zeros, "live": zeros.clone()}
-
-
-def rings_nbytes(shape: tuple[int, ...], dim: int, batch: int, dtype: torch.dtype) -> int:
-    """Two vectors and a position for every slot of every ring, and two counts a row."""
-    return batch * (math.prod(shape) * (2 * dim * dtype.itemsize + 8) + 16)
+    return RingState(k, k.clone(), position, drawn=zeros, live=zeros.clone())

@@ -49,6 +49,6 @@ def adaptive_span_attention(
         scores = torch.cat([scale * (q @ more_k.transpose(-1, -2)), scores], -1)
         seen = torch.cat([real.expand(*seen.shape[:3], more_k.shape[2]), seen], -1)
         v = torch.cat([more_v, v], 2)
-    nothing = ~seen.any(-1, keepdim=True)
-    weights = scores.masked_fill(~(seen | nothing), float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+    blind = ~seen.any(-1, keepdim=True)
+    weights = scores.masked_fill(~(seen | blind), float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
     return weights @ v

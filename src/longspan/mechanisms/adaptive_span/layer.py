@@ -106,8 +106,8 @@ class AdaptiveSpanCore(BoundedCore):
         """Each head's span in tokens; max_span where spans are dynamic, or not at hand outside a call (offloaded)."""
         if self.config.dynamic or self.span.is_meta:
             return [float(self.config.max_span)] * self.shape.num_heads
-        found: list[float] = self._tokens().detach().tolist()
-        return found
+        tokens: list[float] = self._tokens().detach().tolist()
+        return tokens
 
     @property
     def capacity(self) -> int:
@@ -144,7 +144,7 @@ class AdaptiveSpanCore(BoundedCore):
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
         known = rows.read(self.layout_inputs(state))
-        shares, held = known.get((self, "span")), known.get((self, "held"))
+        shares, columns = known.get((self, "span")), known.get((self, "held"))
         spans = None if shares is None else self.config.max_span * shares.clip(0, 1)
         span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._tokens(), spans)
         if penalties is not None and self.config.penalty:
@@ -152,7 +152,7 @@ class AdaptiveSpanCore(BoundedCore):
         keys, values, memory = join(state, k, v, grows=False)
         seen = visible(rows, memory)
         if state is not None and memory:
-            read = None if held is None else held.clip(max=memory)
+            read = None if columns is None else columns.clip(max=memory)
             seen["memory_lengths"] = host.remember(state.held.clamp(max=memory), read)
         out = ops.adaptive_span_attention(
             q,
@@ -168,8 +168,8 @@ class AdaptiveSpanCore(BoundedCore):
         capacity, tokens, count = self._capacity(spans), rows.real_tokens(), rows.live
         if state is not None:
             count = torch.where(rows.live == rows.offset + tokens, state.held + tokens, rows.live)
-        kept = carry(state, k, v, rows, capacity)
-        return out, AdaptiveSpanState(*kept, held=count.clamp(max=capacity), live=rows.live)
+        carried = carry(state, k, v, rows, capacity)
+        return out, AdaptiveSpanState(*carried, held=count.clamp(max=capacity), live=rows.live)
 
     def token_spans(self, hidden: Hidden | None) -> Tensor:
         """(batch, heads, length) dynamic spans in tokens, fp32 at least."""

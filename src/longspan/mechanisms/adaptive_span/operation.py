@@ -104,9 +104,7 @@ def span_reach(spans: list[float], ramp: int, window: int, include_self: bool) -
 
 def _reach(span: Tensor, ramp: int, farthest: int, heads: int) -> list[int]:
     """The farthest distance computed for every head."""
-    if span.ndim > 1:
-        return [farthest] * heads
-    read = host.values(span)
+    read = None if span.ndim > 1 else host.values(span)
     if read is None:
         return [farthest] * heads
     ends = (math.ceil(value + ramp) for value in read.astype(np.float64).tolist())

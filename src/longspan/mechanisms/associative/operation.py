@@ -126,8 +126,9 @@ class AssociativeRule(NamedTuple):
         batch, heads, size, dim = q.shape
         kv_heads = memory.values.shape[1]
         rows = q.to(memory.values.dtype).reshape(batch, kv_heads, heads // kv_heads * size, dim)
-        found = associative_read(dpfp(rows @ self.maps.query.to(rows.dtype), self.maps.nu), memory.values, memory.keys)
-        return inside + found.view(batch, heads, size, inside.shape[-1]).to(inside.dtype)
+        phi = dpfp(rows @ self.maps.query.to(rows.dtype), self.maps.nu)
+        answers = associative_read(phi, memory.values, memory.keys)
+        return inside + answers.view(batch, heads, size, inside.shape[-1]).to(inside.dtype)
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
         """A full segment."""

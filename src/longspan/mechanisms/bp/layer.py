@@ -2,13 +2,15 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longspan import ops
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits
+from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.rows import Rows
+from longspan.contract.sizes import BoundedCore
 from longspan.errors import ConfigError
 
 
@@ -43,7 +45,7 @@ class BPState(ops.TreeNodes):
         return "open_k", "open_v", "open_mass"
 
 
-class BPCore(Core):
+class BPCore(BoundedCore):
     """See the package."""
 
     Config = BPConfig
@@ -66,15 +68,7 @@ class BPCore(Core):
         return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: BPState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, state: BPState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, BPState | None]:
         """See `Core.forward`."""
         out, nodes = ops.bp_attention(
@@ -92,8 +86,7 @@ class BPCore(Core):
         )
         if nodes is None:
             return out, None
-        held = BPState(*(rows.clear_reset(t) for t in nodes))
-        return out, held._replace(live=rows.live)
+        return out, BPState(*(rows.clear_reset(t) for t in nodes))._replace(live=rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
         """Full capacity, nothing live."""
@@ -102,13 +95,6 @@ class BPCore(Core):
             batch_size, shape.num_kv_heads, shape.head_dim, config.k, config.max_level, device, dtype
         )
         return BPState(*nodes)
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Two vectors a kv head and slot, two and a number in fp32 a level above the tokens, a count a row."""
-        config, dim = self.config, self.shape.head_dim
-        finished = 2 * ops.bp_slots(config.k, config.max_level) * dim * dtype.itemsize
-        opened = config.max_level * (2 * dim + 1) * max(dtype.itemsize, 4)
-        return batch_size * (self.shape.num_kv_heads * (finished + opened) + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Scores and values of every chunk's columns, the relative term, and the nodes."""

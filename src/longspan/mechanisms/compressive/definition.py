@@ -170,8 +170,8 @@ def compressive_layer(
         count = waiting.shape[1] // ratio
         old, gone = waiting[:, : count * ratio], torch.cat([gone, waiting[:, : count * ratio]], 1)
         if compress is None:
-            kept = waiting_usage[: count * ratio].argsort(descending=True, stable=True)[:count].sort().values
-            new = old[:, kept]
+            most_used = waiting_usage[: count * ratio].argsort(descending=True, stable=True)[:count].sort().values
+            new = old[:, most_used]
         else:
             new = compress(gone)[:, gone.shape[1] // ratio - count :]
         compressed = torch.cat([memory.compressed, new.reshape(1, count, dim)], 1)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from longspan import host
-from longspan.engine import flash
+from longspan.engine import RoundInputs, Tile, flash
 from longspan.engine.arguments import check_floating, read_call
 from longspan.engine.first_order import scaled_dot_product_attention
 from longspan.engine.flash import default_scale
 from longspan.engine.relative import FORWARD_TILE, farthest_first, relative_attention, relative_cost
-from longspan.engine.relative_scores import FORWARD_ENTRIES, Shift
-from longspan.engine.tiles import HIDDEN, make_blocks, make_plan, take
+from longspan.engine.relative_scores import RelativeScores
+from longspan.engine.tiles import make_blocks, make_plan
 from longspan.errors import ConfigError
 from longspan.host import Array
 
@@ -275,33 +275,23 @@ def attention_usage(
     total = torch.zeros(q.shape[0], k.shape[2], dtype=dtype, device=q.device)
     if call.empty:
         return total
-    scale, heads, kv_heads = default_scale(q, scale), q.shape[1], k.shape[1]
+    scale, heads = default_scale(q, scale), slice(0, q.shape[1])
     plan = make_plan(q.shape[2], call.memory, tile=FORWARD_TILE)
-    q, k, u, w = (t.to(dtype) for t in (call.q, call.k, content_bias, position_bias))
-    r = (farthest_first(r, k.shape[2]).to(dtype) * scale).mT
+    q, k = call.q.to(dtype), call.k.to(dtype)
+    content, position = (q + content_bias.to(dtype)[:, None]) * scale, q + position_bias.to(dtype)[:, None]
     with flash.full_precision(q.device):
-        for run in plan.runs:
-            distances = plan.distances(run)
-            most = max(1, FORWARD_ENTRIES // (heads * run.queries * (distances + run.queries)))
-            for block in make_blocks(run, q.shape[0], most):
-                rows, queries = block.rows, run.queries  # keys grow with every tile, so a run is one tile
-                query = take(q, block, run.start, queries, run.step)
-                shift = Shift(plan, run, heads * rows * queries, q)
-                moved = (query.transpose(0, 1) + w[:, None, None]).reshape(heads, rows * queries, -1)
-                torch.bmm(moved, r[:, :, -distances:], out=shift.by_distance(heads, rows * queries))
-                bias = shift.by_key(heads, rows)
-                seen = None if call.visibility is None else call.visibility.seen(run, block)
-                if seen is not None:
-                    bias.masked_fill_(~seen.transpose(0, 1), HIDDEN)
-                key = take(k, block, run.low, run.keys, run.step)
-                content = ((query + u[:, None]) * scale).reshape(rows, kv_heads, -1, q.shape[3])
-                scores = (content @ key.mT).view(rows, heads, queries, run.keys).add_(bias.transpose(0, 1))
-                weights = scores.softmax(-1)
-                here = slice(block.row, block.row + rows)
+        relative = position, farthest_first(r, k.shape[2]).to(dtype)
+        scores = RelativeScores(RoundInputs(plan, call.visibility, relative, None, q), scale=scale)
+        for run in plan.runs:  # keys grow with every tile, so a run is one tile
+            for block in make_blocks(run, q.shape[0], scores.tiles_at_once(run, heads.stop)):
+                scores.open(run, block.rows, heads)
+                bias = scores.added(Tile(run, block, heads))
+                query = run.queries_of(content, block).reshape(block.rows, k.shape[1], -1, q.shape[3])
+                weights = (query @ run.keys_of(k, block).mT).view(bias.shape).add_(bias).softmax(-1)
+                here = slice(block.row, block.row + block.rows)
                 if call.dead is not None:
-                    dead = call.dead[here, None, run.start : run.start + queries, None]
-                    weights.masked_fill_(dead, 0.0)
-                total[here, : run.keys] += weights.sum((1, 2)) / heads
+                    weights.masked_fill_(call.dead[here, None, run.start : run.start + run.queries, None], 0.0)
+                total[here, : run.keys] += weights.mean(1).sum(1)
     return total
 
 

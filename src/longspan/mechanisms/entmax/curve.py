@@ -58,8 +58,8 @@ def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) 
         high = torch.where(total < 1, t, high)
         if before is not None:
             change = logs - before[0]
-            found = 1 - (torch.log(fall) - before[1]) / change
-            bend = torch.where(change.abs() > TINY, found, bend)
+            estimate = 1 - (torch.log(fall) - before[1]) / change
+            bend = torch.where(change.abs() > TINY, estimate, bend)
             bend = torch.minimum(bend, most) if isinstance(most, Tensor) else bend.clamp_(max=most)
             bend = bend.clamp_(min=-1.0)
             bend = bend.masked_fill_(bend.abs() < TINY, TINY)

@@ -25,8 +25,8 @@ def gated_delta_attention(
         key, value = k[:, :, t].double()[..., None], v[:, :, t].double()[..., None]
         a, b = (gate[:, :, t].double()[..., None, None] for gate in (log_decay.exp(), strength))
         past = memory if start is None else torch.where((start[:, t] == t)[:, None, None, None], 0.0, memory)
-        following = a * (unit - b * key @ key.mT) @ past + b * key @ value.mT
-        memory = following if lengths is None else torch.where((t < lengths)[:, None, None, None], following, memory)
+        after = a * (unit - b * key @ key.mT) @ past + b * key @ value.mT
+        memory = after if lengths is None else torch.where((t < lengths)[:, None, None, None], after, memory)
         query = q[:, :, t].double()[:, :, None]
         outs.append(query @ memory.repeat_interleave(group, 1))
     out = torch.cat(outs, 2) if outs else q.new_zeros(*q.shape[:3], v.shape[3])

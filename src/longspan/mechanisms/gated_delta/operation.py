@@ -109,8 +109,8 @@ def short_convolution(x: Tensor, weight: Tensor, *, past: Tensor | None = None, 
         raise ConfigError(f"short convolution: {shapes} do not fit: (batch, heads, length, dim), (heads, dim, taps)")
     dtype = flash.working_dtype(x, weight)
     past = x.new_zeros(before) if past is None else past
-    found: Tensor = _ShortConvolution.apply(start, torch.cat([past.to(dtype), x.to(dtype)], 2), weight.to(dtype))
-    return found
+    out: Tensor = _ShortConvolution.apply(start, torch.cat([past.to(dtype), x.to(dtype)], 2), weight.to(dtype))
+    return out
 
 
 class _ShortConvolution(FirstOrder):
@@ -193,12 +193,12 @@ def _chunks(sequences: Sequence[Tensor], start: Tensor | None, block: Block) -> 
     q, k, v, log_decay, strength = (t[:, :, block.columns].unflatten(2, (-1, size)) for t in sequences)
     logs = log_decay.cumsum(-1)
     entering = logs.exp()[..., None]
-    place = torch.arange(size, device=k.device)
-    seen = place[:, None] >= place
+    token = torch.arange(size, device=k.device)
+    seen = token[:, None] >= token
     if start is not None:
         first = block.columns.start + size * torch.arange(k.shape[2], device=k.device)
         begin = (start[:, block.columns].unflatten(1, (-1, size)) - first[:, None])[:, None]  # (B, 1, n, C)
-        seen = seen & (place >= begin[..., None])
+        seen = seen & (token >= begin[..., None])
         entering = entering.masked_fill((begin >= 0)[..., None], 0)
     inside = (logs[..., :, None] - logs[..., None, :]).masked_fill_(~seen, -torch.inf).exp_()
     return Chunks(
@@ -284,10 +284,10 @@ def _backward(chunks: Chunks, state: Tensor, d_out: Tensor, d_state: Tensor) -> 
         across,
     )
     now, behind, rights = d_state.flatten(0, 1), [], []
-    for turned, d_written, writing, d_read, reading, kept in reversed(list(zip(*map(_flat, parts), strict=True))):
+    for inverse, d_written, writing, d_read, reading, fade in reversed(list(zip(*map(_flat, parts), strict=True))):
         behind.append(now)
-        rights.append(turned.bmm(torch.baddbmm(d_written, writing, now)))
-        now = torch.baddbmm((kept * now).add_(d_read), reading, rights[-1], alpha=-1)
+        rights.append(inverse.bmm(torch.baddbmm(d_written, writing, now)))
+        now = torch.baddbmm((fade * now).add_(d_read), reading, rights[-1], alpha=-1)
     d_behind, d_right = (torch.stack(t[::-1], 1).unflatten(0, k.shape[:2]) for t in (behind, rights))
     # below the diagonal only; on it `inside` is not a decay
     d_a = (d_right @ written.mT).mul_(inside).tril_(-1)

@@ -66,9 +66,9 @@ def infini_open(
         memory = memory_of(state, row, k, v, k.shape[3])
         if bptt_segments == 1:
             memory = SegmentMemory(*(t.detach() for t in memory))
-        kept = older if memory_lengths is None else int(memory_lengths[row])
+        opened = older if memory_lengths is None else int(memory_lengths[row])
         count = q.shape[2] if lengths is None else int(lengths[row])
-        part = slice(older - kept, older + count)
+        part = slice(older - opened, older + count)
         inside = full_attention(
             local_q[row : row + 1, :, :count], local_k[row : row + 1, :, part], v[row : row + 1, :, part]
         )[0]

@@ -150,8 +150,8 @@ class InfiniRule(NamedTuple):
         """One segment."""
         phi = _feature(q, queries=True)
         joined = torch.cat([memory.values, memory.keys[..., None]], -1)[:, :, None].to(phi.dtype)
-        found = _read(phi[:, :, None], joined)
-        return _gated(found, self.gate, inside[:, :, None], (memory.written > 0)[:, None])[:, :, 0]
+        answers = _read(phi[:, :, None], joined)
+        return _gated(answers, self.gate, inside[:, :, None], (memory.written > 0)[:, None])[:, :, 0]
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
         """A full segment, against the memory as it was before it."""

@@ -2,15 +2,16 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from longspan import host, ops
-from longspan.contract.base import Hidden, Shape, Traits
+from longspan.config import check_least
+from longspan.contract.base import Shape, Traits
 from longspan.contract.redraw import DrawnCore
-from longspan.contract.rings import empty_rings, next_rings, rings_nbytes
+from longspan.contract.rings import RingState, empty_rings, next_rings
 from longspan.contract.rows import Rows
 from longspan.errors import ConfigError
 
@@ -39,31 +40,11 @@ class LSHConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("bucket_size", 1), ("num_hashes", 1), ("num_buckets", 2), ("redraw", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"lsh.{name} = {getattr(self, name)}: must be at least {least}")
+        check_least(self, "lsh", {"bucket_size": 1, "num_hashes": 1, "num_buckets": 2, "redraw": 0})
         if self.num_buckets % 2:
             raise ConfigError(
                 f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
             )
-
-
-class LSHState(NamedTuple):
-    """The last tokens of every bucket; heads are the layer's heads where shared, else its kv heads.
-
-    Attributes:
-        k: (batch, heads, num_hashes, num_buckets, 2 * bucket_size, head_dim), newest last, zeros where empty.
-        v: like k.
-        position: (batch, heads, num_hashes, num_buckets, 2 * bucket_size) int64, -1 where empty.
-        drawn: (batch,) int64, the draw of the rotations that chose the buckets.
-        live: (batch,) live tokens.
-    """
-
-    k: Tensor
-    v: Tensor
-    position: Tensor
-    drawn: Tensor
-    live: Tensor
 
 
 _NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
@@ -116,16 +97,8 @@ class LSHCore(DrawnCore):
         )
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: LSHState | None,
-        rows: Rows,
-        *,
-        hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, LSHState | None]:
+        self, q: Tensor, k: Tensor, v: Tensor, state: RingState | None, rows: Rows, **unused: Any
+    ) -> tuple[Tensor, RingState | None]:
         """See `Core.forward`.
 
         Raises:
@@ -161,23 +134,17 @@ class LSHCore(DrawnCore):
         if rings is None:
             empty = self.init_state(rows.batch, k.device, k.dtype)
             rings = ops.LSHRings(empty.k, empty.v, empty.position)
-        return out, LSHState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
+        return out, RingState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Draw the rotations anew every `redraw` steps."""
         self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
 
-    def _rings(self) -> tuple[int, ...]:
-        config = self.config
-        return self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
-
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LSHState:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
         """Full capacity, nothing live."""
-        return LSHState(**empty_rings(self._rings(), self.shape.head_dim, batch_size, device, dtype))
-
-    def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """That of the rings, whatever the length."""
-        return rings_nbytes(self._rings(), self.shape.head_dim, batch_size, dtype)
+        config = self.config
+        shape = self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
+        return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""

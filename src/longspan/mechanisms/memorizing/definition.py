@@ -35,6 +35,6 @@ def memorizing_attention(
     if k.shape[2] > top:
         chosen = cosines.masked_fill(~visible, -torch.inf).topk(top, -1).indices
         visible = visible & torch.zeros_like(visible).scatter(-1, chosen, True)
-    found = masked_softmax(cosines * scale[:, None, None], visible) @ v
+    retrieved = masked_softmax(cosines * scale[:, None, None], visible) @ v
     share = torch.sigmoid(gate.to(dtype))[:, None, None] * visible.any(-1, keepdim=True)
-    return (share * found + (1 - share) * local).to(local.dtype)
+    return (share * retrieved + (1 - share) * local).to(local.dtype)

@@ -1,6 +1,7 @@
 """`memorizing` as a layer; see the package."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from longspan.contract.rows import Rows
 from longspan.contract.sizes import BoundedCore, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
-from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_and_write
+from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_store
 from longspan.state import needs_grad
 
 
@@ -223,18 +224,39 @@ class MemorizingCore(BoundedCore):
         return pick_columns(pairs[0], index), pick_columns(pairs[1], index)
 
     def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: Rows) -> Tensor:
-        """What the attached stores give; k and v with `near` older columns."""
+        """Each segment reads the store of its row, then is written there if it closes; k, v with `near` older columns.
+
+        Raises:
+            ConfigError: a store that is written and does not hold what the state has read.
+        """
         if needs_grad(q, k, v, local, self.gate):
             raise UnsupportedError("memorizing: an attached store is for inference; call it under torch.no_grad()")
         if len(self.attached) != rows.batch:
             raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
-        window, top = self.config.window, self.config.k
+        window, out = self.config.window, local.clone()
         with flash.full_precision(q.device):
-            scale = self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
-            q, k = ops.unit_vectors(q) * scale, ops.unit_vectors(k)
-            return read_and_write(
-                self.attached, q, k, v, local, self.gate, rows=rows, near=near, segment=window, top=top
-            )
+            q = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
+            k = ops.unit_vectors(k)
+            positions = np.broadcast_to(rows.positions_read, (rows.batch, rows.length))
+            for row, (store, tokens) in enumerate(zip(self.attached, rows.lengths_read.tolist(), strict=True)):
+                borders = np.flatnonzero(positions[row, :tokens] % window == 0).tolist()
+                for begin, end in itertools.pairwise(sorted({0, tokens, *borders})):
+                    position = int(positions[row, begin])
+                    if store.write:
+                        if position == 0:
+                            store.clear()
+                        _check_follows(store, position // window * window)
+                    if len(store):
+                        part = slice(begin, end)
+                        out[row, :, part] = read_store(
+                            store, q[row, :, part], local[row, :, part], self.gate, self.config.k
+                        )
+                    if store.write and (position + end - begin) % window == 0:
+                        closed = slice(near + end - window, near + end)
+                        store.add(k[row, :, closed], v[row, :, closed])
+                if store.write and rows.emptied is not None and bool(rows.emptied[row]):
+                    store.clear()
+        return out
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MemorizingState:
         """Full capacity, nothing live."""
@@ -264,3 +286,11 @@ class MemorizingCore(BoundedCore):
             for first in range(0, length, window)
         )
         return self.shape.num_heads * (pairs_within(length, window) + retrieved)
+
+
+def _check_follows(store: MemoryStore, closed: int) -> None:
+    if store.written != closed:
+        raise ConfigError(
+            f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; attach an empty "
+            "store where a document begins, and give every call the state of the one before"
+        )

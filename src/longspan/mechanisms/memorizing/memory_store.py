@@ -20,9 +20,8 @@ search approximately too.
 
 import functools
 import importlib
-import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -31,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.contract.rows import Rows
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.files import read_json, write_json
 from longspan.mechanisms.memorizing.operation import mixed, nearest_of_blocks
@@ -82,10 +80,10 @@ class MemoryStore:
             raise ConfigError(f"memory store: index = {index!r}: 'exact' or 'faiss'")
         faiss = _faiss() if index == "faiss" else None
         self.folder, self.write = Path(folder), write
-        given = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
+        wished = {"kv_heads": kv_heads, "head_dim": head_dim, "capacity": capacity}
         exists = self._file.exists()
-        sizes = self._read(given) if exists else self._new(given)
-        self.kv_heads, self.head_dim, self.capacity = (int(sizes[name]) for name in given)
+        sizes = self._read(wished) if exists else self._new(wished)
+        self.kv_heads, self.head_dim, self.capacity = (int(sizes[name]) for name in wished)
         self.written: int = sizes["written"]
         """Pairs added since the store was last empty, evicted ones included."""
         if write:
@@ -129,13 +127,13 @@ class MemoryStore:
                 f"{self.folder}: keys and values must be ({self.kv_heads}, n, {self.head_dim}), "
                 f"got {tuple(keys.shape)} and {tuple(values.shape)}"
             )
-        kept = min(count, self.capacity)
-        slots = np.arange(self.written + count - kept, self.written + count) % self.capacity
-        numbers = [t[:, count - kept :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
+        most = min(count, self.capacity)
+        slots = np.arange(self.written + count - most, self.written + count) % self.capacity
+        numbers = [t[:, count - most :].detach().to("cpu", torch.float32).numpy() for t in (keys, values)]
         on_failure(functools.partial(self._put_back, self.written, slots, self._keys[:, slots], self._values[:, slots]))
         self._keys[:, slots], self._values[:, slots] = numbers
         self.written += count
-        if kept < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
+        if most < count or (self._graphs and self._graphs[0].count + count > 2 * self.capacity):
             self._rebuild()
         else:
             for head, graph in enumerate(self._graphs):
@@ -167,8 +165,8 @@ class MemoryStore:
         head = np.arange(self.kv_heads)[:, None, None]
         values = torch.from_numpy(np.asarray(self._values[head, numbers.numpy() % self.capacity]))
         shape = heads, count, top
-        found = Found(scores.view(shape), numbers.view(shape), values.view(*shape, dim))
-        return Found(*(t.to(queries.device) for t in found))
+        nearest = Found(scores.view(shape), numbers.view(shape), values.view(*shape, dim))
+        return Found(*(t.to(queries.device) for t in nearest))
 
     def clear(self) -> None:
         """Forget every pair; numbers start at 0 again.
@@ -253,8 +251,8 @@ class MemoryStore:
     def _approximate(self, queries: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """As `_exact`, by the graphs, and exactly for the queries of which a graph does not know the answer."""
         oldest = self.written - len(self)
-        found = [graph.search(part.numpy(), top, oldest) for graph, part in zip(self._graphs, queries, strict=True)]
-        scores, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*found, strict=True))
+        answers = [graph.search(part.numpy(), top, oldest) for graph, part in zip(self._graphs, queries, strict=True)]
+        scores, numbers = (torch.from_numpy(np.stack(parts)) for parts in zip(*answers, strict=True))
         for head, lacking in enumerate((numbers < 0).any(-1)):
             if bool(lacking.any()):
                 exact = self._exact(queries[head, lacking][None], slice(head, head + 1), top)
@@ -308,69 +306,18 @@ def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
         queries: (heads, n, head_dim).
         k: pairs for each query.
     """
-    found, true = store.search(queries, k).numbers, store.search(queries, k, exact=True).numbers
+    own, true = store.search(queries, k).numbers, store.search(queries, k, exact=True).numbers
     if not true.numel():
         return 1.0
-    hits = (true[..., :, None] == found[..., None, :]).any(-1)
+    hits = (true[..., :, None] == own[..., None, :]).any(-1)
     return float(hits.cpu().double().mean())
 
 
-def read_and_write(
-    stores: Sequence[MemoryStore],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    local: Tensor,
-    gate: Tensor,
-    *,
-    rows: Rows,
-    near: int,
-    segment: int,
-    top: int,
-) -> Tensor:
-    """What `memorizing` gives with stores outside its state: each segment is searched for, then written if it closes.
-
-    Args:
-        stores: one for each row.
-        q: of norm 1, times the scale.
-        k: of norm 1, behind `near` older keys, at least those of the open segment.
-        v: like k.
-        local, gate, top: as of `memorizing_attention`.
-        rows, near, segment: of the call.
-
-    Raises:
-        ConfigError: a store that is written and does not hold what the state has read.
-    """
-    out = local.clone()
-    positions = rows.positions.expand(rows.batch, -1)
-    for row, (store, tokens) in enumerate(zip(stores, rows.real_tokens().tolist(), strict=True)):
-        begins = positions[row, :tokens] % segment == 0
-        borders = sorted({0, tokens, *begins.nonzero()[:, 0].tolist()})
-        for begin, end in itertools.pairwise(borders):
-            position = int(positions[row, begin])
-            if store.write:
-                if position == 0:
-                    store.clear()
-                closed = position // segment * segment
-                if store.written != closed:
-                    raise ConfigError(
-                        f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; "
-                        "attach an empty store where a document begins, and give every call the state of the one before"
-                    )
-            if len(store):
-                out[row, :, begin:end] = _read(store, q[row, :, begin:end], local[row, :, begin:end], gate, top)
-            if store.write and (position + end - begin) % segment == 0:
-                last = near + end
-                store.add(k[row, :, last - segment : last], v[row, :, last - segment : last])
-        if store.write and rows.emptied is not None and bool(rows.emptied[row]):
-            store.clear()
-    return out
-
-
-def _read(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
-    found = store.search(q, top)
-    weights = found.scores.softmax(-1).to(q.dtype)
-    values = (weights[..., None, :] @ found.values.to(q.dtype))[..., 0, :]
+def read_store(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: int) -> Tensor:
+    """`memorizing_attention` of scaled unit queries (heads, n, head_dim) to what a store has nearest."""
+    nearest = store.search(q, top)
+    weights = nearest.scores.softmax(-1).to(q.dtype)
+    values = (weights[..., None, :] @ nearest.values.to(q.dtype))[..., 0, :]
     return mixed(values, local, gate, torch.ones((), dtype=torch.bool, device=q.device))
 
 

@@ -37,8 +37,8 @@ def unit_vectors(x: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + 1e-6), fp32 at least: what a store keeps of keys, and compares of queries."""
     check_floating(x=x)
     x = x.to(flash.working_dtype(x))
-    found: Tensor = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
-    return found
+    units: Tensor = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
+    return units
 
 
 def memorizing_attention(
@@ -79,11 +79,11 @@ def memorizing_attention(
     with flash.full_precision(q.device):
         shape = q.shape[0], q.shape[2]
         search = _searched(top, first, last, shape)
-        asked = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
+        scaled = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
         k, v = k.detach(), v.detach()
-        found = _apply(asked, k, v, search) if needs_grad(asked) else _retrieve(asked, k, v, search)[0]
+        retrieved = _apply(scaled, k, v, search) if needs_grad(scaled) else _retrieve(scaled, k, v, search)[0]
         filled = (search.last > search.first)[:, None, :, None]
-        return mixed(found, local, gate, filled)
+        return mixed(retrieved, local, gate, filled)
 
 
 def mixed(found: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The `top` largest of the last dimension and their places, in no order."""
     count = scores.shape[-1]
     if count <= 4 * top:
-        found = scores.topk(top, -1, sorted=False)
-        return found.values, found.indices
+        largest = scores.topk(top, -1, sorted=False)
+        return largest.values, largest.indices
     size = max(2, round(math.sqrt(count / top)))
     groups = count // size
     # group j holds the columns j, j + groups, j + 2 groups, ...: maxima over rows of a view
@@ -143,8 +143,8 @@ def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[T
         if values is not None and columns is not None:
             value, column = torch.cat([values, value], -1), torch.cat([columns, column], -1)
             if value.shape[-1] > top:
-                value, kept = value.topk(top, -1, sorted=False)
-                column = column.gather(-1, kept)
+                value, best = value.topk(top, -1, sorted=False)
+                column = column.gather(-1, best)
         values, columns = value, column
     assert values is not None
     assert columns is not None
@@ -214,9 +214,9 @@ def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = F
     """A_memory, and where `keep` the columns (batch, heads, length, top) and weights that made it."""
     batch, heads, length, _ = q.shape
     out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=q.dtype)
-    kept = batch, heads, length if keep else 0, min(search.top, k.shape[2])
-    columns = torch.zeros(kept, dtype=torch.int32, device=q.device)
-    weights = torch.zeros(kept, dtype=q.dtype, device=q.device)
+    saved = batch, heads, length if keep else 0, min(search.top, k.shape[2])
+    columns = torch.zeros(saved, dtype=torch.int32, device=q.device)
+    weights = torch.zeros(saved, dtype=q.dtype, device=q.device)
     for part in _parts(q, k, v, search):
         best, column = nearest_of_blocks(_scores(part.of(q), part, search), search.top)
         weight = best.softmax(-1)
@@ -231,19 +231,19 @@ def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = F
     return out, columns, weights
 
 
-def _scores(asked: Tensor, part: _Part, search: Search) -> Iterator[tuple[int, Tensor]]:
+def _scores(queries: Tensor, part: _Part, search: Search) -> Iterator[tuple[int, Tensor]]:
     """Blocks of scores (items, group * queries, keys), -inf where a key is not to be retrieved."""
     begin, end, first, last, whole = part.tile
     for low in range(first, last, KEYS):
         high = min(low + KEYS, last)
-        scores = torch.bmm(asked, part.keys[:, low:high].mT)
+        scores = torch.bmm(queries, part.keys[:, low:high].mT)
         if not whole:
             rows = part.rows if len(search.first) > 1 else slice(0, 1)
             left, right = (t[rows, begin:end, None] for t in (search.first, search.last))
-            column = torch.arange(low, high, device=asked.device)
+            column = torch.arange(low, high, device=queries.device)
             hidden = ((column < left) | (column >= right))[:, None, None]
-            count = part.rows.stop - part.rows.start
-            scores.view(count, -1, asked.shape[1] // (end - begin), *hidden.shape[-2:]).masked_fill_(hidden, -math.inf)
+            shape = part.rows.stop - part.rows.start, -1, queries.shape[1] // (end - begin), end - begin, high - low
+            scores.view(shape).masked_fill_(hidden, -math.inf)
         yield low, scores
 
 

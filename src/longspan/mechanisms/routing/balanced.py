@@ -64,10 +64,10 @@ def balanced_attention(
 
     keys, values = (taken(k, of_keys),), (taken(v, of_keys),)
     out, lse = attend_blocks(taken(q, of_queries), keys, values, (schedule,), scale)
-    sees, place = (~sees_none(lse)).flatten().to(q.dtype), index(of_queries, heads)
-    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, place, sees)
-    share = sees / count[place].clamp_(min=1)
-    total = q.new_zeros(batch * heads * length, dim).index_add(0, place, out.reshape(-1, dim) * share[:, None])
+    sees, target = (~sees_none(lse)).flatten().to(q.dtype), index(of_queries, heads)
+    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, target, sees)
+    share = sees / count[target].clamp_(min=1)
+    total = q.new_zeros(batch * heads * length, dim).index_add(0, target, out.reshape(-1, dim) * share[:, None])
     return torch.where((count == 0).view(batch, heads, length, 1), by_heads(v, heads), total.view(q.shape))
 
 
@@ -137,8 +137,8 @@ def _schedule(
     The rank of a key is its slot: the keys of a document follow each other in a list.
     """
     rows, size, device = of_queries.shape[:3].numel(), of_queries.shape[3], of_queries.device
-    row, place = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)
-    slot, column, key_column = row * size + place, of_queries.view(rows, size), of_keys.view(rows, size)
+    row, number = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)
+    slot, column, key_column = row * size + number, of_queries.view(rows, size), of_keys.view(rows, size)
     absent, sorted_keys = column < 0, key_column.masked_fill(key_column < 0, torch.iinfo(torch.int64).max)
 
     def at_queries(x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _schedule(
     key = slot.masked_fill(key_column < 0, -1)
     return BlockSchedule(
         query=query.view(-1, height),
-        query_place=(row * (tiles * height) + place).masked_fill(absent, -1).flatten(),
+        query_place=(row * (tiles * height) + number).masked_fill(absent, -1).flatten(),
         key=key,
         key_slot=key.flatten(),
         blocks=None if tiles == 1 else torch.arange(rows, device=device).repeat_interleave(tiles)[:, None],

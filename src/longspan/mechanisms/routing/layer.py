@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.contract.base import Shape, Traits
-from longspan.contract.rings import empty_rings, next_rings
+from longspan.contract.rings import RingState, empty_rings, next_rings
 from longspan.contract.rows import Rows
 from longspan.mechanisms.routing.kmeans import ClusteredCore
 from longspan.state import recomputing
@@ -44,16 +44,6 @@ class RoutingConfig:
     def __post_init__(self) -> None:
         check_least(self, "routing", {"num_clusters": 1, "window": 1, "commitment": 0})
         check_shares(self, "routing", ("decay", "reseed"))
-
-
-class RoutingState(NamedTuple):
-    """The last tokens of every cluster; heads are the layer's heads where shared, else its kv heads."""
-
-    k: Tensor  # (batch, heads, num_clusters, window, head_dim), newest last, zeros where empty
-    v: Tensor  # like k
-    position: Tensor  # (batch, heads, num_clusters, window) int64, -1 where empty
-    drawn: Tensor  # (batch,) int64, 1 once the first training batch has set the centroids
-    live: Tensor  # (batch,) live tokens
 
 
 _NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
@@ -103,12 +93,12 @@ class RoutingCore(ClusteredCore):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        state: RoutingState | None,
+        state: RingState | None,
         rows: Rows,
         *,
         penalties: list[Tensor] | None = None,
         **unused: Any,
-    ) -> tuple[Tensor, RoutingState | None]:
+    ) -> tuple[Tensor, RingState | None]:
         """See `Core.forward`.
 
         Raises:
@@ -186,16 +176,16 @@ class RoutingCore(ClusteredCore):
             total = total + square.sum() / (real.sum() * vectors.shape[1]).clamp(min=1)
         return total
 
-    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RoutingState | None, rows: Rows) -> RoutingState:
+    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: Rows) -> RingState:
         state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
         rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
         ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
-        return RoutingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
+        return RingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RoutingState:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
         """Full capacity, nothing live."""
         shape = self.routed_heads, self.config.num_clusters, self.config.window
-        return RoutingState(**empty_rings(shape, self.shape.head_dim, batch_size, device, dtype))
+        return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""

@@ -39,7 +39,7 @@ def sparse_attention(
         local = ~older & (i // stride == j // stride)
         offset = torch.tensor(summary_offset or [0] * k.shape[1], device=q.device)
         last = (stride - offset).repeat_interleave(group)[:, None, None]
-        place = j % stride
-        columns = older | ((place >= last - summary) & (place < last)) | (i == j)
+        in_block = j % stride
+        columns = older | ((in_block >= last - summary) & (in_block < last)) | (i == j)
     seen = {"union": local | columns, "local": local, "summary": columns}[part]
     return attend(q, k, v, visible[:, None] & seen, scale)

@@ -112,20 +112,20 @@ class SparseCore(Core):
     ) -> tuple[Tensor, SparseState]:
         """See `Core.forward`."""
         q, k = self.rotate(q, k, rows)
-        stride, empty = self.config.stride, k[:, :, :0].clone()
+        stride, empty = self.config.stride, k.new_zeros(*k.shape[:2], 0, k.shape[3])
         if not self.fixed:
             keys, values, memory = join(state, k, v, grows=self.grows)
             out = ops.sparse_attention(q, keys, values, **self.fields, **visible(rows, memory))
-            kept = carry(state, k, v, rows, None if self.grows else self.capacity, (keys, values))
-            return out, SparseState(*kept, empty, empty, rows.live)
+            carried = carry(state, k, v, rows, None if self.grows else self.capacity, (keys, values))
+            return out, SparseState(*carried, empty, empty, rows.live)
         inside, alike = rows.inside(stride), rows.offset_range[0] == rows.offset_range[1]
         if (inside and alike) or (rows.plain and rows.aligned(stride)):
             out = self._alike(q, k, v, state, rows)
         else:
             out = (self._inside if inside else self._spread)(q, k, v, state, rows)
-        kept = carry(state, k, v, rows, self.capacity)
+        carried = carry(state, k, v, rows, self.capacity)
         summaries = self._summaries(state, k, v, rows) if self.kept else (empty, empty)
-        return out, SparseState(*kept, *summaries, rows.live)
+        return out, SparseState(*carried, *summaries, rows.live)
 
     # -- fixed -----------------------------------------------------------------------------------------------------
 
@@ -180,10 +180,10 @@ class SparseCore(Core):
         layout = rows.segments(self.config.stride)
         # a document began where its position was 0; one that began before the call sees everything
         assert rows.origin is not None
-        origin, place = host.values(rows.origin), host.values(layout.place)
+        origin, column = host.values(rows.origin), host.values(layout.place)
         assert origin is not None
-        assert place is not None
-        return host.put(layout.spread_read(np.where(origin < 0, 0, memory + place - rows.positions_read)), rows.device)
+        assert column is not None
+        return host.put(layout.spread_read(np.where(origin < 0, 0, memory + column - rows.positions_read)), rows.device)
 
     def _summaries(self, state: SparseState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """The summary columns of all closed blocks after the call."""
@@ -223,11 +223,11 @@ class SparseCore(Core):
         block = torch.arange(most, device=device) - (most - closed[:, None])  # (batch, blocks), newest last
         goes_on = rows.live == rows.offset + rows.real_tokens()
         before = torch.where(goes_on, rows.offset // stride, 0)
-        place = stride - self.kept - torch.tensor(self.offsets, device=device)[:, None]
-        place = place + torch.arange(self.kept, device=device)  # (kv_heads, kept)
+        in_block = stride - self.kept - torch.tensor(self.offsets, device=device)[:, None]
+        in_block = in_block + torch.arange(self.kept, device=device)  # (kv_heads, kept)
         # a token at position x stands live - x before the end of the call's real tokens
         end = summaries + carried + rows.real_tokens()
-        position = block[:, None, :, None] * stride + place[None, :, None, :]
+        position = block[:, None, :, None] * stride + in_block[None, :, None, :]
         fresh = end[:, None, None, None] - rows.live[:, None, None, None] + position
         old = summaries - (before[:, None] - block)[:, None, :, None] * self.kept
         old = old + torch.arange(self.kept, device=device)
@@ -277,7 +277,7 @@ class SparseCore(Core):
         """Pairs inside a block of `size` positions of the summary part."""
         last = self.config.stride - offset
         places = range(last - self.kept, last)
-        return sum(sum(place <= i for place in places) + (i not in places) for i in range(size))
+        return sum(sum(column <= i for column in places) + (i not in places) for i in range(size))
 
 
 def _sum_of_quotients(length: int, stride: int) -> int:

@@ -190,14 +190,14 @@ def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale
     if part == "union":
         return attend_call(call, causal=True, scale=scale)
     before = torch.as_tensor(open_block, device=call.q.device).reshape(-1, 1, 1, 1)
-    place = torch.arange(-memory, length, device=call.q.device) + before  # (batch or 1, 1, 1, columns)
+    in_block = torch.arange(-memory, length, device=call.q.device) + before  # (batch or 1, 1, 1, columns)
     if part == "local":
-        seen = place >= 0
+        seen = in_block >= 0
     else:
         last = stride - torch.tensor(pattern.offsets, device=call.q.device)
         last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
-        itself = place == place[..., memory:].mT
-        seen = (place < 0) | ((place >= last - pattern.summary) & (place < last)) | itself
+        itself = in_block == in_block[..., memory:].mT
+        seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | itself
     return call.finish(_masked(call, seen, scale))
 
 

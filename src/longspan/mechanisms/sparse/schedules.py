@@ -127,8 +127,8 @@ class BlockScores(Scores):
         key = torch.arange(run.keys, device=device)
         query = run.offset + key[: run.queries, None]
         offsets = pattern.offsets if len(set(pattern.offsets)) > 1 else pattern.offsets[:1]
-        last, place = pattern.stride - host.put(np.array(offsets), device)[:, None, None], key % pattern.stride
-        seen = (place >= last - pattern.summary) & (place < last) | (key == query)
+        last, in_block = pattern.stride - host.put(np.array(offsets), device)[:, None, None], key % pattern.stride
+        seen = (in_block >= last - pattern.summary) & (in_block < last) | (key == query)
         if pattern.local:
             seen = seen | (key // pattern.stride == query // pattern.stride)
         seen = seen & (key <= query)

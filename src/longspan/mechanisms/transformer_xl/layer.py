@@ -108,7 +108,7 @@ class TransformerXLCore(RelativeCore):
         memory = 0 if old_k is None else old_k.shape[2]
         own_k, own_v = _behind(old_k, k), _behind(old_v, v)
         stale, border, segment = None, None, self.config.segment
-        if torch.is_grad_enabled() and not self._inside(rows):
+        if torch.is_grad_enabled() and not (rows.plain and rows.inside(segment)):
             fresh_k, fresh_v = hidden.project(hidden.x.detach())
             if past is not None and past.requires_grad:
                 old_k, old_v = hidden.project(past.detach())
@@ -138,10 +138,6 @@ class TransformerXLCore(RelativeCore):
         past = state.hidden[:, -columns:]
         return past, *hidden.project(past)
 
-    def _inside(self, rows: Rows) -> bool:
-        """All tokens of this call lie in one segment of every row, the open one."""
-        return rows.plain and rows.offset_range[0] % self.config.segment + rows.length <= self.config.segment
-
     def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
         config = self.config
@@ -149,7 +145,7 @@ class TransformerXLCore(RelativeCore):
             return {"window": config.mem_len, "start": rows.first_visible(memory)}
         if rows.aligned(config.segment):
             return {"window": config.mem_len, "segment": config.segment}
-        if self._inside(rows):
+        if rows.plain and rows.inside(config.segment):
             return {}  # the visible columns of the state were cut to just what the segment sees
         start = first_of_segment(rows, config.segment, config.mem_len, memory)
         return {"window": self.reach, "start": start}
