@@ -143,7 +143,7 @@ def pool(
     mask = torch.zeros(outside.shape, dtype=dtype, device=device).masked_fill_(outside, HIDDEN)
     size = max(1, ENTRIES // max(1, mask.numel() * k.shape[3]))
     blocks = zip(*(t.split(size) for t in (k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), logits)), strict=True)
-    means = zip(*(_means(*block, level - 1, mask) for block in blocks), strict=True)
+    means = zip(*(_means(block, level - 1, mask) for block in blocks), strict=True)
     nodes = Nodes(*(torch.cat(t).unflatten(0, (batch, -1)) for t in means))
     if state is not None:
         first = _resume(Nodes(*(t[:, 0] for t in nodes)), layout, level, node, state)
@@ -153,16 +153,15 @@ def pool(
     return inside, _join_shares(larger, layout)
 
 
-def _means(keys: Tensor, values: Tensor, logits: Tensor, query: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax means of tokens.
+def _means(tokens: tuple[Tensor, ...], query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Softmax means of tokens, (chunks, rows, kv_heads, head_dim) of keys and values, and the log of the weights' sum.
 
     Args:
-        keys: (chunks, tile, kv_heads, head_dim).
-        values: like keys.
-        logits: (chunks, tile, kv_heads, levels).
+        tokens: keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels).
         query: (rows,) which of the levels a row takes.
         mask: (rows, tile), added to its logits.
     """
+    keys, values, logits = tokens
     rows = logits.permute(0, 2, 3, 1).index_select(2, query).add_(mask)
     weights = rows.softmax(-1)
     k, v = ((weights @ t.transpose(1, 2)).transpose(1, 2) for t in (keys, values))
