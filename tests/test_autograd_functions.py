@@ -12,7 +12,7 @@ import longspan
 PACKAGE = Path(longspan.__file__).parent
 ROOMS = ("engine", "contract", "mechanisms")
 BASES = ("FirstOrder", "Function")
-MOST = 10
+MOST = 9
 
 SOFTMAX = {
     "engine/softmax.py:Attention": "schedules of tiles, which read ranges of keys or lists of blocks",
@@ -24,8 +24,7 @@ OTHERS = {
     "mechanisms/entmax/operation.py:_Entmax": "entmax of scores",
     "engine/linear.py:_Blocked": "linear attention has no softmax",
     "mechanisms/gated_delta/operation.py:_GatedDelta": "the gated delta rule has no softmax",
-    "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, faster than torch's convolution",
-    "mechanisms/bp/nodes.py:_Pool": "nodes of a tree, pooled level by level",
+    "mechanisms/gated_delta/operation.py:_ShortConvolution": "shifted products, twice as fast as autograd's",
     "mechanisms/compressive/compressors.py:Frozen": "a projection whose parameters get no gradient",
 }
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longspan.engine import Round, Schedule, attention
+from longspan.engine import KeyLists, Round, Schedule, attention
 from longspan.engine.tiles import HIDDEN, Plan, Visibility, make_open_plan, make_plan
 
 SCALE = 0.3
@@ -37,15 +37,21 @@ def causal(length: int, memory: int) -> Tensor:
 
 
 def agree(tensors: list[Tensor], schedule: Schedule, seen: Tensor) -> None:
-    """Outputs, log-sum-exps, and the gradients of a loss on both."""
+    """With dense attention: outputs, log-sum-exps, and the gradients of a loss on both."""
+    compare(tensors, attention(*tensors, schedule), dense(*tensors, seen), sums=schedule.rounds[0].fused is None)
+
+
+def compare(
+    tensors: list[Tensor], fast: tuple[Tensor, Tensor], slow: tuple[Tensor, Tensor], *, sums: bool = True
+) -> None:
     results = []
-    for out, lse in (attention(*tensors, schedule), dense(*tensors, seen)):
+    for out, lse in (fast, slow):
         loss = (out * drawn(*out.shape, seed=3)).sum()
-        if not any(round_.fused for round_ in schedule.rounds):
+        if sums:
             loss = loss + (lse * drawn(*lse.shape, seed=4)).sum()
         results.append([out, lse, *torch.autograd.grad(loss, tensors)])
-    for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, atol=1e-11, rtol=0)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -81,7 +87,7 @@ class Shuffled(NamedTuple):
     def ordered(self, x: Tensor) -> Tensor:
         return x[:, :, self.index]
 
-    def restored(self, x: Tensor) -> Tensor:
+    def restored(self, x: Tensor, shape: torch.Size, missing: float = 0.0) -> Tensor:
         return x[:, :, self.index.argsort()]
 
     def add_restored(self, total: Tensor, x: Tensor) -> None:
@@ -99,6 +105,36 @@ def test_queries_and_keys_in_orders_of_their_own() -> None:
     seen[:, key.index] = True
     rounds = (Round(plan, plan, query_order=query, key_order=key),)
     agree(inputs(20, 0), Schedule(rounds, SCALE), seen)
+
+
+@pytest.mark.parametrize(("kv_heads", "consecutive"), [(1, False), (2, False), (4, False), (1, True)])
+def test_lists_of_blocks(kv_heads: int, consecutive: bool) -> None:
+    """Each row of the queries reads some of the seven blocks of two keys, in any order."""
+    blocks = torch.tensor([[0, 5, 2], [6, 5, 4], [1, 2, 0], [3, 6, 1], [2, 0, 6]])
+    if consecutive:
+        blocks = torch.arange(5)[:, None] + torch.arange(3)
+    tensors = [drawn(5, 4, 3, 8, seed=0), drawn(7, kv_heads, 2, 8, seed=1), drawn(7, kv_heads, 2, 6, seed=2)]
+    plan = make_open_plan(3, 3, 0, 6)
+    lists = KeyLists(None if consecutive else blocks, 3)
+
+    def gathered(x: Tensor) -> Tensor:
+        return x.transpose(1, 2)[blocks].flatten(1, 2).transpose(1, 2)
+
+    outs = attention(*tensors, Schedule((Round(plan, plan, lists=lists),), SCALE))
+    expected = dense(tensors[0], *map(gathered, tensors[1:]), torch.ones(3, 6, dtype=torch.bool))
+    compare(tensors, outs, expected)
+
+
+def test_a_round_may_have_keys_of_its_own() -> None:
+    q, k, v = inputs(12, 0)
+    others, plan = [drawn(2, 2, 5, 8, seed=6), drawn(2, 2, 5, 6, seed=7)], make_open_plan(12, 4, 0, 5)
+    own = make_open_plan(12, 4, 0, 12)
+    rounds = Round(own, own), Round(plan, plan, source=(0, 1), merges=True)
+    tensors = [q, k, v, *others]
+    outs = attention(q, k, v, Schedule(rounds, SCALE), *others)
+    joined = torch.cat([k, others[0]], 2), torch.cat([v, others[1]], 2)
+    expected = dense(q, *joined, torch.ones(12, 17, dtype=torch.bool))
+    compare(tensors, outs, expected)
 
 
 def test_a_query_that_sees_no_key() -> None:

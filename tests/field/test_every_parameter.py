@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import longspan as ls
+from longspan.contract.gradients import with_gradients
 from longspan.errors import CheckpointError
 from longspan.files import write_tensors
 
@@ -258,3 +259,17 @@ def test_every_mechanism_trains_in_two_processes() -> None:
     pytest.importorskip("longspan.hf")
     subjects = [("own", name) for name in NAMES] + [("converted", name) for name in CONVERTIBLE]
     assert not train_in_two(subjects + [("shared", name) for name in SHARED])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_unused_parameters_are_zero_whatever_they_hold(dtype: torch.dtype) -> None:
+    out, unused = torch.tensor([1.5, -0.0, 7e30], dtype=dtype), torch.full((2, 3), torch.nan, requires_grad=True)
+    scalar = torch.tensor(torch.inf, dtype=torch.float64, requires_grad=True)
+    tied = with_gradients(out, [unused, scalar])
+    assert tied.dtype == dtype
+    assert torch.equal(tied, out)
+    tied.sum().backward()
+    for parameter in (unused, scalar):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+    assert with_gradients(out, [torch.ones(2)]) is out

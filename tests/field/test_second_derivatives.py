@@ -129,6 +129,15 @@ def test_derivatives_by_the_gradient_that_comes_in(name: str) -> None:
         torch.autograd.grad(gradient.sum(), weight)
 
 
+@pytest.mark.parametrize("name", ["full", "window"])
+def test_derivatives_by_the_gradient_itself_are_right(name: str) -> None:
+    """They do not pass by what it was computed from."""
+    mixer, x = _mixer(name), _input()
+    (gradient,) = torch.autograd.grad(mixer(x)[0].sum(), x, create_graph=True)
+    (slope,) = torch.autograd.grad(gradient.square().sum(), gradient)
+    torch.testing.assert_close(slope, 2 * gradient)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_functional_transforms_are_right_or_refused(name: str) -> None:
     mixer, x = _mixer(name).requires_grad_(False), _input().detach()

@@ -49,15 +49,6 @@ def test_overlapping_keys_need_no_copy() -> None:
     assert torch.equal(shared, flash.attend(q, windows.clone(), windows.clone(), scale=1.0)[0])
 
 
-def test_merged_parts_equal_the_whole() -> None:
-    q, k, v = drawn(2, 4, 6, 8), drawn(2, 2, 30, 8, seed=1), drawn(2, 2, 30, 8, seed=2)
-    whole, lse = flash.attend(q, k, v, scale=0.5)
-    parts = [flash.attend(q, k[:, :, s], v[:, :, s], scale=0.5) for s in (slice(0, 11), slice(11, None))]
-    out, total = flash.merge(*parts[0], *parts[1])
-    torch.testing.assert_close(out, whole, atol=1e-12, rtol=0)
-    torch.testing.assert_close(total, lse, atol=1e-12, rtol=0)
-
-
 def test_what_the_kernel_cannot_take_is_kept_from_it() -> None:
     q = drawn(1, 2, 3, 8)
     assert not flash.fused(q[:, :, :0], q, q)  # it divides by the size

@@ -20,8 +20,8 @@ from longspan.engine.flash import default_scale
 from longspan.engine.tiles import HIDDEN, Run, make_open_plan
 from longspan.errors import ConfigError
 
-ENTRIES = 1 << 19  # scores of one step: they stay in cache through all passes over them
-KEY_ENTRIES = 1 << 21  # numbers in the keys of one step
+ENTRIES = 1 << 19  # scores of one forward call
+KEY_ENTRIES = 1 << 21  # numbers in its keys
 ABSENT = torch.iinfo(torch.int32).max  # rank of an empty slot: in no range
 
 
@@ -84,8 +84,7 @@ class BlockSchedule(NamedTuple):
         query_place: (queries,) the place of each query, -1 where it is in no tile: it sees nothing.
         key: (blocks, size) the key in each slot of a block, -1 where there is none.
         key_slot: (keys,) the slot of each key, -1 where it is in no block.
-        blocks: (tiles, width) the blocks that a tile reads; None: as many consecutive ones, from that of its number on.
-        width: blocks that a tile reads.
+        lists: the blocks that a tile reads.
         visible: what a query sees of them.
         duplicates: pairs that earlier rounds show.
     """
@@ -94,8 +93,7 @@ class BlockSchedule(NamedTuple):
     query_place: Tensor
     key: Tensor
     key_slot: Tensor
-    blocks: Tensor | None
-    width: int
+    lists: KeyLists
     visible: KeyRange
     duplicates: "tuple[KeyRange | ChunkPair, ...]" = ()
 
@@ -111,18 +109,13 @@ class BlockSchedule(NamedTuple):
         of_queries = (None if t is None else t[tiles][..., None] for t in by_tile)
         return cast(Pairs, cast(Any, type(pairs))(*of_queries, self.lists.read(by_block, tiles)[:, None]))
 
-    @property
-    def lists(self) -> KeyLists:
-        """What the tiles read."""
-        return KeyLists(self.blocks, self.width)
-
-    def round(self, dim: int, source: tuple[int, int] | None, *, merges: bool) -> Round:
-        """Of the engine, for values of so many numbers; see `Round` for the rest."""
-        plan = make_open_plan(self.query.shape[1], self.query.shape[1], 0, self.width * self.key.shape[1])
+    def round(self, source: tuple[int, int] | None, *, merges: bool) -> Round:
+        """Of the engine; see `Round`."""
+        plan = make_open_plan(self.query.shape[1], self.query.shape[1], 0, self.lists.width * self.key.shape[1])
         return Round(
             plan,
             plan,
-            scores=partial(BlockScores, schedule=self, dim=dim),
+            scores=partial(ListedScores, schedule=self),
             query_order=TileOrder(self.query, self.query_place),
             key_order=BlockOrder(self.key, self.key_slot),
             lists=self.lists,
@@ -169,19 +162,18 @@ class BlockOrder(NamedTuple):
         total += part.view(batch, kv_heads, -1, columns, dim).sum(2)
 
 
-class BlockScores(Scores):
+class ListedScores(Scores):
     """Hides what the queries of a tile do not see, and what earlier rounds show."""
 
-    def __init__(self, inputs: RoundInputs, *, schedule: BlockSchedule, dim: int) -> None:
+    def __init__(self, inputs: RoundInputs, *, schedule: BlockSchedule) -> None:
         super().__init__(inputs)
-        self.schedule, self.lists, self.dim = schedule, schedule.lists, dim
-        self.visible = schedule.arranged(schedule.visible)
+        self.schedule, self.visible = schedule, schedule.arranged(schedule.visible)
         self.duplicates = [schedule.arranged(pairs) for pairs in schedule.duplicates]
         self.bias = torch.full((), HIDDEN, dtype=self.like.dtype, device=self.like.device)
 
     def tiles_at_once(self, run: Run, heads: int) -> int:
         """See `Scores`."""
-        return max(1, min(ENTRIES // (run.queries * run.keys), KEY_ENTRIES // (run.keys * self.dim)))
+        return max(1, min(ENTRIES // (run.queries * run.keys), KEY_ENTRIES // (run.keys * self.like.shape[3])))
 
     def added(self, tile: Tile) -> Tensor:
         """See `Scores`."""
@@ -212,7 +204,7 @@ def attend_blocks(
     rounds = []
     for number, schedule in enumerate(schedules):
         source = (number - 1, number - 1 + others) if others and number else None
-        rounds.append(schedule.round(values[0].shape[3], source, merges=number > 0))
+        rounds.append(schedule.round(source, merges=number > 0))
     return attention(q, keys[0], values[0], Schedule(tuple(rounds), scale), *keys[1:], *values[1:])
 
 
@@ -355,8 +347,7 @@ def _schedule(
         query_place=inverse(query, batch * heads * length),
         key=key,
         key_slot=inverse(key, batch * kv_heads * columns),
-        blocks=blocks.flatten(0, 2).repeat_interleave(parts, 0),
-        width=blocks.shape[3],
+        lists=KeyLists(blocks.flatten(0, 2).repeat_interleave(parts, 0), blocks.shape[3]),
         visible=KeyRange(
             first=None if start is None else of_queries(start[:, None]),
             stop=of_queries(stop),

@@ -112,17 +112,18 @@ def _refused(gradient: Tensor, sources: Sequence[Tensor], what: str) -> Tensor:
     return gradient
 
 
-def _first_order(t: Tensor) -> Tensor:
-    """`t` on its way into a fused kernel, whose backward pass torch cannot differentiate."""
-    t = t.view_as(t)
+def _first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on their way into a fused kernel, whose backward pass torch cannot differentiate."""
 
     def guard(gradients: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
         what = "softmax attention"
         return tuple(t if t is None or not t.requires_grad else _refused(t, [t], what) for t in gradients)
 
-    if t.grad_fn is not None:
-        t.grad_fn.register_hook(guard)
-    return t
+    views = tuple(t.view_as(t) for t in tensors)
+    for view in views:
+        if view.grad_fn is not None:
+            view.grad_fn.register_hook(guard)
+    return views
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -134,5 +135,5 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any
     fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
     if fused and needs_grad(q, k, v) and not torch._C._are_functorch_transforms_active():
         guard = functools.partial(uncompiled, _first_order) if torch.compiler.is_dynamo_compiling() else _first_order
-        q, k, v = (guard(t) for t in (q, k, v))
+        q, k, v = guard(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, **options)

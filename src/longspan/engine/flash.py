@@ -104,14 +104,6 @@ def attend_backward(
     return _plain_backward(grad, q, k, v, out, lse, scale, causal, mask)
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax over two disjoint sets of keys, from the result over each (no row of either may be empty)."""
-    total = torch.logaddexp(lse, other_lse)
-    share = (lse - total).exp()[..., None]
-    other_share = (other_lse - total).exp()[..., None]
-    return torch.addcmul(out * share, other, other_share), total
-
-
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     """(batch, heads, queries, keys), the groups of queries folded into rows so that no key is repeated."""
     batch, heads, queries, dim = q.shape

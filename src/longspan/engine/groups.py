@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import KeyLists
 from longspan.engine.arguments import check_positive, check_shapes
 from longspan.engine.block_sparse import ABSENT, BlockSchedule, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.flash import default_scale
@@ -198,8 +199,7 @@ def _nearest(
         query_place=place.masked_fill(~real, -1).flatten(),
         key=key,
         key_slot=keys.slot.flatten(),
-        blocks=tile_blocks,
-        width=reach.width,
+        lists=KeyLists(tile_blocks, reach.width),
         visible=KeyRange(
             first=(first_slot + lowest).flatten().int(),
             stop=(first_slot + stop).masked_fill(~real, 0).flatten().int(),

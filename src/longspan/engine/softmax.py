@@ -1,7 +1,8 @@
 """Softmax attention over a schedule of tiles: the one forward and the one backward pass of every pattern.
 
-A tile is some evenly spaced queries and the evenly spaced keys that they read, in the order of the sequence or in one
-of the schedule's own. The backward pass computes each tile's weights again:
+A tile is some evenly spaced queries and the keys that they read: evenly spaced ones too, in the order of the sequence
+or in one of the schedule's own, or a list of blocks, which are gathered. The backward pass computes each tile's weights
+again:
 
     weights = softmax(scale q k^T + added)              dv += weights^T grad
     slopes  = scale weights (grad v^T - inner)          dk += slopes^T q,  dq += slopes k

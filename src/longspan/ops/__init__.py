@@ -5,23 +5,12 @@ entries that a forward call really computes.
 """
 
 from longspan.engine.block_sparse import block_sparse_attention
-from longspan.engine.full import full_attention, full_cost
 from longspan.engine.groups import group_attention, group_attention_cost
-from longspan.engine.linear import (
-    EMPTY,
-    LinearSums,
-    elu_features,
-    empty_sums,
-    group_cost,
-    linear_attention,
-    linear_cost,
-)
-from longspan.engine.relative import relative_attention, relative_cost, relative_decode
+from longspan.engine.linear import EMPTY, LinearSums
 from longspan.engine.ring_buffer import LSHRings, push_rings, push_token
 from longspan.engine.rotary import rotary_table, rotate
 from longspan.engine.segments import SegmentMemory, empty_memory
 from longspan.engine.sums import sums_dtype
-from longspan.engine.window import window_attention, window_cost
 from longspan.mechanisms.adaptive_span.operation import adaptive_span_attention, adaptive_span_cost, span_reach
 from longspan.mechanisms.associative.operation import (
     AssociativeMaps,
@@ -41,8 +30,10 @@ from longspan.mechanisms.compressive.operation import (
     compressive_cost,
 )
 from longspan.mechanisms.entmax.operation import entmax, entmax_attention, entmax_cost
+from longspan.mechanisms.full.operation import full_attention, full_cost
 from longspan.mechanisms.gated_delta.operation import gated_delta_attention, gated_delta_cost, short_convolution
 from longspan.mechanisms.infini.operation import infini_attention, infini_cost, infini_open
+from longspan.mechanisms.linear.operation import elu_features, empty_sums, group_cost, linear_attention, linear_cost
 from longspan.mechanisms.lsh.operation import lsh_attention, lsh_buckets, lsh_cost
 from longspan.mechanisms.memorizing.operation import memorizing_attention, memorizing_cost, unit_vectors
 from longspan.mechanisms.performer.operation import (
@@ -58,6 +49,8 @@ from longspan.mechanisms.performer.operation import (
 )
 from longspan.mechanisms.routing.operation import routing_attention, routing_clusters, routing_cost
 from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
+from longspan.mechanisms.transformer_xl.operation import relative_attention, relative_cost, relative_decode
+from longspan.mechanisms.window.operation import window_attention, window_cost
 
 __all__ = [
     "EMPTY",

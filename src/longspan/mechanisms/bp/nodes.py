@@ -4,16 +4,13 @@ Every level has a query of its own, so a node is a softmax over its tokens. Thos
 larger node every chunk makes a share, and the shares are joined by their sums of weights.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longspan import host
-from longspan.engine import flash
-from longspan.engine.first_order import FirstOrder
 from longspan.engine.tiles import HIDDEN
 from longspan.mechanisms.bp.tree import Chunks, Layout, Tree
 
@@ -144,8 +141,10 @@ def pool(
     node = column - table.first[level]
     outside = torch.arange(tile, device=device) >> level[:, None] != node[:, None]
     mask = torch.zeros(outside.shape, dtype=dtype, device=device).masked_fill_(outside, HIDDEN)
-    means = _pool(k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), logits, level - 1, mask)
-    nodes = Nodes(*(t.unflatten(0, (batch, -1)) for t in means))
+    size = max(1, ENTRIES // max(1, mask.numel() * k.shape[3]))
+    blocks = zip(*(t.split(size) for t in (k.to(dtype).flatten(0, 1), v.to(dtype).flatten(0, 1), logits)), strict=True)
+    means = zip(*(_means(block, level - 1, mask) for block in blocks), strict=True)
+    nodes = Nodes(*(torch.cat(t).unflatten(0, (batch, -1)) for t in means))
     if state is not None:
         first = _resume(Nodes(*(t[:, 0] for t in nodes)), layout, level, node, state)
         nodes = Nodes(*(torch.cat([one[:, None], t[:, 1:]], 1) for one, t in zip(first, nodes, strict=True)))
@@ -154,45 +153,20 @@ def pool(
     return inside, _join_shares(larger, layout)
 
 
-def _means(*block: Tensor) -> tuple[Tensor, ...]:
-    """See `_Pool`."""
-    keys, values, logits, query, mask = block
+def _means(tokens: tuple[Tensor, ...], query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Softmax means of tokens, (chunks, rows, kv_heads, head_dim) of keys and values, and the log of the weights' sum.
+
+    Args:
+        tokens: keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels).
+        query: (rows,) which of the levels a row takes.
+        mask: (rows, tile), added to its logits.
+    """
+    keys, values, logits = tokens
     rows = logits.permute(0, 2, 3, 1).index_select(2, query).add_(mask)
     weights = rows.softmax(-1)
     k, v = ((weights @ t.transpose(1, 2)).transpose(1, 2) for t in (keys, values))
     # the largest weight is one over the sum
     return k, v, (rows.amax(-1) - weights.amax(-1).log()).transpose(1, 2)
-
-
-class _Pool(FirstOrder):
-    """Softmax means of tokens, block by block; the backward pass makes the weights again.
-
-    Of keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels), and for each row
-    which of the levels it takes and a mask (rows, tile).
-    """
-
-    what = "bp attention"
-
-    @staticmethod
-    def forward(ctx: Any, *args: Tensor) -> Any:
-        ctx.save_for_backward(*args)
-        *tokens, query, mask = args
-        ctx.size = max(1, ENTRIES // max(1, mask.numel() * tokens[0].shape[2]))
-        blocks = [_means(*block, query, mask) for block in zip(*(t.split(ctx.size) for t in tokens), strict=True)]
-        return tuple(torch.cat(t) for t in zip(*blocks, strict=True))
-
-    @staticmethod
-    def gradients(ctx: Any, saved: tuple[Tensor, ...], *grads: Tensor) -> Any:
-        *tokens, query, mask = saved
-        blocks = []
-        with flash.full_precision(mask.device), torch.enable_grad():
-            for block in zip(*(t.detach().split(ctx.size) for t in (*tokens, *grads)), strict=True):
-                inputs = [t.requires_grad_() for t in block[:3]]
-                blocks.append(torch.autograd.grad(_means(*inputs, query, mask), inputs, block[3:]))
-        return *(torch.cat(t) for t in zip(*blocks, strict=True)), None, None
-
-
-_pool: Callable[..., tuple[Tensor, Tensor, Tensor]] = _Pool.apply
 
 
 def _resume(nodes: Nodes, layout: Layout, level: Tensor, node: Tensor, state: TreeNodes) -> Nodes:

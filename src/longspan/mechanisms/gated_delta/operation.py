@@ -114,7 +114,11 @@ def short_convolution(x: Tensor, weight: Tensor, *, past: Tensor | None = None, 
 
 
 class _ShortConvolution(FirstOrder):
-    """Shifted products summed up: on a CPU much faster than torch's depthwise convolution, and documents can be cut."""
+    """Shifted products summed up.
+
+    Ordinary autograd takes twice as long forward and backward (2.0 at 4,096 and at 16,384 tokens of 128 channels);
+    torch's depthwise convolution takes as long (0.9 to 1.1; forward up to 1.2), but knows no documents.
+    """
 
     what = "the short convolution"
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.engine import flash
+from longspan.engine import KeyLists, flash
 from longspan.engine.arguments import check_floating, check_positive
 from longspan.engine.block_sparse import ABSENT, BlockSchedule, ChunkPair, KeyRange, attend_blocks, inverse, sees_none
 from longspan.engine.groups import (
@@ -244,8 +244,7 @@ def _chunk_round(
         query_place=place.flatten(),
         key=inverse(key_slot, (count + 1) * size).view(-1, size),
         key_slot=key_slot.flatten(),
-        blocks=blocks.repeat_interleave(tiles, 0),
-        width=2,
+        lists=KeyLists(blocks.repeat_interleave(tiles, 0), 2),
         visible=visible,
     )
     pairs = ChunkPair(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
+from longspan.engine import KeyLists
 from longspan.engine.block_sparse import ABSENT, ENTRIES, BlockSchedule, KeyRange, attend_blocks, sees_none
 from longspan.engine.groups import by_heads, count_documents, documents_of
 
@@ -162,8 +163,7 @@ def _schedule(
         query_place=(row * (tiles * height) + number).masked_fill(absent, -1).flatten(),
         key=key,
         key_slot=key.flatten(),
-        blocks=None if tiles == 1 else torch.arange(rows, device=device).repeat_interleave(tiles)[:, None],
-        width=1,
+        lists=KeyLists(None if tiles == 1 else torch.arange(rows, device=device).repeat_interleave(tiles)[:, None], 1),
         visible=KeyRange(
             first=slot_from(at_queries(documents.begin)).flatten().int(),
             stop=stop.masked_fill(absent, 0).flatten().int(),

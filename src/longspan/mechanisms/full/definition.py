@@ -1,0 +1,5 @@
+"""Dense attention, which the definitions of other mechanisms use too."""
+
+from longspan.engine.definitions.softmax import full_attention
+
+__all__ = ["full_attention"]
