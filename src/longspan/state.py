@@ -231,11 +231,8 @@ def owned(undo: Undo | None = None) -> Iterator[None]:
     """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
 
     For `StreamSession`; anyone who keeps, forks or shares states must not use it. Where the block is left by an
-    exception, whatever it is, the states that were given up are as they were.
-
-    Args:
-        undo: holds what the block writes in place until the caller has taken up the next state, so that nothing is
-            lost between the end of the block and that moment.
+    exception, the states that were given up are as they were. `undo` holds what the block writes in place until the
+    caller has taken up the next state.
     """
     undo = Undo() if undo is None else undo
     undo.run()
@@ -298,8 +295,8 @@ def may_overwrite(*tensors: Tensor) -> bool:
 def append(old: Tensor, new: Tensor) -> Tensor:
     """Columns of `old` (batch, heads, columns, dim) followed by those of `new`.
 
-    A concatenation; inside `owned()` and without gradients the result is a view of a buffer with room to spare, which
-    the next call fills in place: appending one token to 16,384 keys would else cost more than attending to them.
+    Inside `owned()` and without gradients it is a view of a buffer with room to spare, which the next call fills in
+    place: appending one token to 16,384 keys would else cost more than attending to them.
     """
     if not may_overwrite(old, new):
         return torch.cat([old, new], 2)

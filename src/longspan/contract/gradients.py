@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 
 def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
-    """`t`, whose gradient also reaches parameters, as zeros.
-
-    Args:
-        t: what a call gives.
-        parts: parameters, or a module whose parameters; those that need no gradient are left out.
-    """
+    """`t`, whose gradient also reaches parameters (or those of a module), as zeros; where they need one."""
     if not torch.is_grad_enabled():
         return t
     parameters = parts.parameters() if isinstance(parts, nn.Module) else parts

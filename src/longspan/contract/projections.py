@@ -7,9 +7,7 @@ from longspan.contract.maps import is_plain
 
 
 class Projections(nn.Module):
-    """The four linear maps of an attention layer.
-
-    A converted pretrained model brings a subclass of its own (names, biases and norms kept).
+    """The four linear maps of an attention layer; a converted pretrained model has its own.
 
     Args:
         dim: width of the hidden states.

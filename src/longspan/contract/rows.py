@@ -160,12 +160,7 @@ class Rows:
         return rows
 
     def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
-        """`make()`; in the recomputation of a forward pass, what it gave there.
-
-        Args:
-            make: gives integers without a graph.
-            below: all of them are from 0 to below it.
-        """
+        """`make()`, integers from 0 to below `below`; in the recomputation of a forward pass, what it gave there."""
         return make() if self.choices is None else self.choices.choose(make, below)
 
     @property
@@ -179,8 +174,6 @@ class Rows:
             self._cache[key] = make()
         found: T = self._cache[key]
         return found
-
-    # -- where things are ------------------------------------------------------------------------------------------
 
     @property
     @host.eager
@@ -236,13 +229,9 @@ class Rows:
         """(B,) tokens of each row's open segment of `size` positions before the call."""
         return self.cached(("opened", size), lambda: host.derive(lambda offset: offset % size, self.offset))
 
-    def most_opened(self, size: int) -> int:
-        """The most tokens that any row's open segment has before the call."""
-        return int((self.offsets % size).max(initial=0))
-
     def inside(self, size: int) -> bool:
         """The call stays within the open segment of `size` positions of every row; it may close it."""
-        return self.origin is None and self.most_opened(size) + self.length <= size
+        return self.origin is None and int((self.offsets % size).max(initial=0)) + self.length <= size
 
     def closes(self, size: int) -> Tensor:
         """(B,) bool: a call that stays `inside` ends with the last position of the row's segment."""
@@ -269,10 +258,8 @@ class Rows:
         )
 
     def segment_start(self, size: int, memory: int) -> Tensor:
-        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of each token begins.
-
-        Segments are `size` positions long and start anew at every reset. Negative where the segment began before the
-        oldest of the older keys.
+        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of `size` positions of each
+        token begins; negative where it began before the oldest of the older keys.
         """
 
         def make() -> Tensor:
@@ -288,8 +275,6 @@ class Rows:
         """Column 0 is a segment border for every row, and no document starts inside the call."""
         low, high = self.offset_range
         return self.origin is None and low % size == 0 and (low == high or not (self.offsets % size).any())
-
-    # -- moving things ---------------------------------------------------------------------------------------------
 
     @host.eager
     def gather(self, x: Tensor) -> Tensor:
@@ -315,15 +300,12 @@ class Rows:
 
     @host.eager
     def carry(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
-        """The last `columns` live columns of every row, newest last, zeros where a row has fewer.
+        """The last `columns` live columns of every row, newest last, zeros where a row has fewer: a tensor of its own.
 
         Args:
             old: (B, ..., M, dim), what the state held, newest last; None = nothing.
             new: (B, ..., N, dim), this call's.
             columns: how many to keep.
-
-        Returns:
-            (B, ..., columns, dim), a tensor of its own.
         """
         memory = 0 if old is None else old.shape[-2]
         if self.lengths is None and self.origin is None and self.emptied is None:

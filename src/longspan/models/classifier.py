@@ -68,8 +68,6 @@ class RecurrentClassifier(nn.Module):
             answer = torch.where(counts[:, None], self.head(said), answer)
         return answer, following
 
-    # -- what the recurrent memory knows of itself --------------------------------------------------------------------
-
     @property
     def vocab_size(self) -> int:
         """Token ids are below it."""

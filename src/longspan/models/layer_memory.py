@@ -161,8 +161,6 @@ class LayerMemory(nn.Module):
         trace = Trace(ran.hidden[:, around.place], last_real(hidden, segment), None, segment.closed, segment.shown)
         return Stepped(hidden, Carried(memory, normaliser, counted(carried.written, segment), state), trace)
 
-    # -- diagonals -------------------------------------------------------------------------------------------------
-
     def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
         """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
         the mechanism's kernels run for several layers at once, without auxiliary losses that are wanted (`penalised`).

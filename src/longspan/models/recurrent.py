@@ -158,8 +158,6 @@ class RecurrentMemory(nn.Module):
         """Why this model does not stream, where it does not."""
         return "" if self.traits.streams else "alignment = 'right' needs the whole text in one call; 'left' streams"
 
-    # -- a call ----------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         tokens: Tensor,
@@ -221,7 +219,8 @@ class RecurrentMemory(nn.Module):
                 hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
                 return (hidden, None), following, rows
             # nothing is written where no segment closes, nor read in the first
-            hidden = with_gradients(layout.collect(torch.cat(shown, 1)), self.cell)
+            laid = torch.cat(shown, 1) if len(shown) > 1 else shown[0]
+            hidden = with_gradients(layout.collect(laid), self.cell)
             if all(segment.whole for segment in segments):
                 return (hidden, None), following, rows
             seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
@@ -297,8 +296,6 @@ class RecurrentMemory(nn.Module):
             return carried
         written = host.derive(lambda before, begin: before * ~begin, carried.written, begins)
         return carried.put(begins, *self.cell.empty(len(begins), carried.memory))._replace(written=written)
-
-    # -- state and cost --------------------------------------------------------------------------------------------
 
     def _carried(self, state: RecurrentState | None, rows: Rows) -> Carried:
         """What the call begins with; its counts know their values."""
@@ -385,8 +382,6 @@ class RecurrentMemory(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    # -- training --------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Call after each optimiser step (1, 2, ...): what the backbone does between steps."""

@@ -98,8 +98,6 @@ class Stack(nn.Module):
         """Which layer is the first that does not stream, and why; "" where all of them do."""
         return why_no_stream(self.cores())
 
-    # -- forward ---------------------------------------------------------------------------------------------------
-
     def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
         """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
         return self.place(self.embedding(tokens), rows)
@@ -135,7 +133,8 @@ class Stack(nn.Module):
         Returns:
             Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
         """
-        streams, layers = self.traits.streams, None if state is None else state.layers
+        streams = all(core.traits.streams for core in self.cores())
+        layers = None if state is None else state.layers
         if state is not None and not streams:
             raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         h, rows = self._begin(tokens, state, mask, reset, inputs_embeds)
@@ -203,8 +202,6 @@ class Stack(nn.Module):
                     "was the text encoded with another tokenizer?"
                 )
 
-    # -- state and cost --------------------------------------------------------------------------------------------
-
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> StackState:
@@ -250,8 +247,6 @@ class Stack(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    # -- training --------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every layer."""

@@ -28,14 +28,9 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def register_kind(name: str, model_class: Any, config_class: Any) -> None:
-    """Make another kind of model known.
-
-    Args:
-        name: the kind.
-        model_class: made of a configuration alone; its models have `describe()`, which gives their table. A static
-            method `backbone(config)` gives what a table `memory` goes around, where that is not the model itself; such
-            a backbone has its table as `longspan_table`.
-        config_class: a dataclass of its fields, `vocab_size` among them.
+    """Make another kind of model known: a class made of a configuration (a dataclass, `vocab_size` among its fields),
+    with a method `describe` that gives its table. A static method `backbone(config)` gives what a table `memory` goes
+    around, where that is not the model itself; such a backbone has its table as `longspan_table`.
     """
     _KINDS[name] = (model_class, config_class)
 

@@ -75,12 +75,8 @@ def counted(written: Tensor, segment: Segment) -> Tensor:
 
 
 def cut_graph(carried: Carried, left: Array, horizon: int | None) -> Carried:
-    """Memory and mass detached `horizon`, twice as many, ... segments before each row's last.
-
-    Args:
-        carried: what a segment finds.
-        left: (batch,) segments to each row's end, this one included.
-        horizon: None = never.
+    """What a segment finds, with memory and mass detached where (batch,) `left` segments to the row's end, this one
+    included, are a multiple of the horizon (None = never).
     """
     if horizon is None or not carried.memory.requires_grad:
         return carried

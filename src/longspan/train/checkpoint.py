@@ -81,10 +81,9 @@ def save(
 
     Args:
         folder: the run's `checkpoints`.
-        position, model: of the run.
+        position, model, group: of the run.
         tensors: optimiser and generators, the same in every process or already gathered.
         carried: states of this process's groups of lanes; None where nothing is carried.
-        group: the processes.
         keep: how many checkpoints stay.
 
     Raises:

@@ -271,14 +271,10 @@ def by_place(readings: Mapping[str, Sequence[Array]], counts: TextCounts) -> lis
 def by_frequency(
     readings: Mapping[str, Sequence[Array]], counts: TextCounts, seen: Mapping[bytes, int]
 ) -> list[Bucket]:
-    """Bits per word by how often the word stands in the training text, after the Compressive Transformer.
+    """Bits per word by how often the word stands in the training text (`count_words`), after the Compressive
+    Transformer.
 
     The last word of a document that was cut inside of it is left out: what there is of it is no word.
-
-    Args:
-        readings: `place_nats` of each.
-        counts: of the same documents.
-        seen: of `count_words`.
     """
     edges = [*FREQUENCIES, np.inf]
     buckets, words = [], []
@@ -297,12 +293,8 @@ def by_frequency(
 
 
 def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None) -> dict[bytes, int]:
-    """How often each word stands in a text, without punctuation around it.
-
-    Args:
-        texts: documents (name, bytes).
-        tokenizer: one of words counts what it makes of the text, all that it does not know as `<unk>`; other ones spell
-            any word, and with them or None words lie between white space of ASCII.
+    """How often each word stands in documents (name, bytes), without punctuation around it. A tokenizer of words counts
+    what it makes of the text, all that it does not know as `<unk>`; with other ones words lie between white space.
     """
     counter: Counter[bytes] = Counter()
     if isinstance(tokenizer, Words):
@@ -328,13 +320,8 @@ def _bare(word: bytes) -> bytes:
 def _buckets(
     readings: Mapping[str, Sequence[Array]], places: Sequence[Array], units: Array, edges: Sequence[float]
 ) -> list[Bucket]:
-    """Buckets between edges that hold anything.
-
-    Args:
-        readings: losses.
-        places: (tokens,) number of the bucket of each token, for each document; -1: none.
-        units: (documents, buckets) what losses are divided by.
-        edges: one more than buckets.
+    """Buckets between edges that hold anything, of losses divided by units (documents, buckets), given the number of
+    the bucket of each token of each document (-1: none).
     """
     bits = {name: _sums(nats, places, len(edges) - 1) / math.log(2) for name, nats in readings.items()}
     buckets = []

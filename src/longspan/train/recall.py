@@ -147,11 +147,8 @@ def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tu
 
 
 def gate_losses(traces: list[Trace], batch: Samples, config: CurriculumConfig) -> tuple[Tensor, Tensor]:
-    """What is asked of the gates, the last segment's apart, as nothing is read after it.
-
-    Returns:
-        The mean of softplus(logit + margin) where no fact stands, and of softplus(evidence - largest logit) where a
-        whole one does; zeros where there is nothing to ask, or no gate.
+    """What is asked of the gates, the last segment's apart, as nothing is read after it: the mean of softplus(logit +
+    margin) where no fact stands, and of softplus(evidence - largest logit) where a whole one does; else zeros.
     """
     nothing = batch.answers.new_zeros((), dtype=torch.float32)
     logits = [trace.logits for trace in traces if trace.logits is not None]

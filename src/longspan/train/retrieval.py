@@ -113,12 +113,8 @@ class Retrieval(Stages):
 
 
 def repeated(model: Decoder, state: StackState, times: float) -> StackState:
-    """The state of a model that has read the same text `times` times over, where its memories only add.
-
-    Windows and open segments stay as they are. (Of `linear` it would not be exact: positions reach its keys.)
-
-    Raises:
-        ConfigError: a layer that is neither a window nor an infini memory that only adds.
+    """The state of a model that has read the same text `times` times over, where its memories only add; a ConfigError
+    where one does more. Windows and open segments stay. (`linear` would not be exact: positions reach its keys.)
     """
     layers = []
     for block, each in zip(model.layers, state.layers, strict=True):
