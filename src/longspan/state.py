@@ -188,13 +188,13 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
         differs = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}"
         raise CheckpointError(f"{path}: the state of another model: {differs}")
     for name, tensor in expected.items():
-        found = stored[name]
-        if found.ndim != tensor.ndim or (tensor.ndim > 1 and found.shape[-1] != tensor.shape[-1]):
-            shapes = f"{tuple(found.shape)}, expected one like {tuple(tensor.shape)}"
+        tensor_there = stored[name]
+        if tensor_there.ndim != tensor.ndim or (tensor.ndim > 1 and tensor_there.shape[-1] != tensor.shape[-1]):
+            shapes = f"{tuple(tensor_there.shape)}, expected one like {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
-        if found.is_floating_point() != tensor.is_floating_point():
+        if tensor_there.is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
-                f"{path}: the state of another model: {name} is {found.dtype}, expected {tensor.dtype}"
+                f"{path}: the state of another model: {name} is {tensor_there.dtype}, expected {tensor.dtype}"
             )
     return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 

@@ -127,8 +127,8 @@ class StreamSession:
             return self._score(tokens, likeliest=False).nats
         for part in self._parts(tokens):
             with states.owned(self._place.undo):
-                last, following = self.model.last(part, self._place.state.model)
-            self._advance(following, last, part.shape[1])
+                last, next_state = self.model.last(part, self._place.state.model)
+            self._advance(next_state, last, part.shape[1])
         return self._state.logits[0]
 
     def score(self, tokens: Tensor | Sequence[int]) -> Scores:
@@ -137,21 +137,21 @@ class StreamSession:
 
     @torch.no_grad()
     def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
-        nats, found = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
+        nats, likeliest_of = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
             with states.owned(self._place.undo):
-                logits, following = self.model(part, self._place.state.model)
+                logits, next_state = self.model(part, self._place.state.model)
                 for first in range(0, part.shape[1], _SCORED):
                     # of a large vocabulary a few rows at a time, so that no copy of all logits is made
-                    wanted = part[0, first : first + _SCORED]
-                    rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
+                    targets = part[0, first : first + _SCORED]
+                    rows = logits[0, max(first - 1, 0) : first + len(targets) - 1]
                     before = rows if first else torch.cat([self._place.state.logits, rows])
-                    nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
+                    nats.append(F.cross_entropy(before.float(), targets, reduction="none"))
                     if likeliest:
-                        found.append(before.argmax(-1) == wanted)
+                        likeliest_of.append(before.argmax(-1) == targets)
                 last = logits[:, -1].clone()
-            self._advance(following, last, part.shape[1])
-        return Scores(torch.cat(nats), torch.cat(found))
+            self._advance(next_state, last, part.shape[1])
+        return Scores(torch.cat(nats), torch.cat(likeliest_of))
 
     def _parts(self, tokens: Tensor | Sequence[int]) -> Iterator[Tensor]:
         """Chunks (1, n) that end where the position is a multiple of the chunk."""
@@ -290,5 +290,5 @@ def sample(
     if top_k is not None:
         weights[top_k:] = 0
     # drawn where the generator is; None = the one of the logits' device
-    place = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
-    return int(tokens[place.to(tokens.device)])
+    index = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
+    return int(tokens[index.to(tokens.device)])

@@ -19,8 +19,8 @@ def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
     needed = [p for p in parameters if p.requires_grad]
     if not needed:
         return t
-    found: Tensor = _WithGradients.apply(t, *needed)  # type: ignore[no-untyped-call]
-    return found
+    linked: Tensor = _WithGradients.apply(t, *needed)  # type: ignore[no-untyped-call]
+    return linked
 
 
 class _WithGradients(torch.autograd.Function):

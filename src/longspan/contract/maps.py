@@ -36,8 +36,8 @@ def table_of(embedding: nn.Module, size: int) -> Tensor:
         return cast(Tensor, embedding.weight)
     weight: Any = embedding.weight
     known = isinstance(weight, Tensor) and not weight.is_meta  # hooks that load a weight move the ids to it
-    found: Tensor = embedding(torch.arange(size, device=weight.device if known else None))
-    return found
+    table: Tensor = embedding(torch.arange(size, device=weight.device if known else None))
+    return table
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -47,8 +47,8 @@ def weight_of(linear: nn.Module) -> Tensor:
     weight: Any = linear.weight
     like = weight() if callable(weight) else weight
     device, dtype = (None if like.is_meta else like.device), like.dtype if like.is_floating_point() else None
-    found: Tensor = linear(torch.eye(cast(int, linear.in_features), device=device, dtype=dtype))
-    return found.mT
+    transposed: Tensor = linear(torch.eye(cast(int, linear.in_features), device=device, dtype=dtype))
+    return transposed.mT
 
 
 class CalledParameters(nn.ParameterList):
@@ -57,8 +57,8 @@ class CalledParameters(nn.ParameterList):
     def __call__(self) -> tuple[Tensor, ...]:
         """All parameters, in order; torch's lists refuse to be called."""
         # what watches all modules (counters of FLOPs) expects no leaves without a graph
-        found: tuple[Tensor, ...] = nn.Module.__call__(self) if is_hooked(self) else tuple(self)
-        return found
+        parameters: tuple[Tensor, ...] = nn.Module.__call__(self) if is_hooked(self) else tuple(self)
+        return parameters
 
     def forward(self) -> tuple[Tensor, ...]:
         """See `__call__`."""
@@ -99,8 +99,8 @@ def place_of(module: nn.Module) -> Place:
         if not parameter.is_meta:
             return Place(parameter.device, dtype)
     if floats:
-        for each in module.modules():
-            hook: Any = getattr(each, "_hf_hook", None)
+        for part_module in module.modules():
+            hook: Any = getattr(part_module, "_hf_hook", None)
             for part in getattr(hook, "hooks", [hook]):
                 device = getattr(part, "execution_device", None)
                 if device is not None:

@@ -102,8 +102,8 @@ class SegmentCore(Core):
         """q and k with RoPE, column 0 opening a segment: only differences count, so positions inside it serve."""
         if self.shape.rope is None:
             return None
-        place = torch.arange(q.shape[2], device=q.device)[None] % self.segment
-        table = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
+        positions = torch.arange(q.shape[2], device=q.device)[None] % self.segment
+        table = ops.rotary_table(positions, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
         return ops.rotate(q, *table), ops.rotate(k, *table)
 
     def _inside(
@@ -113,8 +113,8 @@ class SegmentCore(Core):
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         older, local = k.shape[2] - q.shape[2], None
         if self.shape.rope is not None and q.shape[2]:
-            place = torch.arange(k.shape[2], device=q.device)[None]
-            cos, sin = ops.rotary_table(place, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
+            positions = torch.arange(k.shape[2], device=q.device)[None]
+            cos, sin = ops.rotary_table(positions, q.shape[-1], base=self.shape.rope, dtype=q.dtype)
             local = ops.rotate(q, cos[:, :, older:], sin[:, :, older:]), ops.rotate(k, cos, sin)
         open_tokens, closes = rows.opened(self.segment) if older else None, rows.closes(self.segment)
         layout = {"lengths": rows.lengths, "memory_lengths": open_tokens, "closes": closes}

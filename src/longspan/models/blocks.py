@@ -72,8 +72,8 @@ class Block(nn.Module):
 
     def __init__(self, config: StackConfig, index: int, causal: bool) -> None:
         super().__init__()
-        place = index % len(config.mixers)
-        fields = dict(config.mixers[place])
+        entry = index % len(config.mixers)
+        fields = dict(config.mixers[entry])
         self.post = config.norm_position == "post"
         try:
             self.mixer: Mixer = mixers.build(
@@ -89,7 +89,7 @@ class Block(nn.Module):
                 **fields,
             )
         except ConfigError as error:
-            raise ConfigError(f"model.mixers[{place}]: {str(error).removeprefix('mixer: ')}") from None
+            raise ConfigError(f"model.mixers[{entry}]: {str(error).removeprefix('mixer: ')}") from None
         self.mixer_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.ffn_norm = make_norm(config)

@@ -63,8 +63,8 @@ def as_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A resolved table as that of another kind; fields that the other lacks are left out where they are as default."""
     before = to_dict(_KINDS[table["kind"]][1]())
     known = {field.name for field in dataclasses.fields(_KINDS[kind][1])} | {"memory", "classes"}
-    kept = {name: value for name, value in table.items() if name in known or value != before.get(name)}
-    return {**kept, "kind": kind}
+    fields = {name: value for name, value in table.items() if name in known or value != before.get(name)}
+    return {**fields, "kind": kind}
 
 
 def build_model(table: Mapping[str, Any], where: str = "model") -> Any:

@@ -100,7 +100,7 @@ def save(
             write_tensors(filled / TRAINING, tensors, {"kind": "training"})
 
     def seal(filled: Path) -> None:
-        files = {each.name: folders.digest(each) for each in sorted(filled.iterdir()) if each.is_file()}
+        files = {file.name: folders.digest(file) for file in sorted(filled.iterdir()) if file.is_file()}
         blocks = len(carried) * group.world_size
         # as it will be read: a digest of keys that JSON turns into text would be another
         meta = json.loads(json.dumps({"position": asdict(position), "blocks": blocks, "files": files}))

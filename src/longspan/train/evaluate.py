@@ -243,7 +243,7 @@ def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> 
         likeliest = out.argmax(-1)
     else:
         rows = out.flatten(0, 1).split(_ROWS)
-        likeliest = torch.cat([head.logits(each).argmax(-1) for each in rows]).view(targets.shape)
+        likeliest = torch.cat([head.logits(part_rows).argmax(-1) for part_rows in rows]).view(targets.shape)
     right = (likeliest == targets).cpu().numpy()
     graded = part.graded.numpy()
     document = part.document.numpy()[graded]

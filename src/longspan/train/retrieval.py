@@ -117,16 +117,16 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
     where one does more. Windows and open segments stay. (`linear` would not be exact: positions reach its keys.)
     """
     layers = []
-    for block, each in zip(model.layers, state.layers, strict=True):
+    for block, memory in zip(model.layers, state.layers, strict=True):
         core = block.mixer.core
         if isinstance(core, InfiniCore) and core.adds:
-            each = each._replace(values=each.values * times, keys=each.keys * times)
+            memory = memory._replace(values=memory.values * times, keys=memory.keys * times)
         elif not isinstance(core, WindowCore):
             raise ConfigError(
                 f"train.repeats: the memory of {type(core).__name__} is not a sum over what it has read; "
                 "set train.repeats = 1, or use infini with update linear and normaliser paper"
             )
-        layers.append(each)
+        layers.append(memory)
     return state._replace(layers=tuple(layers))
 
 
@@ -186,8 +186,8 @@ def draw_texts(
     drawn = []
     for row in range(rows):
         random = np.random.default_rng([*seed, row])
-        place = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
-        piece = same.sample(random, place, "train")
+        depth = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
+        piece = same.sample(random, depth, "train")
         drawn.append((piece.tokens, piece.graded))
     tokens, graded = (torch.from_numpy(np.stack(rows)) for rows in zip(*drawn, strict=True))
     return tokens, graded
