@@ -142,11 +142,12 @@ def evaluate_text(
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
     group = group or Group(device=place_of(model).device)
     restart = None if memory else segment_length or chunk
-    totals = np.zeros((4, len(documents)))
-    head = adaptive_head(model)
-    calls: dict[str, Any] = {"chunk": chunk, "batch": batch, "restart": restart, "group": group}
+    totals, head = np.zeros((4, len(documents))), adaptive_head(model)
     read, total, going = 0, -(-int(documents.lengths.sum()) // group.world_size), True
-    with contextlib.closing(read_documents(model, documents, **calls, hidden=head is not None)) as outputs:
+    calls = read_documents(
+        model, documents, chunk=chunk, batch=batch, restart=restart, group=group, hidden=head is not None
+    )
+    with contextlib.closing(calls) as outputs:
         for out, part in outputs:
             totals += _totals(out, part, len(documents), head)
             read += int((part.document >= 0).sum())
@@ -157,11 +158,8 @@ def evaluate_text(
     *sums, ended = group.sum(*totals.ravel().tolist(), float(not going))
     if ended:
         raise EvaluationStopped
-    summed = np.array(sums).reshape(totals.shape)
-    nats, tokens, units, correct = summed
-    return Evaluation(
-        tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
-    )
+    nats, *counts = np.array(sums).reshape(totals.shape)
+    return Evaluation(tuple(documents.names), nats, *(count.astype(np.int64) for count in counts), unit=unit)
 
 
 def read_documents(

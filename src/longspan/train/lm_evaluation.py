@@ -188,14 +188,13 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         spelled.append(words)
         unfinished.append(_goes_on(item) and not text[-1:].isspace())
         counts.append((len(ids), int(begun[ids].sum()), len(words) + (text.count(b"\n") if lines_count else 0)))
-    columns = np.array(counts, dtype=np.int64).reshape(-1, 3).T
-    units = np.array([int(spelling.sum()) for spelling in sizes], dtype=np.int64)
+    tokens, characters, words_in = np.array(counts, dtype=np.int64).reshape(-1, 3).T
     return TextCounts(
         names=tuple(documents.names),
-        tokens=columns[0],
-        units=units,
-        characters=columns[1],
-        words=columns[2],
+        tokens=tokens,
+        units=np.array([int(size.sum()) for size in sizes], dtype=np.int64),
+        characters=characters,
+        words=words_in,
         sizes=tuple(sizes),
         word_of=tuple(owners),
         spelled=tuple(spelled),
