@@ -25,28 +25,6 @@ from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
 
-__all__ = [
-    "State",
-    "Undo",
-    "all_or_nothing",
-    "append",
-    "clone",
-    "detach",
-    "fit",
-    "live",
-    "load",
-    "may_overwrite",
-    "nbytes",
-    "on_failure",
-    "owned",
-    "recomputing",
-    "replace",
-    "save",
-    "select",
-    "tensors",
-    "to",
-]
-
 
 class State(Protocol):
     """What every state has: a NamedTuple of tensors and tuples with the field `live`."""

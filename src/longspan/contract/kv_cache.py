@@ -1,6 +1,6 @@
 """Keys and values that a state carries as they are: put in front of a call's, and handed on."""
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,21 +9,10 @@ from longspan.contract.rows import Rows
 from longspan.state import append
 
 
-class HasKeys(Protocol):
-    """A state with keys and values (batch, kv_heads, columns, head_dim), newest last."""
-
-    @property
-    def k(self) -> Tensor:
-        """Keys."""
-
-    @property
-    def v(self) -> Tensor:
-        """Values."""
-
-
-def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[Tensor, Tensor, int]:
-    """A call's keys and values (batch, kv_heads, length, head_dim) behind those of the state, and how many columns the
-    state has. `grows`: it has no fixed size, so a session may fill a buffer of its own in place.
+def join(state: Any, k: Tensor, v: Tensor, *, grows: bool) -> tuple[Tensor, Tensor, int]:
+    """A call's keys and values (batch, kv_heads, length, head_dim) behind those of the state (its fields `k` and `v`,
+    newest last; None = no columns), and how many columns the state has. `grows`: it has no fixed size, so a session may
+    fill a buffer of its own in place.
     """
     if state is None:
         return k, v, 0
@@ -33,7 +22,7 @@ def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[T
 
 
 def carried(
-    state: HasKeys | None, k: Tensor, v: Tensor, joined: tuple[Tensor, Tensor], rows: Rows, capacity: int | None
+    state: Any, k: Tensor, v: Tensor, joined: tuple[Tensor, Tensor], rows: Rows, capacity: int | None
 ) -> tuple[Tensor, Tensor]:
     """What the next state holds: the last `capacity` columns, or (None) every live one, which may be all that `join`
     returned.

@@ -5,6 +5,7 @@ map turned round, and a product that is fused with what follows it. They read th
 map is its weight and nothing else.
 """
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,19 +66,13 @@ class CalledParameters(nn.ParameterList):
         return tuple(self)
 
 
-class Collected:
-    """A list to which things are appended inside a hooked module: hooks that move tensors (accelerate's) give the
-    module a copy of every list, and leave what is none as it is.
-    """
-
-    def __init__(self, items: list[Tensor]) -> None:
-        self.items = items
-        self.append, self.extend = items.append, items.extend
-
-
 def collected(items: list[Tensor] | None, module: nn.Module) -> list[Tensor] | None:
-    """The list to be given to a module's call, such that what is appended there reaches it."""
-    return items if items is None or not is_hooked(module) else cast("list[Tensor]", Collected(items))
+    """The list to be given to a module's call, such that what is appended there reaches it: hooks that move tensors
+    (accelerate's) give a module a copy of every list, and leave what is none as it is.
+    """
+    if items is None or not is_hooked(module):
+        return items
+    return cast("list[Tensor]", SimpleNamespace(append=items.append, extend=items.extend))
 
 
 class Place(NamedTuple):

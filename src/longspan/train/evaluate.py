@@ -159,7 +159,8 @@ def evaluate_text(
     if ended:
         raise EvaluationStopped
     nats, *counts = np.array(sums).reshape(totals.shape)
-    return Evaluation(tuple(documents.names), nats, *(count.astype(np.int64) for count in counts), unit=unit)
+    tokens, units, correct = (count.astype(np.int64) for count in counts)
+    return Evaluation(tuple(documents.names), nats, tokens, units, correct, unit)
 
 
 def read_documents(
