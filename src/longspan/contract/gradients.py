@@ -5,7 +5,7 @@ DistributedDataParallel then waits for it, as all processes must reduce the same
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ def with_gradients(t: Tensor, parts: nn.Module | Iterable[Tensor]) -> Tensor:
     needed = [p for p in parameters if p.requires_grad]
     if not needed:
         return t
-    linked: Tensor = _WithGradients.apply(t, *needed)  # type: ignore[no-untyped-call]
-    return linked
+    return cast(Tensor, _WithGradients.apply(t, *needed))  # type: ignore[no-untyped-call]
 
 
 class _WithGradients(torch.autograd.Function):

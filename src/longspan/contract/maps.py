@@ -37,8 +37,7 @@ def table_of(embedding: nn.Module, size: int) -> Tensor:
         return cast(Tensor, embedding.weight)
     weight: Any = embedding.weight
     known = isinstance(weight, Tensor) and not weight.is_meta  # hooks that load a weight move the ids to it
-    table: Tensor = embedding(torch.arange(size, device=weight.device if known else None))
-    return table
+    return cast(Tensor, embedding(torch.arange(size, device=weight.device if known else None)))
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -58,8 +57,7 @@ class CalledParameters(nn.ParameterList):
     def __call__(self) -> tuple[Tensor, ...]:
         """All parameters, in order; torch's lists refuse to be called."""
         # what watches all modules (counters of FLOPs) expects no leaves without a graph
-        parameters: tuple[Tensor, ...] = nn.Module.__call__(self) if is_hooked(self) else tuple(self)
-        return parameters
+        return cast("tuple[Tensor, ...]", nn.Module.__call__(self)) if is_hooked(self) else tuple(self)
 
     def forward(self) -> tuple[Tensor, ...]:
         """See `__call__`."""

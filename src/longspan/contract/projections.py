@@ -1,5 +1,7 @@
 """From hidden states to q, k, v and back."""
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,8 +69,7 @@ class Projections(nn.Module):
 
     def output(self, out: Tensor) -> Tensor:
         """(B, heads, N, value_dim) to (B, N, dim)."""
-        y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return y
+        return cast(Tensor, self.o_proj(out.transpose(1, 2).flatten(2)))
 
     def flops(self, length: int) -> int:
         """FLOPs of the four products for one row of `length` tokens."""

@@ -7,7 +7,7 @@ A Hugging Face model is recognised by what it can do (duck typing): `get_input_e
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,7 @@ class OwnBackbone:
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, length), which must be of the vocabulary, to embeddings (batch, length, dim)."""
         self.stack.check_tokens(tokens)
-        embeddings: Tensor = self.stack.embedding(tokens)
-        return embeddings
+        return cast(Tensor, self.stack.embedding(tokens))
 
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: what the initial memory is drawn with."""
@@ -190,8 +189,7 @@ class HuggingFaceBackbone:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `OwnBackbone`."""
-        embedded: Tensor = self.embedding(tokens)
-        return embedded
+        return cast(Tensor, self.embedding(tokens))
 
     def embedding_std(self) -> float:
         """See `OwnBackbone`."""
@@ -224,8 +222,7 @@ class HuggingFaceBackbone:
     def output(self, hidden: Tensor) -> Tensor:
         """See `OwnBackbone`."""
         layer = self.output_layer
-        logits: Tensor = hidden if layer is None else layer(hidden)
-        return logits
+        return hidden if layer is None else cast(Tensor, layer(hidden))
 
     def output_parameters(self) -> list[nn.Parameter]:
         """See `OwnBackbone`."""
