@@ -90,6 +90,10 @@ class Retrieval(Stages):
         mentions = self.mentions if random.random() < 0.8 else 0
         return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
 
+    def add(self, right: float) -> bool:
+        """Count a batch; True where a new stage begins."""
+        return self.count(right, self.config.accuracy)
+
     def further(self) -> bool:
         """Fewer mentions, then longer texts, then heavier memories."""
         if self.mentions:
@@ -159,7 +163,7 @@ class RetrievalTrainer(StagedTrainer):
         with_penalties(total, penalties).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
 
     def title(self) -> str:
         """See the base."""
