@@ -25,28 +25,6 @@ from longspan.files import read_tensors, write_tensors
 
 S = TypeVar("S")
 
-__all__ = [
-    "State",
-    "Undo",
-    "all_or_nothing",
-    "append",
-    "clone",
-    "detach",
-    "fit",
-    "live",
-    "load",
-    "may_overwrite",
-    "nbytes",
-    "on_failure",
-    "owned",
-    "recomputing",
-    "replace",
-    "save",
-    "select",
-    "tensors",
-    "to",
-]
-
 
 class State(Protocol):
     """What every state has: a NamedTuple of tensors and tuples with the field `live`."""
@@ -188,13 +166,13 @@ def load(path: str | Path, *, like: S) -> tuple[S, dict[str, Any]]:
         differs = f"missing {missing[0]!r}" if missing else f"unexpected {extra[0]!r}"
         raise CheckpointError(f"{path}: the state of another model: {differs}")
     for name, tensor in expected.items():
-        found = stored[name]
-        if found.ndim != tensor.ndim or (tensor.ndim > 1 and found.shape[-1] != tensor.shape[-1]):
-            shapes = f"{tuple(found.shape)}, expected one like {tuple(tensor.shape)}"
+        tensor_there = stored[name]
+        if tensor_there.ndim != tensor.ndim or (tensor.ndim > 1 and tensor_there.shape[-1] != tensor.shape[-1]):
+            shapes = f"{tuple(tensor_there.shape)}, expected one like {tuple(tensor.shape)}"
             raise CheckpointError(f"{path}: the state of another model: {name} is {shapes}")
-        if found.is_floating_point() != tensor.is_floating_point():
+        if tensor_there.is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
-                f"{path}: the state of another model: {name} is {found.dtype}, expected {tensor.dtype}"
+                f"{path}: the state of another model: {name} is {tensor_there.dtype}, expected {tensor.dtype}"
             )
     return _map(lambda name, tensor: stored[name].to(tensor.device, tensor.dtype), like), header
 
@@ -231,11 +209,8 @@ def owned(undo: Undo | None = None) -> Iterator[None]:
     """Inside, the caller gives each state up for the next one, so that its buffers may be filled and written in place.
 
     For `StreamSession`; anyone who keeps, forks or shares states must not use it. Where the block is left by an
-    exception, whatever it is, the states that were given up are as they were.
-
-    Args:
-        undo: holds what the block writes in place until the caller has taken up the next state, so that nothing is
-            lost between the end of the block and that moment.
+    exception, the states that were given up are as they were. `undo` holds what the block writes in place until the
+    caller has taken up the next state.
     """
     undo = Undo() if undo is None else undo
     undo.run()
@@ -298,8 +273,8 @@ def may_overwrite(*tensors: Tensor) -> bool:
 def append(old: Tensor, new: Tensor) -> Tensor:
     """Columns of `old` (batch, heads, columns, dim) followed by those of `new`.
 
-    A concatenation; inside `owned()` and without gradients the result is a view of a buffer with room to spare, which
-    the next call fills in place: appending one token to 16,384 keys would else cost more than attending to them.
+    Inside `owned()` and without gradients it is a view of a buffer with room to spare, which the next call fills in
+    place: appending one token to 16,384 keys would else cost more than attending to them.
     """
     if not may_overwrite(old, new):
         return torch.cat([old, new], 2)

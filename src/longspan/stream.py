@@ -93,12 +93,10 @@ class StreamSession:
         logits = torch.zeros(1, model.vocab_size, **place_of(model)._asdict())
         self._settle(SessionState(model.init_state(1), logits), 0)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
     @property
     def position(self) -> int:
         """Tokens fed and generated since the start or the last reset."""
-        return self._position
+        return self._place.position
 
     @property
     def nbytes(self) -> int:
@@ -129,8 +127,8 @@ class StreamSession:
             return self._score(tokens, likeliest=False).nats
         for part in self._parts(tokens):
             with states.owned(self._place.undo):
-                last, following = self.model.last(part, self._place.state.model)
-            self._advance(following, last, part.shape[1])
+                last, next_state = self.model.last(part, self._place.state.model)
+            self._advance(next_state, last, part.shape[1])
         return self._state.logits[0]
 
     def score(self, tokens: Tensor | Sequence[int]) -> Scores:
@@ -139,21 +137,21 @@ class StreamSession:
 
     @torch.no_grad()
     def _score(self, tokens: Tensor | Sequence[int], *, likeliest: bool) -> Scores:
-        nats, found = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
+        nats, likeliest_of = [self._state.logits.new_zeros(0)], [self._state.logits.new_zeros(0, dtype=torch.bool)]
         for part in self._parts(tokens):
             with states.owned(self._place.undo):
-                logits, following = self.model(part, self._place.state.model)
+                logits, next_state = self.model(part, self._place.state.model)
                 for first in range(0, part.shape[1], _SCORED):
                     # of a large vocabulary a few rows at a time, so that no copy of all logits is made
-                    wanted = part[0, first : first + _SCORED]
-                    rows = logits[0, max(first - 1, 0) : first + len(wanted) - 1]
+                    targets = part[0, first : first + _SCORED]
+                    rows = logits[0, max(first - 1, 0) : first + len(targets) - 1]
                     before = rows if first else torch.cat([self._place.state.logits, rows])
-                    nats.append(F.cross_entropy(before.float(), wanted, reduction="none"))
+                    nats.append(F.cross_entropy(before.float(), targets, reduction="none"))
                     if likeliest:
-                        found.append(before.argmax(-1) == wanted)
+                        likeliest_of.append(before.argmax(-1) == targets)
                 last = logits[:, -1].clone()
-            self._advance(following, last, part.shape[1])
-        return Scores(torch.cat(nats), torch.cat(found))
+            self._advance(next_state, last, part.shape[1])
+        return Scores(torch.cat(nats), torch.cat(likeliest_of))
 
     def _parts(self, tokens: Tensor | Sequence[int]) -> Iterator[Tensor]:
         """Chunks (1, n) that end where the position is a multiple of the chunk."""
@@ -164,7 +162,7 @@ class StreamSession:
             raise ConfigError(f"a session reads one sequence: tokens are {tuple(tokens.shape)}, expected (n,)")
         first = 0
         while first < len(tokens):
-            count = min(self.chunk - self._position % self.chunk, len(tokens) - first)
+            count = min(self.chunk - self.position % self.chunk, len(tokens) - first)
             yield tokens[None, first : first + count]
             first += count
 
@@ -180,15 +178,9 @@ class StreamSession:
         self._place.undo.run()
         return self._place.state
 
-    @property
-    def _position(self) -> int:
-        return self._place.position
-
     def reset(self) -> None:
         """Begin a new document: everything carried is emptied."""
         self._settle(SessionState(self.model.init_state(1), torch.zeros_like(self._state.logits)), 0)
-
-    # -- writing ---------------------------------------------------------------------------------------------------
 
     def stream(
         self,
@@ -206,12 +198,12 @@ class StreamSession:
                 f"temperature = {temperature}, top_k = {top_k}, top_p = {top_p}: "
                 "expected temperature >= 0, top_k >= 1, 0 < top_p <= 1"
             )
-        ends = _as_test(stop)
+        ending = frozenset([stop] if isinstance(stop, int) else () if stop is None or callable(stop) else stop)
         for _ in range(n):
             token = sample(self.logits, temperature, top_k, top_p, generator)
             self.feed([token])
             yield token
-            if ends(token):
+            if stop(token) if callable(stop) else token in ending:
                 return
 
     def generate(
@@ -240,12 +232,10 @@ class StreamSession:
         """
         return list(self.stream(n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, stop=stop))
 
-    # -- keeping ---------------------------------------------------------------------------------------------------
-
     def fork(self) -> "StreamSession":
         """An independent session at the same place."""
         twin = StreamSession(self.model, chunk=self.chunk)
-        twin._settle(states.clone(self._state), self._position)
+        twin._settle(states.clone(self._state), self.position)
         return twin
 
     def save(self, path: str | Path) -> Path:
@@ -258,7 +248,7 @@ class StreamSession:
             "version": __version__,
             "model": model_hash(self.model),
             "draw": self.model.draw,
-            "position": self._position,
+            "position": self.position,
             "chunk": self.chunk,
         }
         return states.save(path, self._state, header)
@@ -273,25 +263,13 @@ class StreamSession:
         session = cls(model)
         model = session.model
         state, header = states.load(path, like=session._state)
-        for key, ours, what in (
-            ("model", accepted_hashes(model), "weights or configuration"),
-            ("draw", (model.draw,), "draw number of the random projections"),
-        ):
-            if header.get(key) not in ours:
-                raise CheckpointError(
-                    f"{path}: the state of another model: {what}: {header.get(key)} there, {ours[0]} here"
-                )
+        weights, draws = accepted_hashes(model), "draw number of the random projections"
+        for key, ours, what in (("model", weights, "weights or configuration"), ("draw", (model.draw,), draws)):
+            if (theirs := header.get(key)) not in ours:
+                raise CheckpointError(f"{path}: the state of another model: {what}: {theirs} there, {ours[0]} here")
         session._settle(state, int(header["position"]))
         session.chunk = int(header["chunk"])
         return session
-
-
-def _as_test(stop: Callable[[int], bool] | Collection[int] | int | None) -> Callable[[int], bool]:
-    """Whether a token ends the text."""
-    if callable(stop):
-        return stop
-    ends = frozenset([stop] if isinstance(stop, int) else stop or ())
-    return lambda token: token in ends
 
 
 def sample(
@@ -312,5 +290,5 @@ def sample(
     if top_k is not None:
         weights[top_k:] = 0
     # drawn where the generator is; None = the one of the logits' device
-    place = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
-    return int(tokens[place.to(tokens.device)])
+    index = torch.multinomial(weights if generator is None else weights.to(generator.device), 1, generator=generator)
+    return int(tokens[index.to(tokens.device)])

@@ -117,10 +117,20 @@ class KeyValueState(NamedTuple):
     live: Tensor  # (batch,) live tokens
 
 
+class JoinedKeys(NamedTuple):
+    """Queries of a call, and keys and values of which the first `memory` columns are older; the state that follows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    memory: int
+    following: KeyValueState | None
+
+
 class KeyValueCore(Core):
     """A core that attends to the keys of the call and of the state, and carries them as they are.
 
-    A subclass sets `capacity`, and writes `attend`, `entries`, `traits` and `pairs`.
+    A subclass sets `capacity`, and writes `forward` (with `joined`), `entries`, `traits` and `pairs`.
 
     Attributes:
         capacity: columns of a state; None = one for each live token.
@@ -129,24 +139,17 @@ class KeyValueCore(Core):
     capacity: int | None = None
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, memory: int) -> Tensor:
-        """Attention of q to keys of which the first `memory` are older than the call; all are turned by RoPE."""
-
-    @abstractmethod
     def entries(self, length: int) -> int:
         """Score entries computed for a query head, from an empty past."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
-    ) -> tuple[Tensor, KeyValueState | None]:
-        """See `Core.forward`."""
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows) -> JoinedKeys:
+        """What a call attends with, from the arguments of `forward`."""
         q, k = self.rotate(q, k, rows)
         keys, values, memory = join(state, k, v, grows=self.capacity is None)
-        out = self.attend(q, keys, values, rows, memory)
-        if not self.shape.causal:
-            return out, None
-        carried = carry(state, k, v, rows, self.capacity, (keys, values))
-        return out, KeyValueState(*carried, rows.live)
+        following = None
+        if self.shape.causal:
+            following = KeyValueState(*carry(state, k, v, rows, self.capacity, (keys, values)), rows.live)
+        return JoinedKeys(q, keys, values, memory, following)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> KeyValueState:
         """Full capacity or, where there is none, no columns yet; nothing live."""

@@ -5,6 +5,7 @@ map turned round, and a product that is fused with what follows it. They read th
 map is its weight and nothing else.
 """
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -36,8 +37,7 @@ def table_of(embedding: nn.Module, size: int) -> Tensor:
         return cast(Tensor, embedding.weight)
     weight: Any = embedding.weight
     known = isinstance(weight, Tensor) and not weight.is_meta  # hooks that load a weight move the ids to it
-    found: Tensor = embedding(torch.arange(size, device=weight.device if known else None))
-    return found
+    return cast(Tensor, embedding(torch.arange(size, device=weight.device if known else None)))
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -47,8 +47,8 @@ def weight_of(linear: nn.Module) -> Tensor:
     weight: Any = linear.weight
     like = weight() if callable(weight) else weight
     device, dtype = (None if like.is_meta else like.device), like.dtype if like.is_floating_point() else None
-    found: Tensor = linear(torch.eye(cast(int, linear.in_features), device=device, dtype=dtype))
-    return found.mT
+    transposed: Tensor = linear(torch.eye(cast(int, linear.in_features), device=device, dtype=dtype))
+    return transposed.mT
 
 
 class CalledParameters(nn.ParameterList):
@@ -57,27 +57,20 @@ class CalledParameters(nn.ParameterList):
     def __call__(self) -> tuple[Tensor, ...]:
         """All parameters, in order; torch's lists refuse to be called."""
         # what watches all modules (counters of FLOPs) expects no leaves without a graph
-        found: tuple[Tensor, ...] = nn.Module.__call__(self) if is_hooked(self) else tuple(self)
-        return found
+        return cast("tuple[Tensor, ...]", nn.Module.__call__(self)) if is_hooked(self) else tuple(self)
 
     def forward(self) -> tuple[Tensor, ...]:
         """See `__call__`."""
         return tuple(self)
 
 
-class Collected:
-    """A list to which things are appended inside a hooked module: hooks that move tensors (accelerate's) give the
-    module a copy of every list, and leave what is none as it is.
-    """
-
-    def __init__(self, items: list[Tensor]) -> None:
-        self.items = items
-        self.append, self.extend = items.append, items.extend
-
-
 def collected(items: list[Tensor] | None, module: nn.Module) -> list[Tensor] | None:
-    """The list to be given to a module's call, such that what is appended there reaches it."""
-    return items if items is None or not is_hooked(module) else cast("list[Tensor]", Collected(items))
+    """The list to be given to a module's call, such that what is appended there reaches it: hooks that move tensors
+    (accelerate's) give a module a copy of every list, and leave what is none as it is.
+    """
+    if items is None or not is_hooked(module):
+        return items
+    return cast("list[Tensor]", SimpleNamespace(append=items.append, extend=items.extend))
 
 
 class Place(NamedTuple):
@@ -99,8 +92,8 @@ def place_of(module: nn.Module) -> Place:
         if not parameter.is_meta:
             return Place(parameter.device, dtype)
     if floats:
-        for each in module.modules():
-            hook: Any = getattr(each, "_hf_hook", None)
+        for part_module in module.modules():
+            hook: Any = getattr(part_module, "_hf_hook", None)
             for part in getattr(hook, "hooks", [hook]):
                 device = getattr(part, "execution_device", None)
                 if device is not None:

@@ -1,5 +1,7 @@
 """From hidden states to q, k, v and back."""
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -7,9 +9,7 @@ from longspan.contract.maps import is_plain
 
 
 class Projections(nn.Module):
-    """The four linear maps of an attention layer.
-
-    A converted pretrained model brings a subclass of its own (names, biases and norms kept).
+    """The four linear maps of an attention layer; a converted pretrained model has its own.
 
     Args:
         dim: width of the hidden states.
@@ -60,22 +60,21 @@ class Projections(nn.Module):
             k, v = (_heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
             return k, v
         first, last, _ = kv_heads.indices(self.num_kv_heads)
-        found = []
+        projected = []
         for proj, width in ((self.k_proj, self.head_dim), (self.v_proj, self.value_dim)):
             part = slice(first * width, last * width)
             bias = None if proj.bias is None else proj.bias[part]
-            found.append(_heads(F.linear(x, proj.weight[part], bias), last - first))
-        return found[0], found[1]
+            projected.append(_heads(F.linear(x, proj.weight[part], bias), last - first))
+        return projected[0], projected[1]
 
     def output(self, out: Tensor) -> Tensor:
         """(B, heads, N, value_dim) to (B, N, dim)."""
-        y: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
-        return y
+        return cast(Tensor, self.o_proj(out.transpose(1, 2).flatten(2)))
 
     def flops(self, length: int) -> int:
         """FLOPs of the four products for one row of `length` tokens."""
-        maps = [each for each in (self.q_proj, self.k_proj, self.v_proj, self.o_proj) if each is not None]
-        return sum(2 * length * each.in_features * each.out_features for each in maps)
+        maps = [linear for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj) if linear is not None]
+        return sum(2 * length * linear.in_features * linear.out_features for linear in maps)
 
     def unused_weights(self) -> list[str]:
         """Names that earlier versions saved, of weights that nothing used."""

@@ -97,10 +97,10 @@ def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Every tensor summed over all processes."""
     if processes()[1] == 1:
         return tensors
-    found = tuple(tensor.clone() for tensor in tensors)
-    for tensor in found:
+    totals = tuple(tensor.clone() for tensor in tensors)
+    for tensor in totals:
         dist.all_reduce(tensor)
-    return found
+    return totals
 
 
 def share_first(*tensors: Tensor) -> None:

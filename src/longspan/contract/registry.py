@@ -51,14 +51,10 @@ def names() -> list[str]:
 
 
 def register(name: str, core_class: type[Core]) -> None:
-    """Make a mechanism known by a name, as if it were longspan's own, for as long as the program runs.
-
-    Args:
-        name: of the mechanism, new.
-        core_class: a subclass of `Core` whose `Config` is a dataclass with a default for every field.
+    """Make a mechanism known by a new name, as if it were longspan's own, for as long as the program runs.
 
     Raises:
-        ConfigError: the name is taken, or the class is not such a class.
+        ConfigError: the name is taken, or the class is no subclass of `Core` whose `Config` is a dataclass.
     """
     if name in _CORES or _REGISTERED.get(name, core_class) is not core_class:
         raise ConfigError(f"register: there is a mixer {name!r} already")

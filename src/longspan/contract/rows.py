@@ -65,11 +65,11 @@ class Rows:
         self.device = offset.device
         self._cache: dict[Any, Any] = {}
         self.choices: Choices | None = None
-        for name, given in (("mask", mask), ("reset", reset)):
-            if given is not None and (given.dtype != torch.bool or given.shape != (self.batch, columns)):
+        for name, flags in (("mask", mask), ("reset", reset)):
+            if flags is not None and (flags.dtype != torch.bool or flags.shape != (self.batch, columns)):
                 raise ConfigError(
                     f"{name}: expected a bool tensor of shape {(self.batch, columns)}, "
-                    f"got {str(given.dtype).removeprefix('torch.')} of shape {tuple(given.shape)}"
+                    f"got {str(flags.dtype).removeprefix('torch.')} of shape {tuple(flags.shape)}"
                 )
         reads = reads or {}
         offsets, real, begins, *others = host.read([offset, mask, reset, *reads.values()])
@@ -160,12 +160,7 @@ class Rows:
         return rows
 
     def choose(self, make: Callable[[], Tensor], *, below: int) -> Tensor:
-        """`make()`; in the recomputation of a forward pass, what it gave there.
-
-        Args:
-            make: gives integers without a graph.
-            below: all of them are from 0 to below it.
-        """
+        """`make()`, integers from 0 to below `below`; in the recomputation of a forward pass, what it gave there."""
         return make() if self.choices is None else self.choices.choose(make, below)
 
     @property
@@ -177,10 +172,8 @@ class Rows:
         """`make()`, once for this call: what all layers of a model need (rotary tables, segment borders)."""
         if key not in self._cache:
             self._cache[key] = make()
-        found: T = self._cache[key]
-        return found
-
-    # -- where things are ------------------------------------------------------------------------------------------
+        cached: T = self._cache[key]
+        return cached
 
     @property
     @host.eager
@@ -236,13 +229,9 @@ class Rows:
         """(B,) tokens of each row's open segment of `size` positions before the call."""
         return self.cached(("opened", size), lambda: host.derive(lambda offset: offset % size, self.offset))
 
-    def most_opened(self, size: int) -> int:
-        """The most tokens that any row's open segment has before the call."""
-        return int((self.offsets % size).max(initial=0))
-
     def inside(self, size: int) -> bool:
         """The call stays within the open segment of `size` positions of every row; it may close it."""
-        return self.origin is None and self.most_opened(size) + self.length <= size
+        return self.origin is None and int((self.offsets % size).max(initial=0)) + self.length <= size
 
     def closes(self, size: int) -> Tensor:
         """(B,) bool: a call that stays `inside` ends with the last position of the row's segment."""
@@ -269,10 +258,8 @@ class Rows:
         )
 
     def segment_start(self, size: int, memory: int) -> Tensor:
-        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of each token begins.
-
-        Segments are `size` positions long and start anew at every reset. Negative where the segment began before the
-        oldest of the older keys.
+        """(B, N) or (1, N) key column (behind `memory` older keys) at which the segment of `size` positions of each
+        token begins; negative where it began before the oldest of the older keys.
         """
 
         def make() -> Tensor:
@@ -289,8 +276,6 @@ class Rows:
         low, high = self.offset_range
         return self.origin is None and low % size == 0 and (low == high or not (self.offsets % size).any())
 
-    # -- moving things ---------------------------------------------------------------------------------------------
-
     @host.eager
     def gather(self, x: Tensor) -> Tensor:
         """(B, columns, ...) to (B, N, ...): real tokens to the front, zeros behind them."""
@@ -298,9 +283,9 @@ class Rows:
             return x
         assert self.lengths is not None
         shape = (self.batch, self.length) + (1,) * (x.ndim - 2)
-        found = x.gather(1, self._index.view(shape).expand(-1, -1, *x.shape[2:]))
+        gathered = x.gather(1, self._index.view(shape).expand(-1, -1, *x.shape[2:]))
         column = torch.arange(self.length, device=self.device)
-        return found.masked_fill((column >= self.lengths[:, None]).view(shape), 0)
+        return gathered.masked_fill((column >= self.lengths[:, None]).view(shape), 0)
 
     @host.eager
     def scatter(self, y: Tensor) -> Tensor:
@@ -310,20 +295,17 @@ class Rows:
         if self.length == 0:
             return y.new_zeros(self.batch, self.columns, *y.shape[2:])
         shape = (self.batch, self.columns) + (1,) * (y.ndim - 2)
-        found = y.gather(1, self._rank.view(shape).expand(-1, -1, *y.shape[2:]))
-        return found.masked_fill(~self._mask.view(shape), 0)
+        scattered = y.gather(1, self._rank.view(shape).expand(-1, -1, *y.shape[2:]))
+        return scattered.masked_fill(~self._mask.view(shape), 0)
 
     @host.eager
     def carry(self, old: Tensor | None, new: Tensor, columns: int) -> Tensor:
-        """The last `columns` live columns of every row, newest last, zeros where a row has fewer.
+        """The last `columns` live columns of every row, newest last, zeros where a row has fewer: a tensor of its own.
 
         Args:
             old: (B, ..., M, dim), what the state held, newest last; None = nothing.
             new: (B, ..., N, dim), this call's.
             columns: how many to keep.
-
-        Returns:
-            (B, ..., columns, dim), a tensor of its own.
         """
         memory = 0 if old is None else old.shape[-2]
         if self.lengths is None and self.origin is None and self.emptied is None:
@@ -339,8 +321,8 @@ class Rows:
             return new.narrow(-2, length - columns, columns).clone(memory_format=torch.contiguous_format)
         parts = [new]
         if old is not None:
-            kept = min(columns - length, old.shape[-2])
-            parts.insert(0, old.narrow(-2, old.shape[-2] - kept, kept))
+            older = min(columns - length, old.shape[-2])
+            parts.insert(0, old.narrow(-2, old.shape[-2] - older, older))
         missing = columns - sum(part.shape[-2] for part in parts)
         if missing:
             parts.insert(0, new.new_zeros(*new.shape[:-2], missing, new.shape[-1]))
@@ -382,24 +364,24 @@ class Segments:
         self.open = rows.opened(size)
         opened = rows.offsets % size
         column = np.arange(rows.length)
-        place = opened[:, None] + column
+        slot = opened[:, None] + column
         if rows.origin is not None:
             position, origin = rows.positions_read, host.known(rows.origin)
             before = np.concatenate([rows.offsets[:, None], position[:, :-1] + 1], 1)
-            place = place + np.where(origin == column, -before % size, 0).cumsum(1)
+            slot = slot + np.where(origin == column, -before % size, 0).cumsum(1)
         inside = column < rows.lengths_read[:, None]
-        last = int(np.where(inside, place, -1).max(initial=-1)) + 1
+        last = int(np.where(inside, slot, -1).max(initial=-1)) + 1
         last = max(last, int(opened.max(initial=0)))
         self.columns = -(-last // size) * size
         # one column more than needed takes the padding behind a row's real tokens
         index = np.full((rows.batch, self.columns + 1), -1)
-        np.put_along_axis(index, np.where(inside, place, self.columns), np.broadcast_to(column, place.shape), 1)
+        np.put_along_axis(index, np.where(inside, slot, self.columns), np.broadcast_to(column, slot.shape), 1)
         self._read = index[:, :-1]
         self._index = host.put(self._read, rows.device)
-        self.place = host.put(place, rows.device)
+        self.place = host.put(slot, rows.device)
         self.real_read = (self._read >= 0) | (np.arange(self.columns) < opened[:, None])
         self.real = host.put(self.real_read, rows.device)
-        self._views = bool((place == column).all()) and rows.lengths is None and self.columns == rows.length
+        self._views = bool((slot == column).all()) and rows.lengths is None and self.columns == rows.length
 
     def spread_positions(self) -> Array:
         """(B, C) on the host: 1 + the position of each token of the call, 0 elsewhere."""

@@ -14,7 +14,7 @@ backward pass grad and inner are then multiplied by the round's share of the sof
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,8 @@ def attention(
     """
     detached = None if schedule.border is None else detached
     if needs_grad(q, k, v, *tensors, *(detached or ())):
-        return _apply(schedule, len(tensors), q, k, v, *tensors, *(detached or ()))
+        out, total = Attention.caller()(schedule, len(tensors), q, k, v, *tensors, *(detached or ()))
+        return out, total
     out, sums = forward(q, k, v, schedule, tensors)
     return out, sums.total
 
@@ -101,9 +102,6 @@ class Attention(FirstOrder):
         return None, None, *(t.to(dtype) for t, dtype in zip(totals, dtypes, strict=True))
 
 
-_apply: Callable[..., tuple[Tensor, Tensor]] = Attention.apply
-
-
 class Sums(NamedTuple):
     """Log-sum-exps (batch, heads, length) of a call, and those of each round's heads where rounds are merged."""
 
@@ -116,57 +114,49 @@ def forward(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, tensors: Sequen
     target, dtype = q.dtype, flash.working_dtype(q, k, v)
     q, k, v, *tensors = (t.to(dtype) for t in (q, k, v, *tensors))
     merged, parts = any(round_.merges for round_ in schedule.rounds), []
-    out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
-    lse = q.new_empty(*q.shape[:3], 1)
+    whole = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=dtype if merged else target)
+    whole_lse = q.new_empty(*q.shape[:3], 1)
     with flash.full_precision(q.device):
         for round_ in schedule.rounds:
-            here = out[:, round_.heads or slice(None)], lse[:, round_.heads or slice(None)]
-            keys = (k, v) if round_.source is None else tuple(tensors[index] for index in round_.source)
-            sums = _forward_round(round_, schedule.scale, (q, *keys), tensors, here)
+            room = whole[:, round_.heads or slice(None)], whole_lse[:, round_.heads or slice(None)]
+            source = (k, v) if round_.source is None else tuple(tensors[index] for index in round_.source)
+            queries, (keys, values) = round_.sorted_queries(q), (round_.sorted_keys(t) for t in source)
+            (out, lse), merges, order = room, round_.merges, round_.query_order
+            batch, heads, length, _ = queries.shape
+            if order is not None:
+                out = new_like_heads(queries, length, heads, values.shape[3], zero=merges, dtype=dtype)
+            # queries without a tile see nothing in this round
+            sums = lse if order is None and not merges else queries.new_full((batch, heads, length, 1), HIDDEN)
+            scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, queries))
+            own = round_.heads or slice(0, heads)
+            for run in round_.forward.runs:
+                blocks = list(make_blocks(run, batch, scores.tiles_at_once(run, heads)))
+                scores.open(run, max(block.rows * block.tiles for block in blocks), own)
+                for block in blocks:
+                    part, part_sums = flash.attend(
+                        run.queries_of(queries, block),
+                        round_.keys_of(run, keys, block),
+                        round_.keys_of(run, values, block),
+                        scale=schedule.scale,
+                        causal=round_.fused == "causal",
+                        mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, own)),
+                    )
+                    run.queries_of(sums, block).copy_(part_sums[..., None])
+                    if merges and order is None:
+                        _merge(run.queries_of(out, block), run.queries_of(lse, block), part, part_sums[..., None])
+                    else:
+                        run.queries_of(out, block).copy_(part)
+            if order is not None:
+                shape = room[0].shape[:3]
+                out, sums = order.restored(out, shape), order.restored(sums, shape, HIDDEN)
+                if merges:
+                    _merge(*room, out, sums)
+                else:
+                    room[0].copy_(out)
+                    lse.copy_(sums)
             if merged:
-                parts.append(sums.clone() if sums is here[1] else sums)
-    return out.to(target), Sums(lse[..., 0], tuple(parts))
-
-
-def _forward_round(
-    round_: Round, scale: float, inputs: tuple[Tensor, ...], tensors: Sequence[Tensor], room: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Write a round to the output and log-sum-exps (batch, heads, length, 1) of its heads; its own log-sum-exps."""
-    q, k, v = round_.sorted_queries(inputs[0]), round_.sorted_keys(inputs[1]), round_.sorted_keys(inputs[2])
-    (out, lse), merges, order = room, round_.merges, round_.query_order
-    if order is not None:
-        out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=merges, dtype=q.dtype)
-    # queries without a tile see nothing in this round
-    sums = lse if order is None and not merges else q.new_full((*q.shape[:3], 1), HIDDEN)
-    scores = round_.scores(RoundInputs(round_.forward, round_.visibility, tensors, None, q))
-    heads = slice(0, q.shape[1]) if round_.heads is None else round_.heads
-    for run in round_.forward.runs:
-        most = scores.tiles_at_once(run, q.shape[1])
-        blocks = list(make_blocks(run, q.shape[0], most))
-        scores.open(run, max(block.rows * block.tiles for block in blocks), heads)
-        for block in blocks:
-            part, part_sums = flash.attend(
-                run.queries_of(q, block),
-                round_.keys_of(run, k, block),
-                round_.keys_of(run, v, block),
-                scale=scale,
-                causal=round_.fused == "causal",
-                mask=None if round_.fused in ("open", "causal") else scores.added(Tile(run, block, heads)),
-            )
-            run.queries_of(sums, block).copy_(part_sums[..., None])
-            if merges and order is None:
-                _merge(run.queries_of(out, block), run.queries_of(lse, block), part, part_sums[..., None])
-            else:
-                run.queries_of(out, block).copy_(part)
-    if order is not None:
-        shape = room[0].shape[:3]
-        out, sums = order.restored(out, shape), order.restored(sums, shape, HIDDEN)
-        if merges:
-            _merge(*room, out, sums)
-        else:
-            room[0].copy_(out)
-            lse.copy_(sums)
-    return sums
+                parts.append(sums.clone() if sums is lse else sums)
+    return whole.to(target), Sums(whole_lse[..., 0], tuple(parts))
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:

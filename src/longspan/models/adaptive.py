@@ -64,7 +64,7 @@ class AdaptiveEmbedding(nn.Module):
         alike = clusters.alike
         sizes = [config.vocab_size] if alike else clusters.sizes
         widths = clusters.widths[:1] if alike else clusters.widths
-        self.tables = nn.ModuleList(nn.Embedding(*each) for each in zip(sizes, widths, strict=True))
+        self.tables = nn.ModuleList(nn.Embedding(*shape) for shape in zip(sizes, widths, strict=True))
         self.projections = nn.ModuleList(
             nn.Linear(width, config.dim, bias=False) for width in (widths if clusters.mapped else ())
         )
@@ -72,8 +72,8 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
         if self.clusters.alike:
-            found: Tensor = self.tables[0](tokens)
-            return self.projections[0](found) if self.clusters.mapped else found
+            embedded: Tensor = self.tables[0](tokens)
+            return self.projections[0](embedded) if self.clusters.mapped else embedded
         parts = []
         cuts = self.clusters.cuts
         for index, (table, projection) in enumerate(zip(self.tables, self.projections, strict=True)):
@@ -91,12 +91,12 @@ class AdaptiveEmbedding(nn.Module):
 
     def maps(self) -> list[Tensor | None]:
         """The map of each cluster turned round: (width, dim) or None."""
-        turned: list[Tensor | None] = [weight_of(projection).T for projection in self.projections]
-        return (turned or [None]) * len(self.clusters.sizes) if self.clusters.alike else turned
+        transposed: list[Tensor | None] = [weight_of(projection).T for projection in self.projections]
+        return (transposed or [None]) * len(self.clusters.sizes) if self.clusters.alike else transposed
 
     def flops(self, positions: int) -> int:
         """FLOPs of so many tokens."""
-        return 2 * positions * self.dim * sum(cast(nn.Linear, each).in_features for each in self.projections)
+        return 2 * positions * self.dim * sum(cast(nn.Linear, linear).in_features for linear in self.projections)
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -136,8 +136,8 @@ class AdaptiveSoftmax(nn.Module):
         maps = embedding.maps()
         for index, projection in self.projections.items():
             maps[int(index)] = weight_of(projection)
-        found: AdaptiveHead = (self if is_hooked(self) else self.forward)(weights, maps)
-        return found
+        head: AdaptiveHead = (self if is_hooked(self) else self.forward)(weights, maps)
+        return head
 
     def forward(self, weights: list[Tensor], maps: list[Tensor | None]) -> AdaptiveHead:
         """The output layer of the weights and maps of all clusters."""

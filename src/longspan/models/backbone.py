@@ -7,7 +7,7 @@ A Hugging Face model is recognised by what it can do (duck typing): `get_input_e
 import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def groups_of(module: nn.Module, cores: Iterable[Core], *, lr: float, weight_dec
         cores: its mechanisms.
         lr, weight_decay: of the run.
     """
-    looked_up = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
+    looked_up = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     trained = [p for p in module.parameters() if p.requires_grad]
     maps = [p for p in trained if p.ndim == 2 and id(p) not in looked_up]
     return optimizer_groups(trained, maps, cores, lr=lr, weight_decay=weight_decay)
@@ -87,8 +87,7 @@ class OwnBackbone:
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, length), which must be of the vocabulary, to embeddings (batch, length, dim)."""
         self.stack.check_tokens(tokens)
-        embeddings: Tensor = self.stack.embedding(tokens)
-        return embeddings
+        return cast(Tensor, self.stack.embedding(tokens))
 
     def embedding_std(self) -> float:
         """Standard deviation of the token embeddings: what the initial memory is drawn with."""
@@ -108,10 +107,10 @@ class OwnBackbone:
         around: Around | None = None,
     ) -> Ran:
         """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
-        hidden, following, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
-        if following is not None:  # the next segment need not ask a device
-            following = following._replace(live=host.remember(following.live.view_as(following.live), rows.lives))
-        return Ran(rows.scatter(hidden), following)
+        hidden, next_state, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
+        if next_state is not None:  # the next segment need not ask a device
+            next_state = next_state._replace(live=host.remember(next_state.live.view_as(next_state.live), rows.lives))
+        return Ran(rows.scatter(hidden), next_state)
 
     def output(self, hidden: Tensor) -> Tensor:
         """Hidden states to what the model returns: logits, or the hidden states themselves."""
@@ -140,8 +139,8 @@ class OwnBackbone:
 def _batches(block: nn.Module) -> bool:
     """Whether a layer is its parameters and buffers and nothing else: adapters, quantized maps and hooks are not."""
     modules = list(block.modules())
-    known = all(type(each).__module__.startswith(("torch.nn.modules.", "longspan.")) for each in modules)
-    return known and not any(is_hooked(each) for each in modules) and not any(p.is_meta for p in block.parameters())
+    known = all(type(part).__module__.startswith(("torch.nn.modules.", "longspan.")) for part in modules)
+    return known and not any(is_hooked(part) for part in modules) and not any(p.is_meta for p in block.parameters())
 
 
 def _make(block: nn.Module) -> list[Any]:
@@ -190,8 +189,7 @@ class HuggingFaceBackbone:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See `OwnBackbone`."""
-        found: Tensor = self.embedding(tokens)
-        return found
+        return cast(Tensor, self.embedding(tokens))
 
     def embedding_std(self) -> float:
         """See `OwnBackbone`."""
@@ -216,7 +214,7 @@ class HuggingFaceBackbone:
         with _hooked(self.layers, around):
             out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
         if penalties is not None:
-            runs = [each.__dict__.get("longspan_penalties") for each in self.module.modules()]
+            runs = [part.__dict__.get("longspan_penalties") for part in self.module.modules()]
             penalties.extend(loss for run in runs if run is not None for loss in run.read())
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)
@@ -224,8 +222,7 @@ class HuggingFaceBackbone:
     def output(self, hidden: Tensor) -> Tensor:
         """See `OwnBackbone`."""
         layer = self.output_layer
-        found: Tensor = hidden if layer is None else layer(hidden)
-        return found
+        return hidden if layer is None else cast(Tensor, layer(hidden))
 
     def output_parameters(self) -> list[nn.Parameter]:
         """See `OwnBackbone`."""
@@ -255,7 +252,7 @@ class HuggingFaceBackbone:
 
     def cores(self) -> list[Any]:
         """The mechanisms of converted layers; none where the model is not converted."""
-        return [each.longspan for each in self.module.modules() if hasattr(each, "longspan_family")]
+        return [part.longspan for part in self.module.modules() if hasattr(part, "longspan_family")]
 
     def after_step(self, step: int, generator: torch.Generator | None) -> None:
         """See `OwnBackbone`."""
@@ -282,9 +279,9 @@ def _output_layer(module: nn.Module) -> Any:
 
 def _layers(module: nn.Module, count: int) -> list[nn.Module]:
     """The layers of a Hugging Face model: its list of as many modules as the configuration names."""
-    for found in module.modules():
-        if isinstance(found, nn.ModuleList) and count and len(found) == count:
-            return list(found)
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList) and count and len(part) == count:
+            return list(part)
     return []
 
 

@@ -1,6 +1,6 @@
 """The block of every model: a mixer and a feed-forward, each with its norm and residual."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +41,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
-        y: Tensor = self.dropout(self._in_chunks(x) if 0 < self.chunk < x.shape[:-1].numel() else self._rows(x))
-        return y
+        return cast(
+            Tensor, self.dropout(self._in_chunks(x) if 0 < self.chunk < x.shape[:-1].numel() else self._rows(x))
+        )
 
     def _in_chunks(self, x: Tensor) -> Tensor:
         parts = x.flatten(0, -2).split(self.chunk)
@@ -58,8 +59,7 @@ class FeedForward(nn.Module):
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         else:
             inner = F.gelu(self.up_proj(x)) if self.activation == "gelu" else F.relu(self.up_proj(x))
-        y: Tensor = self.down_proj(inner)
-        return y
+        return cast(Tensor, self.down_proj(inner))
 
     def flops(self, length: int) -> int:
         """FLOPs of the products for `length` tokens."""
@@ -72,8 +72,8 @@ class Block(nn.Module):
 
     def __init__(self, config: StackConfig, index: int, causal: bool) -> None:
         super().__init__()
-        place = index % len(config.mixers)
-        fields = dict(config.mixers[place])
+        entry = index % len(config.mixers)
+        fields = dict(config.mixers[entry])
         self.post = config.norm_position == "post"
         try:
             self.mixer: Mixer = mixers.build(
@@ -89,7 +89,7 @@ class Block(nn.Module):
                 **fields,
             )
         except ConfigError as error:
-            raise ConfigError(f"model.mixers[{place}]: {str(error).removeprefix('mixer: ')}") from None
+            raise ConfigError(f"model.mixers[{entry}]: {str(error).removeprefix('mixer: ')}") from None
         self.mixer_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.ffn_norm = make_norm(config)
@@ -117,5 +117,4 @@ class Block(nn.Module):
 
     def feed(self, h: Tensor) -> Tensor:
         """What a pre-norm block's feed-forward adds to the residual."""
-        y: Tensor = self.ffn(self.ffn_norm(h))
-        return y
+        return cast(Tensor, self.ffn(self.ffn_norm(h)))

@@ -54,21 +54,19 @@ class RecurrentClassifier(nn.Module):
         """See the class."""
         traces = [] if traces is None else traces
         earlier = len(traces)
-        _, following, _ = self.recurrent.run(
+        _, next_state, _ = self.recurrent.run(
             tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
         )
-        found = traces[earlier:]
+        new_traces = traces[earlier:]
         answer = torch.zeros(tokens.shape[0], self.num_classes, device=tokens.device, dtype=place_of(self).dtype)
         # the backbone makes no logits, and where nothing ran there is no answer yet
         unused = [*self.head.parameters(), *self.recurrent.adapter.output_parameters()]
-        answer = with_gradients(answer, unused if found else self)
-        for trace in found:
+        answer = with_gradients(answer, unused if new_traces else self)
+        for trace in new_traces:
             counts = trace.closed | trace.shown if flush else trace.closed
             said = torch.cat([trace.offered.mean(1), trace.last], -1)
             answer = torch.where(counts[:, None], self.head(said), answer)
-        return answer, following
-
-    # -- what the recurrent memory knows of itself --------------------------------------------------------------------
+        return answer, next_state
 
     @property
     def vocab_size(self) -> int:

@@ -61,12 +61,12 @@ class Decoder(Stack):
         if give == "head":
             return self._head()
         with all_or_nothing():
-            h, following, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
+            h, next_state, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
             if give == "hidden":
-                return rows.scatter(h), following
+                return rows.scatter(h), next_state
             if give == "last":
-                return self._head().logits(last_of_each_row(h, rows)), following
-            return rows.scatter(self._head().logits(h)), following
+                return self._head().logits(last_of_each_row(h, rows)), next_state
+            return rows.scatter(self._head().logits(h)), next_state
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., hidden_dim) to logits (..., vocab_size)."""

@@ -19,9 +19,6 @@ class Encoder(Stack):
     causal = False
     config: EncoderConfig
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config)
-
     def forward(
         self,
         tokens: Tensor | None = None,

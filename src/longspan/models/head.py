@@ -58,8 +58,8 @@ class CalledHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
-        found: Tensor = self.linear(hidden)
-        return found if self.bias is None else found + self.bias
+        logits: Tensor = self.linear(hidden)
+        return logits if self.bias is None else logits + self.bias
 
     def softmaxes(self, hidden: Tensor, targets: Tensor) -> list[Softmax]:
         """See `Head`."""
@@ -123,21 +123,21 @@ class AdaptiveHead(NamedTuple):
             weight = torch.cat([weight, self.cluster_weight])
             bias = None if bias is None or self.cluster_bias is None else torch.cat([bias, self.cluster_bias])
         classes = torch.where(cluster == 0, targets, self.cuts[1] + cluster - 1)
-        found = [Softmax(_mapped(hidden, self.maps[0]), weight, bias, classes)]
+        parts = [Softmax(_mapped(hidden, self.maps[0]), weight, bias, classes)]
         for index in range(1, len(self.weights)):
             rows = (cluster == index).nonzero()[:, 0]
             narrow = _mapped(hidden[rows], self.maps[index])
             classes = targets[rows] - self.cuts[index]
-            found.append(Softmax(narrow, self.weights[index], self.biases[index], classes, rows))
-        return found
+            parts.append(Softmax(narrow, self.weights[index], self.biases[index], classes, rows))
+        return parts
 
     def _narrowed(self, hidden: Tensor) -> list[Tensor]:
         """Hidden states in the width of every cluster; a map that clusters share is applied once."""
-        made: dict[int, Tensor] = {}
-        for each in self.maps:
-            if id(each) not in made:
-                made[id(each)] = _mapped(hidden, each)
-        return [made[id(each)] for each in self.maps]
+        narrow: dict[int, Tensor] = {}
+        for weight in self.maps:
+            if id(weight) not in narrow:
+                narrow[id(weight)] = _mapped(hidden, weight)
+        return [narrow[id(weight)] for weight in self.maps]
 
 
 def _mapped(hidden: Tensor, weight: Tensor | None) -> Tensor:
@@ -151,8 +151,8 @@ def _log_softmax(logits: Tensor) -> Tensor:
 def linear_head(module: Any) -> Head | CalledHead:
     """The head of a foreign model, adapters and all; an UnsupportedError where it has none that is a linear map."""
     if not (isinstance(module, nn.Module) and hasattr(module, "in_features") and hasattr(module, "out_features")):
-        found = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
-        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {found}")
+        layer = "no output layer" if module is None else f"an output layer of type {type(module).__name__}"
+        raise UnsupportedError(f"the loss in chunks needs a linear output layer; this model has {layer}")
     return (
         Head(cast(Tensor, module.weight), cast("Tensor | None", module.bias))
         if is_plain(module)

@@ -90,7 +90,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
             )
     # statistics in buffers stay wide in a narrow model
     # a tuned model's weights are those that learn, without those of its source
-    named = [name for name, each in model.named_parameters() if each.is_floating_point() and name in weights]
+    named = [name for name, parameter in model.named_parameters() if parameter.is_floating_point() and name in weights]
     dtypes = {weights[name].dtype for name in named}
     if len(dtypes) == 1:
         model.to(dtypes.pop())

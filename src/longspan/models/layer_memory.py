@@ -161,8 +161,6 @@ class LayerMemory(nn.Module):
         trace = Trace(ran.hidden[:, around.place], last_real(hidden, segment), None, segment.closed, segment.shown)
         return Stepped(hidden, Carried(memory, normaliser, counted(carried.written, segment), state), trace)
 
-    # -- diagonals -------------------------------------------------------------------------------------------------
-
     def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
         """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
         the mechanism's kernels run for several layers at once, without auxiliary losses that are wanted (`penalised`).
@@ -191,7 +189,7 @@ class LayerMemory(nn.Module):
         """Whether a copy of the first layer, stacked with itself, runs as a batch of layers, backward too, and adds no
         auxiliary losses that are wanted.
         """
-        block, maps = (copy.deepcopy(each).eval() for each in (backbone.stack.blocks[0], self.layer(0)))
+        block, maps = (copy.deepcopy(module).eval() for module in (backbone.stack.blocks[0], self.layer(0)))
         width = size + self.config.num_memory_tokens
         h = self.tokens.weight.detach().new_zeros(2, 1, width, self.dim).requires_grad_(torch.is_grad_enabled())
         memory, normaliser = (torch.stack([t[:, 0], t[:, 0]]) for t in self.empty(1))
@@ -235,10 +233,10 @@ class LayerMemory(nn.Module):
                 memories[layer], normalisers[layer], *_ = cut_graph(here, left[diagonal - layer], horizon)
             pick = slice(active.start, active.stop)
             parts = tuple({name: t[pick] for name, t in group.items()} for group in (weights, maps))
-            args = [torch.stack([each[layer] for layer in active]) for each in (inner, memories, normalisers)]
+            args = [torch.stack([by_layer[layer] for layer in active]) for by_layer in (inner, memories, normalisers)]
             h, memory, normaliser = _batched(cell, parts, *args)
-            for place, layer in enumerate(active):
-                inner[layer + 1], memories[layer], normalisers[layer] = h[place], memory[place], normaliser[place]
+            for number, layer in enumerate(active):
+                inner[layer + 1], memories[layer], normalisers[layer] = h[number], memory[number], normaliser[number]
             if active.stop == layers:
                 done.append(stack.norm(inner[layers]))
         traces = [
@@ -268,11 +266,11 @@ def _batched(cell: Cell, parts: Any, *args: Tensor) -> tuple[Tensor, Tensor, Ten
     with warnings.catch_warnings():
         # of kernels without a rule for the batch of layers, which run layer by layer
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        found: tuple[Tensor, Tensor, Tensor] = vmap(cell, randomness="different")(parts, *args)
-    return found
+        after: tuple[Tensor, Tensor, Tensor] = vmap(cell, randomness="different")(parts, *args)
+    return after
 
 
 def _stacked(modules: list[nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers of modules of one make, each name stacked over the modules, differentiable."""
     named = [dict(module.named_parameters()) | dict(module.named_buffers()) for module in modules]
-    return {name: torch.stack([each[name] for each in named]) for name in named[0]}
+    return {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]}

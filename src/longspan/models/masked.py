@@ -73,8 +73,7 @@ class MaskedLM(Stack):
         return self.head().logits(self._transformed(h))
 
     def _transformed(self, h: Tensor) -> Tensor:
-        found: Tensor = self.transform_norm(F.gelu(self.transform(h)))
-        return found
+        return cast(Tensor, self.transform_norm(F.gelu(self.transform(h))))
 
     def head(self) -> Head | CalledHead:
         """The output layer, behind the map, gelu and norm that `hidden` ends with."""

@@ -23,8 +23,8 @@ class FactorisedPositions(nn.Module):
     def __init__(self, shape: tuple[int, ...], dim: int, widths: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.shape, self.beside = shape, bool(widths)
-        each = widths or (dim,) * len(shape)
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in zip(shape, each, strict=True))
+        dims = widths or (dim,) * len(shape)
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in zip(shape, dims, strict=True))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Positions (...) to vectors (..., dim)."""

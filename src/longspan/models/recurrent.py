@@ -104,8 +104,8 @@ class RecurrentMemory(nn.Module):
 
     def __init__(self, backbone: nn.Module, config: RecurrentConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        given = from_dict(RecurrentConfig, fields, "RecurrentMemory")
-        self.config = given if config is None else replace(config, **fields)
+        own = from_dict(RecurrentConfig, fields, "RecurrentMemory")
+        self.config = own if config is None else replace(config, **fields)
         # what stands around a model stays outside: its adapters act inside, its own face knows no segments
         backbone = unwrapped(backbone)
         inner = getattr(backbone, "model", None)
@@ -158,8 +158,6 @@ class RecurrentMemory(nn.Module):
         """Why this model does not stream, where it does not."""
         return "" if self.traits.streams else "alignment = 'right' needs the whole text in one call; 'left' streams"
 
-    # -- a call ----------------------------------------------------------------------------------------------------
-
     def forward(
         self,
         tokens: Tensor,
@@ -172,18 +170,18 @@ class RecurrentMemory(nn.Module):
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See the class."""
-        (hidden, seen), following, rows = self.run(
+        (hidden, seen), next_state, rows = self.run(
             tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
         )
         out = self.adapter.output(hidden)
-        return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), following
+        return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), next_state
 
     def hidden(
         self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
     ) -> tuple[Tensor, RecurrentState | None]:
         """Like a call, but what logits are made of: hidden states (batch, length, dim), zeros where logits are."""
-        (h, seen), following, rows = self.run(tokens, state, **call)
-        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), following
+        (h, seen), next_state, rows = self.run(tokens, state, **call)
+        return rows.scatter(h if seen is None else h.masked_fill(~seen, 0)), next_state
 
     def head(self) -> Head | CalledHead | AdaptiveHead:
         """The backbone's output layer; an UnsupportedError where it has none that is a linear map."""
@@ -212,27 +210,28 @@ class RecurrentMemory(nn.Module):
             old = None if state is None or not stream else state.tokens
             flushed = flush or self.adapter.causal
             segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-            shown, carried, found = self._all(segments, self._carried(state, rows), penalties)
+            shown, carried, new_traces = self._all(segments, self._carried(state, rows), penalties)
             if traces is not None:
-                traces += found
-            self._penalise(found, penalties)
-            following = self._next(state, carried, ids, rows)
+                traces += new_traces
+            self._penalise(new_traces, penalties)
+            next_state = self._next(state, carried, ids, rows)
             if not segments:
                 hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
-                return (hidden, None), following, rows
+                return (hidden, None), next_state, rows
             # nothing is written where no segment closes, nor read in the first
-            hidden = with_gradients(layout.collect(torch.cat(shown, 1)), self.cell)
+            laid = torch.cat(shown, 1) if len(shown) > 1 else shown[0]
+            hidden = with_gradients(layout.collect(laid), self.cell)
             if all(segment.whole for segment in segments):
-                return (hidden, None), following, rows
+                return (hidden, None), next_state, rows
             seen = layout.collect(torch.cat([(s.shown[:, None] & s.fresh)[..., None] for s in segments], 1))
-            return (hidden, seen), following, rows
+            return (hidden, seen), next_state, rows
 
     def last(
         self, tokens: Tensor, state: RecurrentState | None = None, **call: Any
     ) -> tuple[Tensor, RecurrentState | None]:
         """Like a call of the decoder form, but only the logits (batch, vocab_size) of each row's last real token."""
-        (hidden, _), following, rows = self.run(tokens, state, flush=True, **call)
-        return self.adapter.output(last_of_each_row(hidden, rows)), following
+        (hidden, _), next_state, rows = self.run(tokens, state, flush=True, **call)
+        return self.adapter.output(last_of_each_row(hidden, rows)), next_state
 
     def _all(
         self, segments: list[Segment], carried: Carried, penalties: list[Tensor] | None
@@ -259,13 +258,13 @@ class RecurrentMemory(nn.Module):
             traces.append(trace)
         return shown, carried, traces
 
-    def _penalise(self, found: list[Trace], penalties: list[Tensor] | None) -> None:
+    def _penalise(self, traces: list[Trace], penalties: list[Tensor] | None) -> None:
         if penalties is None or not self.config.gate_penalty:
             return
-        for trace in found:
+        for trace in traces:
             if trace.logits is not None:
                 opened = trace.logits.clamp(min=0).mean(1).masked_fill(~trace.closed, 0)
-                penalties.append(self.config.gate_penalty * opened.mean() / len(found))
+                penalties.append(self.config.gate_penalty * opened.mean() / len(traces))
 
     @contextlib.contextmanager
     def segments_of(self, size: int) -> Iterator[None]:
@@ -297,8 +296,6 @@ class RecurrentMemory(nn.Module):
             return carried
         written = host.derive(lambda before, begin: before * ~begin, carried.written, begins)
         return carried.put(begins, *self.cell.empty(len(begins), carried.memory))._replace(written=written)
-
-    # -- state and cost --------------------------------------------------------------------------------------------
 
     def _carried(self, state: RecurrentState | None, rows: Rows) -> Carried:
         """What the call begins with; its counts know their values."""
@@ -385,8 +382,6 @@ class RecurrentMemory(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    # -- training --------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Call after each optimiser step (1, 2, ...): what the backbone does between steps."""

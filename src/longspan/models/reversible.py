@@ -59,23 +59,23 @@ def run_reversible(
     """
     call = _Call(blocks, before, rows, penalties is not None, h.dtype)
     y1 = y2 = h if h.element_size() >= 4 else h.float()
-    given = [t for layer in call.layers for t in layer.given]
-    if inputs is None and states.needs_grad(h, *given):
-        y1, y2, *returned = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, y1, *given))
-        losses, following = call.sort_out(returned)
+    inputs_of_layers = [t for layer in call.layers for t in layer.given]
+    if inputs is None and states.needs_grad(h, *inputs_of_layers):
+        y1, y2, *returned = cast("tuple[Tensor, ...]", _TwoStreams.apply(call, y1, *inputs_of_layers))
+        losses, next_states = call.sort_out(returned)
     else:
-        losses, following = [], []
+        losses, next_states = [], []
         for layer in call.layers:
             if inputs is not None:
                 inputs.append(_joined(y1, y2, streams).to(h.dtype))
             f, after, added = layer.block.attend(y2.to(h.dtype), layer.before, rows, call.collect)
             y1 = y1 + f
             y2 = y2 + layer.block.feed(y1.to(h.dtype))
-            following.append(after)
+            next_states.append(after)
             losses += added
     if penalties is not None:
         penalties += losses
-    return _joined(y1, y2, streams).to(h.dtype), following
+    return _joined(y1, y2, streams).to(h.dtype), next_states
 
 
 def _joined(y1: Tensor, y2: Tensor, streams: Literal["mean", "both"]) -> Tensor:
@@ -168,9 +168,9 @@ class _Layer:
             f, after, losses = self.block.attend(x.to(call.dtype), before, rows, call.collect)
         learnt = [leaf for leaf in leaves if leaf.requires_grad] + given[count : count + self.attending]
         own, *others = _gradients([f, *losses, *_floats(after).values()], [d1, *outer], [x, *learnt])
-        kept = iter(others)
-        of_state = [next(kept) if leaf.requires_grad else None for leaf in leaves]
-        return y1 - f.detach(), x2, d1, d2 if own is None else d2 + own, [*of_state, *kept, *of_feeding]
+        rest = iter(others)
+        of_state = [next(rest) if leaf.requires_grad else None for leaf in leaves]
+        return y1 - f.detach(), x2, d1, d2 if own is None else d2 + own, [*of_state, *rest, *of_feeding]
 
 
 class _Call:
@@ -185,12 +185,12 @@ class _Call:
 
     def sort_out(self, returned: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
         """Returned tensors behind the streams by what they are: losses, and next states."""
-        losses, following, rest = list[Tensor](), [], iter(returned)
+        losses, next_states, rest = list[Tensor](), [], iter(returned)
         for layer in self.layers:
             losses += [next(rest) for _ in range(layer.losses)]
-            following.append(states.replace(layer.after, {name: next(rest) for name in layer.after_names}))
+            next_states.append(states.replace(layer.after, {name: next(rest) for name in layer.after_names}))
             layer.after = None
-        return losses, following
+        return losses, next_states
 
     @contextlib.contextmanager
     def precision(self, device: torch.device) -> Iterator[None]:
@@ -229,17 +229,17 @@ class _TwoStreams(FirstOrder):
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        y1, y2, *given = saved
+        y1, y2, *inputs = saved
         d1, d2 = (torch.zeros_like(y1) if d is None else d for d in gradients[:2])
-        rest, wanted = list(gradients[2:]), list(ctx.needs_input_grad[2:])
-        found: list[Tensor | None] = []
+        rest, needs = list(gradients[2:]), list(ctx.needs_input_grad[2:])
+        input_gradients: list[Tensor | None] = []
         with call.precision(y1.device):
             for layer in reversed(call.layers):
-                own, wants = _taken(given, len(layer.given)), _taken(wanted, len(layer.given))
+                own, wants = _taken(inputs, len(layer.given)), _taken(needs, len(layer.given))
                 outer = _taken(rest, layer.losses + len(layer.after_names))
                 y1, y2, d1, d2, of_layer = layer.undo(call, (y1, y2, d1, d2), own, wants, outer)
-                found = [*of_layer, *found]
-        return None, d1 + d2, *found
+                input_gradients = [*of_layer, *input_gradients]
+        return None, d1 + d2, *input_gradients
 
 
 def _taken(items: list[Any], count: int) -> list[Any]:
@@ -256,5 +256,5 @@ def _gradients(
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
     if not pairs:
         return (None,) * len(inputs)
-    kept, given = zip(*pairs, strict=True)
-    return torch.autograd.grad(kept, inputs, given, allow_unused=True)
+    graphs, outer = zip(*pairs, strict=True)
+    return torch.autograd.grad(graphs, inputs, outer, allow_unused=True)

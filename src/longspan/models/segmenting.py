@@ -86,7 +86,7 @@ def cut_segments(
     parts = [_segments_of(array, rows.device) for array in known]
     ids_of = laid.unflatten(1, shape[1:]).unbind(1) if shape[1] else ()
     whole = [bool(fresh[:, index].all()) for index in range(shape[1])]
-    return [Segment(*each) for each in zip(ids_of, *parts, whole, strict=True)]
+    return [Segment(*fields) for fields in zip(ids_of, *parts, whole, strict=True)]
 
 
 def _segments_of(array: Array, device: torch.device) -> list[Tensor]:

@@ -98,8 +98,6 @@ class Stack(nn.Module):
         """Which layer is the first that does not stream, and why; "" where all of them do."""
         return why_no_stream(self.cores())
 
-    # -- forward ---------------------------------------------------------------------------------------------------
-
     def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
         """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
         return self.place(self.embedding(tokens), rows)
@@ -135,16 +133,17 @@ class Stack(nn.Module):
         Returns:
             Hidden states (B, N, hidden_dim) after the last norm, the next state, and the rows that scatter them back.
         """
-        streams, layers = self.traits.streams, None if state is None else state.layers
+        streams = all(core.traits.streams for core in self.cores())
+        layers = None if state is None else state.layers
         if state is not None and not streams:
             raise UnsupportedError(f"{self.why_no_stream()}; call the model with state=None")
         h, rows = self._begin(tokens, state, mask, reset, inputs_embeds)
         if self.config.reversible:
             if around is not None:
                 raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
-            h, following = run_reversible(self.layers, h, layers, rows, penalties, self.config.streams, inputs)
+            h, next_states = run_reversible(self.layers, h, layers, rows, penalties, self.config.streams, inputs)
         else:
-            following = []
+            next_states = []
             recomputes = self.config.checkpoint and self.training and torch.is_grad_enabled()
             for index, block in enumerate(self.blocks):
                 if around is not None:
@@ -155,10 +154,10 @@ class Stack(nn.Module):
                 h, after, losses = checkpoint(block, *call, use_reentrant=False) if recomputes else block(*call)
                 if around is not None:
                     around.after(index, rows.scatter(h))
-                following.append(after)
+                next_states.append(after)
                 if penalties is not None:
                     penalties.extend(losses)
-        return self.norm(h), StackState(tuple(following), rows.live) if streams else None, rows
+        return self.norm(h), StackState(tuple(next_states), rows.live) if streams else None, rows
 
     def _begin(
         self,
@@ -169,19 +168,19 @@ class Stack(nn.Module):
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, Rows]:
         """What enters the first layer, gathered, and the layout of the call."""
-        given = tokens if inputs_embeds is None else inputs_embeds
-        if given is None or (tokens is not None and inputs_embeds is not None):
+        inputs = tokens if inputs_embeds is None else inputs_embeds
+        if inputs is None or (tokens is not None and inputs_embeds is not None):
             raise ConfigError("give either tokens or inputs_embeds")
         if tokens is not None and tokens.ndim != 2:
             raise ConfigError(f"tokens are {tuple(tokens.shape)}, expected (batch, length)")
-        offset = states.live(state, given.shape[0], given.device)
-        if offset.shape[0] != given.shape[0]:
-            raise ConfigError(f"tokens have {given.shape[0]} rows, the state {offset.shape[0]}")
+        offset = states.live(state, inputs.shape[0], inputs.device)
+        if offset.shape[0] != inputs.shape[0]:
+            raise ConfigError(f"tokens have {inputs.shape[0]} rows, the state {offset.shape[0]}")
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
             reads |= core.layout_inputs(None if state is None else state.layers[index])
-        rows = Rows(offset, given.shape[1], mask, reset, reads=reads)
-        gathered = rows.gather(given)
+        rows = Rows(offset, inputs.shape[1], mask, reset, reads=reads)
+        gathered = rows.gather(inputs)
         if tokens is None:
             return self.place(gathered, rows), rows
         self.check_tokens(gathered)
@@ -202,8 +201,6 @@ class Stack(nn.Module):
                     f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}; "
                     "was the text encoded with another tokenizer?"
                 )
-
-    # -- state and cost --------------------------------------------------------------------------------------------
 
     def init_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -250,8 +247,6 @@ class Stack(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones once."""
         return sum(parameter.numel() for parameter in self.parameters())
-
-    # -- training --------------------------------------------------------------------------------------------------
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
         """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every layer."""

@@ -28,14 +28,9 @@ _KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def register_kind(name: str, model_class: Any, config_class: Any) -> None:
-    """Make another kind of model known.
-
-    Args:
-        name: the kind.
-        model_class: made of a configuration alone; its models have `describe()`, which gives their table. A static
-            method `backbone(config)` gives what a table `memory` goes around, where that is not the model itself; such
-            a backbone has its table as `longspan_table`.
-        config_class: a dataclass of its fields, `vocab_size` among them.
+    """Make another kind of model known: a class made of a configuration (a dataclass, `vocab_size` among its fields),
+    with a method `describe` that gives its table. A static method `backbone(config)` gives what a table `memory` goes
+    around, where that is not the model itself; such a backbone has its table as `longspan_table`.
     """
     _KINDS[name] = (model_class, config_class)
 
@@ -68,8 +63,8 @@ def as_kind(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A resolved table as that of another kind; fields that the other lacks are left out where they are as default."""
     before = to_dict(_KINDS[table["kind"]][1]())
     known = {field.name for field in dataclasses.fields(_KINDS[kind][1])} | {"memory", "classes"}
-    kept = {name: value for name, value in table.items() if name in known or value != before.get(name)}
-    return {**kept, "kind": kind}
+    fields = {name: value for name, value in table.items() if name in known or value != before.get(name)}
+    return {**fields, "kind": kind}
 
 
 def build_model(table: Mapping[str, Any], where: str = "model") -> Any:

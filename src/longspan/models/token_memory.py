@@ -75,12 +75,8 @@ def counted(written: Tensor, segment: Segment) -> Tensor:
 
 
 def cut_graph(carried: Carried, left: Array, horizon: int | None) -> Carried:
-    """Memory and mass detached `horizon`, twice as many, ... segments before each row's last.
-
-    Args:
-        carried: what a segment finds.
-        left: (batch,) segments to each row's end, this one included.
-        horizon: None = never.
+    """What a segment finds, with memory and mass detached where (batch,) `left` segments to the row's end, this one
+    included, are a multiple of the horizon (None = never).
     """
     if horizon is None or not carried.memory.requires_grad:
         return carried
@@ -96,8 +92,8 @@ def last_real(hidden: Tensor, segment: Segment) -> Tensor:
     """Hidden states (batch, size, dim) to those at each row's last real token (batch, dim)."""
     if segment.whole:
         return hidden[:, -1]
-    place = torch.arange(hidden.shape[1], device=hidden.device)
-    index = torch.where(segment.real, place, 0).amax(1)
+    column = torch.arange(hidden.shape[1], device=hidden.device)
+    index = torch.where(segment.real, column, 0).amax(1)
     return hidden[torch.arange(len(index), device=hidden.device), index]
 
 
@@ -194,8 +190,8 @@ class TokenMemory(nn.Module):
 
         def run(memory: Tensor) -> tuple[Tensor, Tensor, Any, list[Tensor]]:
             losses: list[Tensor] = []
-            given = carried._replace(memory=memory)
-            return *self._run(backbone, segment, given, None if penalties is None else losses), losses
+            before = carried._replace(memory=memory)
+            return *self._run(backbone, segment, before, None if penalties is None else losses), losses
 
         if self.config.replay and self.training and torch.is_grad_enabled():
             hidden, new, state, losses = checkpoint(run, carried.memory, use_reentrant=False)
@@ -210,10 +206,10 @@ class TokenMemory(nn.Module):
         else:
             memory, mass, logits = self.update(carried.memory, new, carried.mass)
         trace = Trace(new, last_real(hidden, segment), logits, segment.closed, segment.shown)
-        following = carried._replace(written=counted(carried.written, segment), backbone=state)
+        after = carried._replace(written=counted(carried.written, segment), backbone=state)
         if segment.whole or host.every(segment.closed):
-            return Stepped(hidden, following._replace(memory=memory, mass=mass), trace)
-        return Stepped(hidden, following.put(segment.closed, memory, mass), trace)
+            return Stepped(hidden, after._replace(memory=memory, mass=mass), trace)
+        return Stepped(hidden, after.put(segment.closed, memory, mass), trace)
 
     def _run(
         self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None

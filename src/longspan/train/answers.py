@@ -81,7 +81,7 @@ class Answers:
             "low": low,
             "high": high,
             "tokens_per_second": self.tokens_per_second,
-            "answers": "".join("1" if each else "0" for each in self.right),
+            "answers": "".join("1" if right else "0" for right in self.right),
         }
 
 

@@ -81,10 +81,9 @@ def save(
 
     Args:
         folder: the run's `checkpoints`.
-        position, model: of the run.
+        position, model, group: of the run.
         tensors: optimiser and generators, the same in every process or already gathered.
         carried: states of this process's groups of lanes; None where nothing is carried.
-        group: the processes.
         keep: how many checkpoints stay.
 
     Raises:
@@ -101,7 +100,7 @@ def save(
             write_tensors(filled / TRAINING, tensors, {"kind": "training"})
 
     def seal(filled: Path) -> None:
-        files = {each.name: folders.digest(each) for each in sorted(filled.iterdir()) if each.is_file()}
+        files = {file.name: folders.digest(file) for file in sorted(filled.iterdir()) if file.is_file()}
         blocks = len(carried) * group.world_size
         # as it will be read: a digest of keys that JSON turns into text would be another
         meta = json.loads(json.dumps({"position": asdict(position), "blocks": blocks, "files": files}))

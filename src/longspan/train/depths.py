@@ -46,12 +46,12 @@ class Depths:
     @property
     def right(self) -> int:
         """Samples whose answer holds the number."""
-        return sum(sum(each) for each in self.contained.values())
+        return sum(sum(answers) for answers in self.contained.values())
 
     @property
     def count(self) -> int:
         """All samples."""
-        return sum(len(each) for each in self.contained.values())
+        return sum(len(answers) for answers in self.contained.values())
 
     def record(self) -> dict[str, Any]:
         """Plain data."""
@@ -91,19 +91,19 @@ def evaluate_depths(
         progress: called with the share that is done.
     """
     model.eval()
-    found, started = Depths(task.config.length), time.perf_counter()
+    results, started = Depths(task.config.length), time.perf_counter()
     ordered = sorted(set(depths))
     samples = [task.parts(np.random.default_rng([seed, index, 3]), "validation") for index in range(count)]
     shared = len({part.filler for part in samples}) == 1
     groups = [samples] if shared else [[part] for part in samples]
     for number, group in enumerate(groups):
-        for done, (depth, state) in enumerate(_prefixes(model, task, group[0], ordered, found)):
-            _ask(model, task, group, depth, state, found)
+        for done, (depth, state) in enumerate(_prefixes(model, task, group[0], ordered, results)):
+            _ask(model, task, group, depth, state, results)
             if progress is not None:
                 progress((number + (done + 1) / len(ordered)) / len(groups))
-            found.resident = max(found.resident or 0, resident_bytes() or 0) or None
-    found.seconds = time.perf_counter() - started
-    return found
+            results.resident = max(results.resident or 0, resident_bytes() or 0) or None
+    results.seconds = time.perf_counter() - started
+    return results
 
 
 def _prefixes(
@@ -113,10 +113,10 @@ def _prefixes(
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
     state = _read(model, _tokens([part.head]), _read(model, begin, model.init_state(1)))
     for depth in depths:
-        place = part.place(depth)
-        state = _read(model, _tokens([part.filler[done:place]]), state)
-        found.tokens += place - done
-        done = place
+        end = part.place(depth)
+        state = _read(model, _tokens([part.filler[done:end]]), state)
+        found.tokens += end - done
+        done = end
         yield depth, state
 
 
@@ -135,9 +135,9 @@ def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, st
     answers = torch.cat(said, 1).tolist()
     scores = [score(list(part.number), answer) for part, answer in zip(group, answers, strict=True)]
     found.contained.setdefault(depth, []).extend(whole for _, whole in scores)
-    held = len(found.contained[depth])
+    count = len(found.contained[depth])
     share = sum(right for right, _ in scores)
-    found.digits[depth] = (found.digits.get(depth, 0.0) * (held - len(group)) + share) / held
+    found.digits[depth] = (found.digits.get(depth, 0.0) * (count - len(group)) + share) / count
     found.state_bytes = states.nbytes(states.select(rows, rows.live.new_zeros(1)))
 
 

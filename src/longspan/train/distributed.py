@@ -53,9 +53,9 @@ class Group:
         if self.world_size == 1:
             return [tensor]
         here = tensor.to(self.device)
-        found = [torch.empty_like(here) for _ in range(self.world_size)]
-        dist.all_gather(found, here)
-        return [each.to(tensor.device) for each in found]
+        gathered = [torch.empty_like(here) for _ in range(self.world_size)]
+        dist.all_gather(gathered, here)
+        return [part.to(tensor.device) for part in gathered]
 
     def share_parameters(self, model: nn.Module) -> None:
         """Give every process the parameters and buffers of the first one."""

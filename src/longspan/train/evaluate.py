@@ -142,11 +142,12 @@ def evaluate_text(
         raise UnsupportedError("this model does not stream; evaluate it with memory=False")
     group = group or Group(device=place_of(model).device)
     restart = None if memory else segment_length or chunk
-    totals = np.zeros((4, len(documents)))
-    head = adaptive_head(model)
-    calls: dict[str, Any] = {"chunk": chunk, "batch": batch, "restart": restart, "group": group}
+    totals, head = np.zeros((4, len(documents))), adaptive_head(model)
     read, total, going = 0, -(-int(documents.lengths.sum()) // group.world_size), True
-    with contextlib.closing(read_documents(model, documents, **calls, hidden=head is not None)) as outputs:
+    calls = read_documents(
+        model, documents, chunk=chunk, batch=batch, restart=restart, group=group, hidden=head is not None
+    )
+    with contextlib.closing(calls) as outputs:
         for out, part in outputs:
             totals += _totals(out, part, len(documents), head)
             read += int((part.document >= 0).sum())
@@ -157,11 +158,9 @@ def evaluate_text(
     *sums, ended = group.sum(*totals.ravel().tolist(), float(not going))
     if ended:
         raise EvaluationStopped
-    summed = np.array(sums).reshape(totals.shape)
-    nats, tokens, units, correct = summed
-    return Evaluation(
-        tuple(documents.names), nats, tokens.astype(np.int64), units.astype(np.int64), correct.astype(np.int64), unit
-    )
+    nats, *counts = np.array(sums).reshape(totals.shape)
+    tokens, units, correct = (count.astype(np.int64) for count in counts)
+    return Evaluation(tuple(documents.names), nats, tokens, units, correct, unit)
 
 
 def read_documents(
@@ -243,7 +242,7 @@ def _totals(out: Tensor, part: Batch, count: int, head: AdaptiveHead | None) -> 
         likeliest = out.argmax(-1)
     else:
         rows = out.flatten(0, 1).split(_ROWS)
-        likeliest = torch.cat([head.logits(each).argmax(-1) for each in rows]).view(targets.shape)
+        likeliest = torch.cat([head.logits(part_rows).argmax(-1) for part_rows in rows]).view(targets.shape)
     right = (likeliest == targets).cpu().numpy()
     graded = part.graded.numpy()
     document = part.document.numpy()[graded]

@@ -33,16 +33,13 @@ def publish(path: Path) -> None:
 def write_folder(
     path: Path, fill: Callable[[Path], object], seal: Callable[[Path], object] | None = None, group: Group | None = None
 ) -> Path:
-    """Make the folder `path`; on failure an earlier one stands.
+    """Make the folder `path`; on failure, a CheckpointError, an earlier one stands.
 
     Args:
         path: the folder.
         fill: called by every process with the folder to write into.
         seal: called by the main process when all have filled it.
         group: the processes; None: this one alone.
-
-    Raises:
-        CheckpointError: the disk is full or not writable.
     """
     group, filled = group or Group(), hidden_name(path)
     try:

@@ -189,21 +189,21 @@ class Lanes(Iterator[Batch]):
 
     def _advance(self, lane: int) -> list[tuple[int, int, int]]:
         """Move a lane one segment on; the stretches (piece, first, last) it reads on the way."""
-        piece, place = self._places[lane]
+        piece, position = self._places[lane]
         plan, room = [], self.segment_length
         while room:
             if piece == NO_PIECE:
                 piece = self._deal()
                 if piece == NO_PIECE:
                     break
-                place = int(self._pieces[piece, 1])
+                position = int(self._pieces[piece, 1])
             end = int(self._pieces[piece, 2])
-            last = min(place + room, end)
-            if last > place:
-                plan.append((piece, place, last))
-            room -= last - place
-            piece, place = (NO_PIECE, 0) if last == end else (piece, last)
-        self._places[lane] = (piece, place)
+            last = min(position + room, end)
+            if last > position:
+                plan.append((piece, position, last))
+            room -= last - position
+            piece, position = (NO_PIECE, 0) if last == end else (piece, last)
+        self._places[lane] = (piece, position)
         return plan
 
     def _deal(self) -> int:
@@ -229,7 +229,7 @@ class Lanes(Iterator[Batch]):
         return {
             "epoch": self._epoch,
             "dealt": self._dealt,
-            "places": [list(place) for place in self._places],
+            "places": [list(position) for position in self._places],
             "pieces": len(self._pieces),
             "fingerprint": self.documents.fingerprint,
         }
@@ -242,7 +242,7 @@ class Lanes(Iterator[Batch]):
             raise CheckpointError(f"this run has {len(state['places'])} lanes, not {self.lanes}")
         self._epoch, self._dealt = state["epoch"], state["dealt"]
         self._order = self._order_of(self._epoch)
-        self._places = [(piece, place) for piece, place in state["places"]]
+        self._places = [(piece, position) for piece, position in state["places"]]
 
 
 def _pieces(lengths: Array, lanes: int) -> Array:

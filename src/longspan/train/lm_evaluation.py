@@ -78,7 +78,7 @@ def place_nats(
         raise UnsupportedError("this model does not stream; give it windows")
     cuts = cut(documents.lengths, window)
     read = documents if window is None else windowed(documents, cuts)
-    found = [np.zeros(length, dtype=np.float32) for length in documents.lengths.tolist()]
+    losses = [np.zeros(length, dtype=np.float32) for length in documents.lengths.tolist()]
     done = np.zeros(len(read), dtype=np.int64)
     if window is not None and not model.traits.streams:
         # such a model sees a window as a whole
@@ -95,11 +95,11 @@ def place_nats(
             for first, last in itertools.pairwise(borders):
                 if (number := int(line[first])) >= 0:
                     index, start, scored, _ = cuts[number].tolist()
-                    place = start + int(done[number])
-                    skipped = min(max(scored - place, 0), last - first)
-                    found[index][place + skipped : place + last - first] = nats[row, first + skipped : last]
+                    position = start + int(done[number])
+                    skipped = min(max(scored - position, 0), last - first)
+                    losses[index][position + skipped : position + last - first] = nats[row, first + skipped : last]
                     done[number] += last - first
-    return found
+    return losses
 
 
 def cut(lengths: Array, window: Window | None) -> Array:
@@ -167,9 +167,9 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         lines_count: the end of a line is counted as a word (WikiText's official counts).
     """
     table = [tokenizer.decode([index]) for index in range(tokenizer.vocab_size)]
-    spelt = np.array([len(each) for each in table], dtype=np.int64)
+    spelt = np.array([len(spelling) for spelling in table], dtype=np.int64)
     # a token without bytes (the end of a line, for words) has no character either, though it is written as one
-    begun = np.array([sum(byte & 0xC0 != 0x80 for byte in each) for each in table], dtype=np.int64)
+    begun = np.array([sum(byte & 0xC0 != 0x80 for byte in spelling) for spelling in table], dtype=np.int64)
     begun[tokenizer.sizes == 0] = 0
     counts: list[tuple[int, int, int]] = []
     sizes, owners, spelled, unfinished = [], [], [], []
@@ -188,14 +188,13 @@ def count_text(documents: Documents, tokenizer: Tokenizer, *, lines_count: bool 
         spelled.append(words)
         unfinished.append(_goes_on(item) and not text[-1:].isspace())
         counts.append((len(ids), int(begun[ids].sum()), len(words) + (text.count(b"\n") if lines_count else 0)))
-    columns = np.array(counts, dtype=np.int64).reshape(-1, 3).T
-    units = np.array([int(each.sum()) for each in sizes], dtype=np.int64)
+    tokens, characters, words_in = np.array(counts, dtype=np.int64).reshape(-1, 3).T
     return TextCounts(
         names=tuple(documents.names),
-        tokens=columns[0],
-        units=units,
-        characters=columns[1],
-        words=columns[2],
+        tokens=tokens,
+        units=np.array([int(size.sum()) for size in sizes], dtype=np.int64),
+        characters=characters,
+        words=words_in,
         sizes=tuple(sizes),
         word_of=tuple(owners),
         spelled=tuple(spelled),
@@ -234,7 +233,7 @@ def summary(nats: Sequence[Array], counts: TextCounts, words: int | None = None)
 
 def totals_of(nats: Sequence[Array]) -> Array:
     """(documents,) fp64 sums."""
-    return np.array([each.sum(dtype=np.float64) for each in nats])
+    return np.array([losses.sum(dtype=np.float64) for losses in nats])
 
 
 def difference(nats: Sequence[Array], other: Sequence[Array], units: Array) -> Interval:
@@ -271,38 +270,30 @@ def by_place(readings: Mapping[str, Sequence[Array]], counts: TextCounts) -> lis
 def by_frequency(
     readings: Mapping[str, Sequence[Array]], counts: TextCounts, seen: Mapping[bytes, int]
 ) -> list[Bucket]:
-    """Bits per word by how often the word stands in the training text, after the Compressive Transformer.
+    """Bits per word by how often the word stands in the training text (`count_words`), after the Compressive
+    Transformer.
 
     The last word of a document that was cut inside of it is left out: what there is of it is no word.
-
-    Args:
-        readings: `place_nats` of each.
-        counts: of the same documents.
-        seen: of `count_words`.
     """
     edges = [*FREQUENCIES, np.inf]
     buckets, words = [], []
     for spelled, cut in zip(counts.spelled, counts.cut or len(counts.spelled) * (False,), strict=True):
         times = np.array([seen.get(_bare(word), 0) for word in spelled], dtype=np.int64)
-        found = np.searchsorted(FREQUENCIES, times, side="right") - 1
+        bucket = np.searchsorted(FREQUENCIES, times, side="right") - 1
         if cut:
-            found[-1:] = -1
-        words.append(np.bincount(found[found >= 0], minlength=len(FREQUENCIES)))
-        buckets.append(found)
+            bucket[-1:] = -1
+        words.append(np.bincount(bucket[bucket >= 0], minlength=len(FREQUENCIES)))
+        buckets.append(bucket)
     places = [
-        found[owner] if len(found) else np.full(len(owner), -1)
-        for found, owner in zip(buckets, counts.word_of, strict=True)
+        bucket[owner] if len(bucket) else np.full(len(owner), -1)
+        for bucket, owner in zip(buckets, counts.word_of, strict=True)
     ]
     return _buckets(readings, places, np.array(words, dtype=np.float64), edges)
 
 
 def count_words(texts: Iterable[tuple[str, Array]], tokenizer: Tokenizer | None = None) -> dict[bytes, int]:
-    """How often each word stands in a text, without punctuation around it.
-
-    Args:
-        texts: documents (name, bytes).
-        tokenizer: one of words counts what it makes of the text, all that it does not know as `<unk>`; other ones spell
-            any word, and with them or None words lie between white space of ASCII.
+    """How often each word stands in documents (name, bytes), without punctuation around it. A tokenizer of words counts
+    what it makes of the text, all that it does not know as `<unk>`; with other ones words lie between white space.
     """
     counter: Counter[bytes] = Counter()
     if isinstance(tokenizer, Words):
@@ -328,13 +319,8 @@ def _bare(word: bytes) -> bytes:
 def _buckets(
     readings: Mapping[str, Sequence[Array]], places: Sequence[Array], units: Array, edges: Sequence[float]
 ) -> list[Bucket]:
-    """Buckets between edges that hold anything.
-
-    Args:
-        readings: losses.
-        places: (tokens,) number of the bucket of each token, for each document; -1: none.
-        units: (documents, buckets) what losses are divided by.
-        edges: one more than buckets.
+    """Buckets between edges that hold anything, of losses divided by units (documents, buckets), given the number of
+    the bucket of each token of each document (-1: none).
     """
     bits = {name: _sums(nats, places, len(edges) - 1) / math.log(2) for name, nats in readings.items()}
     buckets = []
@@ -354,8 +340,8 @@ def _buckets(
 def _sums(values: Sequence[Array], places: Sequence[Array], count: int) -> Array:
     """(documents, count) fp64 sums of values by bucket."""
     rows = [
-        np.bincount(place[place >= 0], weights=value[place >= 0], minlength=count)
-        for value, place in zip(values, places, strict=True)
+        np.bincount(bucket[bucket >= 0], weights=value[bucket >= 0], minlength=count)
+        for value, bucket in zip(values, places, strict=True)
     ]
     return np.array(rows, dtype=np.float64).reshape(len(rows), count)
 

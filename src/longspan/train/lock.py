@@ -42,7 +42,7 @@ def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
         CheckpointError: the folder cannot be written, or another process trains in it.
     """
     start = Start()
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     descriptor: int | None = None
     try:
         try:
@@ -57,9 +57,9 @@ def reserved(folder: Path, *, resume: bool) -> Iterator[Start]:
             if descriptor is not None:
                 (folder / NAME).unlink(missing_ok=True)
             if not start.begun:
-                for each in made:
+                for path in new_folders:
                     with contextlib.suppress(OSError):
-                        each.rmdir()
+                        path.rmdir()
         finally:
             if descriptor is not None:
                 os.close(descriptor)
@@ -99,8 +99,8 @@ def _undone_unless_begun(folder: Path, start: Start, resume: bool) -> Iterator[N
     before = {path.name for path in folder.iterdir()}
     try:
         checkpoints.mkdir(exist_ok=True)
-        for each in (folder, checkpoints):
-            folders.remove_leftovers(each)
+        for parent in (folder, checkpoints):
+            folders.remove_leftovers(parent)
         if not resume and tokenizer.exists():
             os.replace(tokenizer, aside)
     except OSError as error:

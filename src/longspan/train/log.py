@@ -36,8 +36,8 @@ class Log:
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
-        kept = [line for line in read_log(path) if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        lines = [line for line in read_log(path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
 

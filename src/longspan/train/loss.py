@@ -65,11 +65,11 @@ def chunked_next_token_loss(
         graded: (batch, length) bool, targets that count; None: all.
         chunk: rows whose logits exist at once; 0: all, kept for the backward pass.
     """
-    rows, wanted = hidden.flatten(0, 1), targets.flatten()
+    rows, classes = hidden.flatten(0, 1), targets.flatten()
     if graded is not None:
         index = graded.flatten().nonzero()[:, 0]
-        rows, wanted = rows[index], wanted[index]
-    return torch.stack([_nats(part, chunk).sum() for part in head.softmaxes(rows, wanted)]).sum()
+        rows, classes = rows[index], classes[index]
+    return torch.stack([_nats(part, chunk).sum() for part in head.softmaxes(rows, classes)]).sum()
 
 
 def head_nats(hidden: Tensor, head: Head | CalledHead | AdaptiveHead, targets: Tensor, *, chunk: int = 0) -> Tensor:
@@ -91,8 +91,8 @@ def _nats(part: Softmax, chunk: int) -> Tensor:
     assert part.weight is not None
     if not chunk:
         return token_nats(functional.linear(part.hidden, part.weight, part.bias)[None], part.targets[None])[0]
-    given = part.hidden, part.weight, part.bias, part.targets, chunk
-    nats: Tensor = _ChunkedNats.apply(*given)
+    arguments = part.hidden, part.weight, part.bias, part.targets, chunk
+    nats: Tensor = _ChunkedNats.apply(*arguments)
     return nats
 
 

@@ -62,7 +62,8 @@ def open_run(
         model, note = reshape(model, assignments)
     if text and not isinstance(task, TextTask):
         raise CheckpointError(f"{folder}: a run of the task {type(task).__name__}, not of text, which this verb reads")
-    return OpenedRun(place(model, device, dtype), task, (note,) if note else ())
+    model.to(choose_device(device, what="--device"), parse_dtype(dtype))
+    return OpenedRun(model, task, (note,) if note else ())
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
@@ -73,11 +74,6 @@ def parse_dtype(name: str) -> torch.dtype | None:
         raise ConfigError(f"--dtype {name!r}: one of {', '.join(DTYPES)}")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def place(model: Any, device: str, dtype: str) -> Any:
-    """The model on a device and in a floating-point type, by their names; raises as `open_run` does."""
-    return model.to(choose_device(device, what="--device"), parse_dtype(dtype))
 
 
 def is_pretrained_folder(folder: str | Path) -> bool:

@@ -143,7 +143,7 @@ class Line:
 def describe(line: dict[str, Any]) -> dict[str, str]:
     """A log line in words, by column; empty where it holds no such figure."""
     unit = line["unit"]
-    bits, held = line.get(f"bits_per_{unit}"), line.get("validation", {}).get(f"bits_per_{unit}")
+    bits, held_back = line.get(f"bits_per_{unit}"), line.get("validation", {}).get(f"bits_per_{unit}")
     speed, memory, eta = line.get("tokens_per_second"), line.get("memory"), line.get("eta")
     right = line.get("accuracy")
     loss = "" if bits is None else f"{bits:.4f} bits/{unit}"
@@ -152,7 +152,7 @@ def describe(line: dict[str, Any]) -> dict[str, str]:
     return {
         "step": f"step {line['step']}",
         "loss": loss,
-        "validation": "" if held is None else f"held back {held:.4f}",
+        "validation": "" if held_back is None else f"held back {held_back:.4f}",
         "speed": "" if speed is None else f"{speed:,.0f} tokens/s",
         "memory": "" if memory is None else f"{memory / 2**30:.2f} GiB",
         "eta": "" if eta is None else f"{_clock(eta)} left",

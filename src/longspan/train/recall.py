@@ -102,8 +102,8 @@ class Curriculum(Stages):
             self.penalty = min(config.gate_penalty, self.penalty + config.gate_penalty * config.gate_ramp)
         else:
             self.penalty = max(0.95 * self.penalty, config.gate_floor * config.gate_penalty)
-        wanted = config.accuracy if self.length == self.full else config.short_accuracy
-        return self.count(accuracy if segments == self.segments else None, wanted)
+        threshold = config.accuracy if self.length == self.full else config.short_accuracy
+        return self.count(accuracy if segments == self.segments else None, threshold)
 
     def further(self) -> bool:
         """Longer segments, then more of them."""
@@ -147,20 +147,17 @@ def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tu
 
 
 def gate_losses(traces: list[Trace], batch: Samples, config: CurriculumConfig) -> tuple[Tensor, Tensor]:
-    """What is asked of the gates, the last segment's apart, as nothing is read after it.
-
-    Returns:
-        The mean of softplus(logit + margin) where no fact stands, and of softplus(evidence - largest logit) where a
-        whole one does; zeros where there is nothing to ask, or no gate.
+    """What is asked of the gates, the last segment's apart, as nothing is read after it: the mean of softplus(logit +
+    margin) where no fact stands, and of softplus(evidence - largest logit) where a whole one does; else zeros.
     """
-    nothing = batch.answers.new_zeros((), dtype=torch.float32)
+    zero = batch.answers.new_zeros((), dtype=torch.float32)
     logits = [trace.logits for trace in traces if trace.logits is not None]
     if len(logits) < 2:
-        return nothing, nothing
-    found = torch.stack(logits[:-1], 1)
+        return zero, zero
+    gates = torch.stack(logits[:-1], 1)
     none, whole = batch.none[:, :-1], batch.whole[:, :-1]
-    closed = F.softplus(found[none] + config.gate_margin).mean() if bool(none.any()) else nothing
-    opened = F.softplus(config.gate_evidence - found[whole].amax(-1)).mean() if bool(whole.any()) else nothing
+    closed = F.softplus(gates[none] + config.gate_margin).mean() if bool(none.any()) else zero
+    opened = F.softplus(config.gate_evidence - gates[whole].amax(-1)).mean() if bool(whole.any()) else zero
     return closed, opened
 
 
@@ -189,7 +186,7 @@ class RecallTrainer(StagedTrainer):
 
     def _backward(self, batch: Samples, size: int) -> tuple[float, float]:
         """Add the gradient of a batch; its loss on answers and its accuracy."""
-        batch = Samples(*(each.to(self.device) for each in batch))
+        batch = Samples(*(tensor.to(self.device) for tensor in batch))
         traces: list[Trace] = []
         penalties: list[Tensor] = []
         with self.model.recurrent.segments_of(size):

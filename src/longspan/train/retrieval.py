@@ -90,6 +90,10 @@ class Retrieval(Stages):
         mentions = self.mentions if random.random() < 0.8 else 0
         return mentions, length, math.exp(random.uniform(0, math.log(self.repeats)))
 
+    def add(self, right: float) -> bool:
+        """Count a batch; True where a new stage begins."""
+        return self.count(right, self.config.accuracy)
+
     def further(self) -> bool:
         """Fewer mentions, then longer texts, then heavier memories."""
         if self.mentions:
@@ -113,24 +117,20 @@ class Retrieval(Stages):
 
 
 def repeated(model: Decoder, state: StackState, times: float) -> StackState:
-    """The state of a model that has read the same text `times` times over, where its memories only add.
-
-    Windows and open segments stay as they are. (Of `linear` it would not be exact: positions reach its keys.)
-
-    Raises:
-        ConfigError: a layer that is neither a window nor an infini memory that only adds.
+    """The state of a model that has read the same text `times` times over, where its memories only add; a ConfigError
+    where one does more. Windows and open segments stay. (`linear` would not be exact: positions reach its keys.)
     """
     layers = []
-    for block, each in zip(model.layers, state.layers, strict=True):
+    for block, memory in zip(model.layers, state.layers, strict=True):
         core = block.mixer.core
         if isinstance(core, InfiniCore) and core.adds:
-            each = each._replace(values=each.values * times, keys=each.keys * times)
+            memory = memory._replace(values=memory.values * times, keys=memory.keys * times)
         elif not isinstance(core, WindowCore):
             raise ConfigError(
                 f"train.repeats: the memory of {type(core).__name__} is not a sum over what it has read; "
                 "set train.repeats = 1, or use infini with update linear and normaliser paper"
             )
-        layers.append(each)
+        layers.append(memory)
     return state._replace(layers=tuple(layers))
 
 
@@ -163,7 +163,7 @@ class RetrievalTrainer(StagedTrainer):
         with_penalties(total, penalties).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
-        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
+        return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))
 
     def title(self) -> str:
         """See the base."""
@@ -190,8 +190,8 @@ def draw_texts(
     drawn = []
     for row in range(rows):
         random = np.random.default_rng([*seed, row])
-        place = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
-        piece = same.sample(random, place, "train")
+        depth = len(DEPTHS) - 1 if random.random() < at_end else int(random.integers(len(DEPTHS)))
+        piece = same.sample(random, depth, "train")
         drawn.append((piece.tokens, piece.graded))
     tokens, graded = (torch.from_numpy(np.stack(rows)) for rows in zip(*drawn, strict=True))
     return tokens, graded

@@ -94,16 +94,16 @@ def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
     """Of a classifier on a memory task its curriculum, of tasks that have one theirs where it is named, else usual."""
-    name, given = recipe.get("task", {}).get("name"), recipe.get("train", {})
+    name, table = recipe.get("task", {}).get("name"), recipe.get("train", {})
     if name == "memory" and "classes" in recipe.get("model", {}):
         return CurriculumConfig
-    if "curriculum" in given:
+    if "curriculum" in table:
         of_task = next((config for config, known in _CURRICULA.values() if name in known), None)
-        config, known = _CURRICULA.get(given["curriculum"], (of_task, (name,)))
+        config, known = _CURRICULA.get(table["curriculum"], (of_task, (name,)))
         if config is None or name not in known:
-            words = {each: " and ".join(tasks) for each, (_, tasks) in _CURRICULA.items()}
-            only = ", ".join(f"{each!r} for {tasks} only" for each, tasks in words.items())
-            raise ConfigError(f"train.curriculum = {given['curriculum']!r}: {only}; the task is {name!r}")
+            words = {curriculum: " and ".join(tasks) for curriculum, (_, tasks) in _CURRICULA.items()}
+            only = ", ".join(f"{curriculum!r} for {tasks} only" for curriculum, tasks in words.items())
+            raise ConfigError(f"train.curriculum = {table['curriculum']!r}: {only}; the task is {name!r}")
         return config
     return TrainConfig
 

@@ -112,12 +112,7 @@ class Optimization:
 
 
 class Stepper(Optimization):
-    """A model in training on lanes, and what these carry.
-
-    Args:
-        model: a language model with `parameter_groups` and `after_step`.
-        config: of the run.
-        group: the processes.
+    """A language model in training on lanes, and what these carry; arguments as of the base.
 
     Raises:
         ConfigError: a process's lanes cannot be split evenly into groups.
@@ -139,12 +134,7 @@ class Stepper(Optimization):
         self.carried = [None] * config.accumulation
 
     def step(self, batches: Sequence[Batch], *, step: int, rate: float) -> StepResult:
-        """Train on the next segments of this process's lanes.
-
-        Args:
-            batches: `bptt_segments` consecutive ones.
-            step: optimiser steps done before this one.
-            rate: what every group's learning rate is multiplied with.
+        """Train on `bptt_segments` consecutive segments of this process's lanes; other arguments as of `update`.
 
         Raises:
             DivergedError: the loss or the gradient is not finite; parameters are as before the step.

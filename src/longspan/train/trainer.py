@@ -78,8 +78,8 @@ class Trainer(TrainingLoop):
     def _logged(self) -> dict[str, Any] | None:
         """The figures that the log holds of this step."""
         lines = [line for line in read_log(self.folder / "log.jsonl") if "validation" in line]
-        found = [line["validation"] for line in lines if line["step"] == self.position.step]
-        return cast(dict[str, Any], found[-1]) if found else None
+        figures = [line["validation"] for line in lines if line["step"] == self.position.step]
+        return cast(dict[str, Any], figures[-1]) if figures else None
 
     def _train(self, rate: float) -> StepResult:
         batches = [next(self.lanes) for _ in range(self.config.bptt_segments)]

@@ -53,12 +53,12 @@ class Support:
     @property
     def sizes(self) -> list[float]:
         """Keys with a weight, a query, of each head."""
-        return [float(each) for each in self.kept / max(self.queries, 1)]
+        return [float(size) for size in self.kept / max(self.queries, 1)]
 
     @property
     def shares(self) -> list[float]:
         """Share of the keys seen that have a weight, of each head."""
-        return [float(each) for each in self.kept / self.seen.clamp(min=1)]
+        return [float(share) for share in self.kept / self.seen.clamp(min=1)]
 
 
 def head_supports(
@@ -73,8 +73,8 @@ def head_supports(
     """How many keys each head gives a weight that is not zero; arguments as in `watch_layers`."""
     counted = {}
     for core in cores:
-        nothing = torch.zeros(core.shape.num_heads, dtype=torch.float64)
-        counted[id(core)] = Support(nothing, nothing.clone())
+        zeros = torch.zeros(core.shape.num_heads, dtype=torch.float64)
+        counted[id(core)] = Support(zeros, zeros.clone())
 
     def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
         support, real = counted[id(core)], given[4].real_columns()

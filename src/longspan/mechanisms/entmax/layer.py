@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.kv_cache import KeyValueCore, visible
+from longspan.contract.kv_cache import KeyValueCore, KeyValueState, visible
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
@@ -69,12 +69,15 @@ class EntmaxCore(KeyValueCore):
         """Bring the alphas back into [1, 2]."""
         self.alpha_minus_one.clamp_(0.0, 1.0)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, memory: int) -> Tensor:
-        """See `KeyValueCore`."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+    ) -> tuple[Tensor, KeyValueState | None]:
+        """See `Core.forward`."""
+        q, k, v, memory, following = self.joined(q, k, v, state, rows)
         read = rows.read(self.layout_inputs(None))[self, "alpha"]
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
         causal, window = self.shape.causal, self.config.window
-        return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory))
+        return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), following
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """The alphas: a head's is served by the formula that is fastest for it."""

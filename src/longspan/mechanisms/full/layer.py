@@ -2,12 +2,13 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from longspan import ops
 from longspan.contract.base import Traits
-from longspan.contract.kv_cache import KeyValueCore, visible
+from longspan.contract.kv_cache import KeyValueCore, KeyValueState, visible
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import pairs_within
 
@@ -27,9 +28,12 @@ class FullCore(KeyValueCore):
         """Unbounded: the state is the text."""
         return Traits(streams=self.shape.causal)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, memory: int) -> Tensor:
-        """See `KeyValueCore`."""
-        return ops.full_attention(q, k, v, causal=self.shape.causal, **visible(rows, memory))
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+    ) -> tuple[Tensor, KeyValueState | None]:
+        """See `Core.forward`."""
+        q, k, v, memory, following = self.joined(q, k, v, state, rows)
+        return ops.full_attention(q, k, v, causal=self.shape.causal, **visible(rows, memory)), following
 
     def entries(self, length: int) -> int:
         """See `KeyValueCore`."""

@@ -3,13 +3,14 @@
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.kv_cache import KeyValueCore, first_of_segment, visible
+from longspan.contract.kv_cache import KeyValueCore, KeyValueState, first_of_segment, visible
 from longspan.contract.rows import Rows
 from longspan.contract.sizes import pairs_within
 
@@ -47,17 +48,20 @@ class WindowCore(KeyValueCore):
         segment = self.config.window if self.config.blocks else None
         return Traits(streams=self.shape.causal, bounded=True, segment=segment)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows, memory: int) -> Tensor:
-        """See `KeyValueCore`."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+    ) -> tuple[Tensor, KeyValueState | None]:
+        """See `Core.forward`."""
+        q, k, v, memory, following = self.joined(q, k, v, state, rows)
         window, blocks, causal = self.config.window, self.config.blocks, self.shape.causal
         seen = visible(rows, memory)
         if blocks and not causal and rows.origin is not None:
-            return self._blocks_of_documents(q, k, v, rows)
+            return self._blocks_of_documents(q, k, v, rows), following
         if blocks and causal and not rows.aligned(window):
             # blocks that lie differently in each row: a window of two blocks, cut where each token's last block begins
             seen["start"] = first_of_segment(rows, window, window, memory)
             window, blocks = 2 * window, False
-        return ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, **seen)
+        return ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, **seen), following
 
     def _blocks_of_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """Bidirectional: every document has its own blocks; a hole belongs to no document."""
