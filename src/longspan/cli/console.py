@@ -149,7 +149,9 @@ class StatusLine:
         self._shown = text
         if self.live:
             width = terminal_width(self.where) - 1
-            fitting = next((each for each in (text, *shorter) if len(each) <= width), (text, *shorter)[-1][:width])
+            fitting = next(
+                (candidate for candidate in (text, *shorter) if len(candidate) <= width), (text, *shorter)[-1][:width]
+            )
             # erased to the end, as the last text may have been longer
             self.where.write(f"\r{fitting}\x1b[K")
             self.where.flush()

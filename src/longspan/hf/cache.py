@@ -252,10 +252,10 @@ class StateCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        held = [layer.state for layer in self.state_layers.values() if layer.state is not None]
+        carried = [layer.state for layer in self.state_layers.values() if layer.state is not None]
         pairs: list[Any] = [layer for layer in self.layers if not isinstance(layer, StateLayer)]
-        held += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
-        return sum(states.nbytes(state) for state in held)
+        carried += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
+        return sum(states.nbytes(state) for state in carried)
 
 
 def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:

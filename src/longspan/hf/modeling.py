@@ -119,7 +119,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         if getattr(self._stack.config, "adaptive", False):
             raise UnsupportedError("adaptive embeddings (adaptive_cutoffs, embedding_dim) have a fixed vocabulary")
-        found = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
         size = self.config.vocab_size
         assert self.config.model is not None
         self.config.model = {**self.config.model, "vocab_size": size}
@@ -129,7 +129,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             old = stack.output_bias
             padded = F.pad(old.data, (0, max(size - len(old), 0)))[:size].clone()
             stack.output_bias = nn.Parameter(padded, requires_grad=old.requires_grad)
-        return found
+        return embeddings
 
     @property
     def _stack(self) -> Any:
@@ -183,11 +183,11 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             (h, seen), state, rows = self.model.run(input_ids, state, **call, flush=self._flush, traces=None)
             h, layers = h if seen is None else h.masked_fill(~seen, 0), None
         else:
-            kept: list[Tensor] | None = [] if hidden_states else None
+            layer_inputs: list[Tensor] | None = [] if hidden_states else None
             h, state, rows = self.model.run(
-                input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=kept
+                input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=layer_inputs
             )
-            layers = None if kept is None else tuple(rows.scatter(hidden) for hidden in (*kept, h))
+            layers = None if layer_inputs is None else tuple(rows.scatter(hidden) for hidden in (*layer_inputs, h))
         if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
             _LOGGER.warning_once(
                 "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "

@@ -24,13 +24,13 @@ class LastPenalties:
     """
 
     def __init__(self, losses: Sequence[Tensor], output: Tensor) -> None:
-        self.values = tuple(each.detach() for each in losses)
+        self.values = tuple(loss.detach() for loss in losses)
         self._losses: Any = _nothing
         node = output.grad_fn
-        if node is None or not any(each.requires_grad for each in losses):
+        if node is None or not any(loss.requires_grad for loss in losses):
             return
         graph = _Losses(losses)
-        if any(each.grad_fn is node for each in losses):
+        if any(loss.grad_fn is node for loss in losses):
             # made by one compiled function with the output: losses that hang on its node would keep themselves alive
             self._losses = functools.partial(_itself, graph)
             return
