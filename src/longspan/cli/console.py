@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -118,13 +118,6 @@ def harmless(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
-class Progress(Protocol):
-    """Shows how far something is."""
-
-    def __call__(self, done: float, total: float = 1.0) -> None:
-        """So much of so much is done."""
-
-
 class StatusLine:
     """A line that is redrawn on a terminal, cut to its width, and printed now and then elsewhere.
 
@@ -172,8 +165,8 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def reading_progress(what: str, *, every: float = 10.0) -> Iterator["Progress"]:
-    """A function of what is done and all there is, which shows it on standard error with the time that is left.
+def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[..., None]]:
+    """A function of what is done and all there is (default: 1), which shows it on standard error with the time left.
 
     Args:
         what: is done, in words.

@@ -271,9 +271,9 @@ def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:
         ConfigError: it holds keys and values, or the states of another model.
         UnsupportedError: it quantizes what it holds.
     """
-    if cache is None:
-        return make()
     fresh = make()
+    if cache is None:
+        return fresh
     if isinstance(cache, StateCache):
         if [type(layer) for layer in cache.layers] != [type(layer) for layer in fresh.layers]:
             raise ConfigError(f"{CACHE}: it was made for another model, whose layers hold other states; start anew")

@@ -213,10 +213,10 @@ class TextTask:
         return self._tokenise(texts, errors)
 
     def _tokenise(self, texts: list[Text], errors: str = "") -> Documents:
-        digest, items = hashlib.blake2b(digest_size=16), []
-        for name, ids in self._encoded(texts, digest, errors):
-            items.append((name, TextDocument(ids, self.tokenizer)))
-        return Documents([item for _, item in items], [name for name, _ in items], digest.hexdigest())
+        digest = hashlib.blake2b(digest_size=16)
+        encoded = list(self._encoded(texts, digest, errors))
+        items = [TextDocument(ids, self.tokenizer) for _, ids in encoded]
+        return Documents(items, [name for name, _ in encoded], digest.hexdigest())
 
     def _encoded(self, texts: list[Text], digest: hashlib.blake2b, errors: str = "") -> Iterator[tuple[str, Array]]:
         """The ids of each document, one after another; the digest is of the text; `errors` of texts not trained on."""
