@@ -123,12 +123,13 @@ class ByteTask:
         """
         if self._split is None:
             documents, group = self._grouped(self.config.source)
-            self._split = split_groups(documents, group, self.config.validation_fraction, self.config.seed)
-            if not all(self._split.values()):
+            parts = split_groups(documents, group, self.config.validation_fraction, self.config.seed)
+            if not all(parts.values()):
                 raise DataError(
                     f"{self.config.source}: {len(documents)} document(s), all of one image or family, cannot be parted "
                     "into training and validation; give more"
                 )
+            self._split = parts
         return _documents(self._split[split])
 
     def read(self, source: str | Sequence[str]) -> Documents:

@@ -84,34 +84,22 @@ class Noise:
         sentences = [" " + " ".join(sentence.split()) for sentence in matches if len(sentence) > 12]
         if not sentences:
             raise DataError("the noise documents hold no sentence")
-        ids = [tokenizer.encode(sentence.encode())[:largest].astype(np.int64) for sentence in sentences]
-        self.lengths = np.array([len(sentence) for sentence in ids])
-        self.starts = np.concatenate([[0], self.lengths.cumsum()])
-        self.flat = np.concatenate(ids)
+        self.sentences: list[Array] = [tokenizer.encode(text.encode())[:largest].astype(np.int64) for text in sentences]
+        self.flat = np.concatenate(self.sentences)
         self.telling = np.array([i for i, text in enumerate(sentences) if _TELLING.search(text)], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sentence(self, index: int) -> Array:
-        """(tokens,) int64."""
-        part: Array = self.flat[self.starts[index] : self.starts[index + 1]]
-        return part
+        return len(self.sentences)
 
     def draw(
-        self,
-        random: np.random.Generator,
-        tokens: int,
-        negatives: "Negatives | None" = None,
-        count: Array | None = None,
+        self, random: np.random.Generator, tokens: int, negatives: "Negatives | None", count: Array
     ) -> Iterator[Array]:
         """Sentences, at least `tokens` tokens of them together; `count` (sentences,) counts how often each comes."""
         drawn = 0
         while drawn < tokens:
             for index in random.integers(0, len(self), size=64):
-                sentence = self.sentence(int(index))
-                if count is not None:
-                    count[index] += 1
+                sentence = self.sentences[index]
+                count[index] += 1
                 if negatives is not None:
                     sentence = negatives.replace(random, sentence, self)
                 drawn += len(sentence)
@@ -139,7 +127,7 @@ class Negatives:
         """The sentence, or what stands in its place."""
         which = int(np.searchsorted(self.bounds, random.random(), side="right"))
         if which == 0 and len(noise.telling):
-            return noise.sentence(int(noise.telling[random.integers(len(noise.telling))]))
+            return noise.sentences[int(noise.telling[random.integers(len(noise.telling))])]
         if which == 1:
             return self._decoy(random, noise.flat)
         if which == 2:
