@@ -252,18 +252,15 @@ class Records:
     def write(self, block: Block, losses: "Array") -> None:
         """Append a block."""
         self._append("log", (json.dumps(block.record()) + "\n").encode())
-        if "losses" in self._files:
-            self._append("losses", losses.astype("<f4").tobytes())
+        self._append("losses", losses.astype("<f4").tobytes())
 
     def _append(self, name: str, data: bytes) -> None:
-        file = self._files.get(name)
-        if file is None:
-            return
-        try:
-            file.write(data)
-            file.flush()
-        except OSError as error:
-            raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
+        if file := self._files.get(name):
+            try:
+                file.write(data)
+                file.flush()
+            except OSError as error:
+                raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Close the files; what a full disk did not take is lost, as `write` has said."""

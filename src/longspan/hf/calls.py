@@ -93,13 +93,14 @@ def prepare_call(
     """
     forward, modules = type(base).forward, find(base)
     known = known_keywords(forward)
-    keywords = {**_named(type(base).__name__, known, arguments), **keywords}
+    if len(arguments) > len(known):
+        raise ConfigError(f"{type(base).__name__}: {len(arguments)} positional arguments, it takes {len(known)}")
+    keywords = {**dict(zip(known, arguments, strict=False)), **keywords}
     inputs = keywords.get("input_ids")
     inputs = keywords.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         raise ConfigError("give input_ids or inputs_embeds to a converted model")
-    reset = keywords.pop("longspan_reset", None)
-    if reset is not None:
+    if (reset := keywords.pop("longspan_reset", None)) is not None:
         keywords["reset"] = reset
     cache = _cache(base, modules, keywords, take_cache(keywords))
     passed = PASSED_ON if modules.family.causal else PASSED_ON - {"shift_labels"}
@@ -117,13 +118,6 @@ def prepare_call(
             keywords[_cache_keyword(known)] = cache
     keywords["attention_mask"] = _attention_mask(base, modules, keywords, mask, call)
     return (), keywords
-
-
-def _named(name: str, known: tuple[str, ...], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional arguments by their names."""
-    if len(arguments) > len(known):
-        raise ConfigError(f"{name}: {len(arguments)} positional arguments, it takes {len(known)}")
-    return dict(zip(known, arguments, strict=False))
 
 
 def _cache_keyword(known: tuple[str, ...]) -> str:
@@ -218,53 +212,37 @@ def _attention_mask(
     base: Any, modules: AttentionModules, keywords: dict[str, Any], mask: Tensor | None, call: Call
 ) -> Any:
     """What the base model makes the masks of its own layers of."""
-    inputs_shape, device = (call.rows.batch, call.rows.columns), call.rows.device
+    rows = call.rows
     if len(modules.cores) == len(modules.attentions):
         # nobody reads it; without one, or of padding, transformers would make a matrix of the length squared
-        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
     cache = keywords.get(_cache_keyword(known_keywords(type(base).forward)))
     past = 0 if cache is None else cache.get_seq_length()
     wide = keywords.get("attention_mask")
-    if wide is None:
-        wide = mask
-    if wide is not None and wide.shape[1] != past + call.rows.columns:
+    wide = mask if wide is None else wide
+    if wide is not None and wide.shape[1] != past + rows.columns:
         raise ConfigError(
             f"the layers that were not converted keep the keys of earlier calls: pass attention_mask of shape "
-            f"{(call.rows.batch, past + call.rows.columns)}, which says for all of them what is padding"
+            f"{(rows.batch, past + rows.columns)}, which says for all of them what is padding"
         )
     if call.first_columns is None:
         return wide
-    return _documents_apart(
-        base, modules, torch.empty(*inputs_shape, 0, dtype=base.dtype, device=device), wide, call, cache
-    )
-
-
-def _documents_apart(
-    base: Any, modules: AttentionModules, like: Tensor, mask: Tensor | None, call: Call, cache: StateCache | None
-) -> Any:
-    """The mask of layers that keep keys, in which documents of one row do not see each other: transformers makes such
-    masks of positions only where there is neither padding nor a cache.
-
-    Raises:
-        UnsupportedError: the attention of these layers takes no such mask.
-    """
-    implementation = base.config._attn_implementation
+    # documents of one row do not see each other: transformers makes such masks of positions only where there is
+    # neither padding nor a cache
+    implementation, causal = base.config._attn_implementation, modules.family.causal
     if implementation not in ("eager", "sdpa", "flex_attention"):
         raise UnsupportedError(
             f"attn_implementation = {implementation!r}: with it, the layers that were not converted cannot keep the "
             "documents of one row apart; use 'sdpa'"
         )
-    assert call.first_columns is not None
-    firsts = call.first_columns.expand(-1, call.rows.columns)
-    past = 0 if cache is None else cache.get_seq_length()
+    firsts = call.first_columns.expand(-1, rows.columns)
 
     def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if not modules.family.causal:
-            return firsts[batch, query] == firsts[batch, key]
-        return key >= firsts[batch, query - past]
+        return key >= firsts[batch, query - past] if causal else firsts[batch, query] == firsts[batch, key]
 
-    options: dict[str, Any] = {"config": base.config, "inputs_embeds": like, "attention_mask": mask}
-    by_name: dict[str, Any] = {CACHE: cache}
-    if not modules.family.causal:
-        return masking_utils.create_bidirectional_mask(**options, and_mask_function=same)
-    return masking_utils.create_masks_for_generate(**options, and_mask_function=same, **by_name)
+    options: dict[str, Any] = {"config": base.config, "attention_mask": wide, "and_mask_function": same}
+    options["inputs_embeds"] = torch.empty(rows.batch, rows.columns, 0, dtype=base.dtype, device=rows.device)
+    if not causal:
+        return masking_utils.create_bidirectional_mask(**options)
+    options[CACHE] = cache
+    return masking_utils.create_masks_for_generate(**options)

@@ -143,8 +143,17 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         _check_fit(name, core, modules.family, model.config.model_type)
         cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
-        _swap(modules.attentions[index], core, modules.family, index)
-    _hook(modules.family.base(model))
+        attention = modules.attentions[index]
+        original: Any = type(attention)
+        _turn(attention, converted_class(original))
+        attention.add_module(CORE, core)
+        if not core.traits.uses_keys:
+            put_aside(attention, modules.family.key_maps)
+        attention.longspan_family, attention.longspan_index = modules.family, index
+    base = modules.family.base(model)
+    if "longspan_hooks" not in base.__dict__:
+        before = base.register_forward_pre_hook(prepare_call, with_kwargs=True)
+        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_after, with_kwargs=True)]
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
     report = Report(
@@ -241,15 +250,6 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
     return tuple(sorted(index % count for index in chosen))
 
 
-def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    original: Any = type(attention)
-    _turn(attention, converted_class(original))
-    attention.add_module(CORE, core)
-    if not core.traits.uses_keys:
-        put_aside(attention, family.key_maps)
-    attention.longspan_family, attention.longspan_index = family, index
-
-
 @functools.cache
 def converted_class(original: type) -> type:
     """The class of converted attention modules of a class; one and the same for all of them."""
@@ -271,14 +271,6 @@ def _turn(attention: Any, cls: Any) -> None:
     attention.__class__ = cls
     if "_old_forward" in attention.__dict__:
         attention._old_forward = types.MethodType(cls.forward, attention)
-
-
-def _hook(base: Any) -> None:
-    if "longspan_hooks" not in base.__dict__:
-        base.__dict__["longspan_hooks"] = [
-            base.register_forward_pre_hook(prepare_call, with_kwargs=True),
-            base.register_forward_hook(_after, with_kwargs=True),
-        ]
 
 
 @host.eager

@@ -102,7 +102,7 @@ def _take_up(model: Any, folder: Any, options: dict[str, Any]) -> None:
     Raises:
         CheckpointError: one is missing, or of another size.
     """
-    dtype = options.get("dtype", options.get("torch_dtype"))
+    dtype: Any = options.get("dtype", options.get("torch_dtype"))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     stored = _stored(folder, options)
     prefix = f"{model.base_model_prefix}."
@@ -118,15 +118,10 @@ def _take_up(model: Any, folder: Any, options: dict[str, Any]) -> None:
             raise CheckpointError(
                 f"{folder}: {key} is {tuple(theirs.shape)}, the configuration says {tuple(ours.shape)}"
             )
-        fitted[key] = theirs.to(ours.device, _dtype(theirs.dtype, dtype))
+        changes = theirs.is_floating_point() and isinstance(dtype, torch.dtype) and theirs.dtype != dtype
+        fitted[key] = theirs.to(ours.device, torch.promote_types(dtype, torch.float32) if changes else theirs.dtype)
     # as they were stored: gates are fp32 beside weights of any type
     model.load_state_dict(fitted, strict=False, assign=True)
-
-
-def _dtype(stored: torch.dtype, requested: Any) -> torch.dtype:
-    if not stored.is_floating_point or not isinstance(requested, torch.dtype) or stored == requested:
-        return stored
-    return torch.promote_types(requested, torch.float32)
 
 
 def _stored(folder: Any, options: dict[str, Any]) -> dict[str, Tensor]:

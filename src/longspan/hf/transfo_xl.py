@@ -245,10 +245,5 @@ class _Mapping(Renaming):
         """Whether an output weight is one that transformers overwrites with the embedding's."""
         if name.startswith("crit.out_layers."):
             return self.table.tied and name.endswith(".weight")
-        index = name.removeprefix("crit.out_projs.")
-        return (
-            self.table.mapped
-            and index.isdigit()
-            and int(index) <= len(self.table.cuts)
-            and self.table.tied_maps[int(index)]
-        )
+        tied = [f"crit.out_projs.{index}" for index, is_tied in enumerate(self.table.tied_maps) if is_tied]
+        return self.table.mapped and name in tied
