@@ -97,7 +97,7 @@ def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path
     piece = documents[3].cut(150, 200)
     assert piece.graded.tolist() == [False] * 49 + [True]
     said = built.tokenizer.decode([int(piece.targets[-1])]).decode().strip()
-    assert said == PLACES[documents[3].sample.answer]
+    assert said == PLACES[built.sample("train", 2, [3]).answer]
     whole = documents[3].cut(0, 200)
     assert (whole.targets[:-1] == whole.tokens[1:]).all()
     assert (whole.tokens[150:] == piece.tokens).all()

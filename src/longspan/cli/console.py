@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -118,13 +118,6 @@ def harmless(text: str) -> str:
     return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
-class Progress(Protocol):
-    """Shows how far something is."""
-
-    def __call__(self, done: float, total: float = 1.0) -> None:
-        """So much of so much is done."""
-
-
 class StatusLine:
     """A line that is redrawn on a terminal, cut to its width, and printed now and then elsewhere.
 
@@ -149,7 +142,9 @@ class StatusLine:
         self._shown = text
         if self.live:
             width = terminal_width(self.where) - 1
-            fitting = next((each for each in (text, *shorter) if len(each) <= width), (text, *shorter)[-1][:width])
+            fitting = next(
+                (candidate for candidate in (text, *shorter) if len(candidate) <= width), (text, *shorter)[-1][:width]
+            )
             # erased to the end, as the last text may have been longer
             self.where.write(f"\r{fitting}\x1b[K")
             self.where.flush()
@@ -170,8 +165,8 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def reading_progress(what: str, *, every: float = 10.0) -> Iterator["Progress"]:
-    """A function of what is done and all there is, which shows it on standard error with the time that is left.
+def reading_progress(what: str, *, every: float = 10.0) -> Iterator[Callable[..., None]]:
+    """A function of what is done and all there is (default: 1), which shows it on standard error with the time left.
 
     Args:
         what: is done, in words.

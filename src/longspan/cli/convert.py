@@ -57,8 +57,8 @@ def convert(
     from longspan.config import from_dict, override
     from longspan.contract.registry import core_class
 
-    given: dict[str, Any] = {"segment": segment} if segment else {}
-    fields = functools.reduce(override, set_ or [], given)
+    initial: dict[str, Any] = {"segment": segment} if segment else {}
+    fields = functools.reduce(override, set_ or [], initial)
     numbers = _numbers(layers)
     # check everything else first: loading weights may take minutes
     from_dict(core_class(to, "convert").Config, fields, f"convert to {to}")

@@ -123,15 +123,15 @@ def evaluate(options: EvaluateOptions) -> None:
 
     _check(options)
     run, settings = options.run, options.set_ or []
-    place: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
+    loading: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
     if is_memory_run(run):
         _refuse(options, "a run of a memory task makes its own questions; give --segments and --count only", "set_")
-        _eval_memory(*open_any_run(run, **place), options)
+        _eval_memory(*open_any_run(run, **loading), options)
     elif is_passkey_run(run) and not options.files:
         _refuse(options, "a run of pass keys makes its own texts; give --lengths, --count and --set only")
-        _eval_passkeys(*open_any_run(run, settings, **place), options)
+        _eval_passkeys(*open_any_run(run, settings, **loading), options)
     else:
-        model, task = open_any_run(run, settings, **place)
+        model, task = open_any_run(run, settings, **loading)
         documents = first_places(heads(_read(task, options), options.head), options.tokens)
         options = dataclasses.replace(options, segment=options.segment or _segment(run, model))
         if options.task:
@@ -276,9 +276,9 @@ def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
             count = -(-options.count // len(DEPTHS))
             record = evaluate_depths(model, longer, depths=DEPTHS, count=count, progress=progress).record()
         records.append(record)
-        right, asked = record["k"], record["n"]
-        share = interval(wilson(right, asked), 3)
-        rows.append((f"{record['length']:,}", f"{right} of {asked}", share, f"{record['state_bytes']:,}"))
+        right, questions = record["k"], record["n"]
+        share = interval(wilson(right, questions), 3)
+        rows.append((f"{record['length']:,}", f"{right} of {questions}", share, f"{record['state_bytes']:,}"))
     columns = ("bytes of text", "found", "share, 95 % interval", "bytes of state")
     _show_records(records, columns, rows, options.as_json)
 

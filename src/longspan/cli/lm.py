@@ -155,10 +155,10 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
 
 def _shorter(windows: "list[Window]", longest: int, notes: list[str]) -> "list[Window]":
     """Those that some document is longer than; a note names the others, which would all read whole documents."""
-    if left_out := sorted({each.context for each in windows if each.context >= longest}):
-        sizes = ", ".join(f"{each:,}" for each in left_out)
+    if left_out := sorted({window.context for window in windows if window.context >= longest}):
+        sizes = ", ".join(f"{size:,}" for size in left_out)
         notes.append(f"contexts left out: {sizes}; the longest document has {longest:,} tokens")
-    return [each for each in windows if each.context < longest]
+    return [window for window in windows if window.context < longest]
 
 
 def _words(task: "TextTask", counts: "TextCounts", options: EvaluateOptions, notes: list[str]) -> tuple[int, str]:
@@ -233,12 +233,12 @@ def bucket_table(buckets: "Sequence[Bucket]", what: str, unit: str, measured: st
     names = list(buckets[0].values)
     rows = [
         (
-            name_of(each),
-            f"{each.amount:,}",
-            *(interval(each.values[name], 3) for name in names),
-            *(() if each.gain is None else (interval(each.gain, 3),)),
+            name_of(bucket),
+            f"{bucket.amount:,}",
+            *(interval(bucket.values[name], 3) for name in names),
+            *(() if bucket.gain is None else (interval(bucket.gain, 3),)),
         )
-        for each in buckets
+        for bucket in buckets
     ]
     columns = (what, unit, *(f"{name}, {measured}" for name in names), *(("difference",) if len(names) == 2 else ()))
     return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))

@@ -144,12 +144,12 @@ def _middle(bucket: "Bucket") -> float:
 def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, colour: int) -> "Series":
     from longspan.report.figures import Series
 
-    bands = not any(math.isnan(each.low) for each in values)
+    bands = not any(math.isnan(point.low) for point in values)
     return Series(
         x=x,
-        y=[each.value for each in values],
-        low=[each.low for each in values] if bands else None,
-        high=[each.high for each in values] if bands else None,
+        y=[point.value for point in values],
+        low=[point.low for point in values] if bands else None,
+        high=[point.high for point in values] if bands else None,
         label=label,
         kind="marked",
         colour=colour,

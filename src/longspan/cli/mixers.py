@@ -83,8 +83,8 @@ def _explain(name: str) -> None:
     out = console()
     out.print(f"{name}\n", style="bold", markup=False)
     out.print(core.about(), markup=False)
-    said = _attributes(core.Config.__doc__ or "")
-    rows = [(key, repr(value), said.get(key, "")) for key, value in to_dict(mixer.core.config).items()]
+    meanings = _attributes(core.Config.__doc__ or "")
+    rows = [(key, repr(value), meanings.get(key, "")) for key, value in to_dict(mixer.core.config).items()]
     if rows:
         print_table(Table(columns=("field", "default", "meaning"), rows=rows), out)
     else:

@@ -1,6 +1,7 @@
 """Options that verbs share, and verbs whose options are a dataclass."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,11 @@ def verb(options: type[Options]) -> Callable[[Callable[[Options], Any]], Callabl
     ]
 
     def decorate(function: Callable[[Options], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def call(**values: Any) -> Any:
             return function(options(**values))
 
-        call.__doc__, call.__annotations__ = function.__doc__, hints
+        call.__annotations__ = hints
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return call
 

@@ -27,9 +27,9 @@ def check_output_file(path: str | Path, option: str = "") -> Path:
     if not path.parent.is_dir():
         raise CheckpointError(f"{named}: cannot be written: {path.parent} is not a folder")
     # what is there already is replaced, so its folder decides; a pipe or a device is written to
-    place = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
-    if not os.access(place, os.W_OK):
-        raise CheckpointError(f"{named}: cannot be written: {place} is not writable")
+    target = path if path.exists() and not path.is_file() else Path(os.path.realpath(path)).parent
+    if not os.access(target, os.W_OK):
+        raise CheckpointError(f"{named}: cannot be written: {target} is not writable")
     return path
 
 
@@ -40,9 +40,11 @@ def check_output_folder(path: str | Path, option: str = "") -> Path:
         CheckpointError: a file stands there or in the way, or the place is not writable.
     """
     path, named = Path(path), f"{option} {path}" if option else str(path)
-    there = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
-    if not there.is_dir():
-        raise CheckpointError(f"{named}: cannot be written: {there} is not a folder; choose another place")
-    if not os.access(there, os.W_OK):
-        raise CheckpointError(f"{named}: cannot be written: {there} is not writable")
+    existing = next(
+        candidate for candidate in (path, *path.absolute().parents) if candidate.exists() or candidate.is_symlink()
+    )
+    if not existing.is_dir():
+        raise CheckpointError(f"{named}: cannot be written: {existing} is not a folder; choose another place")
+    if not os.access(existing, os.W_OK):
+        raise CheckpointError(f"{named}: cannot be written: {existing} is not writable")
     return path

@@ -126,8 +126,8 @@ class SubwordEncoder:
             self._text += error.object[: error.start].decode()
             self._refused = error.object[error.start :]
             self._decoder.reset()
-            place = self._read - waiting + error.start
-            raise DataError(not_utf8(self.name, place, self.tokenizer)) from None
+            position = self._read - waiting + error.start
+            raise DataError(not_utf8(self.name, position, self.tokenizer)) from None
         self._read += len(data)
 
     def _encode(self, pieces: list[str]) -> "Array":

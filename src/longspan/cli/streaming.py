@@ -178,13 +178,13 @@ def feed(
     read = begun = 0
     done = False
     problem: Exception | None = None
-    found: list[tuple[Array, Array]] = []
+    parts: list[tuple[Array, Array]] = []
     while not done:
-        border = min([begun + block, *(place for place in places if place > read)])
-        wanted = min(border - read, _until_chunk(session))
+        border = min([begun + block, *(cut for cut in places if cut > read)])
+        count = min(border - read, _until_chunk(session))
         data = b""
         try:
-            data = _read(file, wanted, stop)
+            data = _read(file, count, stop)
             read += len(data)
             done = not data or read == limit
             ids = encoder.push(data)
@@ -197,12 +197,12 @@ def feed(
         if len(ids):
             out = session.feed(torch.from_numpy(ids.astype("int64")), losses=losses)
             nats = out.numpy() if losses else np.full(len(ids), np.nan, np.float32)
-            found.append((ids, nats))
+            parts.append((ids, nats))
         # a short read is an input that pauses: what is known is shown
-        if found and (read == border or len(data) < wanted or problem is not None):
-            ids, nats = (_join(list(part)) for part in zip(*found, strict=True))
+        if parts and (read == border or len(data) < count or problem is not None):
+            ids, nats = (_join(list(part)) for part in zip(*parts, strict=True))
             yield counter.block(ids, nats, read, encoder.held_back), nats
-            found, begun = [], read
+            parts, begun = [], read
         elif read == border:
             begun = read
     if problem is not None:
@@ -252,18 +252,15 @@ class Records:
     def write(self, block: Block, losses: "Array") -> None:
         """Append a block."""
         self._append("log", (json.dumps(block.record()) + "\n").encode())
-        if "losses" in self._files:
-            self._append("losses", losses.astype("<f4").tobytes())
+        self._append("losses", losses.astype("<f4").tobytes())
 
     def _append(self, name: str, data: bytes) -> None:
-        file = self._files.get(name)
-        if file is None:
-            return
-        try:
-            file.write(data)
-            file.flush()
-        except OSError as error:
-            raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
+        if file := self._files.get(name):
+            try:
+                file.write(data)
+                file.flush()
+            except OSError as error:
+                raise DataError(f"{file.name}: cannot be written: {error.strerror or error}") from None
 
     def close(self) -> None:
         """Close the files; what a full disk did not take is lost, as `write` has said."""

@@ -210,8 +210,8 @@ def _draws(shape: _Form, columns: list[Array], best: list[float], draws: int, se
     count = len(columns[0])
     for _ in range(draws):
         chosen = generator.integers(0, count, count)
-        part = [each[chosen] for each in columns]
-        fixed = all(len(np.unique(each)) >= shape.values for each in part[:-1])
+        part = [column[chosen] for column in columns]
+        fixed = all(len(np.unique(column)) >= shape.values for column in part[:-1])
         if fixed and len(set(chosen.tolist())) >= len(shape.names):
             # from all starts a little of the way, from the best of them to the end
             near, _ = _solve(shape, part, [best, *shape.starts(*part)], tolerance=1e-6, evaluations=25)
@@ -228,7 +228,7 @@ def _undetermined(shape: _Form, columns: list[Array], best: list[float]) -> tupl
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             return np.asarray(np.log(shape.loss(np.exp(values), *inputs)))
 
-    slopes = [(losses(at + each) - losses(at - each)) / (2 * step) for each in step * np.eye(len(best))]
+    slopes = [(losses(at + offset) - losses(at - offset)) / (2 * step) for offset in step * np.eye(len(best))]
     jacobian = np.nan_to_num(np.stack(slopes, axis=1), posinf=0.0, neginf=0.0)
     sizes = np.linalg.norm(jacobian, axis=0)
     silent = sizes <= _SILENT * sizes.max()
@@ -246,7 +246,7 @@ def _columns(runs: Mapping[str, Sequence[float]], names: Sequence[str]) -> list[
     if missing:
         raise ConfigError(f"runs: no column {missing[0]!r}; expected {', '.join(names)}")
     columns = [np.asarray(runs[name], dtype=np.float64) for name in names]
-    if len({len(each) for each in columns}) != 1 or any(not (each > 0).all() for each in columns):
+    if len({len(column) for column in columns}) != 1 or any(not (column > 0).all() for column in columns):
         raise ConfigError(f"runs: columns {', '.join(names)} must be of one length and positive")
     return columns
 

@@ -252,10 +252,10 @@ class StateCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        held = [layer.state for layer in self.state_layers.values() if layer.state is not None]
+        carried = [layer.state for layer in self.state_layers.values() if layer.state is not None]
         pairs: list[Any] = [layer for layer in self.layers if not isinstance(layer, StateLayer)]
-        held += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
-        return sum(states.nbytes(state) for state in held)
+        carried += [(layer.keys, layer.values) for layer in pairs if layer.is_initialized]
+        return sum(states.nbytes(state) for state in carried)
 
 
 def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:
@@ -271,9 +271,9 @@ def own_cache(cache: Any, make: Callable[[], StateCache]) -> StateCache:
         ConfigError: it holds keys and values, or the states of another model.
         UnsupportedError: it quantizes what it holds.
     """
-    if cache is None:
-        return make()
     fresh = make()
+    if cache is None:
+        return fresh
     if isinstance(cache, StateCache):
         if [type(layer) for layer in cache.layers] != [type(layer) for layer in fresh.layers]:
             raise ConfigError(f"{CACHE}: it was made for another model, whose layers hold other states; start anew")

@@ -13,7 +13,7 @@ from longspan import state as states
 from longspan.contract.base import why_no_stream
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_cache
-from longspan.hf.families import Found, find
+from longspan.hf.families import AttentionModules, find
 from longspan.hf.keywords import PASSED_ON, known_keywords, settle_keywords
 from longspan.hf.positions import PACKING, Documents, Past, documents
 from longspan.mixers import Rows
@@ -91,39 +91,33 @@ def prepare_call(
     Returns:
         Those to call it with.
     """
-    forward, found = type(base).forward, find(base)
+    forward, modules = type(base).forward, find(base)
     known = known_keywords(forward)
-    keywords = {**_named(type(base).__name__, known, arguments), **keywords}
+    if len(arguments) > len(known):
+        raise ConfigError(f"{type(base).__name__}: {len(arguments)} positional arguments, it takes {len(known)}")
+    keywords = {**dict(zip(known, arguments, strict=False)), **keywords}
     inputs = keywords.get("input_ids")
     inputs = keywords.get("inputs_embeds") if inputs is None else inputs
     if inputs is None:
         raise ConfigError("give input_ids or inputs_embeds to a converted model")
-    reset = keywords.pop("longspan_reset", None)
-    if reset is not None:
+    if (reset := keywords.pop("longspan_reset", None)) is not None:
         keywords["reset"] = reset
-    cache = _cache(base, found, keywords, take_cache(keywords))
-    passed = PASSED_ON if found.family.causal else PASSED_ON - {"shift_labels"}
+    cache = _cache(base, modules, keywords, take_cache(keywords))
+    passed = PASSED_ON if modules.family.causal else PASSED_ON - {"shift_labels"}
     settle_keywords(keywords, {*known, *passed, *PACKING, *_OWN_KEYWORDS}, f"converted {type(base).__name__}")
     attentions = keywords.get("output_attentions")
     if getattr(base.config, "output_attentions", False) if attentions is None else attentions:
         raise UnsupportedError("output_attentions: converted layers never make a matrix of attention weights")
-    call, mask = _lay_out(base, found, keywords, inputs, cache)
+    call, mask = _lay_out(base, modules, keywords, inputs, cache)
     for name in _OWN_KEYWORDS:
         keywords.pop(name, None)
     keywords["longspan_call"] = call
-    if found.family.causal:
+    if modules.family.causal:
         keywords["use_cache"] = cache is not None
         if cache is not None:
             keywords[_cache_keyword(known)] = cache
-    keywords["attention_mask"] = _attention_mask(base, found, keywords, mask, call)
+    keywords["attention_mask"] = _attention_mask(base, modules, keywords, mask, call)
     return (), keywords
-
-
-def _named(name: str, known: tuple[str, ...], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional arguments by their names."""
-    if len(arguments) > len(known):
-        raise ConfigError(f"{name}: {len(arguments)} positional arguments, it takes {len(known)}")
-    return dict(zip(known, arguments, strict=False))
 
 
 def _cache_keyword(known: tuple[str, ...]) -> str:
@@ -131,33 +125,33 @@ def _cache_keyword(known: tuple[str, ...]) -> str:
     return next((name for name in CACHE_NAMES if name in known), CACHE)
 
 
-def _cache(base: Any, found: Found, keywords: dict[str, Any], cache: Any) -> StateCache | None:
+def _cache(base: Any, modules: AttentionModules, keywords: dict[str, Any], cache: Any) -> StateCache | None:
     """The states that this call begins with and fills; None: it begins with an empty past and keeps nothing."""
-    asked = keywords.get("use_cache")
-    if not found.family.causal:
+    use_cache = keywords.get("use_cache")
+    if not modules.family.causal:
         return None
-    if asked is None:
+    if use_cache is None:
         # training reads segments without a past; a cache would keep their graphs alive
         use = getattr(base.config, "use_cache", False) and not base.training
     else:
-        use = bool(asked)
-    cores = found.cores
+        use = bool(use_cache)
+    cores = modules.cores
     if not all(core.traits.streams for core in cores.values()):
-        if cache is not None or asked:
+        if cache is not None or use_cache:
             raise UnsupportedError(
                 f"{why_no_stream(list(cores.values()))}; call the model, and generate, with use_cache=False"
             )
         return None
     if cache is None and not use:
         return None
-    layers = [index in cores for index in range(len(found.attentions))]
+    layers = [index in cores for index in range(len(modules.attentions))]
     carried = own_cache(cache, lambda: StateCache(layers, base.config))
     carried.begin()
     return carried
 
 
 def _lay_out(
-    base: Any, found: Found, keywords: dict[str, Any], inputs: Tensor, cache: StateCache | None
+    base: Any, modules: AttentionModules, keywords: dict[str, Any], inputs: Tensor, cache: StateCache | None
 ) -> tuple[Call, Tensor | None]:
     before = {} if cache is None else {index: layer.state for index, layer in cache.state_layers.items()}
     first = next((state for state in before.values() if state is not None), None)
@@ -165,18 +159,18 @@ def _lay_out(
     if live.shape[0] != inputs.shape[0]:
         raise ConfigError(f"the call has {inputs.shape[0]} rows, its {CACHE} {live.shape[0]}")
     past = Past(live, 0 if cache is None else cache.get_seq_length(), None if cache is None else cache.shift)
-    packed = documents(inputs, past, keywords, found.family.first_position(base))
+    packed = documents(inputs, past, keywords, modules.family.first_position(base))
     reads: dict[Hashable, Tensor] = {}
-    for index, core in found.cores.items():
+    for index, core in modules.cores.items():
         reads |= core.layout_inputs(before.get(index))
     rows = Rows(live, inputs.shape[1], packed.mask, packed.reset, reads=reads)
-    whole = len(found.cores) == len(found.attentions)
+    whole = len(modules.cores) == len(modules.attentions)
     if packed.positions is not None:
         keywords["position_ids"] = packed.positions
-    elif found.family.causal and (whole or packed.reset is not None or past.shift is not None):
+    elif modules.family.causal and (whole or packed.reset is not None or past.shift is not None):
         # without the mask transformers would count padding, and it knows of no documents
         keywords["position_ids"] = _count(rows, past.shift)
-    most = found.family.max_positions(base)
+    most = modules.family.max_positions(base)
     if most is not None and rows.batch and rows.columns:
         largest = int(keywords["position_ids"].max()) if "position_ids" in keywords else rows.largest_position
         if largest >= most:
@@ -214,55 +208,41 @@ def _first_columns(packed: Documents, past: Past, cache: StateCache | None) -> T
     return torch.where(begun < 0, before[:, None], begun)
 
 
-def _attention_mask(base: Any, found: Found, keywords: dict[str, Any], mask: Tensor | None, call: Call) -> Any:
+def _attention_mask(
+    base: Any, modules: AttentionModules, keywords: dict[str, Any], mask: Tensor | None, call: Call
+) -> Any:
     """What the base model makes the masks of its own layers of."""
-    inputs_shape, device = (call.rows.batch, call.rows.columns), call.rows.device
-    if len(found.cores) == len(found.attentions):
+    rows = call.rows
+    if len(modules.cores) == len(modules.attentions):
         # nobody reads it; without one, or of padding, transformers would make a matrix of the length squared
-        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=rows.device)
     cache = keywords.get(_cache_keyword(known_keywords(type(base).forward)))
     past = 0 if cache is None else cache.get_seq_length()
     wide = keywords.get("attention_mask")
-    if wide is None:
-        wide = mask
-    if wide is not None and wide.shape[1] != past + call.rows.columns:
+    wide = mask if wide is None else wide
+    if wide is not None and wide.shape[1] != past + rows.columns:
         raise ConfigError(
             f"the layers that were not converted keep the keys of earlier calls: pass attention_mask of shape "
-            f"{(call.rows.batch, past + call.rows.columns)}, which says for all of them what is padding"
+            f"{(rows.batch, past + rows.columns)}, which says for all of them what is padding"
         )
     if call.first_columns is None:
         return wide
-    return _documents_apart(
-        base, found, torch.empty(*inputs_shape, 0, dtype=base.dtype, device=device), wide, call, cache
-    )
-
-
-def _documents_apart(
-    base: Any, found: Found, like: Tensor, mask: Tensor | None, call: Call, cache: StateCache | None
-) -> Any:
-    """The mask of layers that keep keys, in which documents of one row do not see each other: transformers makes such
-    masks of positions only where there is neither padding nor a cache.
-
-    Raises:
-        UnsupportedError: the attention of these layers takes no such mask.
-    """
-    implementation = base.config._attn_implementation
+    # documents of one row do not see each other: transformers makes such masks of positions only where there is
+    # neither padding nor a cache
+    implementation, causal = base.config._attn_implementation, modules.family.causal
     if implementation not in ("eager", "sdpa", "flex_attention"):
         raise UnsupportedError(
             f"attn_implementation = {implementation!r}: with it, the layers that were not converted cannot keep the "
             "documents of one row apart; use 'sdpa'"
         )
-    assert call.first_columns is not None
-    firsts = call.first_columns.expand(-1, call.rows.columns)
-    past = 0 if cache is None else cache.get_seq_length()
+    firsts = call.first_columns.expand(-1, rows.columns)
 
     def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        if not found.family.causal:
-            return firsts[batch, query] == firsts[batch, key]
-        return key >= firsts[batch, query - past]
+        return key >= firsts[batch, query - past] if causal else firsts[batch, query] == firsts[batch, key]
 
-    options: dict[str, Any] = {"config": base.config, "inputs_embeds": like, "attention_mask": mask}
-    by_name: dict[str, Any] = {CACHE: cache}
-    if not found.family.causal:
-        return masking_utils.create_bidirectional_mask(**options, and_mask_function=same)
-    return masking_utils.create_masks_for_generate(**options, and_mask_function=same, **by_name)
+    options: dict[str, Any] = {"config": base.config, "attention_mask": wide, "and_mask_function": same}
+    options["inputs_embeds"] = torch.empty(rows.batch, rows.columns, 0, dtype=base.dtype, device=rows.device)
+    if not causal:
+        return masking_utils.create_bidirectional_mask(**options)
+    options[CACHE] = cache
+    return masking_utils.create_masks_for_generate(**options)

@@ -31,10 +31,10 @@ class LongspanConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        given = dict(self.model or {})
-        if "vocab_size" in given and self.vocab_size == type(self).vocab_size:
-            self.vocab_size = given["vocab_size"]
-        self.model = resolve_model({**given, "vocab_size": self.vocab_size})
+        table = dict(self.model or {})
+        if "vocab_size" in table and self.vocab_size == type(self).vocab_size:
+            self.vocab_size = table["vocab_size"]
+        self.model = resolve_model({**table, "vocab_size": self.vocab_size})
         # what tools that only know transformers look for; weights are tied inside the model, where they are one tensor
         self.hidden_size = self.model["dim"]
         self.num_hidden_layers = self.model["num_layers"]

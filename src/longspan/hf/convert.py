@@ -83,10 +83,10 @@ class Converted(Resting):
         penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
         known = len(penalties)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
-        out, following = self.longspan.run(q, k, v, before, rows, hidden=hidden, penalties=penalties)
+        out, next_state = self.longspan.run(q, k, v, before, rows, hidden=hidden, penalties=penalties)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
             _check_reentry(self.longspan, len(penalties) > known)
-        longspan_call.finish(index, following, hidden_states.device)
+        longspan_call.finish(index, next_state, hidden_states.device)
         # gates and projections may be of another precision than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
         return rows.scatter(y), None
@@ -131,20 +131,29 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         ConfigError: an unknown mixer or field (with the nearest name), or layers that are not there.
     """
     outside, model = model, unwrapped(model)
-    found = find(model)
-    chosen = _layers(layers, len(found.attentions))
+    modules = find(model)
+    chosen = _layers(layers, len(modules.attentions))
     fields = _defaults(name, fields)
-    if taken := [index for index in chosen if index in found.cores]:
+    if taken := [index for index in chosen if index in modules.cores]:
         raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
     cores = {}
     for index in chosen:
-        attention = found.attentions[index]
-        core = build_core(name, found.family.shape(model, attention), dict(fields), f"convert to {name}")
-        _check_fit(name, core, found.family, model.config.model_type)
+        attention = modules.attentions[index]
+        core = build_core(name, modules.family.shape(model, attention), dict(fields), f"convert to {name}")
+        _check_fit(name, core, modules.family, model.config.model_type)
         cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
-        _swap(found.attentions[index], core, found.family, index)
-    _hook(found.family.base(model))
+        attention = modules.attentions[index]
+        original: Any = type(attention)
+        _turn(attention, converted_class(original))
+        attention.add_module(CORE, core)
+        if not core.traits.uses_keys:
+            put_aside(attention, modules.family.key_maps)
+        attention.longspan_family, attention.longspan_index = modules.family, index
+    base = modules.family.base(model)
+    if "longspan_hooks" not in base.__dict__:
+        before = base.register_forward_pre_hook(prepare_call, with_kwargs=True)
+        base.__dict__["longspan_hooks"] = [before, base.register_forward_hook(_after, with_kwargs=True)]
     record = {"mixer": name, "layers": list(chosen), "fields": to_dict(next(iter(cores.values())).config)}
     mark(model.config, record)
     report = Report(
@@ -152,9 +161,10 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
         layers=chosen,
         fields=record["fields"],
         new_parameters=tuple(key for key, _ in model.named_parameters() if f".{CORE}." in key),
-        bounded=len(found.cores) == len(found.attentions) and all(core.traits.bounded for core in found.cores.values()),
+        bounded=len(modules.cores) == len(modules.attentions)
+        and all(core.traits.bounded for core in modules.cores.values()),
     )
-    _save_with_adapters(outside, [found.attentions[index] for index in chosen])
+    _save_with_adapters(outside, [modules.attentions[index] for index in chosen])
     return report
 
 
@@ -178,7 +188,7 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
     while model is not None and not hasattr(type(model), "get_base_model"):
         model = inside(model)
     # draws and statistics count too
-    attentions = [each for each in attentions if each.longspan.state_dict()]
+    attentions = [attention for attention in attentions if attention.longspan.state_dict()]
     if model is None or not attentions:
         return
     from peft import utils
@@ -197,13 +207,13 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields with what conversions begin from, in the parts of `heads` too."""
-    found = core_class(name, "convert").conversion_fields | fields
-    if isinstance(found.get("parts"), list | tuple):
-        found["parts"] = [
+    merged = core_class(name, "convert").conversion_fields | fields
+    if isinstance(merged.get("parts"), list | tuple):
+        merged["parts"] = [
             _defaults(part["name"], part) if isinstance(part, dict) and isinstance(part.get("name"), str) else part
-            for part in found["parts"]
+            for part in merged["parts"]
         ]
-    return found
+    return merged
 
 
 def revert(model: Any) -> None:
@@ -213,16 +223,16 @@ def revert(model: Any) -> None:
         ConfigError: the model is not converted.
     """
     model = unwrapped(model)
-    found = find(model)
-    if not found.cores:
+    modules = find(model)
+    if not modules.cores:
         raise ConfigError("revert: this model is not converted")
-    for index in found.cores:
-        attention = found.attentions[index]
+    for index in modules.cores:
+        attention = modules.attentions[index]
         wake(attention)
         delattr(attention, CORE)
         del attention.longspan_family, attention.longspan_index
         _turn(attention, original_class(attention))
-    for handle in found.family.base(model).__dict__.pop("longspan_hooks"):
+    for handle in modules.family.base(model).__dict__.pop("longspan_hooks"):
         handle.remove()
     unmark(model.config)
 
@@ -238,15 +248,6 @@ def _layers(layers: Iterable[int] | None, count: int) -> tuple[int, ...]:
     if bad or not chosen:
         raise ConfigError(f"convert: layers = {list(chosen)}: this model has {count} layers, 0 to {count - 1}")
     return tuple(sorted(index % count for index in chosen))
-
-
-def _swap(attention: Any, core: Core, family: Family, index: int) -> None:
-    original: Any = type(attention)
-    _turn(attention, converted_class(original))
-    attention.add_module(CORE, core)
-    if not core.traits.uses_keys:
-        put_aside(attention, family.key_maps)
-    attention.longspan_family, attention.longspan_index = family, index
 
 
 @functools.cache
@@ -270,14 +271,6 @@ def _turn(attention: Any, cls: Any) -> None:
     attention.__class__ = cls
     if "_old_forward" in attention.__dict__:
         attention._old_forward = types.MethodType(cls.forward, attention)
-
-
-def _hook(base: Any) -> None:
-    if "longspan_hooks" not in base.__dict__:
-        base.__dict__["longspan_hooks"] = [
-            base.register_forward_pre_hook(prepare_call, with_kwargs=True),
-            base.register_forward_hook(_after, with_kwargs=True),
-        ]
 
 
 @host.eager

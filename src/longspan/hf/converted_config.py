@@ -117,7 +117,7 @@ def _know_earlier_folders(plain: Any, converted: Any) -> None:
             _by_original_class.reset(token)
 
     wrappers: tuple[Any, Any] = read, open_folder
-    plain.from_dict, plain.from_pretrained = (classmethod(each) for each in wrappers)
+    plain.from_dict, plain.from_pretrained = (classmethod(wrapper) for wrapper in wrappers)
 
 
 for _cls in CONVERTED.values():

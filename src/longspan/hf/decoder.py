@@ -46,14 +46,12 @@ class ConvertedDecoder(nn.Module):
         super().__init__()
         # adapters of PEFT act inside the model of transformers
         model = self.inner = unwrapped(model)
-        layers, found = cores(model), find(model)
-        if len(layers) != len(found.attentions):
-            raise UnsupportedError(
-                f"{len(found.attentions) - len(layers)} layers of this model still keep every key; convert all of them"
-            )
+        layers, modules = cores(model), find(model)
+        if unconverted := len(modules.attentions) - len(layers):
+            raise UnsupportedError(f"{unconverted} layers of this model still keep every key; convert all of them")
         if not self.traits.streams:
             raise UnsupportedError(f"{self.why_no_stream()}; a ConvertedDecoder streams in every layer")
-        if not found.family.causal:
+        if not modules.family.causal:
             raise UnsupportedError("this model sees both sides of every token and does not stream")
 
     @property
@@ -117,15 +115,15 @@ class ConvertedDecoder(nn.Module):
         Raises:
             DataError: a token outside the vocabulary.
         """
-        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=0)
-        return out.logits, following
+        out, next_state = self._run(self.inner, tokens, state, call, logits_to_keep=0)
+        return out.logits, next_state
 
     def hidden(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
     ) -> tuple[Tensor, StackState]:
         """Like a call, but what logits are made of: hidden states (batch, length, dim)."""
-        out, following = self._run(find(self.inner).family.base(self.inner), tokens, state, call)
-        return out.last_hidden_state, following
+        out, next_state = self._run(find(self.inner).family.base(self.inner), tokens, state, call)
+        return out.last_hidden_state, next_state
 
     def last(
         self, tokens: Tensor, state: StackState | None = None, **call: Unpack[CallOptions]
@@ -134,8 +132,8 @@ class ConvertedDecoder(nn.Module):
         mask = call.get("mask")
         if mask is not None and not bool(mask[:, -1].all()):
             raise ConfigError("last: a row ends in padding")
-        out, following = self._run(self.inner, tokens, state, call, logits_to_keep=1)
-        return out.logits[:, -1], following
+        out, next_state = self._run(self.inner, tokens, state, call, logits_to_keep=1)
+        return out.logits[:, -1], next_state
 
     def head(self) -> Head | CalledHead:
         """The language-model head. Raises UnsupportedError: it is no plain linear map."""
@@ -153,16 +151,16 @@ class ConvertedDecoder(nn.Module):
         places = cast(list[StateLayer], cache.layers)
         # columns are tokens: what positions transformers makes of them are right
         columns = int(before.live.max())
-        for place, layer_state in zip(places, before.layers, strict=True):
-            place.state, place.columns, place.is_initialized = layer_state, columns, True
+        for slot, layer_state in zip(places, before.layers, strict=True):
+            slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
         mask, penalties = call.get("mask"), call.get("penalties")
         options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
         with all_or_nothing():
             out = model(tokens, use_cache=True, **options)
             if penalties is not None:
                 penalties.extend(last_penalties(self.inner))
-            following = tuple(place.state for place in places)
-            return out, StackState(following, following[0].live)
+            next_states = tuple(slot.state for slot in places)
+            return out, StackState(next_states, next_states[0].live)
 
 
 def open_for_streams(model: Any) -> Any:

@@ -91,20 +91,20 @@ class Llama(Family):
         config, rotary = model.config, self.base(model).rotary_emb
         scale = float(getattr(rotary, "attention_scaling", 1.0))
         angles = rotary.inv_freq.to("cpu", torch.float64)
-        given: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-        kind = given.get("rope_type", "default")
+        parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        kind = parameters.get("rope_type", "default")
         if scale != 1.0 or len(angles) * 2 != head_dim or kind in ("dynamic", "longrope"):
             raise UnsupportedError(
                 f"{config.model_type}: RoPE of type {kind!r} ({len(angles)} angles for heads of {head_dim}, scaled by "
                 f"{scale:g}) depends on the length or on part of a head; only fixed angles over whole heads convert"
             )
         if kind == "default":
-            return float(given.get("rope_theta", 10000.0))
+            return float(parameters.get("rope_theta", 10000.0))
         return tuple(angles.tolist())
 
     def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
-        q, v = (_heads(each(x), attention.head_dim) for each in (attention.q_proj, attention.v_proj))
+        q, v = (_heads(projection(x), attention.head_dim) for projection in (attention.q_proj, attention.v_proj))
         k = _heads(attention.k_proj(x), attention.head_dim) if keys else v
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k) if keys else k
@@ -118,8 +118,8 @@ class Llama(Family):
 
 def _without_rope(config: Any, attention: Any) -> bool:
     """SmolLM3 leaves positions out in some layers."""
-    given: list[int] = getattr(config, "no_rope_layers", None) or []
-    return bool(given) and not given[attention.layer_idx]
+    flags: list[int] = getattr(config, "no_rope_layers", None) or []
+    return bool(flags) and not flags[attention.layer_idx]
 
 
 class GPT2(Family):
@@ -178,7 +178,7 @@ class Bert(Family):
     def project(self, attention: Any, x: Tensor, keys: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """See the base."""
         head_dim = attention.attention_head_size
-        q, v = (_heads(each(x), head_dim) for each in (attention.query, attention.value))
+        q, v = (_heads(projection(x), head_dim) for projection in (attention.query, attention.value))
         return q, _heads(attention.key(x), head_dim) if keys else v, v
 
     def output(self, attention: Any, out: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def model_types() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttentionModules:
     """A family, and the attention modules of a model of it."""
 
     family: Family
@@ -204,14 +204,18 @@ class Found:
     @property
     def cores(self) -> dict[int, Core]:
         """The mechanisms of converted attention modules, by layer."""
-        return {index: each.longspan for index, each in enumerate(self.attentions) if hasattr(each, "longspan_family")}
+        return {
+            index: attention.longspan
+            for index, attention in enumerate(self.attentions)
+            if hasattr(attention, "longspan_family")
+        }
 
 
-def find(model: Any) -> Found:
+def find(model: Any) -> AttentionModules:
     """The family of a model. Raises UnsupportedError: there is none."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for family in _FAMILIES:
         if kind in family.model_types:
-            return Found(family, list(family.attentions(model)))
+            return AttentionModules(family, list(family.attentions(model)))
     known = ", ".join(model_types())
     raise UnsupportedError(f"a model of type {kind!r} does not convert; these do: {known}")

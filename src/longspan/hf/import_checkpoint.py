@@ -40,8 +40,8 @@ def import_checkpoint(
         UnsupportedError: another family, or something in the configuration that this library computes otherwise.
         CheckpointError: weights that are missing, left over, or of other shapes.
     """
-    weights, found = _read(source)
-    config = found if config is None else config
+    weights, own_config = _read(source)
+    config = own_config if config is None else config
     if config is None:
         raise ConfigError("import_checkpoint: weights alone do not say how many heads there are; give their config")
     table: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()

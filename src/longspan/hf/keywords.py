@@ -31,7 +31,7 @@ def known_keywords(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Names of the arguments of a `forward`, in order, without self and the catch-alls."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(forward).parameters.values()
-    return tuple(each.name for each in parameters if each.kind in kinds and each.name != "self")
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds and parameter.name != "self")
 
 
 LOSS_KEYWORDS = frozenset({"num_items_in_batch", "ignore_index", "shift_labels"})

@@ -56,8 +56,8 @@ def load(folder: str | Path, auto: Any = None, **options: Any) -> Any:
     Raises:
         CheckpointError: the folder holds no converted model, or lacks parameters of it.
     """
-    place = {key: options[key] for key in _PLACE if key in options}
-    config = transformers.AutoConfig.from_pretrained(folder, **place)
+    files = {key: options[key] for key in _PLACE if key in options}
+    config = transformers.AutoConfig.from_pretrained(folder, **files)
     if not getattr(config, CORE, None):
         raise CheckpointError(f"{folder}: its config.json names no conversion; load it with transformers")
     written = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
@@ -102,7 +102,7 @@ def _take_up(model: Any, folder: Any, options: dict[str, Any]) -> None:
     Raises:
         CheckpointError: one is missing, or of another size.
     """
-    dtype = options.get("dtype", options.get("torch_dtype"))
+    dtype: Any = options.get("dtype", options.get("torch_dtype"))
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     stored = _stored(folder, options)
     prefix = f"{model.base_model_prefix}."
@@ -111,22 +111,17 @@ def _take_up(model: Any, folder: Any, options: dict[str, Any]) -> None:
         if f".{CORE}." not in key:
             continue
         # a folder of a model with a head, loaded without it, and the other way round
-        theirs = next((stored[each] for each in (key, prefix + key, key.removeprefix(prefix)) if each in stored), None)
+        theirs = next((stored[name] for name in (key, prefix + key, key.removeprefix(prefix)) if name in stored), None)
         if theirs is None:
             raise CheckpointError(f"{folder}: {key} is missing")
         if theirs.shape != ours.shape:
             raise CheckpointError(
                 f"{folder}: {key} is {tuple(theirs.shape)}, the configuration says {tuple(ours.shape)}"
             )
-        fitted[key] = theirs.to(ours.device, _dtype(theirs.dtype, dtype))
+        changes = theirs.is_floating_point() and isinstance(dtype, torch.dtype) and theirs.dtype != dtype
+        fitted[key] = theirs.to(ours.device, torch.promote_types(dtype, torch.float32) if changes else theirs.dtype)
     # as they were stored: gates are fp32 beside weights of any type
     model.load_state_dict(fitted, strict=False, assign=True)
-
-
-def _dtype(stored: torch.dtype, wanted: Any) -> torch.dtype:
-    if not stored.is_floating_point or not isinstance(wanted, torch.dtype) or stored == wanted:
-        return stored
-    return torch.promote_types(wanted, torch.float32)
 
 
 def _stored(folder: Any, options: dict[str, Any]) -> dict[str, Tensor]:
@@ -137,20 +132,20 @@ def _stored(folder: Any, options: dict[str, Any]) -> dict[str, Tensor]:
     cached_file: Any = hub.cached_file
     get_checkpoint_shard_files: Any = hub.get_checkpoint_shard_files
 
-    place = {key: options[key] for key in _PLACE if options.get(key) is not None}
+    options_of_files = {key: options[key] for key in _PLACE if options.get(key) is not None}
     variant = f".{options['variant']}" if options.get("variant") else ""
     absent: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    files = [cached_file(folder, f"model{variant}.safetensors", **absent, **place)]
+    files = [cached_file(folder, f"model{variant}.safetensors", **absent, **options_of_files)]
     if files == [None]:
-        index = cached_file(folder, f"model.safetensors.index{variant}.json", **absent, **place)
+        index = cached_file(folder, f"model.safetensors.index{variant}.json", **absent, **options_of_files)
         if index is None:
             raise CheckpointError(f"{folder}: holds no model.safetensors")
-        files = get_checkpoint_shard_files(folder, index, **place)[0]
-    found: dict[str, Tensor] = {}
+        files = get_checkpoint_shard_files(folder, index, **options_of_files)[0]
+    tensors_by_name: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
-            found |= {key: tensors.get_tensor(key) for key in tensors.keys() if f".{CORE}." in key}  # noqa: SIM118
-    return found
+            tensors_by_name |= {key: tensors.get_tensor(key) for key in tensors.keys() if f".{CORE}." in key}  # noqa: SIM118
+    return tensors_by_name
 
 
 @contextlib.contextmanager

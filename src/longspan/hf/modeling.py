@@ -120,7 +120,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         """
         if getattr(self._stack.config, "adaptive", False):
             raise UnsupportedError("adaptive embeddings (adaptive_cutoffs, embedding_dim) have a fixed vocabulary")
-        found = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
         size = self.config.vocab_size
         assert self.config.model is not None
         self.config.model = {**self.config.model, "vocab_size": size}
@@ -130,7 +130,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
             old = stack.output_bias
             padded = F.pad(old.data, (0, max(size - len(old), 0)))[:size].clone()
             stack.output_bias = nn.Parameter(padded, requires_grad=old.requires_grad)
-        return found
+        return embeddings
 
     @property
     def _stack(self) -> Any:

@@ -1,8 +1,7 @@
 """Auxiliary losses of a converted model's last call, for as long as its output can still be trained through."""
 
-import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,19 +19,19 @@ class LastPenalties:
 
     Args:
         losses: of the call, scalars.
-        output: of the call, (batch, length, dim).
+        output: of the call, (batch, length, dim); None = the graph is gone already.
     """
 
-    def __init__(self, losses: Sequence[Tensor], output: Tensor) -> None:
-        self.values = tuple(each.detach() for each in losses)
-        self._losses: Any = _nothing
-        node = output.grad_fn
-        if node is None or not any(each.requires_grad for each in losses):
+    def __init__(self, losses: Sequence[Tensor], output: Tensor | None) -> None:
+        self.values = tuple(loss.detach() for loss in losses)
+        self._losses: Callable[[], list[Tensor] | None] = lambda: None
+        node = None if output is None else output.grad_fn
+        if node is None or not any(loss.requires_grad for loss in losses):
             return
         graph = _Losses(losses)
-        if any(each.grad_fn is node for each in losses):
+        if any(loss.grad_fn is node for loss in losses):
             # made by one compiled function with the output: losses that hang on its node would keep themselves alive
-            self._losses = functools.partial(_itself, graph)
+            self._losses = lambda: graph
             return
         metadata: Any = node.metadata
         metadata["longspan_penalties"] = graph
@@ -45,18 +44,4 @@ class LastPenalties:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has values alone: the graph is that of the model it was made with."""
-        return _without_graph, (self.values,)
-
-
-def _without_graph(values: tuple[Tensor, ...]) -> LastPenalties:
-    copy = LastPenalties.__new__(LastPenalties)
-    copy.values, copy._losses = values, _nothing
-    return copy
-
-
-def _itself(graph: _Losses) -> _Losses:
-    return graph
-
-
-def _nothing() -> None:
-    """Stands where a reference to a graph would."""
+        return LastPenalties, (self.values, None)

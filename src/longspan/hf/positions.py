@@ -81,15 +81,15 @@ def documents(inputs: Tensor, past: Past, arguments: Mapping[str, Any], first: i
     return _from_positions(_positions(positions, inputs), past, read, mask, reset, first)
 
 
-def _table(given: Any, name: str, inputs: Tensor) -> Tensor | None:
+def _table(argument: Any, name: str, inputs: Tensor) -> Tensor | None:
     """A (batch, length) argument as booleans."""
-    if given is None:
+    if argument is None:
         return None
     expected = tuple(inputs.shape[:2])
-    if not isinstance(given, Tensor) or tuple(given.shape) != expected:
-        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+    if not isinstance(argument, Tensor) or tuple(argument.shape) != expected:
+        shape = tuple(argument.shape) if isinstance(argument, Tensor) else type(argument).__name__
         raise ConfigError(f"{name}: expected a bool tensor of shape {expected}, got {shape}")
-    return given.to(device=inputs.device, dtype=torch.bool)
+    return argument.to(device=inputs.device, dtype=torch.bool)
 
 
 def _mask(inputs: Tensor, columns: int, arguments: Mapping[str, Any]) -> Tensor | None:
@@ -195,30 +195,30 @@ def _from_positions(
     before = torch.where(previous < 0, behind[:, None], positions.gather(1, previous.clamp(min=0)))
     starts = (positions == first) & (positions != before + 1)
     opens = (previous < 0) & (past.live == 0)[:, None] & (positions >= first)
-    told = torch.zeros_like(opens)
+    resets = torch.zeros_like(opens)
     if reset is not None:
         # a reset on padding acts on the next real token
         count = torch.cat([reset.new_zeros(batch, 1, dtype=torch.int64), reset.cumsum(1)], 1)
-        told = (count[:, 1:] > count.gather(1, previous + 1)) & (positions >= first)
-    starts = starts & ~opens & ~told
-    wrong = ~(starts | opens | told | (positions == before + 1))
+        resets = (count[:, 1:] > count.gather(1, previous + 1)) & (positions >= first)
+    starts = starts & ~opens & ~resets
+    wrong = ~(starts | opens | resets | (positions == before + 1))
     if mask is not None:
-        starts, opens, told, wrong = starts & mask, opens & mask, told & mask, wrong & mask
-    begun = torch.where(starts | opens | told, column, -1).amax(1)
+        starts, opens, resets, wrong = starts & mask, opens & mask, resets & mask, wrong & mask
+    begun = torch.where(starts | opens | resets, column, -1).amax(1)
     ahead = positions.gather(1, begun.clamp(min=0)[:, None])[:, 0] - first
     shift = torch.where(begun < 0, shift, ahead)
     if reset is not None and mask is not None:
         # one behind the last real token: what comes next begins anew
         shift = shift.masked_fill(count[:, -1] > count.gather(1, latest[:, -1:] + 1)[:, 0], 0)
-    anywhere = opens & ~told & (positions > first)
+    anywhere = opens & ~resets & (positions > first)
     flags = torch.stack([wrong.any(), starts.any(), (shift != 0).any(), anywhere.any()])
     bad, packed, shifted, ahead = flags.tolist()
     if bad:
-        row, place = (int(index) for index in wrong.nonzero()[0])
-        at, goes_on = int(positions[row, place]), int(before[row, place]) + 1
+        at_row, at_column = (int(index) for index in wrong.nonzero()[0])
+        at, goes_on = int(positions[at_row, at_column]), int(before[at_row, at_column]) + 1
         raise ConfigError(
-            f"position_ids: row {row} has {at} at column {place}, where {goes_on} would continue its document and "
-            f"{first} start another; padding goes by attention_mask"
+            f"position_ids: row {at_row} has {at} at column {at_column}, where {goes_on} would continue its document "
+            f"and {first} start another; padding goes by attention_mask"
         )
     if packed:
         reset = starts if reset is None else reset | starts

@@ -27,10 +27,10 @@ class PublishedConfig:
 
     def warn_of_dropout(self, *names: str) -> None:
         """Say that dropout of attention weights, under these names, is not taken over; nothing where it is 0."""
-        given = [f"{name} = {self.config[name]}" for name in names if self.config.get(name)]
-        if given:
+        dropped = [f"{name} = {self.config[name]}" for name in names if self.config.get(name)]
+        if dropped:
             warnings.warn(
-                f"{self.where}: {', '.join(given)} is not taken over, as no mixer drops attention weights: the same "
+                f"{self.where}: {', '.join(dropped)} is not taken over, as no mixer drops attention weights: the same "
                 "model in evaluation, less regularised in training",
                 stacklevel=2,
             )
@@ -48,8 +48,8 @@ class Renaming:
         left: published ones that are not used yet.
     """
 
-    def __init__(self, where: str, given: Mapping[str, Tensor]) -> None:
-        self.where, self.left = where, dict(given)
+    def __init__(self, where: str, weights: Mapping[str, Tensor]) -> None:
+        self.where, self.left = where, dict(weights)
         self.ours: dict[str, Tensor] = {}
 
     def take(self, name: str) -> Tensor:

@@ -49,11 +49,11 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     """
     table = PublishedConfig(_WHERE, config)
     model = Decoder(_decoder(table))
-    given = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
+    published = {name: weight for name, weight in weights.items() if not name.endswith(_CONSTANTS)}
     # two names of one tensor in transformers 4; where they differ (5.24 on), the logits take this one
-    if "lm_head.decoder.bias" in given:
-        given["lm_head.bias"] = given.pop("lm_head.decoder.bias")
-    ours = _Mapping(given, model, table).run()
+    if "lm_head.decoder.bias" in published:
+        published["lm_head.bias"] = published.pop("lm_head.decoder.bias")
+    ours = _Mapping(published, model, table).run()
     load_weights(model, ours, _WHERE)
     return model
 
@@ -152,8 +152,8 @@ def _buckets(table: PublishedConfig) -> int:
 class _Mapping(Renaming):
     """Weights under the names of a `Decoder`, each of the published ones used once."""
 
-    def __init__(self, given: dict[str, Tensor], model: Decoder, table: PublishedConfig) -> None:
-        super().__init__(_WHERE, given)
+    def __init__(self, published: dict[str, Tensor], model: Decoder, table: PublishedConfig) -> None:
+        super().__init__(_WHERE, published)
         self.table = table
         self.ours = dict(model.state_dict())
 
@@ -181,17 +181,17 @@ class _Mapping(Renaming):
     def _layer(self, ours: str, theirs: str, kind: str) -> None:
         attention, maps = f"{theirs}.attention", f"{ours}.mixer.projections"
         names = ("query", "key", "value") if kind == "local" else ("query_key", "query_key", "value")
-        found = {name: self.take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
+        taken = {name: self.take(f"{attention}.self_attention.{name}.weight") for name in dict.fromkeys(names)}
         for own, name in zip(("q_proj", "k_proj", "v_proj"), names, strict=True):
             if (own, name) != ("k_proj", "query_key"):  # shared keys are queries
-                self.ours[f"{maps}.{own}.weight"] = found[name]
+                self.ours[f"{maps}.{own}.weight"] = taken[name]
         self.move(f"{maps}.o_proj.weight", f"{attention}.output.dense.weight")
         self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
         self.move_pair(f"{ours}.ffn_norm", f"{theirs}.feed_forward.layer_norm")
         self.move_pair(f"{ours}.ffn.up_proj", f"{theirs}.feed_forward.dense.dense")
         self.move_pair(f"{ours}.ffn.down_proj", f"{theirs}.feed_forward.output.dense")
         if kind == "lsh":
-            self._rotations(f"{ours}.mixer.core.rotations", found["value"].dtype)
+            self._rotations(f"{ours}.mixer.core.rotations", taken["value"].dtype)
 
     def _rotations(self, name: str, dtype: torch.dtype) -> None:
         own, seed = self.ours[name].to(dtype), self.table.config.get("hash_seed")

@@ -48,8 +48,8 @@ def import_transfo_xl(weights: Mapping[str, Tensor], config: Mapping[str, Any]) 
     """
     table = _Table(config)
     model = Decoder(_decoder(table))
-    given = {name: weight for name, weight in weights.items() if not name.endswith("pos_emb.inv_freq")}
-    load_weights(model, _Mapping(given, model, table).run(), _WHERE)
+    published = {name: weight for name, weight in weights.items() if not name.endswith("pos_emb.inv_freq")}
+    load_weights(model, _Mapping(published, model, table).run(), _WHERE)
     return model
 
 
@@ -74,7 +74,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
         # a border, so that the first segment begins with the first token
         count = core.config.segment * -(-core.reach // core.config.segment)
         layers.append(TransformerXLState(hidden, torch.full_like(empty.live, count)))
-    if len({int(each.live[0]) for each in layers}) != 1:
+    if len({int(state.live[0]) for state in layers}) != 1:
         raise UnsupportedError("zero_memory: the layers have segments of different lengths")
     return StackState(tuple(layers), layers[0].live)
 
@@ -92,13 +92,13 @@ class _Table(PublishedConfig):
                 raise UnsupportedError(f"{_WHERE}: {name} = {config[name]!r}: only {known} is known")
         if config.get("sample_softmax", -1) > 0:
             raise UnsupportedError(f"{_WHERE}: sample_softmax: a sampled softmax is not known; only adaptive ones are")
-        self.cuts = tuple(int(each) for each in self["cutoffs"])
+        self.cuts = tuple(int(cut) for cut in self["cutoffs"])
         self.tied = bool(config.get("tie_word_embeddings", True))
         # one table and at most one map for all clusters
         self.alike = self["div_val"] == 1
         self.mapped = not self.alike or self["d_embed"] != self["d_model"]
         shared = [False] + [bool(config.get("proj_share_all_but_first", True))] * len(self.cuts)
-        self.tied_maps = [bool(each) for each in config.get("tie_projs", shared)][: len(self.cuts) + 1]
+        self.tied_maps = [bool(tied) for tied in config.get("tie_projs", shared)][: len(self.cuts) + 1]
         if len(self.tied_maps) <= len(self.cuts):
             raise ConfigError(f"{_WHERE}: tie_projs names {len(self.tied_maps)} of {len(self.cuts) + 1} clusters")
 
@@ -156,8 +156,8 @@ def _decoder(table: _Table) -> DecoderConfig:
 class _Mapping(Renaming):
     """Weights under the names of a `Decoder`, each of the published ones used once."""
 
-    def __init__(self, given: dict[str, Tensor], model: Decoder, table: _Table) -> None:
-        super().__init__(_WHERE, given)
+    def __init__(self, published: dict[str, Tensor], model: Decoder, table: _Table) -> None:
+        super().__init__(_WHERE, published)
         self.table, self.count = table, model.config.num_layers
         self.names = model.state_dict().keys()
 
@@ -184,8 +184,8 @@ class _Mapping(Renaming):
             # one pair for all layers may be saved once
             shared = f"transformer.{name}"
             own_name = f"{attention}.{name}"
-            found = self.left[shared] if own_name not in self.left and shared in self.left else self.take(own_name)
-            self.ours[f"{mixer}.core.{own}"] = found
+            bias = self.left[shared] if own_name not in self.left and shared in self.left else self.take(own_name)
+            self.ours[f"{mixer}.core.{own}"] = bias
         self.move_pair(f"{ours}.mixer_norm", f"{attention}.layer_norm")
         self.move_pair(f"{ours}.ffn_norm", f"{theirs}.pos_ff.layer_norm")
         self.move_pair(f"{ours}.ffn.up_proj", f"{theirs}.pos_ff.CoreNet.0")
@@ -245,10 +245,5 @@ class _Mapping(Renaming):
         """Whether an output weight is one that transformers overwrites with the embedding's."""
         if name.startswith("crit.out_layers."):
             return self.table.tied and name.endswith(".weight")
-        index = name.removeprefix("crit.out_projs.")
-        return (
-            self.table.mapped
-            and index.isdigit()
-            and int(index) <= len(self.table.cuts)
-            and self.table.tied_maps[int(index)]
-        )
+        tied = [f"crit.out_projs.{index}" for index, is_tied in enumerate(self.table.tied_maps) if is_tied]
+        return self.table.mapped and name in tied

@@ -83,9 +83,9 @@ class TunedDecoder(ConvertedDecoder):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """What learns, and the buffers of the mechanisms; the rest stands in `source`."""
-        learns = {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
+        learns = {name: parameter.detach() for name, parameter in self.named_parameters() if parameter.requires_grad}
         saved = {name for name in super().state_dict() if f".{CORE}." in name}
-        return learns | {name: each for name, each in self.named_buffers() if name in saved}
+        return learns | {name: buffer for name, buffer in self.named_buffers() if name in saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gave."""

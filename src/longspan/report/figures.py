@@ -107,12 +107,12 @@ def line_figure(
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         if xscale == "log2":
-            smallest = min((x for each in series for x in each.x if x > 0), default=1.0)
+            smallest = min((x for line in series for x in line.x if x > 0), default=1.0)
             axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=1.0)
             axes.minorticks_off()
-        for number, each in enumerate(series):
-            colour = theme.colours[(number if each.colour is None else each.colour) % len(theme.colours)]
-            _draw(axes, each, colour, front=len(series) - number)
+        for number, line in enumerate(series):
+            colour = theme.colours[(number if line.colour is None else line.colour) % len(theme.colours)]
+            _draw(axes, line, colour, front=len(series) - number)
         axes.set_yscale(yscale)
         axes.margins(x=0.02)
         for mark in marks:
@@ -135,9 +135,9 @@ def line_figure(
         one_by_one = FuncFormatter(lambda value, _: f"{value:,.10g}")
         axes.yaxis.set_major_formatter(PlainNumbers() if yscale == "linear" else one_by_one)
         axes.grid(visible=False, axis="x")
-        labels = sum(bool(each.label) for each in series)
+        labels = sum(bool(line.label) for line in series)
         # whiskers are not seen by what finds a free place
-        if labels > LABELS_INSIDE or (labels > 1 and any(each.kind == "points" for each in series)):
+        if labels > LABELS_INSIDE or (labels > 1 and any(line.kind == "points" for line in series)):
             lines = -(-labels // 2)
             figure.set_size_inches(size[0], size[1] + 0.22 * lines)
             figure.legend(loc="outside lower left", ncols=2)

@@ -17,12 +17,12 @@ class Heads:
 
 def head_table(rows: Sequence[tuple[Heads, list[float]]], write: Callable[[float], str], caption: str = "") -> Table:
     """A number of each head: a row a layer, a column a head, and the mean."""
-    last = max(found.first + len(values) - 1 for found, values in rows)
+    last = max(heads.first + len(values) - 1 for heads, values in rows)
     cells = []
-    for found, values in rows:
+    for heads, values in rows:
         line = [""] * last
-        line[found.first - 1 : found.first - 1 + len(values)] = [write(value) for value in values]
-        cells.append((str(found.layer), *line, write(sum(values) / len(values))))
+        line[heads.first - 1 : heads.first - 1 + len(values)] = [write(value) for value in values]
+        cells.append((str(heads.layer), *line, write(sum(values) / len(values))))
     columns = ("layer", *(f"head {head + 1}" for head in range(last)), "mean")
     return Table(columns=columns, rows=cells, right=tuple(range(1, last + 2)), caption=caption)
 
@@ -39,11 +39,11 @@ def head_figure(
     # matplotlib is loaded where a figure is drawn
     from longspan.report.figures import Series, line_figure, picture
 
-    layers = [found.layer for found, _ in rows]
+    layers = [heads.layer for heads, _ in rows]
     # heads side by side, so that equal ones do not hide each other
     spread = [
-        (found.layer + 0.3 * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
-        for found, values in rows
+        (heads.layer + 0.3 * (head - (len(values) - 1) / 2) / max(len(values) - 1, 1), value)
+        for heads, values in rows
         for head, value in enumerate(values)
     ]
     series = [

@@ -28,46 +28,36 @@ class Theme:
 
     def settings(self) -> Any:
         """The matplotlib settings of this theme (a dict by name), for `rc_context`."""
+        faces = ("figure.facecolor", "savefig.facecolor", "axes.facecolor", "legend.facecolor", "legend.edgecolor")
+        lines = ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
+        labels = ("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
         return {
-            "figure.facecolor": self.ground,
-            "figure.dpi": PIXELS_PER_INCH,
-            "savefig.facecolor": self.ground,
-            "axes.facecolor": self.ground,
-            "axes.edgecolor": self.grid,
-            "axes.labelcolor": self.faint,
-            "axes.titlecolor": self.ink,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 11,
-            "axes.titleweight": "bold",
-            "axes.titlepad": 10,
-            "axes.labelsize": 9.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": self.grid,
-            "grid.linewidth": 0.8,
-            "xtick.color": self.grid,
-            "ytick.color": self.grid,
-            "xtick.labelcolor": self.faint,
-            "ytick.labelcolor": self.faint,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
-            "ytick.major.size": 0,
-            "text.color": self.ink,
-            "legend.facecolor": self.ground,
-            "legend.edgecolor": self.ground,
-            "legend.framealpha": 0.85,
-            "legend.fancybox": False,
-            "legend.fontsize": 9,
-            "legend.labelcolor": self.ink,
-            "lines.linewidth": 1.8,
-            "lines.markersize": 5,
-            "font.family": "DejaVu Sans",
+            **_SETTINGS,
+            **dict.fromkeys(faces, self.ground),
+            **dict.fromkeys(lines, self.grid),
+            **dict.fromkeys(labels, self.faint),
+            **dict.fromkeys(("axes.titlecolor", "text.color", "legend.labelcolor"), self.ink),
         }
 
 
+# what does not depend on the theme
+_SETTINGS = {
+    "figure.dpi": PIXELS_PER_INCH,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "axes.labelsize": 9.5,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left", "legend.fancybox"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+    "grid.linewidth": 0.8,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9),
+    "ytick.major.size": 0,
+    "legend.framealpha": 0.85,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "font.family": "DejaVu Sans",
+}
 # Okabe & Ito 2008, in the order in which neighbours differ most
 LIGHT = Theme(
     name="light",

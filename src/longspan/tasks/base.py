@@ -92,9 +92,9 @@ def heads(documents: Documents, length: int, count: int = 0) -> Documents:
     """The first `length` tokens of the first `count` documents; 0: all."""
     if not length and not count:
         return documents
-    kept = list(zip(documents.items, documents.names, strict=True))[: count or None]
-    items = [Head(item, min(length or len(item), len(item))) for item, _ in kept]
-    return Documents(items, [name for _, name in kept], f"{documents.fingerprint}:{length}:{count}")
+    chosen = list(zip(documents.items, documents.names, strict=True))[: count or None]
+    items = [Head(item, min(length or len(item), len(item))) for item, _ in chosen]
+    return Documents(items, [name for _, name in chosen], f"{documents.fingerprint}:{length}:{count}")
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,14 @@ class ByteTask:
             DataError: the data is missing, cannot be read, or leaves nothing for one of the splits.
         """
         if self._split is None:
-            found, group = self._grouped(self.config.source)
-            self._split = split_groups(found, group, self.config.validation_fraction, self.config.seed)
-            if not all(self._split.values()):
+            documents, group = self._grouped(self.config.source)
+            parts = split_groups(documents, group, self.config.validation_fraction, self.config.seed)
+            if not all(parts.values()):
                 raise DataError(
-                    f"{self.config.source}: {len(found)} document(s), all of one image or family, cannot be parted "
+                    f"{self.config.source}: {len(documents)} document(s), all of one image or family, cannot be parted "
                     "into training and validation; give more"
                 )
+            self._split = parts
         return _documents(self._split[split])
 
     def read(self, source: str | Sequence[str]) -> Documents:
@@ -156,16 +157,16 @@ class TilesTask(ByteTask):
         return self.config.tile, self.config.tile, CHANNELS
 
     def _grouped(self, source: str | Sequence[str]) -> tuple[Named, Array]:
-        size, found, owner = self.config.tile, [], []
+        size, tiles, owner = self.config.tile, [], []
         for index, (name, pixels) in enumerate(_images(source)):
             for row in range(0, len(pixels) - size + 1, size):
                 for column in range(0, pixels.shape[1] - size + 1, size):
                     tile = pixels[row : row + size, column : column + size]
-                    found.append((f"{name}:{row},{column}", tile.reshape(-1)))
+                    tiles.append((f"{name}:{row},{column}", tile.reshape(-1)))
                     owner.append(index)
-        if not found:
+        if not tiles:
             raise DataError(f"{source}: no image of {size} x {size} pixels at least; set task.tile lower")
-        return found, np.array(owner)
+        return tiles, np.array(owner)
 
 
 class MusicTask(ByteTask):
@@ -194,8 +195,8 @@ class MusicTask(ByteTask):
             raise DataError(
                 f"{source}: no tune of at most {self.config.max_bytes} bytes; a tune has a line X: and a line K:"
             )
-        found = [(name, np.frombuffer(tune, dtype=np.uint8)) for tune, name in tunes.items()]
-        return found, families([tune_keys(tune) for tune in tunes])
+        documents = [(name, np.frombuffer(tune, dtype=np.uint8)) for tune, name in tunes.items()]
+        return documents, families([tune_keys(tune) for tune in tunes])
 
 
 def families(keys: Sequence[set[bytes]]) -> Array:
@@ -234,7 +235,7 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
         folder = package_folder("skimage", "these images", "scikit-image") / "data"
         files = read_source([str(folder / name) for name in IMAGES])
     else:
-        files = [each for each in read_source(source, pattern="*") if each[0].lower().endswith(SUFFIXES)]
+        files = [file for file in read_source(source, pattern="*") if file[0].lower().endswith(SUFFIXES)]
         if not files:
             raise DataError(f"{source}: no image in it ({', '.join(SUFFIXES)})")
     for name, data in files:
@@ -246,7 +247,7 @@ def _images(source: str | Sequence[str]) -> Iterator[tuple[str, Array]]:
         yield name, pixels
 
 
-def _documents(found: Named) -> Documents:
+def _documents(documents: Named) -> Documents:
     tokenizer = Bytes()
-    items: list[Document] = [TextDocument(data, tokenizer) for _, data in found]
-    return Documents(items, [name for name, _ in found], arrays_digest(data for _, data in found))
+    items: list[Document] = [TextDocument(data, tokenizer) for _, data in documents]
+    return Documents(items, [name for name, _ in documents], arrays_digest(data for _, data in documents))

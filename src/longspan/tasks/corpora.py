@@ -93,9 +93,9 @@ def articles(path: Path) -> Iterator[Text]:
     """The articles of a file of WikiText; what stands before the first title belongs to the first."""
     data = read_file(path)
     whole = np.ascontiguousarray(data).data
-    found = list(_TITLE.finditer(whole))
-    borders = [0, *(each.start() for each in found[1:]), len(data)]
-    titles = [each[1].decode(errors="replace") for each in found] or [path.name]
+    matches = list(_TITLE.finditer(whole))
+    borders = [0, *(match.start() for match in matches[1:]), len(data)]
+    titles = [match[1].decode(errors="replace") for match in matches] or [path.name]
     for title, first, last in zip(titles, borders[:-1], borders[1:], strict=True):
         if last > first:
             yield held(title, data[first:last])
@@ -149,7 +149,7 @@ def _rows_files(path: Path, without: Sequence[Path] = ()) -> list[Path]:
     if not path.is_dir():
         return [path]
     suffixes = ("arrow", "json") if _is_saved(path) else ("parquet", "jsonl")
-    return [each for suffix in suffixes for each in files_of(path, f"*.{suffix}", without)]
+    return [file for suffix in suffixes for file in files_of(path, f"*.{suffix}", without)]
 
 
 def _is_saved(path: Path) -> bool:
@@ -159,11 +159,11 @@ def _is_saved(path: Path) -> bool:
 def _saved(path: Path, field: str) -> Splits:
     datasets = _library("datasets", path)
     try:
-        found = datasets.load_from_disk(str(path))
+        loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: cannot be read as a saved dataset: {error}") from None
     # one dataset without splits is a list of rows, several are a dict
-    named = dict(found) if isinstance(found, dict) else {"train": found}
+    named = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     splits: Splits = {}
     for name, split in _splits_of(path, named).items():
         rows = named[name]
@@ -199,10 +199,10 @@ def _rows(rows: Any, field: str, name: str, path: Path) -> Iterator[Text]:
 def _tables(path: Path, field: str, without: Sequence[Path]) -> Splits:
     """Files of rows; of a folder's, each belongs to the split that its folder or its name says."""
     names: dict[str, Path] = {}
-    for each in sorted(_rows_files(path, without)):
-        if each.suffix not in (".parquet", ".jsonl") or not each.is_file():
-            raise DataError(f"{each}: not a file of .parquet or .jsonl")
-        names[each.name if each == path else each.relative_to(path).as_posix()] = each
+    for file in sorted(_rows_files(path, without)):
+        if file.suffix not in (".parquet", ".jsonl") or not file.is_file():
+            raise DataError(f"{file}: not a file of .parquet or .jsonl")
+        names[file.name if file == path else file.relative_to(path).as_posix()] = file
     splits: Splits = {}
     for name, split in _splits_of(path, names).items():
         texts = (_parquet if names[name].suffix == ".parquet" else _json_lines)(names[name], field)
@@ -263,24 +263,24 @@ def _splits_of(path: Path, names: Iterable[str]) -> dict[str, Split]:
     Raises:
         DataError: some name a split and others do not, or one names two: test data must not be trained on by mistake.
     """
-    found = {name: _split_of(name) for name in names}
-    known: dict[str, Split] = {name: split for name, split in found.items() if split is not None}
-    if known and len(known) < len(found):
-        unknown = [name for name in found if name not in known]
+    splits = {name: _split_of(name) for name in names}
+    known: dict[str, Split] = {name: split for name, split in splits.items() if split is not None}
+    if known and len(known) < len(splits):
+        unknown = [name for name in splits if name not in known]
         few = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise DataError(f"{path}: {few}: named after no split, as others are (train, validation, test); rename or move")
-    return known or dict.fromkeys(found, "train")
+    return known or dict.fromkeys(splits, "train")
 
 
 def _split_of(name: str) -> Split | None:
     """The split that a name says with any of its words, or the first of its folders that says one."""
     for part in name.lower().split("/"):
         words = set(re.split(r"[^a-z]+", part))
-        said = [split for split, names in SPLIT_NAMES.items() if words & set(names)]
-        if len(said) > 1:
-            raise DataError(f"{name}: named after two splits, {' and '.join(said)}; rename it")
-        if said:
-            return said[0]
+        matches = [split for split, names in SPLIT_NAMES.items() if words & set(names)]
+        if len(matches) > 1:
+            raise DataError(f"{name}: named after two splits, {' and '.join(matches)}; rename it")
+        if matches:
+            return matches[0]
     return None
 
 

@@ -42,14 +42,14 @@ def held_back(group: Array, fraction: float, seed: int, *, at_least_one: bool = 
     """
     members = np.bincount(group)
     present = np.flatnonzero(members)
-    held, room = np.zeros(len(members), dtype=np.bool_), int(fraction * len(group))
-    for each in np.random.default_rng(seed).permutation(present).tolist():
-        if members[each] <= room:
-            held[each] = True
-            room -= int(members[each])
-    if at_least_one and not held.any() and len(present):
-        held[present[np.argmin(members[present])]] = True
-    chosen: Array = held[group]
+    is_held_back, room = np.zeros(len(members), dtype=np.bool_), int(fraction * len(group))
+    for candidate in np.random.default_rng(seed).permutation(present).tolist():
+        if members[candidate] <= room:
+            is_held_back[candidate] = True
+            room -= int(members[candidate])
+    if at_least_one and not is_held_back.any() and len(present):
+        is_held_back[present[np.argmin(members[present])]] = True
+    chosen: Array = is_held_back[group]
     return chosen
 
 
@@ -58,8 +58,10 @@ def split_groups(
 ) -> dict[Split, Named]:
     """Documents to train on and those held back, either perhaps empty; arguments as of `held_back`."""
     parts: dict[Split, Named] = {"train": [], "validation": []}
-    for each, held in zip(documents, held_back(group, fraction, seed, at_least_one=at_least_one), strict=True):
-        parts["validation" if held else "train"].append(each)
+    for document, is_held_back in zip(
+        documents, held_back(group, fraction, seed, at_least_one=at_least_one), strict=True
+    ):
+        parts["validation" if is_held_back else "train"].append(document)
     return parts
 
 

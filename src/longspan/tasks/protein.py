@@ -124,13 +124,13 @@ class ProteinTask:
         """
         if self._sequences is None:
             config = self.config
-            found = _encoded(config.source, config.pattern)
-            family = families([ids for _, ids in found], config.family)
-            parts = split_groups(found, family, config.validation_fraction, config.seed, at_least_one=False)
+            sequences = _encoded(config.source, config.pattern)
+            family = families([ids for _, ids in sequences], config.family)
+            parts = split_groups(sequences, family, config.validation_fraction, config.seed, at_least_one=False)
             if empty := [verb for verb, part in zip(("train", "validate"), parts.values(), strict=True) if not part]:
                 raise DataError(
-                    f"{config.source}: {len(found)} different sequence(s) of {len(np.unique(family))} families leave "
-                    f"nothing to {empty[0]} on; give more, or another task.family or task.validation_fraction"
+                    f"{config.source}: {len(sequences)} different sequence(s) of {len(np.unique(family))} families "
+                    f"leave nothing to {empty[0]} on; give more, or another task.family or task.validation_fraction"
                 )
             self._sequences = parts
         return self._sequences[split]
@@ -144,15 +144,15 @@ class ProteinTask:
         train = split == "train"
         return self._masked(self.sequences(split), self.config.copies if train else 1, noise=train)
 
-    def _masked(self, found: Named, copies: int, *, noise: bool) -> Documents:
+    def _masked(self, sequences: Named, copies: int, *, noise: bool) -> Documents:
         config = self.config
         items: list[Document] = []
         names: list[str] = []
         for copy in range(copies):
-            for index, (name, ids) in enumerate(found):
+            for index, (name, ids) in enumerate(sequences):
                 items.append(ProteinDocument(ids, config.share, (config.seed, int(noise), copy, index), noise=noise))
                 names.append(f"{name}:{copy}" if noise else name)
-        digest = arrays_digest((ids for _, ids in found), f"{config.share}:{config.copies}:{config.seed}")
+        digest = arrays_digest((ids for _, ids in sequences), f"{config.share}:{config.copies}:{config.seed}")
         return Documents(items, names, digest)
 
     def read(self, source: str | Sequence[str], *, pattern: str | None = None) -> Documents:
@@ -175,18 +175,18 @@ class ProteinTask:
 
 def is_amino_acid(tokens: Array) -> Array:
     """Which token ids are of the twenty amino acids."""
-    found: Array = (tokens >= FIRST) & (tokens < FIRST + len(AMINO_ACIDS))
-    return found
+    inside: Array = (tokens >= FIRST) & (tokens < FIRST + len(AMINO_ACIDS))
+    return inside
 
 
 def _encoded(source: str | Sequence[str], pattern: str) -> Named:
     """Sequences with an amino acid in them, each once."""
-    kept: dict[bytes, tuple[str, Array]] = {}
+    sequences: dict[bytes, tuple[str, Array]] = {}
     for name, letters in read_source(source, pattern=pattern):
         ids = _IDS[letters]
         if is_amino_acid(ids).any():
-            kept.setdefault(ids.tobytes(), (name, ids))
-    return list(kept.values())
+            sequences.setdefault(ids.tobytes(), (name, ids))
+    return list(sequences.values())
 
 
 def families(sequences: Sequence[Array], stretch: int) -> Array:

@@ -128,7 +128,7 @@ def key_of(*parts: Any) -> str:
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Path, bytes and time of change (ns) of files: a corpus of gigabytes is not read to see that it is the same."""
-    return [(str(path.resolve()), found.st_size, found.st_mtime_ns) for path in paths for found in [path.stat()]]
+    return [(str(path.resolve()), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
 
 
 def _fill(folder: Path, documents: Iterable[tuple[str, Array]]) -> dict[str, Any]:

@@ -61,17 +61,17 @@ def find_source(
         source, pattern, separator: as above.
         without: folders that are passed over where they lie inside a source (a run's own, a cache).
     """
-    found: list[Text] = []
-    for each in [source] if isinstance(source, str) else source:
-        texts = [text for text in _texts(each, pattern, without) if text.size]
+    documents: list[Text] = []
+    for one_source in [source] if isinstance(source, str) else source:
+        texts = [text for text in _texts(one_source, pattern, without) if text.size]
         if separator:
             texts = [part for text in texts for part in _parts(text, separator)]
         if not texts:
-            raise DataError(f"{each}: no text in it, every file is empty")
-        found += texts
-    if not found:
+            raise DataError(f"{one_source}: no text in it, every file is empty")
+        documents += texts
+    if not documents:
         raise DataError("task.source is an empty list: name a file, a folder, a glob, 'sotu', 'kjv', 'proteins' or '-'")
-    return found
+    return documents
 
 
 def held(name: str, data: Array) -> Text:
@@ -86,7 +86,7 @@ def source_files(
     sources = [source] if isinstance(source, str) else source
     if "-" in sources:
         return None
-    paths = [path for each in sources for _, path in _files(each, pattern, without)]
+    paths = [path for one_source in sources for _, path in _files(one_source, pattern, without)]
     return sorted(path for path in paths if path.is_file())
 
 
@@ -100,18 +100,18 @@ def files_of(folder: Path, pattern: str, without: Sequence[Path] = ()) -> list[P
 def _globbed(source: str, without: Sequence[Path]) -> list[Path]:
     parts = itertools.takewhile(lambda part: not glob.has_magic(part), Path(source).parts)
     inner = _inner(Path(*parts), without)
-    found = map(Path, glob.glob(source, recursive=True))
-    return sorted(path for path in found if path.is_file() and not _lies_in(path, inner))
+    matches = map(Path, glob.glob(source, recursive=True))
+    return sorted(path for path in matches if path.is_file() and not _lies_in(path, inner))
 
 
 def _inner(folder: Path, without: Sequence[Path]) -> list[Path]:
     """Those folders that lie in another, which may well lie in them: a corpus inside the folder of a run is read."""
     whole = folder.resolve()
-    return [each for each in (one.resolve() for one in without) if whole in each.parents]
+    return [folder_inside for folder_inside in (one.resolve() for one in without) if whole in folder_inside.parents]
 
 
 def _lies_in(path: Path, folders: Sequence[Path]) -> bool:
-    return bool(folders) and any(each in path.resolve().parents for each in folders)
+    return bool(folders) and any(inner in path.resolve().parents for inner in folders)
 
 
 def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -124,13 +124,13 @@ def _files(source: str, pattern: str, without: Sequence[Path]) -> list[tuple[str
     if source == "sotu":
         path, pattern, without = package_folder("sotu") / "data" / "speeches", "*.txt", ()
     if path.is_dir():
-        files = [(each.relative_to(path).as_posix(), each) for each in files_of(path, pattern, without)]
+        files = [(file.relative_to(path).as_posix(), file) for file in files_of(path, pattern, without)]
         if not files:
             raise DataError(f"{path}: no file in it matches {pattern!r}; set task.pattern")
         return files
     if path.exists():
         return [(path.name, path)]
-    files = [(str(each), each) for each in _globbed(source, without)]
+    files = [(str(file), file) for file in _globbed(source, without)]
     if not files:
         raise DataError(
             f"{source}: no such file or folder; a source is one of these, a glob, 'sotu', 'kjv', 'proteins' or '-'"
@@ -147,7 +147,7 @@ def _texts(source: str, pattern: str, without: Sequence[Path]) -> Iterator[Text]
         if source == "kjv":
             yield held(name, _kjv(path))
         elif path.name.endswith(FASTA):
-            yield from (held(*each) for each in read_fasta(path))
+            yield from (held(*sequence) for sequence in read_fasta(path))
         else:
             yield file_text(name, path)
 
@@ -216,5 +216,5 @@ def _proteins() -> Path:
 def _kjv(path: Path) -> Array:
     """The longest string of a Python file: the whole book."""
     strings = (node.value for node in ast.walk(ast.parse(read_file(path).tobytes())) if isinstance(node, ast.Constant))
-    text = max((each for each in strings if isinstance(each, str)), key=len, default="")
+    text = max((value for value in strings if isinstance(value, str)), key=len, default="")
     return np.frombuffer(text.strip().encode(), dtype=np.uint8)

@@ -83,8 +83,8 @@ class AssociateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        kept = self.pairs - self.overwrites
-        if not 0 <= self.overwrites < self.pairs or kept > self.keys or not 1 <= self.queries <= kept:
+        remaining = self.pairs - self.overwrites
+        if not 0 <= self.overwrites < self.pairs or remaining > self.keys or not 1 <= self.queries <= remaining:
             raise ConfigError(
                 f"associate: pairs = {self.pairs}, overwrites = {self.overwrites}, queries = {self.queries}, keys = "
                 f"{self.keys}: fewer overwrites than pairs, and as many keys as pairs that remain and queries"
@@ -134,9 +134,9 @@ class SyntheticDocument:
     @functools.cached_property
     def sample(self) -> Sample:
         """All of it."""
-        made = self._make()
-        assert len(made.tokens) == self.length + 1
-        return made
+        sample = self._make()
+        assert len(sample.tokens) == self.length + 1
+        return sample
 
     @property
     def answer(self) -> Array:
@@ -157,10 +157,10 @@ class SyntheticDocument:
 
 def score(answer: Sequence[int] | Array, said: Sequence[int] | Array) -> tuple[float, bool]:
     """How well an answer was said: the share of tokens right at their places, and whether all of it is contained."""
-    wanted, found = [int(t) for t in answer], [int(t) for t in said]
-    right = sum(a == b for a, b in zip(wanted, found, strict=False)) / max(len(wanted), 1)
-    places = range(len(found) - len(wanted) + 1)
-    return right, any(found[place : place + len(wanted)] == wanted for place in places)
+    answer_ids, said_ids = [int(t) for t in answer], [int(t) for t in said]
+    right = sum(a == b for a, b in zip(answer_ids, said_ids, strict=False)) / max(len(answer_ids), 1)
+    places = range(len(said_ids) - len(answer_ids) + 1)
+    return right, any(said_ids[start : start + len(answer_ids)] == answer_ids for start in places)
 
 
 class SyntheticTask:
@@ -220,25 +220,25 @@ class PasskeyTask(SyntheticTask):
         """The pieces of a sample."""
         config = self.config
         number = "".join(str(digit) for digit in random.integers(0, 10, size=config.digits)).encode()
-        told = b"The pass key is " + number + b". Remember it. " + number + b" is the pass key. "
+        fact = b"The pass key is " + number + b". Remember it. " + number + b" is the pass key. "
         head = HEAD if config.length >= 512 else b""
-        room = config.length - len(head) - len(told) - len(ASKED) - len(number)
+        room = config.length - len(head) - len(fact) - len(ASKED) - len(number)
         again = b"The pass key is " + number + b". "
         # a few sentences of filler stay
         mentions = min(config.mentions, max(room - 60, 0) // len(again))
         room -= mentions * len(again)
         filler = self.filler(random, room, split)[:room]
-        return Passkey(head, filler, told, again, mentions, ASKED, number)
+        return Passkey(head, filler, fact, again, mentions, ASKED, number)
 
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
         """Head, filler with the number at its depth, question and answer."""
         config, parts = self.config, self.parts(random, split)
-        place = parts.place(DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth)
-        texts, last = [parts.head, parts.filler[:place], parts.told], place
-        for drawn in np.sort(random.integers(place, len(parts.filler) + 1, size=parts.mentions)).tolist():
-            here = max(_sentence_end(parts.filler, drawn), last)
-            texts += [parts.filler[last:here], parts.again]
-            last = here
+        split_at = parts.place(DEPTHS[index % len(DEPTHS)] if config.depth is None else config.depth)
+        texts, last = [parts.head, parts.filler[:split_at], parts.told], split_at
+        for drawn in np.sort(random.integers(split_at, len(parts.filler) + 1, size=parts.mentions)).tolist():
+            end = max(_sentence_end(parts.filler, drawn), last)
+            texts += [parts.filler[last:end], parts.again]
+            last = end
         whole = b"".join([*texts, parts.filler[last:], parts.asked, parts.number])
         tokens = np.concatenate([[self.tokenizer.begin], np.frombuffer(whole, dtype=np.uint8)]).astype(np.int64)
         graded = np.zeros(config.length, dtype=np.bool_)
@@ -308,17 +308,17 @@ class AssociateTask(SyntheticTask):
     def sample(self, random: np.random.Generator, index: int, split: Split) -> Sample:
         """Pairs, filler, queries."""
         config = self.config
-        kept = config.pairs - config.overwrites
-        fresh = random.permutation(config.keys)[:kept]
-        again = fresh[random.integers(0, kept, size=config.overwrites)]
+        remaining = config.pairs - config.overwrites
+        fresh = random.permutation(config.keys)[:remaining]
+        again = fresh[random.integers(0, remaining, size=config.overwrites)]
         order = np.concatenate([fresh, again]) + 1
         values = random.integers(0, config.values, size=config.pairs) + 1 + config.keys
-        told = np.stack([order, values], 1).reshape(-1)
+        pairs = np.stack([order, values], 1).reshape(-1)
         last = dict(zip(order.tolist(), values.tolist(), strict=True))
-        asked = random.permutation(fresh + 1)[: config.queries]
-        questions = np.array([token for key in asked.tolist() for token in (key, last[key])])
-        rest = config.length - len(told) - len(questions)
-        tokens = np.concatenate([[0], told, np.zeros(rest, dtype=np.int64), questions]).astype(np.int64)
+        queried = random.permutation(fresh + 1)[: config.queries]
+        questions = np.array([token for key in queried.tolist() for token in (key, last[key])])
+        rest = config.length - len(pairs) - len(questions)
+        tokens = np.concatenate([[0], pairs, np.zeros(rest, dtype=np.int64), questions]).astype(np.int64)
         graded = np.zeros(config.length, dtype=np.bool_)
         graded[config.length - len(questions) + 1 :: 2] = True
         return Sample(tokens, graded)

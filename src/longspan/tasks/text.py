@@ -110,7 +110,7 @@ class _Sharded(Sequence[Document]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
+            return [self[position] for position in range(len(self))[index]]
         return TextDocument(self._shards[index], self._tokenizer)
 
 
@@ -213,10 +213,10 @@ class TextTask:
         return self._tokenise(texts, errors)
 
     def _tokenise(self, texts: list[Text], errors: str = "") -> Documents:
-        digest, items = hashlib.blake2b(digest_size=16), []
-        for name, ids in self._encoded(texts, digest, errors):
-            items.append((name, TextDocument(ids, self.tokenizer)))
-        return Documents([item for _, item in items], [name for name, _ in items], digest.hexdigest())
+        digest = hashlib.blake2b(digest_size=16)
+        encoded = list(self._encoded(texts, digest, errors))
+        items = [TextDocument(ids, self.tokenizer) for _, ids in encoded]
+        return Documents(items, [name for name, _ in encoded], digest.hexdigest())
 
     def _encoded(self, texts: list[Text], digest: hashlib.blake2b, errors: str = "") -> Iterator[tuple[str, Array]]:
         """The ids of each document, one after another; the digest is of the text; `errors` of texts not trained on."""
@@ -232,11 +232,11 @@ class TextTask:
     def _shards(self, split: Split) -> Shards | None:
         """The token shards of a split, made where they are missing; None where ids are to be made at each start."""
         config = self.config
-        place = Path(config.cache) if config.cache else self._folder / "tokens" if self._folder else None
-        if config.cache == "" or place is None or (files := self._files()) is None:
+        cache = Path(config.cache) if config.cache else self._folder / "tokens" if self._folder else None
+        if config.cache == "" or cache is None or (files := self._files()) is None:
             return None
         chosen = {name: value for name, value in to_dict(config).items() if name not in ("cache", "vocabulary")}
-        folder = place / f"{split}-{key_of(chosen, stamps(files), self.tokenizer.text())}"
+        folder = cache / f"{split}-{key_of(chosen, stamps(files), self.tokenizer.text())}"
         if (folder / "index.json").is_file():
             return Shards(folder)
         texts = self._split(split)
@@ -251,20 +251,20 @@ class TextTask:
         if self.corpus is not None:
             assert isinstance(self.config.source, str)
             return sorted(path for path in self.corpus.files(Path(self.config.source), self._own()) if path.is_file())
-        found: list[Path] = []
+        paths: list[Path] = []
         for source in (self.config.source, self.config.validation_source, self.config.test_source):
             options: dict[str, Any] = {"pattern": self.config.pattern, "without": self._own()}
             files = source_files(source, **options) if source is not None else []
             if files is None:
                 return None
-            found += files
-        return found
+            paths += files
+        return paths
 
     def _own(self) -> list[Path]:
         """Folders that are written here, so no text: that of the run, the cache, and what is in the cache."""
         cache = Path(self.config.cache) if self.config.cache else None
-        kept = [] if cache is None else [cache, *(path.parent for path in cache.glob("*/index.json"))]
-        return kept if self._folder is None else [self._folder, *kept]
+        own_folders = [] if cache is None else [cache, *(path.parent for path in cache.glob("*/index.json"))]
+        return own_folders if self._folder is None else [self._folder, *own_folders]
 
     def _split(self, split: Split) -> list[Text]:
         if self._texts is None:
@@ -302,18 +302,18 @@ def find_splits(config: TextConfig, without: Sequence[Path] = ()) -> Splits:
 def _parted(texts: list[Text], config: TextConfig) -> Splits:
     """Texts that come without splits, in what is trained on and what is held back."""
     if config.split == "document" or (config.split == "auto" and len(texts) > 1):
-        held = texts[:: config.validation_every]
+        held_back = texts[:: config.validation_every]
         train = [text for index, text in enumerate(texts) if index % config.validation_every]
     else:
         parts = [_in_two(text, 1 - config.validation_fraction) for text in texts]
         train = [first for first, _ in parts if first.size]
-        held = [second for _, second in parts if second.size]
-    if not train or not held:
+        held_back = [second for _, second in parts if second.size]
+    if not train or not held_back:
         raise DataError(
             f"{config.source}: {len(texts)} document(s) leave nothing to {'validate' if train else 'train'} on; "
             'use task.split = "tail" or more text'
         )
-    return {"train": train, "validation": held}
+    return {"train": train, "validation": held_back}
 
 
 def _in_two(text: Text, share: float) -> tuple[Text, Text]:

@@ -112,11 +112,11 @@ class Subword(EngineTokenizer):
         # a text that spells out the begin token must not be taken for one
         engine.encode_special_tokens = True
         super().__init__(engine)
-        found = engine.token_to_id(begin)
-        if found is None:
+        begin_id = engine.token_to_id(begin)
+        if begin_id is None:
             raise DataError(f"the tokenizer has no token {begin!r}, so it is not one that longspan trained")
-        self.begin: int = found
-        self.ends = tuple(dict.fromkeys(int(end) for end in ends)) or (found,)
+        self.begin: int = begin_id
+        self.ends = tuple(dict.fromkeys(int(end) for end in ends)) or (begin_id,)
         self._specials = (begin, sorted(also))
         tokens = [self._token(index) for index in range(self.vocab_size)]
         self._silent = {index for index, token in enumerate(tokens) if token in (begin, *self._specials[1])}
@@ -233,10 +233,10 @@ def as_utf8(data: Array, name: str, tokenizer: Tokenizer, errors: str = "strict"
     return np.frombuffer(text.encode(), dtype=np.uint8) if errors == "replace" else data
 
 
-def not_utf8(name: str, place: int, tokenizer: Tokenizer) -> str:
+def not_utf8(name: str, byte: int, tokenizer: Tokenizer) -> str:
     """What is said of a byte that is not UTF-8, in a text that a trained model was to read."""
     kind = "subwords" if isinstance(tokenizer, Subword) else "words"
-    return f"{name}: not UTF-8 at byte {place:,}, and this run reads {kind}; --errors replace reads U+FFFD in its place"
+    return f"{name}: not UTF-8 at byte {byte:,}, and this run reads {kind}; --errors replace reads U+FFFD in its place"
 
 
 def _chunks(text: str) -> list[str]:

@@ -29,7 +29,7 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
     from longspan.mechanisms.heads.layer import HeadsCore
     from longspan.mixers import Core
 
-    found: list[Found[C]] = []
+    matches: list[Found[C]] = []
     parts: set[int] = set()
     layer, others = 0, set()
     for module in model.modules():
@@ -40,10 +40,10 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
         if isinstance(module, HeadsCore):
             parts |= {id(part) for part in module.modules()}
             inside = [(core, heads.start + 1) for core, heads in zip(module.cores, module.queries, strict=True)]
-        found += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
+        matches += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
         others |= {type(core).__name__.removesuffix("Core") for core, _ in inside}
-    if not found:
+    if not matches:
         raise ConfigError(
             f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(others)) or 'none'}"
         )
-    return found
+    return matches

@@ -71,10 +71,12 @@ def patterns(
     chosen = _chosen(names)
     if set_ and len(chosen) != 1:
         raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
-    given: dict[str, Any] = functools.reduce(override, set_ or [], {})
+    chosen_fields: dict[str, Any] = functools.reduce(override, set_ or [], {})
     rows, sections = [], []
     for name in chosen:
-        forms = [(fields, _build(name, fields, both_sides, seed)) for fields in ([given] if set_ else examples(name))]
+        forms = [
+            (fields, _build(name, fields, both_sides, seed)) for fields in ([chosen_fields] if set_ else examples(name))
+        ]
         drawn = [(fields, mixer) for fields, mixer in forms if mixer is not None]
         if drawn:
             section, records = _section(name, drawn, length, seed)

@@ -15,8 +15,7 @@ def chosen(model: Any, task: Any, run: str, *, tokens: int, head: int) -> "tuple
     """Held-back documents of a run, and how many tokens of a row are read in one call.
 
     Args:
-        model: of the run.
-        task: of the run.
+        model, task: of the run.
         run: its folder.
         tokens: in all, of documents drawn at random.
         head: of each document only its first so many tokens; 0: all.

@@ -218,18 +218,18 @@ def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any
         blocks.append(Text(f"No law in parameters and tokens: {error}"))
         return
     values = ", ".join(_parameter(law, name) for name in law.parameters)
-    said = f"{form}: {values}; {law.residual:.1%} from the runs."
+    sentence = f"{form}: {values}; {law.residual:.1%} from the runs."
     data["laws"][form] = {key: getattr(law, key) for key in _OF_LAW}
     try:
         best = optimal(law, flops)
     except ConfigError as error:
-        blocks.append(Text(f"{said} No budget can be spent by it: {error}."))
+        blocks.append(Text(f"{sentence} No budget can be spent by it: {error}."))
         return
     shares = [1 - 6 * row["N"] * row["D"] / row["C"] for row in rows]
     blocks.append(
         Text(
-            f"{said} With {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} tokens, expected "
-            f"loss {best.loss:.4f}. The budget is spent as 6 N D, without the term of the context, which is "
+            f"{sentence} With {flops:.3g} FLOPs: {best.parameters:,.0f} parameters on {best.tokens:,.0f} tokens, "
+            f"expected loss {best.loss:.4f}. The budget is spent as 6 N D, without the term of the context, which is "
             f"{min(shares):.0%} to {max(shares):.0%} of these runs' FLOPs."
         )
     )

@@ -41,16 +41,18 @@ def spans(
     from longspan.report.heads import head_figure, head_table
 
     model, task = open_any_run(run, device=device, dtype=dtype)
-    found = find(model, AdaptiveSpanCore, run, "adaptive_span")
-    dynamic = [each for each in found if each.core.config.dynamic]
+    mechanisms = find(model, AdaptiveSpanCore, run, "adaptive_span")
+    dynamic = [mechanism for mechanism in mechanisms if mechanism.core.config.dynamic]
     read = _dynamic_spans(model, task, run, dynamic, tokens) if dynamic else {}
-    rows = [(each, read.get(id(each.core), each.core.spans)) for each in found]
+    rows = [(mechanism, read.get(id(mechanism.core), mechanism.core.spans)) for mechanism in mechanisms]
     values = [value for _, line in rows for value in line]
-    most, ramps = (sorted({getattr(each.core.config, name) for each in found}) for name in ("max_span", "ramp"))
+    most, ramps = (
+        sorted({getattr(mechanism.core.config, name) for mechanism in mechanisms}) for name in ("max_span", "ramp")
+    )
     words = (
         f"{len(values)} heads look {number(sum(values) / len(values), 1)} tokens far on average, "
         f"{number(min(values), 1)} to {number(max(values), 1)}, "
-        f"of at most {' or '.join(f'{each:,}' for each in most)}. "
+        f"of at most {' or '.join(f'{size:,}' for size in most)}. "
         f"Beyond its span a head's weights fall to zero over {' or '.join(str(ramp) for ramp in ramps)} tokens."
     )
     table = head_table(rows, lambda value: number(value, 1))
@@ -60,8 +62,13 @@ def spans(
     data = {
         "run": run,
         "spans": [
-            {"layer": each.layer, "first_head": each.first, "dynamic": each.core.config.dynamic, "spans": line}
-            for each, line in rows
+            {
+                "layer": mechanism.layer,
+                "first_head": mechanism.first,
+                "dynamic": mechanism.core.config.dynamic,
+                "spans": line,
+            }
+            for mechanism, line in rows
         ],
     }
     path = write_report(output, f"longspan: how far {run} looks", [Section("Spans", blocks)], data)
@@ -71,7 +78,7 @@ def spans(
 
 
 def _dynamic_spans(
-    model: Any, task: Any, run: str, found: "list[Found[AdaptiveSpanCore]]", tokens: int
+    model: Any, task: Any, run: str, mechanisms: "list[Found[AdaptiveSpanCore]]", tokens: int
 ) -> dict[int, list[float]]:
     """Mean dynamic spans of each head over held-back documents, by id of the core."""
     import torch
@@ -79,16 +86,18 @@ def _dynamic_spans(
     from longspan.cli.show.reading import chosen
     from longspan.train.watching import watch_layers
 
-    totals = {id(each.core): torch.zeros(each.core.shape.num_heads, dtype=torch.float64) for each in found}
+    totals = {
+        id(mechanism.core): torch.zeros(mechanism.core.shape.num_heads, dtype=torch.float64) for mechanism in mechanisms
+    }
     counts = dict.fromkeys(totals, 0)
 
-    def watch(core: "AdaptiveSpanCore", given: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
-        real = given[4].real_columns()
+    def watch(core: "AdaptiveSpanCore", arguments: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
+        real = arguments[4].real_columns()
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())
 
     documents, chunk = chosen(model, task, run, tokens=tokens, head=0)
-    cores = [each.core for each in found]
+    cores = [mechanism.core for mechanism in mechanisms]
     with reading_progress("measuring spans") as show:
         watch_layers(model, documents, cores, watch, chunk=chunk, unit=task.unit, progress=show)
     return {key: (total / max(counts[key], 1)).tolist() for key, total in totals.items()}

@@ -44,15 +44,15 @@ def support(
     from longspan.train.watching import head_supports
 
     model, task = open_any_run(run, device=device, dtype=dtype)
-    found = find(model, EntmaxCore, run, "entmax")
+    mechanisms = find(model, EntmaxCore, run, "entmax")
     documents, chunk = chosen(model, task, run, tokens=tokens, head=head)
-    cores = [each.core for each in found]
+    cores = [mechanism.core for mechanism in mechanisms]
     with reading_progress("counting keys") as show:
         read, counted = head_supports(model, documents, cores, chunk=chunk, unit=task.unit, progress=show)
-    alphas = [(each, each.core.alpha.tolist()) for each in found]
-    sizes = [(each, support.sizes) for each, support in zip(found, counted, strict=True)]
-    shares = [(each, support.shares) for each, support in zip(found, counted, strict=True)]
-    everything = sum(float(each.kept.sum()) for each in counted) / sum(float(each.seen.sum()) for each in counted)
+    alphas = [(mechanism, mechanism.core.alpha.tolist()) for mechanism in mechanisms]
+    sizes = [(mechanism, support.sizes) for mechanism, support in zip(mechanisms, counted, strict=True)]
+    shares = [(mechanism, support.shares) for mechanism, support in zip(mechanisms, counted, strict=True)]
+    everything = sum(float(count.kept.sum()) for count in counted) / sum(float(count.seen.sum()) for count in counted)
     words = (
         f"{int(read.tokens.sum()):,} tokens of {len(read.names):,} held-back document(s): {everything:.1%} of the keys "
         "that could be seen have a weight."
@@ -73,8 +73,8 @@ def support(
         "tokens": int(read.tokens.sum()),
         "documents": list(read.names),
         "heads": [
-            {"layer": each.layer, "first_head": each.first, "alpha": alpha, "support": size, "share": share}
-            for (each, alpha), (_, size), (_, share) in zip(alphas, sizes, shares, strict=True)
+            {"layer": mechanism.layer, "first_head": mechanism.first, "alpha": alpha, "support": size, "share": share}
+            for (mechanism, alpha), (_, size), (_, share) in zip(alphas, sizes, shares, strict=True)
         ],
     }
     path = write_report(output, f"longspan: how sparse {run} is", [Section("Support", blocks)], data)
