@@ -212,7 +212,10 @@ def test_commands_are_not_broken_in_a_pipe(longspan, folder, tmp_path):
     assert line == f"next: longspan eval {deep} | longspan stream {deep} FILE | longspan generate {deep}"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=LONG) for shell in ("zsh", "fish"))])
 def test_shells_complete_verbs(shell):
     environment = {
         **os.environ,

@@ -42,10 +42,13 @@ for path in {PATHS!r}:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("package", "name"), [("longspan", "packages"), ("longspan.mixers", "probe")])
-def test_submodules_are_there_and_misspelled_names_are_not(package: str, name: str) -> None:
-    code = f"import longspan; print({package}.{name}.__name__)"
+def test_submodules_are_there() -> None:
+    code = "import longspan; print(longspan.packages.__name__, longspan.mixers.probe.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.stdout == f"{package}.{name}\n", done.stderr
+    assert done.stdout == "longspan.packages longspan.mixers.probe\n", done.stderr
+
+
+@pytest.mark.parametrize("package", ["longspan", "longspan.mixers"])
+def test_misspelled_submodules_are_not(package: str) -> None:
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'mixer_probe'"):
         _ = importlib.import_module(package).mixer_probe
