@@ -1,5 +1,6 @@
 """Claim performer-protein at a size of seconds, and its statistics against what is known."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_the_claim_runs_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     )
     plan = performer_protein.Plan(steps=3, scored=9, mapped=12, recipe=recipe)
     monkeypatch.setitem(performer_protein.PLANS, "small", plan)
+    monkeypatch.setattr(performer_protein, "agreement", functools.partial(similarity.agreement, samples=100))
     claim, said = performer_protein.PERFORMER_PROTEIN, list[str]()
     outcome = claim.run(tmp_path / "runs", "small", said.append)
     assert len(said) == 3
