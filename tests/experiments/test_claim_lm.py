@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lm")
 
 
+@pytest.mark.long
 def test_three_of_them_are_trained_and_a_second_call_only_looks(folder: Path) -> None:
     said: list[str] = []
     outcome = claim.compare(folder, TINY, said.append)

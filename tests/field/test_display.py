@@ -246,6 +246,7 @@ def test_the_harness_finds_the_model_by_its_entry_point():
     assert callable(importlib.metadata.EntryPoint("x", project["scripts"]["longspan-lm-eval"], "y").load())
 
 
+@pytest.mark.long
 def test_a_harness_that_knows_the_entry_point_can_load_it():
     pytest.importorskip("lm_eval")
     code = """

@@ -83,7 +83,7 @@ def test_definition(
 
 
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.long), False])
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_thousand_tokens(causal: bool, shared: bool, selection: str) -> None:
     given = {name: t[:1] for name, t in tensors(1000, 2, shared=shared).items()}

@@ -97,7 +97,7 @@ def check_ragged_calls(make: Make) -> None:
     lengths = st.tuples(*[st.integers(0, 9)] * BATCH)
     marks = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 0)), max_size=4)
 
-    @given(calls=st.lists(lengths, min_size=3, max_size=5), resets=marks, left=st.booleans())
+    @given(calls=st.lists(lengths, min_size=2, max_size=4), resets=marks, left=st.booleans())
     def law(calls: list[tuple[int, ...]], resets: list[tuple[int, int, int]], left: bool) -> None:
         case = ragged(calls, resets, left)
         hold_against_alone(mixer, inputs(case.seed, BATCH, case.length), case)
