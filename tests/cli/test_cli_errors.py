@@ -1,14 +1,14 @@
 """Every error is one line that says what, where and what to do, with exit code 2."""
 
+import builtins
 import errno
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 
+from longspan.cli import main
 from longspan.cli.app import run
 from longspan.errors import ConfigError
 
@@ -167,17 +167,13 @@ def test_ctrl_c_is_130(longspan, byte_run, monkeypatch):
     assert longspan("stream", byte_run, "-").code == 130
 
 
-def test_ctrl_c_while_the_verbs_are_imported_is_130():
-    # app is not imported yet in a process of its own
-    script = """
-import builtins, sys
-def interrupted(name, *rest, original=builtins.__import__):
-    if name == "longspan.cli.app":
-        raise KeyboardInterrupt
-    return original(name, *rest)
-from longspan.cli import main
-builtins.__import__ = interrupted
-main(["mixers"])
-"""
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stderr) == (130, "")
+def test_ctrl_c_while_the_verbs_are_imported_is_130(monkeypatch, capfd):
+    def interrupted(name, *rest, original=builtins.__import__):
+        if name == "longspan.cli.app":
+            raise KeyboardInterrupt
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["mixers"])
+    assert (ended.value.code, capfd.readouterr().err) == (130, "")

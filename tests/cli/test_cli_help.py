@@ -1,5 +1,6 @@
 """Help that teaches, and a start that loads nothing heavy."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,9 @@ def test_a_mixers_fields_are_explained(longspan):
     assert "Dai et al. 2019" in found
 
 
-def test_the_package_runs_as_a_module():
-    found = subprocess.run([sys.executable, "-m", "longspan", "--version"], capture_output=True, text=True, check=True)
-    assert found.stdout.strip()
+def test_the_package_runs_as_a_module(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["longspan", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("longspan", run_name="__main__")
+    assert not ended.value.code
+    assert capfd.readouterr().out == f"longspan {__version__}\n"

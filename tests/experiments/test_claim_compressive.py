@@ -60,6 +60,7 @@ def counts() -> lm.TextCounts:
         (0.5, 0.5, "does not hold"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_verdict_asks_for_all_bytes_and_rare_words(rare: float, frequent: float, verdict: str) -> None:
     base = [np.full(4, 3.0) for _ in range(20)]
     ours = [np.array([3 + rare, 3 + rare, 3 + frequent, 3 + frequent]) + 0.01 * (index % 3) for index in range(20)]

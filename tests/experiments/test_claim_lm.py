@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lm")
 
 
+@pytest.mark.long
 def test_three_models_are_trained_and_a_second_call_measures_nothing(folder: Path) -> None:
     messages: list[str] = []
     outcome = claim.compare(folder, TINY, messages.append)
@@ -119,6 +120,7 @@ def test_the_lead_is_smoothed_over_seeds_and_lines() -> None:
     ("minute", "longer", "verdict"),
     [(210.0, 210.0, "holds"), (190.0, 210.0, "holds in part"), (190.0, 190.0, "does not hold")],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_follows_the_models_without_memory(minute: float, longer: float, verdict: str) -> None:
     curve = {"read": [1, 2], "training": [2.0, 1.0]}
 

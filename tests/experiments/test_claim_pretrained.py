@@ -45,6 +45,7 @@ def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(folder:
     assert files == {path: path.stat().st_mtime_ns for path in (folder / "out").glob("*.json")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_follows_the_numbers(folder: Path) -> None:
     data = run(folder)[0].data
     better = {**data, "tuned": {**data["tuned"], "nats": [3.0] * 16, "resident": [100] * 16}}

@@ -1,5 +1,6 @@
 """Claim performer-protein at a size of seconds, and its statistics against known values."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,7 @@ def test_the_claim_runs_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
     plan = performer_protein.Plan(steps=3, scored=9, mapped=12, recipe=recipe)
     monkeypatch.setitem(performer_protein.PLANS, "small", plan)
+    monkeypatch.setattr(performer_protein, "agreement", functools.partial(similarity.agreement, samples=100))
     claim, messages = performer_protein.PERFORMER_PROTEIN, list[str]()
     outcome = claim.run(tmp_path / "runs", "small", messages.append)
     assert len(messages) == 3

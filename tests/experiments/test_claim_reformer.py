@@ -64,6 +64,7 @@ def test_without_hashing_everything_is_seen() -> None:
     ("strict", "ordered", "verdict"),
     [(0.995, 0.991, "holds"), (0.995, 0.7, "holds in part"), (0.5, 0.6, "does not hold")],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> None:
     plan = reformer_copy.PLANS["full"]
 

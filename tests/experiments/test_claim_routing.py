@@ -53,6 +53,7 @@ def test_verdict_is_the_interval(outcome: Any) -> None:
     assert [shifted(by) for by in (-5.0, 0.0, 5.0)] == ["holds", "does not hold", "does not hold"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_note_mentions_collapsed_clusters_and_dense_attention_behind(outcome: Any) -> None:
     models = copy.deepcopy(outcome.data["models"])
 

@@ -75,6 +75,7 @@ def test_spans_are_learned_and_counted(tmp_path: Path) -> None:
         (1.70, 1.0, [5, 10, 20, 300], "holds in part"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_on_spans(bits: float, flops: float, spans: list[float], verdict: str) -> None:
     plan = adaptive_span.PLANS["full"]
     costs = {"fixed": 2.0, "adaptive": flops}
@@ -105,6 +106,7 @@ def test_alphas_and_supports_are_measured(tmp_path: Path) -> None:
         (1.70, [1.1, 1.8], 10, "holds in part"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_on_alphas(bits: float, alphas: list[float], num_kept: int, verdict: str) -> None:
     times = {entmax.SOFTMAX: 1.0, entmax.LEARNED: 2.0}
     counts = {"kept": num_kept, "seen": 100, "tokens": 5}
@@ -137,6 +139,7 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bits", "slope", "verdict"), [(2.01, 1.1, "holds"), (2.1, 1.1, "does not hold"), (1.7, 1.1, "holds in part")]
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
     forms = {bp.DENSE: [record_of(2.0)], bp_forms.RECOMPUTED: [record_of(2.0)], bp_forms.PERSIST: [record_of(1.9)]}
     flops = {"dense": {10: 100.0, 100: 1e4}, "bp": {10: 10.0, 100: 10.0 * 10**slope}}
@@ -264,6 +267,7 @@ def grown(dense: float, sparse_power: float, memory: float) -> dict[str, dict[st
         ((2.0, 1.5, 1.9), 2.1, 3.1, "does not hold"),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_the_verdict_on_sparse(powers: tuple[float, float, float], fixed: float, strided: float, verdict: str) -> None:
     text: ModelRecords = {"dense": [record_of(2.0)], "fixed": [record_of(fixed)], "strided": [record_of(2.3)]}
     image: ModelRecords = {"dense": [record_of(3.0)], "fixed": [record_of(3.0)], "strided": [record_of(strided)]}

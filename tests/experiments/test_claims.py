@@ -6,7 +6,6 @@ import pytest
 
 from longspan.experiments.claims import grid, maps, rmt
 
-pytestmark = pytest.mark.usefixtures("brief_speeches")
 SMALL = (
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
     *("model.memory.segment_length=96", "train.tokens=800", "train.log_every=1"),

@@ -12,7 +12,6 @@ from longspan.experiments.tour import Clock
 from longspan.files import read_json
 from longspan.train import Answers, find_recipe, resolve
 
-pytestmark = pytest.mark.usefixtures("brief_speeches")
 SMALL = [
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
     *("model.memory.segment_length=96", "train.minutes=1", "train.steps=4", "train.tokens=800", "train.log_every=1"),

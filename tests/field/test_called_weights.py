@@ -116,7 +116,7 @@ def test_adapters_beside_the_output_act_in_logits_and_losses(tied: bool, chunk: 
     close(model.merge_and_unload().model(ids)[0], logits)
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", pytest.param("disk", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("make", "name"), SUBJECTS)
 def test_offloaded_models_are_the_same(make: Callable[[str], Any], name: str, where: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")

@@ -212,7 +212,10 @@ def test_commands_are_not_broken_in_a_pipe(longspan, folder, tmp_path):
     assert line == f"next: longspan eval {deep} | longspan stream {deep} FILE | longspan generate {deep}"
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=LONG) for shell in ("zsh", "fish"))])
 def test_shells_complete_verbs(shell):
     environment = {
         **os.environ,
@@ -243,6 +246,7 @@ def test_the_harness_finds_the_model_by_its_entry_point():
     assert callable(importlib.metadata.EntryPoint("x", project["scripts"]["longspan-lm-eval"], "y").load())
 
 
+@pytest.mark.long
 def test_a_harness_that_knows_the_entry_point_can_load_it():
     pytest.importorskip("lm_eval")
     code = """

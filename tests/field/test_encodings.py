@@ -65,7 +65,10 @@ def test_every_verb_prints(printed, byte_run, folder, encoding, verb):
     assert printed(encoding, *arguments)
 
 
-SETTINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}]
+SETTINGS = [
+    pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.long),
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -20,6 +20,7 @@ PENALISED: dict[str, dict[str, Any]] = {
     "routing": {"commitment": 1.0},
 }
 ROWS = 8
+LONG = pytest.mark.long  # a run of the Trainer takes a second
 
 
 class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
@@ -120,7 +121,9 @@ def test_the_real_trainer(kind: str, tmp_path: Path) -> None:
     check(lambda: causal("infini") if kind == "own" else converted("infini"), language(), tmp_path)
 
 
-@pytest.mark.parametrize("name", PENALISED)
+@pytest.mark.parametrize(
+    "name", ["routing", *(pytest.param(name, marks=LONG) for name in ("adaptive_span", "compressive"))]
+)
 def test_causal_models_with_auxiliary_losses(name: str, tmp_path: Path) -> None:
     rows = language(ragged=name == "adaptive_span")  # a mean over data takes the share of its labels
     check(lambda: causal(name, **PENALISED[name]), rows, tmp_path)
@@ -172,7 +175,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("problem", LABELS)
+@pytest.mark.parametrize(
+    "problem", [pytest.param(each, marks=LONG if "label" not in each or "multi" in each else ()) for each in LABELS]
+)
 def test_classifiers(problem: str, tmp_path: Path) -> None:
     def make() -> Any:
         torch.manual_seed(0)

@@ -247,6 +247,7 @@ def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:
         hf.load(plain)
 
 
+@pytest.mark.long
 def test_without_longspan_nothing_loads_silently(tmp_path: Path) -> None:
     folder = saved(converted("window"), tmp_path / "llama")
     tokenizer(folder)

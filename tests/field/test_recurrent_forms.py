@@ -131,7 +131,7 @@ def test_a_backbone_of_any_type_is_wrapped(form: str, dtype: torch.dtype) -> Non
 def test_flops_are_those_of_the_forward(kind: str, form: str, alignment: str) -> None:
     backbone = encoder() if kind == "encoder" else own(kind, layers=2)
     model = recurrent(backbone, alignment=alignment, **FORMS[form])
-    for length in (1, 2, 3, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE, 4 * SIZE + 2):
+    for length in (1, 3, SIZE, SIZE + 1, 4 * SIZE + 2):
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             model(tokens(2, length), flush=True)
         done = counter.get_total_flops()

@@ -137,6 +137,7 @@ run(json.loads(sys.argv[1]), sys.argv[2], progress=Slow())
 """
 
 
+@pytest.mark.long
 def test_a_kill_releases_the_lock(folder, tmp_path):
     import json
 

@@ -159,6 +159,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_two_processes_measure_and_draw_what_one_does(tmp_path: Path) -> None:
     """Inside DistributedDataParallel, with generators that differ between the processes."""
     script = tmp_path / "script.py"

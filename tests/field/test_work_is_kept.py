@@ -139,7 +139,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(folder, tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.long)])
 def test_a_stream_saves_when_it_is_ended(byte_run, tmp_path, name):
     state, log = tmp_path / "state", tmp_path / "log"
     command = ["stream", str(byte_run), "-", f"--save-state={state}", f"--log={log}"]
@@ -280,7 +280,7 @@ def test_a_file_cannot_take_the_place_of_a_folder(tmp_path, monkeypatch):
 
 def test_output_that_does_not_fit_on_the_disk_is_said():
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "longspan.cli", "--version"]
+        command = [sys.executable, "-m", "longspan", "--version"]
         found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     (line,) = found.stderr.splitlines()
     assert found.returncode == 2

@@ -20,12 +20,12 @@ CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
 TOLERANCE = dict.fromkeys(CAUSAL, 2e-5) | {"gpt2": 1e-9, "bert": 1e-9}
 
 
-def examples() -> list[Any]:
-    """Every form of every mixer that converts."""
+def examples(*, long: bool = False) -> list[Any]:
+    """Every form of every mixer that converts; `long`: all but the first of each are for `make test-long`."""
     forms = [(name, *each) for name in mixers.names() for each in enumerate(mixers.examples(name))]
     built = [mixers.build(name, dim=16, num_heads=4, **fields).core for name, _, fields in forms]
     return [
-        pytest.param(name, fields, id=f"{name}-{place}")
+        pytest.param(name, fields, id=f"{name}-{place}", marks=pytest.mark.long if long and place else ())
         for (name, place, fields), core in zip(forms, built, strict=True)
         if core.traits.convertible and core.value_dim == core.shape.head_dim
     ]
@@ -121,7 +121,7 @@ def test_infini_begins_strongly_local() -> None:
     assert float((after - before)[:, 16:].abs().max()) > 1e-6
 
 
-@pytest.mark.parametrize(("name", "fields"), examples())
+@pytest.mark.parametrize(("name", "fields"), examples(long=True))
 @torch.no_grad()
 def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, Any]) -> None:
     model = make("llama")

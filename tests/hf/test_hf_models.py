@@ -25,7 +25,7 @@ from longspan.hf.cache import CACHE
 transformers = pytest.importorskip("transformers")
 TABLE: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
 EXAMPLES = [
-    pytest.param(name, fields, id=f"{name}-{place}")
+    pytest.param(name, fields, id=f"{name}-{place}", marks=pytest.mark.long if place else ())
     for name in mixers.names()
     for place, fields in enumerate(core_class(name).examples)
 ]

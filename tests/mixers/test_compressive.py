@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import longspan as ls
-from longspan.contract.base import special_groups
 from longspan.mechanisms.compressive.definition import compressive_layer
 
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
@@ -247,8 +246,7 @@ def test_the_compressor_is_a_group_of_its_own() -> None:
         {"name": "compressive", "segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2, "compressor_lr": 0.5},
     )
     model = ls.Decoder(ls.DecoderConfig(vocab_size=7, dim=16, num_layers=3, mixers=tables, positions="none"))
-    (group,) = special_groups(model.cores(), lr=0.1, weight_decay=0.01)
-    assert group["name"] == "compressor"
+    (group,) = [g for g in model.parameter_groups(lr=0.1, weight_decay=0.01) if g["name"] == "compressor"]
     assert group["lr"] == 0.5
     assert group["weight_decay"] == 0.01
     assert len(group["params"]) == 3

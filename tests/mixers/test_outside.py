@@ -132,7 +132,7 @@ def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:
 
 
 def test_a_broken_package_is_one_line_and_breaks_no_other(
-    installed: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+    installed: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, message in (
         ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone does not load: AttributeError: "),
@@ -149,6 +149,7 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
     assert "does not load" in " ".join(listed.split())
     assert run(["mixers", "forgetful"]) == 0
     assert "linear attention that forgets by a gate" in capfd.readouterr().out
+    monkeypatch.setattr(registry, "names", lambda: ["full", "forgetful", "missing", "odd"])
     assert run(["show", "patterns", "--length", "5", "-o", str(tmp_path / "all")]) == 0
     drawn = capfd.readouterr()
     assert "left out: mixer: mixer 'missing'" in drawn.err

@@ -102,7 +102,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("rows", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

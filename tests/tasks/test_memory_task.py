@@ -10,7 +10,7 @@ from longspan.errors import ConfigError
 from longspan.tasks import MemoryConfig, MemoryTask
 from longspan.tasks.memory import PLACES, Kind, every_fact
 
-pytestmark = pytest.mark.usefixtures("brief_speeches")
+pytestmark = pytest.mark.usefixtures("brief_texts")
 
 
 @pytest.fixture(scope="module")

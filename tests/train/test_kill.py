@@ -27,12 +27,13 @@ def start(recipe, folder, resume):
     return subprocess.Popen(command)
 
 
-def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stopped(recipe, tmp_path, losses):
+@pytest.mark.parametrize("steps", [(25,), pytest.param((25, 60), marks=pytest.mark.long)])
+def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stopped(recipe, tmp_path, losses, steps):
     recipe["model"]["dropout"] = 0.1
-    recipe["train"] |= {"steps": 100, "eval_every": 40, "bptt_segments": 2}
+    recipe["train"] |= {"steps": steps[-1] + 40, "eval_every": 40, "bptt_segments": 2}
     run(recipe, tmp_path / "whole", progress="none")
     parts = tmp_path / "parts"
-    for step in (25, 60):
+    for step in steps:
         process = start(recipe, parts, resume=step > 25)
         while not list((parts / "checkpoints").glob(f"step-*{step:04d}")):
             assert process.poll() is None, "the run ended before it could be killed"
@@ -40,7 +41,7 @@ def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stoppe
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert not (parts / "model").exists()
-    assert run(recipe, parts, resume=True, progress="none").step == 100
+    assert run(recipe, parts, resume=True, progress="none").step == steps[-1] + 40
     assert losses(parts) == losses(tmp_path / "whole")
 
 

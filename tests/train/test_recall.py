@@ -20,7 +20,7 @@ from longspan.train import (
 )
 from longspan.train.recall import draw_samples, gate_losses
 
-pytestmark = pytest.mark.usefixtures("brief_speeches")
+pytestmark = pytest.mark.usefixtures("brief_texts")
 RECIPE: dict[str, Any] = {
     "model": {
         "kind": "encoder",

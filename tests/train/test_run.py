@@ -102,10 +102,14 @@ def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
         ({}, 13),
         ({"model__dropout": 0.2, "train__log_every": 3}, 12),
         ({"train__bptt_segments": 2, "train__accumulation": 2}, 5),
-        ({"model__mixers": [{"name": "full"}], "train__lanes": 3}, 9),
+        pytest.param({"model__mixers": [{"name": "full"}], "train__lanes": 3}, 9, marks=pytest.mark.long),
         ({"task__tokenizer": "subword", "task__vocab_size": 300, "train__carry": False}, 7),
         ({"train__dtype": "bfloat16"}, 17),
-        ({"model__mixers": [{"name": "transformer_xl", "segment": 12, "mem_len": 12}], "model__positions": "none"}, 11),
+        pytest.param(
+            {"model__mixers": [{"name": "transformer_xl", "segment": 12, "mem_len": 12}], "model__positions": "none"},
+            11,
+            marks=pytest.mark.long,
+        ),
         (
             {
                 "model__mixers": [

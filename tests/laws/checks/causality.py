@@ -42,7 +42,7 @@ def check_causality_of_long_calls(make: Make) -> None:
         mixer.train(training)
         with torch.set_grad_enabled(training):
             y = mixer(x)[0].detach()
-            for at in (1, 64, 257, 511, 512, 699) if not training else (300,):
+            for at in (1, 257, 512, 699) if not training else (300,):
                 changed = mixer(torch.cat([x[:, :at], other[:, at:]], 1))[0].detach()
                 same(changed[:, :at], y[:, :at], f"outputs before {at} of {length}, training={training}")
 

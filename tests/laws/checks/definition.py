@@ -1,5 +1,6 @@
 """Law 4: a mixer on the fast ops and the same mixer on their dense definitions agree."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
@@ -15,9 +16,12 @@ from ..tools import Make, close, copy_state, forms, inputs, states_close, trains
 
 @contextmanager
 def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
-    """Every op of `fast` that `slow` defines is replaced by its definition; the names called are collected."""
+    """Every op of `fast` that `slow` defines is replaced by its definition; the names called are collected.
+
+    In the folders of mechanisms too, where an operation that is made of another calls it by its own name.
+    """
     names = [n for n in slow.__all__ if callable(getattr(slow, n)) and hasattr(fast, n)]
-    kept, called = {n: getattr(fast, n) for n in names}, []
+    ops, called = {n: getattr(fast, n) for n in names}, []
 
     def spy(name: str) -> Any:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -26,13 +30,17 @@ def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
 
         return call
 
-    for name in names:
-        setattr(fast, name, spy(name))
+    folders = [module for name, module in sys.modules.items() if name.startswith("longspan.mechanisms.")]
+    replaced = [(fast, n) for n in names]
+    replaced += [(module, n) for module in folders for n in names if vars(module).get(n) is ops[n]]
+    spies = {n: spy(n) for n in names}
+    for module, name in replaced:
+        setattr(module, name, spies[name])
     try:
         yield called
     finally:
-        for name, function in kept.items():
-            setattr(fast, name, function)
+        for module, name in replaced:
+            setattr(module, name, ops[name])
 
 
 def ready(make: Make, **keywords: Any) -> nn.Module:
