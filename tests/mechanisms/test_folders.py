@@ -13,7 +13,7 @@ MADE_OF_OTHERS = {"heads"}
 
 
 def test_every_mechanism_has_a_folder() -> None:
-    assert FOLDERS == sorted(ls.mixers.names())
+    assert sorted(ls.mixers.names()) == FOLDERS
 
 
 @pytest.mark.parametrize("name", sorted(set(FOLDERS) - MADE_OF_OTHERS))
