@@ -17,8 +17,9 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
 napoleon_use_ivar = True
+napoleon_custom_sections = [("Args of a call", "params_style"), ("Returns of a call", "returns_style")]
 default_role = "literal"  # docstrings name code in single backticks
-exclude_patterns = ["_build", "design.md"]
+exclude_patterns = ["_build"]
 
 
 def escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:

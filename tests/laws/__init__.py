@@ -1,1 +1,1 @@
-"""The law matrix: every registered mixer against the eight laws of docs/design.md, and a mutant for every check."""
+"""The law matrix: every registered mixer against the eight laws of docs/contract.md, and a mutant for every check."""

@@ -73,7 +73,7 @@ def head_of(linear: nn.Module, bias: Tensor | None = None) -> "Head | CalledHead
 
 class AdaptiveHead(NamedTuple):
     """An adaptive softmax (Grave et al. 2017): frequent tokens and one class per cluster of rarer ones share a softmax,
-    and every cluster has one of its own over narrower hidden states.
+    and every cluster has one of its own over narrower hidden states::
 
         p(token) = softmax(first)[token]                                          in cluster 0
                    softmax(first)[cluster i] softmax(W_i M_i h + b_i)[token]      in cluster i > 0
