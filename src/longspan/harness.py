@@ -84,13 +84,13 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        found: dict[int, tuple[float, bool]] = {}
+        likelihoods: dict[int, tuple[float, bool]] = {}
         contexts = [self._context(context) for _, context, _ in requests]
         for index, session in self._read(contexts):
             scores = session.fork().score(requests[index][2])
-            found[index] = (-float(scores.nats.cpu().double().sum()), bool(scores.likeliest.all()))
-            self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
-        return [found[index] for index in range(len(requests))]
+            likelihoods[index] = (-float(scores.nats.cpu().double().sum()), bool(scores.likeliest.all()))
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], likelihoods[index])
+        return [likelihoods[index] for index in range(len(requests))]
 
     def _context(self, tokens: list[int]) -> list[int]:
         """Without the token that stands for an empty context: every session begins with it."""
@@ -114,22 +114,22 @@ class LongspanLM(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each text, as a document of its own."""
-        found = []
+        likelihoods = []
         for request in requests:
             (text,) = request.args
             nats = self._start.fork().score(self.tok_encode(text)).nats
-            found.append(-float(nats.cpu().double().sum()))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            likelihoods.append(-float(nats.cpu().double().sum()))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), likelihoods[-1])
+        return likelihoods
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut before the first of the texts that end them."""
-        found: dict[int, str] = {}
+        continuations: dict[int, str] = {}
         contexts = [self._context(self.tok_encode(request.args[0])) for request in requests]
         for index, session in self._read(contexts):
-            found[index] = self._answer(session.fork(), dict(requests[index].args[1]))
-            self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
-        return [found[index] for index in range(len(requests))]
+            continuations[index] = self._answer(session.fork(), dict(requests[index].args[1]))
+            self.cache_hook.add_partial("generate_until", requests[index].args, continuations[index])
+        return [continuations[index] for index in range(len(requests))]
 
     def _answer(self, session: StreamSession, options: dict[str, Any]) -> str:
         until = options.get("until") or []

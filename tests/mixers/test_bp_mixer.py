@@ -71,7 +71,7 @@ def test_the_papers_graph_and_ours_agree_on_who_sees_whom() -> None:
         means.append(torch.stack([part.mean(1) for part in x.split(1 << level, 1)], 1))
         level += 1
     nodes = torch.cat(means, 1)
-    relative = torch.zeros(int(graph.place.max()) + 1, dim // heads, dtype=FP64)
+    relative = torch.zeros(int(graph.relative_places.max()) + 1, dim // heads, dtype=FP64)
     paper = bp.paper_layer(nodes, *weights, relative, graph, heads=heads)[:, :length]
     q, key, value = ((x @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in weights)
     ours, _ = ls.ops.bp_attention(q, key, value, torch.zeros(level - 1, heads, dim // heads, dtype=FP64), nearest=k)
@@ -83,8 +83,8 @@ def test_spans_of_the_paper_begin_as_means_of_their_tokens() -> None:
     graph = bp.paper_graph(length, 1, causal=False)
     weights = [torch.randn(dim, dim, dtype=FP64) for _ in range(3)]
     x = torch.randn(1, length, dim, dtype=FP64)
-    nodes = torch.cat([x, x.new_zeros(1, len(graph.place) - length, dim)], 1)
-    relative = torch.randn(int(graph.place.max()) + 1, dim // heads, dtype=FP64)
+    nodes = torch.cat([x, x.new_zeros(1, len(graph.relative_places) - length, dim)], 1)
+    relative = torch.randn(int(graph.relative_places.max()) + 1, dim // heads, dtype=FP64)
     out = bp.paper_layer(nodes, *weights, relative, graph, heads=heads)
     values = x @ weights[2]
     torch.testing.assert_close(out[:, length : length + 10], values[:, :20].unflatten(1, (10, 2)).mean(2))

@@ -93,7 +93,7 @@ def test_segments_lie_where_positions_say(
     for b, (offset, mask, reset) in enumerate(zip(*call, strict=True)):
         count = sum(mask)
         positions = describe(offset, mask, reset)[1]
-        place = spread.place[b, :count].tolist()
+        place = spread.slots[b, :count].tolist()
         assert [p % size for p in place] == [p % size for p in positions]
         assert place == sorted(set(place))
         for before, after, p in zip(place, place[1:], positions[1:], strict=False):

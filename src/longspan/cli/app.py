@@ -103,8 +103,8 @@ def _shown(context: typer.Context) -> None:
         print(context.get_help())
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(show: bool) -> None:
+    if show:
         print(f"longspan {__version__}")
         raise typer.Exit
 

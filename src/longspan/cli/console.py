@@ -88,12 +88,12 @@ def _print_rows(table: "Table", out: Console) -> None:
     if table.caption:
         out.print(Text(table.caption, style="italic"))
     for index, row in enumerate(table.rows):
-        first, *others = row
-        out.print(Text(first or "-", style="bold" if others else _style(table, index)))
-        for number, (name, cell) in enumerate(zip(table.columns[1:], others, strict=True)):
+        first, *rest = row
+        out.print(Text(first or "-", style="bold" if rest else _style(table, index)))
+        for number, (name, cell) in enumerate(zip(table.columns[1:], rest, strict=True)):
             if cell:
                 text = Text(f"{name}: {cell}" if name else cell, overflow="fold")
-                text.stylize(_style(table, index) if number == len(others) - 1 else "")
+                text.stylize(_style(table, index) if number == len(rest) - 1 else "")
                 out.print(Padding(text, (0, 0, 0, 2)))
 
 

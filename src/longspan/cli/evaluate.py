@@ -208,40 +208,43 @@ def _eval_text(model: Any, task: Any, documents: "Documents", options: EvaluateO
 
     streams, segment = model.traits.streams, options.segment
     chunk = min(segment, CHUNK) if streams else segment
-    results: dict[str, Evaluation] = {}
+    evaluations: dict[str, Evaluation] = {}
     without: dict[str, Any] = {"memory": False, "segment_length": segment}
     for name, reading in (("with memory", {}), ("without memory", without)):
         if streams or reading:
             with reading_progress(f"reading {name}") as progress:
-                results[name] = evaluate_text(
+                evaluations[name] = evaluate_text(
                     model, documents, unit=task.unit, chunk=chunk, progress=progress, **reading
                 )
     if options.as_json:
-        print(json.dumps(_figures(results), indent=2))
+        print(json.dumps(_figures(evaluations), indent=2))
     else:
-        _show(results, options.what, segment)
+        _show(evaluations, options.what, segment)
 
 
-def _figures(results: "dict[str, Evaluation]") -> dict[str, Any]:
+def _figures(evaluations: "dict[str, Evaluation]") -> dict[str, Any]:
     """Everything as plain data."""
     figures: dict[str, Any] = {
-        name.replace(" ", "_"): {**result.summary(), "interval": plain_interval(result.interval())}
-        for name, result in results.items()
+        name.replace(" ", "_"): {**evaluation.summary(), "interval": plain_interval(evaluation.interval())}
+        for name, evaluation in evaluations.items()
     }
-    without = results["without memory"]
-    if "with memory" in results:
-        figures["difference"] = plain_interval(results["with memory"].minus(without))
+    without = evaluations["without memory"]
+    if "with memory" in evaluations:
+        figures["difference"] = plain_interval(evaluations["with memory"].minus(without))
     return {**figures, "documents": len(without.names)}
 
 
-def _show(results: "dict[str, Evaluation]", what: str, segment: int) -> None:
+def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None:
     """Print the table."""
     from longspan.report import Table
 
-    without = results["without memory"]
-    rows = [(name, interval(result.interval()), f"{result.accuracy:.2%}") for name, result in results.items()]
-    if "with memory" in results:
-        rows.append(("difference", interval(results["with memory"].minus(without)), ""))
+    without = evaluations["without memory"]
+    rows = [
+        (name, interval(evaluation.interval()), f"{evaluation.accuracy:.2%}")
+        for name, evaluation in evaluations.items()
+    ]
+    if "with memory" in evaluations:
+        rows.append(("difference", interval(evaluations["with memory"].minus(without)), ""))
     out = console()
     documents = f"{len(without.names):,} document{'s' if len(without.names) > 1 else ''}"
     read = f"{int(without.units.sum()):,} {without.unit}s, {int(without.tokens.sum()):,} tokens"

@@ -96,7 +96,7 @@ def generate(options: GenerateOptions) -> int:
             stop=task.tokenizer.ends,
         )
         try:
-            if not stop.asked:
+            if not stop.stopping:
                 _write(drawn, task.tokenizer, options.prompt if options.echo else None, stop)
         except OSError:
             # the reader of the output has left, or the disk is full
@@ -106,7 +106,7 @@ def generate(options: GenerateOptions) -> int:
         if options.save_state is not None:
             session.save(options.save_state)
             say(f"saved {options.save_state}")
-    return 130 if stop.asked else 0
+    return 130 if stop.stopping else 0
 
 
 def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, stop: "Stop") -> None:
@@ -117,7 +117,7 @@ def _write(drawn: "Iterator[int]", tokenizer: "Tokenizer", prompt: str | None, s
     for token in drawn:
         if token not in tokenizer.ends:
             out.write(tokenizer.decode([token]))
-        if stop.asked:
+        if stop.stopping:
             break
     out.end()
 
@@ -154,7 +154,7 @@ def _read_prompt(session: "StreamSession", tokenizer: "Tokenizer", options: Gene
                     show(block.read, size)
         except (DataError, OSError) as error:
             problem = error
-    if problem is None and not stop.asked:
+    if problem is None and not stop.stopping:
         return
     hint = ""
     if options.save_state is not None and path is not None:

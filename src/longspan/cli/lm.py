@@ -132,7 +132,7 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
         with reading_progress(f"reading, {name}") as show:
             nats[name] = lm.place_nats(model, documents, window, chunk=CHUNK, progress=show)
     words = _words(task, counts, options, notes)
-    first, *others = nats
+    first, *rest = nats
     compared = dict(list(nats.items())[:2]) if model.traits.streams else {first: nats[first]}
     rare: list[Bucket] = []
     if not options.files:
@@ -146,7 +146,7 @@ def measure(model: Any, task: "TextTask", documents: "Documents", options: Evalu
         counts=counts,
         words=words,
         readings={name: Reading(ways[name], lm.summary(losses, counts, words[0])) for name, losses in nats.items()},
-        gain={name: lm.difference(nats[first], nats[name], counts.units) for name in others},
+        gain={name: lm.difference(nats[first], nats[name], counts.units) for name in rest},
         by_place=lm.by_place(compared, counts),
         by_frequency=rare,
         notes=notes,
@@ -199,14 +199,14 @@ def tables(figures: Figures) -> "list[Table]":
         (name, *(_figure(key, reading.figures[key]) for key in KEYS), interval(gain[name]) if name in gain else "")
         for name, reading in figures.readings.items()
     ]
-    result = [
+    pages = [
         Table(columns=columns, rows=rows, right=tuple(range(1, len(columns)))),
         Table(columns=("read", "how"), rows=[(name, reading.said) for name, reading in figures.readings.items()]),
         bucket_table(figures.by_place, "place in the document", "bytes", "bits per byte"),
     ]
     if figures.by_frequency:
-        result.append(bucket_table(figures.by_frequency, "times in the training text", "words", "bits per word"))
-    return result
+        pages.append(bucket_table(figures.by_frequency, "times in the training text", "words", "bits per word"))
+    return pages
 
 
 KEYS = {

@@ -23,7 +23,7 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
     Raises:
         CheckpointError: a file could not be written.
     """
-    readings, how, places, *rare = tables(figures)
+    readings, how, by_position, *rare = tables(figures)
     words = (
         f"The perplexity of a word divides the loss of every token, whatever tokens are, by {figures.words[0]:,} words "
         f"({figures.words[1]}). Bits per byte and per character divide it by what the tokens stand for."
@@ -39,7 +39,7 @@ def write_page(figures: Figures, folder: str | Path) -> Path:
     )
     sections = [
         Section("In one number", [readings, Text(words), how, *map(Text, figures.notes)]),
-        Section("Along a document", [*along, places]),
+        Section("Along a document", [*along, by_position]),
     ]
     if (picture := _contexts(figures)) is not None:
         sections.append(Section("How much context", [picture]))

@@ -143,12 +143,12 @@ class _Stream:
             except (LongspanError, OSError) as error:
                 # text that cannot be read on, a full disk, a reader of the output that has left
                 raise self._error(error) from None
-            if stop.asked or not options.save_at:
+            if stop.stopping or not options.save_at:
                 # before anything is printed, as the terminal may be gone
                 self._save()
         status.end()
         self._print_end()
-        return 130 if stop.asked else 0
+        return 130 if stop.stopping else 0
 
     def _save(self) -> bool:
         """Save, unless that is done or not wanted; whether it was."""

@@ -122,7 +122,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.stopping = False
         self.waiting = False
 
     def listening(self) -> contextlib.AbstractContextManager[None]:
@@ -130,7 +130,7 @@ class Stop:
         return handling(stop_signals(), self._ask)
 
     def _ask(self, *_: object) -> None:
-        again, self.asked = self.asked, True
+        again, self.stopping = self.stopping, True
         if again or self.waiting:
             raise KeyboardInterrupt
 
@@ -174,13 +174,13 @@ def feed(
         OSError: the file cannot be read on; as above.
     """
     counter = Counter(session, tokenizer)
-    places = sorted({cut for cut in (*cuts, limit) if cut > 0})
+    cut_points = sorted({cut for cut in (*cuts, limit) if cut > 0})
     read = begun = 0
     done = False
     problem: Exception | None = None
     parts: list[tuple[Array, Array]] = []
     while not done:
-        border = min([begun + block, *(cut for cut in places if cut > read)])
+        border = min([begun + block, *(cut for cut in cut_points if cut > read)])
         count = min(border - read, _until_chunk(session))
         data = b""
         try:
@@ -188,8 +188,8 @@ def feed(
             read += len(data)
             done = not data or read == limit
             ids = encoder.push(data)
-            if done or read in places:
-                ids = _join([ids, encoder.flush(end=not data and not stop.asked)])
+            if done or read in cut_points:
+                ids = _join([ids, encoder.flush(end=not data and not stop.stopping)])
         except (DataError, OSError) as error:
             # what stands before it is read all the same
             problem, done = error, True
@@ -214,7 +214,7 @@ def _read(file: BinaryIO, count: int, stop: Stop) -> bytes:
     try:
         # set before the question, so that a Ctrl-C between the two is not waited out
         stop.waiting = True
-        return b"" if stop.asked else read_some(file, count)
+        return b"" if stop.stopping else read_some(file, count)
     except KeyboardInterrupt:
         # nothing was being computed, so the state is whole
         return b""

@@ -56,14 +56,14 @@ def train(
     assignments = (set_ or []) + [
         f"train.{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value
     ]
-    result = _run(recipe, assignments, folder, resume)
+    outcome = _run(recipe, assignments, folder, resume)
     name = shlex.quote(str(folder))
     if int(os.environ.get("RANK", "0")) != 0:
         return 0
-    if result.interrupted:
+    if outcome.interrupted:
         say(f"go on with: longspan train --resume -o {name}")
         return 130
-    _print_result(result, name)
+    _print_result(outcome, name)
     return 0
 
 
@@ -80,18 +80,20 @@ def _run(recipe: str | None, assignments: list[str], folder: Path, resume: bool)
     return run(data, folder, resume=resume)
 
 
-def _print_result(result: Any, name: str) -> None:
+def _print_result(outcome: Any, name: str) -> None:
     from longspan.files import read_json
 
     figures = "  ".join(
         f"{key.replace('_', ' ')} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
-        for key, value in (result.evaluation or {}).items()
+        for key, value in (outcome.evaluation or {}).items()
     )
     out = console()
-    out.print(f"{name}: {result.step:,} steps, {result.tokens:,} tokens in {result.seconds / 60:.1f} min", markup=False)
+    out.print(
+        f"{name}: {outcome.step:,} steps, {outcome.tokens:,} tokens in {outcome.seconds / 60:.1f} min", markup=False
+    )
     if figures:
         out.print(f"held back: {figures}", markup=False)
-    kind = read_json(result.folder / "recipe.json")["task"]["name"]
+    kind = read_json(outcome.folder / "recipe.json")["task"]["name"]
     further = {
         "memory": f"longspan eval {name} --segments 1,16,256",
         "text": f"longspan eval {name} | longspan stream {name} FILE | longspan generate {name}",

@@ -124,7 +124,7 @@ class JoinedKeys(NamedTuple):
     k: Tensor
     v: Tensor
     memory: int
-    following: KeyValueState | None
+    next_state: KeyValueState | None
 
 
 class KeyValueCore(Core):
@@ -146,10 +146,10 @@ class KeyValueCore(Core):
         """What a call attends with, from the arguments of `forward`."""
         q, k = self.rotate(q, k, rows)
         keys, values, memory = join(state, k, v, grows=self.capacity is None)
-        following = None
+        next_state = None
         if self.shape.causal:
-            following = KeyValueState(*carry(state, k, v, rows, self.capacity, (keys, values)), rows.live)
-        return JoinedKeys(q, keys, values, memory, following)
+            next_state = KeyValueState(*carry(state, k, v, rows, self.capacity, (keys, values)), rows.live)
+        return JoinedKeys(q, keys, values, memory, next_state)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> KeyValueState:
         """Full capacity or, where there is none, no columns yet; nothing live."""

@@ -57,7 +57,7 @@ class Projections(nn.Module):
         if kv_heads is None or not (is_plain(self.k_proj) and is_plain(self.v_proj)):
             # a part of what an adapter, a hook or a quantized map gives is a part of its output
             part = slice(None) if kv_heads is None else kv_heads
-            k, v = (_heads(each(x), self.num_kv_heads)[:, part] for each in (self.k_proj, self.v_proj))
+            k, v = (_heads(projection(x), self.num_kv_heads)[:, part] for projection in (self.k_proj, self.v_proj))
             return k, v
         first, last, _ = kv_heads.indices(self.num_kv_heads)
         projected = []

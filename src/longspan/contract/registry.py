@@ -84,13 +84,15 @@ def core_class(name: str, where: str = "mixer") -> type[Core]:
     return _checked(loaded, origin)
 
 
-def _checked(found: Any, where: str) -> type[Core]:
+def _checked(loaded: Any, where: str) -> type[Core]:
     """A class that is a mechanism, or an error."""
     if not (
-        isinstance(found, type) and issubclass(found, Core) and dataclasses.is_dataclass(getattr(found, "Config", None))
+        isinstance(loaded, type)
+        and issubclass(loaded, Core)
+        and dataclasses.is_dataclass(getattr(loaded, "Config", None))
     ):
-        raise ConfigError(f"{where}: {found!r} is not a subclass of Core with a dataclass Config")
-    return found
+        raise ConfigError(f"{where}: {loaded!r} is not a subclass of Core with a dataclass Config")
+    return loaded
 
 
 def examples(name: str) -> tuple[dict[str, Any], ...]:

@@ -81,14 +81,14 @@ class RelativeCore(BoundedCore):
         r: Tensor = self.r_proj(self._sinusoids(distances, rows))
         return self._spread(r.unflatten(-1, (self.shape.num_heads, self.shape.head_dim)).transpose(0, 1), distances, 1)
 
-    def folds(self, q: Tensor, distances: int, *others: Tensor) -> bool:
+    def folds(self, q: Tensor, distances: int, *inputs: Tensor) -> bool:
         """Whether W_r is better applied to the queries q (batch, heads, length, head_dim) of a call than to the
         sinusoids: a token of a stream, for which projecting all distances would be most of the work. The map turned
         round cannot be called, so only a plain one. `others`: what gradients may also be wanted of.
         """
         if q.shape[2] != 1 or not is_plain(self.r_proj):
             return False
-        if states.needs_grad(q, self.content_bias, self.position_bias, self.r_proj.weight, *others):
+        if states.needs_grad(q, self.content_bias, self.position_bias, self.r_proj.weight, *inputs):
             return False
         shape, count = self.shape, self.different_distances(distances)
         width = shape.num_heads * shape.head_dim

@@ -72,8 +72,8 @@ class Rows:
                     f"got {str(flags.dtype).removeprefix('torch.')} of shape {tuple(flags.shape)}"
                 )
         reads = reads or {}
-        offsets, real, begins, *others = host.read([offset, mask, reset, *reads.values()])
-        self._read = dict(zip(reads, others, strict=True))
+        offsets, real, begins, *read_values = host.read([offset, mask, reset, *reads.values()])
+        self._read = dict(zip(reads, read_values, strict=True))
         self.shapes_only = offsets is None
         for what, tensor, array in (("state", offset, offsets), ("mask", mask, real), ("reset", reset, begins)):
             if tensor is not None and array is None:
@@ -130,11 +130,11 @@ class Rows:
         return live if emptied is None else np.where(emptied, 0, live)
 
     @host.eager
-    def read(self, wanted: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
+    def read(self, tensors: Mapping[Hashable, Tensor]) -> dict[Hashable, Array | None]:
         """Values of tensors by the names under which they were `reads`; read now where they were not."""
-        if all(name in self._read for name in wanted):
-            return {name: self._read[name] for name in wanted}
-        return dict(zip(wanted, host.read(list(wanted.values())), strict=True))
+        if all(name in self._read for name in tensors):
+            return {name: self._read[name] for name in tensors}
+        return dict(zip(tensors, host.read(list(tensors.values())), strict=True))
 
     @host.eager
     def real_tokens(self) -> Tensor:
@@ -378,7 +378,7 @@ class Segments:
         np.put_along_axis(index, np.where(inside, slot, self.columns), np.broadcast_to(column, slot.shape), 1)
         self._read = index[:, :-1]
         self._index = host.put(self._read, rows.device)
-        self.place = host.put(slot, rows.device)
+        self.slots = host.put(slot, rows.device)
         self.real_read = (self._read >= 0) | (np.arange(self.columns) < opened[:, None])
         self.real = host.put(self.real_read, rows.device)
         self._views = bool((slot == column).all()) and rows.lengths is None and self.columns == rows.length
@@ -423,4 +423,4 @@ class Segments:
         """(B, ..., C, dim) back to (B, ..., N, dim): the inverse of `spread` for this call's tokens."""
         if self._views or not self.rows.length:
             return y.narrow(-2, 0, self.rows.length)
-        return _columns(y, self.place)
+        return _columns(y, self.slots)

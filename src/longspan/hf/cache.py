@@ -40,8 +40,8 @@ def take_cache(arguments: MutableMapping[str, Any]) -> Any:
         ConfigError: two different ones were passed.
     """
     passed = [arguments.pop(name, None) for name in CACHE_NAMES]
-    first, *others = [cache for cache in passed if cache is not None] or [None]
-    if any(other is not first for other in others):
+    first, *rest = [cache for cache in passed if cache is not None] or [None]
+    if any(cache is not first for cache in rest):
         raise ConfigError(f"{' and '.join(CACHE_NAMES)} are two names of one argument; pass one of them")
     return first
 

@@ -148,10 +148,10 @@ class ConvertedDecoder(nn.Module):
             raise DataError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         cache = StateCache([True] * len(self.layers))
         before = self.init_state(tokens.shape[0]) if state is None else state
-        places = cast(list[StateLayer], cache.layers)
+        slots = cast(list[StateLayer], cache.layers)
         # columns are tokens: what positions transformers makes of them are right
         columns = int(before.live.max())
-        for slot, layer_state in zip(places, before.layers, strict=True):
+        for slot, layer_state in zip(slots, before.layers, strict=True):
             slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
         mask, penalties = call.get("mask"), call.get("penalties")
         options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
@@ -159,7 +159,7 @@ class ConvertedDecoder(nn.Module):
             out = model(tokens, use_cache=True, **options)
             if penalties is not None:
                 penalties.extend(last_penalties(self.inner))
-            next_states = tuple(slot.state for slot in places)
+            next_states = tuple(slot.state for slot in slots)
             return out, StackState(next_states, next_states[0].live)
 
 

@@ -17,7 +17,7 @@ class StateGeneration(GenerationMixin):
 
     model: Any
 
-    def _carried(self, cache: Any, wanted: bool, use_cache: bool | None) -> StateCache | None:
+    def _carried(self, cache: Any, returns_cache: bool, use_cache: bool | None) -> StateCache | None:
         """The state that a call begins with and fills; None: it begins with an empty past and keeps nothing."""
         if not self.model.traits.streams:
             if cache is not None or use_cache:
@@ -25,7 +25,7 @@ class StateGeneration(GenerationMixin):
                     f"{self.model.why_no_stream()}; call the model, and generate, with use_cache=False"
                 )
             return None
-        if cache is None and not wanted:
+        if cache is None and not returns_cache:
             return None
         carried = own_cache(cache, lambda: StateCache([True]))
         carried.begin()

@@ -294,8 +294,10 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
         """
         options = take_options(kwargs, self.config)
         inputs = _inputs(input_ids, inputs_embeds)
-        wanted = labels is None and bool(self.config.use_cache) if use_cache is None else use_cache
-        carried = self._carried(take_cache({"cache": cache, "past_key_values": past_key_values}), wanted, use_cache)
+        returns_cache = labels is None and bool(self.config.use_cache) if use_cache is None else use_cache
+        carried = self._carried(
+            take_cache({"cache": cache, "past_key_values": past_key_values}), returns_cache, use_cache
+        )
         layer = None if carried is None else cast(StateLayer, carried.layers[0])
         read = self._read(
             input_ids,
@@ -321,7 +323,7 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             logits = read.rows.scatter(self._logits(read.hidden))
             loss = self._loss(logits, labels, read.penalties, kwargs)
             logits = logits[:, columns]
-        returned: dict[str, Any] = {CACHE: carried} if wanted else {}
+        returned: dict[str, Any] = {CACHE: carried} if returns_cache else {}
         output = LongspanCausalOutput(
             loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(read.penalties), **returned
         )

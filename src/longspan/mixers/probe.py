@@ -49,7 +49,7 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
     x = torch.randn(1, length, mixer.shape.dim, generator=generator).to(probed.projections.v_proj.weight)
     x[..., -1] = 0
     outs: list[Tensor] = []
-    hook = probed.core.register_forward_hook(lambda _core, _given, found: outs.append(found[0]))
+    hook = probed.core.register_forward_hook(lambda _core, _inputs, output: outs.append(output[0]))
     rows = min(_ROWS, length)
     probed(x.expand(rows, -1, -1))
     for first in range(0, length, rows):
@@ -59,8 +59,8 @@ def influence(mixer: Mixer, length: int, *, seed: int = 0) -> Tensor:
         probed(changed)
     hook.remove()
     # rows of equal batches, so that the same sums are compared: a row without change gives the same bits
-    found = torch.cat([(out - outs[0]).abs().amax(-1) for out in outs[1:]])[:length]
-    return found.permute(1, 2, 0).contiguous()
+    sums = torch.cat([(out - outs[0]).abs().amax(-1) for out in outs[1:]])[:length]
+    return sums.permute(1, 2, 0).contiguous()
 
 
 def _blind(mixer: Mixer) -> Mixer:

@@ -183,8 +183,8 @@ class MemorySample:
         self.facts = [task.encode(" " + fact) for fact in self.what.facts]
         self.question = task.encode(" " + self.what.question)
         self.room = segments * size - len(self.question) - sum(len(fact) for fact in self.facts)
-        places = [0] if kind == "memorize" else sorted(random.integers(0, self.room + 1, size=len(self.facts)))
-        self.places = [int(place) for place in places]
+        positions = [0] if kind == "memorize" else sorted(random.integers(0, self.room + 1, size=len(self.facts)))
+        self.places = [int(place) for place in positions]
 
     @property
     def repeats(self) -> float:
@@ -204,12 +204,12 @@ class MemorySample:
             buffer.append(np.stack([part, _mark(len(part), fact)]))
             filled += len(part)
             if filled >= self.size:
-                places = np.concatenate(buffer, axis=1)
+                pending = np.concatenate(buffer, axis=1)
                 while filled >= self.size:
-                    (tokens, mark), places = places[:, : self.size], places[:, self.size :]
+                    (tokens, mark), pending = pending[:, : self.size], pending[:, self.size :]
                     filled -= self.size
                     yield SegmentOfSample(tokens, bool(mark.any()), _whole(mark))
-                buffer = [places]
+                buffer = [pending]
 
     def whole(self, answers: Sequence[int]) -> Sample:
         """All tokens and, behind the question, the one of the answer, which alone is graded."""

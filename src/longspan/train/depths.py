@@ -91,23 +91,23 @@ def evaluate_depths(
         progress: called with the share that is done.
     """
     model.eval()
-    results, started = Depths(task.config.length), time.perf_counter()
+    measured, started = Depths(task.config.length), time.perf_counter()
     ordered = sorted(set(depths))
     samples = [task.parts(np.random.default_rng([seed, index, 3]), "validation") for index in range(count)]
     shared = len({part.filler for part in samples}) == 1
     groups = [samples] if shared else [[part] for part in samples]
     for number, group in enumerate(groups):
-        for done, (depth, state) in enumerate(_prefixes(model, task, group[0], ordered, results)):
-            _ask(model, task, group, depth, state, results)
+        for done, (depth, state) in enumerate(_prefixes(model, task, group[0], ordered, measured)):
+            _ask(model, task, group, depth, state, measured)
             if progress is not None:
                 progress((number + (done + 1) / len(ordered)) / len(groups))
-            results.resident = max(results.resident or 0, resident_bytes() or 0) or None
-    results.seconds = time.perf_counter() - started
-    return results
+            measured.resident = max(measured.resident or 0, resident_bytes() or 0) or None
+    measured.seconds = time.perf_counter() - started
+    return measured
 
 
 def _prefixes(
-    model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], found: Depths
+    model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], measured: Depths
 ) -> Iterator[tuple[int, StackState]]:
     """Each depth, and the state after all that stands before the number there."""
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
@@ -115,17 +115,19 @@ def _prefixes(
     for depth in depths:
         end = part.place(depth)
         state = _read(model, _tokens([part.filler[done:end]]), state)
-        found.tokens += end - done
+        measured.tokens += end - done
         done = end
         yield depth, state
 
 
-def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, found: Depths) -> None:
+def _ask(
+    model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, measured: Depths
+) -> None:
     """Read what follows the state, a row for each sample, and generate the answers."""
     rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))
     told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
     tokens = _tokens(told).to(state.live.device)
-    found.tokens += tokens.numel()
+    measured.tokens += tokens.numel()
     rows = _read(model, tokens[:, :-1], rows)
     token, said = tokens[:, -1:], []
     for _ in range(task.config.digits):
@@ -134,11 +136,11 @@ def _ask(model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, st
         said.append(token)
     answers = torch.cat(said, 1).tolist()
     scores = [score(list(part.number), answer) for part, answer in zip(group, answers, strict=True)]
-    found.contained.setdefault(depth, []).extend(whole for _, whole in scores)
-    count = len(found.contained[depth])
+    measured.contained.setdefault(depth, []).extend(whole for _, whole in scores)
+    count = len(measured.contained[depth])
     share = sum(right for right, _ in scores)
-    found.digits[depth] = (found.digits.get(depth, 0.0) * (count - len(group)) + share) / count
-    found.state_bytes = states.nbytes(states.select(rows, rows.live.new_zeros(1)))
+    measured.digits[depth] = (measured.digits.get(depth, 0.0) * (count - len(group)) + share) / count
+    measured.state_bytes = states.nbytes(states.select(rows, rows.live.new_zeros(1)))
 
 
 def _tokens(texts: Sequence[bytes]) -> Tensor:

@@ -31,7 +31,7 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
 
     matches: list[Found[C]] = []
     parts: set[int] = set()
-    layer, others = 0, set()
+    layer, core_names = 0, set()
     for module in model.modules():
         if not isinstance(module, Core) or id(module) in parts:
             continue
@@ -41,9 +41,9 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
             parts |= {id(part) for part in module.modules()}
             inside = [(core, heads.start + 1) for core, heads in zip(module.cores, module.queries, strict=True)]
         matches += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
-        others |= {type(core).__name__.removesuffix("Core") for core, _ in inside}
+        core_names |= {type(core).__name__.removesuffix("Core") for core, _ in inside}
     if not matches:
         raise ConfigError(
-            f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(others)) or 'none'}"
+            f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(core_names)) or 'none'}"
         )
     return matches

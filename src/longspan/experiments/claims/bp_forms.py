@@ -41,7 +41,7 @@ class PersistentSpans(nn.Module):
         self.decoder, self.length = decoder, length
         self.graph = paper_graph(length, nearest)
         config = decoder.config
-        shape = int(self.graph.place.max()) + 1, config.dim // config.num_heads
+        shape = int(self.graph.relative_places.max()) + 1, config.dim // config.num_heads
         self.relative = nn.ParameterList(torch.randn(shape) * _STD for _ in decoder.layers)
 
     @property
@@ -61,7 +61,7 @@ class PersistentSpans(nn.Module):
         """Logits (batch, length, vocabulary) of tokens (batch, length), one text per row; padding is never seen."""
         count = tokens.shape[1]
         h = self.decoder.embedding(F.pad(tokens, (0, self.length - count)))
-        nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.place) - self.length, h.shape[2])], 1)
+        nodes = torch.cat([h, h.new_zeros(len(h), len(self.graph.relative_places) - self.length, h.shape[2])], 1)
         for block, relative in zip(self.decoder.layers, self.relative, strict=True):
             parts = block.mixer.projections
             assert parts.k_proj is not None

@@ -44,9 +44,9 @@ def associative_write(
         counted = counted + gamma[..., None] * k
     if damped:
         most = torch.ones_like(strength[..., 0])
-        for one in keys:
-            pull = sum((one * other).sum(-1) * strength[..., j] for j, other in enumerate(keys))
-            most = torch.maximum(most, pull / ((one * counted).sum(-1) + 1e-5))
+        for key in keys:
+            pull = sum((key * earlier_key).sum(-1) * strength[..., j] for j, earlier_key in enumerate(keys))
+            most = torch.maximum(most, pull / ((key * counted).sum(-1) + 1e-5))
         strength = strength / most[..., None]
     for i, k in enumerate(keys):
         stored = associative_read(k[..., None, :], memory, normaliser)[..., 0, :]

@@ -1,6 +1,6 @@
 """Definition of BP-Transformer's attention (Ye et al. 2019): the walk over the tree, and every node from its tokens.
 
-`bp_attention` is what the library's mixer does: nodes made anew in every layer by a learned query a level.
+`bp_attention` is what the library's mixer does: nodes computed again in every layer by a learned query a level.
 `paper_layer` is the paper's: a graph of tokens and spans, each with a state of its own that goes through the layers.
 """
 
@@ -37,26 +37,26 @@ def spans(
     free = i  # nodes free - 1, free - 2, ... of this level are not covered yet
     count = 0  # of the level's k
     for level in range(levels + 1):
-        place = 0
+        rank = 0
         while free > 0 and count < nearest:
             free, count = free - 1, count + 1
-            visible.append(((level, free), (0, level, place)))
-            place += 1
+            visible.append(((level, free), (0, level, rank)))
+            rank += 1
         count = 0
         if free % 2 == 1 and level < levels:
             free, count = free - 1, 1
-            visible.append(((level, free), (0, level, place)))
+            visible.append(((level, free), (0, level, rank)))
         free //= 2
     free, count = i + 1, 0
     for level in range(0 if causal else levels + 1):
-        place = 0
+        rank = 0
         while free << level < length and count < nearest:
-            visible.append(((level, free), (1, level, place)))
-            free, count, place = free + 1, count + 1, place + 1
+            visible.append(((level, free), (1, level, rank)))
+            free, count, rank = free + 1, count + 1, rank + 1
         count = 0
         if free % 2 == 1 and level < levels:
             if free << level < length:
-                visible.append(((level, free), (1, level, place)))
+                visible.append(((level, free), (1, level, rank)))
             free, count = free + 1, 1
         free //= 2
     return visible
@@ -105,7 +105,7 @@ def bp_attention(
         return out, None
     if not ends:
         return out, state
-    return out, TreeNodes(*(torch.stack(each) for each in zip(*ends, strict=True)))
+    return out, TreeNodes(*(torch.stack(parts) for parts in zip(*ends, strict=True)))
 
 
 class _Document:
@@ -114,7 +114,7 @@ class _Document:
     def __init__(self, queries: Tensor, nearest: int, scale: float, causal: bool) -> None:
         self.queries, self.nearest, self.scale, self.causal = queries, nearest, scale, causal
         self.levels, self.before, self.end = len(queries), 0, 0
-        self.made: dict[Node, tuple[Tensor, Tensor]] = {}
+        self.nodes: dict[Node, tuple[Tensor, Tensor]] = {}
         self.open: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by level: keys, values, log of the mass
 
     def go_on(self, state: TreeNodes) -> None:
@@ -125,7 +125,7 @@ class _Document:
             for back in range(1, size + 1):
                 node = (self.end >> level) - back
                 if node >= 0:
-                    self.made[level, node] = state.k[:, at + size - back], state.v[:, at + size - back]
+                    self.nodes[level, node] = state.k[:, at + size - back], state.v[:, at + size - back]
             at += size
             if level and self.end % (1 << level):
                 self.open[level] = tuple(t[:, level - 1] for t in state[2:5])  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class _Document:
         """The document's tokens in this call, (kv_heads, tokens, head_dim)."""
         self.before, self.end = self.end, self.end + k.shape[1]
         for j in range(k.shape[1]):
-            self.made[0, self.before + j] = k[:, j], v[:, j]
+            self.nodes[0, self.before + j] = k[:, j], v[:, j]
         for level in range(1, self.levels + 1):
             logits = self.scale * torch.einsum("gnd,gd->gn", bare, self.queries[level - 1])
             old = self.open.pop(level, None)
@@ -148,38 +148,38 @@ class _Document:
                 weights = scores.softmax(1)[..., None]
                 pair = (weights * keys).sum(1), (weights * values).sum(1)
                 if b == (node + 1) << level or not self.causal:
-                    self.made[level, node] = pair
+                    self.nodes[level, node] = pair
                 else:
                     self.open[level] = *pair, scores.logsumexp(1)
 
-    def read(self, q: Tensor, turned: Tensor, relative: Tensor | None) -> Tensor:
+    def read(self, q: Tensor, turned_q: Tensor, relative: Tensor | None) -> Tensor:
         """(heads, tokens, head_dim) of the tokens that were added last."""
         if not q.shape[1]:
             return q
-        names = list(self.made)
+        names = list(self.nodes)
         where = {name: number for number, name in enumerate(names)}
         group = q.shape[0] // self.queries.shape[1]
-        keys, values = (torch.stack([self.made[n][i] for n in names], 1).repeat_interleave(group, 0) for i in (0, 1))
+        keys, values = (torch.stack([self.nodes[n][i] for n in names], 1).repeat_interleave(group, 0) for i in (0, 1))
         entry = torch.full((q.shape[1], len(names)), -1)
         for t in range(q.shape[1]):
-            for node, place in spans(self.before + t, self.end, self.nearest, self.levels, self.causal):
-                entry[t, where[node]] = self._entry(place)
-        scores = turned @ keys.mT
+            for node, relative_place in spans(self.before + t, self.end, self.nearest, self.levels, self.causal):
+                entry[t, where[node]] = self._entry(relative_place)
+        scores = turned_q @ keys.mT
         if relative is not None:
             scores = scores + (q @ relative.mT).gather(2, entry.clamp(min=0).expand(len(q), -1, -1))
         return (self.scale * scores).masked_fill(entry < 0, -torch.inf).softmax(-1) @ values
 
-    def _entry(self, place: tuple[int, int, int] | None) -> int:
-        if place is None:
+    def _entry(self, relative_place: tuple[int, int, int] | None) -> int:
+        if relative_place is None:
             return 0
-        side, level, near = place
+        side, level, near = relative_place
         return 1 + (side * (self.levels + 1) + level) * (self.nearest + 1) + near
 
     def state(self) -> tuple[Tensor, ...]:
         """What the next call needs."""
         zero = self.queries.new_zeros(self.queries.shape[1:])
         finished = [
-            self.made.get((level, (self.end >> level) - back), (zero, zero))
+            self.nodes.get((level, (self.end >> level) - back), (zero, zero))
             for level, size in enumerate(capacities(self.nearest, self.levels))
             for back in range(size, 0, -1)
         ]
@@ -212,7 +212,7 @@ class Graph(NamedTuple):
     Nodes: the tokens, then the spans level by level, of which the last may be short.
     """
 
-    place: Tensor
+    relative_places: Tensor
     tokens: int
 
 
@@ -226,17 +226,19 @@ def paper_graph(length: int, nearest: int, *, causal: bool = True, clip: int = 6
     levels = max(length - 1, 1).bit_length()
     sizes = [-(-length >> level) for level in range(levels + 1)]
     begins = [sum(sizes[:level]) for level in range(levels + 1)]
-    place = torch.full((sum(sizes), sum(sizes)), -1)
+    relative_places = torch.full((sum(sizes), sum(sizes)), -1)
     width = 2 * (nearest + 1) + 1
     for level in range(levels + 1):
         for token in range(length):
-            place[begins[level] + (token >> level), token] = width * min(level, clip)
+            relative_places[begins[level] + (token >> level), token] = width * min(level, clip)
     for token in range(length):
         for (level, node), where in spans(token, length, nearest, levels, causal):
             if where is not None:
                 side, _, near = where
-                place[token, begins[level] + node] = width * min(level, clip) + 1 + side * (nearest + 1) + near
-    return Graph(place, length)
+                relative_places[token, begins[level] + node] = (
+                    width * min(level, clip) + 1 + side * (nearest + 1) + near
+                )
+    return Graph(relative_places, length)
 
 
 def paper_layer(
@@ -254,7 +256,7 @@ def paper_layer(
         heads: of the attention.
     """
     q, k, v = ((nodes @ weight).unflatten(-1, (heads, -1)).transpose(1, 2) for weight in (query, key, value))
-    scores = q @ k.mT + (q @ relative.mT).gather(3, graph.place.clamp(min=0).expand(*q.shape[:2], -1, -1))
-    scores = (scores * q.shape[-1] ** -0.5).masked_fill(graph.place < 0, -torch.inf)
+    scores = q @ k.mT + (q @ relative.mT).gather(3, graph.relative_places.clamp(min=0).expand(*q.shape[:2], -1, -1))
+    scores = (scores * q.shape[-1] ** -0.5).masked_fill(graph.relative_places < 0, -torch.inf)
     out: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     return out

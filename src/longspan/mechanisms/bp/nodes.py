@@ -207,14 +207,17 @@ def nodes_after(
     slot = torch.arange(tree.slots, device=device)
     level = torch.bucketize(slot, table.slots_end, right=True)
     node = (final.end >> level) + slot - table.slots_end[level]
-    found = table.find(final, level, node)
-    k, v = (t[rows, found].masked_fill((node < 0)[..., None, None], 0).transpose(1, 2) for t in (keys, values))
+    table_index = table.find(final, level, node)
+    k, v = (t[rows, table_index].masked_fill((node < 0)[..., None, None], 0).transpose(1, 2) for t in (keys, values))
     level = torch.arange(1, tree.levels + 1, device=device)
     closed = (final.end & ((1 << level) - 1)) == 0
     column = table.column(level, final.end >> level) - table.tile
-    made = [torch.cat([t[rows, layout.final] for t in pair], 2)[:, 0] for pair in zip(inside, larger, strict=True)]
+    after_call = [
+        torch.cat([t[rows, layout.final] for t in pair], 2)[:, 0] for pair in zip(inside, larger, strict=True)
+    ]
     open_k, open_v, open_mass = (
-        t[rows, column].masked_fill(closed.view(*closed.shape, *[1] * (t.ndim - 2)), 0).transpose(1, 2) for t in made
+        t[rows, column].masked_fill(closed.view(*closed.shape, *[1] * (t.ndim - 2)), 0).transpose(1, 2)
+        for t in after_call
     )
     live = final.end[:, 0].expand(len(keys))
     return TreeNodes(*(t.contiguous() for t in (k, v, open_k, open_v, open_mass, live)))

@@ -34,9 +34,9 @@ class Schedule(NamedTuple):
         index = torch.arange(tiles.start, tiles.stop, device=self.part.device) % len(self.in_view)
         part = self.part.expand(len(index), self.in_view.shape[1], -1)  # gather is faster than index_select here
         skipped, count = (t[index].gather(2, part) for t in (self.skipped, self.in_view))
-        place = self.distance - skipped
-        visible = (place >= 0) & (place < count)
-        return visible, (self.entry + place).masked_fill_(~visible, 0)
+        rank = self.distance - skipped
+        visible = (rank >= 0) & (rank < count)
+        return visible, (self.entry + rank).masked_fill_(~visible, 0)
 
 
 @host.table

@@ -73,11 +73,11 @@ class EntmaxCore(KeyValueCore):
         self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
         """See `Core.forward`."""
-        q, k, v, memory, following = self.joined(q, k, v, state, rows)
+        q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         read = rows.read(self.layout_inputs(None))[self, "alpha"]
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
         causal, window = self.shape.causal, self.config.window
-        return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), following
+        return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), next_state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
         """The alphas: a head's is served by the formula that is fastest for it."""

@@ -148,10 +148,10 @@ class EntmaxTiles(FirstOrder):
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and alpha."""
         q, k, v, alpha, thresholds = saved
-        wanted = ctx.needs_input_grad[3]
+        alpha_learns = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
-            dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.layout, wanted)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), slope.to(alpha.dtype) if wanted else None, None
+            dq, dk, dv, slope = _backward(grad, q, k, v, ctx.exponents, thresholds, ctx.layout, alpha_learns)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), slope.to(alpha.dtype) if alpha_learns else None, None
 
 
 entmax_tiles: Callable[..., Tensor] = EntmaxTiles.apply
@@ -165,7 +165,7 @@ def _backward(
     exponents: list[float] | None,
     thresholds: Tensor,
     layout: Layout,
-    wanted: bool,
+    alpha_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, group = thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
@@ -181,13 +181,13 @@ def _backward(
         *of_curve, spare = tile.views(buffers)
         for head, a in enumerate(exponents):
             of_head = [t[:, head] for t in parts] + [t[:, head // group] for t in sides]
-            slope = _tile_backward(tile, Curve(of_curve, a), spare, of_head, layout.scale, wanted)
+            slope = _tile_backward(tile, Curve(of_curve, a), spare, of_head, layout.scale, alpha_learns)
             slopes[head] += 0.0 if slope is None else slope
     return dq, dk, dv, torch.stack(slopes)
 
 
 def _tile_backward(
-    tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, wanted: bool
+    tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, alpha_learns: bool
 ) -> Tensor | None:
     """One head of a tile; adds to the gradients of its keys, returns that of alpha."""
     q, grad, t, dq, k, v, dk, dv = of_head
@@ -202,4 +202,4 @@ def _tile_backward(
     torch.mul(w, gradient, out=spare)
     dk.baddbmm_(spare.mT, q, alpha=scale)
     dq.copy_(torch.bmm(spare, k).mul_(scale))
-    return curve.slope(gradient, spare) if wanted else None
+    return curve.slope(gradient, spare) if alpha_learns else None

@@ -32,8 +32,8 @@ class FullCore(KeyValueCore):
         self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
         """See `Core.forward`."""
-        q, k, v, memory, following = self.joined(q, k, v, state, rows)
-        return ops.full_attention(q, k, v, causal=self.shape.causal, **visible(rows, memory)), following
+        q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
+        return ops.full_attention(q, k, v, causal=self.shape.causal, **visible(rows, memory)), next_state
 
     def entries(self, length: int) -> int:
         """See `KeyValueCore`."""

@@ -20,8 +20,8 @@ def lsh_buckets(x: Tensor, rotations: Tensor) -> Tensor:
     Returns:
         (batch, heads, rounds, length) int64 below buckets.
     """
-    turned = x.repeat_interleave(len(rotations) // x.shape[1], 1)[:, :, None] @ rotations
-    return torch.cat([turned, -turned], -1).argmax(-1)
+    projected = x.repeat_interleave(len(rotations) // x.shape[1], 1)[:, :, None] @ rotations
+    return torch.cat([projected, -projected], -1).argmax(-1)
 
 
 def lsh_attention(
@@ -68,19 +68,19 @@ def lsh_attention(
     """
     heads, length = q.shape[1], q.shape[2]
     keys = q if k is None else k.repeat_interleave(heads // k.shape[1], 1)
-    queried, kept = (lsh_buckets(t, rotations) for t in (q, keys)) if buckets is None else buckets
-    queried, kept = (t.repeat_interleave(heads // t.shape[1], 1) for t in (queried, kept))
+    query_buckets, key_buckets = (lsh_buckets(t, rotations) for t in (q, keys)) if buckets is None else buckets
+    query_buckets, key_buckets = (t.repeat_interleave(heads // t.shape[1], 1) for t in (query_buckets, key_buckets))
     visible = visible_keys(q, v, causal=causal, lengths=lengths, start=start)[:, None, None]
     column = torch.arange(length, device=q.device)
-    others = visible & (column[:, None] != column)  # (batch, 1, 1, length, length)
+    but_itself = visible & (column[:, None] != column)  # (batch, 1, 1, length, length)
     if selection == "sorted":
-        seen = (others & _near_chunks(queried, kept, bucket_size, lengths, start)).any(2)
+        seen = (but_itself & _near_chunks(query_buckets, key_buckets, bucket_size, lengths, start)).any(2)
     else:
-        members = others & (queried[..., :, None] == kept[..., None, :])
+        members = but_itself & (query_buckets[..., :, None] == key_buckets[..., None, :])
     values = v.repeat_interleave(heads // v.shape[1], 1)
     if rings is not None:
         old, old_values, position = (t.repeat_interleave(heads // t.shape[1], 1) for t in rings)
-        older = _in_rings(queried, position, lengths, start)
+        older = _in_rings(query_buckets, position, lengths, start)
         width = older.shape[-1]
         members = torch.cat([older, members], -1)  # in each round: its own rings, then the call
         selected = members & _last(members, 2 * bucket_size)
@@ -122,21 +122,23 @@ def _last(members: Tensor, count: int) -> Tensor:
 
 def _first_of_twins(selected: Tensor, position: Tensor) -> Tensor:
     """selected (batch, heads, rounds, length, width) of the rings, each token left in one round only, side by side."""
-    kept: list[Tensor] = []
+    first_rounds: list[Tensor] = []
     for number in range(selected.shape[2]):
         mine = selected[:, :, number]
-        for earlier, found in enumerate(kept):
+        for earlier, earlier_mine in enumerate(first_rounds):
             twin = position[:, :, earlier, :, None] == position[:, :, number, None, :]
-            mine = mine & ~((found[..., None] & twin[:, :, None]).any(-2))
-        kept.append(mine)
-    return torch.cat(kept, -1)
+            mine = mine & ~((earlier_mine[..., None] & twin[:, :, None]).any(-2))
+        first_rounds.append(mine)
+    return torch.cat(first_rounds, -1)
 
 
-def _near_chunks(queried: Tensor, kept: Tensor, size: int, lengths: Tensor | None, start: Tensor | None) -> Tensor:
+def _near_chunks(
+    query_buckets: Tensor, key_buckets: Tensor, size: int, lengths: Tensor | None, start: Tensor | None
+) -> Tensor:
     """(batch, heads, rounds, length, length): the key's chunk is the query's, or the one before it in the circle."""
-    batch, length = queried.shape[0], queried.shape[-1]
-    column = torch.arange(length, device=queried.device)
-    real = torch.ones(batch, length, dtype=torch.bool, device=queried.device)
+    batch, length = query_buckets.shape[0], query_buckets.shape[-1]
+    column = torch.arange(length, device=query_buckets.device)
+    real = torch.ones(batch, length, dtype=torch.bool, device=query_buckets.device)
     if lengths is not None:
         real = column < lengths[:, None]
     same = real[:, :, None] & real[:, None, :]
@@ -148,5 +150,5 @@ def _near_chunks(queried: Tensor, kept: Tensor, size: int, lengths: Tensor | Non
         return ((code[..., None, :] < code[..., :, None]) & same[:, None, None]).sum(-1) // size
 
     chunks = (same.sum(-1) + size - 1).div(size, rounding_mode="floor").clamp(min=1)[:, None, None, :, None]
-    apart = (chunk(queried)[..., :, None] - chunk(kept)[..., None, :]) % chunks
+    apart = (chunk(query_buckets)[..., :, None] - chunk(key_buckets)[..., None, :]) % chunks
     return (apart <= 1) & same[:, None, None]

@@ -238,10 +238,10 @@ def _chunk_round(
     previous_of = torch.full((count + 1,), count, dtype=torch.int64, device=chunk.device)
     previous_of.scatter_(0, chunk.masked_fill(absent, count).flatten(), previous.flatten())
     blocks = torch.stack([previous_of[:-1], torch.arange(count, device=chunk.device)], 1)
-    place = (chunk * (tiles * height) + query_slot % size).masked_fill_(absent, -1)
+    slot = (chunk * (tiles * height) + query_slot % size).masked_fill_(absent, -1)
     schedule = BlockSchedule(
-        query=inverse(place, count * tiles * height).view(-1, height),
-        query_place=place.flatten(),
+        query=inverse(slot, count * tiles * height).view(-1, height),
+        query_place=slot.flatten(),
         key=inverse(key_slot, (count + 1) * size).view(-1, size),
         key_slot=key_slot.flatten(),
         lists=KeyLists(blocks.repeat_interleave(tiles, 0), 2),

@@ -189,9 +189,9 @@ class MemorizingCore(BoundedCore):
             return k, v
         window, most = self.config.window, self.config.max_memories
         recent_k, recent_v = ops.unit_vectors(state.k.detach()).to(k.dtype), state.v.detach()
-        places = set((rows.offsets % window).tolist())
-        if len(places) <= 1:
-            behind = window - 1 - next(iter(places), 0)
+        opened_counts = set((rows.offsets % window).tolist())
+        if len(opened_counts) <= 1:
+            behind = window - 1 - next(iter(opened_counts), 0)
             return (
                 torch.cat([state.store_k, recent_k[:, :, behind:], k], 2),
                 torch.cat([state.store_v, recent_v[:, :, behind:], v], 2),

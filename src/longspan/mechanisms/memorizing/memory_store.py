@@ -206,19 +206,19 @@ class MemoryStore:
         sizes = {"kv_heads": self.kv_heads, "head_dim": self.head_dim, "capacity": self.capacity}
         write_json(self._file, {"kind": _KIND, **sizes, "written": self.written, "closed": closed})
 
-    def _new(self, given: dict[str, int | None]) -> dict[str, Any]:
+    def _new(self, sizes: dict[str, int | None]) -> dict[str, Any]:
         if not self.write:
             raise CheckpointError(f"{self.folder}: no memory store there")
-        for name, size in given.items():
+        for name, size in sizes.items():
             if size is None or size < 1:
                 raise ConfigError(f"{self.folder}: a new memory store needs {name} of at least 1, got {size}")
-        return {**given, "written": 0}
+        return {**sizes, "written": 0}
 
-    def _read(self, given: dict[str, int | None]) -> dict[str, Any]:
+    def _read(self, sizes: dict[str, int | None]) -> dict[str, Any]:
         stored: dict[str, Any] = read_json(self._file)
         if stored.get("kind") != _KIND:
             raise CheckpointError(f"{self._file}: not of a memory store")
-        for name, size in given.items():
+        for name, size in sizes.items():
             if size is not None and size != stored[name]:
                 raise CheckpointError(f"{self.folder}: a memory store with {name} = {stored[name]}, not {size}")
         if not stored["closed"]:

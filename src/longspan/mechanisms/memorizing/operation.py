@@ -86,10 +86,10 @@ def memorizing_attention(
         return mixed(retrieved, local, gate, filled)
 
 
-def mixed(found: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
+def mixed(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
     """g found + (1 - g) local, local alone where not `filled` (broadcast over heads); in local's dtype."""
-    share = gate.to(found.dtype).sigmoid()[:, None, None] * filled
-    return (local + share * (found - local)).to(local.dtype)
+    share = gate.to(retrieved.dtype).sigmoid()[:, None, None] * filled
+    return (local + share * (retrieved - local)).to(local.dtype)
 
 
 class Search(NamedTuple):
@@ -116,7 +116,7 @@ class Tile(NamedTuple):
 
 
 def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest of the last dimension and their places, in no order."""
+    """The `top` largest of the last dimension and their columns, in no order."""
     count = scores.shape[-1]
     if count <= 4 * top:
         largest = scores.topk(top, -1, sorted=False)
@@ -129,9 +129,9 @@ def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
     candidates = grouped.gather(-1, best.expand(*grouped.shape[:-1], top)).flatten(-2)
     if groups * size < count:
         candidates = torch.cat([candidates, scores[..., groups * size :]], -1)
-    values, places = candidates.topk(top, -1, sorted=False)
-    member = best[..., 0, :].gather(-1, places % top) + places.div(top, rounding_mode="floor") * groups
-    return values, torch.where(places < size * top, member, places + (groups - top) * size)
+    values, columns = candidates.topk(top, -1, sorted=False)
+    member = best[..., 0, :].gather(-1, columns % top) + columns.div(top, rounding_mode="floor") * groups
+    return values, torch.where(columns < size * top, member, columns + (groups - top) * size)
 
 
 def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,8 @@ def routing_attention(
         start: see `visible_keys`; not positive: the rings are seen too where it is negative.
     """
     heads, length = q.shape[1], q.shape[2]
-    asked, held = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if routes is None else routes
-    k, v, held = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v, held))
+    query_routes, key_routes = (F.normalize(q, dim=-1), F.normalize(k, dim=-1)) if routes is None else routes
+    k, v, key_routes = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v, key_routes))
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start)[:, None]
     eye = torch.eye(length, dtype=torch.bool, device=q.device)
     own = eye & visible
@@ -79,24 +79,24 @@ def routing_attention(
         total, count = torch.zeros_like(q), q.new_zeros(*q.shape[:3], 1)
         for number in range(centroids.shape[1]):
             mean = centroids[:, number, :, None]  # (heads, head_dim, 1)
-            queries, keys = (_taken((t @ mean)[..., 0], document, window) for t in (asked, held))
+            queries, keys = (_taken((t @ mean)[..., 0], document, window) for t in (query_routes, key_routes))
             seen = visible & queries[..., :, None] & keys[..., None, :] & (itself | ~eye)
             total = total + attend(q, k, v, seen, scale)
             count = count + seen.any(-1, keepdim=True)
         return torch.where(count > 0, total / count.clamp(min=1), attend(q, k, v, own.expand(-1, heads, -1, -1), scale))
     if clusters is None:
-        clusters = routing_clusters(asked, centroids), routing_clusters(held, centroids)
-    queried, kept = (t.repeat_interleave(heads // t.shape[1], 1) for t in clusters)
+        clusters = routing_clusters(query_routes, centroids), routing_clusters(key_routes, centroids)
+    query_clusters, key_clusters = (t.repeat_interleave(heads // t.shape[1], 1) for t in clusters)
     before = window - 1 if itself else window
-    others = visible & ~eye & (queried[..., :, None] == kept[..., None, :])
+    but_itself = visible & ~eye & (query_clusters[..., :, None] == key_clusters[..., None, :])
     if rings is not None:
         old_k, old_v, position = (t.repeat_interleave(heads // t.shape[1], 1) for t in rings)
-        others = torch.cat([_in_rings(queried, position, lengths, start), others], -1)
+        but_itself = torch.cat([_in_rings(query_clusters, position, lengths, start), but_itself], -1)
         k, v = torch.cat([old_k.flatten(2, 3), k], 2), torch.cat([old_v.flatten(2, 3), v], 2)
     if causal:
-        seen = others & _last(others, before)
+        seen = but_itself & _last(but_itself, before)
     else:
-        left, right = others.tril(), others.triu()
+        left, right = but_itself.tril(), but_itself.triu()
         seen = (left & _last(left, before)) | (right & _last(right.flip(-1), before).flip(-1))
     own = own & (itself | ~seen.any(-1, keepdim=True))
     return attend(q, k, v, seen | F.pad(own, (seen.shape[-1] - length, 0)), scale)
@@ -105,8 +105,8 @@ def routing_attention(
 def _taken(near: Tensor, document: Tensor, window: int) -> Tensor:
     """near (batch, heads, length): whether fewer than `window` tokens of the document are nearer, or as near before."""
     column = torch.arange(near.shape[-1], device=near.device)
-    other, mine = near[..., None, :], near[..., :, None]
-    ahead = (other > mine) | ((other == mine) & (column[None, :] < column[:, None]))
+    others_near, mine = near[..., None, :], near[..., :, None]
+    ahead = (others_near > mine) | ((others_near == mine) & (column[None, :] < column[:, None]))
     return (ahead & document).sum(-1) < window
 
 

@@ -41,7 +41,7 @@ class SparseConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "sparse", {"stride": 1, "summary": 1})
-        room = self.stride - self.kept
+        room = self.stride - self.num_summaries
         if any(not 0 <= offset <= room for offset in self.summary_offset):
             raise ConfigError(
                 f"sparse.summary_offset = {self.summary_offset}: each must be from 0 to stride - summary = {room}"
@@ -50,7 +50,7 @@ class SparseConfig:
             raise ConfigError("sparse.summary_offset: only the fixed pattern has summary columns to place")
 
     @property
-    def kept(self) -> int:
+    def num_summaries(self) -> int:
         """Summary columns of a block."""
         return min(self.summary, self.stride)
 
@@ -91,13 +91,13 @@ class SparseCore(Core):
         offsets = config.summary_offset or (0,)
         self.offsets = tuple(offsets[head % len(offsets)] for head in range(shape.num_kv_heads))
         self.fixed = config.pattern == "fixed"
-        self.kept = config.kept if self.fixed and config.part != "local" else 0
+        self.num_summaries = config.num_summaries if self.fixed and config.part != "local" else 0
         """Summary columns that a closed block leaves."""
         self.grows = not self.fixed and config.part != "local"
         """Every key is kept."""
         self.capacity = 0 if self.grows else config.stride - (1 if self.fixed else 0)
         self.fields: dict[str, Any] = {"pattern": config.pattern, "stride": config.stride, "part": config.part}
-        self.fields["summary"] = config.kept
+        self.fields["summary"] = config.num_summaries
         if self.fixed:
             self.fields["summary_offset"] = self.offsets
 
@@ -124,7 +124,7 @@ class SparseCore(Core):
         else:
             out = (self._inside if inside else self._spread)(q, k, v, state, rows)
         carried = carry(state, k, v, rows, self.capacity)
-        summaries = self._summaries(state, k, v, rows) if self.kept else (empty, empty)
+        summaries = self._summaries(state, k, v, rows) if self.num_summaries else (empty, empty)
         return out, SparseState(*carried, *summaries, rows.live)
 
     # -- fixed -----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class SparseCore(Core):
     def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
         """A call within the open block of every row, each at a place of its own."""
         assert state is not None
-        stride, summary, summaries = self.config.stride, self.kept, state.summary_k.shape[2]
+        stride, summary, summaries = self.config.stride, self.num_summaries, state.summary_k.shape[2]
         opened = rows.opened(stride)
         counts = host.derive(lambda offset: offset // stride * summary + offset % stride, rows.offset)
         read = host.values(counts)
@@ -158,7 +158,7 @@ class SparseCore(Core):
 
     def _spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
         """Any other call, laid out over whole blocks, with the open block's tokens in front."""
-        stride, summary = self.config.stride, self.kept
+        stride, summary = self.config.stride, self.num_summaries
         layout, memory = rows.segments(stride), 0
         keys = layout.spread(k, None if state is None else state.k)
         values = layout.spread(v, None if state is None else state.v)
@@ -180,7 +180,7 @@ class SparseCore(Core):
         layout = rows.segments(self.config.stride)
         # a document began where its position was 0; one that began before the call sees everything
         assert rows.origin is not None
-        origin, column = host.values(rows.origin), host.values(layout.place)
+        origin, column = host.values(rows.origin), host.values(layout.slots)
         assert origin is not None
         assert column is not None
         return host.put(layout.spread_read(np.where(origin < 0, 0, memory + column - rows.positions_read)), rows.device)
@@ -193,7 +193,7 @@ class SparseCore(Core):
         if rows.plain and rows.emptied is None:
             low = rows.offset_range[0]
             if rows.shapes_only:  # blocks that left columns have been
-                low = summaries // self.kept * self.config.stride
+                low = summaries // self.num_summaries * self.config.stride
             if summaries == self.state_columns(low):
                 if summaries == self.state_columns(low + rows.length):
                     return state.summary_k, state.summary_v  # no block closes
@@ -212,7 +212,7 @@ class SparseCore(Core):
         tokens = torch.cat([old[:, :, old.shape[2] - opened :], new], 2) if opened else new
         tokens = tokens[:, :, : blocks * stride].unflatten(2, (blocks, stride))
         ends = [stride - offset for offset in self.offsets]
-        parts = [tokens[:, head, :, end - self.kept : end] for head, end in enumerate(ends)]
+        parts = [tokens[:, head, :, end - self.num_summaries : end] for head, end in enumerate(ends)]
         return torch.stack(parts, 1).flatten(2, 3)
 
     def _summary_columns(self, rows: Rows, summaries: int, carried: int) -> Tensor:
@@ -223,14 +223,14 @@ class SparseCore(Core):
         block = torch.arange(most, device=device) - (most - closed[:, None])  # (batch, blocks), newest last
         goes_on = rows.live == rows.offset + rows.real_tokens()
         before = torch.where(goes_on, rows.offset // stride, 0)
-        in_block = stride - self.kept - torch.tensor(self.offsets, device=device)[:, None]
-        in_block = in_block + torch.arange(self.kept, device=device)  # (kv_heads, kept)
+        in_block = stride - self.num_summaries - torch.tensor(self.offsets, device=device)[:, None]
+        in_block = in_block + torch.arange(self.num_summaries, device=device)  # (kv_heads, kept)
         # a token at position x stands live - x before the end of the call's real tokens
         end = summaries + carried + rows.real_tokens()
         position = block[:, None, :, None] * stride + in_block[None, :, None, :]
         fresh = end[:, None, None, None] - rows.live[:, None, None, None] + position
-        old = summaries - (before[:, None] - block)[:, None, :, None] * self.kept
-        old = old + torch.arange(self.kept, device=device)
+        old = summaries - (before[:, None] - block)[:, None, :, None] * self.num_summaries
+        old = old + torch.arange(self.num_summaries, device=device)
         known = (block < before[:, None])[:, None, :, None]
         column = torch.where(known, old, fresh).masked_fill((block < 0)[:, None, :, None], -1)
         return column.flatten(2, 3)
@@ -246,7 +246,7 @@ class SparseCore(Core):
 
     def state_columns(self, length: int) -> int:
         """Strided: a column a token. Fixed: `summary` a closed block."""
-        return length if self.grows else length // self.config.stride * self.kept
+        return length if self.grows else length // self.config.stride * self.num_summaries
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """Two vectors a kv head and column, a count a row. Fixed: stride - 1 + summary * (length // stride) columns."""
@@ -267,7 +267,7 @@ class SparseCore(Core):
             beyond = _sum_of_quotients(length - stride, stride)  # of them, those farther than one stride
             return heads * {"local": local, "summary": far + length, "union": local + beyond}[part]
         blocks, rest = divmod(length, stride)
-        earlier = self.kept * (stride * blocks * (blocks - 1) // 2 + rest * blocks)
+        earlier = self.num_summaries * (stride * blocks * (blocks - 1) // 2 + rest * blocks)
         if part != "summary":
             return heads * (blocks * pairs_within(stride) + pairs_within(rest) + earlier)
         own = sum(blocks * self._own(stride, offset) + self._own(rest, offset) for offset in self.offsets)
@@ -276,8 +276,8 @@ class SparseCore(Core):
     def _own(self, size: int, offset: int) -> int:
         """Pairs inside a block of `size` positions of the summary part."""
         last = self.config.stride - offset
-        places = range(last - self.kept, last)
-        return sum(sum(column <= i for column in places) + (i not in places) for i in range(size))
+        columns = range(last - self.num_summaries, last)
+        return sum(sum(column <= i for column in columns) + (i not in columns) for i in range(size))
 
 
 def _sum_of_quotients(length: int, stride: int) -> int:

@@ -136,11 +136,11 @@ class BlockScores(Scores):
 
 
 @lru_cache(maxsize=256)
-def make_summary_plan(length: int, memory: int, span: int, kept: int) -> Plan:
+def make_summary_plan(length: int, memory: int, span: int, num_summaries: int) -> Plan:
     """Tiles of queries that all read the older keys and the `kept` summary columns of every span before theirs."""
     runs = []
     for first in range(0, length, span):
-        seen, size = memory + first // span * kept, min(span, length - first)
+        seen, size = memory + first // span * num_summaries, min(span, length - first)
         whole, rest = divmod(size if seen else 0, FIXED_TILE)
         if whole:
             runs.append(Run(FIXED_TILE, seen, first, 0, FIXED_TILE, whole, 0, 0))

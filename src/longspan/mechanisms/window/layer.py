@@ -52,16 +52,16 @@ class WindowCore(KeyValueCore):
         self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
         """See `Core.forward`."""
-        q, k, v, memory, following = self.joined(q, k, v, state, rows)
+        q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         window, blocks, causal = self.config.window, self.config.blocks, self.shape.causal
         seen = visible(rows, memory)
         if blocks and not causal and rows.origin is not None:
-            return self._blocks_of_documents(q, k, v, rows), following
+            return self._blocks_of_documents(q, k, v, rows), next_state
         if blocks and causal and not rows.aligned(window):
             # blocks that lie differently in each row: a window of two blocks, cut where each token's last block begins
             seen["start"] = first_of_segment(rows, window, window, memory)
             window, blocks = 2 * window, False
-        return ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, **seen), following
+        return ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, **seen), next_state
 
     def _blocks_of_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
         """Bidirectional: every document has its own blocks; a hole belongs to no document."""
