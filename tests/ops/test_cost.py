@@ -61,8 +61,8 @@ def test_window(length: int, window: int, causal: bool, blocks: bool) -> None:
 @pytest.mark.parametrize("shape", [{"window": 100}, {"window": 512, "segment": 300}, {"window": 0, "segment": 64}, {}])
 @pytest.mark.parametrize("train", [True, False])
 def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
-    given = [*tensors(length, grad=train), *relative(length, grad=train)]
-    measured = counted(lambda: ops.relative_attention(*given, **shape))
+    operands = [*tensors(length, grad=train), *relative(length, grad=train)]
+    measured = counted(lambda: ops.relative_attention(*operands, **shape))
     content, position = ops.relative_cost(length, **shape)
     assert close(measured, HEADS * DIM * (4 * content + 2 * position))
 
@@ -120,7 +120,7 @@ class Largest(TorchDispatchMode):
 )
 def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, train: bool) -> None:
     length = 8192 if shape else 4096  # where every pair is computed
-    given = tensors(length, grad=train)
+    qkv = tensors(length, grad=train)
     more = relative(128, grad=train) if name == "relative_attention" else []
     if name == "entmax_attention":
         more = [torch.tensor([1.2, 1.5], requires_grad=train)]
@@ -129,9 +129,9 @@ def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, tr
     start = (torch.arange(length) // 1000 * 1000)[None]
     ragged = {"lengths": torch.tensor([length - 5]), "start": start} if rows else {}
     with Largest() as largest:
-        out = getattr(ops, name)(*given, *more, **shape, **ragged)
+        out = getattr(ops, name)(*qkv, *more, **shape, **ragged)
         out = out[0] if isinstance(out, tuple) else out
         if train:
-            torch.autograd.grad(out.sum(), [*given, *more])
+            torch.autograd.grad(out.sum(), [*qkv, *more])
     # inputs and gradients have 2**18 numbers, the tiles of a kernel call at most 2**22; a matrix would have 2**24
     assert largest.numbers <= 2**22 + 2**18

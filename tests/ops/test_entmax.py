@@ -25,28 +25,28 @@ def draw(seed: int, *shape: int) -> Tensor:
 def heads(seed: int, length: int, memory: int = 0, *, kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
     """q, k, v as projections give them, and an alpha a head."""
     shapes = ((batch, length, 4, 8), (batch, memory + length, kv_heads, 8), (batch, memory + length, kv_heads, 8))
-    found = [2 * draw(seed + i, *shape).transpose(1, 2) for i, shape in enumerate(shapes)]
-    return [t.requires_grad_() for t in [*found, torch.tensor(HEADS, dtype=FP64)]]
+    qkv = [2 * draw(seed + i, *shape).transpose(1, 2) for i, shape in enumerate(shapes)]
+    return [t.requires_grad_() for t in [*qkv, torch.tensor(HEADS, dtype=FP64)]]
 
 
 def ragged(length: int, memory: int, *, causal: bool = True) -> dict[str, Any]:
     column = torch.arange(length).expand(2, -1)
     begins = torch.rand(2, length, generator=torch.Generator().manual_seed(length)) < 0.1
     origin = torch.where(begins, column, -memory).cummax(1).values
-    found: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "lengths": torch.tensor([length, length // 2]),
         "start": (origin + memory).clamp(min=0) if causal else origin,
     }
-    return found | ({"memory_lengths": torch.tensor([memory // 3, memory])} if memory else {})
+    return rows | ({"memory_lengths": torch.tensor([memory // 3, memory])} if memory else {})
 
 
-def agree(given_: list[Tensor], **keywords: Any) -> None:
-    fast, slow = (where.entmax_attention(*given_, **keywords) for where in (ops, reference))
+def agree(operands: list[Tensor], **keywords: Any) -> None:
+    fast, slow = (where.entmax_attention(*operands, **keywords) for where in (ops, reference))
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.entmax_attention(*given_, **keywords), slow, atol=1e-9, rtol=0)
+        torch.testing.assert_close(ops.entmax_attention(*operands, **keywords), slow, atol=1e-9, rtol=0)
     weight = draw(7, *slow.shape)
-    grads = (torch.autograd.grad(out, given_, weight) for out in (fast, slow))
+    grads = (torch.autograd.grad(out, operands, weight) for out in (fast, slow))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
@@ -112,13 +112,13 @@ def test_random_calls(
 # the function ------------------------------------------------------------------------------------------------
 
 
-def other(z: Tensor, alpha: float) -> Tensor:
+def package_entmax(z: Tensor, alpha: float) -> Tensor:
     """The same weights by the package `entmax`: exact by sorting at 1.5 and 2, else by bisection."""
     if alpha == 1:
         return z.softmax(-1)
     if alpha in (1.5, 2.0):
-        found: Tensor = (oracle.entmax15 if alpha == 1.5 else oracle.sparsemax)(z, dim=-1)
-        return found
+        weights: Tensor = (oracle.entmax15 if alpha == 1.5 else oracle.sparsemax)(z, dim=-1)
+        return weights
     return oracle.entmax_bisect(z, alpha, dim=-1, n_iter=100)
 
 
@@ -127,7 +127,7 @@ def other(z: Tensor, alpha: float) -> Tensor:
 def test_against_another_implementation(alpha: float, scale: float) -> None:
     z = (scale * draw(1, 5, 300)).requires_grad_()
     weight = draw(2, 5, 300)
-    expected = other(z, alpha)
+    expected = package_entmax(z, alpha)
     (slope,) = torch.autograd.grad(expected, z, weight)
     for where in (ops, reference):
         p = where.entmax(z, alpha)
@@ -138,12 +138,12 @@ def test_against_another_implementation(alpha: float, scale: float) -> None:
 @pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 1.8])
 def test_alpha_gradient_against_another_implementation(alpha: float) -> None:
     z, weight = draw(1, 5, 40), draw(2, 5, 40)
-    found = []
+    slopes = []
     for function in (ops.entmax, reference.entmax, lambda z, a: oracle.entmax_bisect(z, a, dim=-1, n_iter=100)):
         a = torch.full((5, 1), alpha, dtype=FP64, requires_grad=True)
-        found.append(torch.autograd.grad(function(z, a), a, weight)[0])
-    torch.testing.assert_close(found[0], found[1], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found[0], found[2], atol=1e-7, rtol=1e-7)
+        slopes.append(torch.autograd.grad(function(z, a), a, weight)[0])
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(slopes[0], slopes[2], atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("where", [ops, reference])
@@ -247,9 +247,9 @@ def families(keys: int) -> dict[str, Tensor]:
     """Rows that are hard on root finding: nearly equal, far apart, clustered, of geometric and heavy tails."""
     g = torch.Generator().manual_seed(keys)
     normal, even = (f(16, keys, dtype=FP64, generator=g) for f in (torch.randn, torch.rand))
-    found = {f"normal {s}": normal * s for s in (1e-3, 0.1, 1.0, 30.0, 1e4)}
+    scores = {f"normal {s}": normal * s for s in (1e-3, 0.1, 1.0, 30.0, 1e4)}
     ladder = torch.arange(keys, dtype=FP64)
-    found |= {
+    scores |= {
         "equal": torch.zeros(16, keys, dtype=FP64),
         "even": even,
         "tail below": even.log(),
@@ -261,7 +261,7 @@ def families(keys: int) -> dict[str, Tensor]:
         "one above": torch.cat([torch.full((16, 1), 0.5, dtype=FP64), normal[:, 1:] * 0.01], 1),
         "few below": torch.where(even < 0.02, -(10 ** (4 * normal)).clamp(max=1e4), normal * 1e-3),
     }
-    return found
+    return scores
 
 
 @pytest.mark.parametrize("keys", [2, 17, 300, 5000])
@@ -330,21 +330,21 @@ def test_large_offsets_are_no_nan(alpha: float, dtype: torch.dtype) -> None:
 
 
 def test_alpha_keeps_its_dtype_and_half_precision_is_computed_in_fp32() -> None:
-    given_ = [t.detach().bfloat16().requires_grad_() for t in heads(0, 70)[:3]]
+    qkv = [t.detach().bfloat16().requires_grad_() for t in heads(0, 70)[:3]]
     alpha = torch.tensor(HEADS, requires_grad=True)
-    results = []
+    outputs_and_gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = ops.entmax_attention(*given_, alpha)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), [*given_, alpha])])
-    assert [t.dtype for t in results[0]] == [torch.bfloat16] * 4 + [torch.float32]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            out = ops.entmax_attention(*qkv, alpha)
+            outputs_and_gradients.append([out, *torch.autograd.grad(out.float().square().sum(), [*qkv, alpha])])
+    assert [t.dtype for t in outputs_and_gradients[0]] == [torch.bfloat16] * 4 + [torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs_and_gradients, strict=True))
 
 
 def test_nothing_visible_and_no_tokens_give_zeros() -> None:
     tensors = heads(0, 6, 4)
-    nothing = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
-    out = ops.entmax_attention(*tensors, window=3, **nothing)
+    no_tokens = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
+    out = ops.entmax_attention(*tensors, window=3, **no_tokens)
     assert not out[0].any()
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), tensors))
     assert ops.entmax_attention(*heads(0, 0, 5)).shape == (2, 4, 0, 8)

@@ -26,19 +26,19 @@ def draw(seed: int, *shape: int) -> Tensor:
 def test_attention_equals_its_definition(kind: str, causal: bool) -> None:
     projection = ops.orthogonal_projection(9, 4, generator=generator()).double()
     bound = -0.05 if kind == "bounded" else None
-    found = []
+    outputs_and_gradients = []
     for module in (ops, reference):
         q, k, v = (draw(seed, 2, heads, 130, 4).requires_grad_() for seed, heads in ((1, 4), (2, 2), (3, 2)))
         out, sums = module.favor_attention(q, k, v, projection, kind=kind, bound=bound, causal=causal)
         if kind == "trigonometric":
             # denominators pass through zero; compare where they do not
             near = out.detach().abs() < 5
-            found.append([torch.where(near, out, 0).detach().clamp(-5, 5)])
+            outputs_and_gradients.append([torch.where(near, out, 0).detach().clamp(-5, 5)])
             continue
         ends = [sums.values, sums.keys] if causal else []
-        found.append([out, *ends, *torch.autograd.grad((out * draw(4, *out.shape)).sum(), [q, k, v])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-7)
+        outputs_and_gradients.append([out, *ends, *torch.autograd.grad((out * draw(4, *out.shape)).sum(), [q, k, v])])
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-7)
 
 
 @pytest.mark.parametrize("direction", ["positive", "negative", "random"])
@@ -55,9 +55,9 @@ def test_unbiased_within_four_standard_errors_of_2000_draws(kind: str, direction
         projection = ops.orthogonal_projection(count, dim, generator=random)
         phi, scale = ops.favor_features(x.view(1, 1, 1, -1), projection, kind=kind, bound=-0.02)
         products.append(float((phi.square().sum(-1) * torch.exp(2 * scale)).squeeze()))
-    found = torch.tensor(products, dtype=FP64)
-    error = found.std() / math.sqrt(len(found))
-    assert abs(found.mean() - math.exp(float(x @ x))) < 4 * error
+    estimates = torch.tensor(products, dtype=FP64)
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - math.exp(float(x @ x))) < 4 * error
 
 
 def test_directions_are_haar_and_norms_are_those_of_normal_rows() -> None:
@@ -111,8 +111,8 @@ def test_the_bound_of_favor_plus_plus_minimises_its_second_moment() -> None:
     bounded = ops.favor_features(
         draw(8, 1, 1, 3, 4), torch.randn(5, 4, generator=generator()), kind="bounded", bound=0.0
     )
-    for one, other in zip(plain, bounded, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    for actual, expected in zip(bounded, plain, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_kernels_are_what_they_are_called_and_unknown_ones_are_refused() -> None:

@@ -67,13 +67,13 @@ def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPat
     keywords = {} if name == "full_attention" else {"window": 20}
     if name == "relative_attention":
         shapes += [(4, 100, 8), (4, 8), (4, 8)]
-    given = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    operands = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
     monkeypatch.setattr(flash, "_FORWARD", None)
-    assert not flash.fused(*given[:3])
-    fast, slow = getattr(ops, name)(*given, **keywords), getattr(reference, name)(*given, **keywords)
+    assert not flash.fused(*operands[:3])
+    fast, slow = getattr(ops, name)(*operands, **keywords), getattr(reference, name)(*operands, **keywords)
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     grad = drawn(*slow.shape, seed=9)
-    for a, b in zip(torch.autograd.grad(fast, given, grad), torch.autograd.grad(slow, given, grad), strict=True):
+    for a, b in zip(torch.autograd.grad(fast, operands, grad), torch.autograd.grad(slow, operands, grad), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 

@@ -19,9 +19,9 @@ def draw(seed: int, *shape: int) -> Tensor:
 def leaves(batch: int, heads: int, kv_heads: int, length: int, columns: int, dim: int = 8) -> list[Tensor]:
     """q, k, v, local, gate, scale."""
     keys = ops.unit_vectors(draw(2, batch, kv_heads, columns, dim))
-    given = [draw(1, batch, heads, length, dim), keys, draw(3, batch, kv_heads, columns, dim)]
-    given += [draw(4, batch, heads, length, dim), draw(5, heads), 3 + draw(6, heads).abs()]
-    return [t.requires_grad_() for t in given]
+    tensors = [draw(1, batch, heads, length, dim), keys, draw(3, batch, kv_heads, columns, dim)]
+    tensors += [draw(4, batch, heads, length, dim), draw(5, heads), 3 + draw(6, heads).abs()]
+    return [t.requires_grad_() for t in tensors]
 
 
 def bounds(kind: str, batch: int, length: int, columns: int) -> dict[str, Tensor]:
@@ -36,10 +36,10 @@ def bounds(kind: str, batch: int, length: int, columns: int) -> dict[str, Tensor
     return {"first": first, "last": (first + wide).clamp(max=columns)}
 
 
-def answers(kind: Any, given: list[Tensor], **more: Any) -> list[Tensor]:
-    out = kind.memorizing_attention(*given, **more)
-    found = torch.autograd.grad(out, given, draw(9, *out.shape), allow_unused=True, materialize_grads=True)
-    return [out, *found]
+def answers(kind: Any, operands: list[Tensor], **more: Any) -> list[Tensor]:
+    out = kind.memorizing_attention(*operands, **more)
+    gradients = torch.autograd.grad(out, operands, draw(9, *out.shape), allow_unused=True, materialize_grads=True)
+    return [out, *gradients]
 
 
 @pytest.mark.parametrize("block", [8192, 50])
@@ -60,13 +60,13 @@ def test_equals_its_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memorizing, "KEYS", block)  # also several blocks, of which the best so far are kept
-    given = leaves(batch, heads, kv_heads, length, columns)
+    operands = leaves(batch, heads, kv_heads, length, columns)
     more = {"top": top, **bounds(kind, batch, length, columns)}
-    found, wanted = (answers(where, given, **more) for where in (ops, reference))
-    for a, b in zip(found, wanted, strict=True):
+    actual, expected = (answers(where, operands, **more) for where in (ops, reference))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.memorizing_attention(*given, **more), wanted[0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(ops.memorizing_attention(*operands, **more), expected[0], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("top", [120, 500])
@@ -80,10 +80,10 @@ def test_all_retrieved_is_the_full_softmax_over_the_store(top: int) -> None:
     dense = torch.softmax(unit @ keys.mT, -1) @ values
     torch.testing.assert_close(out, dense, atol=1e-10, rtol=0)
     weight = draw(8, *out.shape)
-    found = torch.autograd.grad(out, (q, k, v), weight, allow_unused=True)
-    torch.testing.assert_close(found[0], torch.autograd.grad(dense, q, weight)[0], atol=1e-10, rtol=0)
-    assert found[1] is None
-    assert found[2] is None
+    gradients = torch.autograd.grad(out, (q, k, v), weight, allow_unused=True)
+    torch.testing.assert_close(gradients[0], torch.autograd.grad(dense, q, weight)[0], atol=1e-10, rtol=0)
+    assert gradients[1] is None
+    assert gradients[2] is None
 
 
 def test_a_closed_gate_and_an_empty_store_leave_local_attention() -> None:
@@ -92,10 +92,10 @@ def test_a_closed_gate_and_an_empty_store_leave_local_attention() -> None:
     assert torch.equal(ops.memorizing_attention(q, k, v, local, closed, scale, top=3, **bounds("all", 2, 9, 20)), local)
     empty = torch.full((1, 1), 4)
     assert torch.equal(ops.memorizing_attention(q, k, v, local, gate, scale, top=3, first=empty, last=empty), local)
-    nothing = ops.memorizing_attention(
+    without_store = ops.memorizing_attention(
         q, k[:, :, :0], v[:, :, :0], local, gate, scale, top=3, first=empty * 0, last=empty * 0
     )
-    assert torch.equal(nothing, local)
+    assert torch.equal(without_store, local)
 
 
 def test_a_written_key_is_found() -> None:
@@ -112,11 +112,11 @@ def test_a_written_key_is_found() -> None:
 def test_the_nearest_are_those_of_a_full_sort(count: int, top: int) -> None:
     scores, top = draw(count, 2, 3, count), min(top, count)
     scores[0, 0, : count // 2] = -torch.inf
-    values, places = memorizing.nearest(scores, top)
-    wanted = scores.sort(-1, descending=True).values[..., :top]
-    torch.testing.assert_close(values.sort(-1, descending=True).values, wanted, atol=0, rtol=0)
-    torch.testing.assert_close(scores.gather(-1, places), values, atol=0, rtol=0)
-    assert all(len(set(row.tolist())) == top for row in places.flatten(0, 1))
+    values, columns = memorizing.nearest(scores, top)
+    expected = scores.sort(-1, descending=True).values[..., :top]
+    torch.testing.assert_close(values.sort(-1, descending=True).values, expected, atol=0, rtol=0)
+    torch.testing.assert_close(scores.gather(-1, columns), values, atol=0, rtol=0)
+    assert all(len(set(row.tolist())) == top for row in columns.flatten(0, 1))
 
 
 @pytest.mark.parametrize("length", [1, 100, 1000, 3000])
@@ -133,17 +133,17 @@ def test_cost(length: int, window: int, kv_heads: int) -> None:
 
 def test_scores_are_never_held_at_once() -> None:
     """The largest tensor of a forward with gradients stays below one head's queries times keys."""
-    given = [t.detach().float() for t in leaves(1, 4, 4, 4000, 4000)]
-    given[0].requires_grad_()
+    operands = [t.detach().float() for t in leaves(1, 4, 4, 4000, 4000)]
+    operands[0].requires_grad_()
     with Largest() as largest:
-        out = ops.memorizing_attention(*given, top=8, **bounds("all", 1, 4000, 4000))
+        out = ops.memorizing_attention(*operands, top=8, **bounds("all", 1, 4000, 4000))
         out.sum().backward()
     assert 0 < largest.numbers <= memorizing.ENTRIES
 
 
 def test_wrong_shapes_are_refused() -> None:
-    given = [t.detach() for t in leaves(1, 4, 2, 5, 9)]
+    operands = [t.detach() for t in leaves(1, 4, 2, 5, 9)]
     with pytest.raises(ConfigError, match="kv_heads dividing heads"):
-        ops.memorizing_attention(given[0][:, :3], *given[1:], top=3, **bounds("all", 1, 5, 9))
+        ops.memorizing_attention(operands[0][:, :3], *operands[1:], top=3, **bounds("all", 1, 5, 9))
     with pytest.raises(ConfigError, match="top must be at least 1"):
-        ops.memorizing_attention(*given, top=0, **bounds("all", 1, 5, 9))
+        ops.memorizing_attention(*operands, top=0, **bounds("all", 1, 5, 9))

@@ -66,8 +66,8 @@ def test_blocks_take_each_tile_once(batch: int, most: int) -> None:
         for block in make_blocks(run, batch, most):
             view = take(x, block, run.start, run.queries, run.step)
             assert view.shape[0] <= most
-            place = run.start + block.tile * run.step
-            assert torch.equal(view[0], x[block.row, :, place : place + run.queries])
+            begin = run.start + block.tile * run.step
+            assert torch.equal(view[0], x[block.row, :, begin : begin + run.queries])
             take(seen, block, run.start, run.queries, run.step).add_(1)
     assert (seen == 1).all()
 
