@@ -58,8 +58,8 @@ def leaky_definition(
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     log = (gate.log() * real[:, None]).cumsum(-1)
     document = fresh.cumsum(-1)
-    place = torch.arange(length)
-    near = (document[:, :, None] == document[:, None]) & (place[:, None] >= place) & real[:, None]
+    position = torch.arange(length)
+    near = (document[:, :, None] == document[:, None]) & (position[:, None] >= position) & real[:, None]
     between = (log[..., :, None] - log[..., None, :]).masked_fill(~near[:, None], -torch.inf)
     weights = between.exp().repeat_interleave(group, 1)
     keys, values, old = (t.repeat_interleave(group, 1) for t in (k, v, memory))

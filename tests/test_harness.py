@@ -50,8 +50,8 @@ def evaluate(model: Any, **config: Any) -> dict[str, Any]:
         return {"test": datasets.Dataset.from_list(DOCUMENTS)}
 
     task = ConfigurableTask(config={"task": "local", "test_split": "test", "custom_dataset": local, **config})
-    found: dict[str, Any] = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
-    return found
+    report: dict[str, Any] = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    return report
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def definition(folder: Path, context: str, text: str) -> tuple[float, bool]:
 def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="multiple_choice",
         doc_to_text="{{question}}",
@@ -76,20 +76,20 @@ def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
         target_delimiter="",
     )
     right = 0
-    for document, sample in zip(DOCUMENTS, found["samples"]["local"], strict=True):
+    for document, sample in zip(DOCUMENTS, report["samples"]["local"], strict=True):
         expected = [definition(folder, str(document["question"]), choice) for choice in document["choices"]]  # type: ignore[attr-defined]
         for (value, greedy), (score,) in zip(expected, sample["resps"], strict=True):
             assert score[0] == pytest.approx(value, abs=1e-4)
             assert bool(score[1]) == greedy
         right += max(range(len(expected)), key=lambda i: expected[i][0]) == document["answer"]
-    assert found["results"]["local"]["acc,none"] == pytest.approx(right / 3)
+    assert report["results"]["local"]["acc,none"] == pytest.approx(right / 3)
 
 
 @pytest.mark.long
 def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="loglikelihood_rolling",
         doc_to_text="",
@@ -99,14 +99,14 @@ def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     texts = [f"{document['question']} the state of the union" for document in DOCUMENTS]
     total = sum(definition(folder, "", text)[0] for text in texts)
     size = sum(len(text.encode()) for text in texts)
-    assert found["results"]["local"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
+    assert report["results"]["local"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
 
 
 @pytest.mark.long
 def test_generation_stops_where_the_task_says(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="generate_until",
         doc_to_text="The state of the union{{question}}",
@@ -114,7 +114,7 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
         generation_kwargs={"until": ["we"], "max_gen_toks": 30, "do_sample": False},
         metric_list=[{"metric": "exact_match"}],
     )
-    answers = [sample["resps"][0][0] for sample in found["samples"]["local"]]
+    answers = [sample["resps"][0][0] for sample in report["samples"]["local"]]
     assert all("we" not in answer and len(answer) <= 30 for answer in answers)
     model, task = load_run(folder)
     ids = [task.tokenizer.begin, *b"The state of the union"]

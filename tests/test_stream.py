@@ -32,9 +32,9 @@ def test_losses_and_logits_equal_one_pass(model: ls.Decoder, tokens: torch.Tenso
     nats = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
     session = ls.StreamSession(model)
     cuts = [0, 1, 2, 130, 130, 700]
-    found = torch.cat([session.feed(tokens[a:b], losses=True) for a, b in itertools.pairwise(cuts)])
-    torch.testing.assert_close(found[1:], nats, atol=1e-4, rtol=1e-4)
-    assert found[0].item() == pytest.approx(torch.tensor(40.0).log().item())
+    losses = torch.cat([session.feed(tokens[a:b], losses=True) for a, b in itertools.pairwise(cuts)])
+    torch.testing.assert_close(losses[1:], nats, atol=1e-4, rtol=1e-4)
+    assert losses[0].item() == pytest.approx(torch.tensor(40.0).log().item())
     torch.testing.assert_close(session.logits, logits[-1], atol=1e-4, rtol=1e-4)
     assert session.position == 700
     assert session.nbytes == model.state_nbytes(1, 700)
@@ -68,9 +68,9 @@ def test_another_models_state_is_refused(model: ls.Decoder, tokens: torch.Tensor
     session = ls.StreamSession(model)
     session.feed(tokens[:10])
     session.save(tmp_path / "s")
-    other = ls.Decoder(model.config)
+    reinitialized = ls.Decoder(model.config)
     with pytest.raises(ls.CheckpointError, match="another model: weights or configuration"):
-        ls.StreamSession.load(other, tmp_path / "s")
+        ls.StreamSession.load(reinitialized, tmp_path / "s")
     small = ls.Decoder(ls.DecoderConfig(vocab_size=40, dim=32, mixers=({"name": "full"},)))
     with pytest.raises(ls.CheckpointError, match="another model"):
         ls.StreamSession.load(small, tmp_path / "s")

@@ -44,14 +44,14 @@ def agree(tensors: list[Tensor], schedule: Schedule, seen: Tensor) -> None:
 def compare(
     tensors: list[Tensor], fast: tuple[Tensor, Tensor], slow: tuple[Tensor, Tensor], *, sums: bool = True
 ) -> None:
-    results = []
+    outputs_and_gradients = []
     for out, lse in (fast, slow):
         loss = (out * drawn(*out.shape, seed=3)).sum()
         if sums:
             loss = loss + (lse * drawn(*lse.shape, seed=4)).sum()
-        results.append([out, lse, *torch.autograd.grad(loss, tensors)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+        outputs_and_gradients.append([out, lse, *torch.autograd.grad(loss, tensors)])
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -127,12 +127,12 @@ def test_lists_of_blocks(kv_heads: int, consecutive: bool) -> None:
 
 def test_a_round_may_have_keys_of_its_own() -> None:
     q, k, v = inputs(12, 0)
-    others, plan = [drawn(2, 2, 5, 8, seed=6), drawn(2, 2, 5, 6, seed=7)], make_open_plan(12, 4, 0, 5)
+    own_keys_values, plan = [drawn(2, 2, 5, 8, seed=6), drawn(2, 2, 5, 6, seed=7)], make_open_plan(12, 4, 0, 5)
     own = make_open_plan(12, 4, 0, 12)
     rounds = Round(own, own), Round(plan, plan, source=(0, 1), merges=True)
-    tensors = [q, k, v, *others]
-    outs = attention(q, k, v, Schedule(rounds, SCALE), *others)
-    joined = torch.cat([k, others[0]], 2), torch.cat([v, others[1]], 2)
+    tensors = [q, k, v, *own_keys_values]
+    outs = attention(q, k, v, Schedule(rounds, SCALE), *own_keys_values)
+    joined = torch.cat([k, own_keys_values[0]], 2), torch.cat([v, own_keys_values[1]], 2)
     expected = dense(q, *joined, torch.ones(12, 17, dtype=torch.bool))
     compare(tensors, outs, expected)
 

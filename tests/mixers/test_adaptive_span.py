@@ -31,9 +31,9 @@ def drawn(length: int, seed: int = 1) -> Tensor:
 
 
 def window(size: int, mixer: ls.mixers.Mixer) -> ls.mixers.Mixer:
-    found = ls.mixers.build("window", dim=DIM, num_heads=HEADS, rope=10000.0, window=size).double()
-    found.projections.load_state_dict(mixer.projections.state_dict())
-    return found
+    mixer_of_window = ls.mixers.build("window", dim=DIM, num_heads=HEADS, rope=10000.0, window=size).double()
+    mixer_of_window.projections.load_state_dict(mixer.projections.state_dict())
+    return mixer_of_window
 
 
 def test_full_spans_are_a_window() -> None:
@@ -48,17 +48,17 @@ def test_penalty_is_the_mean_span() -> None:
     assert penalties[0].item() == pytest.approx(0.5 * 16.0)
     (gradient,) = torch.autograd.grad(penalties[0], mixer.core.span)
     assert gradient[1:].tolist() == pytest.approx([0.5 * 64 / HEADS] * 3)
-    dynamic, found = build(dynamic=True, penalty=1.0), []
+    dynamic, dynamic_penalties = build(dynamic=True, penalty=1.0), []
     mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
-    dynamic(drawn(9), mask=mask, penalties=found)
+    dynamic(drawn(9), mask=mask, penalties=dynamic_penalties)
     short = [p for row, n in ((0, 9), (1, 4)) for p in penalty_of(dynamic, drawn(9)[row : row + 1, :n])]
-    torch.testing.assert_close(found[0], (9 * short[0] + 4 * short[1]) / 13)
+    torch.testing.assert_close(dynamic_penalties[0], (9 * short[0] + 4 * short[1]) / 13)
 
 
 def penalty_of(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-    mixer(x, penalties=found)
-    return found
+    penalties: list[Tensor] = []
+    mixer(x, penalties=penalties)
+    return penalties
 
 
 def test_after_step_clamps() -> None:
@@ -87,9 +87,9 @@ def test_spans_learn_as_far_as_they_are_needed() -> None:
     assert max(mixer.core.spans) > 10
     far = max(mixer.core.spans)
     for step in range(60):
-        found = penalty_of(mixer, drawn(8))
+        span_penalties = penalty_of(mixer, drawn(8))
         optimiser.zero_grad()
-        (1e4 * found[0]).backward()
+        (1e4 * span_penalties[0]).backward()
         optimiser.step()
         mixer.after_step(step)
     assert max(mixer.core.spans) < far / 2
@@ -112,20 +112,20 @@ def test_states_go_on_when_spans_change(before: float, after: float) -> None:
     mixer, x = build([before, 0.0, 0.0, 0.0]), drawn(90)
     with torch.no_grad():
         state = mixer(x[:, :50])[1]
-        kept = state.k.shape[2]
+        num_kept = state.k.shape[2]
         set_spans(mixer, [after, 0.0, 0.0, 0.0])
         parts = []
         for first, last in ((50, 51), (51, 63), (63, 90)):
             part, state = mixer(x[:, first:last], state)
             parts.append(part)
             assert ls.state.nbytes(state) == mixer.state_nbytes(2, last, torch.float64)
-        found = torch.cat(parts, 1)
-        # the same tokens at the same positions, of which only the last `kept` before the change are there
-        gone = 50 - min(kept, 50)
+        actual = torch.cat(parts, 1)
+        # the same tokens at the same positions, of which only the last `num_kept` before the change are there
+        gone = 50 - min(num_kept, 50)
         whole = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, max_span=64, ramp=4).double()
         whole.load_state_dict(mixer.state_dict())
         expected = whole(x[:, gone:])[0][:, 50 - gone :]
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
 def test_short_spans_are_cheap_and_the_same() -> None:

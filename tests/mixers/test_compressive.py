@@ -30,8 +30,8 @@ def drawn(length: int, batch: int = 2, seed: int = 0) -> Tensor:
 def gradients(mixer: ls.mixers.Mixer, y: Tensor, x: Tensor) -> dict[str, Tensor]:
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
     named = {"x": x} | dict(mixer.named_parameters())
-    found = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, found, strict=True)}
+    values = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, values, strict=True)}
 
 
 def windows(gone: Tensor, before: int, ratio: int) -> Tensor:
@@ -89,23 +89,23 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     torch.testing.assert_close(torch.cat(outs, 1), expected.detach(), atol=1e-9, rtol=0)
     if memory.waiting.shape[1]:
         opened = length % sizes[0]
-        place = core.capacity - opened - memory.recent.shape[1] - memory.waiting.shape[1]
-        torch.testing.assert_close(state.hidden[:, place : place + memory.waiting.shape[1]], memory.waiting.detach())
+        first_waiting = core.capacity - opened - memory.recent.shape[1] - memory.waiting.shape[1]
+        torch.testing.assert_close(state.hidden[:, first_waiting : first_waiting + memory.waiting.shape[1]], memory.waiting.detach())
 
 
 def same_as_transformer_xl(mixer: ls.mixers.Mixer, mem_len: int, length: int, cuts: list[int]) -> None:
     xl = build("transformer_xl", segment=mixer.core.config.segment, mem_len=mem_len)
     xl.load_state_dict({n: t for n, t in mixer.state_dict().items() if "compressor" not in n})
-    found = []
-    for each in (mixer, xl):
+    outputs_and_gradients = []
+    for model in (mixer, xl):
         x, state, outs = drawn(length).requires_grad_(), None, []
         mask = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < (1.0 if len(cuts) < 3 else 0.9)
         for a, b in itertools.pairwise([*cuts, length]):
-            y, state = each(x[:, a:b], state, mask=mask[:, a:b])
+            y, state = model(x[:, a:b], state, mask=mask[:, a:b])
             outs.append(y)
         y = torch.cat(outs, 1)
-        found.append((y, gradients(each, y, x)))
-    (y, mine), (expected, theirs) = found
+        outputs_and_gradients.append((y, gradients(model, y, x)))
+    (y, mine), (expected, theirs) = outputs_and_gradients
     torch.testing.assert_close(y, expected, atol=1e-10, rtol=0)
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, atol=1e-10, rtol=0, msg=f"gradient of {name}")
@@ -149,8 +149,8 @@ def test_each_loss_reaches_its_own_parameters(compression: str, loss: str, calls
     model, auxiliary = losses(mixer, x, calls)
     named = {"x": x} | dict(mixer.named_parameters())
     for total, inside in ((auxiliary, True), (model, False)):
-        found = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
-        for (name, _), gradient in zip(named.items(), found, strict=True):
+        reached_gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
+        for (name, _), gradient in zip(named.items(), reached_gradients, strict=True):
             reached = gradient is not None and bool((gradient != 0).any())
             assert reached == (("compressor" in name) == inside), name
     assert all(parameter.requires_grad for parameter in mixer.parameters())
@@ -173,16 +173,16 @@ def test_the_loss_is_that_of_the_segments_that_close() -> None:
     with torch.no_grad():
         assert not penalties_of(mixer, x), "nothing learns here"
     for fields in ({"compression": "mean"}, {"loss": "none"}, {"loss_weight": 0.0}, {"compressed_len": 0}):
-        other = build(**{"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2} | fields)
-        assert not penalties_of(other, x)
+        without_loss = build(**{"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2} | fields)
+        assert not penalties_of(without_loss, x)
     heavier = build(segment=4, mem_len=4, compressed_len=4, ratio=2, loss_weight=3.0)
     torch.testing.assert_close(penalties_of(heavier, x)[0], 3 * one)
 
 
 def penalties_of(mixer: ls.mixers.Mixer, x: Tensor, **keywords: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-    mixer(x, penalties=found, **keywords)
-    return found
+    penalties: list[Tensor] = []
+    mixer(x, penalties=penalties, **keywords)
+    return penalties
 
 
 def test_the_loss_of_padded_rows_is_that_of_the_rows_alone() -> None:

@@ -50,7 +50,7 @@ def test_a_model_names_the_layer_and_the_reason() -> None:
         ((window, {"name": "heads", "parts": [WINDOW, BALANCED]}), rf"layer 1 \(of 0 to 2\): parts\[1\]: {BECAUSE}"),
         ((SORTED | {"num_heads": 4},), r"layer 0 \(of 0 to 2\): the sorted selection changes"),
     ):
-        table = [{key: value for key, value in each.items() if key != "num_heads"} for each in mixers]
+        table = [{key: value for key, value in spec.items() if key != "num_heads"} for spec in mixers]
         model, tokens = decoder(*table), torch.arange(6)[None]
         state = decoder(window)(tokens)[1]
         assert model(tokens)[1] is None

@@ -20,7 +20,7 @@ HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "w
 
 @pytest.fixture(autouse=True)
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "REGISTERED", {})
     ls.mixers.register("leaky", outside.LeakyCore)
 
 
@@ -71,15 +71,15 @@ def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
         whole = model(tokens[:1])[0]
         session = ls.StreamSession(model)
         for first, last in ((0, 5), (5, 6), (6, 24)):
-            found = session.feed(tokens[:1, first:last])
-            torch.testing.assert_close(found.view(-1), whole[0, last - 1])
+            logits = session.feed(tokens[:1, first:last])
+            torch.testing.assert_close(logits.view(-1), whole[0, last - 1])
 
 
 def test_what_it_reads_is_measured() -> None:
     """The gate reads hidden states, too; what it does to earlier keys is not a key that is read."""
     mixer = ls.mixers.build("leaky", **SIZES, value_dim=6)
-    found = probe.influence(mixer, 20)
-    assert int((found > 0).sum()) == mixer.pairs(20)
+    reads = probe.influence(mixer, 20)
+    assert int((reads > 0).sum()) == mixer.pairs(20)
     x = torch.randn(1, 20, 16, dtype=torch.float64)
     assert (mixer.double().attention_map(x)[0] != 0).sum() == mixer.pairs(20)
 
@@ -109,16 +109,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "odd": "tests.outside:NotACore",
     }
     points = [EntryPoint(name, value, "longspan.mechanisms") for name, value in values.items()]
-    asked: list[str] = []
+    groups: list[str] = []
 
     def entry_points(*, group: str) -> list[EntryPoint]:
-        asked.append(group)
+        groups.append(group)
         return [point for point in points if point.group == group]
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
-    registry._installed.cache_clear()
-    yield asked
-    registry._installed.cache_clear()
+    registry.installed.cache_clear()
+    yield groups
+    registry.installed.cache_clear()
 
 
 def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:

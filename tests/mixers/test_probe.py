@@ -27,16 +27,16 @@ FORMS = [
 def test_every_mechanism_is_measured(name, fields):
     mixer = build(name, **fields)
     before = [parameter.clone() for parameter in mixer.parameters()]
-    found = influence(mixer, 35, seed=1)
-    assert found.shape == (4, 35, 35)
-    assert found.dtype == torch.float64
-    seen = int((found > 0).sum())
+    strengths = influence(mixer, 35, seed=1)
+    assert strengths.shape == (4, 35, 35)
+    assert strengths.dtype == torch.float64
+    seen = int((strengths > 0).sum())
     # a slot of compressed memory is one key made of several tokens
     assert 0 < seen <= mixer.pairs(35) * fields.get("ratio", 1)
     exact = not (mixer.traits.selects or mixer.traits.sparse) and mixer.traits.linear_in_values
     assert seen == mixer.pairs(35) or not exact
     if fields["causal"]:
-        assert not found.triu(1).any(), "no query reads a later key"
+        assert not strengths.triu(1).any(), "no query reads a later key"
     assert all(torch.equal(a, b) for a, b in zip(before, mixer.parameters(), strict=True)), "the mixer stays as it is"
 
 
@@ -55,8 +55,8 @@ def test_the_sparse_patterns_are_those_of_the_paper():
     strided = (j <= i) & ((i - j <= 7) | ((i - j) % 7 == 0))
     fixed = (j <= i) & ((j // 7 == i // 7) | (j % 7 >= 7 - 2))
     for pattern, expected in (("strided", strided), ("fixed", fixed)):
-        found = influence(build("sparse", pattern=pattern, stride=7, summary=2), 50)
-        assert all(torch.equal(head > 0, expected) for head in found)
+        strengths = influence(build("sparse", pattern=pattern, stride=7, summary=2), 50)
+        assert all(torch.equal(head > 0, expected) for head in strengths)
 
 
 def test_a_memory_reaches_past_its_segment_once_it_says_something():
@@ -66,16 +66,16 @@ def test_a_memory_reaches_past_its_segment_once_it_says_something():
         for parameter in mixer.core.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    found = influence(mixer, 20)
-    assert (found[:, 5:, :5] > 0).any()
-    assert (found[:, 7, 5:8] > 0).all()
+    strengths = influence(mixer, 20)
+    assert (strengths[:, 5:, :5] > 0).any()
+    assert (strengths[:, 7, 5:8] > 0).all()
 
 
 def test_a_dynamic_span_is_not_moved_by_the_values():
     mixer = build("adaptive_span", max_span=6, ramp=2, dynamic=True, include_self=False)
-    found = influence(mixer, 20)
-    assert not found.diagonal(dim1=1, dim2=2).any()
-    assert (found[:, 1:] > 0).any(-1).all()
+    strengths = influence(mixer, 20)
+    assert not strengths.diagonal(dim1=1, dim2=2).any()
+    assert (strengths[:, 1:] > 0).any(-1).all()
 
 
 def test_the_seed_is_of_the_hidden_states():

@@ -52,7 +52,7 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
 
 def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
     """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; no members: as it is."""
-    found = centroids(mixer).clone()
+    means = centroids(mixer).clone()
     sums, counts = (mixer.core.get_buffer(name).clone() for name in ("ema_sum", "ema_count"))
     decay = mixer.core.config.decay
     for head, mean in enumerate(centroids(mixer)):
@@ -65,8 +65,8 @@ def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
                 decay * counts[head, cluster] + len(members) >= 0.1 * (decay * counts[head] + len(vectors) / 4).mean()
             )
             if len(members):
-                found[head, cluster] = moved / moved.norm()
-    return found
+                means[head, cluster] = moved / moved.norm()
+    return means
 
 
 # what the centroids learn ------------------------------------------------------------------------------------
@@ -76,32 +76,32 @@ def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_step_moves_the_centroids_as_by_hand(shared: bool, selection: str) -> None:
     mixer, x = started(shared=shared, selection=selection, decay=0.8), drawn(2, 30, seed=4)
-    wanted = moved_by_hand(mixer, [x])
+    expected = moved_by_hand(mixer, [x])
     before = centroids(mixer).clone()
     mixer(x)
     assert torch.equal(centroids(mixer), before), "a forward moved them"
     mixer.after_step(2)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
-    assert (wanted - before).abs().max() > 1e-3
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
+    assert (expected - before).abs().max() > 1e-3
     mixer.after_step(3)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0, msg="what a step has seen counts once")
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0, msg="what a step has seen counts once")
 
 
 def test_forwards_before_a_step_add_up_and_padding_counts_for_nothing() -> None:
     mixer = started(decay=0.5)
     batches = [drawn(2, 30, seed=4), drawn(1, 9, seed=5)]
-    wanted = moved_by_hand(mixer, batches)
+    expected = moved_by_hand(mixer, batches)
     padded = torch.cat([100 * drawn(2, 7, seed=6), batches[0]], 1)
     mixer(padded, mask=(torch.arange(37) >= 7).expand(2, -1))
     mixer(batches[1])
     mixer.after_step(2)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
 def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
     mixer, x = started(decay=0.5, selection=selection), drawn(2, 30, seed=4)
-    before, wanted = centroids(mixer).clone(), moved_by_hand(mixer, [x])
+    before, expected = centroids(mixer).clone(), moved_by_hand(mixer, [x])
     mixer.eval()(x)
     with torch.no_grad():
         mixer.train()(x)
@@ -118,7 +118,7 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
     (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False), x)
     assert torch.equal(again, exact)
     mixer.after_step(3)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -133,16 +133,16 @@ def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
     mixer(x)
     mixer.after_step(2, torch.Generator().manual_seed(1))
     assert mixer.draw == 1
-    found = centroids(mixer)
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:2]).double())
-    for vectors, mean, other in zip(routed(mixer, x), found, random, strict=True):
-        near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, other))
+    first_means = centroids(mixer)
+    torch.testing.assert_close(first_means.norm(dim=-1), torch.ones(first_means.shape[:2]).double())
+    for vectors, mean, random_mean in zip(routed(mixer, x), first_means, random, strict=True):
+        near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, random_mean))
         assert 1 - near < 0.7 * (1 - far)
         assert len((vectors @ mean.mT).argmax(-1).unique()) == 4
     again = build(shared=shared)
     again(x)
     again.after_step(1, torch.Generator().manual_seed(1))
-    assert torch.equal(centroids(again), found)
+    assert torch.equal(centroids(again), first_means)
 
 
 def test_the_first_sample_is_filled_over_several_forwards() -> None:
@@ -200,16 +200,16 @@ def test_commitment_is_a_penalty_that_moves_queries_and_keys_and_no_centroid(sha
     penalties: list[Tensor] = []
     mask = torch.arange(30) < torch.tensor([[30], [12]])
     mixer(x, mask=mask, penalties=penalties)
-    (found,) = penalties
-    wanted = torch.zeros((), dtype=torch.float64)
+    (penalty,) = penalties
+    expected = torch.zeros((), dtype=torch.float64)
     q, k, _ = mixer.projections(x)
     for part in (q,) if shared else (q, k):
         means = centroids(mixer).repeat_interleave(part.shape[1] // centroids(mixer).shape[0], 0)
         unit = F.normalize(part, dim=-1)
         square = torch.cdist(unit, means.expand(2, -1, -1, -1)).min(-1).values.square()
-        wanted = wanted + 0.5 * square.transpose(1, 2)[mask].mean()
-    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
-    found.backward()
+        expected = expected + 0.5 * square.transpose(1, 2)[mask].mean()
+    torch.testing.assert_close(penalty, expected, atol=1e-10, rtol=0)
+    penalty.backward()
     projections = dict(mixer.projections.named_parameters())
     assert projections["q_proj.weight"].grad.abs().max() > 0
     assert ("k_proj.weight" in projections) != shared
@@ -337,8 +337,8 @@ def test_half_window_half_routing() -> None:
 
 
 def test_clusters_know_content_alone_and_weights_know_positions() -> None:
-    turned, plain, x = build(rope=10000.0).eval(), build().eval(), drawn(1, 40)
-    maps = [mixer.attention_map(x) for mixer in (turned, plain)]
+    rotary, plain, x = build(rope=10000.0).eval(), build().eval(), drawn(1, 40)
+    maps = [mixer.attention_map(x) for mixer in (rotary, plain)]
     assert torch.equal(maps[0] != 0, maps[1] != 0)
     assert (maps[0] - maps[1]).abs().max() > 0.01
 

@@ -25,8 +25,8 @@ def test_fixed_keeps_a_block_and_its_summaries(length: int) -> None:
 def test_heads_have_their_own_summary_columns() -> None:
     mixer = build(pattern="fixed", stride=8, summary=2, summary_offset=(0, 2, 4, 6))
     row = mixer.attention_map(torch.randn(1, 17, 32))[0, :, 16]  # the first token of the third block
-    places = [[int(j) for j in head.nonzero()] for head in row]
-    assert places == [[p, p + 1, p + 8, p + 9, 16] for p in (6, 4, 2, 0)]
+    keys_by_head = [[int(j) for j in head.nonzero()] for head in row]
+    assert keys_by_head == [[p, p + 1, p + 8, p + 9, 16] for p in (6, 4, 2, 0)]
 
 
 def test_evicted_keys_are_gone() -> None:
@@ -36,8 +36,8 @@ def test_evicted_keys_are_gone() -> None:
         state = mixer(x[:, :970])[1]
         assert state.summary_k.shape[2] == 2 * 60
         assert state.k.shape[2] == 15
-        found = mixer(x[:, 970:], state)[0]
-        torch.testing.assert_close(found, mixer(x)[0][:, 970:], atol=1e-10, rtol=0)
+        actual = mixer(x[:, 970:], state)[0]
+        torch.testing.assert_close(actual, mixer(x)[0][:, 970:], atol=1e-10, rtol=0)
 
 
 def test_wrong_fields_are_one_clear_line() -> None:

@@ -13,21 +13,21 @@ def build(**fields: object) -> ls.mixers.Mixer:
 
 def test_memory_of_keys_and_values_gives_the_same_outputs() -> None:
     hidden = build(segment=4, mem_len=6)
-    kept = build(segment=4, mem_len=6, memory="kv")
-    kept.load_state_dict(hidden.state_dict())
+    projected = build(segment=4, mem_len=6, memory="kv")
+    projected.load_state_dict(hidden.state_dict())
     x = torch.randn(2, 19, 16, dtype=torch.float64)
     mask, reset = torch.rand(2, 19) > 0.2, torch.rand(2, 19) < 0.1
     with torch.no_grad():
         states = [None, None]
         for a, b in ((0, 3), (3, 4), (4, 13), (13, 19)):
             outs = []
-            for i, mixer in enumerate((hidden, kept)):
+            for i, mixer in enumerate((hidden, projected)):
                 y, states[i] = mixer(x[:, a:b], states[i], mask=mask[:, a:b], reset=reset[:, a:b])
                 outs.append(y)
             torch.testing.assert_close(outs[0], outs[1], atol=1e-12, rtol=0)
-    assert ls.state.nbytes(states[1]) == kept.state_nbytes(2, 19, torch.float64)
+    assert ls.state.nbytes(states[1]) == projected.state_nbytes(2, 19, torch.float64)
     with pytest.raises(ls.UnsupportedError, match="memory='kv' is for inference"):
-        kept(x)
+        projected(x)
 
 
 def test_reach_over_layers_is_exact_under_same_length() -> None:

@@ -24,18 +24,24 @@ def mask_with_an_empty_row(queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["open", "causal", "mask"])
 @pytest.mark.parametrize("keys", [5, 700])
-def test_plain_products_equal_the_fused_kernel(kv_heads: int, kind: str, keys: int) -> None:
+def test_plain_products_equal_the_fused_kernel(
+    kv_heads: int, kind: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = drawn(2, 4, 5, 8), drawn(2, kv_heads, keys, 8, seed=1), drawn(2, kv_heads, keys, 8, seed=2)
     assert flash.fused(q, k, v), "the fused kernel is gone from torch: every CPU op falls back"
     mask = mask_with_an_empty_row(5, keys) if kind == "mask" else None
     out, lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
-    plain, plain_lse = flash._plain(q, k, v, 0.3, kind == "causal", mask)
+    grad = drawn(*out.shape, seed=3)
+    if mask is None:
+        fused = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
+    monkeypatch.setattr(flash, "FORWARD", None)
+    assert not flash.fused(q, k, v)
+    plain, plain_lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
     torch.testing.assert_close(out, plain, atol=1e-12, rtol=0)
     torch.testing.assert_close(lse, plain_lse, atol=1e-12, rtol=0)
     if mask is None:
-        grad = drawn(*out.shape, seed=3)
-        fused = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
-        for a, b in zip(fused, flash._plain_backward(grad, q, k, v, out, lse, 0.3, kind == "causal"), strict=True):
+        by_products = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
+        for a, b in zip(fused, by_products, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -68,7 +74,7 @@ def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPat
     if name == "relative_attention":
         shapes += [(4, 100, 8), (4, 8), (4, 8)]
     operands = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    monkeypatch.setattr(flash, "_FORWARD", None)
+    monkeypatch.setattr(flash, "FORWARD", None)
     assert not flash.fused(*operands[:3])
     fast, slow = getattr(ops, name)(*operands, **keywords), getattr(reference, name)(*operands, **keywords)
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)

@@ -51,9 +51,9 @@ def test_themes_differ_and_leave_the_settings_of_matplotlib_alone():
 def test_a_logarithmic_axis_has_a_place_for_zero():
     axes = draw(xscale="log2", xticks=[0, 1, 2, 4], title="Lines", ylim=(0, None)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "4"]
-    places = [axes.transData.transform((x, 1))[0] for x in (0, 1, 2, 4)]
-    assert places == sorted(places)
-    assert places[3] - places[2] == pytest.approx(places[2] - places[1], rel=0.01)
+    tick_positions = [axes.transData.transform((x, 1))[0] for x in (0, 1, 2, 4)]
+    assert tick_positions == sorted(tick_positions)
+    assert tick_positions[3] - tick_positions[2] == pytest.approx(tick_positions[2] - tick_positions[1], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -102,5 +102,5 @@ def test_words_for_numbers():
 
 def test_tables_and_pages_need_no_matplotlib():
     code = "import sys, longspan.report; print(sorted({'matplotlib', 'jinja2'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
