@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": "The sky is", "choices": [" blue", " a long green sea"], "answer": 0},
     {"question": "The state of the union is", "choices": [" strong", " we", " w"], "answer": 1},
     {"question": "", "choices": ["The", "zq"], "answer": 0},
@@ -77,7 +77,7 @@ def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
     )
     right = 0
     for document, sample in zip(DOCUMENTS, report["samples"]["local"], strict=True):
-        expected = [definition(folder, str(document["question"]), choice) for choice in document["choices"]]  # type: ignore[attr-defined]
+        expected = [definition(folder, document["question"], choice) for choice in document["choices"]]
         for (value, greedy), (score,) in zip(expected, sample["resps"], strict=True):
             assert score[0] == pytest.approx(value, abs=1e-4)
             assert bool(score[1]) == greedy

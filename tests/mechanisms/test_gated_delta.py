@@ -62,7 +62,9 @@ def outputs_and_gradients(where: Any, tensors: list[Tensor], **layout: Tensor) -
 def test_equals_its_definition(length: int, kv_heads: int, documents: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(operation, "BLOCK", 128)
     tensors, layout = inputs(length, kv_heads=kv_heads), packed(length) if documents else {}
-    for actual, expected in zip(outputs_and_gradients(ops, tensors, **layout), results(reference, tensors, **layout), strict=True):
+    for actual, expected in zip(
+        outputs_and_gradients(ops, tensors, **layout), results(reference, tensors, **layout), strict=True
+    ):
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 

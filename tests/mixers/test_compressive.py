@@ -90,7 +90,9 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     if memory.waiting.shape[1]:
         opened = length % sizes[0]
         first_waiting = core.capacity - opened - memory.recent.shape[1] - memory.waiting.shape[1]
-        torch.testing.assert_close(state.hidden[:, first_waiting : first_waiting + memory.waiting.shape[1]], memory.waiting.detach())
+        torch.testing.assert_close(
+            state.hidden[:, first_waiting : first_waiting + memory.waiting.shape[1]], memory.waiting.detach()
+        )
 
 
 def same_as_transformer_xl(mixer: ls.mixers.Mixer, mem_len: int, length: int, cuts: list[int]) -> None:

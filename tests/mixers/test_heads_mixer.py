@@ -62,7 +62,7 @@ def test_a_model_names_the_layer_and_the_reason() -> None:
     assert decoder(window).why_no_stream() == ""
 
 
-def test_right_alignment_is_said() -> None:
+def test_right_alignment_is_named_as_the_reason() -> None:
     memory = ls.RecurrentMemory(decoder({"name": "full"}), num_memory_tokens=2, segment_length=4, alignment="right")
     with pytest.raises(UnsupportedError, match=r"^alignment = 'right' needs the whole text.*StreamSession needs"):
         ls.StreamSession(memory)

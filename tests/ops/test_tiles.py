@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.engine.tiles import Bands, Visibility, make_blocks, make_parts, make_plan, take, trim_plan
+from longspan.engine.tiles import Bands, Plan, Visibility, make_blocks, make_parts, make_plan, take, trim_plan
 
 
-def covered(plan, length: int, columns: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def covered(plan: Plan, length: int, columns: int) -> torch.Tensor:
     """How many tiles compute each pair that the plan lets meet."""
     count = torch.zeros(length, columns, dtype=torch.int64)
     bands = Bands(plan, torch.float32, torch.device("cpu"))
