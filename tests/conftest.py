@@ -62,7 +62,7 @@ def brief_texts(brief_packages: dict[str, Path]) -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--resume", type=Path, metavar="FILE", help="go on with the tests that have not passed yet")
+    parser.addoption("--resume", type=Path, metavar="FILE", help="run the tests that have not passed yet")
 
 
 def _sources_digest(root: Path) -> str:

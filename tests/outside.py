@@ -22,7 +22,7 @@ class LeakyConfig:
     """Fields of `leaky`.
 
     Attributes:
-        value_dim: width of the values of a head; None = head_dim.
+        value_dim: width of the values per head; None = head_dim.
     """
 
     value_dim: int | None = None
@@ -127,7 +127,7 @@ class LeakyCore(Core):
         return LeakyState(memory, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S of every kv head and one count a row, whatever the length."""
+        """S of every kv head and one count per row, whatever the length."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return batch_size * (self.shape.num_kv_heads * self.shape.head_dim * self.value_dim * wide + 8)
 

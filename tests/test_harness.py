@@ -125,7 +125,7 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
     assert len(answers[2]) > 5
 
 
-def test_a_converted_model_is_one_too(tmp_path: Path) -> None:
+def test_a_converted_model_is_evaluated_too(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from lm_eval.api.instance import Instance
     from tests.hf.conftest import save_llama
@@ -149,7 +149,7 @@ def test_a_converted_model_is_one_too(tmp_path: Path) -> None:
             )
 
 
-def test_a_folder_without_a_run_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     from longspan.harness import LongspanLM
 
     with pytest.raises(CheckpointError, match="no run here"):

@@ -1,4 +1,4 @@
-"""The code in the README runs as it stands."""
+"""The code in the README runs unchanged."""
 
 import re
 from pathlib import Path

@@ -40,7 +40,9 @@ def test_losses_and_logits_equal_one_pass(model: ls.Decoder, tokens: torch.Tenso
     assert session.nbytes == model.state_nbytes(1, 700)
 
 
-def test_save_load_fork_go_on_bit_for_bit(model: ls.Decoder, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_saved_loaded_and_forked_sessions_continue_bit_for_bit(
+    model: ls.Decoder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     session = ls.StreamSession(model, chunk=64)
     session.feed(tokens[:333])
     fork = session.fork()
@@ -110,7 +112,7 @@ def test_sampling() -> None:
     torch.testing.assert_close(counts / 2000, logits.softmax(0), atol=0.04, rtol=0)
 
 
-def test_bad_input(model: ls.Decoder) -> None:
+def test_wrong_input_is_refused(model: ls.Decoder) -> None:
     session = ls.StreamSession(model)
     with pytest.raises(ls.DataError, match="token id 40 is outside the model's vocabulary of 40"):
         session.feed([1, 40])
@@ -122,7 +124,7 @@ def test_bad_input(model: ls.Decoder) -> None:
     assert session.feed([], losses=True).shape == (0,)
 
 
-def test_reset_starts_anew(model: ls.Decoder, tokens: torch.Tensor) -> None:
+def test_a_reset_starts_from_the_beginning(model: ls.Decoder, tokens: torch.Tensor) -> None:
     session = ls.StreamSession(model)
     first = session.feed(tokens[:30]).clone()
     session.reset()

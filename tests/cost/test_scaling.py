@@ -124,7 +124,7 @@ def test_limits_of_the_joint_law_are_the_single_ones() -> None:
     assert (np.diff(values) < 0).all()
 
 
-def test_costs_keep_the_context() -> None:
+def test_costs_count_attention_over_the_context() -> None:
     assert scaling.training_flops(1e6, 1e9) == 6e15
     # Kaplan et al. 2020, table 1, three times forward: 2 n_layer n_ctx d_attn a token, half of n_ctx being seen
     n_ctx = 1024
@@ -158,7 +158,7 @@ def test_n_counts_no_embedding_and_no_output() -> None:
     assert scaling.non_embedding(tied) == scaling.non_embedding(untied) == scaling.non_embedding(biased)
 
 
-def test_batches_at_their_limits() -> None:
+def test_batches_have_their_limits() -> None:
     assert scaling.critical_batch(3.0) == pytest.approx(2e8 / 3 ** (1 / 0.21))
     at = scaling.critical_batch(3.0)
     assert scaling.least_steps(100, at, 3.0) == pytest.approx(50)

@@ -73,24 +73,24 @@ def test_spans_learn_as_far_as_they_are_needed() -> None:
     """A head that must copy from 20 tokens back lengthens its span; with nothing to win the penalty closes it."""
     torch.manual_seed(0)
     mixer = build([8.0] * HEADS, penalty=1e-4, ramp=16)
-    optimiser = torch.optim.Adam(mixer.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(mixer.parameters(), lr=0.01)
     for step in range(60):
         x = torch.randn(4, 64, DIM, dtype=torch.float64)
         penalties: list[Tensor] = []
         y = mixer(x, penalties=penalties)[0]
         loss = (y[:, 20:] - x[:, :-20]).square().mean() + sum(penalties)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         assert torch.isfinite(mixer.core.span.grad).all()
-        optimiser.step()
+        optimizer.step()
         mixer.after_step(step)
     assert max(mixer.core.spans) > 10
     far = max(mixer.core.spans)
     for step in range(60):
         span_penalties = penalty_of(mixer, drawn(8))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (1e4 * span_penalties[0]).backward()
-        optimiser.step()
+        optimizer.step()
         mixer.after_step(step)
     assert max(mixer.core.spans) < far / 2
 
@@ -107,7 +107,7 @@ def test_bytes_follow_the_longest_span() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(6.0, 40.0), (40.0, 6.0), (0.0, 64.0)])
-def test_states_go_on_when_spans_change(before: float, after: float) -> None:
+def test_states_continue_when_spans_change(before: float, after: float) -> None:
     """Grown: older tokens are gone, not zeros that are attended to. Shrunk: the newest columns are kept."""
     mixer, x = build([before, 0.0, 0.0, 0.0]), drawn(90)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_states_go_on_when_spans_change(before: float, after: float) -> None:
     torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
-def test_short_spans_are_cheap_and_the_same() -> None:
+def test_short_spans_cost_less_and_give_the_same_outputs() -> None:
     """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and what untrimmed attention gives."""
     models = []
     for trimmed in (True, False):
@@ -166,7 +166,7 @@ def untrimmed(core: Any) -> Any:
     return forward
 
 
-def test_wrong_fields_are_one_clear_line() -> None:
+def test_wrong_fields_raise_one_clear_line() -> None:
     for fields, word in (
         ({"max_span": 0}, "max_span"),
         ({"ramp": 0}, "ramp"),

@@ -29,7 +29,7 @@ def test_a_span_begins_as_the_mean_of_its_tokens() -> None:
     mixer, x = build(), torch.randn(1, 4, 16, dtype=FP64)
     _, k, v = mixer.projections(x)
     state = mixer(x)[1]
-    # the newest span of level 1 stands behind the k + 1 tokens, where its slots end
+    # the newest span of level 1 lies after the k + 1 tokens, where its slots end
     newest = sum(bp.capacities(2, 4)[:2]) - 1
     torch.testing.assert_close(state.k[:, :, newest], k[:, :, 2:].mean(2))
     torch.testing.assert_close(state.v[:, :, newest - 1], v[:, :, :2].mean(2))

@@ -35,7 +35,7 @@ def gradients(mixer: ls.mixers.Mixer, y: Tensor, x: Tensor) -> dict[str, Tensor]
 
 
 def windows(gone: Tensor, before: int, ratio: int) -> Tensor:
-    """(batch, groups, before + ratio, dim): every group with what stands before it, zeros before the document."""
+    """(batch, groups, before + ratio, dim): every group with the vectors before it, zeros before the document."""
     padded = torch.cat([gone.new_zeros(gone.shape[0], before, gone.shape[2]), gone], 1)
     groups = [padded[:, g * ratio : g * ratio + before + ratio] for g in range(gone.shape[1] // ratio)]
     return torch.stack(groups, 1) if groups else gone.new_zeros(gone.shape[0], 0, before + ratio, gone.shape[2])
@@ -262,14 +262,14 @@ def test_the_compressor_learns() -> None:
     """Vectors of which only the first of a group says anything: the reconstruction learns to keep it."""
     torch.manual_seed(0)
     mixer = build(noise=0.3, segment=16, mem_len=16, compressed_len=8, ratio=2)
-    optimiser = torch.optim.Adam(mixer.core.compressor.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(mixer.core.compressor.parameters(), lr=0.01)
     generator, history = torch.Generator().manual_seed(2), []
     for _ in range(60):
         x = torch.randn(4, 64, 16, dtype=torch.float64, generator=generator)
         x[:, 1::2] *= 0.05
         (loss,) = penalties_of(mixer, x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         history.append(loss.item())
     assert sum(history[-5:]) < 0.5 * sum(history[:5]), (history[:5], history[-5:])

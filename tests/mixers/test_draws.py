@@ -1,4 +1,4 @@
-"""Random projections of layers: drawn anew in `after_step`, by a generator given, which voids states."""
+"""Random projections of layers: redrawn in `after_step` with the caller's generator, which invalidates states."""
 
 from typing import Any
 

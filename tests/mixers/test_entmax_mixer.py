@@ -1,4 +1,4 @@
-"""Adaptively sparse attention as a layer: alphas that are learned, stay in [1, 2] and are optimised apart."""
+"""Adaptively sparse attention as a layer: alphas that are learned, stay in [1, 2] and are optimized apart."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_alpha_of_one_is_full_attention() -> None:
     torch.testing.assert_close(soft(x)[0], full(x)[0], atol=1e-6, rtol=1e-5)
 
 
-def test_a_step_beyond_the_range_is_taken_back() -> None:
+def test_a_step_beyond_the_range_is_clamped() -> None:
     mixer = build(alpha_init=1.0)
     core = mixer.core
     with torch.no_grad():
@@ -38,12 +38,12 @@ def test_heads_learn_their_alpha_from_either_end() -> None:
         v = torch.randn(1, 4, 64, 8)
         core = build(alpha_init=start).core
         target = ls.ops.entmax_attention(q, k, v, torch.full((4,), end))
-        optimiser = torch.optim.Adam(core.parameters(), lr=0.05)
+        optimizer = torch.optim.Adam(core.parameters(), lr=0.05)
         for step in range(80):
             loss = (ls.ops.entmax_attention(q, k, v, core.alpha) - target).square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             core.after_step(step + 1)
         assert (core.alpha - end).abs().max() < 0.05, core.alpha
 
@@ -82,6 +82,6 @@ def test_a_growing_session_equals_one_pass() -> None:
         ({"alpha": 1.5}, "entmax: unknown field 'alpha'; did you mean 'alpha_"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

@@ -1,4 +1,4 @@
-"""Mechanisms side by side: what one of them cannot, and why, is said of the layer and of the model too."""
+"""Mechanisms side by side: a limit of one part, and its reason, are reported for the layer and for the model."""
 
 from typing import Any
 

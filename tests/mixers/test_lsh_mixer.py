@@ -62,7 +62,7 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
     assert cache.state_nbytes(1, 16_640) <= rings < cache.state_nbytes(1, 16_641)
 
 
-def test_separate_keys_are_there_and_read_only_where_asked() -> None:
+def test_separate_keys_exist_and_are_read_only_where_configured() -> None:
     assert build(shared=True).projections.k_proj is None
     mixer, x = build(shared=False), torch.randn(1, 30, 16)
     before = mixer(x)[0]
@@ -80,6 +80,6 @@ def test_separate_keys_are_there_and_read_only_where_asked() -> None:
         ({"hashes": 2}, "lsh: unknown field 'hashes'; did you mean 'num_hashes'"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

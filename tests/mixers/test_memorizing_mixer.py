@@ -154,7 +154,7 @@ def store_at(folder: Path, **fields: Any) -> MemoryStore:
 
 @torch.no_grad()
 def test_an_attached_store_gives_what_a_larger_store_in_the_state_gives(tmp_path: Path) -> None:
-    """Also over several calls, padding, a reset, and rows of their own; and the state goes on beside it."""
+    """Also over several calls, padding, a reset, and separate rows, and the state is carried along."""
     large, small, x = build(max_memories=100), build(max_memories=2), drawn(1, 2, 60)
     stores = [store_at(tmp_path / str(row)) for row in range(2)]
     small.core.attach(stores)
@@ -166,7 +166,7 @@ def test_an_attached_store_gives_what_a_larger_store_in_the_state_gives(tmp_path
     for part in (slice(0, 23), slice(23, 24), slice(24, 60)):
         y, state = small(x[:, part], state, mask=mask[:, part], reset=reset[:, part])
         outs.append(y)
-    # files hold fp32
+    # the files store fp32
     torch.testing.assert_close(torch.cat(outs, 1), expected, atol=1e-5, rtol=0)
     assert [len(store) for store in stores] == [56, 28]
     small.core.detach()

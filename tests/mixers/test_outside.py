@@ -1,4 +1,4 @@
-"""A mechanism from outside of the package is held to the laws and used as longspan's own are."""
+"""A mechanism from outside of the package is used like longspan's own."""
 
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint

@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ),
     ],
 )
-def test_mistakes_are_one_clear_line(name: str, fields: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(name: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message) as caught:
         ls.mixers.build(name, **{**SIZES, **fields})
     assert "\n" not in str(caught.value)

@@ -14,15 +14,15 @@ from longspan.mechanisms.routing.kmeans import STATISTICS, seeded, spherical_kme
 
 def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:
     generator = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
-    vectors = F.normalize(centres[:, :, None] + 0.02 * torch.randn(2, 5, 12, 16, generator=generator), dim=-1)
+    centers = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
+    vectors = F.normalize(centers[:, :, None] + 0.02 * torch.randn(2, 5, 12, 16, generator=generator), dim=-1)
     random = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
     means = spherical_kmeans(vectors.flatten(1, 2), random, generator)
-    assert (centres @ means.mT).max(-1).values.min() > 0.99
-    equal = centres[:, :2].repeat_interleave(6, 1)  # two vectors, many times: three clusters are left over
+    assert (centers @ means.mT).max(-1).values.min() > 0.99
+    equal = centers[:, :2].repeat_interleave(6, 1)  # two vectors, many times: three clusters stay without members
     means = spherical_kmeans(equal, random, generator)
     torch.testing.assert_close(means[:, 2:], random[:, 2:])
-    assert ((centres[:, :2] @ means[:, :2].mT).max(-1).values > 0.999).all()
+    assert ((centers[:, :2] @ means[:, :2].mT).max(-1).values > 0.999).all()
 
 
 def test_seeds_are_drawn_where_no_centroid_is() -> None:
@@ -61,7 +61,7 @@ def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
 
 
 def collapsed(**fields: object) -> ls.mixers.Mixer:
-    """Every centroid but one stands where no vector is."""
+    """Every centroid but one lies far from all vectors."""
     mixer = build(**fields)
     core = mixer.core
     core.draws += 1
@@ -83,7 +83,7 @@ def test_clusters_without_members_come_back_where_members_are() -> None:
     clusters = ls.ops.routing_clusters(modes(99)[0], centroids(mixer))
     for head in clusters[0]:
         assert len({(int(c), int(m)) for c, m in zip(head, modes(99)[1], strict=True)}) == 4, "one cluster a direction"
-    assert mixer.draw == 1, "no draw: states go on"
+    assert mixer.draw == 1, "no draw: states stay valid"
     again = collapsed(decay=0.9)
     torch.manual_seed(5)
     assert learn(again, 60) == busy
@@ -91,7 +91,7 @@ def test_clusters_without_members_come_back_where_members_are() -> None:
         assert torch.equal(again.core.get_buffer(name), mixer.core.get_buffer(name)), name
 
 
-def test_a_cluster_begins_anew_at_a_vector_of_the_step_with_an_even_share() -> None:
+def test_a_cluster_restarts_at_a_vector_of_the_step_with_an_even_share() -> None:
     mixer = collapsed(decay=0.5, reseed=0.3)
     core = mixer.core
     core.ema_count[:, 2] = 1
@@ -107,7 +107,7 @@ def test_a_cluster_begins_anew_at_a_vector_of_the_step_with_an_even_share() -> N
     torch.testing.assert_close(core.ema_sum[:, 2], counts[2] * centroids(mixer)[:, 2])
 
 
-def test_nothing_seen_and_vectors_of_no_length_move_nothing() -> None:
+def test_steps_without_vectors_and_zero_vectors_move_no_centroid() -> None:
     mixer = started(decay=0.5)
     before = {name: mixer.core.get_buffer(name).clone() for name in STATISTICS}
     mixer(drawn(2, 6), mask=torch.zeros(2, 6, dtype=torch.bool))

@@ -283,7 +283,7 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
             x = drawn(4, 30, seed=3 * step + part)
             alone(x + 3 * x[:1, :1] if step == 4 else x)
         alone.after_step(step, torch.Generator().manual_seed(step))
-    assert (centroids(alone) - seen).abs().max() > 0.5, "one began anew"
+    assert (centroids(alone) - seen).abs().max() > 0.5, "one centroid restarted"
     for name, tensor in alone.core.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(
@@ -380,6 +380,6 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
         ({"clusters": 2}, "routing: unknown field 'clusters'; did you mean 'num_clusters'"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

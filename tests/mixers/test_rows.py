@@ -1,4 +1,4 @@
-"""Rows against a definition in plain Python: a list of documents a row, tokens numbered one by one."""
+"""Rows against a definition in plain Python: a list of documents per row, tokens numbered one by one."""
 
 import pytest
 import torch

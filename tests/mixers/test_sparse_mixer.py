@@ -15,7 +15,7 @@ def build(**fields: Any) -> ls.mixers.Mixer:
 
 @pytest.mark.parametrize("length", [1, 15, 16, 1000])
 def test_fixed_keeps_a_block_and_its_summaries(length: int) -> None:
-    """Two vectors of 8 a head and column: stride - 1 of the open block, summary of each closed one; a count."""
+    """Two vectors of 8 per head and column: stride - 1 of the open block, summary of each closed one; a count."""
     mixer = build(pattern="fixed", stride=16, summary=3)
     with torch.no_grad():
         state = mixer(torch.randn(1, length, 32))[1]
@@ -40,7 +40,7 @@ def test_evicted_keys_are_gone() -> None:
         torch.testing.assert_close(actual, mixer(x)[0][:, 970:], atol=1e-10, rtol=0)
 
 
-def test_wrong_fields_are_one_clear_line() -> None:
+def test_wrong_fields_raise_one_clear_line() -> None:
     for fields, word in (
         ({"stride": 0}, "stride"),
         ({"summary": 0}, "summary"),

@@ -103,16 +103,16 @@ def test_distances_follow_the_weights() -> None:
         assert torch.equal(mixer(x, state)[0], before)
 
 
-def test_distances_follow_a_fused_optimiser() -> None:
-    """Fused optimisers leave `_version` as it is."""
+def test_distances_follow_a_fused_optimizer() -> None:
+    """Fused optimizers leave `_version` as it is."""
     mixer = build(segment=4, mem_len=4)
-    optimiser = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
     x = torch.randn(1, 8, 16, dtype=torch.float64)
     with torch.no_grad():
         state = mixer(x)[1]
         mixer(x, state)
     mixer(x)[0].square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     fresh = build(segment=4, mem_len=4)
     fresh.load_state_dict(mixer.state_dict())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attention to chosen blocks of keys against its definition; what is not seen changes no bit."""
+"""Attention to chosen blocks of keys against its definition; hidden tokens change no bit."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from longspan import ops, reference
 def lists(
     length: int, columns: int, query_block: int, key_block: int, *, rows: int = 2, heads: int = 2, width: int = 4
 ) -> Tensor:
-    """Random blocks with equal ones, and none, in a list."""
+    """Lists of random blocks: some blocks are repeated, some entries are -1."""
     tiles, count = -(-length // query_block), -(-columns // key_block)
     generator = torch.Generator().manual_seed(length)
     return torch.randint(-1, count, (rows, heads, tiles, width), generator=generator)
@@ -62,7 +62,7 @@ def test_every_block_is_full_attention_and_two_halves_merge_into_it() -> None:
     qkv, every = inputs(70, 20), torch.arange(9).expand(1, 1, 5, 9)
     expected = ops.full_attention(*qkv)
     form = {"query_block": 16, "key_block": 10}
-    twice = torch.cat([every, every, every + 9], -1)  # beyond the last block is nothing
+    twice = torch.cat([every, every, every + 9], -1)  # blocks beyond the last are empty
     torch.testing.assert_close(ops.block_sparse_attention(*qkv, twice, **form), expected, atol=1e-12, rtol=0)
     halves = [ops.block_sparse_attention(*qkv, b, **form, return_lse=True) for b in (every[..., :4], every[..., 4:])]
     shares = torch.stack([lse for _, lse in halves]).softmax(0)[..., None]
@@ -88,8 +88,8 @@ def test_widths_of_values_and_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_not_seen_changes_no_bit(dtype: torch.dtype) -> None:
-    """Later tokens and their lists, other rows, padding: not even where they are no numbers."""
+def test_hidden_tokens_change_no_bit(dtype: torch.dtype) -> None:
+    """Later tokens and their lists, other rows, and padding, even where they are not finite."""
     qkv = [t.detach().to(dtype) for t in inputs(200, 30)]
     blocks, form = lists(200, 230, 16, 8), {"query_block": 16, "key_block": 8}
     lengths = torch.tensor([200, 150])
@@ -126,7 +126,7 @@ def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
         ({"causal": False, "start": torch.zeros(2, 6)}, "start needs causal order"),
     ],
 )
-def test_mistakes_are_one_clear_line(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:
     keywords = {"blocks": torch.zeros(1, 1, 2, 1, dtype=torch.int64), "query_block": 4, "key_block": 4} | change
     with pytest.raises(ls.ConfigError, match=message):
         ops.block_sparse_attention(*inputs(6, 0), **keywords)

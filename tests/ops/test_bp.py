@@ -22,7 +22,7 @@ def leaves(node: tuple[int, int]) -> set[int]:
 
 
 def walk(i: int, length: int, k: int, levels: int, causal: bool) -> list[tuple[int, int]]:
-    """The nodes by sets of tokens: level by level the next k on each side; a half where a whole would overlap."""
+    """The nodes as sets of tokens: per level the next k per side, or the free half of a node that overlaps."""
     nodes = [(0, i)]
     for side in (-1,) if causal else (-1, 1):
         covered = {i}
@@ -98,7 +98,7 @@ def test_edges_of_the_papers_code(k: int, edges: int) -> None:
     assert sum(len(bp.spans(i, 64, k, 10)) - 1 for i in range(64)) == edges
 
 
-def test_a_place_is_the_same_in_every_aligned_block() -> None:
+def test_entries_are_the_same_in_every_aligned_block() -> None:
     for i in range(100, 116):
         here = {(level, (i >> level) - m, entry) for (level, m), entry in bp.spans(i, 10**6, 2, 3)}
         there = {(level, (i + 160 >> level) - m, entry) for (level, m), entry in bp.spans(i + 160, 10**6, 2, 3)}
@@ -218,12 +218,12 @@ def test_later_tokens_change_no_bit_and_far_ones_are_reached() -> None:
 
 
 def test_a_far_longer_past_costs_no_more() -> None:
-    """Ten thousand times as far: as many score entries a token, but for the levels that come with it."""
+    """A context ten thousand times as long needs as many score entries per token, except for its additional levels."""
     near, far = (ops.bp_cost(n, nearest=8, levels=20)[0] / n for n in (2**10, 2**23))
     assert far < 2 * near
 
 
-def test_gradients_of_all_inputs_are_those_of_differences() -> None:
+def test_gradients_of_all_inputs_equal_finite_differences() -> None:
     tensors = case(9, 1, 2, True)
 
     def call(q: Tensor, k: Tensor, v: Tensor, u: Tensor, e: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, ...]:

@@ -75,7 +75,7 @@ def test_attention_of_many_segments(kv_heads: int, in_parts: bool, monkeypatch: 
     agree("compressive_attention", tensors, **names)
 
 
-def test_missing_keys_are_one_clear_line() -> None:
+def test_missing_keys_raise_one_clear_line() -> None:
     names = {"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2}
     tensors = attention_inputs(8, 16, names, 2)
     ops.compressive_attention(*tensors, position=16, **names)
@@ -101,7 +101,7 @@ def test_usage(length: int, memory: int, kv_heads: int) -> None:
     torch.testing.assert_close(total, lengths.double(), msg="every real query gives away one")
 
 
-def test_usage_is_of_the_attention_that_is_paid() -> None:
+def test_usage_is_the_attention_that_a_key_receives() -> None:
     """The gradient of the summed outputs with respect to the values, the mean of the heads."""
     q, k, v = drawn(2, 4, 70, DIM), drawn(2, 4, 90, DIM), drawn(2, 4, 90, DIM, seed=1).requires_grad_()
     biases = drawn(4, 90, DIM), drawn(4, DIM), drawn(4, DIM, seed=1)
@@ -133,6 +133,6 @@ def test_a_row_without_slots_has_no_loss() -> None:
     assert torch.isfinite(gradient).all()
 
 
-def test_what_makes_no_groups_is_refused() -> None:
+def test_vectors_that_do_not_fill_groups_are_refused() -> None:
     with pytest.raises(ConfigError, match="7 vectors do not make 3 groups"):
         ops.attention_reconstruction(drawn(1, 2, 4, DIM), *(drawn(1, 2, n, DIM) for n in (7, 7, 3, 3)))

@@ -77,7 +77,7 @@ def test_full(length: int, memory: int, rows: bool, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 63, 200])
 @pytest.mark.parametrize("rows", [False, True])
-def test_full_both_sides(length: int, rows: bool) -> None:
+def test_full_bidirectional(length: int, rows: bool) -> None:
     keywords = ragged(length, 0, causal=False) if rows else {}
     agree("full_attention", inputs(length, 0), causal=False, **keywords)
 
@@ -94,7 +94,7 @@ def test_window(length: int, memory: int, window: int, blocks: bool) -> None:
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 37, 64, 500])
 @pytest.mark.parametrize("length", [1, 63, 200])
-def test_window_both_sides(length: int, window: int, blocks: bool) -> None:
+def test_window_bidirectional(length: int, window: int, blocks: bool) -> None:
     qkv = inputs(length, 0)
     agree("window_attention", qkv, window=window, blocks=blocks, causal=False)
     agree("window_attention", qkv, window=window, blocks=blocks, causal=False, **ragged(length, 0, causal=False))
@@ -112,7 +112,7 @@ def test_relative(length: int, memory: int, shape: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("border", [1, 16, 24, "rows"])
 @pytest.mark.parametrize(("length", "memory"), [(1, 9), (63, 36), (150, 73)])
-def test_memory_is_read_and_not_trained_through(length: int, memory: int, border: int | str) -> None:
+def test_memory_is_read_without_gradients(length: int, memory: int, border: int | str) -> None:
     """Pairs across a border send their gradients to `stale` alone, exactly."""
     q, k, v = inputs(length, memory)
     stale = tuple(t.detach().clone().requires_grad_() for t in (k, v))
@@ -185,7 +185,7 @@ def test_rotary() -> None:
     )
 
 
-def test_wrong_shapes_are_one_clear_line() -> None:
+def test_wrong_shapes_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="window"):
         ops.window_attention(*qkv, window=0)

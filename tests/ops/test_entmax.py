@@ -1,4 +1,4 @@
-"""alpha-entmax: against its definition and another implementation; its gradients, its limits, its root finding."""
+"""alpha-entmax: against its definition and another implementation; gradients, limits and root finding."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def heads(seed: int, length: int, memory: int = 0, *, kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
-    """q, k, v as projections give them, and an alpha a head."""
+    """q, k, v as projections give them, and an alpha per head."""
     shapes = ((batch, length, 4, 8), (batch, memory + length, kv_heads, 8), (batch, memory + length, kv_heads, 8))
     qkv = [2 * draw(seed + i, *shape).transpose(1, 2) for i, shape in enumerate(shapes)]
     return [t.requires_grad_() for t in [*qkv, torch.tensor(HEADS, dtype=FP64)]]
@@ -64,7 +64,7 @@ def test_attention_equals_its_definition(length: int, memory: int, window: int |
 
 @pytest.mark.parametrize("window", [None, 1, 37, 500])
 @pytest.mark.parametrize("length", [1, 63, 150])
-def test_both_sides(length: int, window: int | None) -> None:
+def test_bidirectional(length: int, window: int | None) -> None:
     tensors = heads(0, length)
     agree(tensors, window=window, causal=False)
     agree(tensors, window=window, causal=False, **ragged(length, 0, causal=False))
@@ -148,14 +148,14 @@ def test_alpha_gradient_against_another_implementation(alpha: float) -> None:
 
 @pytest.mark.parametrize("where", [ops, reference])
 @pytest.mark.parametrize("alpha", [1.02, 1.3, 1.5, 1.8, 1.95])
-def test_gradients_are_finite_differences(where: Any, alpha: float) -> None:
+def test_gradients_equal_finite_differences(where: Any, alpha: float) -> None:
     z = draw(3, 4, 9).requires_grad_()
     a = torch.full((4, 1), alpha, dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(where.entmax, (z, a))
 
 
 @pytest.mark.parametrize("keywords", [{}, {"window": 5}, {"causal": False}])
-def test_gradients_of_attention_are_finite_differences(keywords: dict[str, Any]) -> None:
+def test_gradients_of_attention_equal_finite_differences(keywords: dict[str, Any]) -> None:
     q, k, v = (t.detach().requires_grad_() for t in heads(4, 11, batch=1)[:3])
     alpha = torch.tensor([1.1, 1.3, 1.5, 1.9], dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *t: ops.entmax_attention(*t, **keywords), (q, k, v, alpha), fast_mode=True)
@@ -195,7 +195,7 @@ def test_series_and_formula_meet(dtype: torch.dtype) -> None:
     assert spread < (1e-3 if dtype == torch.float32 else 1e-5) * max(1.0, abs(slopes[0]))
 
 
-def test_goes_over_into_the_softmax() -> None:
+def test_entmax_approaches_the_softmax() -> None:
     z = 3 * draw(7, 6, 500)
     distances = [float((ops.entmax(z, 1 + a) - z.softmax(-1)).abs().max()) for a in (1e-3, 1e-6, 1e-9, 0.0)]
     assert distances[0] < 1e-2
@@ -205,7 +205,7 @@ def test_goes_over_into_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_what_entmax_is(alpha: float) -> None:
+def test_entmax_has_its_defining_properties(alpha: float) -> None:
     """Sums to one, keeps the order, does not see a shift, commutes with a permutation, hides what is -inf."""
     z = 2 * draw(8, 7, 60)
     p = ops.entmax(z, alpha)
@@ -235,7 +235,7 @@ def test_support_shrinks_as_alpha_grows() -> None:
     assert (support[-1] < 20).all()
 
 
-def test_an_alpha_of_each_row_or_head() -> None:
+def test_alpha_may_differ_per_row_or_head() -> None:
     z = draw(10, 2, len(ALPHAS), 6, 50)
     alpha = torch.tensor(ALPHAS, dtype=FP64)[:, None, None]
     joint = ops.entmax(z, alpha)
@@ -321,7 +321,7 @@ def test_low_precision_stays_near(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_large_offsets_are_no_nan(alpha: float, dtype: torch.dtype) -> None:
+def test_large_offsets_give_no_nan(alpha: float, dtype: torch.dtype) -> None:
     z = (draw(11, 4, 64) * 100).to(dtype) + 5000
     p = ops.entmax(z.requires_grad_(), alpha)
     assert p.dtype == dtype
@@ -351,7 +351,7 @@ def test_nothing_visible_and_no_tokens_give_zeros() -> None:
     assert ops.entmax(torch.zeros(3, 0), 1.5).shape == (3, 0)
 
 
-def test_mistakes_are_one_clear_line() -> None:
+def test_wrong_arguments_raise_one_clear_line() -> None:
     q, k, v, alpha = heads(0, 6)
     with pytest.raises(ls.ConfigError, match=r"alpha must be in \[1, 2\], got 1.0 to 2.5"):
         ops.entmax_attention(q, k, v, alpha.detach().clamp(max=1.5) * 0 + torch.tensor([1.0, 2.5, 1.0, 1.0]))

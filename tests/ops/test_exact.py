@@ -1,4 +1,4 @@
-"""What must hold to the bit, whatever the tiles: the future, other rows, and what is hidden."""
+"""The future, other rows and hidden contents change no bit of an output, whatever the tiles are."""
 
 from typing import Any
 

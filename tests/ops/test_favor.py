@@ -99,7 +99,7 @@ def test_variances_are_ordered_as_the_theory_has_them() -> None:
     assert quarter == pytest.approx(orthogonal / 4, rel=0.35)
 
 
-def test_the_bound_of_favor_plus_plus_minimises_its_second_moment() -> None:
+def test_the_bound_of_favor_plus_plus_minimizes_its_second_moment() -> None:
     for dim, square in ((16, 1.0), (64, 8.0), (64, 64.0)):
         best = float(ops.bounded_constant(torch.tensor(square, dtype=FP64), dim))
         grid = -torch.logspace(-6, 0.5, 4000, dtype=FP64)

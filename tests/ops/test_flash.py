@@ -55,7 +55,7 @@ def test_overlapping_keys_need_no_copy() -> None:
     assert torch.equal(shared, flash.attend(q, windows.clone(), windows.clone(), scale=1.0)[0])
 
 
-def test_what_the_kernel_cannot_take_is_kept_from_it() -> None:
+def test_inputs_that_the_kernel_cannot_take_use_plain_products() -> None:
     q = drawn(1, 2, 3, 8)
     assert not flash.fused(q[:, :, :0], q, q)  # it divides by the size
     assert not flash.fused(q.mT.contiguous().mT, q, q)  # it ignores the last stride

@@ -34,7 +34,7 @@ def test_definition(length: int, memory: int, count: int, window: int, itself: b
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("itself", [True, False])
 @pytest.mark.parametrize("length", [1, 63, 200])
-def test_both_sides(length: int, itself: bool, heads: int) -> None:
+def test_bidirectional(length: int, itself: bool, heads: int) -> None:
     groups = drawn_groups(length, 6, heads=heads)
     keywords: dict[str, Any] = {"num_groups": 6, "window": 9, "itself": itself, "causal": False}
     agree("group_attention", inputs(length, 0), groups=groups, **keywords)
@@ -82,7 +82,7 @@ def test_only_inputs_output_and_order_are_kept() -> None:
     assert 0 < max(saved) <= 4096 * 16
 
 
-def test_wrong_groups_are_one_clear_line() -> None:
+def test_wrong_groups_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="groups are"):
         ops.group_attention(*qkv, drawn_groups(5, 2), num_groups=2, window=3)

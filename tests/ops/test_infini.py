@@ -1,4 +1,4 @@
-"""Infini-attention: what memory holds and gives back, against the definition and against tables worked out by hand."""
+"""Infini-attention: the contents of its memory, against the definition and against tables computed by hand."""
 
 from typing import Any
 
@@ -81,10 +81,13 @@ def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
         ("linear", "gamma", [1, 2, 3], [1, 3]),
     ],
 )
-def test_the_same_key_again(update: str, normaliser: str, same: list[float], changed: list[float]) -> None:
+def test_a_key_written_again_reads_what_its_rule_says(
+    update: str, normaliser: str, same: list[float], changed: list[float]
+) -> None:
     """Written with the value 1 three times; then 1 overwritten by 2.
 
-    The paper's delta rule halves what it is told twice; gamma belongs to the delta rule, the linear one adds up.
+    The paper's delta rule halves a value that is written twice. Gamma belongs to the delta rule: with the
+    linear rule, values add up.
     """
     assert recall(update, normaliser, [1.0, 1.0, 1.0]) == pytest.approx(same, abs=1e-9)
     assert recall(update, normaliser, [1.0, 2.0]) == pytest.approx(changed, abs=1e-9)
@@ -111,7 +114,7 @@ def test_an_empty_memory_leaves_local_attention_alone_and_a_closed_gate_always()
         torch.testing.assert_close(closed[:, :, part], alone, atol=1e-12, rtol=0)
 
 
-def test_gates_have_a_group_of_their_own_and_can_move() -> None:
+def test_gates_have_their_own_parameter_group_and_can_move() -> None:
     mixers = ({"name": "infini", "segment": 4},)
     model = ls.Decoder(ls.DecoderConfig(vocab_size=9, dim=16, num_layers=2, num_heads=2, mixers=mixers))
     groups = {group["name"]: group for group in model.parameter_groups(lr=3e-4, weight_decay=0.1)}

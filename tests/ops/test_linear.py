@@ -74,7 +74,7 @@ def test_calls_in_any_cuts_carry_the_sums() -> None:
 
 
 def test_a_later_key_of_any_size_changes_no_earlier_output() -> None:
-    """A maximum over a chunk or the call would underflow the past to nothing, and tell it of the future."""
+    """A maximum over a chunk or the call would underflow earlier sums to zero, and leak the future into them."""
     (q, k, v, scale), _ = case(130, scaled=True, causal=True, packed=False)
     first, _ = ops.linear_attention(q.float(), k.float(), v.float(), log_scale=scale.float())
     scale[:, :, 100:] += 1000

@@ -145,7 +145,7 @@ def test_sorted_is_causal_in_values_and_not_in_what_it_selects() -> None:
     assert (moved.abs().amax((0, 1, 3)) > 0.01).sum() > 20
 
 
-def test_sorted_and_both_sides_take_no_rings() -> None:
+def test_sorted_and_bidirectional_forms_take_no_rings() -> None:
     q, _, v = inputs(5, 0)
     rings = drawn_rings(1, 4, 2, HEADS)
     for form in ({"selection": "sorted"}, {"causal": False}):
@@ -256,7 +256,7 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
         ({"k": torch.zeros(2, 2, 7, 8)}, "earlier tokens come as rings"),
     ],
 )
-def test_mistakes_are_one_clear_line(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:
     q, _, v = inputs(6, 0)
     keywords = {"rotations": rotations(1, 4), "bucket_size": 2} | change
     with pytest.raises(ls.ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Retrieval from a store: against its definition, against full softmax, and what the search keeps of a row."""
+"""Retrieval from a store against its definition and against full softmax, and the search for the nearest keys."""
 
 from typing import Any
 

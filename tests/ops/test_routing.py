@@ -161,7 +161,7 @@ def test_strict_with_shared_clusters_is_attention_in_groups(causal: bool, itself
     form = {"causal": causal, "itself": itself}
     actual = ops.routing_attention(q, k, v, drawn_centroids(7), window=window, clusters=(clusters, clusters), **form)
     expected = ops.group_attention(q, k, v, clusters, num_groups=7, window=20, **form)
-    sees_no_key = (expected == 0).all(-1, keepdim=True)  # seen by the group form, where it leaves itself out
+    sees_no_key = (expected == 0).all(-1, keepdim=True)  # in the group form, which leaves the query itself out
     expected = torch.where(sees_no_key, by_query_heads(v), expected)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
@@ -243,7 +243,7 @@ def test_balanced_is_causal_in_values_and_not_in_what_it_selects(shared: bool) -
     assert (moved.abs().amax((0, 1, 3)) > 0.01).sum() > 20
 
 
-def test_balanced_and_both_sides_take_no_rings() -> None:
+def test_balanced_and_bidirectional_forms_take_no_rings() -> None:
     q, k, v = inputs(5, 0)
     for form in ({"selection": "balanced"}, {"causal": False}):
         with pytest.raises(ls.UnsupportedError, match="only the causal strict selection streams"):
@@ -286,7 +286,7 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
         ({"k": torch.zeros(2, 2, 7, 8), "v": torch.zeros(2, 2, 7, 8)}, "earlier tokens come as rings"),
     ],
 )
-def test_mistakes_are_one_clear_line(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:
     q, k, v = inputs(6, 0)
     keywords = {"q": q, "k": k, "v": v, "centroids": drawn_centroids(4), "window": 2} | change
     with pytest.raises(ls.ConfigError, match=message):

@@ -58,7 +58,7 @@ def test_a_full_span_is_a_window_and_a_wide_one_dense() -> None:
     torch.testing.assert_close(actual, ops.full_attention(*qkv), atol=1e-12, rtol=0)
 
 
-def test_the_gradient_of_the_span_is_that_of_differences() -> None:
+def test_the_gradient_of_the_span_equals_finite_differences() -> None:
     qkv = [t.detach() for t in inputs(90, 0)]
     span = torch.tensor([0.0, 3.7, 40.2, 0.3], dtype=torch.float64) + 0.35  # off the kinks
     weight = torch.randn(2, HEADS, 90, DIM, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_only_inputs_and_outputs_are_kept() -> None:
     assert 0 < max(saved) <= 4096 * 16
 
 
-def test_wrong_spans_are_one_clear_line() -> None:
+def test_wrong_spans_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="span is"):
         ops.adaptive_span_attention(*qkv, torch.zeros(3), ramp=2)

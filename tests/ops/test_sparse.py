@@ -53,7 +53,7 @@ def test_every_pattern_is_its_set(pattern: str, part: str, stride: int, summary:
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("stride", "offsets"), [(3, (0, 2)), (8, (0, 3, 6)), (70, (0, 60))])
-def test_heads_look_at_their_own_summary_places(part: str, stride: int, offsets: tuple[int, ...]) -> None:
+def test_heads_read_their_own_summary_columns(part: str, stride: int, offsets: tuple[int, ...]) -> None:
     summary = 1 if stride == 3 else 2
     for length in (1, 7, 64, 150):
         maps = map_of(length, pattern="fixed", stride=stride, summary=summary, part=part, summary_offset=offsets)
@@ -130,7 +130,7 @@ def test_nothing_of_the_size_of_the_map_is_kept() -> None:
     assert max(saved) <= 8192 * 16
 
 
-def test_bad_patterns_are_one_clear_line() -> None:
+def test_wrong_patterns_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     for keywords, word in (
         ({"pattern": "stride", "stride": 4}, "pattern"),

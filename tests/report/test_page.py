@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_last_page(tmp_path: Path, monkeypatch: pytest.Mo
     assert "<h1>First</h1>" in path.read_text()
 
 
-def test_words_for_numbers() -> None:
+def test_numbers_are_formatted_for_readers() -> None:
     assert number(-1234.5678, 1) == "−1,234.6"
     assert [si_bytes(count) for count in (0, 1023, 1536, 5 << 20, 3 << 40)] == [
         "0 B",
