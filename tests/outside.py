@@ -1,8 +1,8 @@
-"""A mechanism as a package outside of longspan would bring it: linear attention that forgets by a gate.
+"""A mechanism as another package may provide it: linear attention that forgets by a gate.
 
     S_t = g_t S_(t-1) + k_t v_t^T,   out_t = S_t^T q_t,   g_t = sigmoid(W x_t + b) for each kv head
 
-The gate is read off the hidden states x, and values have a width of their own.
+The gate is computed from the hidden states x, and values have their own width.
 """
 
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ class LeakyCore(Core):
         return out.to(q.dtype), LeakyState(memory, rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LeakyState:
-        """Nothing summed."""
+        """An empty sum."""
         wide = torch.promote_types(dtype, torch.float32)
         size = (batch_size, self.shape.num_kv_heads, self.shape.head_dim, self.value_dim)
         memory = torch.zeros(size, device=device, dtype=wide)
@@ -132,15 +132,15 @@ class LeakyCore(Core):
         return batch_size * (self.shape.num_kv_heads * self.shape.head_dim * self.value_dim * wide + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The product that makes the gates; the rest is elementwise."""
+        """The product that computes the gates; the rest is elementwise."""
         return 2 * batch_size * length * self.shape.dim * self.shape.num_kv_heads
 
     def pairs(self, length: int) -> int:
-        """All earlier tokens, as dense attention has them."""
+        """All earlier tokens, as in dense attention."""
         return self.shape.num_heads * length * (length + 1) // 2
 
 
 class NotACore:
-    """What an entry point may name by mistake."""
+    """A class that is no core, for an entry point that names it."""
 
     Config: Any = LeakyConfig

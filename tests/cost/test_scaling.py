@@ -1,4 +1,4 @@
-"""Scaling laws: synthetic runs give their exponents back; optima are those of a search; costs are the counted ones."""
+"""Scaling laws: fits recover the exponents of synthetic runs; optima equal those of a search, costs counted FLOPs."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def runs(form: str, noise: float = 0.0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", list(LAWS))
-def test_a_fit_gives_the_exponents_back(form: Any) -> None:
+def test_a_fit_recovers_the_exponents(form: Any) -> None:
     fit = scaling.fit(form, runs(form), draws=0)
     for name, value in LAWS[form].items():
         if name in ("a", "b", "a_N", "a_D", "E", "floor"):
@@ -126,7 +126,7 @@ def test_limits_of_the_joint_law_are_the_single_ones() -> None:
 
 def test_costs_count_attention_over_the_context() -> None:
     assert scaling.training_flops(1e6, 1e9) == 6e15
-    # Kaplan et al. 2020, table 1, three times forward: 2 n_layer n_ctx d_attn a token, half of n_ctx being seen
+    # Kaplan et al. 2020, table 1, three times forward: 2 n_layer n_ctx d_attn per token, which sees half of n_ctx
     n_ctx = 1024
     flops = scaling.training_flops(1e6, 1e9, num_layers=12, attn_dim=768, attended=n_ctx / 2)
     assert flops == pytest.approx((6e6 + 3 * 2 * 12 * n_ctx * 768) * 1e9)
@@ -138,7 +138,7 @@ def test_costs_count_attention_over_the_context() -> None:
     expected = scaling.training_flops(own, 1e6, num_layers=2, attn_dim=32, attended=(1024 + 1) / 2)
     assert scaling.model_training_flops(dense, 1e6, length=1024) == pytest.approx(expected)
     assert scaling.model_training_flops(near, 1e6, length=1024) < expected / 3
-    # three times what a forward really computes, but for norms, the softmax and masked halves of tiles
+    # three times what a forward really computes, except for norms, the softmax and masked halves of tiles
     counted = 3 * (dense.flops(64) - 2 * 64 * 32 * 50) / 64
     assert scaling.model_training_flops(dense, 1, length=64) == pytest.approx(counted, rel=0.25)
 

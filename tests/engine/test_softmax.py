@@ -37,7 +37,7 @@ def causal(length: int, memory: int) -> Tensor:
 
 
 def agree(tensors: list[Tensor], schedule: Schedule, seen: Tensor) -> None:
-    """With dense attention: outputs, log-sum-exps, and the gradients of a loss on both."""
+    """Compare with dense attention: outputs, log-sum-exps, and the gradients of a loss on both."""
     compare(tensors, attention(*tensors, schedule), dense(*tensors, seen), sums=schedule.rounds[0].fused is None)
 
 
@@ -63,7 +63,7 @@ def test_log_sum_exps_have_gradients(kv_heads: int, tile: int) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_rounds_are_merged_into_one_softmax(fused: bool) -> None:
-    """Those of the call's keys, then those before it, which the first five queries do not read."""
+    """One round for the call's keys, one for older keys, which the first five queries do not read."""
     own = make_plan(23, 0, tile=8)
     own = Plan(tuple(run._replace(low=run.low + 9) for run in own.runs), 9, own.nearest, own.farthest)
     older = make_open_plan(23, 8, 0, 9)
@@ -138,7 +138,7 @@ def test_a_round_may_have_keys_of_its_own() -> None:
 
 
 def test_a_query_that_sees_no_key() -> None:
-    """Its output is finite, and its log-sum-exp says so."""
+    """Its output is finite, and its log-sum-exp marks it."""
     plan = make_plan(6, 0, tile=4)
     first = torch.zeros(2, 6, dtype=torch.long)
     first[1, 2] = 5

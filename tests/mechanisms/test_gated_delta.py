@@ -107,7 +107,7 @@ def test_equal_keys_do_not_lose_precision() -> None:
 
 
 def test_a_repeated_key_is_overwritten() -> None:
-    """What a key reads is what was last written with it, however often: no sum, no mean."""
+    """A key reads the value that was last written with it, not a sum or mean."""
     key = F.normalize(draw(0, 1, 1, 1, 8), dim=-1).expand(1, 1, 5, 8)
     values, one = draw(1, 1, 1, 5, 3), torch.ones(1, 1, 5, dtype=FP64)
     out, _ = ops.gated_delta_attention(key, key, values, 0 * one, one)
@@ -167,7 +167,7 @@ def test_what_training_keeps_is_linear_in_the_length() -> None:
         del out
         return sum(sizes.values())
 
-    # q of four heads, k, v and gates of two, their state of 64 x 64 once a block
+    # q of four heads, k, v and gates of two, their state of 64 x 64 once per block
     assert saved_bytes(4096) <= 1.02 * 4 * 4096 * (4 * 64 + 2 * 64 + 2 * 64 + 4 + 2 * 64 * 64 / operation.BLOCK)
     assert saved_bytes(4096) <= 2 * saved_bytes(2048)
 
@@ -233,7 +233,7 @@ def test_the_layer_is_what_the_equations_say(fields: dict[str, Any]) -> None:
     mixer = layer(**fields)
     mixer.core.norm.copy_(1 + 0.1 * draw(0, mixer.core.value_dim))
     x = draw(1, 1, 75, 24)
-    # lengths are brought to one with an eps of 1e-6 under the root
+    # normalization adds an eps of 1e-6 under the root
     torch.testing.assert_close(mixer(x)[0][0], by_hand(mixer, x[0]), atol=1e-4, rtol=1e-4)
 
 

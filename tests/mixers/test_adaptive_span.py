@@ -21,7 +21,7 @@ def build(spans: list[float] | None = None, **fields: Any) -> ls.mixers.Mixer:
 
 
 def set_spans(mixer: ls.mixers.Mixer, spans: list[float]) -> None:
-    """In tokens."""
+    """Set the spans of the heads, in tokens."""
     with torch.no_grad():
         mixer.core.span.copy_(torch.tensor(spans) / mixer.core.config.max_span)
 
@@ -70,7 +70,7 @@ def test_after_step_clamps() -> None:
 
 
 def test_spans_learn_as_far_as_they_are_needed() -> None:
-    """A head that must copy from 20 tokens back lengthens its span; with nothing to win the penalty closes it."""
+    """A head that must copy from 20 tokens back lengthens its span; without any gain, the penalty closes it."""
     torch.manual_seed(0)
     mixer = build([8.0] * HEADS, penalty=1e-4, ramp=16)
     optimizer = torch.optim.Adam(mixer.parameters(), lr=0.01)
@@ -108,7 +108,7 @@ def test_bytes_follow_the_longest_span() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(6.0, 40.0), (40.0, 6.0), (0.0, 64.0)])
 def test_states_continue_when_spans_change(before: float, after: float) -> None:
-    """Grown: older tokens are gone, not zeros that are attended to. Shrunk: the newest columns are kept."""
+    """Where spans grow, older tokens are missing instead of zeros; where they shrink, the newest columns remain."""
     mixer, x = build([before, 0.0, 0.0, 0.0]), drawn(90)
     with torch.no_grad():
         state = mixer(x[:, :50])[1]
@@ -120,7 +120,7 @@ def test_states_continue_when_spans_change(before: float, after: float) -> None:
             parts.append(part)
             assert ls.state.nbytes(state) == mixer.state_nbytes(2, last, torch.float64)
         actual = torch.cat(parts, 1)
-        # the same tokens at the same positions, of which only the last `num_kept` before the change are there
+        # the same tokens at the same positions, where only the last `num_kept` before the change exist
         gone = 50 - min(num_kept, 50)
         whole = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, max_span=64, ramp=4).double()
         whole.load_state_dict(mixer.state_dict())
@@ -129,7 +129,7 @@ def test_states_continue_when_spans_change(before: float, after: float) -> None:
 
 
 def test_short_spans_cost_less_and_give_the_same_outputs() -> None:
-    """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and what untrimmed attention gives."""
+    """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and the outputs of untrimmed attention."""
     models = []
     for trimmed in (True, False):
         torch.manual_seed(0)

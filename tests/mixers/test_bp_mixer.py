@@ -1,4 +1,4 @@
-"""The bp layer: what it keeps, what it costs, what it refuses; and the paper's own form beside it."""
+"""The bp layer: its state, its cost, its errors, and a comparison with the paper's own form."""
 
 from typing import Any
 
@@ -33,14 +33,14 @@ def test_a_span_begins_as_the_mean_of_its_tokens() -> None:
     newest = sum(bp.capacities(2, 4)[:2]) - 1
     torch.testing.assert_close(state.k[:, :, newest], k[:, :, 2:].mean(2))
     torch.testing.assert_close(state.v[:, :, newest - 1], v[:, :, :2].mean(2))
-    # of level 3 four tokens of eight are in, of level 2 nothing is open
+    # level 3 holds four tokens of eight, level 2 has no open span
     torch.testing.assert_close(state.open_v[:, :, 2], v.mean(2))
     torch.testing.assert_close(state.open_mass[:, :, 2].exp(), torch.full((1, 2), 4.0, dtype=FP64))
     assert not state.open_v[:, :, 1].any()
 
 
 def test_positions_depend_on_the_tree_alone_where_the_model_has_none() -> None:
-    """Moved by a whole span of the highest level, a token sees the same."""
+    """A token that moves by a whole span of the highest level sees the same."""
     mixer, x = build(max_level=3), torch.randn(1, 20, 16, dtype=FP64)
     far = mixer(torch.cat([torch.randn(1, 64, 16, dtype=FP64), x], 1))[0][:, -1]
     near = mixer(torch.cat([torch.randn(1, 48, 16, dtype=FP64), x], 1))[0][:, -1]
@@ -61,7 +61,7 @@ def test_refusals(fields: dict[str, int], message: str) -> None:
 
 
 def test_the_papers_graph_and_ours_agree_on_who_sees_whom() -> None:
-    """On spans that are means, with the same projections, the paper's layer gives tokens what ours gives."""
+    """With means as spans and the same projections, our layer gives the outputs of the paper's."""
     length, k, heads, dim = 37, 2, 2, 8
     graph = bp.paper_graph(length, k)
     weights = [torch.randn(dim, dim, dtype=FP64) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What is special to the Compressive Transformer: the paper's algorithm, compression, what each loss reaches."""
+"""The Compressive Transformer: the paper's algorithm, compression, and the parameters that each loss trains."""
 
 import itertools
 from typing import Any
@@ -54,7 +54,7 @@ def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
     length = 2 ** len(parts.layers)
     h = torch.cat([gone.new_zeros(gone.shape[0], length, dim), gone], 1)
     for level, layer in enumerate(parts.layers):
-        older = h.roll(2**level, 1)  # a convolution of two taps at a dilation of 2 ** level, at every place
+        older = h.roll(2**level, 1)  # a convolution of two taps at a dilation of 2 ** level, at every position
         h = (older + h) / 2 + torch.nn.functional.gelu(torch.cat([older, h], 2)) @ layer.T
     return h[:, length + ratio - 1 :: ratio]
 
@@ -63,7 +63,7 @@ def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 2), (5, 3, 4, 3), (3, 7, 2, 4), (6, 2, 30, 2), (4, 0, 3, 3), (7, 2, 5, 1)])
 @pytest.mark.parametrize("length", [1, 3, 63])
 def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ...], length: int) -> None:
-    """Segment by segment as the paper has it; outputs, memory and gradients; one pass and token by token."""
+    """Outputs, memory and gradients equal the paper's algorithm, in one pass and token by token."""
     fields = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
@@ -145,7 +145,7 @@ def losses(mixer: ls.mixers.Mixer, x: Tensor, calls: int = 1) -> tuple[Tensor, T
 @pytest.mark.parametrize("loss", ["attention", "auto_encoding"])
 @pytest.mark.parametrize("compression", ["conv", "dilated"])
 def test_each_loss_reaches_its_own_parameters(compression: str, loss: str, calls: int) -> None:
-    """The auxiliary loss reaches the whole compressor and nothing else; the model's all else and not the compressor."""
+    """The auxiliary loss reaches the whole compressor and nothing else, the model's all other parameters."""
     mixer = build(segment=4, mem_len=3, compressed_len=4, ratio=3, compression=compression, loss=loss)
     x = drawn(24).requires_grad_()
     model, auxiliary = losses(mixer, x, calls)
@@ -159,7 +159,7 @@ def test_each_loss_reaches_its_own_parameters(compression: str, loss: str, calls
 
 
 def test_the_loss_is_that_of_the_segments_that_close() -> None:
-    """Nothing before vectors fill a group; afterwards a mean, so repeating a batch changes nothing."""
+    """No loss before vectors fill a group; then a mean, so that repeating a batch changes nothing."""
     mixer = build(segment=4, mem_len=4, compressed_len=4, ratio=2)
     penalties: list[Tensor] = []
     _, state = mixer(drawn(6), penalties=penalties)
@@ -222,7 +222,7 @@ def test_first_in_first_out() -> None:
 
 
 def test_reach_over_positions_is_exact() -> None:
-    """A token sees mem_len + ratio * compressed_len positions before its segment, and what is older not at all."""
+    """A token sees mem_len + ratio * compressed_len positions before its segment, and nothing older."""
     mixer = build(segment=4, mem_len=4, compressed_len=3, ratio=2, compression="mean")
     x = drawn(41, 1)
     with torch.no_grad():

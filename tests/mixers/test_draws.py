@@ -35,7 +35,7 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
     assert mixer.draw == 1
     with pytest.raises(ls.UnsupportedError, match=f"{name}: .* another draw of the {buffer}"):
         mixer(x, state)
-    mixer(x, mixer.init_state(1))  # an empty one is of any draw
+    mixer(x, mixer.init_state(1))  # an empty state fits every draw
     again = build(2)
     again.after_step(2, torch.Generator().manual_seed(3))
     assert torch.equal(drawn(again), drawn(mixer))

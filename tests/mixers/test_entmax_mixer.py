@@ -1,4 +1,4 @@
-"""Adaptively sparse attention as a layer: alphas that are learned, stay in [1, 2] and are optimized apart."""
+"""Adaptively sparse attention as a layer: learned alphas, which stay in [1, 2] and have a parameter group."""
 
 import pytest
 import torch

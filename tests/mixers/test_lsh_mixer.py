@@ -1,4 +1,4 @@
-"""Reformer's attention as a layer: redraws, streams that own their state, what a state costs, what is refused."""
+"""Reformer's attention as a layer: redraws, sessions that own their state, the size of a state, errors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Memorizing Transformer's attention as a layer: what is stored when, what is evicted, stores on disk beside it."""
+"""Memorizing Transformer's attention as a layer: when pairs are stored and evicted, and attached stores on disk."""
 
 from pathlib import Path
 from typing import Any

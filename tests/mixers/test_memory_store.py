@@ -1,4 +1,4 @@
-"""Stores on disk: searched exactly or with faiss, reopened, full, and refused."""
+"""Stores on disk: exact search and faiss, reopening, eviction, errors."""
 
 import importlib
 import importlib.util
@@ -38,7 +38,7 @@ def queries_of(count: int, heads: int = 4) -> Tensor:
 @pytest.mark.parametrize("added", [(5,), (300,), (150, 150, 1), (299, 400), (70,) * 13])
 @pytest.mark.parametrize("index", KINDS)
 def test_search_against_all_products(added: tuple[int, ...], index: Any, tmp_path: Path) -> None:
-    """Never an evicted pair, never the value of another; the exact search finds all, a graph nearly all."""
+    """No evicted pair and no value of another pair; the exact search has full recall, a graph nearly."""
     keys, values = pairs(sum(added))
     store = MemoryStore(tmp_path, index=index, effort=200, **SIZES)
     for new, value in zip(keys.split(added, 1), values.split(added, 1), strict=True):
@@ -70,7 +70,7 @@ def test_search_against_all_products(added: tuple[int, ...], index: Any, tmp_pat
 @pytest.mark.parametrize("index", KINDS)
 @pytest.mark.parametrize("later", [400, 700, 1000, 1999], ids="after {}".format)
 def test_queries_near_evicted_pairs(later: int, index: Any, tmp_path: Path) -> None:
-    """Keys lie in two heaps, and most or all of the one that is asked for have been evicted, but are in the graph."""
+    """Keys lie in two heaps, and most or all of the queried heap is evicted but still in the graph."""
     generator = torch.Generator().manual_seed(5)
 
     def heap(axis: int, count: int) -> Tensor:
@@ -82,7 +82,7 @@ def test_queries_near_evicted_pairs(later: int, index: Any, tmp_path: Path) -> N
     with MemoryStore(tmp_path, index=index, **sizes) as store:
         store.add(heap(0, 1000), values[:, :1000])
         store.add(heap(1, later), values[:, 1000:])
-        # two heads that ask where pairs were evicted, one where none were, one in between
+        # two heads query near evicted pairs, one near live pairs, one between them
         near = [heap(0, 50)[0], heap(1, 50)[0], heap(0, 50)[1], ops.unit_vectors(heap(0, 50)[0] + heap(1, 50)[0])]
         queries = torch.stack(near)
         assert recall(store, queries, 32) > 0.98
@@ -135,7 +135,7 @@ torch.manual_seed(0)
 keys = ops.unit_vectors(torch.randn(1, 1000, 64))
 store = MemoryStore(folder, kv_heads=1, head_dim=64, capacity=count)
 store.add(keys, keys)
-store.search(keys[:, :4], 4)  # loads what is loaded once
+store.search(keys[:, :4], 4)  # a first call loads libraries
 store.clear()
 held = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (int(held.split()[1]) * 1024 + room, resource.RLIM_INFINITY))
@@ -160,7 +160,7 @@ print(sum(path.stat().st_size for path in Path(folder).glob("*.npy")) / room)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_store_larger_than_the_memory_that_is_allowed(tmp_path: Path) -> None:
-    """Written, searched exactly, opened again: with private memory for less than a third of its files."""
+    """Writing, exact search and reopening need private memory of less than a third of the files."""
     ran = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) > 3

@@ -76,7 +76,7 @@ def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
 
 
 def test_what_it_reads_is_measured() -> None:
-    """The gate reads hidden states, too; what it does to earlier keys is not a key that is read."""
+    """The gate, which reads hidden states too, scales earlier keys: that is not counted as reading a key."""
     mixer = ls.mixers.build("leaky", **SIZES, value_dim=6)
     reads = probe.influence(mixer, 20)
     assert int((reads > 0).sum()) == mixer.pairs(20)
@@ -101,7 +101,7 @@ def test_names_are_registered_once() -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Packages that bring mechanisms: one that works, one of them under a name of longspan's, two that are broken."""
+    """Entry points of mechanisms: one that works, one with a name that longspan has, two that are broken."""
     values = {
         "forgetful": "tests.outside:LeakyCore",
         "full": "tests.outside:LeakyCore",

@@ -1,4 +1,4 @@
-"""Which keys a query reads, measured: it is the attention map, the sets of the definitions, and memories' reach."""
+"""The probe measures which keys a query reads: against attention maps, index sets and the reach of memories."""
 
 from typing import Any
 

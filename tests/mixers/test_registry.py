@@ -63,7 +63,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 
 
 def test_heads_equal_their_parts_alone() -> None:
-    """Each part of `heads` computes what a mixer of its own would on the same heads."""
+    """Each part of `heads` gives the outputs of a separate mixer on the same heads."""
     torch.manual_seed(0)
     parts = [
         {"name": "window", "num_heads": 2, "window": 3},

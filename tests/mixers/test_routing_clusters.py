@@ -41,7 +41,7 @@ def test_seeds_are_drawn_where_no_centroid_is() -> None:
 
 
 def modes(step: int, count: int = 4, copies: int = 20) -> tuple[Tensor, Tensor]:
-    """Unit vectors (1, 4 heads, count * each, 4) around `count` directions, and which."""
+    """Unit vectors (1, 4 heads, count * copies, 4) around `count` directions, and the direction of each."""
     number = torch.arange(count).repeat(copies)
     generator = torch.Generator().manual_seed(step)
     noise = 0.05 * torch.randn(1, 4, len(number), 4, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Routing as a layer: what its centroids learn and when, streams that own their state, what a state costs."""
+"""Routing as a layer: when and how its centroids learn, sessions that own their state, the size of a state."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def build(**fields: object) -> ls.mixers.Mixer:
 
 
 def started(**fields: object) -> ls.mixers.Mixer:
-    """One whose first batch has set the centroids."""
+    """A mixer whose first batch has set the centroids."""
     mixer = build(**fields)
     mixer(drawn(3, 40))
     mixer.after_step(1, torch.Generator().manual_seed(1))
@@ -39,7 +39,7 @@ def centroids(mixer: ls.mixers.Mixer) -> Tensor:
 
 
 def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
-    """For each head with centroids its routing vectors (tokens, head_dim)."""
+    """The routing vectors (tokens, head_dim) of every head with centroids."""
     q, k, _ = mixer.projections(x)
     core = mixer.core
     assert isinstance(core, core_class("routing"))
@@ -51,7 +51,7 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
 
 
 def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
-    """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; no members: as it is."""
+    """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; without members it stays."""
     means = centroids(mixer).clone()
     sums, counts = (mixer.core.get_buffer(name).clone() for name in ("ema_sum", "ema_count"))
     decay = mixer.core.config.decay
@@ -305,7 +305,7 @@ def test_with_room_for_all_it_is_the_full_mixer() -> None:
 
 
 def test_half_window_half_routing() -> None:
-    """As the paper has it; the same as each alone on its own heads, and it streams."""
+    """The paper's configuration: equal to each part alone on its heads, and it streams."""
     parts = [{"name": "window", "num_heads": 2, "window": 8}, {"name": "routing", "num_heads": 2, **FIELDS}]
     torch.manual_seed(0)
     mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()

@@ -65,7 +65,7 @@ def test_carry_keeps_the_newest_live_columns(
 ) -> None:
     rows = make(call)
     old = torch.randn(rows.batch, 3, memory, 2)
-    for b, offset in enumerate(call[0]):  # slots that hold nothing are zero, as in every state
+    for b, offset in enumerate(call[0]):  # empty slots are zero, as in every state
         old[b, :, : max(memory - offset, 0)] = 0
     new = torch.randn(rows.batch, 3, rows.length, 2)
     carried = rows.carry(old, new, keep)

@@ -1,4 +1,4 @@
-"""Sparse Transformer as a layer: what is kept, where heads look, and what is refused."""
+"""Sparse Transformer as a layer: its state, the columns that heads read, errors."""
 
 from typing import Any
 

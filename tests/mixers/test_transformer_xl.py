@@ -1,4 +1,4 @@
-"""What is special to Transformer-XL: memory as keys and values, reach, clamp, the graph across calls."""
+"""Transformer-XL: memory as keys and values, reach, clamped distances, gradients across calls."""
 
 from typing import Any
 

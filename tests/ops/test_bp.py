@@ -110,7 +110,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def case(length: int, k: int, levels: int, causal: bool, *, positioned: bool = True, batch: int = 2) -> dict[str, Any]:
-    """Leaves of a call by name."""
+    """Arguments of a call by name."""
     tensors: dict[str, Any] = {
         "q": draw(0, batch, 4, length, 6),
         "k": draw(1, batch, 2, length, 6),
@@ -124,7 +124,7 @@ def case(length: int, k: int, levels: int, causal: bool, *, positioned: bool = T
 
 
 def run(where: Any, tensors: dict[str, Tensor], k: int, causal: bool, more: dict[str, Any]) -> list[Tensor]:
-    """Output, state, and gradients of a sum that weighs all of them."""
+    """Output, state, and gradients of a random weighted sum of them."""
     positioned = (tensors["rotated_q"], tensors["rotated_k"]) if "rotated_q" in tensors else None
     out, state = where.bp_attention(
         *(tensors[name] for name in ("q", "k", "v", "queries", "relative")),

@@ -40,7 +40,7 @@ def closed(border: int, mem_len: int, ratio: int) -> int:
 def attention_inputs(
     length: int, position: int, sizes: dict[str, int], kv_heads: int, surplus: int = 0
 ) -> list[Tensor]:
-    """q, k, v, slots, distances and biases, with no more older keys and slots than are seen, and some more."""
+    """q, k, v, slots, distances and biases, with as many older keys and slots as are seen, plus `surplus`."""
     segment, mem_len, compressed_len, ratio = sizes.values()
     last = position + max(0, length - 1) // segment * segment
     slots = min(
@@ -67,7 +67,7 @@ def test_attention(length: int, segments: int, sizes: tuple[int, ...], stale: bo
 
 @pytest.mark.parametrize(("kv_heads", "in_parts"), [(1, False), (4, True)])
 def test_attention_of_many_segments(kv_heads: int, in_parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one batch of segments is all that may be copied."""
+    """Also where only one batch of segments may be copied."""
     names = {"segment": 48, "mem_len": 50, "compressed_len": 60, "ratio": 3}
     tensors = attention_inputs(500, 0, names, kv_heads)
     if in_parts:

@@ -1,4 +1,4 @@
-"""What ops cost: the announced score entries are those computed, and no buffer grows with the square of the length."""
+"""Costs of operations: the computed score entries are the announced ones, and no buffer is quadratic in length."""
 
 from typing import Any
 

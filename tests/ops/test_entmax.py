@@ -206,7 +206,7 @@ def test_entmax_approaches_the_softmax() -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_entmax_has_its_defining_properties(alpha: float) -> None:
-    """Sums to one, keeps the order, does not see a shift, commutes with a permutation, hides what is -inf."""
+    """Sums to one, keeps the order, ignores a shift, commutes with permutations, gives zero at -inf."""
     z = 2 * draw(8, 7, 60)
     p = ops.entmax(z, alpha)
     torch.testing.assert_close(p.sum(-1), torch.ones(7, dtype=FP64))
@@ -297,7 +297,7 @@ def test_steps_do_not_grow_with_the_length(alpha: float, scale: float) -> None:
 
 
 def test_fewer_steps_would_not_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail."""
+    """The test of the number of steps can fail."""
     from longspan.mechanisms.entmax import curve as entmax_curve
 
     monkeypatch.setattr(entmax_curve, "num_steps", lambda a, dtype: num_steps(a, dtype) // 2)

@@ -73,7 +73,7 @@ def test_the_future_changes_no_bit(
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_other_rows_change_no_bit(name: str, keywords: dict[str, Any], ragged: bool) -> None:
-    """Nor do they change a gradient."""
+    """They change no gradient either."""
     length, memory = 130, 17
     rows = rows_of(length, memory) if ragged else {}
     outputs_and_gradients = []
@@ -91,7 +91,7 @@ def test_other_rows_change_no_bit(name: str, keywords: dict[str, Any], ragged: b
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_hidden_contents_change_no_bit(name: str, keywords: dict[str, Any]) -> None:
-    """Padding, memory slots that are not real, and other documents; and they get no gradient."""
+    """Padding, memory slots that are not real, and other documents, which get no gradient either."""
     length, memory = 130, 17
     rows = rows_of(length, memory)
     qkv = [t.clone() for t in drawn(length, memory)]
@@ -137,7 +137,7 @@ def test_inputs_stay_as_they_are(name: str, keywords: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_any_strides(name: str, keywords: dict[str, Any]) -> None:
-    """Views, expanded rows and a last stride that is not 1 give what contiguous copies give."""
+    """Views, expanded rows and a last stride that is not 1 give the results of contiguous copies."""
     qkv = drawn(70, 10)
     more = extras(name, 80)
     odd = [qkv[0].mT.contiguous().mT, qkv[1][:1].expand(2, -1, -1, -1), qkv[2][..., ::2].repeat_interleave(2, -1)]
@@ -174,7 +174,7 @@ def test_autocast_lowers_nothing_inside(name: str, keywords: dict[str, Any], dty
 @pytest.mark.parametrize("memory", [5, 36, 200])
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_one_token_equals_the_last_of_many(name: str, keywords: dict[str, Any], memory: int) -> None:
-    """The short way of decoding and the tiles agree; the segment form counts from query 0, so only window forms do."""
+    """The decoding path agrees with the tiles; the segment form counts from query 0, so only window forms do."""
     if "segment" in keywords or "blocks" in keywords:
         keywords = {"window": 33}
     if keywords.get("pattern") == "fixed":

@@ -1,4 +1,4 @@
-"""FAVOR+: features against their formulas, unbiased in every direction, variances as the theory has them."""
+"""FAVOR+: features against their formulas, unbiased in every direction, with the variances of the theory."""
 
 import math
 from typing import Any
@@ -86,7 +86,7 @@ def mse(
     return sum(error * error for error in errors) / draws
 
 
-def test_variances_are_ordered_as_the_theory_has_them() -> None:
+def test_variances_are_ordered_as_in_theory() -> None:
     x, y = 0.5 * draw(6, 8) / 2, 0.5 * draw(7, 8) / 2
     independent = mse("positive", 8, x, y, orthogonal=False, draws=3000)
     z = float((x + y).square().sum())

@@ -46,7 +46,7 @@ def test_plain_products_equal_the_fused_kernel(
 
 
 def test_overlapping_keys_need_no_copy() -> None:
-    """Windows that share memory are read in place, and give what copies of them give."""
+    """Windows that share memory are read in place, with the results of copies."""
     base = drawn(1, 2, 40, 8)
     windows = base.as_strided((5, 2, 12, 8), (7 * 8, 40 * 8, 8, 1))
     q = drawn(5, 2, 3, 8, seed=1)
@@ -68,7 +68,7 @@ def test_inputs_that_the_kernel_cannot_take_use_plain_products() -> None:
 
 @pytest.mark.parametrize("name", ["full_attention", "window_attention", "relative_attention"])
 def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another device, or a torch without the private name, would compute."""
+    """The results on other devices, or with a torch without the private name."""
     shapes = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
     keywords = {} if name == "full_attention" else {"window": 20}
     if name == "relative_attention":

@@ -1,4 +1,4 @@
-"""Attention inside groups against its definition; the future changes no bit, though it moves what is sorted."""
+"""Attention inside groups against its definition; the future changes no bit, although it changes the sorted order."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def test_bidirectional(length: int, itself: bool, heads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("heads", [1, HEADS])
 def test_the_future_changes_no_bit(heads: int, dtype: torch.dtype) -> None:
-    """Later tokens choose other groups, which moves every sorted place, and have other contents."""
+    """Later tokens choose other groups, which changes the sorted order, and have other contents."""
     length = 700
     groups = drawn_groups(length, 12, heads=heads, batch=1)
     qkv = [t.detach().to(dtype) for t in inputs(length, 0, batch=1)]

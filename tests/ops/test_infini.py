@@ -61,7 +61,7 @@ def test_groups_of_segments_give_what_one_at_a_time_gives(monkeypatch: pytest.Mo
 
 
 def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
-    """One key written with each value in turn, a segment each; what it reads back after every write."""
+    """What a key reads after every write, where it is written with one value per segment."""
     key = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=FP64).expand(1, 1, 1, 4)
     gate, state, reads = torch.full((1,), 1e9), None, []
     for value in values:
@@ -135,7 +135,7 @@ def test_gates_have_their_own_parameter_group_and_can_move() -> None:
     [("linear", "paper", 100), ("linear", "gamma", 1), ("delta", "paper", 1), ("delta", "gamma", 1)],
 )
 def test_many_segments_of_bf16_input_stay_exact(update: Any, normaliser: Any, calls: int) -> None:
-    """One token a segment, 1,000 a call; products in fp32 against fp64 on the same rounded inputs, within 1 %.
+    """One token per segment, 1,000 per call; products in fp32 against fp64 on the same rounded inputs, within 1 %.
 
     benchmarks/bench_precision.py reads 100,000 segments in every form, which takes minutes.
     """

@@ -53,7 +53,12 @@ def agree(arguments: dict[str, Any], tensors: list[Tensor], **keywords: Any) -> 
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
-SIZES = [(1, 2, 3), (2, 4, 5), (3, 8, 40), (2, 2, 160)]  # rounds, buckets, bucket_size: all of a call in one
+SIZES = [
+    (1, 2, 3),
+    (2, 4, 5),
+    (3, 8, 40),
+    (2, 2, 160),
+]  # rounds, buckets, bucket_size: the last holds a whole call in one bucket
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -115,7 +120,7 @@ def test_sorted_with_two_chunks_is_full_attention(length: int, size: int, rounds
 
 
 def test_sorted_rounds_are_the_paper_s_sum_with_log_counts() -> None:
-    """sum_r exp(z_r - z) o_r, logits of round r lowered by log N_ij (section 2), is what is computed."""
+    """The output is sum_r exp(z_r - z) o_r, logits of round r lowered by log N_ij (section 2)."""
     q, _, v = (t.detach() for t in inputs(150, 0, kv_heads=HEADS))
     turn, size = rotations(3, 8), 10
     position = torch.arange(150)
@@ -168,7 +173,7 @@ def test_a_pushed_token_is_a_pushed_call_of_one() -> None:
 
 
 def dense(q: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
-    """Full attention with shared queries and keys, itself seen only by who sees nothing else."""
+    """Full attention with shared queries and keys, where a query sees its own key only if it sees no other."""
     length = q.shape[2]
     scores = q @ torch.nn.functional.normalize(q, dim=-1).mT
     visible = ~torch.eye(length, dtype=torch.bool)
@@ -182,7 +187,7 @@ def dense(q: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
 @pytest.mark.parametrize("length", [1, 2, 63, 200])
 def test_strict_with_buckets_for_all_is_full_attention_without_self(length: int, rounds: int) -> None:
     q, _, v = inputs(length, 0)
-    q, v = q.detach().abs(), v.detach()  # all on one side, so that one direction and its opposite make one bucket
+    q, v = q.detach().abs(), v.detach()  # positive, so that one direction and its opposite make one bucket
     along = torch.ones(HEADS, rounds, DIM, 1, dtype=torch.float64)
     for causal in (True, False):
         actual = ops.lsh_attention(q, v, rotations=along, bucket_size=length, causal=causal)
@@ -193,7 +198,7 @@ def test_strict_with_buckets_for_all_is_full_attention_without_self(length: int,
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_future_changes_no_bit(rounds: int, shared: bool, dtype: torch.dtype) -> None:
-    """Later tokens fall into other buckets, which moves every sorted place, and have other contents."""
+    """Later tokens fall into other buckets, which changes the sorted order, and have other contents."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, HEADS, 700, DIM, generator=generator, dtype=dtype) for _ in range(3))
     turn = rotations(rounds, 8).to(dtype)

@@ -59,7 +59,7 @@ def test_equals_its_definition(
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memorizing, "KEYS", block)  # also several blocks, of which the best so far are kept
+    monkeypatch.setattr(memorizing, "KEYS", block)  # also in several blocks, whose best are merged
     operands = leaves(batch, heads, kv_heads, length, columns)
     more = {"top": top, **bounds(kind, batch, length, columns)}
     actual, expected = (answers(where, operands, **more) for where in (ops, reference))

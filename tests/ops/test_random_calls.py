@@ -1,4 +1,4 @@
-"""Calls drawn at random, everything combined with everything, against the definitions."""
+"""Random calls with all combinations of arguments against the definitions."""
 
 from typing import Any
 

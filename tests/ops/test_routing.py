@@ -120,7 +120,7 @@ def test_routes_and_clusters_stand_for_q_and_k() -> None:
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize("length", [1, 2, 63, 200])
 def test_balanced_with_room_for_all_is_full_attention(length: int, count: int, kv_heads: int) -> None:
-    """For any number of clusters: every one of them gives the same, and so does their mean."""
+    """For any number of clusters: every cluster gives the same output, and so does their mean."""
     q, k, v = (t.detach() for t in inputs(length, 0, kv_heads=kv_heads))
     for causal in (True, False):
         form = {"window": length, "causal": causal, "selection": "balanced"}
@@ -157,7 +157,7 @@ def test_shared_keys_with_room_for_all_are_full_attention_without_self(length: i
 def test_strict_with_shared_clusters_is_attention_in_groups(causal: bool, itself: bool) -> None:
     q, k, v = (t.detach() for t in inputs(300, 0))
     clusters = ops.routing_clusters(q, drawn_centroids(7))
-    window = 20 if itself or causal else 19  # on either side: the group counts the query in
+    window = 20 if itself or causal else 19  # per side: the group counts the query in
     form = {"causal": causal, "itself": itself}
     actual = ops.routing_attention(q, k, v, drawn_centroids(7), window=window, clusters=(clusters, clusters), **form)
     expected = ops.group_attention(q, k, v, clusters, num_groups=7, window=20, **form)
@@ -190,7 +190,7 @@ def test_equal_tokens_are_taken_from_the_front() -> None:
 
 
 def test_balanced_clusters_share_and_skip_tokens() -> None:
-    """Twelve places for forty tokens: some see themselves alone, some are in several clusters and get the mean."""
+    """Twelve slots for forty tokens: some tokens see only themselves, some are in several clusters and get the mean."""
     q, _, v = (t.detach()[:1, :1] for t in inputs(40, 0))
     centroids = drawn_centroids(3)[:1]
     near = F.normalize(q, dim=-1)[0, 0] @ centroids[0].mT
@@ -213,7 +213,7 @@ def test_balanced_clusters_share_and_skip_tokens() -> None:
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("count", [1, 8])
 def test_the_future_changes_no_bit(count: int, shared: bool, dtype: torch.dtype) -> None:
-    """Later tokens fall into other clusters, which moves every sorted place, and have other contents."""
+    """Later tokens fall into other clusters, which changes the sorted order, and have other contents."""
     generator = torch.Generator().manual_seed(0)
     qkv = [torch.randn(1, HEADS, 700, DIM, generator=generator, dtype=dtype) for _ in range(3)]
     centroids = drawn_centroids(count).to(dtype)

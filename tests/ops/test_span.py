@@ -1,4 +1,4 @@
-"""Adaptive Span against its definition: outputs, gradients of the span too, with nothing computed beyond it."""
+"""Adaptive Span against its definition: outputs and gradients, also of the span."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def test_definition(length: int, memory: int, ramp: int, window: int | None, kin
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_persistent_vectors(kv_heads: int, include_self: bool) -> None:
-    """All keys, near ones and persistent ones, in one softmax; their gradients too."""
+    """Near and persistent keys share one softmax; gradients too."""
     q, k, v = inputs(130, 20, kv_heads=kv_heads)
     more = [torch.randn(kv_heads, 3, DIM, dtype=torch.float64).requires_grad_() for _ in range(2)]
     span = spans("unlike", 130)

@@ -9,7 +9,7 @@ from longspan.engine.tiles import Bands, Plan, Visibility, make_blocks, make_par
 
 
 def covered(plan: Plan, length: int, columns: int) -> torch.Tensor:
-    """How many tiles compute each pair that the plan lets meet."""
+    """The number of tiles that compute each pair of a query and a key."""
     count = torch.zeros(length, columns, dtype=torch.int64)
     bands = Bands(plan, torch.float32, torch.device("cpu"))
     for run in plan.runs:

@@ -1,4 +1,4 @@
-"""Figures: pictures without a display, the same bytes for the same numbers, tick labels to be read."""
+"""Figures: pictures without a display, the same bytes for the same numbers, readable tick labels."""
 
 import struct
 from typing import Any

@@ -1,4 +1,4 @@
-"""The page: everything inside, nothing from elsewhere, what a model wrote is text and never markup."""
+"""The page: self-contained, and what a model wrote is text and never markup."""
 
 import errno
 import json
@@ -70,7 +70,7 @@ def test_tables_mark_their_rows() -> None:
     assert html.count("<thead>") == 1
 
 
-def test_a_report_is_a_page_numbers_and_pictures(tmp_path: Path) -> None:
+def test_a_report_has_a_page_numbers_and_pictures(tmp_path: Path) -> None:
     path = write_report(tmp_path / "out", "Title", sections(), {"found": [1.5, None]})
     assert path == tmp_path / "out" / "report.html"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["found"] == [1.5, None]
