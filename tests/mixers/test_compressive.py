@@ -13,7 +13,7 @@ from longspan.mechanisms.compressive.definition import compressive_layer
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
 
 
-def build(name: str = "compressive", noise: float = 0.1, **fields: Any) -> ls.mixers.Mixer:
+def build(name: str = "compressive", noise: float = 0.1, **fields: Any) -> Any:
     torch.manual_seed(0)
     mixer = ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, **fields).double()
     generator = torch.Generator().manual_seed(1)
@@ -27,7 +27,7 @@ def drawn(length: int, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(mixer: ls.mixers.Mixer, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+def gradients(mixer: Any, y: Tensor, x: Tensor) -> dict[str, Tensor]:
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
     named = {"x": x} | dict(mixer.named_parameters())
     values = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
@@ -41,7 +41,7 @@ def windows(gone: Tensor, before: int, ratio: int) -> Tensor:
     return torch.stack(groups, 1) if groups else gone.new_zeros(gone.shape[0], 0, before + ratio, gone.shape[2])
 
 
-def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
+def compress(mixer: Any, gone: Tensor) -> Tensor:
     """All vectors that left the memory to slots, from the definitions of the compressions."""
     config, parts = mixer.core.config, mixer.core.compressor
     ratio, dim = config.ratio, gone.shape[2]
@@ -95,7 +95,7 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
         )
 
 
-def same_as_transformer_xl(mixer: ls.mixers.Mixer, mem_len: int, length: int, cuts: list[int]) -> None:
+def same_as_transformer_xl(mixer: Any, mem_len: int, length: int, cuts: list[int]) -> None:
     xl = build("transformer_xl", segment=mixer.core.config.segment, mem_len=mem_len)
     xl.load_state_dict({n: t for n, t in mixer.state_dict().items() if "compressor" not in n})
     outputs_and_gradients = []
@@ -131,7 +131,7 @@ def test_without_compressed_memory_it_is_transformer_xl(ratio: int, cuts: list[i
         same_as_transformer_xl(mixer, 5, 39, cuts)
 
 
-def losses(mixer: ls.mixers.Mixer, x: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
+def losses(mixer: Any, x: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
     """The loss of a model, and the auxiliary one."""
     penalties: list[Tensor] = []
     state, total = None, x.new_zeros(())
@@ -181,7 +181,7 @@ def test_the_loss_is_that_of_the_segments_that_close() -> None:
     torch.testing.assert_close(penalties_of(heavier, x)[0], 3 * one)
 
 
-def penalties_of(mixer: ls.mixers.Mixer, x: Tensor, **keywords: Tensor) -> list[Tensor]:
+def penalties_of(mixer: Any, x: Tensor, **keywords: Tensor) -> list[Tensor]:
     penalties: list[Tensor] = []
     mixer(x, penalties=penalties, **keywords)
     return penalties

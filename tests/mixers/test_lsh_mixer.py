@@ -1,6 +1,7 @@
 """Reformer's attention as a layer: redraws, sessions that own their state, the size of a state, errors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import longspan as ls
 FIELDS = {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4}
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("lsh", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields})
 
@@ -80,6 +81,6 @@ def test_separate_keys_exist_and_are_read_only_where_configured() -> None:
         ({"hashes": 2}, "lsh: unknown field 'hashes'; did you mean 'num_hashes'"),
     ],
 )
-def test_wrong_arguments_raise_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

@@ -1,6 +1,7 @@
 """Performer as a layer: redraws, carried states, calibration, one projection for queries and keys."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import longspan as ls
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("performer", dim=16, num_heads=4, num_kv_heads=2, **{"num_features": 8, **fields})
 

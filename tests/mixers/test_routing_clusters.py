@@ -1,11 +1,12 @@
 """Routing's clusters: k-means, clusters that lose their members and come back, statistics in narrow models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_routing_mixer import FIELDS, build, centroids, drawn, started
+from tests.mixers.test_routing_mixer import FIELDS, build, centroids, drawn, started
 from torch import Tensor
 
 import longspan as ls
@@ -48,7 +49,7 @@ def modes(step: int, count: int = 4, copies: int = 20) -> tuple[Tensor, Tensor]:
     return F.normalize(torch.eye(4, dtype=torch.float64)[number] + noise, dim=-1), number
 
 
-def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
+def learn(mixer: Any, steps: int) -> list[int]:
     """Clusters with members, over all heads, at each step."""
     busy = []
     for step in range(1, steps + 1):
@@ -60,7 +61,7 @@ def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
     return busy
 
 
-def collapsed(**fields: object) -> ls.mixers.Mixer:
+def collapsed(**fields: Any) -> Any:
     """Every centroid but one lies far from all vectors."""
     mixer = build(**fields)
     core = mixer.core

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,12 @@ from longspan.mechanisms.routing.kmeans import SAMPLES
 FIELDS = {"num_clusters": 4, "window": 5}
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
 
 
-def started(**fields: object) -> ls.mixers.Mixer:
+def started(**fields: Any) -> Any:
     """A mixer whose first batch has set the centroids."""
     mixer = build(**fields)
     mixer(drawn(3, 40))
@@ -34,11 +35,11 @@ def drawn(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def centroids(mixer: ls.mixers.Mixer) -> Tensor:
+def centroids(mixer: Any) -> Tensor:
     return mixer.core.get_buffer("centroids")
 
 
-def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
+def routed(mixer: Any, x: Tensor) -> list[Tensor]:
     """The routing vectors (tokens, head_dim) of every head with centroids."""
     q, k, _ = mixer.projections(x)
     core = mixer.core
@@ -50,7 +51,7 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
     return list(F.normalize(parts, dim=-1).transpose(0, 1).flatten(1, 3).detach().unbind())
 
 
-def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
+def moved_by_hand(mixer: Any, batches: list[Tensor]) -> Tensor:
     """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; without members it stays."""
     means = centroids(mixer).clone()
     sums, counts = (mixer.core.get_buffer(name).clone() for name in ("ema_sum", "ema_count"))
@@ -380,6 +381,6 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
         ({"clusters": 2}, "routing: unknown field 'clusters'; did you mean 'num_clusters'"),
     ],
 )
-def test_wrong_arguments_raise_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_cost import Largest
-from test_definitions import HEADS, agree, inputs, ragged
+from tests.ops.test_cost import Largest
+from tests.ops.test_definitions import HEADS, agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops, reference
+
+# Any, as the calls unpack lists and dicts of arguments
+block_sparse_attention: Any = ops.block_sparse_attention
 
 
 def lists(
@@ -63,8 +66,8 @@ def test_every_block_is_full_attention_and_two_halves_merge_into_it() -> None:
     expected = ops.full_attention(*qkv)
     form = {"query_block": 16, "key_block": 10}
     twice = torch.cat([every, every, every + 9], -1)  # blocks beyond the last are empty
-    torch.testing.assert_close(ops.block_sparse_attention(*qkv, twice, **form), expected, atol=1e-12, rtol=0)
-    halves = [ops.block_sparse_attention(*qkv, b, **form, return_lse=True) for b in (every[..., :4], every[..., 4:])]
+    torch.testing.assert_close(block_sparse_attention(*qkv, twice, **form), expected, atol=1e-12, rtol=0)
+    halves = [block_sparse_attention(*qkv, b, **form, return_lse=True) for b in (every[..., :4], every[..., 4:])]
     shares = torch.stack([lse for _, lse in halves]).softmax(0)[..., None]
     merged = sum(share * out for share, (out, _) in zip(shares, halves, strict=True))
     torch.testing.assert_close(merged, expected, atol=1e-12, rtol=0)
@@ -73,7 +76,7 @@ def test_every_block_is_full_attention_and_two_halves_merge_into_it() -> None:
 @pytest.mark.parametrize("blocks", [torch.full((1, 1, 4, 3), -1), torch.zeros(1, 1, 4, 0, dtype=torch.int64)])
 def test_empty_lists_give_zeros(blocks: Tensor) -> None:
     qkv = inputs(13, 2)
-    out, lse = ops.block_sparse_attention(*qkv, blocks, query_block=4, key_block=4, return_lse=True)
+    out, lse = block_sparse_attention(*qkv, blocks, query_block=4, key_block=4, return_lse=True)
     assert not out.any()
     assert (lse == -torch.inf).all()
     assert not any(g.any() for g in torch.autograd.grad(out.sum() + lse.exp().sum(), qkv))
@@ -84,7 +87,7 @@ def test_widths_of_values_and_no_tokens() -> None:
     wide = torch.cat([v, v[..., :3]], -1)
     agree("block_sparse_attention", [q, k, wide], blocks=lists(20, 20, 4, 4), query_block=4, key_block=4)
     none, blocks = inputs(0, 5), torch.zeros(1, 1, 0, 2, dtype=torch.int64)
-    assert ops.block_sparse_attention(*none, blocks, query_block=4, key_block=4).shape == (2, HEADS, 0, 8)
+    assert block_sparse_attention(*none, blocks, query_block=4, key_block=4).shape == (2, HEADS, 0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -93,12 +96,12 @@ def test_hidden_tokens_change_no_bit(dtype: torch.dtype) -> None:
     qkv = [t.detach().to(dtype) for t in inputs(200, 30)]
     blocks, form = lists(200, 230, 16, 8), {"query_block": 16, "key_block": 8}
     lengths = torch.tensor([200, 150])
-    before = ops.block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
+    before = block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
     for t, column in zip(qkv, (96, 126, 126), strict=True):
         t[0, :, column:] = 1e4 * torch.randn(t[0, :, column:].shape)
         t[1, :, column + 54 :] = torch.nan
     blocks[0, :, 6:] = 0
-    after = ops.block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
+    after = block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
     assert torch.equal(before[0, :, :96], after[0, :, :96])
     assert torch.equal(before[1], after[1])
 
@@ -109,7 +112,7 @@ def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
     qkv = [torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3)]
     blocks = lists(8192, 8192, query_block, 64, rows=1)
     with Largest() as largest:
-        out = ops.block_sparse_attention(*qkv, blocks, query_block=query_block, key_block=64)
+        out = block_sparse_attention(*qkv, blocks, query_block=query_block, key_block=64)
         if train:
             torch.autograd.grad(out.sum(), qkv)
     assert largest.numbers <= 2**21
@@ -129,4 +132,4 @@ def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
 def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:
     keywords = {"blocks": torch.zeros(1, 1, 2, 1, dtype=torch.int64), "query_block": 4, "key_block": 4} | change
     with pytest.raises(ls.ConfigError, match=message):
-        ops.block_sparse_attention(*inputs(6, 0), **keywords)
+        block_sparse_attention(*inputs(6, 0), **keywords)

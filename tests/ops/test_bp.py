@@ -13,6 +13,9 @@ from longspan.mechanisms.bp.nodes import make_table
 from longspan.mechanisms.bp.schedule import make_schedule
 from longspan.mechanisms.bp.tree import Chunks, Tree, make_layout
 
+# Any, as the calls unpack lists and dicts of arguments
+bp_attention: Any = ops.bp_attention
+
 FP64 = torch.float64
 
 
@@ -167,7 +170,7 @@ def test_documents_padding_and_a_carried_state(seed: int, causal: bool) -> None:
     start = torch.full((2, length), -1000)
     if causal:
         before = case(90, k, levels, True)
-        state = ops.bp_attention(
+        state = bp_attention(
             *(before[name].detach() for name in ("q", "k", "v", "queries", "relative")),
             nearest=k,
             lengths=torch.tensor([90, 37 * (seed % 2)]),
@@ -188,11 +191,11 @@ def test_documents_padding_and_a_carried_state(seed: int, causal: bool) -> None:
 def test_calls_in_any_cuts_carry_the_tree() -> None:
     tensors = {name: t.detach() for name, t in case(300, 2, 6, True, positioned=False).items()}
     q, k, v, queries, relative = tensors.values()
-    whole, end = ops.bp_attention(q, k, v, queries, relative, nearest=2)
+    whole, end = bp_attention(q, k, v, queries, relative, nearest=2)
     state, outs = None, []
     for first, last in ((0, 1), (1, 2), (2, 70), (70, 134), (134, 134), (134, 299), (299, 300)):
         part = (t[:, :, first:last] for t in (q, k, v))
-        out, state = ops.bp_attention(*part, queries, relative, nearest=2, state=state)
+        out, state = bp_attention(*part, queries, relative, nearest=2, state=state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-12, rtol=0)
     for actual, expected in zip(state, end, strict=True):
@@ -202,16 +205,16 @@ def test_calls_in_any_cuts_carry_the_tree() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_as_many_nodes_as_tokens_are_full_attention(causal: bool) -> None:
     q, k, v = (draw(seed, 2, heads, 50, 8) for seed, heads in enumerate((4, 2, 2)))
-    out, _ = ops.bp_attention(q, k, v, draw(3, 3, 2, 8), nearest=50, causal=causal)
+    out, _ = bp_attention(q, k, v, draw(3, 3, 2, 8), nearest=50, causal=causal)
     torch.testing.assert_close(out, ops.full_attention(q, k, v, causal=causal), atol=1e-12, rtol=0)
 
 
 def test_later_tokens_change_no_bit_and_far_ones_are_reached() -> None:
     tensors = case(500, 2, 8, True, positioned=False)
     q, k, v, queries, relative = tensors.values()
-    out, _ = ops.bp_attention(q, k, v, queries, relative, nearest=2)
+    out, _ = bp_attention(q, k, v, queries, relative, nearest=2)
     altered_qkv = [torch.cat([t[:, :, :333], 30 * draw(9, *t[:, :, 333:].shape)], 2) for t in (q, k, v)]
-    changed, _ = ops.bp_attention(*altered_qkv, queries, relative, nearest=2)
+    changed, _ = bp_attention(*altered_qkv, queries, relative, nearest=2)
     assert torch.equal(changed[:, :, :333], out[:, :, :333])
     (grad,) = torch.autograd.grad(out[:, :, 499].sum(), v)
     assert bool((grad != 0).all())  # through spans of up to 128 tokens
@@ -227,7 +230,7 @@ def test_gradients_of_all_inputs_equal_finite_differences() -> None:
     tensors = case(9, 1, 2, True)
 
     def call(q: Tensor, k: Tensor, v: Tensor, u: Tensor, e: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, ...]:
-        out, state = ops.bp_attention(q, k, v, u, e, nearest=1, positioned=(tq, tk))
+        out, state = bp_attention(q, k, v, u, e, nearest=1, positioned=(tq, tk))
         return out, state.open_k, state.open_mass
 
     assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
@@ -235,14 +238,14 @@ def test_gradients_of_all_inputs_equal_finite_differences() -> None:
 
 def test_refusals() -> None:
     q, k, u = draw(0, 1, 4, 5, 6), draw(1, 1, 2, 5, 6), draw(2, 3, 2, 6)
-    state = ops.bp_attention(q, k, k, u, nearest=2)[1]
+    state = bp_attention(q, k, k, u, nearest=2)[1]
     with pytest.raises(ConfigError, match="older tokens come as a state"):
-        ops.bp_attention(q[:, :, 1:], k, k, u, nearest=2)
+        bp_attention(q[:, :, 1:], k, k, u, nearest=2)
     with pytest.raises(ConfigError, match="only the causal form"):
-        ops.bp_attention(q, k, k, u, nearest=2, causal=False, state=state)
+        bp_attention(q, k, k, u, nearest=2, causal=False, state=state)
     with pytest.raises(ConfigError, match=r"relative \(3, 6\) must be"):
-        ops.bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
+        bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
     with pytest.raises(ConfigError, match="queries"):
-        ops.bp_attention(q, k, k, u[:, :1], nearest=2)
+        bp_attention(q, k, k, u[:, :1], nearest=2)
     with pytest.raises(ConfigError, match="nearest must be at least 1"):
-        ops.bp_attention(q, k, k, u, nearest=0)
+        bp_attention(q, k, k, u, nearest=0)

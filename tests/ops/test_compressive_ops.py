@@ -9,6 +9,9 @@ from torch import Tensor
 from longspan import ops, reference
 from longspan.errors import ConfigError
 
+# Any, as the calls unpack lists and dicts of arguments
+compressive_attention: Any = ops.compressive_attention
+
 DIM = 8
 
 
@@ -78,15 +81,13 @@ def test_attention_of_many_segments(kv_heads: int, in_parts: bool, monkeypatch: 
 def test_missing_keys_raise_one_clear_line() -> None:
     names = {"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2}
     tensors = attention_inputs(8, 16, names, 2)
-    ops.compressive_attention(*tensors, position=16, **names)
+    compressive_attention(*tensors, position=16, **names)
     with pytest.raises(ConfigError, match="must be a border, with 4 older keys"):
-        ops.compressive_attention(*tensors, position=18, **names)
+        compressive_attention(*tensors, position=18, **names)
     with pytest.raises(ConfigError, match="must be a border, with 4 older keys"):
-        ops.compressive_attention(tensors[0], *(t[:, :, 1:] for t in tensors[1:3]), *tensors[3:], position=16, **names)
+        compressive_attention(tensors[0], *(t[:, :, 1:] for t in tensors[1:3]), *tensors[3:], position=16, **names)
     with pytest.raises(ConfigError, match="3 slots: the last segment sees more"):
-        ops.compressive_attention(
-            *tensors[:3], *(t[:, :, -3:] for t in tensors[3:5]), *tensors[5:], position=16, **names
-        )
+        compressive_attention(*tensors[:3], *(t[:, :, -3:] for t in tensors[3:5]), *tensors[5:], position=16, **names)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -9,6 +9,11 @@ from torch import Tensor
 import longspan as ls
 from longspan import ops, reference
 
+# Any, as the calls unpack lists and dicts of arguments
+full_attention: Any = ops.full_attention
+relative_attention: Any = ops.relative_attention
+window_attention: Any = ops.window_attention
+
 HEADS, DIM = 4, 8
 
 
@@ -134,9 +139,9 @@ def test_nothing_visible_gives_zeros() -> None:
     qkv = inputs(6, 4)
     no_tokens = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
     for out in (
-        ops.full_attention(*qkv, **no_tokens),
-        ops.window_attention(*qkv, window=3, **no_tokens),
-        ops.relative_attention(*qkv, *relative_inputs(10), window=3, **no_tokens),
+        full_attention(*qkv, **no_tokens),
+        window_attention(*qkv, window=3, **no_tokens),
+        relative_attention(*qkv, *relative_inputs(10), window=3, **no_tokens),
     ):
         assert not out[0].any()
         assert torch.isfinite(torch.autograd.grad(out.sum(), qkv[0], retain_graph=True)[0]).all()
@@ -145,9 +150,9 @@ def test_nothing_visible_gives_zeros() -> None:
 @pytest.mark.parametrize("length", [0])
 def test_no_tokens(length: int) -> None:
     qkv = inputs(length, 5)
-    assert ops.full_attention(*qkv).shape == (2, HEADS, 0, DIM)
-    assert ops.window_attention(*qkv, window=3).shape == (2, HEADS, 0, DIM)
-    assert ops.relative_attention(*qkv, *relative_inputs(5), window=3).shape == (2, HEADS, 0, DIM)
+    assert full_attention(*qkv).shape == (2, HEADS, 0, DIM)
+    assert window_attention(*qkv, window=3).shape == (2, HEADS, 0, DIM)
+    assert relative_attention(*qkv, *relative_inputs(5), window=3).shape == (2, HEADS, 0, DIM)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -188,6 +193,6 @@ def test_rotary() -> None:
 def test_wrong_shapes_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="window"):
-        ops.window_attention(*qkv, window=0)
+        window_attention(*qkv, window=0)
     with pytest.raises(ls.ConfigError, match="r must be"):
-        ops.relative_attention(*qkv, torch.zeros(2, 3, 4), *relative_inputs(3)[1:])
+        relative_attention(*qkv, torch.zeros(2, 3, 4), *relative_inputs(3)[1:])

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_definitions import agree, inputs, ragged
+from tests.ops.test_definitions import agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops
+
+# Any, as the calls unpack lists and dicts of arguments
+group_attention: Any = ops.group_attention
 
 HEADS = 4
 
@@ -40,7 +43,7 @@ def test_bidirectional(length: int, itself: bool, heads: int) -> None:
     agree("group_attention", inputs(length, 0), groups=groups, **keywords)
     agree("group_attention", inputs(length, 0), groups=groups, lengths=torch.tensor([length, length // 3]), **keywords)
     with pytest.raises(ls.ConfigError, match="older keys"):
-        ops.group_attention(*inputs(length, 3), drawn_groups(length + 3, 6), **keywords)
+        group_attention(*inputs(length, 3), drawn_groups(length + 3, 6), **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -53,7 +56,7 @@ def test_the_future_changes_no_bit(heads: int, dtype: torch.dtype) -> None:
     for train in (False, True):
         with torch.set_grad_enabled(train):
             now = [t.clone().requires_grad_(train) for t in qkv]
-            before = ops.group_attention(*now, groups, num_groups=12, window=30)
+            before = group_attention(*now, groups, num_groups=12, window=30)
             for at in (1, 64, 333, 699):
                 changed = [t.clone() for t in qkv]
                 for t in changed:
@@ -61,7 +64,7 @@ def test_the_future_changes_no_bit(heads: int, dtype: torch.dtype) -> None:
                 moved = groups.clone()
                 moved[..., at:] = drawn_groups(length, 12, heads=heads, batch=1, seed=at)[..., at:]
                 changed = [t.requires_grad_(train) for t in changed]
-                after = ops.group_attention(*changed, moved, num_groups=12, window=30)
+                after = group_attention(*changed, moved, num_groups=12, window=30)
                 assert torch.equal(before[:, :, :at], after[:, :, :at])
 
 
@@ -69,7 +72,7 @@ def test_the_future_changes_no_bit(heads: int, dtype: torch.dtype) -> None:
 def test_columns_of_a_strided_pattern_are_groups(length: int, memory: int) -> None:
     qkv, stride = inputs(length, memory), 7
     groups = (torch.arange(memory + length) % stride)[None, None]
-    by_group = ops.group_attention(*qkv, groups, num_groups=stride, window=1000)
+    by_group = group_attention(*qkv, groups, num_groups=stride, window=1000)
     by_view = ops.sparse_attention(*qkv, pattern="strided", stride=stride, part="summary")
     torch.testing.assert_close(by_group, by_view, atol=1e-12, rtol=0)
 
@@ -78,13 +81,13 @@ def test_only_inputs_output_and_order_are_kept() -> None:
     saved: list[int] = []
     qkv = [torch.randn(1, 1, 4096, 16).requires_grad_() for _ in range(3)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        ops.group_attention(*qkv, drawn_groups(4096, 16, batch=1), num_groups=16, window=128)
+        group_attention(*qkv, drawn_groups(4096, 16, batch=1), num_groups=16, window=128)
     assert 0 < max(saved) <= 4096 * 16
 
 
 def test_wrong_groups_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="groups are"):
-        ops.group_attention(*qkv, drawn_groups(5, 2), num_groups=2, window=3)
+        group_attention(*qkv, drawn_groups(5, 2), num_groups=2, window=3)
     with pytest.raises(ls.ConfigError, match="window"):
-        ops.group_attention(*qkv, drawn_groups(6, 2), num_groups=2, window=0)
+        group_attention(*qkv, drawn_groups(6, 2), num_groups=2, window=0)

@@ -4,13 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_cost import MAPPING, Largest, close
-from test_definitions import DIM, HEADS, inputs
+from tests.ops.test_cost import MAPPING, Largest, close
+from tests.ops.test_definitions import DIM, HEADS, inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 from longspan import ops, reference
+
+# Any, as the calls unpack lists and dicts of arguments
+lsh_attention: Any = ops.lsh_attention
+lsh_cost: Any = ops.lsh_cost
 
 
 def rotations(rounds: int, buckets: int, *, heads: int = HEADS, dim: int = DIM, seed: int = 7) -> Tensor:
@@ -44,7 +48,7 @@ def agree(arguments: dict[str, Any], tensors: list[Tensor], **keywords: Any) -> 
     fast, slow = (where.lsh_attention(**arguments, **keywords) for where in (ops, reference))
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.lsh_attention(**arguments, **keywords), slow, atol=1e-9, rtol=0)
+        torch.testing.assert_close(lsh_attention(**arguments, **keywords), slow, atol=1e-9, rtol=0)
     weight = torch.randn(slow.shape, dtype=slow.dtype, generator=torch.Generator().manual_seed(3))
     fast_gradients, slow_gradients = (
         torch.autograd.grad(out, tensors, weight, allow_unused=True, materialize_grads=True) for out in (fast, slow)
@@ -115,7 +119,7 @@ def test_sorted_with_two_chunks_is_full_attention(length: int, size: int, rounds
     q, _, v = (t.detach() for t in inputs(length, 0))
     keywords = {"rotations": rotations(rounds, 8), "bucket_size": size, "selection": "sorted"}
     for causal in (True, False):
-        actual = ops.lsh_attention(q, v, causal=causal, **keywords)
+        actual = lsh_attention(q, v, causal=causal, **keywords)
         torch.testing.assert_close(actual, dense(q, v, causal=causal), atol=1e-10, rtol=0)
 
 
@@ -135,18 +139,18 @@ def test_sorted_rounds_are_the_paper_s_sum_with_log_counts() -> None:
     outs = logits.softmax(-1).nan_to_num(0) @ v[:, :, None]
     expected = (share.nan_to_num(0)[..., None] * outs).sum(2)
     alone = ~near.any(-1).any(2)
-    actual = ops.lsh_attention(q, v, rotations=turn, bucket_size=size, selection="sorted")
+    actual = lsh_attention(q, v, rotations=turn, bucket_size=size, selection="sorted")
     torch.testing.assert_close(actual, torch.where(alone[..., None], v, expected), atol=1e-10, rtol=0)
 
 
 def test_sorted_is_causal_in_values_and_not_in_what_it_selects() -> None:
     q, _, v = (t.detach() for t in inputs(300, 0))
     keywords = {"rotations": rotations(2, 16), "bucket_size": 16, "selection": "sorted"}
-    before = ops.lsh_attention(q, v, **keywords)
+    before = lsh_attention(q, v, **keywords)
     values = torch.cat([v[:, :, :200], 30 * v[:, :, 200:].flip(2)], 2)
-    assert torch.equal(ops.lsh_attention(q, values, **keywords)[:, :, :200], before[:, :, :200])
+    assert torch.equal(lsh_attention(q, values, **keywords)[:, :, :200], before[:, :, :200])
     queries = torch.cat([q[:, :, :200], q[:, :, 200:].abs()], 2)
-    moved = (ops.lsh_attention(queries, v, **keywords) - before)[:, :, :200]
+    moved = (lsh_attention(queries, v, **keywords) - before)[:, :, :200]
     assert (moved.abs().amax((0, 1, 3)) > 0.01).sum() > 20
 
 
@@ -155,7 +159,7 @@ def test_sorted_and_bidirectional_forms_take_no_rings() -> None:
     rings = drawn_rings(1, 4, 2, HEADS)
     for form in ({"selection": "sorted"}, {"causal": False}):
         with pytest.raises(ls.UnsupportedError, match="only the causal strict selection streams"):
-            ops.lsh_attention(q, v, rotations=rotations(1, 4), bucket_size=2, rings=rings, **form)
+            lsh_attention(q, v, rotations=rotations(1, 4), bucket_size=2, rings=rings, **form)
 
 
 def test_a_pushed_token_is_a_pushed_call_of_one() -> None:
@@ -190,7 +194,7 @@ def test_strict_with_buckets_for_all_is_full_attention_without_self(length: int,
     q, v = q.detach().abs(), v.detach()  # positive, so that one direction and its opposite make one bucket
     along = torch.ones(HEADS, rounds, DIM, 1, dtype=torch.float64)
     for causal in (True, False):
-        actual = ops.lsh_attention(q, v, rotations=along, bucket_size=length, causal=causal)
+        actual = lsh_attention(q, v, rotations=along, bucket_size=length, causal=causal)
         torch.testing.assert_close(actual, dense(q, v, causal=causal), atol=1e-10, rtol=0)
 
 
@@ -206,7 +210,7 @@ def test_the_future_changes_no_bit(rounds: int, shared: bool, dtype: torch.dtype
         for at in (1, 64, 257, 699):
             changed = [torch.cat([t[:, :, :at], 30 * t[:, :, at:].flip(2)], 2) for t in (q, k, v)]
             outs = [
-                ops.lsh_attention(a.requires_grad_(train), c, k=None if shared else b, rotations=turn, bucket_size=9)
+                lsh_attention(a.requires_grad_(train), c, k=None if shared else b, rotations=turn, bucket_size=9)
                 for a, b, c in ((q, k, v), changed)
             ]
             assert torch.equal(outs[0][:, :, :at], outs[1][:, :, :at]), at
@@ -233,8 +237,8 @@ def test_cost(length: int, causal: bool, shared: bool, selection: str) -> None:
     turn = rotations(2, 8, heads=2, dim=16).float()
     shape = {"bucket_size": 40, "causal": causal, "selection": selection}
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
-        ops.lsh_attention(q, v, k=None if shared else k, rotations=turn, **shape)
-    entries = ops.lsh_cost(length, **shape, num_hashes=2, num_buckets=8, shared=shared)
+        lsh_attention(q, v, k=None if shared else k, rotations=turn, **shape)
+    entries = lsh_cost(length, **shape, num_hashes=2, num_buckets=8, shared=shared)
     hashes = length * 2 * 4 * (1 if shared else 2)
     assert close(counter.get_total_flops(), 2 * 16 * (4 * entries + 2 * hashes))
 
@@ -246,7 +250,7 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
     q, v, k = (torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3))
     turn = rotations(2, 64, heads=2, dim=16).float()
     with Largest() as largest:
-        out = ops.lsh_attention(q, v, k=None if shared else k, rotations=turn, bucket_size=32, selection=selection)
+        out = lsh_attention(q, v, k=None if shared else k, rotations=turn, bucket_size=32, selection=selection)
         if train:
             torch.autograd.grad(out.sum(), [q, v])
     assert largest.numbers <= 2**20
@@ -265,4 +269,4 @@ def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: s
     q, _, v = inputs(6, 0)
     keywords = {"rotations": rotations(1, 4), "bucket_size": 2} | change
     with pytest.raises(ls.ConfigError, match=message):
-        ops.lsh_attention(q, v, **keywords)
+        lsh_attention(q, v, **keywords)

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_cost import Largest, close, counted
+from tests.ops.test_cost import Largest, close, counted
 from torch import Tensor
 
 from longspan import ops, reference
 from longspan.errors import ConfigError
 from longspan.mechanisms.memorizing import operation as memorizing
+
+# Any, as the calls unpack lists and dicts of arguments
+memorizing_attention: Any = ops.memorizing_attention
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -66,7 +69,7 @@ def test_equals_its_definition(
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.memorizing_attention(*operands, **more), expected[0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(memorizing_attention(*operands, **more), expected[0], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("top", [120, 500])
@@ -74,7 +77,7 @@ def test_all_retrieved_is_the_full_softmax_over_the_store(top: int) -> None:
     """Outputs and gradients of the queries; none reaches the stored keys and values."""
     q, k, v, local, _, scale = leaves(2, 4, 2, 33, 120)
     open_gate, everything = torch.full((4,), 1e9, dtype=torch.float64), bounds("all", 2, 33, 120)
-    out = ops.memorizing_attention(q, k, v, local, open_gate, scale, top=top, **everything)
+    out = memorizing_attention(q, k, v, local, open_gate, scale, top=top, **everything)
     unit = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt() * scale[:, None, None]
     keys, values = (t.detach().repeat_interleave(2, 1) for t in (k, v))
     dense = torch.softmax(unit @ keys.mT, -1) @ values
@@ -89,10 +92,10 @@ def test_all_retrieved_is_the_full_softmax_over_the_store(top: int) -> None:
 def test_a_closed_gate_and_an_empty_store_leave_local_attention() -> None:
     q, k, v, local, gate, scale = leaves(2, 4, 2, 9, 20)
     closed = torch.full((4,), -1e9, dtype=torch.float64)
-    assert torch.equal(ops.memorizing_attention(q, k, v, local, closed, scale, top=3, **bounds("all", 2, 9, 20)), local)
+    assert torch.equal(memorizing_attention(q, k, v, local, closed, scale, top=3, **bounds("all", 2, 9, 20)), local)
     empty = torch.full((1, 1), 4)
-    assert torch.equal(ops.memorizing_attention(q, k, v, local, gate, scale, top=3, first=empty, last=empty), local)
-    without_store = ops.memorizing_attention(
+    assert torch.equal(memorizing_attention(q, k, v, local, gate, scale, top=3, first=empty, last=empty), local)
+    without_store = memorizing_attention(
         q, k[:, :, :0], v[:, :, :0], local, gate, scale, top=3, first=empty * 0, last=empty * 0
     )
     assert torch.equal(without_store, local)
@@ -103,7 +106,7 @@ def test_a_written_key_is_found() -> None:
     _, k, v, local, _, _ = leaves(1, 2, 2, 40, 5000)
     column = torch.randint(5000, (40,), generator=torch.Generator().manual_seed(3))
     q, gate, scale = 0.3 * k[:, :, column], torch.full((2,), 1e9), torch.full((2,), 1e4, dtype=torch.float64)
-    out = ops.memorizing_attention(q, k, v, local, gate, scale, top=4, **bounds("all", 1, 40, 5000))
+    out = memorizing_attention(q, k, v, local, gate, scale, top=4, **bounds("all", 1, 40, 5000))
     torch.testing.assert_close(out, v[:, :, column], atol=1e-9, rtol=0)
 
 
@@ -126,7 +129,7 @@ def test_cost(length: int, window: int, kv_heads: int) -> None:
     last = torch.arange(length)[None] // window * window
     q, k, v, local, gate, scale = (t.detach() for t in leaves(2, 2, kv_heads, length, length))
     more = {"top": 32, "first": (last - 700).clamp(min=0), "last": last}
-    measured = counted(lambda: ops.memorizing_attention(q, k, v, local, gate, scale, **more))
+    measured = counted(lambda: memorizing_attention(q, k, v, local, gate, scale, **more))
     cost = ops.memorizing_cost(length, window=window, max_memories=700, top=32, group=2 // kv_heads)
     assert close(measured, 2 * 8 * 2 * 2 * sum(cost))
 
@@ -136,7 +139,7 @@ def test_scores_are_never_held_at_once() -> None:
     operands = [t.detach().float() for t in leaves(1, 4, 4, 4000, 4000)]
     operands[0].requires_grad_()
     with Largest() as largest:
-        out = ops.memorizing_attention(*operands, top=8, **bounds("all", 1, 4000, 4000))
+        out = memorizing_attention(*operands, top=8, **bounds("all", 1, 4000, 4000))
         out.sum().backward()
     assert 0 < largest.numbers <= memorizing.ENTRIES
 
@@ -144,6 +147,6 @@ def test_scores_are_never_held_at_once() -> None:
 def test_wrong_shapes_are_refused() -> None:
     operands = [t.detach() for t in leaves(1, 4, 2, 5, 9)]
     with pytest.raises(ConfigError, match="kv_heads dividing heads"):
-        ops.memorizing_attention(operands[0][:, :3], *operands[1:], top=3, **bounds("all", 1, 5, 9))
+        memorizing_attention(operands[0][:, :3], *operands[1:], top=3, **bounds("all", 1, 5, 9))
     with pytest.raises(ConfigError, match="top must be at least 1"):
-        ops.memorizing_attention(*operands, top=0, **bounds("all", 1, 5, 9))
+        memorizing_attention(*operands, top=0, **bounds("all", 1, 5, 9))

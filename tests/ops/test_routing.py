@@ -5,14 +5,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cost import MAPPING, Largest, close
-from test_definitions import DIM, HEADS, inputs
+from tests.ops.test_cost import MAPPING, Largest, close
+from tests.ops.test_definitions import DIM, HEADS, inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 from longspan import ops, reference
 from longspan.engine.definitions.softmax import attend
+
+# Any, as the calls unpack lists and dicts of arguments
+group_attention: Any = ops.group_attention
+routing_attention: Any = ops.routing_attention
+routing_cost: Any = ops.routing_cost
 
 
 def drawn_centroids(count: int, *, heads: int = HEADS, dim: int = DIM, seed: int = 7) -> Tensor:
@@ -45,7 +50,7 @@ def agree(arguments: dict[str, Any], **keywords: Any) -> None:
     fast, slow = (where.routing_attention(**arguments, **keywords) for where in (ops, reference))
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.routing_attention(**arguments, **keywords), slow, atol=1e-9, rtol=0)
+        torch.testing.assert_close(routing_attention(**arguments, **keywords), slow, atol=1e-9, rtol=0)
     weight = torch.randn(slow.shape, dtype=slow.dtype, generator=torch.Generator().manual_seed(3))
     tensors = [arguments["q"], arguments["k"], arguments["v"], *arguments.get("rings", ())[:2]]
     fast_gradients, slow_gradients = (
@@ -110,10 +115,10 @@ def test_routes_and_clusters_stand_for_q_and_k() -> None:
         form = {"window": 8, "selection": selection}
         fast, slow = (w.routing_attention(q, k, v, centroids, routes=routes, **form) for w in (ops, reference))
         torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
-        assert (fast - ops.routing_attention(q, k, v, centroids, **form)).abs().max() > 0.01
+        assert (fast - routing_attention(q, k, v, centroids, **form)).abs().max() > 0.01
     clusters = tuple(ops.routing_clusters(t, centroids) for t in routes)
-    by_routes = ops.routing_attention(q, k, v, centroids, routes=routes, window=8)
-    assert torch.equal(ops.routing_attention(q, k, v, centroids, clusters=clusters, window=8), by_routes)
+    by_routes = routing_attention(q, k, v, centroids, routes=routes, window=8)
+    assert torch.equal(routing_attention(q, k, v, centroids, clusters=clusters, window=8), by_routes)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -124,7 +129,7 @@ def test_balanced_with_room_for_all_is_full_attention(length: int, count: int, k
     q, k, v = (t.detach() for t in inputs(length, 0, kv_heads=kv_heads))
     for causal in (True, False):
         form = {"window": length, "causal": causal, "selection": "balanced"}
-        actual = ops.routing_attention(q, k, v, drawn_centroids(count), **form)
+        actual = routing_attention(q, k, v, drawn_centroids(count), **form)
         expected = reference.full_attention(q, k, v, causal=causal)
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
@@ -134,7 +139,7 @@ def test_balanced_with_room_for_all_is_full_attention(length: int, count: int, k
 def test_strict_with_one_cluster_for_all_is_full_attention(length: int, kv_heads: int) -> None:
     q, k, v = (t.detach() for t in inputs(length, 0, kv_heads=kv_heads))
     for causal in (True, False):
-        actual = ops.routing_attention(q, k, v, drawn_centroids(1), window=length, causal=causal)
+        actual = routing_attention(q, k, v, drawn_centroids(1), window=length, causal=causal)
         expected = reference.full_attention(q, k, v, causal=causal)
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
@@ -148,7 +153,7 @@ def test_shared_keys_with_room_for_all_are_full_attention_without_self(length: i
         seen = not_itself.tril() if causal else not_itself
         seen = seen | (torch.eye(length, dtype=torch.bool) & ~seen.any(-1, keepdim=True))
         form = {"window": length, "causal": causal, "selection": selection, "itself": False}
-        actual = ops.routing_attention(q, q, v, drawn_centroids(1), **form)
+        actual = routing_attention(q, q, v, drawn_centroids(1), **form)
         torch.testing.assert_close(actual, attend(q, q, v, seen), atol=1e-10, rtol=0)
 
 
@@ -159,8 +164,8 @@ def test_strict_with_shared_clusters_is_attention_in_groups(causal: bool, itself
     clusters = ops.routing_clusters(q, drawn_centroids(7))
     window = 20 if itself or causal else 19  # per side: the group counts the query in
     form = {"causal": causal, "itself": itself}
-    actual = ops.routing_attention(q, k, v, drawn_centroids(7), window=window, clusters=(clusters, clusters), **form)
-    expected = ops.group_attention(q, k, v, clusters, num_groups=7, window=20, **form)
+    actual = routing_attention(q, k, v, drawn_centroids(7), window=window, clusters=(clusters, clusters), **form)
+    expected = group_attention(q, k, v, clusters, num_groups=7, window=20, **form)
     sees_no_key = (expected == 0).all(-1, keepdim=True)  # in the group form, which leaves the query itself out
     expected = torch.where(sees_no_key, by_query_heads(v), expected)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
@@ -176,7 +181,7 @@ def test_clusters_know_directions_only_and_their_order_means_nothing() -> None:
     assert len(clusters.unique()) == 8
     for selection in ("strict", "balanced"):
         form = {"window": 30, "selection": selection}
-        once, again = (ops.routing_attention(q, k, v, c, **form) for c in (centroids, centroids[:, order]))
+        once, again = (routing_attention(q, k, v, c, **form) for c in (centroids, centroids[:, order]))
         torch.testing.assert_close(once, again, atol=1e-12, rtol=0)
 
 
@@ -205,7 +210,7 @@ def test_balanced_clusters_share_and_skip_tokens() -> None:
     assert count.max() >= 2
     assert (count == 0).sum() >= 28
     expected = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], v[0, 0])
-    actual = ops.routing_attention(q, q, v, centroids, window=4, selection="balanced")
+    actual = routing_attention(q, q, v, centroids, window=4, selection="balanced")
     torch.testing.assert_close(actual[0, 0], expected, atol=1e-12, rtol=0)
 
 
@@ -223,7 +228,7 @@ def test_the_future_changes_no_bit(count: int, shared: bool, dtype: torch.dtype)
             outs = []
             for q, k, v in (qkv, changed):
                 q = q.clone().requires_grad_(train)
-                outs.append(ops.routing_attention(q, q if shared else k, v, centroids, window=9, itself=not shared))
+                outs.append(routing_attention(q, q if shared else k, v, centroids, window=9, itself=not shared))
             assert torch.equal(outs[0][:, :, :at], outs[1][:, :, :at]), at
 
 
@@ -233,7 +238,7 @@ def test_balanced_is_causal_in_values_and_not_in_what_it_selects(shared: bool) -
     keywords = {"window": 30, "selection": "balanced"}
 
     def run(q: Tensor, v: Tensor) -> Tensor:
-        return ops.routing_attention(q, q if shared else k, v, drawn_centroids(8), **keywords)
+        return routing_attention(q, q if shared else k, v, drawn_centroids(8), **keywords)
 
     before = run(q, v)
     values = torch.cat([v[:, :, :200], 30 * v[:, :, 200:].flip(2)], 2)
@@ -247,7 +252,7 @@ def test_balanced_and_bidirectional_forms_take_no_rings() -> None:
     q, k, v = inputs(5, 0)
     for form in ({"selection": "balanced"}, {"causal": False}):
         with pytest.raises(ls.UnsupportedError, match="only the causal strict selection streams"):
-            ops.routing_attention(q, k, v, drawn_centroids(4), window=2, rings=drawn_rings(4, 2, 2), **form)
+            routing_attention(q, k, v, drawn_centroids(4), window=2, rings=drawn_rings(4, 2, 2), **form)
 
 
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
@@ -258,8 +263,8 @@ def test_cost(length: int, causal: bool, shared: bool, selection: str) -> None:
     q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
     form = {"window": 80, "causal": causal, "selection": selection}
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
-        ops.routing_attention(q, q if shared else k, v, drawn_centroids(8, heads=2, dim=16).float(), **form)
-    entries = ops.routing_cost(length, **form, num_clusters=8, shared=shared)
+        routing_attention(q, q if shared else k, v, drawn_centroids(8, heads=2, dim=16).float(), **form)
+    entries = routing_cost(length, **form, num_clusters=8, shared=shared)
     routed = length * 8 * (1 if shared else 2)
     assert close(counter.get_total_flops(), 2 * 16 * (4 * entries + 2 * routed))
 
@@ -271,7 +276,7 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
     q, k, v = (torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3))
     centroids = drawn_centroids(64, heads=2, dim=16).float()
     with Largest() as largest:
-        out = ops.routing_attention(q, q if shared else k, v, centroids, window=128, selection=selection)
+        out = routing_attention(q, q if shared else k, v, centroids, window=128, selection=selection)
         if train:
             torch.autograd.grad(out.sum(), [q, v])
     assert largest.numbers <= 2**21  # 64 clusters x 8192 tokens x 2 heads are half of it, the map is 2**27
@@ -290,4 +295,4 @@ def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: s
     q, k, v = inputs(6, 0)
     keywords = {"q": q, "k": k, "v": v, "centroids": drawn_centroids(4), "window": 2} | change
     with pytest.raises(ls.ConfigError, match=message):
-        ops.routing_attention(**keywords)
+        routing_attention(**keywords)

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_definitions import DIM, HEADS, agree, inputs, ragged
+from tests.ops.test_definitions import DIM, HEADS, agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops, reference
+
+# Any, as the calls unpack lists and dicts of arguments
+adaptive_span_attention: Any = ops.adaptive_span_attention
 
 
 def spans(kind: str, length: int) -> Tensor:
@@ -52,9 +55,9 @@ def test_persistent_vectors(kv_heads: int, include_self: bool) -> None:
 def test_a_full_span_is_a_window_and_a_wide_one_dense() -> None:
     qkv = inputs(150, 40)
     window = ops.window_attention(*qkv, window=33)
-    actual = ops.adaptive_span_attention(*qkv, torch.full((HEADS,), 33.0), ramp=8, window=33)
+    actual = adaptive_span_attention(*qkv, torch.full((HEADS,), 33.0), ramp=8, window=33)
     torch.testing.assert_close(actual, window, atol=1e-12, rtol=0)
-    actual = ops.adaptive_span_attention(*qkv, torch.full((HEADS,), 1000.0), ramp=8)
+    actual = adaptive_span_attention(*qkv, torch.full((HEADS,), 1000.0), ramp=8)
     torch.testing.assert_close(actual, ops.full_attention(*qkv), atol=1e-12, rtol=0)
 
 
@@ -64,7 +67,7 @@ def test_the_gradient_of_the_span_equals_finite_differences() -> None:
     weight = torch.randn(2, HEADS, 90, DIM, dtype=torch.float64)
 
     def loss(span: Tensor) -> Tensor:
-        return (ops.adaptive_span_attention(*qkv, span, ramp=6) * weight).sum()
+        return (adaptive_span_attention(*qkv, span, ramp=6) * weight).sum()
 
     (gradient,) = torch.autograd.grad(loss(span.requires_grad_()), span)
     assert torch.isfinite(gradient).all()
@@ -79,25 +82,25 @@ def test_the_gradient_of_the_span_equals_finite_differences() -> None:
 def test_the_future_changes_no_bit(dtype: torch.dtype) -> None:
     qkv = [t.detach().to(dtype) for t in inputs(300, 0, batch=1)]
     span = torch.tensor([0.0, 20.5, 100.0, 64.0], dtype=dtype)
-    before = ops.adaptive_span_attention(*qkv, span, ramp=9)
+    before = adaptive_span_attention(*qkv, span, ramp=9)
     for at in (1, 64, 171, 299):
         changed = [t.clone() for t in qkv]
         for t in changed:
             t[:, :, at:] = 40.0
-        assert torch.equal(before[:, :, :at], ops.adaptive_span_attention(*changed, span, ramp=9)[:, :, :at])
+        assert torch.equal(before[:, :, :at], adaptive_span_attention(*changed, span, ramp=9)[:, :, :at])
 
 
 def test_only_inputs_and_outputs_are_kept() -> None:
     saved: list[int] = []
     qkv = [torch.randn(1, 1, 4096, 16).requires_grad_() for _ in range(3)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        ops.adaptive_span_attention(*qkv, torch.tensor([300.0], requires_grad=True), ramp=32)
+        adaptive_span_attention(*qkv, torch.tensor([300.0], requires_grad=True), ramp=32)
     assert 0 < max(saved) <= 4096 * 16
 
 
 def test_wrong_spans_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="span is"):
-        ops.adaptive_span_attention(*qkv, torch.zeros(3), ramp=2)
+        adaptive_span_attention(*qkv, torch.zeros(3), ramp=2)
     with pytest.raises(ls.ConfigError, match="ramp"):
-        ops.adaptive_span_attention(*qkv, torch.zeros(HEADS), ramp=0)
+        adaptive_span_attention(*qkv, torch.zeros(HEADS), ramp=0)

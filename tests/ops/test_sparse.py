@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_definitions import agree, inputs, ragged
+from tests.ops.test_definitions import agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops
 from longspan.engine.tiles import Bands
 from longspan.mechanisms.sparse.schedules import make_class_plan
+
+# Any, as the calls unpack lists and dicts of arguments
+sparse_attention: Any = ops.sparse_attention
 
 PARTS = ("union", "local", "summary")
 FORMS = [(pattern, part) for pattern in ("strided", "fixed") for part in PARTS]
@@ -34,7 +37,7 @@ def map_of(length: int, **keywords: Any) -> Tensor:
     q = torch.zeros(1, kv_heads, length, length, dtype=torch.float64)
     unit = torch.eye(length, dtype=torch.float64).expand(1, kv_heads, -1, -1)
     with torch.no_grad():
-        return ops.sparse_attention(q, torch.zeros_like(q), unit, **keywords)[0]
+        return sparse_attention(q, torch.zeros_like(q), unit, **keywords)[0]
 
 
 @pytest.mark.parametrize(("pattern", "part"), FORMS)
@@ -86,7 +89,7 @@ def test_inside_the_open_block(part: str, length: int, memory: int, opened: int)
     rows = {"memory_lengths": torch.tensor([memory, 4]), "lengths": torch.tensor([1, length])}
     agree("sparse_attention", qkv, **keywords, open_block=torch.tensor([opened, 1]), **rows)
     with pytest.raises(ls.ConfigError, match="open_block"):
-        ops.sparse_attention(*inputs(17, memory), **keywords, open_block=opened)
+        sparse_attention(*inputs(17, memory), **keywords, open_block=opened)
 
 
 @pytest.mark.parametrize(("pattern", "part"), FORMS)
@@ -98,7 +101,7 @@ def test_a_thousand_tokens(pattern: str, part: str) -> None:
 def test_a_stride_of_the_length_is_dense(pattern: str) -> None:
     qkv = inputs(90, 0)
     dense = ops.full_attention(*qkv)
-    torch.testing.assert_close(ops.sparse_attention(*qkv, pattern=pattern, stride=90), dense, atol=1e-12, rtol=0)
+    torch.testing.assert_close(sparse_attention(*qkv, pattern=pattern, stride=90), dense, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("memory", [0, 5, 17])
@@ -125,7 +128,7 @@ def test_nothing_of_the_size_of_the_map_is_kept() -> None:
     qkv = [torch.randn(1, 1, 8192, 16).requires_grad_() for _ in range(3)]
     for pattern in ("strided", "fixed"):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            ops.sparse_attention(*qkv, pattern=pattern, stride=64, summary=4)
+            sparse_attention(*qkv, pattern=pattern, stride=64, summary=4)
     assert saved
     assert max(saved) <= 8192 * 16
 
@@ -140,4 +143,4 @@ def test_wrong_patterns_raise_one_clear_line() -> None:
         ({"pattern": "fixed", "stride": 4, "summary": 2, "summary_offset": (0, 3)}, "summary_offset"),
     ):
         with pytest.raises(ls.ConfigError, match=word):
-            ops.sparse_attention(*qkv, **keywords)
+            sparse_attention(*qkv, **keywords)
