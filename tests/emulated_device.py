@@ -87,7 +87,7 @@ class Emulated(Tensor):
     @staticmethod
     def __new__(cls, data: Tensor) -> "Emulated":
         assert type(data) is Tensor, type(data)
-        out: Emulated = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out: Emulated = Tensor._make_wrapper_subclass(
             cls,
             data.shape,
             strides=data.stride(),
@@ -101,10 +101,12 @@ class Emulated(Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{function}: a tensor of the emulated device outside `emulated()`")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Emulated({self.data_!r})"
 
     def tolist(self) -> Any:
@@ -121,7 +123,7 @@ class Device(TorchDispatchMode):
     """
 
     def __init__(self, *, float64: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.float64 = _register(), float64
         self.reads: list[str] = []
         self.calls: list[str] = []
@@ -205,7 +207,7 @@ _register()
 def emulated(*, float64: bool = True) -> Iterator[Device]:
     """The device, for the time of the context; see the module."""
     device = Device(float64=float64)
-    lifts = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
+    lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then makes a CPU tensor and moves it
     Module.active = True
     try:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.errors import CheckpointError
+from longspan.tasks.bytes import ByteTask
 from longspan.train import load_run, run
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -43,8 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: Any, **config: Any) -> dict[str, Any]:
     """One task of the harness over `DOCUMENTS`."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
+    import datasets  # type: ignore[import-untyped]
+    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped]
 
     def local(**_: Any) -> Any:
         return {"test": datasets.Dataset.from_list(DOCUMENTS)}
@@ -58,6 +59,7 @@ def evaluate(model: Any, **config: Any) -> dict[str, Any]:
 def definition(folder: Path, context: str, text: str) -> tuple[float, bool]:
     """Log-likelihood of a text after a context, from one forward."""
     model, task = load_run(folder)
+    assert isinstance(task, ByteTask)
     ids = [task.tokenizer.begin, *context.encode(), *text.encode()]
     logits = model(torch.tensor([ids[:-1]]))[0][0, len(context.encode()) :].log_softmax(-1)
     targets = torch.tensor(list(text.encode()))
@@ -117,6 +119,7 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
     answers = [sample["resps"][0][0] for sample in report["samples"]["local"]]
     assert all("we" not in answer and len(answer) <= 30 for answer in answers)
     model, task = load_run(folder)
+    assert isinstance(task, ByteTask)
     ids = [task.tokenizer.begin, *b"The state of the union"]
     with torch.no_grad():
         for _ in range(len(answers[2])):
@@ -127,7 +130,7 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
 
 def test_a_converted_model_is_evaluated_too(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
     from tests.hf.conftest import save_llama
 
     from longspan.cli.app import run as command

@@ -65,7 +65,7 @@ def test_runs_of_one_size_fix_no_joint_law(form: Any, same: str) -> None:
 def test_parameters_that_the_runs_do_not_determine_are_named() -> None:
     # tokens in proportion to parameters: the two terms stand for each other
     tokens = np.array([1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9])
-    table = {"N": tokens / 20, "D": tokens}
+    table: dict[str, Any] = {"N": tokens / 20, "D": tokens}
     loss = scaling.Fit("chinchilla", LAWS["chinchilla"], {}, 0.0, 0).predict(**table)
     fit = scaling.fit("chinchilla", {**table, "loss": loss}, draws=5)
     assert {"A", "B"} <= set(fit.undetermined)
@@ -131,8 +131,8 @@ def test_costs_count_attention_over_the_context() -> None:
     flops = scaling.training_flops(1e6, 1e9, num_layers=12, attn_dim=768, attended=n_ctx / 2)
     assert flops == pytest.approx((6e6 + 3 * 2 * 12 * n_ctx * 768) * 1e9)
     common: dict[str, Any] = {"vocab_size": 50, "dim": 32, "num_layers": 2, "num_heads": 4}
-    dense = ls.Decoder(ls.DecoderConfig(**common, mixers=[{"name": "full"}]))
-    near = ls.Decoder(ls.DecoderConfig(**common, mixers=[{"name": "window", "window": 16}]))
+    dense: Any = ls.Decoder(ls.DecoderConfig(**common, mixers=({"name": "full"},)))
+    near = ls.Decoder(ls.DecoderConfig(**common, mixers=({"name": "window", "window": 16},)))
     own = dense.num_parameters() - dense.embedding.weight.numel()
     assert scaling.non_embedding(dense) == own
     expected = scaling.training_flops(own, 1e6, num_layers=2, attn_dim=32, attended=(1024 + 1) / 2)

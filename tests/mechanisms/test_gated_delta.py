@@ -238,7 +238,7 @@ def test_the_layer_is_what_the_equations_say(fields: dict[str, Any]) -> None:
 
 
 def test_a_new_layer_begins_as_the_paper_does() -> None:
-    core = mixers.build("gated_delta", dim=64, num_heads=512, head_dim=2).core
+    core: Any = mixers.build("gated_delta", dim=64, num_heads=512, head_dim=2).core
     rates, steps = core.A_log.exp(), F.softplus(core.dt_bias)
     assert 0 < rates.min() < 1 < 15 < rates.max() <= 16
     assert 1e-3 <= steps.min() * 1.0001 < 2e-3 < 5e-2 < steps.max() <= 0.1001
@@ -250,7 +250,8 @@ def test_a_new_layer_begins_as_the_paper_does() -> None:
 @torch.no_grad()
 def test_a_hundred_thousand_tokens_under_autocast_stay_finite() -> None:
     mixer = layer().float()
-    state, x = None, 3 * torch.randn(1, 12_500, 24, generator=torch.Generator().manual_seed(0))
+    state: Any = None
+    x = 3 * torch.randn(1, 12_500, 24, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(8):
             y, state = mixer(x, state)

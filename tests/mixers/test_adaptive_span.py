@@ -48,7 +48,8 @@ def test_penalty_is_the_mean_span() -> None:
     assert penalties[0].item() == pytest.approx(0.5 * 16.0)
     (gradient,) = torch.autograd.grad(penalties[0], mixer.core.span)
     assert gradient[1:].tolist() == pytest.approx([0.5 * 64 / HEADS] * 3)
-    dynamic, dynamic_penalties = build(dynamic=True, penalty=1.0), []
+    dynamic = build(dynamic=True, penalty=1.0)
+    dynamic_penalties: list[Tensor] = []
     mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
     dynamic(drawn(9), mask=mask, penalties=dynamic_penalties)
     short = [p for row, n in ((0, 9), (1, 4)) for p in penalty_of(dynamic, drawn(9)[row : row + 1, :n])]
@@ -130,13 +131,13 @@ def test_states_continue_when_spans_change(before: float, after: float) -> None:
 
 def test_short_spans_cost_less_and_give_the_same_outputs() -> None:
     """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and the outputs of untrimmed attention."""
-    models = []
+    models: list[Any] = []
     for trimmed in (True, False):
         torch.manual_seed(0)
         config = ls.DecoderConfig(
             dim=32, num_layers=4, num_heads=4, mixers=({"name": "adaptive_span", "max_span": 512, "ramp": 16},)
         )
-        model = ls.Decoder(config).eval()
+        model: Any = ls.Decoder(config).eval()
         spans = torch.tensor([0.0, 0.03, 0.1, 0.37])
         for block in model.layers:
             with torch.no_grad():
@@ -148,7 +149,7 @@ def test_short_spans_cost_less_and_give_the_same_outputs() -> None:
     text = torch.randint(256, (1, 1200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(models[0](text)[0], models[1](text)[0], atol=1e-5, rtol=1e-5)
-    full = ls.Decoder(models[0].config)
+    full: Any = ls.Decoder(models[0].config)
     for block in full.layers:
         nn.init.ones_(block.mixer.core.span)
     assert models[0].layers[0].mixer.core.flops(4096) * 2 < full.layers[0].mixer.core.flops(4096)

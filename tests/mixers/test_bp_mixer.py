@@ -64,7 +64,7 @@ def test_the_papers_graph_and_ours_agree_on_who_sees_whom() -> None:
     """With means as spans and the same projections, our layer gives the outputs of the paper's."""
     length, k, heads, dim = 37, 2, 2, 8
     graph = bp.paper_graph(length, k)
-    weights = [torch.randn(dim, dim, dtype=FP64) for _ in range(3)]
+    q_weight, k_weight, v_weight = (torch.randn(dim, dim, dtype=FP64) for _ in range(3))
     x = torch.randn(1, length, dim, dtype=FP64)
     means, level = [x], 1
     while level <= (length - 1).bit_length():
@@ -72,8 +72,8 @@ def test_the_papers_graph_and_ours_agree_on_who_sees_whom() -> None:
         level += 1
     nodes = torch.cat(means, 1)
     relative = torch.zeros(int(graph.place.max()) + 1, dim // heads, dtype=FP64)
-    paper = bp.paper_layer(nodes, *weights, relative, graph, heads=heads)[:, :length]
-    q, key, value = ((x @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in weights)
+    paper = bp.paper_layer(nodes, q_weight, k_weight, v_weight, relative, graph, heads=heads)[:, :length]
+    q, key, value = ((x @ w).unflatten(-1, (heads, -1)).transpose(1, 2) for w in (q_weight, k_weight, v_weight))
     ours, _ = ls.ops.bp_attention(q, key, value, torch.zeros(level - 1, heads, dim // heads, dtype=FP64), nearest=k)
     torch.testing.assert_close(ours.transpose(1, 2).flatten(2), paper)
 
@@ -81,11 +81,11 @@ def test_the_papers_graph_and_ours_agree_on_who_sees_whom() -> None:
 def test_spans_of_the_paper_begin_as_means_of_their_tokens() -> None:
     length, heads, dim = 21, 2, 8
     graph = bp.paper_graph(length, 1, causal=False)
-    weights = [torch.randn(dim, dim, dtype=FP64) for _ in range(3)]
+    q_weight, k_weight, v_weight = (torch.randn(dim, dim, dtype=FP64) for _ in range(3))
     x = torch.randn(1, length, dim, dtype=FP64)
     nodes = torch.cat([x, x.new_zeros(1, len(graph.place) - length, dim)], 1)
     relative = torch.randn(int(graph.place.max()) + 1, dim // heads, dtype=FP64)
-    out = bp.paper_layer(nodes, *weights, relative, graph, heads=heads)
-    values = x @ weights[2]
+    out = bp.paper_layer(nodes, q_weight, k_weight, v_weight, relative, graph, heads=heads)
+    values = x @ v_weight
     torch.testing.assert_close(out[:, length : length + 10], values[:, :20].unflatten(1, (10, 2)).mean(2))
     torch.testing.assert_close(out[:, length + 10], values[:, 20])

@@ -19,7 +19,7 @@ def build(name: str = "compressive", noise: float = 0.1, **fields: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixer.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return mixer
 
 
@@ -64,7 +64,7 @@ def compress(mixer: Any, gone: Tensor) -> Tensor:
 @pytest.mark.parametrize("length", [1, 3, 63])
 def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ...], length: int) -> None:
     """Outputs, memory and gradients equal the paper's algorithm, in one pass and token by token."""
-    fields = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
+    fields: dict[str, Any] = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
     chosen = None if compression == "most_used" else lambda gone: compress(mixer, gone)

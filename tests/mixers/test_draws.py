@@ -22,7 +22,8 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
         return ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, redraw=redraw, **fields)
 
     def drawn(mixer: Any) -> torch.Tensor:
-        return mixer.core.get_buffer(buffer)
+        projection: torch.Tensor = mixer.core.get_buffer(buffer)
+        return projection
 
     mixer, x = build(2).eval(), torch.randn(1, 9, 16)
     _, state = mixer(x)

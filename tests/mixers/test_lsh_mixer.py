@@ -18,7 +18,7 @@ def build(**fields: Any) -> Any:
 
 def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    core = ls.mixers.build("lsh", dim=16, num_heads=4).core
+    core: Any = ls.mixers.build("lsh", dim=16, num_heads=4).core
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(core.rotations, torch.randn(core.rotations.shape, generator=generator))
     mixers = ({"name": "lsh", **FIELDS},)
@@ -36,7 +36,8 @@ def test_sorted_does_not_stream_and_says_why() -> None:
     assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
     y, state = mixer(x)
     assert state is None
-    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+    calls: list[Any] = [lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))]
+    for refused in calls:
         with pytest.raises(ls.UnsupportedError, match="sorted selection changes with later tokens"):
             refused()
     assert mixer.state_nbytes(1, 10) == 0

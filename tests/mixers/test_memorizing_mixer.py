@@ -16,7 +16,7 @@ FIELDS: dict[str, Any] = {"window": 4, "max_memories": 10, "k": 3}
 
 def build(**fields: Any) -> Any:
     torch.manual_seed(0)
-    mixer = ls.mixers.build("memorizing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
+    mixer: Any = ls.mixers.build("memorizing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
     with torch.no_grad():
         mixer.core.gate.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
     return mixer
@@ -46,7 +46,8 @@ def by_hand(mixer: Any, x: Tensor) -> Tensor:
             best = cosines.topk(min(config.k, len(cosines)))
             retrieved = torch.softmax(scale * best.values, 0) @ values[stored][best.indices]
             out[0, head, i] = gate * retrieved + (1 - gate) * local
-    return mixer.projections.output(out)
+    outputs: Tensor = mixer.projections.output(out)
+    return outputs
 
 
 @pytest.mark.parametrize("fields", [{}, {"max_memories": 2}, {"window": 7, "k": 1}, {"max_memories": 99, "k": 99}])

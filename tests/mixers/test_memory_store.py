@@ -193,7 +193,7 @@ def test_without_faiss_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mo
             raise ImportError(name)
         return real(name, *rest)
 
-    monkeypatch.setattr(memory_store.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(UnsupportedError, match=r"longspan\[faiss\]"):
         MemoryStore(tmp_path, index="faiss", **SIZES)
     assert not any(tmp_path.iterdir())

@@ -26,7 +26,7 @@ def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_have_a_width_of_their_own() -> None:
     mixer = ls.mixers.build("leaky", **SIZES, value_dim=6).double()
-    maps = mixer.projections
+    maps: Any = mixer.projections
     assert (maps.v_proj.out_features, maps.k_proj.out_features, maps.o_proj.in_features) == (12, 8, 24)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     assert mixer(x)[0].shape == x.shape
@@ -91,11 +91,12 @@ def test_names_are_registered_once() -> None:
     for name, core in (("full", outside.LeakyCore), ("leaky", registry.core_class("full"))):
         with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
             ls.mixers.register(name, core)
-    for core in (outside.NotACore, Core):
+    classes: list[Any] = [outside.NotACore, Core]
+    for refused in classes:
         with pytest.raises(
             ls.ConfigError, match=r"register 'new': .* is not a subclass of Core with a dataclass Config"
         ):
-            ls.mixers.register("new", core)
+            ls.mixers.register("new", refused)
     assert "new" not in ls.mixers.names()
 
 

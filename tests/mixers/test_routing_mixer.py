@@ -1,5 +1,6 @@
 """Routing as a layer: when and how its centroids learn, sessions that own their state, the size of a state."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from longspan.contract.registry import core_class
 from longspan.mechanisms.routing import kmeans
 from longspan.mechanisms.routing.kmeans import SAMPLES
 
-FIELDS = {"num_clusters": 4, "window": 5}
+FIELDS: dict[str, Any] = {"num_clusters": 4, "window": 5}
 
 
 def build(**fields: Any) -> Any:
@@ -36,7 +37,8 @@ def drawn(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 def centroids(mixer: Any) -> Tensor:
-    return mixer.core.get_buffer("centroids")
+    means: Tensor = mixer.core.get_buffer("centroids")
+    return means
 
 
 def routed(mixer: Any, x: Tensor) -> list[Tensor]:
@@ -111,7 +113,8 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
 
     def forward(x: Tensor) -> Tensor:
         penalties: list[Tensor] = []
-        return mixer(x, penalties=penalties)[0].sum() + sum(penalties)
+        y: Tensor = mixer(x, penalties=penalties)[0]
+        return y.sum() + sum(penalties)
 
     x = x.requires_grad_()
     (exact,) = torch.autograd.grad(forward(x), x)
@@ -287,9 +290,7 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
     assert (centroids(alone) - seen).abs().max() > 0.5, "one centroid restarted"
     for name, tensor in alone.core.state_dict().items():
         assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(
-            first[name], tensor, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(first[name], tensor, atol=1e-9, rtol=0, msg=functools.partial("{}: {}".format, name))
 
 
 # as a layer --------------------------------------------------------------------------------------------------
@@ -307,17 +308,22 @@ def test_with_room_for_all_it_is_the_full_mixer() -> None:
 
 def test_half_window_half_routing() -> None:
     """The paper's configuration: equal to each part alone on its heads, and it streams."""
-    parts = [{"name": "window", "num_heads": 2, "window": 8}, {"name": "routing", "num_heads": 2, **FIELDS}]
+    parts: list[dict[str, Any]] = [
+        {"name": "window", "num_heads": 2, "window": 8},
+        {"name": "routing", "num_heads": 2, **FIELDS},
+    ]
     torch.manual_seed(0)
-    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
-    x, penalties = drawn(2, 60), []
+    mixer: Any = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
+    x = drawn(2, 60)
+    penalties: list[Tensor] = []
     y, _ = mixer(x, penalties=penalties)
     assert len(penalties) == 1
     mixer.after_step(1, torch.Generator().manual_seed(0))
     assert mixer.draw == 1
     mixer.eval()
     y, end = mixer(x)
-    outs, state = [], None
+    state: Any = None
+    outs = []
     for part in x.split((31, 1, 28), 1):
         out, state = mixer(part, state)
         outs.append(out)
@@ -350,7 +356,8 @@ def test_balanced_does_not_stream_and_says_why() -> None:
     assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
     y, state = mixer(x)
     assert state is None
-    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+    calls: list[Any] = [lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))]
+    for refused in calls:
         with pytest.raises(ls.UnsupportedError, match="balanced selection changes with later tokens"):
             refused()
     assert mixer.state_nbytes(1, 10) == 0

@@ -192,7 +192,8 @@ def test_calls_in_any_cuts_carry_the_tree() -> None:
     tensors = {name: t.detach() for name, t in case(300, 2, 6, True, positioned=False).items()}
     q, k, v, queries, relative = tensors.values()
     whole, end = bp_attention(q, k, v, queries, relative, nearest=2)
-    state, outs = None, []
+    state: Any = None
+    outs = []
     for first, last in ((0, 1), (1, 2), (2, 70), (70, 134), (134, 134), (134, 299), (299, 300)):
         part = (t[:, :, first:last] for t in (q, k, v))
         out, state = bp_attention(*part, queries, relative, nearest=2, state=state)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import entmax as oracle
+import entmax as oracle  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,8 +122,9 @@ def package_entmax(z: Tensor, alpha: float) -> Tensor:
         return z.softmax(-1)
     if alpha in (1.5, 2.0):
         weights: Tensor = (oracle.entmax15 if alpha == 1.5 else oracle.sparsemax)(z, dim=-1)
-        return weights
-    return oracle.entmax_bisect(z, alpha, dim=-1, n_iter=100)
+    else:
+        weights = oracle.entmax_bisect(z, alpha, dim=-1, n_iter=100)
+    return weights
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)

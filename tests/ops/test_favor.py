@@ -54,6 +54,7 @@ def test_unbiased_within_four_standard_errors_of_2000_draws(kind: str, direction
     for _ in range(2000):
         projection = ops.orthogonal_projection(count, dim, generator=random)
         phi, scale = ops.favor_features(x.view(1, 1, 1, -1), projection, kind=kind, bound=-0.02)
+        assert scale is not None
         products.append(float((phi.square().sum(-1) * torch.exp(2 * scale)).squeeze()))
     estimates = torch.tensor(products, dtype=FP64)
     error = estimates.std() / math.sqrt(len(estimates))
@@ -82,6 +83,8 @@ def mse(
         else:
             projection = torch.randn(count, len(x), generator=random)
         (a, la), (b, lb) = (ops.favor_features(t.view(1, 1, 1, -1), projection, kind=kind, **more) for t in (x, y))
+        assert la is not None
+        assert lb is not None
         errors.append(float(((a * b).sum(-1) * torch.exp(la + lb)).squeeze()) - math.exp(float(x @ y)))
     return sum(error * error for error in errors) / draws
 

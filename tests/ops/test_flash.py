@@ -69,7 +69,7 @@ def test_inputs_that_the_kernel_cannot_take_use_plain_products() -> None:
 @pytest.mark.parametrize("name", ["full_attention", "window_attention", "relative_attention"])
 def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The results on other devices, or with a torch without the private name."""
-    shapes = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
+    shapes: list[tuple[int, ...]] = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
     keywords = {} if name == "full_attention" else {"window": 20}
     if name == "relative_attention":
         shapes += [(4, 100, 8), (4, 8), (4, 8)]

@@ -121,7 +121,7 @@ def test_gates_have_their_own_parameter_group_and_can_move() -> None:
     assert groups["gates"]["lr"] == 0.01
     assert groups["gates"]["weight_decay"] == 0
     assert len(groups["gates"]["params"]) == 2
-    gate = model.layers[0].mixer.core.gate
+    gate: Any = model.layers[0].mixer.core.gate
     optimizer = torch.optim.AdamW([groups["gates"]], lr=groups["gates"]["lr"])
     for _ in range(450):
         optimizer.zero_grad()

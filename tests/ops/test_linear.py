@@ -69,6 +69,8 @@ def test_calls_in_any_cuts_carry_the_sums() -> None:
         )
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-12, rtol=0)
+    assert state is not None
+    assert end is not None
     for actual, expected in zip(state, end, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-12)
 

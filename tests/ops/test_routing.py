@@ -238,7 +238,8 @@ def test_balanced_is_causal_in_values_and_not_in_what_it_selects(shared: bool) -
     keywords = {"window": 30, "selection": "balanced"}
 
     def run(q: Tensor, v: Tensor) -> Tensor:
-        return routing_attention(q, q if shared else k, v, drawn_centroids(8), **keywords)
+        out: Tensor = routing_attention(q, q if shared else k, v, drawn_centroids(8), **keywords)
+        return out
 
     before = run(q, v)
     values = torch.cat([v[:, :, :200], 30 * v[:, :, 200:].flip(2)], 2)

@@ -9,13 +9,12 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from longspan.experiments.figures import matrix_figure
-from longspan.report import DARK, LIGHT
+from longspan.report import DARK, LIGHT, Theme
 from longspan.report.figures import (
     Mark,
     Panel,
     PlainNumbers,
     Series,
-    Theme,
     line_figure,
     pattern_figure,
     picture,
@@ -82,9 +81,16 @@ def test_matrices_are_side_by_side_and_frames_are_on_both_sides_of_the_diagonal(
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two", "three"]
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["A", "B"]
-    assert sorted(frame.get_xy() for frame in first.patches) == [(-0.5, 0.5), (0.5, -0.5)]
+    frames: list[Any] = list(first.patches)
+    assert sorted(frame.get_xy() for frame in frames) == [(-0.5, 0.5), (0.5, -0.5)]
     assert first.get_facecolor() == pytest.approx(to_rgba(DARK.grid)), "empty cells have the color of no value"
     assert to_png(figure).startswith(b"\x89PNG")
+
+
+def cells(figure: Figure) -> list[Any]:
+    image = figure.axes[0].images[0].get_array()
+    assert image is not None
+    return list(image.tolist())
 
 
 def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels() -> None:
@@ -93,14 +99,14 @@ def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels()
     assert len(figure.axes) == 3
     first = figure.axes[0]
     assert first.get_title(loc="left").splitlines()[-1] == "second"
-    image = first.images[0].get_array().tolist()
+    image = cells(figure)
     weak = sum(abs(a - b) for a, b in zip(image[1][0], to_rgba(DARK.ground), strict=True))
     assert weak > 0.3, "small weights are visible"
     assert image[1][1] == pytest.approx(to_rgba(DARK.colours[0]), abs=0.01), "the heaviest of its row"
     assert image[2][0] == pytest.approx(to_rgba(DARK.grid)), "an earlier key that is not read"
     assert image[0][2] == pytest.approx(to_rgba(DARK.ground)), "a later key"
-    both = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK).axes[0].images[0].get_array().tolist()
-    assert both[0][2] == pytest.approx(to_rgba(DARK.grid))
+    bidirectional = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK)
+    assert cells(bidirectional)[0][2] == pytest.approx(to_rgba(DARK.grid))
     box = first.get_window_extent()
     assert box.width % 3 == pytest.approx(0, abs=1e-6)
     assert box.width == pytest.approx(box.height)
