@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.errors import CheckpointError
-from longspan.tasks.bytes import ByteTask
+from longspan.tasks.text import TextTask
 from longspan.train import load_run, run
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -59,7 +59,7 @@ def evaluate(model: Any, **config: Any) -> dict[str, Any]:
 def definition(folder: Path, context: str, text: str) -> tuple[float, bool]:
     """Log-likelihood of a text after a context, from one forward."""
     model, task = load_run(folder)
-    assert isinstance(task, ByteTask)
+    assert isinstance(task, TextTask)
     ids = [task.tokenizer.begin, *context.encode(), *text.encode()]
     logits = model(torch.tensor([ids[:-1]]))[0][0, len(context.encode()) :].log_softmax(-1)
     targets = torch.tensor(list(text.encode()))
@@ -119,7 +119,7 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
     answers = [sample["resps"][0][0] for sample in report["samples"]["local"]]
     assert all("we" not in answer and len(answer) <= 30 for answer in answers)
     model, task = load_run(folder)
-    assert isinstance(task, ByteTask)
+    assert isinstance(task, TextTask)
     ids = [task.tokenizer.begin, *b"The state of the union"]
     with torch.no_grad():
         for _ in range(len(answers[2])):
