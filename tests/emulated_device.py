@@ -1,7 +1,7 @@
-"""A device made of Python over CPU data, as strict as a GPU about whose tensors, kernels and generators are used.
+"""A device made of Python over CPU data, as strict as a GPU about the device of tensors, kernels and generators.
 
 `with emulated() as device:` makes `torch.device("emulated")` usable. A tensor there is an `Emulated`, whose numbers lie
-in a CPU tensor that nobody else sees. It raises where a tensor of the CPU meets one of the device in an operation
+in a private CPU tensor. It raises where a tensor of the CPU meets one of the device in an operation
 (scalars of no dimension are allowed, as on CUDA), where a kernel of the CPU alone is called, where a generator of the
 CPU draws for the device, and, with `float64=False`, where a float64 tensor would be there. `device.reads` counts what
 the host waits for: transfers to it, and values that decide a shape.
@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 NAME = "emulated"
 DEVICE: torch.device | None = None
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_assert_async"}
-SEEDS = 1 << 60  # seeds of the device's generators begin here, by which they are known
+SEEDS = 1 << 60  # the device's generators have seeds from here on, which identifies them
 RESHAPES = {"t_", "transpose_", "squeeze_", "unsqueeze_", "resize_", "set_", "swapdims_"}
 
 
 class Module:
-    """What `torch.emulated` must offer."""
+    """The functions that `torch.emulated` must have."""
 
     active = False
-    """Inside `emulated()`: elsewhere others (DataParallel, accelerate) must not take the device for one of theirs."""
+    """Only inside `emulated()`: elsewhere DataParallel and accelerate must not use the device."""
 
     def is_available(self) -> bool:
         return Module.active
@@ -87,7 +87,7 @@ class Emulated(Tensor):
     @staticmethod
     def __new__(cls, data: Tensor) -> "Emulated":
         assert type(data) is Tensor, type(data)
-        out: Emulated = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        out: Emulated = Tensor._make_wrapper_subclass(
             cls,
             data.shape,
             strides=data.stride(),
@@ -101,10 +101,12 @@ class Emulated(Tensor):
         return out
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(f"{function}: a tensor of the emulated device outside `emulated()`")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Emulated({self.data_!r})"
 
     def tolist(self) -> Any:
@@ -121,7 +123,7 @@ class Device(TorchDispatchMode):
     """
 
     def __init__(self, *, float64: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self.float64 = _register(), float64
         self.reads: list[str] = []
         self.calls: list[str] = []
@@ -203,9 +205,9 @@ _register()
 
 @contextlib.contextmanager
 def emulated(*, float64: bool = True) -> Iterator[Device]:
-    """The device, in use; see the module."""
+    """The device, for the time of the context; see the module."""
     device = Device(float64=float64)
-    lifts = torch._C._only_lift_cpu_tensors()  # type: ignore[attr-defined]
+    lifts = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` then makes a CPU tensor and moves it
     Module.active = True
     try:

@@ -1,8 +1,8 @@
-"""A mechanism as a package outside of longspan would bring it: linear attention that forgets by a gate.
+"""A mechanism as another package may provide it: linear attention that forgets by a gate.
 
     S_t = g_t S_(t-1) + k_t v_t^T,   out_t = S_t^T q_t,   g_t = sigmoid(W x_t + b) for each kv head
 
-The gate is read off the hidden states x, and values have a width of their own.
+The gate is computed from the hidden states x, and values have their own width.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LeakyConfig:
     """Fields of `leaky`.
 
     Attributes:
-        value_dim: width of the values of a head; None = head_dim.
+        value_dim: width of the values per head; None = head_dim.
     """
 
     value_dim: int | None = None
@@ -58,8 +58,8 @@ def leaky_definition(
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     log = (gate.log() * real[:, None]).cumsum(-1)
     document = fresh.cumsum(-1)
-    place = torch.arange(length)
-    near = (document[:, :, None] == document[:, None]) & (place[:, None] >= place) & real[:, None]
+    position = torch.arange(length)
+    near = (document[:, :, None] == document[:, None]) & (position[:, None] >= position) & real[:, None]
     between = (log[..., :, None] - log[..., None, :]).masked_fill(~near[:, None], -torch.inf)
     weights = between.exp().repeat_interleave(group, 1)
     keys, values, old = (t.repeat_interleave(group, 1) for t in (k, v, memory))
@@ -120,27 +120,27 @@ class LeakyCore(Core):
         return out.to(q.dtype), LeakyState(memory, rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LeakyState:
-        """Nothing summed."""
+        """An empty sum."""
         wide = torch.promote_types(dtype, torch.float32)
         size = (batch_size, self.shape.num_kv_heads, self.shape.head_dim, self.value_dim)
         memory = torch.zeros(size, device=device, dtype=wide)
         return LeakyState(memory, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """S of every kv head and one count a row, whatever the length."""
+        """S of every kv head and one count per row, whatever the length."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return batch_size * (self.shape.num_kv_heads * self.shape.head_dim * self.value_dim * wide + 8)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The product that makes the gates; the rest is elementwise."""
+        """The product that computes the gates; the rest is elementwise."""
         return 2 * batch_size * length * self.shape.dim * self.shape.num_kv_heads
 
     def pairs(self, length: int) -> int:
-        """All earlier tokens, as dense attention has them."""
+        """All earlier tokens, as in dense attention."""
         return self.shape.num_heads * length * (length + 1) // 2
 
 
 class NotACore:
-    """What an entry point may name by mistake."""
+    """A class that is no core, for an entry point that names it."""
 
     Config: Any = LeakyConfig

@@ -1,4 +1,4 @@
-"""How many autograd functions the operations have, and why each exists: softmax attention is to have one.
+"""The autograd functions of the operations, and why each exists: softmax attention should have one.
 
 Every such function repeats a forward and a backward pass by hand. One may be added only with a reason in this table;
 `MOST` counts down as the others move to the engine.

@@ -51,7 +51,7 @@ def test_whole_numbers_serve_as_floats_but_not_the_reverse() -> None:
         ({"name": 3}, "run.name: expected str, got 3"),
     ],
 )
-def test_mistakes_name_the_place(data: dict[str, Any], message: str) -> None:
+def test_errors_name_the_field(data: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         from_dict(Outer, data, "run")
 
@@ -74,7 +74,7 @@ def test_override() -> None:
         ("model.mixers.7.window=3", "'7' is no index of a list of 1"),
     ],
 )
-def test_override_mistakes(assignment: str, message: str) -> None:
+def test_wrong_overrides_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         override({"train": {"steps": 1}, "model": {"mixers": [{}]}}, assignment)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longspan.errors import CheckpointError
+from longspan.tasks.text import TextTask
 from longspan.train import load_run, run
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": "The sky is", "choices": [" blue", " a long green sea"], "answer": 0},
     {"question": "The state of the union is", "choices": [" strong", " we", " w"], "answer": 1},
     {"question": "", "choices": ["The", "zq"], "answer": 0},
@@ -43,21 +44,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(model: Any, **config: Any) -> dict[str, Any]:
     """One task of the harness over `DOCUMENTS`."""
-    import datasets
-    from lm_eval.api.task import ConfigurableTask
+    import datasets  # type: ignore[import-untyped]
+    from lm_eval.api.task import ConfigurableTask  # type: ignore[import-untyped]
 
     def local(**_: Any) -> Any:
         return {"test": datasets.Dataset.from_list(DOCUMENTS)}
 
     task = ConfigurableTask(config={"task": "local", "test_split": "test", "custom_dataset": local, **config})
-    found: dict[str, Any] = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
-    return found
+    report: dict[str, Any] = lm_eval.simple_evaluate(model=model, tasks=[task], log_samples=True, bootstrap_iters=0)
+    return report
 
 
 @torch.no_grad()
 def definition(folder: Path, context: str, text: str) -> tuple[float, bool]:
     """Log-likelihood of a text after a context, from one forward."""
     model, task = load_run(folder)
+    assert isinstance(task, TextTask)
     ids = [task.tokenizer.begin, *context.encode(), *text.encode()]
     logits = model(torch.tensor([ids[:-1]]))[0][0, len(context.encode()) :].log_softmax(-1)
     targets = torch.tensor(list(text.encode()))
@@ -67,7 +69,7 @@ def definition(folder: Path, context: str, text: str) -> tuple[float, bool]:
 def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="multiple_choice",
         doc_to_text="{{question}}",
@@ -76,20 +78,20 @@ def test_multiple_choice_equals_plain_forwards(folder: Path) -> None:
         target_delimiter="",
     )
     right = 0
-    for document, sample in zip(DOCUMENTS, found["samples"]["local"], strict=True):
-        expected = [definition(folder, str(document["question"]), choice) for choice in document["choices"]]  # type: ignore[attr-defined]
+    for document, sample in zip(DOCUMENTS, report["samples"]["local"], strict=True):
+        expected = [definition(folder, document["question"], choice) for choice in document["choices"]]
         for (value, greedy), (score,) in zip(expected, sample["resps"], strict=True):
             assert score[0] == pytest.approx(value, abs=1e-4)
             assert bool(score[1]) == greedy
         right += max(range(len(expected)), key=lambda i: expected[i][0]) == document["answer"]
-    assert found["results"]["local"]["acc,none"] == pytest.approx(right / 3)
+    assert report["results"]["local"]["acc,none"] == pytest.approx(right / 3)
 
 
 @pytest.mark.long
 def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="loglikelihood_rolling",
         doc_to_text="",
@@ -99,14 +101,14 @@ def test_rolling_likelihood_reads_the_whole_text(folder: Path) -> None:
     texts = [f"{document['question']} the state of the union" for document in DOCUMENTS]
     total = sum(definition(folder, "", text)[0] for text in texts)
     size = sum(len(text.encode()) for text in texts)
-    assert found["results"]["local"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
+    assert report["results"]["local"]["byte_perplexity,none"] == pytest.approx(math.exp(-total / size), rel=1e-4)
 
 
 @pytest.mark.long
 def test_generation_stops_where_the_task_says(folder: Path) -> None:
     from longspan.harness import LongspanLM
 
-    found = evaluate(
+    report = evaluate(
         LongspanLM(folder),
         output_type="generate_until",
         doc_to_text="The state of the union{{question}}",
@@ -114,9 +116,10 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
         generation_kwargs={"until": ["we"], "max_gen_toks": 30, "do_sample": False},
         metric_list=[{"metric": "exact_match"}],
     )
-    answers = [sample["resps"][0][0] for sample in found["samples"]["local"]]
+    answers = [sample["resps"][0][0] for sample in report["samples"]["local"]]
     assert all("we" not in answer and len(answer) <= 30 for answer in answers)
     model, task = load_run(folder)
+    assert isinstance(task, TextTask)
     ids = [task.tokenizer.begin, *b"The state of the union"]
     with torch.no_grad():
         for _ in range(len(answers[2])):
@@ -125,9 +128,9 @@ def test_generation_stops_where_the_task_says(folder: Path) -> None:
     assert len(answers[2]) > 5
 
 
-def test_a_converted_model_is_one_too(tmp_path: Path) -> None:
+def test_a_converted_model_is_evaluated_too(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
     from tests.hf.conftest import save_llama
 
     from longspan.cli.app import run as command
@@ -149,7 +152,7 @@ def test_a_converted_model_is_one_too(tmp_path: Path) -> None:
             )
 
 
-def test_a_folder_without_a_run_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     from longspan.harness import LongspanLM
 
     with pytest.raises(CheckpointError, match="no run here"):

@@ -1,4 +1,4 @@
-"""The code in the README runs as it stands."""
+"""The code in the README runs unchanged."""
 
 import re
 from pathlib import Path
@@ -20,5 +20,5 @@ def test_import_loads_nothing_heavy() -> None:
 
     heavy = "matplotlib", "rich", "typer", "tokenizers", "jinja2", "transformers", "scipy"
     code = f"import sys, longspan; print([m for m in {heavy} if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

@@ -32,15 +32,17 @@ def test_losses_and_logits_equal_one_pass(model: ls.Decoder, tokens: torch.Tenso
     nats = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
     session = ls.StreamSession(model)
     cuts = [0, 1, 2, 130, 130, 700]
-    found = torch.cat([session.feed(tokens[a:b], losses=True) for a, b in itertools.pairwise(cuts)])
-    torch.testing.assert_close(found[1:], nats, atol=1e-4, rtol=1e-4)
-    assert found[0].item() == pytest.approx(torch.tensor(40.0).log().item())
+    losses = torch.cat([session.feed(tokens[a:b], losses=True) for a, b in itertools.pairwise(cuts)])
+    torch.testing.assert_close(losses[1:], nats, atol=1e-4, rtol=1e-4)
+    assert losses[0].item() == pytest.approx(torch.tensor(40.0).log().item())
     torch.testing.assert_close(session.logits, logits[-1], atol=1e-4, rtol=1e-4)
     assert session.position == 700
     assert session.nbytes == model.state_nbytes(1, 700)
 
 
-def test_save_load_fork_go_on_bit_for_bit(model: ls.Decoder, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_saved_loaded_and_forked_sessions_continue_bit_for_bit(
+    model: ls.Decoder, tokens: torch.Tensor, tmp_path: Path
+) -> None:
     session = ls.StreamSession(model, chunk=64)
     session.feed(tokens[:333])
     fork = session.fork()
@@ -68,9 +70,9 @@ def test_another_models_state_is_refused(model: ls.Decoder, tokens: torch.Tensor
     session = ls.StreamSession(model)
     session.feed(tokens[:10])
     session.save(tmp_path / "s")
-    other = ls.Decoder(model.config)
+    reinitialized = ls.Decoder(model.config)
     with pytest.raises(ls.CheckpointError, match="another model: weights or configuration"):
-        ls.StreamSession.load(other, tmp_path / "s")
+        ls.StreamSession.load(reinitialized, tmp_path / "s")
     small = ls.Decoder(ls.DecoderConfig(vocab_size=40, dim=32, mixers=({"name": "full"},)))
     with pytest.raises(ls.CheckpointError, match="another model"):
         ls.StreamSession.load(small, tmp_path / "s")
@@ -110,7 +112,7 @@ def test_sampling() -> None:
     torch.testing.assert_close(counts / 2000, logits.softmax(0), atol=0.04, rtol=0)
 
 
-def test_bad_input(model: ls.Decoder) -> None:
+def test_wrong_input_is_refused(model: ls.Decoder) -> None:
     session = ls.StreamSession(model)
     with pytest.raises(ls.DataError, match="token id 40 is outside the model's vocabulary of 40"):
         session.feed([1, 40])
@@ -122,7 +124,7 @@ def test_bad_input(model: ls.Decoder) -> None:
     assert session.feed([], losses=True).shape == (0,)
 
 
-def test_reset_starts_anew(model: ls.Decoder, tokens: torch.Tensor) -> None:
+def test_a_reset_starts_from_the_beginning(model: ls.Decoder, tokens: torch.Tensor) -> None:
     session = ls.StreamSession(model)
     first = session.feed(tokens[:30]).clone()
     session.reset()

@@ -1,6 +1,7 @@
 """The engine against dense softmax: log-sum-exps and their gradients, merged rounds, orders of queries and keys."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from longspan.engine import KeyLists, Round, Schedule, attention
 from longspan.engine.tiles import HIDDEN, Plan, Visibility, make_open_plan, make_plan
 
 SCALE = 0.3
+QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -17,13 +19,13 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-def inputs(length: int, memory: int, kv_heads: int = 2) -> list[Tensor]:
+def inputs(length: int, memory: int, kv_heads: int = 2) -> QKV:
     columns = memory + length
-    return [
+    return (
         drawn(2, 4, length, 8, seed=0),
         drawn(2, kv_heads, columns, 8, seed=1),
         drawn(2, kv_heads, columns, 6, seed=2),
-    ]
+    )
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,22 +38,22 @@ def causal(length: int, memory: int) -> Tensor:
     return torch.arange(memory + length) <= torch.arange(memory, memory + length)[:, None]
 
 
-def agree(tensors: list[Tensor], schedule: Schedule, seen: Tensor) -> None:
-    """With dense attention: outputs, log-sum-exps, and the gradients of a loss on both."""
-    compare(tensors, attention(*tensors, schedule), dense(*tensors, seen), sums=schedule.rounds[0].fused is None)
+def agree(qkv: QKV, schedule: Schedule, seen: Tensor) -> None:
+    """Compare with dense attention: outputs, log-sum-exps, and the gradients of a loss on both."""
+    compare(qkv, attention(*qkv, schedule), dense(*qkv, seen), sums=schedule.rounds[0].fused is None)
 
 
 def compare(
-    tensors: list[Tensor], fast: tuple[Tensor, Tensor], slow: tuple[Tensor, Tensor], *, sums: bool = True
+    tensors: Sequence[Tensor], fast: tuple[Tensor, Tensor], slow: tuple[Tensor, Tensor], *, sums: bool = True
 ) -> None:
-    results = []
+    outputs_and_gradients = []
     for out, lse in (fast, slow):
         loss = (out * drawn(*out.shape, seed=3)).sum()
         if sums:
             loss = loss + (lse * drawn(*lse.shape, seed=4)).sum()
-        results.append([out, lse, *torch.autograd.grad(loss, tensors)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+        outputs_and_gradients.append([out, lse, *torch.autograd.grad(loss, tensors)])
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -63,7 +65,7 @@ def test_log_sum_exps_have_gradients(kv_heads: int, tile: int) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_rounds_are_merged_into_one_softmax(fused: bool) -> None:
-    """Those of the call's keys, then those before it, which the first five queries do not read."""
+    """One round for the call's keys, one for older keys, which the first five queries do not read."""
     own = make_plan(23, 0, tile=8)
     own = Plan(tuple(run._replace(low=run.low + 9) for run in own.runs), 9, own.nearest, own.farthest)
     older = make_open_plan(23, 8, 0, 9)
@@ -71,15 +73,16 @@ def test_rounds_are_merged_into_one_softmax(fused: bool) -> None:
     if fused:
         whole, older = make_open_plan(23, 23, 9, 23), make_open_plan(23, 23, 0, 9)
         rounds = Round(whole, whole, fused="causal"), Round(older, older, merges=True, fused="open")
-        tensors = [*inputs(23, 9)[:2], drawn(2, 2, 32, 8, seed=2)]
-        agree(tensors, Schedule(rounds, SCALE), seen)
+        q, k, _ = inputs(23, 9)
+        agree((q, k, drawn(2, 2, 32, 8, seed=2)), Schedule(rounds, SCALE), seen)
         return
     later = Plan(tuple(run._replace(start=run.start + 5) for run in make_open_plan(18, 8, 0, 9).runs), 9, None, None)
     seen[:5, :9] = False
     agree(inputs(23, 9), Schedule((first, Round(later, later, merges=True)), SCALE), seen)
 
 
-class Shuffled(NamedTuple):
+@dataclass(frozen=True)
+class Shuffled:
     """An order of queries, or of keys of which some are left out."""
 
     index: Tensor
@@ -113,32 +116,32 @@ def test_lists_of_blocks(kv_heads: int, consecutive: bool) -> None:
     blocks = torch.tensor([[0, 5, 2], [6, 5, 4], [1, 2, 0], [3, 6, 1], [2, 0, 6]])
     if consecutive:
         blocks = torch.arange(5)[:, None] + torch.arange(3)
-    tensors = [drawn(5, 4, 3, 8, seed=0), drawn(7, kv_heads, 2, 8, seed=1), drawn(7, kv_heads, 2, 6, seed=2)]
+    q, k, v = drawn(5, 4, 3, 8, seed=0), drawn(7, kv_heads, 2, 8, seed=1), drawn(7, kv_heads, 2, 6, seed=2)
     plan = make_open_plan(3, 3, 0, 6)
     lists = KeyLists(None if consecutive else blocks, 3)
 
     def gathered(x: Tensor) -> Tensor:
         return x.transpose(1, 2)[blocks].flatten(1, 2).transpose(1, 2)
 
-    outs = attention(*tensors, Schedule((Round(plan, plan, lists=lists),), SCALE))
-    expected = dense(tensors[0], *map(gathered, tensors[1:]), torch.ones(3, 6, dtype=torch.bool))
-    compare(tensors, outs, expected)
+    outs = attention(q, k, v, Schedule((Round(plan, plan, lists=lists),), SCALE))
+    expected = dense(q, gathered(k), gathered(v), torch.ones(3, 6, dtype=torch.bool))
+    compare([q, k, v], outs, expected)
 
 
 def test_a_round_may_have_keys_of_its_own() -> None:
     q, k, v = inputs(12, 0)
-    others, plan = [drawn(2, 2, 5, 8, seed=6), drawn(2, 2, 5, 6, seed=7)], make_open_plan(12, 4, 0, 5)
+    own_keys_values, plan = [drawn(2, 2, 5, 8, seed=6), drawn(2, 2, 5, 6, seed=7)], make_open_plan(12, 4, 0, 5)
     own = make_open_plan(12, 4, 0, 12)
     rounds = Round(own, own), Round(plan, plan, source=(0, 1), merges=True)
-    tensors = [q, k, v, *others]
-    outs = attention(q, k, v, Schedule(rounds, SCALE), *others)
-    joined = torch.cat([k, others[0]], 2), torch.cat([v, others[1]], 2)
+    tensors = [q, k, v, *own_keys_values]
+    outs = attention(q, k, v, Schedule(rounds, SCALE), *own_keys_values)
+    joined = torch.cat([k, own_keys_values[0]], 2), torch.cat([v, own_keys_values[1]], 2)
     expected = dense(q, *joined, torch.ones(12, 17, dtype=torch.bool))
     compare(tensors, outs, expected)
 
 
 def test_a_query_that_sees_no_key() -> None:
-    """Its output is finite, and its log-sum-exp says so."""
+    """Its output is finite, and its log-sum-exp marks it."""
     plan = make_plan(6, 0, tile=4)
     first = torch.zeros(2, 6, dtype=torch.long)
     first[1, 2] = 5

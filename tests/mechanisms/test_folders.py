@@ -1,4 +1,4 @@
-"""Whoever opens the folder of a mechanism finds its definition, its operation and its layer."""
+"""The folder of a mechanism holds its definition, its operation and its layer."""
 
 import importlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The gated delta rule against its definition, where it is hard: equal keys, long decays, documents, blocks."""
+"""The gated delta rule against its definition, in hard cases: equal keys, long decays, documents, blocks."""
 
 from typing import Any
 
@@ -35,12 +35,12 @@ def inputs(
 def packed(length: int) -> dict[str, Tensor]:
     """Rows of several documents, the second of them short."""
     start = torch.full((2, length), -4)
-    for row, place in ((0, 5), (0, 6), (0, length // 2), (1, 0), (1, 7)):
-        start[row, place:] = place
+    for row, begin in ((0, 5), (0, 6), (0, length // 2), (1, 0), (1, 7)):
+        start[row, begin:] = begin
     return {"lengths": torch.tensor([length, length - 3]), "start": start}
 
 
-def results(where: Any, tensors: list[Tensor], **layout: Tensor) -> list[Tensor]:
+def outputs_and_gradients(where: Any, tensors: list[Tensor], **layout: Tensor) -> list[Tensor]:
     """Outputs at real tokens, the state, and gradients of everything."""
     leaves = [t.clone().requires_grad_() for t in tensors]
     out, state = where.gated_delta_attention(*leaves[:5], state=leaves[5], **layout)
@@ -62,8 +62,10 @@ def results(where: Any, tensors: list[Tensor], **layout: Tensor) -> list[Tensor]
 def test_equals_its_definition(length: int, kv_heads: int, documents: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(operation, "BLOCK", 128)
     tensors, layout = inputs(length, kv_heads=kv_heads), packed(length) if documents else {}
-    for one, other in zip(results(ops, tensors, **layout), results(reference, tensors, **layout), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    for actual, expected in zip(
+        outputs_and_gradients(ops, tensors, **layout), outputs_and_gradients(reference, tensors, **layout), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_no_tokens() -> None:
@@ -80,18 +82,18 @@ def test_no_tokens() -> None:
 def test_the_convolution_equals_its_definition(length: int, taps: int, documents: bool) -> None:
     tensors = [draw(0, 2, 3, length, 4), draw(1, 3, 4, taps), draw(2, 2, 3, taps - 1, 4)]
     start = packed(length)["start"] if documents else None
-    found = []
+    outputs_and_gradients = []
     for where in (ops, reference):
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = where.short_convolution(*leaves[:2], past=leaves[2], start=start)
-        found.append([out, *torch.autograd.grad((out * draw(3, *out.shape)).sum(), leaves)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+        outputs_and_gradients.append([out, *torch.autograd.grad((out * draw(3, *out.shape)).sum(), leaves)])
+    for fast, slow in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-12)
     if documents is False:
         x, weight, past = tensors
         channels = torch.cat([past, x], 2).transpose(2, 3).flatten(1, 2)
         expected = F.conv1d(channels, weight.flatten(0, 1)[:, None], groups=12).unflatten(1, (3, 4)).transpose(2, 3)
-        torch.testing.assert_close(found[0][0], expected)
+        torch.testing.assert_close(outputs_and_gradients[0][0], expected)
 
 
 def test_equal_keys_do_not_lose_precision() -> None:
@@ -99,13 +101,13 @@ def test_equal_keys_do_not_lose_precision() -> None:
     q, k, v, log_decay, strength, state = inputs(300, key_dim=16)
     k = F.normalize(torch.ones_like(k) + 1e-3 * k, dim=-1)
     tensors = [q, k, v, torch.zeros_like(log_decay), torch.ones_like(strength), state]
-    exact = results(reference, tensors)
-    for one, other in zip(results(ops, [t.float() for t in tensors]), exact, strict=True):
-        assert (one - other).abs().max() <= 2e-5 * other.abs().max()
+    exact = outputs_and_gradients(reference, tensors)
+    for actual, expected in zip(outputs_and_gradients(ops, [t.float() for t in tensors]), exact, strict=True):
+        assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 def test_a_repeated_key_is_overwritten() -> None:
-    """What a key reads is what was last written with it, however often: no sum, no mean."""
+    """A key reads the value that was last written with it, not a sum or mean."""
     key = F.normalize(draw(0, 1, 1, 1, 8), dim=-1).expand(1, 1, 5, 8)
     values, one = draw(1, 1, 1, 5, 3), torch.ones(1, 1, 5, dtype=FP64)
     out, _ = ops.gated_delta_attention(key, key, values, 0 * one, one)
@@ -152,7 +154,7 @@ def test_no_gradient_passes_between_documents() -> None:
 
 
 def test_what_training_keeps_is_linear_in_the_length() -> None:
-    def kept(length: int) -> int:
+    def saved_bytes(length: int) -> int:
         sizes: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
@@ -165,9 +167,9 @@ def test_what_training_keeps_is_linear_in_the_length() -> None:
         del out
         return sum(sizes.values())
 
-    # q of four heads, k, v and gates of two, their state of 64 x 64 once a block
-    assert kept(4096) <= 1.02 * 4 * 4096 * (4 * 64 + 2 * 64 + 2 * 64 + 4 + 2 * 64 * 64 / operation.BLOCK)
-    assert kept(4096) <= 2 * kept(2048)
+    # q of four heads, k, v and gates of two, their state of 64 x 64 once per block
+    assert saved_bytes(4096) <= 1.02 * 4 * 4096 * (4 * 64 + 2 * 64 + 2 * 64 + 4 + 2 * 64 * 64 / operation.BLOCK)
+    assert saved_bytes(4096) <= 2 * saved_bytes(2048)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -179,7 +181,7 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(gradient.square().sum(), leaves[5])
 
 
-def test_wrong_shapes_are_one_clear_line() -> None:
+def test_wrong_shapes_raise_one_clear_line() -> None:
     q, k, v, log_decay, strength, _ = inputs(10)
     for wrong in ([q[:, :3], k, v, log_decay, strength], [q, k, v[:, :, :9], log_decay, strength]):
         with pytest.raises(ConfigError, match="do not fit"):
@@ -209,7 +211,7 @@ def by_hand(mixer: Any, x: Tensor) -> Tensor:
         mixed.append(F.silu(F.conv1d(channels, taps, groups=len(taps))).mT.unflatten(1, (len(weight), -1)))
     outs = []
     for t, token in enumerate(x):
-        q, k, v = (each[t] for each in mixed)
+        q, k, v = (x_mixed[t] for x_mixed in mixed)
         a = torch.exp(-core.A_log.exp() * F.softplus(core.decay(token) + core.dt_bias))
         b = core.strength(token).sigmoid()
         gate = F.silu(core.gate(token)).view(4, -1)
@@ -231,24 +233,25 @@ def test_the_layer_is_what_the_equations_say(fields: dict[str, Any]) -> None:
     mixer = layer(**fields)
     mixer.core.norm.copy_(1 + 0.1 * draw(0, mixer.core.value_dim))
     x = draw(1, 1, 75, 24)
-    # lengths are brought to one with an eps of 1e-6 under the root
+    # normalization adds an eps of 1e-6 under the root
     torch.testing.assert_close(mixer(x)[0][0], by_hand(mixer, x[0]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_new_layer_begins_as_the_paper_does() -> None:
-    core = mixers.build("gated_delta", dim=64, num_heads=512, head_dim=2).core
+    core: Any = mixers.build("gated_delta", dim=64, num_heads=512, head_dim=2).core
     rates, steps = core.A_log.exp(), F.softplus(core.dt_bias)
     assert 0 < rates.min() < 1 < 15 < rates.max() <= 16
     assert 1e-3 <= steps.min() * 1.0001 < 2e-3 < 5e-2 < steps.max() <= 0.1001
     (group,) = core.parameter_groups()
-    assert {id(each) for each in group.parameters} == {id(core.A_log), id(core.dt_bias)}
+    assert {id(parameter) for parameter in group.parameters} == {id(core.A_log), id(core.dt_bias)}
     assert group.weight_decay == 0
 
 
 @torch.no_grad()
 def test_a_hundred_thousand_tokens_under_autocast_stay_finite() -> None:
     mixer = layer().float()
-    state, x = None, 3 * torch.randn(1, 12_500, 24, generator=torch.Generator().manual_seed(0))
+    state: Any = None
+    x = 3 * torch.randn(1, 12_500, 24, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(8):
             y, state = mixer(x, state)

@@ -11,7 +11,7 @@ import longspan as ls
 DIM, HEADS = 32, 4
 
 
-def build(spans: list[float] | None = None, **fields: Any) -> ls.mixers.Mixer:
+def build(spans: list[float] | None = None, **fields: Any) -> Any:
     torch.manual_seed(0)
     fields = {"max_span": 64, "ramp": 4, **fields}
     mixer = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, **fields).double()
@@ -20,8 +20,8 @@ def build(spans: list[float] | None = None, **fields: Any) -> ls.mixers.Mixer:
     return mixer
 
 
-def set_spans(mixer: ls.mixers.Mixer, spans: list[float]) -> None:
-    """In tokens."""
+def set_spans(mixer: Any, spans: list[float]) -> None:
+    """Set the spans of the heads, in tokens."""
     with torch.no_grad():
         mixer.core.span.copy_(torch.tensor(spans) / mixer.core.config.max_span)
 
@@ -30,10 +30,10 @@ def drawn(length: int, seed: int = 1) -> Tensor:
     return torch.randn(2, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def window(size: int, mixer: ls.mixers.Mixer) -> ls.mixers.Mixer:
-    found = ls.mixers.build("window", dim=DIM, num_heads=HEADS, rope=10000.0, window=size).double()
-    found.projections.load_state_dict(mixer.projections.state_dict())
-    return found
+def window(size: int, mixer: Any) -> Any:
+    mixer_of_window = ls.mixers.build("window", dim=DIM, num_heads=HEADS, rope=10000.0, window=size).double()
+    mixer_of_window.projections.load_state_dict(mixer.projections.state_dict())
+    return mixer_of_window
 
 
 def test_full_spans_are_a_window() -> None:
@@ -48,17 +48,18 @@ def test_penalty_is_the_mean_span() -> None:
     assert penalties[0].item() == pytest.approx(0.5 * 16.0)
     (gradient,) = torch.autograd.grad(penalties[0], mixer.core.span)
     assert gradient[1:].tolist() == pytest.approx([0.5 * 64 / HEADS] * 3)
-    dynamic, found = build(dynamic=True, penalty=1.0), []
+    dynamic = build(dynamic=True, penalty=1.0)
+    dynamic_penalties: list[Tensor] = []
     mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
-    dynamic(drawn(9), mask=mask, penalties=found)
+    dynamic(drawn(9), mask=mask, penalties=dynamic_penalties)
     short = [p for row, n in ((0, 9), (1, 4)) for p in penalty_of(dynamic, drawn(9)[row : row + 1, :n])]
-    torch.testing.assert_close(found[0], (9 * short[0] + 4 * short[1]) / 13)
+    torch.testing.assert_close(dynamic_penalties[0], (9 * short[0] + 4 * short[1]) / 13)
 
 
-def penalty_of(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-    mixer(x, penalties=found)
-    return found
+def penalty_of(mixer: Any, x: Tensor) -> list[Tensor]:
+    penalties: list[Tensor] = []
+    mixer(x, penalties=penalties)
+    return penalties
 
 
 def test_after_step_clamps() -> None:
@@ -70,27 +71,27 @@ def test_after_step_clamps() -> None:
 
 
 def test_spans_learn_as_far_as_they_are_needed() -> None:
-    """A head that must copy from 20 tokens back lengthens its span; with nothing to win the penalty closes it."""
+    """A head that must copy from 20 tokens back lengthens its span; without any gain, the penalty closes it."""
     torch.manual_seed(0)
     mixer = build([8.0] * HEADS, penalty=1e-4, ramp=16)
-    optimiser = torch.optim.Adam(mixer.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(mixer.parameters(), lr=0.01)
     for step in range(60):
         x = torch.randn(4, 64, DIM, dtype=torch.float64)
         penalties: list[Tensor] = []
         y = mixer(x, penalties=penalties)[0]
         loss = (y[:, 20:] - x[:, :-20]).square().mean() + sum(penalties)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         assert torch.isfinite(mixer.core.span.grad).all()
-        optimiser.step()
+        optimizer.step()
         mixer.after_step(step)
     assert max(mixer.core.spans) > 10
     far = max(mixer.core.spans)
     for step in range(60):
-        found = penalty_of(mixer, drawn(8))
-        optimiser.zero_grad()
-        (1e4 * found[0]).backward()
-        optimiser.step()
+        span_penalties = penalty_of(mixer, drawn(8))
+        optimizer.zero_grad()
+        (1e4 * span_penalties[0]).backward()
+        optimizer.step()
         mixer.after_step(step)
     assert max(mixer.core.spans) < far / 2
 
@@ -107,36 +108,36 @@ def test_bytes_follow_the_longest_span() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(6.0, 40.0), (40.0, 6.0), (0.0, 64.0)])
-def test_states_go_on_when_spans_change(before: float, after: float) -> None:
-    """Grown: older tokens are gone, not zeros that are attended to. Shrunk: the newest columns are kept."""
+def test_states_continue_when_spans_change(before: float, after: float) -> None:
+    """Where spans grow, older tokens are missing instead of zeros; where they shrink, the newest columns remain."""
     mixer, x = build([before, 0.0, 0.0, 0.0]), drawn(90)
     with torch.no_grad():
         state = mixer(x[:, :50])[1]
-        kept = state.k.shape[2]
+        num_kept = state.k.shape[2]
         set_spans(mixer, [after, 0.0, 0.0, 0.0])
         parts = []
         for first, last in ((50, 51), (51, 63), (63, 90)):
             part, state = mixer(x[:, first:last], state)
             parts.append(part)
             assert ls.state.nbytes(state) == mixer.state_nbytes(2, last, torch.float64)
-        found = torch.cat(parts, 1)
-        # the same tokens at the same positions, of which only the last `kept` before the change are there
-        gone = 50 - min(kept, 50)
+        actual = torch.cat(parts, 1)
+        # the same tokens at the same positions, where only the last `num_kept` before the change exist
+        gone = 50 - min(num_kept, 50)
         whole = ls.mixers.build("adaptive_span", dim=DIM, num_heads=HEADS, rope=10000.0, max_span=64, ramp=4).double()
         whole.load_state_dict(mixer.state_dict())
         expected = whole(x[:, gone:])[0][:, 50 - gone :]
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
-def test_short_spans_are_cheap_and_the_same() -> None:
-    """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and what untrimmed attention gives."""
-    models = []
+def test_short_spans_cost_less_and_give_the_same_outputs() -> None:
+    """Four layers whose mean span is an eighth of the maximum: fewer FLOPs, and the outputs of untrimmed attention."""
+    models: list[Any] = []
     for trimmed in (True, False):
         torch.manual_seed(0)
         config = ls.DecoderConfig(
             dim=32, num_layers=4, num_heads=4, mixers=({"name": "adaptive_span", "max_span": 512, "ramp": 16},)
         )
-        model = ls.Decoder(config).eval()
+        model: Any = ls.Decoder(config).eval()
         spans = torch.tensor([0.0, 0.03, 0.1, 0.37])
         for block in model.layers:
             with torch.no_grad():
@@ -148,7 +149,7 @@ def test_short_spans_are_cheap_and_the_same() -> None:
     text = torch.randint(256, (1, 1200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(models[0](text)[0], models[1](text)[0], atol=1e-5, rtol=1e-5)
-    full = ls.Decoder(models[0].config)
+    full: Any = ls.Decoder(models[0].config)
     for block in full.layers:
         nn.init.ones_(block.mixer.core.span)
     assert models[0].layers[0].mixer.core.flops(4096) * 2 < full.layers[0].mixer.core.flops(4096)
@@ -166,7 +167,7 @@ def untrimmed(core: Any) -> Any:
     return forward
 
 
-def test_wrong_fields_are_one_clear_line() -> None:
+def test_wrong_fields_raise_one_clear_line() -> None:
     for fields, word in (
         ({"max_span": 0}, "max_span"),
         ({"ramp": 0}, "ramp"),

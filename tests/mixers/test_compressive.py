@@ -1,4 +1,4 @@
-"""What is special to the Compressive Transformer: the paper's algorithm, compression, what each loss reaches."""
+"""The Compressive Transformer: the paper's algorithm, compression, and the parameters that each loss trains."""
 
 import itertools
 from typing import Any
@@ -13,13 +13,13 @@ from longspan.mechanisms.compressive.definition import compressive_layer
 COMPRESSIONS = ("mean", "max", "conv", "dilated", "most_used")
 
 
-def build(name: str = "compressive", noise: float = 0.1, **fields: Any) -> ls.mixers.Mixer:
+def build(name: str = "compressive", noise: float = 0.1, **fields: Any) -> Any:
     torch.manual_seed(0)
     mixer = ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, **fields).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixer.parameters():
-            parameter += noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return mixer
 
 
@@ -27,21 +27,21 @@ def drawn(length: int, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(mixer: ls.mixers.Mixer, y: Tensor, x: Tensor) -> dict[str, Tensor]:
+def gradients(mixer: Any, y: Tensor, x: Tensor) -> dict[str, Tensor]:
     weight = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(5))
     named = {"x": x} | dict(mixer.named_parameters())
-    found = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, found, strict=True)}
+    values = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, values, strict=True)}
 
 
 def windows(gone: Tensor, before: int, ratio: int) -> Tensor:
-    """(batch, groups, before + ratio, dim): every group with what stands before it, zeros before the document."""
+    """(batch, groups, before + ratio, dim): every group with the vectors before it, zeros before the document."""
     padded = torch.cat([gone.new_zeros(gone.shape[0], before, gone.shape[2]), gone], 1)
     groups = [padded[:, g * ratio : g * ratio + before + ratio] for g in range(gone.shape[1] // ratio)]
     return torch.stack(groups, 1) if groups else gone.new_zeros(gone.shape[0], 0, before + ratio, gone.shape[2])
 
 
-def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
+def compress(mixer: Any, gone: Tensor) -> Tensor:
     """All vectors that left the memory to slots, from the definitions of the compressions."""
     config, parts = mixer.core.config, mixer.core.compressor
     ratio, dim = config.ratio, gone.shape[2]
@@ -54,7 +54,7 @@ def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
     length = 2 ** len(parts.layers)
     h = torch.cat([gone.new_zeros(gone.shape[0], length, dim), gone], 1)
     for level, layer in enumerate(parts.layers):
-        older = h.roll(2**level, 1)  # a convolution of two taps at a dilation of 2 ** level, at every place
+        older = h.roll(2**level, 1)  # a convolution of two taps at a dilation of 2 ** level, at every position
         h = (older + h) / 2 + torch.nn.functional.gelu(torch.cat([older, h], 2)) @ layer.T
     return h[:, length + ratio - 1 :: ratio]
 
@@ -63,8 +63,8 @@ def compress(mixer: ls.mixers.Mixer, gone: Tensor) -> Tensor:
 @pytest.mark.parametrize("sizes", [(4, 4, 4, 2), (5, 3, 4, 3), (3, 7, 2, 4), (6, 2, 30, 2), (4, 0, 3, 3), (7, 2, 5, 1)])
 @pytest.mark.parametrize("length", [1, 3, 63])
 def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ...], length: int) -> None:
-    """Segment by segment as the paper has it; outputs, memory and gradients; one pass and token by token."""
-    fields = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
+    """Outputs, memory and gradients equal the paper's algorithm, in one pass and token by token."""
+    fields: dict[str, Any] = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
     chosen = None if compression == "most_used" else lambda gone: compress(mixer, gone)
@@ -89,23 +89,25 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     torch.testing.assert_close(torch.cat(outs, 1), expected.detach(), atol=1e-9, rtol=0)
     if memory.waiting.shape[1]:
         opened = length % sizes[0]
-        place = core.capacity - opened - memory.recent.shape[1] - memory.waiting.shape[1]
-        torch.testing.assert_close(state.hidden[:, place : place + memory.waiting.shape[1]], memory.waiting.detach())
+        first_waiting = core.capacity - opened - memory.recent.shape[1] - memory.waiting.shape[1]
+        torch.testing.assert_close(
+            state.hidden[:, first_waiting : first_waiting + memory.waiting.shape[1]], memory.waiting.detach()
+        )
 
 
-def same_as_transformer_xl(mixer: ls.mixers.Mixer, mem_len: int, length: int, cuts: list[int]) -> None:
+def same_as_transformer_xl(mixer: Any, mem_len: int, length: int, cuts: list[int]) -> None:
     xl = build("transformer_xl", segment=mixer.core.config.segment, mem_len=mem_len)
     xl.load_state_dict({n: t for n, t in mixer.state_dict().items() if "compressor" not in n})
-    found = []
-    for each in (mixer, xl):
+    outputs_and_gradients = []
+    for model in (mixer, xl):
         x, state, outs = drawn(length).requires_grad_(), None, []
         mask = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < (1.0 if len(cuts) < 3 else 0.9)
         for a, b in itertools.pairwise([*cuts, length]):
-            y, state = each(x[:, a:b], state, mask=mask[:, a:b])
+            y, state = model(x[:, a:b], state, mask=mask[:, a:b])
             outs.append(y)
         y = torch.cat(outs, 1)
-        found.append((y, gradients(each, y, x)))
-    (y, mine), (expected, theirs) = found
+        outputs_and_gradients.append((y, gradients(model, y, x)))
+    (y, mine), (expected, theirs) = outputs_and_gradients
     torch.testing.assert_close(y, expected, atol=1e-10, rtol=0)
     for name, gradient in theirs.items():
         torch.testing.assert_close(mine[name], gradient, atol=1e-10, rtol=0, msg=f"gradient of {name}")
@@ -129,7 +131,7 @@ def test_without_compressed_memory_it_is_transformer_xl(ratio: int, cuts: list[i
         same_as_transformer_xl(mixer, 5, 39, cuts)
 
 
-def losses(mixer: ls.mixers.Mixer, x: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
+def losses(mixer: Any, x: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
     """The loss of a model, and the auxiliary one."""
     penalties: list[Tensor] = []
     state, total = None, x.new_zeros(())
@@ -143,21 +145,21 @@ def losses(mixer: ls.mixers.Mixer, x: Tensor, calls: int = 1) -> tuple[Tensor, T
 @pytest.mark.parametrize("loss", ["attention", "auto_encoding"])
 @pytest.mark.parametrize("compression", ["conv", "dilated"])
 def test_each_loss_reaches_its_own_parameters(compression: str, loss: str, calls: int) -> None:
-    """The auxiliary loss reaches the whole compressor and nothing else; the model's all else and not the compressor."""
+    """The auxiliary loss reaches the whole compressor and nothing else, the model's all other parameters."""
     mixer = build(segment=4, mem_len=3, compressed_len=4, ratio=3, compression=compression, loss=loss)
     x = drawn(24).requires_grad_()
     model, auxiliary = losses(mixer, x, calls)
     named = {"x": x} | dict(mixer.named_parameters())
     for total, inside in ((auxiliary, True), (model, False)):
-        found = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
-        for (name, _), gradient in zip(named.items(), found, strict=True):
+        reached_gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True, retain_graph=True)
+        for (name, _), gradient in zip(named.items(), reached_gradients, strict=True):
             reached = gradient is not None and bool((gradient != 0).any())
             assert reached == (("compressor" in name) == inside), name
     assert all(parameter.requires_grad for parameter in mixer.parameters())
 
 
 def test_the_loss_is_that_of_the_segments_that_close() -> None:
-    """Nothing before vectors fill a group; afterwards a mean, so repeating a batch changes nothing."""
+    """No loss before vectors fill a group; then a mean, so that repeating a batch changes nothing."""
     mixer = build(segment=4, mem_len=4, compressed_len=4, ratio=2)
     penalties: list[Tensor] = []
     _, state = mixer(drawn(6), penalties=penalties)
@@ -173,16 +175,16 @@ def test_the_loss_is_that_of_the_segments_that_close() -> None:
     with torch.no_grad():
         assert not penalties_of(mixer, x), "nothing learns here"
     for fields in ({"compression": "mean"}, {"loss": "none"}, {"loss_weight": 0.0}, {"compressed_len": 0}):
-        other = build(**{"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2} | fields)
-        assert not penalties_of(other, x)
+        without_loss = build(**{"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2} | fields)
+        assert not penalties_of(without_loss, x)
     heavier = build(segment=4, mem_len=4, compressed_len=4, ratio=2, loss_weight=3.0)
     torch.testing.assert_close(penalties_of(heavier, x)[0], 3 * one)
 
 
-def penalties_of(mixer: ls.mixers.Mixer, x: Tensor, **keywords: Tensor) -> list[Tensor]:
-    found: list[Tensor] = []
-    mixer(x, penalties=found, **keywords)
-    return found
+def penalties_of(mixer: Any, x: Tensor, **keywords: Tensor) -> list[Tensor]:
+    penalties: list[Tensor] = []
+    mixer(x, penalties=penalties, **keywords)
+    return penalties
 
 
 def test_the_loss_of_padded_rows_is_that_of_the_rows_alone() -> None:
@@ -220,7 +222,7 @@ def test_first_in_first_out() -> None:
 
 
 def test_reach_over_positions_is_exact() -> None:
-    """A token sees mem_len + ratio * compressed_len positions before its segment, and what is older not at all."""
+    """A token sees mem_len + ratio * compressed_len positions before its segment, and nothing older."""
     mixer = build(segment=4, mem_len=4, compressed_len=3, ratio=2, compression="mean")
     x = drawn(41, 1)
     with torch.no_grad():
@@ -260,14 +262,14 @@ def test_the_compressor_learns() -> None:
     """Vectors of which only the first of a group says anything: the reconstruction learns to keep it."""
     torch.manual_seed(0)
     mixer = build(noise=0.3, segment=16, mem_len=16, compressed_len=8, ratio=2)
-    optimiser = torch.optim.Adam(mixer.core.compressor.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(mixer.core.compressor.parameters(), lr=0.01)
     generator, history = torch.Generator().manual_seed(2), []
     for _ in range(60):
         x = torch.randn(4, 64, 16, dtype=torch.float64, generator=generator)
         x[:, 1::2] *= 0.05
         (loss,) = penalties_of(mixer, x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         history.append(loss.item())
     assert sum(history[-5:]) < 0.5 * sum(history[:5]), (history[:5], history[-5:])

@@ -1,4 +1,4 @@
-"""Random projections of layers: drawn anew in `after_step`, by a generator given, which voids states."""
+"""Random projections of layers: redrawn in `after_step` with the caller's generator, which invalidates states."""
 
 from typing import Any
 
@@ -21,8 +21,9 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
         torch.manual_seed(0)
         return ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, redraw=redraw, **fields)
 
-    def drawn(mixer: ls.mixers.Mixer) -> torch.Tensor:
-        return mixer.core.get_buffer(buffer)
+    def drawn(mixer: Any) -> torch.Tensor:
+        projection: torch.Tensor = mixer.core.get_buffer(buffer)
+        return projection
 
     mixer, x = build(2).eval(), torch.randn(1, 9, 16)
     _, state = mixer(x)
@@ -35,7 +36,7 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
     assert mixer.draw == 1
     with pytest.raises(ls.UnsupportedError, match=f"{name}: .* another draw of the {buffer}"):
         mixer(x, state)
-    mixer(x, mixer.init_state(1))  # an empty one is of any draw
+    mixer(x, mixer.init_state(1))  # an empty state fits every draw
     again = build(2)
     again.after_step(2, torch.Generator().manual_seed(3))
     assert torch.equal(drawn(again), drawn(mixer))

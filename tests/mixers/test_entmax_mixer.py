@@ -1,4 +1,6 @@
-"""Adaptively sparse attention as a layer: alphas that are learned, stay in [1, 2] and are optimised apart."""
+"""Adaptively sparse attention as a layer: learned alphas, which stay in [1, 2] and have a parameter group."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 import longspan as ls
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, rope=1e4, **fields)
 
@@ -18,7 +20,7 @@ def test_alpha_of_one_is_full_attention() -> None:
     torch.testing.assert_close(soft(x)[0], full(x)[0], atol=1e-6, rtol=1e-5)
 
 
-def test_a_step_beyond_the_range_is_taken_back() -> None:
+def test_a_step_beyond_the_range_is_clamped() -> None:
     mixer = build(alpha_init=1.0)
     core = mixer.core
     with torch.no_grad():
@@ -38,12 +40,12 @@ def test_heads_learn_their_alpha_from_either_end() -> None:
         v = torch.randn(1, 4, 64, 8)
         core = build(alpha_init=start).core
         target = ls.ops.entmax_attention(q, k, v, torch.full((4,), end))
-        optimiser = torch.optim.Adam(core.parameters(), lr=0.05)
+        optimizer = torch.optim.Adam(core.parameters(), lr=0.05)
         for step in range(80):
             loss = (ls.ops.entmax_attention(q, k, v, core.alpha) - target).square().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             core.after_step(step + 1)
         assert (core.alpha - end).abs().max() < 0.05, core.alpha
 
@@ -82,6 +84,6 @@ def test_a_growing_session_equals_one_pass() -> None:
         ({"alpha": 1.5}, "entmax: unknown field 'alpha'; did you mean 'alpha_"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

@@ -1,4 +1,4 @@
-"""Mechanisms side by side: what one of them cannot, and why, is said of the layer and of the model too."""
+"""Mechanisms side by side: a limit of one part, and its reason, are reported for the layer and for the model."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_a_model_names_the_layer_and_the_reason() -> None:
         ((window, {"name": "heads", "parts": [WINDOW, BALANCED]}), rf"layer 1 \(of 0 to 2\): parts\[1\]: {BECAUSE}"),
         ((SORTED | {"num_heads": 4},), r"layer 0 \(of 0 to 2\): the sorted selection changes"),
     ):
-        table = [{key: value for key, value in each.items() if key != "num_heads"} for each in mixers]
+        table = [{key: value for key, value in spec.items() if key != "num_heads"} for spec in mixers]
         model, tokens = decoder(*table), torch.arange(6)[None]
         state = decoder(window)(tokens)[1]
         assert model(tokens)[1] is None
@@ -62,7 +62,7 @@ def test_a_model_names_the_layer_and_the_reason() -> None:
     assert decoder(window).why_no_stream() == ""
 
 
-def test_right_alignment_is_said() -> None:
+def test_right_alignment_is_named_as_the_reason() -> None:
     memory = ls.RecurrentMemory(decoder({"name": "full"}), num_memory_tokens=2, segment_length=4, alignment="right")
     with pytest.raises(UnsupportedError, match=r"^alignment = 'right' needs the whole text.*StreamSession needs"):
         ls.StreamSession(memory)

@@ -1,6 +1,7 @@
-"""Reformer's attention as a layer: redraws, streams that own their state, what a state costs, what is refused."""
+"""Reformer's attention as a layer: redraws, sessions that own their state, the size of a state, errors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ import longspan as ls
 FIELDS = {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4}
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("lsh", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields})
 
 
 def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    core = ls.mixers.build("lsh", dim=16, num_heads=4).core
+    core: Any = ls.mixers.build("lsh", dim=16, num_heads=4).core
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(core.rotations, torch.randn(core.rotations.shape, generator=generator))
     mixers = ({"name": "lsh", **FIELDS},)
@@ -35,7 +36,8 @@ def test_sorted_does_not_stream_and_says_why() -> None:
     assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
     y, state = mixer(x)
     assert state is None
-    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+    calls: list[Any] = [lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))]
+    for refused in calls:
         with pytest.raises(ls.UnsupportedError, match="sorted selection changes with later tokens"):
             refused()
     assert mixer.state_nbytes(1, 10) == 0
@@ -62,7 +64,7 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
     assert cache.state_nbytes(1, 16_640) <= rings < cache.state_nbytes(1, 16_641)
 
 
-def test_separate_keys_are_there_and_read_only_where_asked() -> None:
+def test_separate_keys_exist_and_are_read_only_where_configured() -> None:
     assert build(shared=True).projections.k_proj is None
     mixer, x = build(shared=False), torch.randn(1, 30, 16)
     before = mixer(x)[0]
@@ -80,6 +82,6 @@ def test_separate_keys_are_there_and_read_only_where_asked() -> None:
         ({"hashes": 2}, "lsh: unknown field 'hashes'; did you mean 'num_hashes'"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

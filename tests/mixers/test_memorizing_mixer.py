@@ -1,4 +1,4 @@
-"""Memorizing Transformer's attention as a layer: what is stored when, what is evicted, stores on disk beside it."""
+"""Memorizing Transformer's attention as a layer: when pairs are stored and evicted, and attached stores on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from longspan.mechanisms.memorizing.memory_store import MemoryStore
 FIELDS: dict[str, Any] = {"window": 4, "max_memories": 10, "k": 3}
 
 
-def build(**fields: Any) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
-    mixer = ls.mixers.build("memorizing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
+    mixer: Any = ls.mixers.build("memorizing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
     with torch.no_grad():
         mixer.core.gate.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
     return mixer
@@ -26,7 +26,7 @@ def drawn(seed: int, batch: int, length: int) -> Tensor:
     return torch.randn(batch, length, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(mixer: ls.mixers.Mixer, x: Tensor) -> Tensor:
+def by_hand(mixer: Any, x: Tensor) -> Tensor:
     """One document, token by token and head by head, from the equations."""
     core, config = mixer.core, mixer.core.config
     q, k, v = mixer.projections(x)
@@ -38,15 +38,16 @@ def by_hand(mixer: ls.mixers.Mixer, x: Tensor) -> Tensor:
             near = slice(max(0, i - config.window + 1), i + 1)
             local = torch.softmax(keys[near] @ query / 2, 0) @ values[near]
             border = i // config.window * config.window
-            kept = slice(max(0, border - config.max_memories), border)
+            stored = slice(max(0, border - config.max_memories), border)
             if border == 0:
                 out[0, head, i] = local
                 continue
-            cosines = torch.stack([torch.cosine_similarity(query, key, 0, 0.0) for key in keys[kept]])
+            cosines = torch.stack([torch.cosine_similarity(query, key, 0, 0.0) for key in keys[stored]])
             best = cosines.topk(min(config.k, len(cosines)))
-            found = torch.softmax(scale * best.values, 0) @ values[kept][best.indices]
-            out[0, head, i] = gate * found + (1 - gate) * local
-    return mixer.projections.output(out)
+            retrieved = torch.softmax(scale * best.values, 0) @ values[stored][best.indices]
+            out[0, head, i] = gate * retrieved + (1 - gate) * local
+    outputs: Tensor = mixer.projections.output(out)
+    return outputs
 
 
 @pytest.mark.parametrize("fields", [{}, {"max_memories": 2}, {"window": 7, "k": 1}, {"max_memories": 99, "k": 99}])
@@ -61,18 +62,18 @@ def test_equals_the_equations(fields: dict[str, Any]) -> None:
 def test_the_store_holds_the_last_pairs_of_closed_segments_oldest_evicted_first() -> None:
     mixer, x = build(), drawn(1, 2, 30)
     _, k, v = mixer.projections(x)
-    keys, state, held = ls.ops.unit_vectors(k), None, []
+    keys, state, stores = ls.ops.unit_vectors(k), None, []
     for token in range(30):
         _, state = mixer(x[:, token : token + 1], state)
         closed = (token + 1) // 4 * 4
-        kept = min(closed, 10)
+        num_stored = min(closed, 10)
         for stored, pairs in ((state.store_k, keys), (state.store_v, v)):
             torch.testing.assert_close(
-                stored[:, :, 10 - kept :], pairs[:, :, closed - kept : closed], atol=1e-12, rtol=0
+                stored[:, :, 10 - num_stored :], pairs[:, :, closed - num_stored : closed], atol=1e-12, rtol=0
             )
-            assert not stored[:, :, : 10 - kept].any()
-        held.append(state.store_k)
-    assert held[4] is held[6], "while no segment closes, the store is handed on as it is"
+            assert not stored[:, :, : 10 - num_stored].any()
+        stores.append(state.store_k)
+    assert stores[4] is stores[6], "while no segment closes, the store is handed on as it is"
 
 
 def test_the_store_is_not_trained_and_gates_and_scales_are() -> None:
@@ -81,8 +82,8 @@ def test_the_store_is_not_trained_and_gates_and_scales_are() -> None:
     (gradient,) = torch.autograd.grad(y[:, 28:].square().sum(), x, retain_graph=True)
     assert not gradient[:, :25].any()
     assert gradient[:, 25:].abs().amax(-1).all()
-    for found in torch.autograd.grad(y.square().sum(), (mixer.core.gate, mixer.core.log_scale)):
-        assert found.abs().min() > 0
+    for gradient in torch.autograd.grad(y.square().sum(), (mixer.core.gate, mixer.core.log_scale)):
+        assert gradient.abs().min() > 0
     tokens = ls.Decoder(
         ls.DecoderConfig(vocab_size=9, dim=16, num_layers=2, num_heads=2, mixers=({"name": "memorizing", **FIELDS},))
     )
@@ -119,8 +120,8 @@ def test_a_batch_of_no_rows(length: int, carried: bool) -> None:
     x = drawn(1, 0, length).requires_grad_()
     y, state = mixer(x, mixer.init_state(0) if carried else None)
     assert y.shape == (0, length, 16)
-    for found, expected in zip(state, mixer.init_state(0), strict=True):
-        assert found.shape == expected.shape
+    for actual, expected in zip(state, mixer.init_state(0), strict=True):
+        assert actual.shape == expected.shape
     y.sum().backward()
     y, _ = mixer(drawn(2, 0, 9), state, reset=torch.zeros(0, 9, dtype=torch.bool))
     assert y.shape == (0, 9, 16)
@@ -154,20 +155,20 @@ def store_at(folder: Path, **fields: Any) -> MemoryStore:
 
 @torch.no_grad()
 def test_an_attached_store_gives_what_a_larger_store_in_the_state_gives(tmp_path: Path) -> None:
-    """Also over several calls, padding, a reset, and rows of their own; and the state goes on beside it."""
+    """Also over several calls, padding, a reset, and separate rows, and the state is carried along."""
     large, small, x = build(max_memories=100), build(max_memories=2), drawn(1, 2, 60)
     stores = [store_at(tmp_path / str(row)) for row in range(2)]
     small.core.attach(stores)
     mask, reset = torch.ones(2, 60, dtype=torch.bool), torch.zeros(2, 60, dtype=torch.bool)
     mask[0, 5:8] = reset[1, 31] = False
     reset[1, 31] = True
-    wanted, _ = large(x, mask=mask, reset=reset)
-    found, state = [], None
+    expected, _ = large(x, mask=mask, reset=reset)
+    outs, state = [], None
     for part in (slice(0, 23), slice(23, 24), slice(24, 60)):
         y, state = small(x[:, part], state, mask=mask[:, part], reset=reset[:, part])
-        found.append(y)
-    # files hold fp32
-    torch.testing.assert_close(torch.cat(found, 1), wanted, atol=1e-5, rtol=0)
+        outs.append(y)
+    # the files store fp32
+    torch.testing.assert_close(torch.cat(outs, 1), expected, atol=1e-5, rtol=0)
     assert [len(store) for store in stores] == [56, 28]
     small.core.detach()
     states, own = small(drawn(2, 2, 9), state), small(x, mask=mask, reset=reset)[1]

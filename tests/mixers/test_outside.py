@@ -1,4 +1,4 @@
-"""A mechanism from outside of the package is held to the laws and used as longspan's own are."""
+"""A mechanism from outside of the package is used like longspan's own."""
 
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -20,13 +20,13 @@ HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "w
 
 @pytest.fixture(autouse=True)
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "REGISTERED", {})
     ls.mixers.register("leaky", outside.LeakyCore)
 
 
 def test_values_have_a_width_of_their_own() -> None:
     mixer = ls.mixers.build("leaky", **SIZES, value_dim=6).double()
-    maps = mixer.projections
+    maps: Any = mixer.projections
     assert (maps.v_proj.out_features, maps.k_proj.out_features, maps.o_proj.in_features) == (12, 8, 24)
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     assert mixer(x)[0].shape == x.shape
@@ -71,15 +71,15 @@ def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
         whole = model(tokens[:1])[0]
         session = ls.StreamSession(model)
         for first, last in ((0, 5), (5, 6), (6, 24)):
-            found = session.feed(tokens[:1, first:last])
-            torch.testing.assert_close(found.view(-1), whole[0, last - 1])
+            logits = session.feed(tokens[:1, first:last])
+            torch.testing.assert_close(logits.view(-1), whole[0, last - 1])
 
 
 def test_what_it_reads_is_measured() -> None:
-    """The gate reads hidden states, too; what it does to earlier keys is not a key that is read."""
+    """The gate, which reads hidden states too, scales earlier keys: that is not counted as reading a key."""
     mixer = ls.mixers.build("leaky", **SIZES, value_dim=6)
-    found = probe.influence(mixer, 20)
-    assert int((found > 0).sum()) == mixer.pairs(20)
+    reads = probe.influence(mixer, 20)
+    assert int((reads > 0).sum()) == mixer.pairs(20)
     x = torch.randn(1, 20, 16, dtype=torch.float64)
     assert (mixer.double().attention_map(x)[0] != 0).sum() == mixer.pairs(20)
 
@@ -91,17 +91,18 @@ def test_names_are_registered_once() -> None:
     for name, core in (("full", outside.LeakyCore), ("leaky", registry.core_class("full"))):
         with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
             ls.mixers.register(name, core)
-    for core in (outside.NotACore, Core):
+    classes: list[Any] = [outside.NotACore, Core]
+    for refused in classes:
         with pytest.raises(
             ls.ConfigError, match=r"register 'new': .* is not a subclass of Core with a dataclass Config"
         ):
-            ls.mixers.register("new", core)
+            ls.mixers.register("new", refused)
     assert "new" not in ls.mixers.names()
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Packages that bring mechanisms: one that works, one of them under a name of longspan's, two that are broken."""
+    """Entry points of mechanisms: one that works, one with a name that longspan has, two that are broken."""
     values = {
         "forgetful": "tests.outside:LeakyCore",
         "full": "tests.outside:LeakyCore",
@@ -109,16 +110,16 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         "odd": "tests.outside:NotACore",
     }
     points = [EntryPoint(name, value, "longspan.mechanisms") for name, value in values.items()]
-    asked: list[str] = []
+    groups: list[str] = []
 
     def entry_points(*, group: str) -> list[EntryPoint]:
-        asked.append(group)
+        groups.append(group)
         return [point for point in points if point.group == group]
 
     monkeypatch.setattr(registry, "entry_points", entry_points)
-    registry._installed.cache_clear()
-    yield asked
-    registry._installed.cache_clear()
+    registry.installed.cache_clear()
+    yield groups
+    registry.installed.cache_clear()
 
 
 def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:

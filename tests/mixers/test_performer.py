@@ -1,6 +1,7 @@
 """Performer as a layer: redraws, carried states, calibration, one projection for queries and keys."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import longspan as ls
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("performer", dim=16, num_heads=4, num_kv_heads=2, **{"num_features": 8, **fields})
 
@@ -37,13 +38,13 @@ def test_the_bound_is_calibrated_by_training_and_used_at_the_next_redraw() -> No
     y, _ = mixer(x, mask=mask)
     q, k, _ = mixer.projections(x[:, :20])
     a, b = (t.transpose(1, 2).reshape(-1, 4) * 4**-0.25 for t in (q, k))
-    wanted = a.square().sum(-1).mean() + b.square().sum(-1).mean() + 2 * (a.mean(0) * b.mean(0)).sum()
+    expected = a.square().sum(-1).mean() + b.square().sum(-1).mean() + 2 * (a.mean(0) * b.mean(0)).sum()
     y.sum().backward()
     mixer.after_step(1)
-    torch.testing.assert_close(mixer.core.pending_square, torch.stack([wanted.detach(), torch.ones(())]))
+    torch.testing.assert_close(mixer.core.pending_square, torch.stack([expected.detach(), torch.ones(())]))
     assert torch.equal(mixer.core.bound, bound)
     mixer.after_step(2, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mixer.core.bound, ls.ops.bounded_constant(wanted.detach(), 4))
+    torch.testing.assert_close(mixer.core.bound, ls.ops.bounded_constant(expected.detach(), 4))
     assert float(mixer.core.pending_square[1]) == 0
 
 

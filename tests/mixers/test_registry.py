@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ),
     ],
 )
-def test_mistakes_are_one_clear_line(name: str, fields: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(name: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message) as caught:
         ls.mixers.build(name, **{**SIZES, **fields})
     assert "\n" not in str(caught.value)
@@ -63,19 +63,19 @@ def test_calls_that_do_not_fit_are_refused() -> None:
 
 
 def test_heads_equal_their_parts_alone() -> None:
-    """Each part of `heads` computes what a mixer of its own would on the same heads."""
+    """Each part of `heads` gives the outputs of a separate mixer on the same heads."""
     torch.manual_seed(0)
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"name": "window", "num_heads": 2, "window": 3},
         {"name": "transformer_xl", "num_heads": 2, "segment": 4, "mem_len": 4},
     ]
-    joint = ls.mixers.build("heads", dim=16, num_heads=4, num_kv_heads=2, rope=1e4, parts=parts).double()
+    joint: Any = ls.mixers.build("heads", dim=16, num_heads=4, num_kv_heads=2, rope=1e4, parts=parts).double()
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     expected = torch.zeros_like(x)
     for i, table in enumerate(parts):
         fields = {key: value for key, value in table.items() if key not in ("name", "num_heads")}
-        alone = ls.mixers.build(
-            str(table["name"]), dim=16, num_heads=2, num_kv_heads=1, head_dim=4, rope=1e4, **fields
+        alone: Any = ls.mixers.build(
+            table["name"], dim=16, num_heads=2, num_kv_heads=1, head_dim=4, rope=1e4, **fields
         ).double()
         ours, theirs = joint.projections, alone.projections
         with torch.no_grad():

@@ -27,5 +27,5 @@ def test_a_session_that_writes_its_rings_in_place_equals_one_pass(name: str, sha
     for token in tokens[0, 20:].tolist():
         logits = session.feed([token])
     torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)
-    logits = twin.feed(tokens[0, 20:].tolist())  # its rings are its own
+    logits = twin.feed(tokens[0, 20:].tolist())  # it has its own rings
     torch.testing.assert_close(logits, model(tokens)[0][0, -1].detach(), atol=1e-9, rtol=0)

@@ -1,11 +1,12 @@
 """Routing's clusters: k-means, clusters that lose their members and come back, statistics in narrow models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_routing_mixer import FIELDS, build, centroids, drawn, started
+from tests.mixers.test_routing_mixer import FIELDS, build, centroids, drawn, started
 from torch import Tensor
 
 import longspan as ls
@@ -14,15 +15,15 @@ from longspan.mechanisms.routing.kmeans import STATISTICS, seeded, spherical_kme
 
 def test_kmeans_finds_what_is_there_and_keeps_what_it_cannot_replace() -> None:
     generator = torch.Generator().manual_seed(0)
-    centres = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
-    vectors = F.normalize(centres[:, :, None] + 0.02 * torch.randn(2, 5, 12, 16, generator=generator), dim=-1)
+    centers = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
+    vectors = F.normalize(centers[:, :, None] + 0.02 * torch.randn(2, 5, 12, 16, generator=generator), dim=-1)
     random = F.normalize(torch.randn(2, 5, 16, generator=generator), dim=-1)
-    found = spherical_kmeans(vectors.flatten(1, 2), random, generator)
-    assert (centres @ found.mT).max(-1).values.min() > 0.99
-    equal = centres[:, :2].repeat_interleave(6, 1)  # two vectors, many times: three clusters are left over
-    found = spherical_kmeans(equal, random, generator)
-    torch.testing.assert_close(found[:, 2:], random[:, 2:])
-    assert ((centres[:, :2] @ found[:, :2].mT).max(-1).values > 0.999).all()
+    means = spherical_kmeans(vectors.flatten(1, 2), random, generator)
+    assert (centers @ means.mT).max(-1).values.min() > 0.99
+    equal = centers[:, :2].repeat_interleave(6, 1)  # two vectors, many times: three clusters stay without members
+    means = spherical_kmeans(equal, random, generator)
+    torch.testing.assert_close(means[:, 2:], random[:, 2:])
+    assert ((centers[:, :2] @ means[:, :2].mT).max(-1).values > 0.999).all()
 
 
 def test_seeds_are_drawn_where_no_centroid_is() -> None:
@@ -30,25 +31,25 @@ def test_seeds_are_drawn_where_no_centroid_is() -> None:
     axes = torch.eye(5)[None].repeat_interleave(2, 0)
     means, dead = axes[:, [0, 1, 2, 0]], torch.tensor([[False, False, True, True], [False, False, False, True]])
     vectors = torch.cat([axes[:, [0, 1, 1, 3, 4]], torch.zeros(2, 3, 5)], 1)
-    found = seeded(vectors, means, dead, generator)
-    assert torch.equal(found[~dead], means[~dead])
-    assert sorted(found[0, 2:].argmax(-1).tolist()) == [3, 4]
-    assert int(found[1, 3].argmax()) in (3, 4)
+    seeds = seeded(vectors, means, dead, generator)
+    assert torch.equal(seeds[~dead], means[~dead])
+    assert sorted(seeds[0, 2:].argmax(-1).tolist()) == [3, 4]
+    assert int(seeds[1, 3].argmax()) in (3, 4)
     assert torch.equal(seeded(vectors[:, :3], means, dead, generator), means), "every vector has a centroid"
 
 
 # clusters that lose their members ----------------------------------------------------------------------------
 
 
-def modes(step: int, count: int = 4, each: int = 20) -> tuple[Tensor, Tensor]:
-    """Unit vectors (1, 4 heads, count * each, 4) around `count` directions, and which."""
-    number = torch.arange(count).repeat(each)
+def modes(step: int, count: int = 4, copies: int = 20) -> tuple[Tensor, Tensor]:
+    """Unit vectors (1, 4 heads, count * copies, 4) around `count` directions, and the direction of each."""
+    number = torch.arange(count).repeat(copies)
     generator = torch.Generator().manual_seed(step)
     noise = 0.05 * torch.randn(1, 4, len(number), 4, generator=generator, dtype=torch.float64)
     return F.normalize(torch.eye(4, dtype=torch.float64)[number] + noise, dim=-1), number
 
 
-def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
+def learn(mixer: Any, steps: int) -> list[int]:
     """Clusters with members, over all heads, at each step."""
     busy = []
     for step in range(1, steps + 1):
@@ -60,8 +61,8 @@ def learn(mixer: ls.mixers.Mixer, steps: int) -> list[int]:
     return busy
 
 
-def collapsed(**fields: object) -> ls.mixers.Mixer:
-    """Every centroid but one stands where no vector is."""
+def collapsed(**fields: Any) -> Any:
+    """Every centroid but one lies far from all vectors."""
     mixer = build(**fields)
     core = mixer.core
     core.draws += 1
@@ -80,10 +81,10 @@ def test_clusters_without_members_come_back_where_members_are() -> None:
     busy = learn(mixer, 60)
     assert busy[0] == 4
     assert busy[-1] == 16, "every cluster of every head has members"
-    found = ls.ops.routing_clusters(modes(99)[0], centroids(mixer))
-    for head in found[0]:
+    clusters = ls.ops.routing_clusters(modes(99)[0], centroids(mixer))
+    for head in clusters[0]:
         assert len({(int(c), int(m)) for c, m in zip(head, modes(99)[1], strict=True)}) == 4, "one cluster a direction"
-    assert mixer.draw == 1, "no draw: states go on"
+    assert mixer.draw == 1, "no draw: states stay valid"
     again = collapsed(decay=0.9)
     torch.manual_seed(5)
     assert learn(again, 60) == busy
@@ -91,7 +92,7 @@ def test_clusters_without_members_come_back_where_members_are() -> None:
         assert torch.equal(again.core.get_buffer(name), mixer.core.get_buffer(name)), name
 
 
-def test_a_cluster_begins_anew_at_a_vector_of_the_step_with_an_even_share() -> None:
+def test_a_cluster_restarts_at_a_vector_of_the_step_with_an_even_share() -> None:
     mixer = collapsed(decay=0.5, reseed=0.3)
     core = mixer.core
     core.ema_count[:, 2] = 1
@@ -107,7 +108,7 @@ def test_a_cluster_begins_anew_at_a_vector_of_the_step_with_an_even_share() -> N
     torch.testing.assert_close(core.ema_sum[:, 2], counts[2] * centroids(mixer)[:, 2])
 
 
-def test_nothing_seen_and_vectors_of_no_length_move_nothing() -> None:
+def test_steps_without_vectors_and_zero_vectors_move_no_centroid() -> None:
     mixer = started(decay=0.5)
     before = {name: mixer.core.get_buffer(name).clone() for name in STATISTICS}
     mixer(drawn(2, 6), mask=torch.zeros(2, 6, dtype=torch.bool))
@@ -137,11 +138,11 @@ def test_statistics_stay_wide_whatever_the_model_is(dtype: torch.dtype) -> None:
     twin = started(decay=0.999, reseed=0.0).float()
     x, _ = modes(1)
     for step in range(2, 40):
-        for each in (mixer, twin):
-            vectors = x.to(each.core.ema_sum.dtype)
-            chosen = ls.ops.routing_clusters(vectors, centroids(each))
-            each.core.see([(vectors, chosen)], torch.ones(1, x.shape[2], dtype=torch.bool))
-            each.after_step(step)
+        for model in (mixer, twin):
+            vectors = x.to(model.core.ema_sum.dtype)
+            chosen = ls.ops.routing_clusters(vectors, centroids(model))
+            model.core.see([(vectors, chosen)], torch.ones(1, x.shape[2], dtype=torch.bool))
+            model.after_step(step)
     torch.testing.assert_close(centroids(mixer).float(), centroids(twin), atol=1e-5, rtol=0)
     assert (centroids(twin) - exact).abs().max() > 0.01
     y, _ = mixer(drawn(1, 9).to(dtype))

@@ -1,8 +1,10 @@
-"""Routing as a layer: what its centroids learn and when, streams that own their state, what a state costs."""
+"""Routing as a layer: when and how its centroids learn, sessions that own their state, the size of a state."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,16 +16,16 @@ from longspan.contract.registry import core_class
 from longspan.mechanisms.routing import kmeans
 from longspan.mechanisms.routing.kmeans import SAMPLES
 
-FIELDS = {"num_clusters": 4, "window": 5}
+FIELDS: dict[str, Any] = {"num_clusters": 4, "window": 5}
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, **{**FIELDS, **fields}).double()
 
 
-def started(**fields: object) -> ls.mixers.Mixer:
-    """One whose first batch has set the centroids."""
+def started(**fields: Any) -> Any:
+    """A mixer whose first batch has set the centroids."""
     mixer = build(**fields)
     mixer(drawn(3, 40))
     mixer.after_step(1, torch.Generator().manual_seed(1))
@@ -34,12 +36,13 @@ def drawn(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def centroids(mixer: ls.mixers.Mixer) -> Tensor:
-    return mixer.core.get_buffer("centroids")
+def centroids(mixer: Any) -> Tensor:
+    means: Tensor = mixer.core.get_buffer("centroids")
+    return means
 
 
-def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
-    """For each head with centroids its routing vectors (tokens, head_dim)."""
+def routed(mixer: Any, x: Tensor) -> list[Tensor]:
+    """The routing vectors (tokens, head_dim) of every head with centroids."""
     q, k, _ = mixer.projections(x)
     core = mixer.core
     assert isinstance(core, core_class("routing"))
@@ -50,9 +53,9 @@ def routed(mixer: ls.mixers.Mixer, x: Tensor) -> list[Tensor]:
     return list(F.normalize(parts, dim=-1).transpose(0, 1).flatten(1, 3).detach().unbind())
 
 
-def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
-    """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; no members: as it is."""
-    found = centroids(mixer).clone()
+def moved_by_hand(mixer: Any, batches: list[Tensor]) -> Tensor:
+    """s <- decay s + the members' sum, n <- decay n + their number, mu = s / |s|; without members it stays."""
+    means = centroids(mixer).clone()
     sums, counts = (mixer.core.get_buffer(name).clone() for name in ("ema_sum", "ema_count"))
     decay = mixer.core.config.decay
     for head, mean in enumerate(centroids(mixer)):
@@ -65,8 +68,8 @@ def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
                 decay * counts[head, cluster] + len(members) >= 0.1 * (decay * counts[head] + len(vectors) / 4).mean()
             )
             if len(members):
-                found[head, cluster] = moved / moved.norm()
-    return found
+                means[head, cluster] = moved / moved.norm()
+    return means
 
 
 # what the centroids learn ------------------------------------------------------------------------------------
@@ -76,32 +79,32 @@ def moved_by_hand(mixer: ls.mixers.Mixer, batches: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_step_moves_the_centroids_as_by_hand(shared: bool, selection: str) -> None:
     mixer, x = started(shared=shared, selection=selection, decay=0.8), drawn(2, 30, seed=4)
-    wanted = moved_by_hand(mixer, [x])
+    expected = moved_by_hand(mixer, [x])
     before = centroids(mixer).clone()
     mixer(x)
     assert torch.equal(centroids(mixer), before), "a forward moved them"
     mixer.after_step(2)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
-    assert (wanted - before).abs().max() > 1e-3
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
+    assert (expected - before).abs().max() > 1e-3
     mixer.after_step(3)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0, msg="what a step has seen counts once")
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0, msg="what a step has seen counts once")
 
 
 def test_forwards_before_a_step_add_up_and_padding_counts_for_nothing() -> None:
     mixer = started(decay=0.5)
     batches = [drawn(2, 30, seed=4), drawn(1, 9, seed=5)]
-    wanted = moved_by_hand(mixer, batches)
+    expected = moved_by_hand(mixer, batches)
     padded = torch.cat([100 * drawn(2, 7, seed=6), batches[0]], 1)
     mixer(padded, mask=(torch.arange(37) >= 7).expand(2, -1))
     mixer(batches[1])
     mixer.after_step(2)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
 def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
     mixer, x = started(decay=0.5, selection=selection), drawn(2, 30, seed=4)
-    before, wanted = centroids(mixer).clone(), moved_by_hand(mixer, [x])
+    before, expected = centroids(mixer).clone(), moved_by_hand(mixer, [x])
     mixer.eval()(x)
     with torch.no_grad():
         mixer.train()(x)
@@ -110,7 +113,8 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
 
     def forward(x: Tensor) -> Tensor:
         penalties: list[Tensor] = []
-        return mixer(x, penalties=penalties)[0].sum() + sum(penalties)
+        y: Tensor = mixer(x, penalties=penalties)[0]
+        return y.sum() + sum(penalties)
 
     x = x.requires_grad_()
     (exact,) = torch.autograd.grad(forward(x), x)
@@ -118,7 +122,7 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
     (again,) = torch.autograd.grad(torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False), x)
     assert torch.equal(again, exact)
     mixer.after_step(3)
-    torch.testing.assert_close(centroids(mixer), wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(centroids(mixer), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -133,16 +137,16 @@ def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
     mixer(x)
     mixer.after_step(2, torch.Generator().manual_seed(1))
     assert mixer.draw == 1
-    found = centroids(mixer)
-    torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:2]).double())
-    for vectors, mean, other in zip(routed(mixer, x), found, random, strict=True):
-        near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, other))
+    first_means = centroids(mixer)
+    torch.testing.assert_close(first_means.norm(dim=-1), torch.ones(first_means.shape[:2]).double())
+    for vectors, mean, random_mean in zip(routed(mixer, x), first_means, random, strict=True):
+        near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, random_mean))
         assert 1 - near < 0.7 * (1 - far)
         assert len((vectors @ mean.mT).argmax(-1).unique()) == 4
     again = build(shared=shared)
     again(x)
     again.after_step(1, torch.Generator().manual_seed(1))
-    assert torch.equal(centroids(again), found)
+    assert torch.equal(centroids(again), first_means)
 
 
 def test_the_first_sample_is_filled_over_several_forwards() -> None:
@@ -200,16 +204,16 @@ def test_commitment_is_a_penalty_that_moves_queries_and_keys_and_no_centroid(sha
     penalties: list[Tensor] = []
     mask = torch.arange(30) < torch.tensor([[30], [12]])
     mixer(x, mask=mask, penalties=penalties)
-    (found,) = penalties
-    wanted = torch.zeros((), dtype=torch.float64)
+    (penalty,) = penalties
+    expected = torch.zeros((), dtype=torch.float64)
     q, k, _ = mixer.projections(x)
     for part in (q,) if shared else (q, k):
         means = centroids(mixer).repeat_interleave(part.shape[1] // centroids(mixer).shape[0], 0)
         unit = F.normalize(part, dim=-1)
         square = torch.cdist(unit, means.expand(2, -1, -1, -1)).min(-1).values.square()
-        wanted = wanted + 0.5 * square.transpose(1, 2)[mask].mean()
-    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
-    found.backward()
+        expected = expected + 0.5 * square.transpose(1, 2)[mask].mean()
+    torch.testing.assert_close(penalty, expected, atol=1e-10, rtol=0)
+    penalty.backward()
     projections = dict(mixer.projections.named_parameters())
     assert projections["q_proj.weight"].grad.abs().max() > 0
     assert ("k_proj.weight" in projections) != shared
@@ -283,12 +287,10 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
             x = drawn(4, 30, seed=3 * step + part)
             alone(x + 3 * x[:1, :1] if step == 4 else x)
         alone.after_step(step, torch.Generator().manual_seed(step))
-    assert (centroids(alone) - seen).abs().max() > 0.5, "one began anew"
+    assert (centroids(alone) - seen).abs().max() > 0.5, "one centroid restarted"
     for name, tensor in alone.core.state_dict().items():
         assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(
-            first[name], tensor, atol=1e-9, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        torch.testing.assert_close(first[name], tensor, atol=1e-9, rtol=0, msg=functools.partial("{}: {}".format, name))
 
 
 # as a layer --------------------------------------------------------------------------------------------------
@@ -305,18 +307,23 @@ def test_with_room_for_all_it_is_the_full_mixer() -> None:
 
 
 def test_half_window_half_routing() -> None:
-    """As the paper has it; the same as each alone on its own heads, and it streams."""
-    parts = [{"name": "window", "num_heads": 2, "window": 8}, {"name": "routing", "num_heads": 2, **FIELDS}]
+    """The paper's configuration: equal to each part alone on its heads, and it streams."""
+    parts: list[dict[str, Any]] = [
+        {"name": "window", "num_heads": 2, "window": 8},
+        {"name": "routing", "num_heads": 2, **FIELDS},
+    ]
     torch.manual_seed(0)
-    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
-    x, penalties = drawn(2, 60), []
+    mixer: Any = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
+    x = drawn(2, 60)
+    penalties: list[Tensor] = []
     y, _ = mixer(x, penalties=penalties)
     assert len(penalties) == 1
     mixer.after_step(1, torch.Generator().manual_seed(0))
     assert mixer.draw == 1
     mixer.eval()
     y, end = mixer(x)
-    outs, state = [], None
+    state: Any = None
+    outs = []
     for part in x.split((31, 1, 28), 1):
         out, state = mixer(part, state)
         outs.append(out)
@@ -337,8 +344,8 @@ def test_half_window_half_routing() -> None:
 
 
 def test_clusters_know_content_alone_and_weights_know_positions() -> None:
-    turned, plain, x = build(rope=10000.0).eval(), build().eval(), drawn(1, 40)
-    maps = [mixer.attention_map(x) for mixer in (turned, plain)]
+    rotary, plain, x = build(rope=10000.0).eval(), build().eval(), drawn(1, 40)
+    maps = [mixer.attention_map(x) for mixer in (rotary, plain)]
     assert torch.equal(maps[0] != 0, maps[1] != 0)
     assert (maps[0] - maps[1]).abs().max() > 0.01
 
@@ -349,7 +356,8 @@ def test_balanced_does_not_stream_and_says_why() -> None:
     assert (traits.causal, traits.value_causal, traits.streams) == (False, True, False)
     y, state = mixer(x)
     assert state is None
-    for refused in (lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))):
+    calls: list[Any] = [lambda: mixer.init_state(1), lambda: mixer(x, build().init_state(1))]
+    for refused in calls:
         with pytest.raises(ls.UnsupportedError, match="balanced selection changes with later tokens"):
             refused()
     assert mixer.state_nbytes(1, 10) == 0
@@ -380,6 +388,6 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
         ({"clusters": 2}, "routing: unknown field 'clusters'; did you mean 'num_clusters'"),
     ],
 )
-def test_mistakes_are_one_clear_line(fields: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ls.ConfigError, match=message):
         build(**fields)

@@ -1,4 +1,4 @@
-"""Rows against a definition in plain Python: a list of documents a row, tokens numbered one by one."""
+"""Rows against a definition in plain Python: a list of documents per row, tokens numbered one by one."""
 
 import pytest
 import torch
@@ -65,16 +65,16 @@ def test_carry_keeps_the_newest_live_columns(
 ) -> None:
     rows = make(call)
     old = torch.randn(rows.batch, 3, memory, 2)
-    for b, offset in enumerate(call[0]):  # slots that hold nothing are zero, as in every state
+    for b, offset in enumerate(call[0]):  # empty slots are zero, as in every state
         old[b, :, : max(memory - offset, 0)] = 0
     new = torch.randn(rows.batch, 3, rows.length, 2)
-    found = rows.carry(old, new, keep)
+    carried = rows.carry(old, new, keep)
     for b, (offset, mask, reset) in enumerate(zip(*call, strict=True)):
         count, live = sum(mask), describe(offset, mask, reset)[2]
         stream = torch.cat([torch.zeros(3, 20, 2), old[b], new[b, :, :count]], 1)
         expected = stream[:, stream.shape[1] - keep :].clone()
         expected[:, : max(keep - live, 0)] = 0
-        assert torch.equal(found[b], expected)
+        assert torch.equal(carried[b], expected)
 
 
 @given(calls(), st.integers(1, 4), st.integers(0, 6))
@@ -93,10 +93,10 @@ def test_segments_lie_where_positions_say(
     for b, (offset, mask, reset) in enumerate(zip(*call, strict=True)):
         count = sum(mask)
         positions = describe(offset, mask, reset)[1]
-        place = spread.slots[b, :count].tolist()
-        assert [p % size for p in place] == [p % size for p in positions]
-        assert place == sorted(set(place))
-        for before, after, p in zip(place, place[1:], positions[1:], strict=False):
+        columns = spread.slots[b, :count].tolist()
+        assert [p % size for p in columns] == [p % size for p in positions]
+        assert columns == sorted(set(columns))
+        for before, after, p in zip(columns, columns[1:], positions[1:], strict=False):
             if p == 0:  # a new document: at a border, in a segment of its own
                 assert after // size > before // size
         opened = offset % size

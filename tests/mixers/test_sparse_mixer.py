@@ -1,4 +1,4 @@
-"""Sparse Transformer as a layer: what is kept, where heads look, and what is refused."""
+"""Sparse Transformer as a layer: its state, the columns that heads read, errors."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import torch
 import longspan as ls
 
 
-def build(**fields: Any) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("sparse", dim=32, num_heads=4, **fields)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 1000])
 def test_fixed_keeps_a_block_and_its_summaries(length: int) -> None:
-    """Two vectors of 8 a head and column: stride - 1 of the open block, summary of each closed one; a count."""
+    """Two vectors of 8 per head and column: stride - 1 of the open block, summary of each closed one; a count."""
     mixer = build(pattern="fixed", stride=16, summary=3)
     with torch.no_grad():
         state = mixer(torch.randn(1, length, 32))[1]
@@ -25,8 +25,8 @@ def test_fixed_keeps_a_block_and_its_summaries(length: int) -> None:
 def test_heads_have_their_own_summary_columns() -> None:
     mixer = build(pattern="fixed", stride=8, summary=2, summary_offset=(0, 2, 4, 6))
     row = mixer.attention_map(torch.randn(1, 17, 32))[0, :, 16]  # the first token of the third block
-    places = [[int(j) for j in head.nonzero()] for head in row]
-    assert places == [[p, p + 1, p + 8, p + 9, 16] for p in (6, 4, 2, 0)]
+    keys_by_head = [[int(j) for j in head.nonzero()] for head in row]
+    assert keys_by_head == [[p, p + 1, p + 8, p + 9, 16] for p in (6, 4, 2, 0)]
 
 
 def test_evicted_keys_are_gone() -> None:
@@ -36,11 +36,11 @@ def test_evicted_keys_are_gone() -> None:
         state = mixer(x[:, :970])[1]
         assert state.summary_k.shape[2] == 2 * 60
         assert state.k.shape[2] == 15
-        found = mixer(x[:, 970:], state)[0]
-        torch.testing.assert_close(found, mixer(x)[0][:, 970:], atol=1e-10, rtol=0)
+        actual = mixer(x[:, 970:], state)[0]
+        torch.testing.assert_close(actual, mixer(x)[0][:, 970:], atol=1e-10, rtol=0)
 
 
-def test_wrong_fields_are_one_clear_line() -> None:
+def test_wrong_fields_raise_one_clear_line() -> None:
     for fields, word in (
         ({"stride": 0}, "stride"),
         ({"summary": 0}, "summary"),

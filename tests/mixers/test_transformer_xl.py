@@ -1,4 +1,6 @@
-"""What is special to Transformer-XL: memory as keys and values, reach, clamp, the graph across calls."""
+"""Transformer-XL: memory as keys and values, reach, clamped distances, gradients across calls."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,28 +8,28 @@ import torch
 import longspan as ls
 
 
-def build(**fields: object) -> ls.mixers.Mixer:
+def build(**fields: Any) -> Any:
     torch.manual_seed(0)
-    return ls.mixers.build("transformer_xl", dim=16, num_heads=4, num_kv_heads=2, **fields).double()  # type: ignore[arg-type]
+    return ls.mixers.build("transformer_xl", dim=16, num_heads=4, num_kv_heads=2, **fields).double()
 
 
 def test_memory_of_keys_and_values_gives_the_same_outputs() -> None:
     hidden = build(segment=4, mem_len=6)
-    kept = build(segment=4, mem_len=6, memory="kv")
-    kept.load_state_dict(hidden.state_dict())
+    projected = build(segment=4, mem_len=6, memory="kv")
+    projected.load_state_dict(hidden.state_dict())
     x = torch.randn(2, 19, 16, dtype=torch.float64)
     mask, reset = torch.rand(2, 19) > 0.2, torch.rand(2, 19) < 0.1
     with torch.no_grad():
         states = [None, None]
         for a, b in ((0, 3), (3, 4), (4, 13), (13, 19)):
             outs = []
-            for i, mixer in enumerate((hidden, kept)):
+            for i, mixer in enumerate((hidden, projected)):
                 y, states[i] = mixer(x[:, a:b], states[i], mask=mask[:, a:b], reset=reset[:, a:b])
                 outs.append(y)
             torch.testing.assert_close(outs[0], outs[1], atol=1e-12, rtol=0)
-    assert ls.state.nbytes(states[1]) == kept.state_nbytes(2, 19, torch.float64)
+    assert ls.state.nbytes(states[1]) == projected.state_nbytes(2, 19, torch.float64)
     with pytest.raises(ls.UnsupportedError, match="memory='kv' is for inference"):
-        kept(x)
+        projected(x)
 
 
 def test_reach_over_layers_is_exact_under_same_length() -> None:
@@ -101,16 +103,16 @@ def test_distances_follow_the_weights() -> None:
         assert torch.equal(mixer(x, state)[0], before)
 
 
-def test_distances_follow_a_fused_optimiser() -> None:
-    """Fused optimisers leave `_version` as it is."""
+def test_distances_follow_a_fused_optimizer() -> None:
+    """Fused optimizers leave `_version` as it is."""
     mixer = build(segment=4, mem_len=4)
-    optimiser = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.1, fused=True)
     x = torch.randn(1, 8, 16, dtype=torch.float64)
     with torch.no_grad():
         state = mixer(x)[1]
         mixer(x, state)
     mixer(x)[0].square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     fresh = build(segment=4, mem_len=4)
     fresh.load_state_dict(mixer.state_dict())
     with torch.no_grad():

@@ -1,21 +1,24 @@
-"""Attention to chosen blocks of keys against its definition; what is not seen changes no bit."""
+"""Attention to chosen blocks of keys against its definition; hidden tokens change no bit."""
 
 from typing import Any
 
 import pytest
 import torch
-from test_cost import Largest
-from test_definitions import HEADS, agree, inputs, ragged
+from tests.ops.test_cost import Largest
+from tests.ops.test_definitions import HEADS, agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops, reference
 
+# Any, as the calls unpack lists and dicts of arguments
+block_sparse_attention: Any = ops.block_sparse_attention
+
 
 def lists(
     length: int, columns: int, query_block: int, key_block: int, *, rows: int = 2, heads: int = 2, width: int = 4
 ) -> Tensor:
-    """Random blocks with equal ones, and none, in a list."""
+    """Lists of random blocks: some blocks are repeated, some entries are -1."""
     tiles, count = -(-length // query_block), -(-columns // key_block)
     generator = torch.Generator().manual_seed(length)
     return torch.randint(-1, count, (rows, heads, tiles, width), generator=generator)
@@ -33,50 +36,50 @@ def test_definition(length: int, memory: int, query_block: int, key_block: int, 
     if not causal:
         del hidden["start"]
     for kv_heads, rows, heads, more in ((2, 2, 2, {}), (2, 1, HEADS, hidden), (1, 2, 1, hidden), (HEADS, 1, 1, {})):
-        given = inputs(length, memory, kv_heads=kv_heads)
+        qkv = inputs(length, memory, kv_heads=kv_heads)
         blocks = lists(length, memory + length, query_block, key_block, rows=rows, heads=heads)
-        agree("block_sparse_attention", given, blocks=blocks, **form, **more)
+        agree("block_sparse_attention", qkv, blocks=blocks, **form, **more)
 
 
 def test_a_thousand_tokens() -> None:
-    given = inputs(1000, 50, batch=1)
+    qkv = inputs(1000, 50, batch=1)
     for query_block, key_block in ((48, 32), (1, 64)):
         form = {"query_block": query_block, "key_block": key_block}
-        agree("block_sparse_attention", given, blocks=lists(1000, 1050, *form.values(), rows=1), **form)
+        agree("block_sparse_attention", qkv, blocks=lists(1000, 1050, *form.values(), rows=1), **form)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_log_sum_exps_and_their_gradients(causal: bool) -> None:
-    given, blocks = inputs(70, 20), lists(70, 90, 16, 8)
+    qkv, blocks = inputs(70, 20), lists(70, 90, 16, 8)
     form: dict[str, Any] = {"query_block": 16, "key_block": 8, "causal": causal, "return_lse": True}
-    results = []
+    outputs_and_gradients = []
     for where in (ops, reference):
-        out, lse = where.block_sparse_attention(*given, blocks, **form)
+        out, lse = where.block_sparse_attention(*qkv, blocks, **form)
         loss = out.square().sum() + lse.masked_fill(lse == -torch.inf, 0).square().sum()
-        results.append([out, lse, *torch.autograd.grad(loss, given)])
-    for fast, slow in zip(*results, strict=True):
+        outputs_and_gradients.append([out, lse, *torch.autograd.grad(loss, qkv)])
+    for fast, slow in zip(*outputs_and_gradients, strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
 
 
 def test_every_block_is_full_attention_and_two_halves_merge_into_it() -> None:
-    given, every = inputs(70, 20), torch.arange(9).expand(1, 1, 5, 9)
-    wanted = ops.full_attention(*given)
+    qkv, every = inputs(70, 20), torch.arange(9).expand(1, 1, 5, 9)
+    expected = ops.full_attention(*qkv)
     form = {"query_block": 16, "key_block": 10}
-    twice = torch.cat([every, every, every + 9], -1)  # beyond the last block is nothing
-    torch.testing.assert_close(ops.block_sparse_attention(*given, twice, **form), wanted, atol=1e-12, rtol=0)
-    halves = [ops.block_sparse_attention(*given, b, **form, return_lse=True) for b in (every[..., :4], every[..., 4:])]
+    twice = torch.cat([every, every, every + 9], -1)  # blocks beyond the last are empty
+    torch.testing.assert_close(block_sparse_attention(*qkv, twice, **form), expected, atol=1e-12, rtol=0)
+    halves = [block_sparse_attention(*qkv, b, **form, return_lse=True) for b in (every[..., :4], every[..., 4:])]
     shares = torch.stack([lse for _, lse in halves]).softmax(0)[..., None]
     merged = sum(share * out for share, (out, _) in zip(shares, halves, strict=True))
-    torch.testing.assert_close(merged, wanted, atol=1e-12, rtol=0)
+    torch.testing.assert_close(merged, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("blocks", [torch.full((1, 1, 4, 3), -1), torch.zeros(1, 1, 4, 0, dtype=torch.int64)])
 def test_empty_lists_give_zeros(blocks: Tensor) -> None:
-    given = inputs(13, 2)
-    out, lse = ops.block_sparse_attention(*given, blocks, query_block=4, key_block=4, return_lse=True)
+    qkv = inputs(13, 2)
+    out, lse = block_sparse_attention(*qkv, blocks, query_block=4, key_block=4, return_lse=True)
     assert not out.any()
     assert (lse == -torch.inf).all()
-    assert not any(g.any() for g in torch.autograd.grad(out.sum() + lse.exp().sum(), given))
+    assert not any(g.any() for g in torch.autograd.grad(out.sum() + lse.exp().sum(), qkv))
 
 
 def test_widths_of_values_and_no_tokens() -> None:
@@ -84,21 +87,21 @@ def test_widths_of_values_and_no_tokens() -> None:
     wide = torch.cat([v, v[..., :3]], -1)
     agree("block_sparse_attention", [q, k, wide], blocks=lists(20, 20, 4, 4), query_block=4, key_block=4)
     none, blocks = inputs(0, 5), torch.zeros(1, 1, 0, 2, dtype=torch.int64)
-    assert ops.block_sparse_attention(*none, blocks, query_block=4, key_block=4).shape == (2, HEADS, 0, 8)
+    assert block_sparse_attention(*none, blocks, query_block=4, key_block=4).shape == (2, HEADS, 0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_not_seen_changes_no_bit(dtype: torch.dtype) -> None:
-    """Later tokens and their lists, other rows, padding: not even where they are no numbers."""
-    given = [t.detach().to(dtype) for t in inputs(200, 30)]
+def test_hidden_tokens_change_no_bit(dtype: torch.dtype) -> None:
+    """Later tokens and their lists, other rows, and padding, even where they are not finite."""
+    qkv = [t.detach().to(dtype) for t in inputs(200, 30)]
     blocks, form = lists(200, 230, 16, 8), {"query_block": 16, "key_block": 8}
     lengths = torch.tensor([200, 150])
-    before = ops.block_sparse_attention(*given, blocks, **form, lengths=lengths)
-    for t, column in zip(given, (96, 126, 126), strict=True):
+    before = block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
+    for t, column in zip(qkv, (96, 126, 126), strict=True):
         t[0, :, column:] = 1e4 * torch.randn(t[0, :, column:].shape)
         t[1, :, column + 54 :] = torch.nan
     blocks[0, :, 6:] = 0
-    after = ops.block_sparse_attention(*given, blocks, **form, lengths=lengths)
+    after = block_sparse_attention(*qkv, blocks, **form, lengths=lengths)
     assert torch.equal(before[0, :, :96], after[0, :, :96])
     assert torch.equal(before[1], after[1])
 
@@ -106,12 +109,12 @@ def test_what_is_not_seen_changes_no_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("query_block", [1, 64, 8192])
 def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
-    given = [torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3)]
+    qkv = [torch.randn(1, 2, 8192, 16).requires_grad_(train) for _ in range(3)]
     blocks = lists(8192, 8192, query_block, 64, rows=1)
     with Largest() as largest:
-        out = ops.block_sparse_attention(*given, blocks, query_block=query_block, key_block=64)
+        out = block_sparse_attention(*qkv, blocks, query_block=query_block, key_block=64)
         if train:
-            torch.autograd.grad(out.sum(), given)
+            torch.autograd.grad(out.sum(), qkv)
     assert largest.numbers <= 2**21
 
 
@@ -126,7 +129,7 @@ def test_no_buffer_is_quadratic(query_block: int, train: bool) -> None:
         ({"causal": False, "start": torch.zeros(2, 6)}, "start needs causal order"),
     ],
 )
-def test_mistakes_are_one_clear_line(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:
     keywords = {"blocks": torch.zeros(1, 1, 2, 1, dtype=torch.int64), "query_block": 4, "key_block": 4} | change
     with pytest.raises(ls.ConfigError, match=message):
-        ops.block_sparse_attention(*inputs(6, 0), **keywords)
+        block_sparse_attention(*inputs(6, 0), **keywords)

@@ -13,6 +13,9 @@ from longspan.mechanisms.bp.nodes import make_table
 from longspan.mechanisms.bp.schedule import make_schedule
 from longspan.mechanisms.bp.tree import Chunks, Tree, make_layout
 
+# Any, as the calls unpack lists and dicts of arguments
+bp_attention: Any = ops.bp_attention
+
 FP64 = torch.float64
 
 
@@ -22,8 +25,8 @@ def leaves(node: tuple[int, int]) -> set[int]:
 
 
 def walk(i: int, length: int, k: int, levels: int, causal: bool) -> list[tuple[int, int]]:
-    """The nodes by sets of tokens: level by level the next k on each side; a half where a whole would overlap."""
-    found = [(0, i)]
+    """The nodes as sets of tokens: per level the next k per side, or the free half of a node that overlaps."""
+    nodes = [(0, i)]
     for side in (-1,) if causal else (-1, 1):
         covered = {i}
         for level in range(levels + 1):
@@ -36,8 +39,8 @@ def walk(i: int, length: int, k: int, levels: int, causal: bool) -> list[tuple[i
                     node = (level - 1, token >> (level - 1))
                 assert not leaves(node) & covered
                 covered |= leaves(node)
-                found.append(node)
-    return found
+                nodes.append(node)
+    return nodes
 
 
 def nodes_read(length: int, k: int, levels: int, causal: bool, tile: int) -> list[list[tuple[int, int]]]:
@@ -98,10 +101,10 @@ def test_edges_of_the_papers_code(k: int, edges: int) -> None:
     assert sum(len(bp.spans(i, 64, k, 10)) - 1 for i in range(64)) == edges
 
 
-def test_a_place_is_the_same_in_every_aligned_block() -> None:
+def test_entries_are_the_same_in_every_aligned_block() -> None:
     for i in range(100, 116):
-        here = {(level, (i >> level) - m, place) for (level, m), place in bp.spans(i, 10**6, 2, 3)}
-        there = {(level, (i + 160 >> level) - m, place) for (level, m), place in bp.spans(i + 160, 10**6, 2, 3)}
+        here = {(level, (i >> level) - m, entry) for (level, m), entry in bp.spans(i, 10**6, 2, 3)}
+        there = {(level, (i + 160 >> level) - m, entry) for (level, m), entry in bp.spans(i + 160, 10**6, 2, 3)}
         assert here == there
 
 
@@ -110,8 +113,8 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def case(length: int, k: int, levels: int, causal: bool, *, positioned: bool = True, batch: int = 2) -> dict[str, Any]:
-    """Leaves of a call by name."""
-    found: dict[str, Any] = {
+    """Arguments of a call by name."""
+    tensors: dict[str, Any] = {
         "q": draw(0, batch, 4, length, 6),
         "k": draw(1, batch, 2, length, 6),
         "v": draw(2, batch, 2, length, 6),
@@ -119,26 +122,26 @@ def case(length: int, k: int, levels: int, causal: bool, *, positioned: bool = T
         "relative": draw(4, ops.bp_entries(k, levels, causal), 6),
     }
     if positioned:
-        found |= {"turned_q": draw(5, batch, 4, length, 6), "turned_k": draw(6, batch, 2, length, 6)}
-    return {name: t.requires_grad_() for name, t in found.items()}
+        tensors |= {"rotated_q": draw(5, batch, 4, length, 6), "rotated_k": draw(6, batch, 2, length, 6)}
+    return {name: t.requires_grad_() for name, t in tensors.items()}
 
 
-def run(where: Any, given: dict[str, Tensor], k: int, causal: bool, more: dict[str, Any]) -> list[Tensor]:
-    """Output, state, and gradients of a sum that weighs all of them."""
-    turned = (given["turned_q"], given["turned_k"]) if "turned_q" in given else None
+def run(where: Any, tensors: dict[str, Tensor], k: int, causal: bool, more: dict[str, Any]) -> list[Tensor]:
+    """Output, state, and gradients of a random weighted sum of them."""
+    positioned = (tensors["rotated_q"], tensors["rotated_k"]) if "rotated_q" in tensors else None
     out, state = where.bp_attention(
-        *(given[name] for name in ("q", "k", "v", "queries", "relative")),
+        *(tensors[name] for name in ("q", "k", "v", "queries", "relative")),
         nearest=k,
         causal=causal,
-        positioned=turned,
+        positioned=positioned,
         **more,
     )
     if "lengths" in more:
         out = out * (torch.arange(out.shape[2]) < more["lengths"][:, None])[:, None, :, None]
     ends = list(state[:5]) if state is not None else []
     loss = (out * draw(7, *out.shape)).sum() + sum(t.sin().sum() for t in ends)
-    gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True)
-    zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(given.values(), gradients, strict=True)]
+    gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors.values(), gradients, strict=True)]
     return [out, *([] if state is None else state), *zeros]
 
 
@@ -146,16 +149,16 @@ def run(where: Any, given: dict[str, Tensor], k: int, causal: bool, more: dict[s
 @pytest.mark.parametrize(("k", "levels"), [(1, 4), (2, 7), (3, 2), (5, 0)])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 130])
 def test_equals_its_definition(length: int, k: int, levels: int, causal: bool) -> None:
-    given = case(length, k, levels, causal, positioned=length % 2 == 0)
-    for one, other in zip(*(run(where, given, k, causal, {}) for where in (ops, reference)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    tensors = case(length, k, levels, causal, positioned=length % 2 == 0)
+    for actual, expected in zip(*(run(where, tensors, k, causal, {}) for where in (ops, reference)), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_equals_its_definition_at_a_thousand(causal: bool) -> None:
-    given = case(1000, 4, 8, causal, batch=1)
-    for one, other in zip(*(run(where, given, 4, causal, {}) for where in (ops, reference)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    tensors = case(1000, 4, 8, causal, batch=1)
+    for actual, expected in zip(*(run(where, tensors, 4, causal, {}) for where in (ops, reference)), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -167,7 +170,7 @@ def test_documents_padding_and_a_carried_state(seed: int, causal: bool) -> None:
     start = torch.full((2, length), -1000)
     if causal:
         before = case(90, k, levels, True)
-        state = ops.bp_attention(
+        state = bp_attention(
             *(before[name].detach() for name in ("q", "k", "v", "queries", "relative")),
             nearest=k,
             lengths=torch.tensor([90, 37 * (seed % 2)]),
@@ -177,72 +180,73 @@ def test_documents_padding_and_a_carried_state(seed: int, causal: bool) -> None:
     else:
         start[:] = 0
     for row in range(2):
-        for place in sorted(torch.randint(0, length, (seed % 4,), generator=generator).tolist()):
-            start[row, place:] = place
+        for begin in sorted(torch.randint(0, length, (seed % 4,), generator=generator).tolist()):
+            start[row, begin:] = begin
     more["start"] = start
-    given = case(length, k, levels, causal)
-    for one, other in zip(*(run(where, given, k, causal, more) for where in (ops, reference)), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    tensors = case(length, k, levels, causal)
+    for actual, expected in zip(*(run(where, tensors, k, causal, more) for where in (ops, reference)), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_calls_in_any_cuts_carry_the_tree() -> None:
-    given = {name: t.detach() for name, t in case(300, 2, 6, True, positioned=False).items()}
-    q, k, v, queries, relative = given.values()
-    whole, end = ops.bp_attention(q, k, v, queries, relative, nearest=2)
-    state, outs = None, []
+    tensors = {name: t.detach() for name, t in case(300, 2, 6, True, positioned=False).items()}
+    q, k, v, queries, relative = tensors.values()
+    whole, end = bp_attention(q, k, v, queries, relative, nearest=2)
+    state: Any = None
+    outs = []
     for first, last in ((0, 1), (1, 2), (2, 70), (70, 134), (134, 134), (134, 299), (299, 300)):
         part = (t[:, :, first:last] for t in (q, k, v))
-        out, state = ops.bp_attention(*part, queries, relative, nearest=2, state=state)
+        out, state = bp_attention(*part, queries, relative, nearest=2, state=state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-12, rtol=0)
-    for one, other in zip(state, end, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    for actual, expected in zip(state, end, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_as_many_nodes_as_tokens_are_full_attention(causal: bool) -> None:
     q, k, v = (draw(seed, 2, heads, 50, 8) for seed, heads in enumerate((4, 2, 2)))
-    out, _ = ops.bp_attention(q, k, v, draw(3, 3, 2, 8), nearest=50, causal=causal)
+    out, _ = bp_attention(q, k, v, draw(3, 3, 2, 8), nearest=50, causal=causal)
     torch.testing.assert_close(out, ops.full_attention(q, k, v, causal=causal), atol=1e-12, rtol=0)
 
 
 def test_later_tokens_change_no_bit_and_far_ones_are_reached() -> None:
-    given = case(500, 2, 8, True, positioned=False)
-    q, k, v, queries, relative = given.values()
-    out, _ = ops.bp_attention(q, k, v, queries, relative, nearest=2)
-    other = [torch.cat([t[:, :, :333], 30 * draw(9, *t[:, :, 333:].shape)], 2) for t in (q, k, v)]
-    changed, _ = ops.bp_attention(*other, queries, relative, nearest=2)
+    tensors = case(500, 2, 8, True, positioned=False)
+    q, k, v, queries, relative = tensors.values()
+    out, _ = bp_attention(q, k, v, queries, relative, nearest=2)
+    altered_qkv = [torch.cat([t[:, :, :333], 30 * draw(9, *t[:, :, 333:].shape)], 2) for t in (q, k, v)]
+    changed, _ = bp_attention(*altered_qkv, queries, relative, nearest=2)
     assert torch.equal(changed[:, :, :333], out[:, :, :333])
     (grad,) = torch.autograd.grad(out[:, :, 499].sum(), v)
     assert bool((grad != 0).all())  # through spans of up to 128 tokens
 
 
 def test_a_far_longer_past_costs_no_more() -> None:
-    """Ten thousand times as far: as many score entries a token, but for the levels that come with it."""
+    """A context ten thousand times as long needs as many score entries per token, except for its additional levels."""
     near, far = (ops.bp_cost(n, nearest=8, levels=20)[0] / n for n in (2**10, 2**23))
     assert far < 2 * near
 
 
-def test_gradients_of_all_inputs_are_those_of_differences() -> None:
-    given = case(9, 1, 2, True)
+def test_gradients_of_all_inputs_equal_finite_differences() -> None:
+    tensors = case(9, 1, 2, True)
 
     def call(q: Tensor, k: Tensor, v: Tensor, u: Tensor, e: Tensor, tq: Tensor, tk: Tensor) -> tuple[Tensor, ...]:
-        out, state = ops.bp_attention(q, k, v, u, e, nearest=1, positioned=(tq, tk))
+        out, state = bp_attention(q, k, v, u, e, nearest=1, positioned=(tq, tk))
         return out, state.open_k, state.open_mass
 
-    assert torch.autograd.gradcheck(call, tuple(given.values()), fast_mode=True)
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()), fast_mode=True)
 
 
 def test_refusals() -> None:
     q, k, u = draw(0, 1, 4, 5, 6), draw(1, 1, 2, 5, 6), draw(2, 3, 2, 6)
-    state = ops.bp_attention(q, k, k, u, nearest=2)[1]
+    state = bp_attention(q, k, k, u, nearest=2)[1]
     with pytest.raises(ConfigError, match="older tokens come as a state"):
-        ops.bp_attention(q[:, :, 1:], k, k, u, nearest=2)
+        bp_attention(q[:, :, 1:], k, k, u, nearest=2)
     with pytest.raises(ConfigError, match="only the causal form"):
-        ops.bp_attention(q, k, k, u, nearest=2, causal=False, state=state)
+        bp_attention(q, k, k, u, nearest=2, causal=False, state=state)
     with pytest.raises(ConfigError, match=r"relative \(3, 6\) must be"):
-        ops.bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
+        bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
     with pytest.raises(ConfigError, match="queries"):
-        ops.bp_attention(q, k, k, u[:, :1], nearest=2)
+        bp_attention(q, k, k, u[:, :1], nearest=2)
     with pytest.raises(ConfigError, match="nearest must be at least 1"):
-        ops.bp_attention(q, k, k, u, nearest=0)
+        bp_attention(q, k, k, u, nearest=0)

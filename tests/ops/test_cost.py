@@ -1,4 +1,4 @@
-"""What ops cost: the announced score entries are those computed, and no buffer grows with the square of the length."""
+"""Costs of operations: the computed score entries are the announced ones, and no buffer is quadratic in length."""
 
 from typing import Any
 
@@ -9,6 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from longspan import ops
+
+# Any, as the calls unpack lists and dicts of arguments
+entmax_attention: Any = ops.entmax_attention
+relative_attention: Any = ops.relative_attention
+window_attention: Any = ops.window_attention
+window_cost: Any = ops.window_cost
 
 HEADS, DIM = 2, 16
 LENGTHS = [1, 100, 1000, 3000]
@@ -53,16 +59,16 @@ def test_full(length: int, causal: bool) -> None:
 @pytest.mark.parametrize("blocks", [True, False])
 def test_window(length: int, window: int, causal: bool, blocks: bool) -> None:
     shape = {"window": window, "causal": causal, "blocks": blocks}
-    measured = counted(lambda: ops.window_attention(*tensors(length), **shape))
-    assert close(measured, 4 * DIM * HEADS * ops.window_cost(length, **shape))
+    measured = counted(lambda: window_attention(*tensors(length), **shape))
+    assert close(measured, 4 * DIM * HEADS * window_cost(length, **shape))
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("shape", [{"window": 100}, {"window": 512, "segment": 300}, {"window": 0, "segment": 64}, {}])
 @pytest.mark.parametrize("train", [True, False])
 def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
-    given = [*tensors(length, grad=train), *relative(length, grad=train)]
-    measured = counted(lambda: ops.relative_attention(*given, **shape))
+    operands = [*tensors(length, grad=train), *relative(length, grad=train)]
+    measured = counted(lambda: relative_attention(*operands, **shape))
     content, position = ops.relative_cost(length, **shape)
     assert close(measured, HEADS * DIM * (4 * content + 2 * position))
 
@@ -72,14 +78,14 @@ def test_relative(length: int, shape: dict[str, int], train: bool) -> None:
 @pytest.mark.parametrize("train", [True, False])
 def test_entmax(length: int, shape: dict[str, Any], train: bool) -> None:
     alpha = torch.tensor([1.0, 1.5], requires_grad=train)
-    measured = counted(lambda: ops.entmax_attention(*tensors(length, grad=train), alpha, **shape))
+    measured = counted(lambda: entmax_attention(*tensors(length, grad=train), alpha, **shape))
     assert close(measured, 4 * DIM * HEADS * ops.entmax_cost(length, **shape))
 
 
 def test_costs_grow_with_the_length() -> None:
     for cost in (
-        lambda n: ops.window_cost(n, window=64),
-        lambda n: ops.window_cost(n, window=64, blocks=True),
+        lambda n: window_cost(n, window=64),
+        lambda n: window_cost(n, window=64, blocks=True),
         lambda n: ops.relative_cost(n, window=64)[0],
         lambda n: ops.relative_cost(n, window=64, segment=64)[1],
     ):
@@ -90,7 +96,7 @@ class Largest(TorchDispatchMode):
     """The most numbers that any call returned in new memory."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numbers = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,7 +126,7 @@ class Largest(TorchDispatchMode):
 )
 def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, train: bool) -> None:
     length = 8192 if shape else 4096  # where every pair is computed
-    given = tensors(length, grad=train)
+    qkv = tensors(length, grad=train)
     more = relative(128, grad=train) if name == "relative_attention" else []
     if name == "entmax_attention":
         more = [torch.tensor([1.2, 1.5], requires_grad=train)]
@@ -129,9 +135,9 @@ def test_no_buffer_is_quadratic(name: str, shape: dict[str, Any], rows: bool, tr
     start = (torch.arange(length) // 1000 * 1000)[None]
     ragged = {"lengths": torch.tensor([length - 5]), "start": start} if rows else {}
     with Largest() as largest:
-        out = getattr(ops, name)(*given, *more, **shape, **ragged)
+        out = getattr(ops, name)(*qkv, *more, **shape, **ragged)
         out = out[0] if isinstance(out, tuple) else out
         if train:
-            torch.autograd.grad(out.sum(), [*given, *more])
+            torch.autograd.grad(out.sum(), [*qkv, *more])
     # inputs and gradients have 2**18 numbers, the tiles of a kernel call at most 2**22; a matrix would have 2**24
     assert largest.numbers <= 2**22 + 2**18

@@ -9,6 +9,11 @@ from torch import Tensor
 import longspan as ls
 from longspan import ops, reference
 
+# Any, as the calls unpack lists and dicts of arguments
+full_attention: Any = ops.full_attention
+relative_attention: Any = ops.relative_attention
+window_attention: Any = ops.window_attention
+
 HEADS, DIM = 4, 8
 
 
@@ -35,26 +40,26 @@ def ragged(length: int, memory: int, *, causal: bool = True) -> dict[str, Any]:
     column = torch.arange(length).expand(2, -1)
     begins = torch.rand(2, length, generator=generator) < 0.1
     origin = torch.where(begins, column, -memory).cummax(1).values if length else column
-    found: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "lengths": torch.tensor([length, length // 2]),
         "start": (origin + memory).clamp(min=0) if causal else origin,
     }
     if memory:
-        found["memory_lengths"] = torch.tensor([memory // 3, memory])
-    return found
+        rows["memory_lengths"] = torch.tensor([memory // 3, memory])
+    return rows
 
 
-def agree(name: str, given: list[Tensor], **keywords: Any) -> None:
-    fast, slow = getattr(ops, name)(*given, **keywords), getattr(reference, name)(*given, **keywords)
+def agree(name: str, operands: list[Tensor], **keywords: Any) -> None:
+    fast, slow = getattr(ops, name)(*operands, **keywords), getattr(reference, name)(*operands, **keywords)
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(getattr(ops, name)(*given, **keywords), slow.detach(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(getattr(ops, name)(*operands, **keywords), slow.detach(), atol=1e-9, rtol=0)
     weight = torch.randn(slow.shape, dtype=slow.dtype, generator=torch.Generator().manual_seed(3))
-    wanted = [*given, *(keywords.get("stale") or ())]
+    leaves = [*operands, *(keywords.get("stale") or ())]
     if slow.numel() and slow.requires_grad:
         for a, b in zip(
-            torch.autograd.grad(fast, wanted, weight, allow_unused=True),
-            torch.autograd.grad(slow, wanted, weight, allow_unused=True),
+            torch.autograd.grad(fast, leaves, weight, allow_unused=True),
+            torch.autograd.grad(slow, leaves, weight, allow_unused=True),
             strict=True,
         ):
             zero = torch.zeros(())
@@ -77,7 +82,7 @@ def test_full(length: int, memory: int, rows: bool, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 63, 200])
 @pytest.mark.parametrize("rows", [False, True])
-def test_full_both_sides(length: int, rows: bool) -> None:
+def test_full_bidirectional(length: int, rows: bool) -> None:
     keywords = ragged(length, 0, causal=False) if rows else {}
     agree("full_attention", inputs(length, 0), causal=False, **keywords)
 
@@ -86,18 +91,18 @@ def test_full_both_sides(length: int, rows: bool) -> None:
 @pytest.mark.parametrize("window", [1, 2, 37, 64, 500])
 @pytest.mark.parametrize(("length", "memory"), [(1, 0), (1, 127), (2, 5), (63, 36), (200, 0), (200, 73)])
 def test_window(length: int, memory: int, window: int, blocks: bool) -> None:
-    given = inputs(length, memory)
-    agree("window_attention", given, window=window, blocks=blocks)
-    agree("window_attention", given, window=window, blocks=blocks, **ragged(length, memory))
+    qkv = inputs(length, memory)
+    agree("window_attention", qkv, window=window, blocks=blocks)
+    agree("window_attention", qkv, window=window, blocks=blocks, **ragged(length, memory))
 
 
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("window", [1, 2, 37, 64, 500])
 @pytest.mark.parametrize("length", [1, 63, 200])
-def test_window_both_sides(length: int, window: int, blocks: bool) -> None:
-    given = inputs(length, 0)
-    agree("window_attention", given, window=window, blocks=blocks, causal=False)
-    agree("window_attention", given, window=window, blocks=blocks, causal=False, **ragged(length, 0, causal=False))
+def test_window_bidirectional(length: int, window: int, blocks: bool) -> None:
+    qkv = inputs(length, 0)
+    agree("window_attention", qkv, window=window, blocks=blocks, causal=False)
+    agree("window_attention", qkv, window=window, blocks=blocks, causal=False, **ragged(length, 0, causal=False))
 
 
 @pytest.mark.parametrize(
@@ -105,14 +110,14 @@ def test_window_both_sides(length: int, window: int, blocks: bool) -> None:
 )
 @pytest.mark.parametrize(("length", "memory"), [(1, 0), (1, 40), (2, 5), (63, 36), (200, 0), (150, 73)])
 def test_relative(length: int, memory: int, shape: dict[str, int]) -> None:
-    given = [*inputs(length, memory), *relative_inputs(memory + length)]
-    agree("relative_attention", given, **shape)
-    agree("relative_attention", given, **shape, **ragged(length, memory))
+    operands = [*inputs(length, memory), *relative_inputs(memory + length)]
+    agree("relative_attention", operands, **shape)
+    agree("relative_attention", operands, **shape, **ragged(length, memory))
 
 
 @pytest.mark.parametrize("border", [1, 16, 24, "rows"])
 @pytest.mark.parametrize(("length", "memory"), [(1, 9), (63, 36), (150, 73)])
-def test_memory_is_read_and_not_trained_through(length: int, memory: int, border: int | str) -> None:
+def test_memory_is_read_without_gradients(length: int, memory: int, border: int | str) -> None:
     """Pairs across a border send their gradients to `stale` alone, exactly."""
     q, k, v = inputs(length, memory)
     stale = tuple(t.detach().clone().requires_grad_() for t in (k, v))
@@ -126,28 +131,28 @@ def test_memory_is_read_and_not_trained_through(length: int, memory: int, border
 def test_a_thousand_tokens() -> None:
     agree("full_attention", inputs(1000, 0, batch=1))
     agree("window_attention", inputs(1000, 63, batch=1), window=100)
-    given = [*inputs(1000, 50, batch=1), *relative_inputs(200)]
-    agree("relative_attention", given, window=100, segment=100, border=100, stale=(given[1], given[2]))
+    operands = [*inputs(1000, 50, batch=1), *relative_inputs(200)]
+    agree("relative_attention", operands, window=100, segment=100, border=100, stale=(operands[1], operands[2]))
 
 
 def test_nothing_visible_gives_zeros() -> None:
-    given = inputs(6, 4)
-    nothing = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
+    qkv = inputs(6, 4)
+    no_tokens = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
     for out in (
-        ops.full_attention(*given, **nothing),
-        ops.window_attention(*given, window=3, **nothing),
-        ops.relative_attention(*given, *relative_inputs(10), window=3, **nothing),
+        full_attention(*qkv, **no_tokens),
+        window_attention(*qkv, window=3, **no_tokens),
+        relative_attention(*qkv, *relative_inputs(10), window=3, **no_tokens),
     ):
         assert not out[0].any()
-        assert torch.isfinite(torch.autograd.grad(out.sum(), given[0], retain_graph=True)[0]).all()
+        assert torch.isfinite(torch.autograd.grad(out.sum(), qkv[0], retain_graph=True)[0]).all()
 
 
 @pytest.mark.parametrize("length", [0])
 def test_no_tokens(length: int) -> None:
-    given = inputs(length, 5)
-    assert ops.full_attention(*given).shape == (2, HEADS, 0, DIM)
-    assert ops.window_attention(*given, window=3).shape == (2, HEADS, 0, DIM)
-    assert ops.relative_attention(*given, *relative_inputs(5), window=3).shape == (2, HEADS, 0, DIM)
+    qkv = inputs(length, 5)
+    assert full_attention(*qkv).shape == (2, HEADS, 0, DIM)
+    assert window_attention(*qkv, window=3).shape == (2, HEADS, 0, DIM)
+    assert relative_attention(*qkv, *relative_inputs(5), window=3).shape == (2, HEADS, 0, DIM)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -179,15 +184,15 @@ def test_rotary() -> None:
         torch.testing.assert_close(fast, slow, atol=1e-8, rtol=0)  # an angle of 10^7 has 1e-9 to give
     torch.testing.assert_close(ops.rotate(x, *tables), reference.rotate(x, *tables), atol=1e-12, rtol=0)
     shifted = ops.rotate(x, *ops.rotary_table(positions + 1000, DIM, dtype=torch.float64))
-    turned = ops.rotate(x, *tables)
+    rotated = ops.rotate(x, *tables)
     torch.testing.assert_close(  # only differences of positions matter
-        torch.einsum("bhid,bhjd->bhij", shifted, shifted), torch.einsum("bhid,bhjd->bhij", turned, turned)
+        torch.einsum("bhid,bhjd->bhij", shifted, shifted), torch.einsum("bhid,bhjd->bhij", rotated, rotated)
     )
 
 
-def test_wrong_shapes_are_one_clear_line() -> None:
-    given = inputs(6, 0)
+def test_wrong_shapes_raise_one_clear_line() -> None:
+    qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="window"):
-        ops.window_attention(*given, window=0)
+        window_attention(*qkv, window=0)
     with pytest.raises(ls.ConfigError, match="r must be"):
-        ops.relative_attention(*given, torch.zeros(2, 3, 4), *relative_inputs(3)[1:])
+        relative_attention(*qkv, torch.zeros(2, 3, 4), *relative_inputs(3)[1:])

@@ -1,8 +1,8 @@
-"""alpha-entmax: against its definition and another implementation; its gradients, its limits, its root finding."""
+"""alpha-entmax: against its definition and another implementation; gradients, limits and root finding."""
 
 from typing import Any
 
-import entmax as oracle
+import entmax as oracle  # type: ignore[import-untyped]
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +12,10 @@ from torch import Tensor
 import longspan as ls
 from longspan import ops, reference
 from longspan.mechanisms.entmax.curve import num_steps
+
+# Any, as the calls unpack lists and dicts of arguments
+entmax_attention: Any = ops.entmax_attention
+reference_entmax_attention: Any = reference.entmax_attention
 
 FP64 = torch.float64
 ALPHAS = [1.0, 1.001, 1.05, 1.2, 1.25, 1.5, 1.75, 1.97, 2.0]
@@ -23,30 +27,30 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def heads(seed: int, length: int, memory: int = 0, *, kv_heads: int = 2, batch: int = 2) -> list[Tensor]:
-    """q, k, v as projections give them, and an alpha a head."""
+    """q, k, v as projections give them, and an alpha per head."""
     shapes = ((batch, length, 4, 8), (batch, memory + length, kv_heads, 8), (batch, memory + length, kv_heads, 8))
-    found = [2 * draw(seed + i, *shape).transpose(1, 2) for i, shape in enumerate(shapes)]
-    return [t.requires_grad_() for t in [*found, torch.tensor(HEADS, dtype=FP64)]]
+    qkv = [2 * draw(seed + i, *shape).transpose(1, 2) for i, shape in enumerate(shapes)]
+    return [t.requires_grad_() for t in [*qkv, torch.tensor(HEADS, dtype=FP64)]]
 
 
 def ragged(length: int, memory: int, *, causal: bool = True) -> dict[str, Any]:
     column = torch.arange(length).expand(2, -1)
     begins = torch.rand(2, length, generator=torch.Generator().manual_seed(length)) < 0.1
     origin = torch.where(begins, column, -memory).cummax(1).values
-    found: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "lengths": torch.tensor([length, length // 2]),
         "start": (origin + memory).clamp(min=0) if causal else origin,
     }
-    return found | ({"memory_lengths": torch.tensor([memory // 3, memory])} if memory else {})
+    return rows | ({"memory_lengths": torch.tensor([memory // 3, memory])} if memory else {})
 
 
-def agree(given_: list[Tensor], **keywords: Any) -> None:
-    fast, slow = (where.entmax_attention(*given_, **keywords) for where in (ops, reference))
+def agree(operands: list[Tensor], **keywords: Any) -> None:
+    fast, slow = (where.entmax_attention(*operands, **keywords) for where in (ops, reference))
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(ops.entmax_attention(*given_, **keywords), slow, atol=1e-9, rtol=0)
+        torch.testing.assert_close(entmax_attention(*operands, **keywords), slow, atol=1e-9, rtol=0)
     weight = draw(7, *slow.shape)
-    grads = (torch.autograd.grad(out, given_, weight) for out in (fast, slow))
+    grads = (torch.autograd.grad(out, operands, weight) for out in (fast, slow))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
@@ -64,7 +68,7 @@ def test_attention_equals_its_definition(length: int, memory: int, window: int |
 
 @pytest.mark.parametrize("window", [None, 1, 37, 500])
 @pytest.mark.parametrize("length", [1, 63, 150])
-def test_both_sides(length: int, window: int | None) -> None:
+def test_bidirectional(length: int, window: int | None) -> None:
     tensors = heads(0, length)
     agree(tensors, window=window, causal=False)
     agree(tensors, window=window, causal=False, **ragged(length, 0, causal=False))
@@ -112,14 +116,15 @@ def test_random_calls(
 # the function ------------------------------------------------------------------------------------------------
 
 
-def other(z: Tensor, alpha: float) -> Tensor:
+def package_entmax(z: Tensor, alpha: float) -> Tensor:
     """The same weights by the package `entmax`: exact by sorting at 1.5 and 2, else by bisection."""
     if alpha == 1:
         return z.softmax(-1)
     if alpha in (1.5, 2.0):
-        found: Tensor = (oracle.entmax15 if alpha == 1.5 else oracle.sparsemax)(z, dim=-1)
-        return found
-    return oracle.entmax_bisect(z, alpha, dim=-1, n_iter=100)
+        weights: Tensor = (oracle.entmax15 if alpha == 1.5 else oracle.sparsemax)(z, dim=-1)
+    else:
+        weights = oracle.entmax_bisect(z, alpha, dim=-1, n_iter=100)
+    return weights
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -127,7 +132,7 @@ def other(z: Tensor, alpha: float) -> Tensor:
 def test_against_another_implementation(alpha: float, scale: float) -> None:
     z = (scale * draw(1, 5, 300)).requires_grad_()
     weight = draw(2, 5, 300)
-    expected = other(z, alpha)
+    expected = package_entmax(z, alpha)
     (slope,) = torch.autograd.grad(expected, z, weight)
     for where in (ops, reference):
         p = where.entmax(z, alpha)
@@ -138,27 +143,27 @@ def test_against_another_implementation(alpha: float, scale: float) -> None:
 @pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 1.8])
 def test_alpha_gradient_against_another_implementation(alpha: float) -> None:
     z, weight = draw(1, 5, 40), draw(2, 5, 40)
-    found = []
+    slopes = []
     for function in (ops.entmax, reference.entmax, lambda z, a: oracle.entmax_bisect(z, a, dim=-1, n_iter=100)):
         a = torch.full((5, 1), alpha, dtype=FP64, requires_grad=True)
-        found.append(torch.autograd.grad(function(z, a), a, weight)[0])
-    torch.testing.assert_close(found[0], found[1], atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found[0], found[2], atol=1e-7, rtol=1e-7)
+        slopes.append(torch.autograd.grad(function(z, a), a, weight)[0])
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(slopes[0], slopes[2], atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("where", [ops, reference])
 @pytest.mark.parametrize("alpha", [1.02, 1.3, 1.5, 1.8, 1.95])
-def test_gradients_are_finite_differences(where: Any, alpha: float) -> None:
+def test_gradients_equal_finite_differences(where: Any, alpha: float) -> None:
     z = draw(3, 4, 9).requires_grad_()
     a = torch.full((4, 1), alpha, dtype=FP64, requires_grad=True)
     assert torch.autograd.gradcheck(where.entmax, (z, a))
 
 
 @pytest.mark.parametrize("keywords", [{}, {"window": 5}, {"causal": False}])
-def test_gradients_of_attention_are_finite_differences(keywords: dict[str, Any]) -> None:
+def test_gradients_of_attention_equal_finite_differences(keywords: dict[str, Any]) -> None:
     q, k, v = (t.detach().requires_grad_() for t in heads(4, 11, batch=1)[:3])
     alpha = torch.tensor([1.1, 1.3, 1.5, 1.9], dtype=FP64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *t: ops.entmax_attention(*t, **keywords), (q, k, v, alpha), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: entmax_attention(*t, **keywords), (q, k, v, alpha), fast_mode=True)
 
 
 def test_the_gradient_of_alpha_at_the_softmax() -> None:
@@ -189,13 +194,13 @@ def test_series_and_formula_meet(dtype: torch.dtype) -> None:
         slopes.append(float(torch.autograd.grad((ops.entmax(z, alpha) * weight).sum(), alpha)[0]))
         attention = [z[:1, None].expand(1, 1, 1, 1) * 0 + 1, z.view(1, 1, 200, 1), weight.view(1, 1, 200, 1)]
         alpha = torch.tensor([1 + a], dtype=FP64, requires_grad=True)
-        out = ops.entmax_attention(*attention, alpha, causal=False, scale=1.0)
+        out = entmax_attention(*attention, alpha, causal=False, scale=1.0)
         slopes.append(float(torch.autograd.grad(out.sum(), alpha)[0]))
     spread = max(slopes) - min(slopes)
     assert spread < (1e-3 if dtype == torch.float32 else 1e-5) * max(1.0, abs(slopes[0]))
 
 
-def test_goes_over_into_the_softmax() -> None:
+def test_entmax_approaches_the_softmax() -> None:
     z = 3 * draw(7, 6, 500)
     distances = [float((ops.entmax(z, 1 + a) - z.softmax(-1)).abs().max()) for a in (1e-3, 1e-6, 1e-9, 0.0)]
     assert distances[0] < 1e-2
@@ -205,8 +210,8 @@ def test_goes_over_into_the_softmax() -> None:
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_what_entmax_is(alpha: float) -> None:
-    """Sums to one, keeps the order, does not see a shift, commutes with a permutation, hides what is -inf."""
+def test_entmax_has_its_defining_properties(alpha: float) -> None:
+    """Sums to one, keeps the order, ignores a shift, commutes with permutations, gives zero at -inf."""
     z = 2 * draw(8, 7, 60)
     p = ops.entmax(z, alpha)
     torch.testing.assert_close(p.sum(-1), torch.ones(7, dtype=FP64))
@@ -235,7 +240,7 @@ def test_support_shrinks_as_alpha_grows() -> None:
     assert (support[-1] < 20).all()
 
 
-def test_an_alpha_of_each_row_or_head() -> None:
+def test_alpha_may_differ_per_row_or_head() -> None:
     z = draw(10, 2, len(ALPHAS), 6, 50)
     alpha = torch.tensor(ALPHAS, dtype=FP64)[:, None, None]
     joint = ops.entmax(z, alpha)
@@ -247,9 +252,9 @@ def families(keys: int) -> dict[str, Tensor]:
     """Rows that are hard on root finding: nearly equal, far apart, clustered, of geometric and heavy tails."""
     g = torch.Generator().manual_seed(keys)
     normal, even = (f(16, keys, dtype=FP64, generator=g) for f in (torch.randn, torch.rand))
-    found = {f"normal {s}": normal * s for s in (1e-3, 0.1, 1.0, 30.0, 1e4)}
+    scores = {f"normal {s}": normal * s for s in (1e-3, 0.1, 1.0, 30.0, 1e4)}
     ladder = torch.arange(keys, dtype=FP64)
-    found |= {
+    scores |= {
         "equal": torch.zeros(16, keys, dtype=FP64),
         "even": even,
         "tail below": even.log(),
@@ -261,7 +266,7 @@ def families(keys: int) -> dict[str, Tensor]:
         "one above": torch.cat([torch.full((16, 1), 0.5, dtype=FP64), normal[:, 1:] * 0.01], 1),
         "few below": torch.where(even < 0.02, -(10 ** (4 * normal)).clamp(max=1e4), normal * 1e-3),
     }
-    return found
+    return scores
 
 
 @pytest.mark.parametrize("keys", [2, 17, 300, 5000])
@@ -275,7 +280,7 @@ def test_the_fixed_number_of_steps_is_enough(alpha: float, keys: int) -> None:
     z = z[:, :: rows // 2].flatten(0, 1)
     for dtype, near in ((FP64, 1e-9), (torch.float32, 2e-5 * z.abs().amax(-1).clamp(min=1))):
         value = torch.linspace(-1, 1, keys, dtype=dtype)
-        out = ops.entmax_attention(
+        out = entmax_attention(
             torch.ones(len(z), 1, min(2, keys), 1, dtype=dtype),
             z.to(dtype)[:, None, :, None],
             value[None, None, :, None].expand(len(z), -1, -1, -1),
@@ -297,7 +302,7 @@ def test_steps_do_not_grow_with_the_length(alpha: float, scale: float) -> None:
 
 
 def test_fewer_steps_would_not_be_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail."""
+    """The test of the number of steps can fail."""
     from longspan.mechanisms.entmax import curve as entmax_curve
 
     monkeypatch.setattr(entmax_curve, "num_steps", lambda a, dtype: num_steps(a, dtype) // 2)
@@ -312,16 +317,16 @@ def test_fewer_steps_would_not_be_enough(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_low_precision_stays_near(dtype: torch.dtype) -> None:
     rough = [t.detach().to(dtype) for t in heads(0, 150, 40)[:3]]
     alpha = torch.tensor(HEADS)
-    out = ops.entmax_attention(*rough, alpha, window=90)
+    out = entmax_attention(*rough, alpha, window=90)
     assert out.dtype == dtype
-    slow = reference.entmax_attention(*(t.double() for t in rough), alpha.double(), window=90)
+    slow = reference_entmax_attention(*(t.double() for t in rough), alpha.double(), window=90)
     near = 0.05 if dtype == torch.bfloat16 else 2e-5
     torch.testing.assert_close(out.double(), slow, atol=near, rtol=near)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_large_offsets_are_no_nan(alpha: float, dtype: torch.dtype) -> None:
+def test_large_offsets_give_no_nan(alpha: float, dtype: torch.dtype) -> None:
     z = (draw(11, 4, 64) * 100).to(dtype) + 5000
     p = ops.entmax(z.requires_grad_(), alpha)
     assert p.dtype == dtype
@@ -330,35 +335,35 @@ def test_large_offsets_are_no_nan(alpha: float, dtype: torch.dtype) -> None:
 
 
 def test_alpha_keeps_its_dtype_and_half_precision_is_computed_in_fp32() -> None:
-    given_ = [t.detach().bfloat16().requires_grad_() for t in heads(0, 70)[:3]]
+    qkv = [t.detach().bfloat16().requires_grad_() for t in heads(0, 70)[:3]]
     alpha = torch.tensor(HEADS, requires_grad=True)
-    results = []
+    outputs_and_gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = ops.entmax_attention(*given_, alpha)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), [*given_, alpha])])
-    assert [t.dtype for t in results[0]] == [torch.bfloat16] * 4 + [torch.float32]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            out = entmax_attention(*qkv, alpha)
+            outputs_and_gradients.append([out, *torch.autograd.grad(out.float().square().sum(), [*qkv, alpha])])
+    assert [t.dtype for t in outputs_and_gradients[0]] == [torch.bfloat16] * 4 + [torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(*outputs_and_gradients, strict=True))
 
 
 def test_nothing_visible_and_no_tokens_give_zeros() -> None:
     tensors = heads(0, 6, 4)
-    nothing = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
-    out = ops.entmax_attention(*tensors, window=3, **nothing)
+    no_tokens = {"lengths": torch.tensor([0, 6]), "memory_lengths": torch.tensor([0, 0])}
+    out = entmax_attention(*tensors, window=3, **no_tokens)
     assert not out[0].any()
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.sum(), tensors))
-    assert ops.entmax_attention(*heads(0, 0, 5)).shape == (2, 4, 0, 8)
+    assert entmax_attention(*heads(0, 0, 5)).shape == (2, 4, 0, 8)
     assert ops.entmax(torch.zeros(3, 0), 1.5).shape == (3, 0)
 
 
-def test_mistakes_are_one_clear_line() -> None:
+def test_wrong_arguments_raise_one_clear_line() -> None:
     q, k, v, alpha = heads(0, 6)
     with pytest.raises(ls.ConfigError, match=r"alpha must be in \[1, 2\], got 1.0 to 2.5"):
-        ops.entmax_attention(q, k, v, alpha.detach().clamp(max=1.5) * 0 + torch.tensor([1.0, 2.5, 1.0, 1.0]))
+        entmax_attention(q, k, v, alpha.detach().clamp(max=1.5) * 0 + torch.tensor([1.0, 2.5, 1.0, 1.0]))
     with pytest.raises(ls.ConfigError, match=r"alpha must be \(heads,\) = \(4,\), got \(3,\)"):
-        ops.entmax_attention(q, k, v, alpha[:3])
+        entmax_attention(q, k, v, alpha[:3])
     with pytest.raises(ls.ConfigError, match="window must be at least 1"):
-        ops.entmax_attention(q, k, v, alpha, window=0)
+        entmax_attention(q, k, v, alpha, window=0)
     with pytest.raises(ls.ConfigError, match="size 1 at dim -1"):
         ops.entmax(torch.zeros(3, 4), torch.full((4,), 1.5))
     with pytest.raises(ls.ConfigError, match=r"in \[1, 2\]"):

@@ -1,4 +1,4 @@
-"""What must hold to the bit, whatever the tiles: the future, other rows, and what is hidden."""
+"""The future, other rows and hidden contents change no bit of an output, whatever the tiles are."""
 
 from typing import Any
 
@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from longspan import ops
+
+# Any, as the calls unpack lists and dicts of arguments
+relative_attention: Any = ops.relative_attention
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("full_attention", {}),
@@ -44,8 +47,8 @@ def extras(name: str, distances: int) -> list[Tensor]:
 
 def rows_of(length: int, memory: int) -> dict[str, Any]:
     start = (torch.arange(length) // 30 * 30 + memory - 10).clamp(min=0).expand(2, -1)
-    found: dict[str, Any] = {"lengths": torch.tensor([length, length - 3]), "start": start}
-    return found | ({"memory_lengths": torch.tensor([memory // 2, memory])} if memory else {})
+    rows: dict[str, Any] = {"lengths": torch.tensor([length, length - 3]), "start": start}
+    return rows | ({"memory_lengths": torch.tensor([memory // 2, memory])} if memory else {})
 
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
@@ -73,34 +76,34 @@ def test_the_future_changes_no_bit(
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 @pytest.mark.parametrize("ragged", [False, True])
 def test_other_rows_change_no_bit(name: str, keywords: dict[str, Any], ragged: bool) -> None:
-    """Nor do they change a gradient."""
+    """They change no gradient either."""
     length, memory = 130, 17
     rows = rows_of(length, memory) if ragged else {}
-    results = []
+    outputs_and_gradients = []
     for seed in (1, 2):
-        given = [t.clone() for t in drawn(length, memory)]
-        for mine, other in zip(given, drawn(length, memory, seed=seed), strict=True):
-            mine[1] = other[1] * 50
-        given = [t.requires_grad_() for t in given]
-        out = getattr(ops, name)(*given, *extras(name, memory + length), **keywords, **rows)
+        qkv = [t.clone() for t in drawn(length, memory)]
+        for tensor, redrawn in zip(qkv, drawn(length, memory, seed=seed), strict=True):
+            tensor[1] = redrawn[1] * 50
+        qkv = [t.requires_grad_() for t in qkv]
+        out = getattr(ops, name)(*qkv, *extras(name, memory + length), **keywords, **rows)
         grad = torch.ones_like(out)
-        results.append([out, *torch.autograd.grad(out, given, grad)])
-    for a, b in zip(*results, strict=True):
+        outputs_and_gradients.append([out, *torch.autograd.grad(out, qkv, grad)])
+    for a, b in zip(*outputs_and_gradients, strict=True):
         assert torch.equal(a[0], b[0])
 
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_hidden_contents_change_no_bit(name: str, keywords: dict[str, Any]) -> None:
-    """Padding, memory slots that are not real, and other documents; and they get no gradient."""
+    """Padding, memory slots that are not real, and other documents, which get no gradient either."""
     length, memory = 130, 17
     rows = rows_of(length, memory)
-    given = [t.clone() for t in drawn(length, memory)]
-    changed = [t.clone() for t in given]
+    qkv = [t.clone() for t in drawn(length, memory)]
+    changed = [t.clone() for t in qkv]
     for t in changed[1:]:
         t[0, :, : memory - memory // 2] = 1e3
         t[1, :, memory + length - 3 :] = -1e3
     changed[0][1, :, length - 3 :] = 77.0
-    outs = [getattr(ops, name)(*g, *extras(name, memory + length), **keywords, **rows) for g in (given, changed)]
+    outs = [getattr(ops, name)(*g, *extras(name, memory + length), **keywords, **rows) for g in (qkv, changed)]
     assert torch.equal(*outs)
     leaves = [t.requires_grad_() for t in changed]
     out = getattr(ops, name)(*leaves, *extras(name, memory + length), **keywords, **rows)
@@ -114,9 +117,7 @@ def test_hidden_contents_change_no_bit(name: str, keywords: dict[str, Any]) -> N
 def test_stale_gets_all_gradients_of_the_past_and_only_those() -> None:
     q, k, v = (t.clone().requires_grad_() for t in drawn(96, 32))
     stale = tuple(t.detach().clone().requires_grad_() for t in (k, v))
-    out = ops.relative_attention(
-        q, k, v, *extras("relative_attention", 64), window=32, segment=32, border=32, stale=stale
-    )
+    out = relative_attention(q, k, v, *extras("relative_attention", 64), window=32, segment=32, border=32, stale=stale)
     dk, dv, old_k, old_v = torch.autograd.grad(out[:, :, 64:].square().sum(), (k, v, *stale))
     for own, old in ((dk, old_k), (dv, old_v)):
         assert own[:, :, 96:].any()
@@ -128,27 +129,27 @@ def test_stale_gets_all_gradients_of_the_past_and_only_those() -> None:
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_inputs_stay_as_they_are(name: str, keywords: dict[str, Any]) -> None:
-    given = [t.requires_grad_() for t in drawn(130, 17)]
-    kept = [t.detach().clone() for t in given]
-    out = getattr(ops, name)(*given, *extras(name, 147), **keywords, **rows_of(130, 17))
+    qkv = [t.requires_grad_() for t in drawn(130, 17)]
+    before = [t.detach().clone() for t in qkv]
+    out = getattr(ops, name)(*qkv, *extras(name, 147), **keywords, **rows_of(130, 17))
     out.sum().backward()
-    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(qkv, before, strict=True))
 
 
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_any_strides(name: str, keywords: dict[str, Any]) -> None:
-    """Views, expanded rows and a last stride that is not 1 give what contiguous copies give."""
-    given = drawn(70, 10)
+    """Views, expanded rows and a last stride that is not 1 give the results of contiguous copies."""
+    qkv = drawn(70, 10)
     more = extras(name, 80)
-    odd = [given[0].mT.contiguous().mT, given[1][:1].expand(2, -1, -1, -1), given[2][..., ::2].repeat_interleave(2, -1)]
+    odd = [qkv[0].mT.contiguous().mT, qkv[1][:1].expand(2, -1, -1, -1), qkv[2][..., ::2].repeat_interleave(2, -1)]
     odd[2] = torch.stack([odd[2], odd[2]], -1)[..., 0]
     strange = [t.detach().requires_grad_() for t in odd]
     plain = [t.detach().contiguous().requires_grad_() for t in odd]
-    results = []
+    outputs_and_gradients = []
     for leaves in (strange, plain):
         out = getattr(ops, name)(*leaves, *more, **keywords)
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for a, b in zip(*results, strict=True):
+        outputs_and_gradients.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*outputs_and_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -156,25 +157,25 @@ def test_any_strides(name: str, keywords: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_lowers_nothing_inside(name: str, keywords: dict[str, Any], dtype: torch.dtype) -> None:
     """Half-precision inputs are computed in fp32, with autocast and without, and gradients come in their dtype."""
-    given = [t.requires_grad_() for t in drawn(150, 20, dtype=dtype)]
+    qkv = [t.requires_grad_() for t in drawn(150, 20, dtype=dtype)]
     more = extras(name, 170)
-    results = []
+    outputs_and_gradients = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = getattr(ops, name)(*given, *more, **keywords)
-            results.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
-    assert all(t.dtype == dtype for t in results[0])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    exact = getattr(ops, name)(*(t.detach().double() for t in given), *(t.double() for t in more), **keywords)
-    assert torch.equal(results[0][0].double(), exact.to(dtype).double()) or torch.allclose(
-        results[0][0].double(), exact, rtol=0.01, atol=1e-3
+            out = getattr(ops, name)(*qkv, *more, **keywords)
+            outputs_and_gradients.append([out, *torch.autograd.grad(out.float().square().sum(), qkv)])
+    assert all(t.dtype == dtype for t in outputs_and_gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs_and_gradients, strict=True))
+    exact = getattr(ops, name)(*(t.detach().double() for t in qkv), *(t.double() for t in more), **keywords)
+    assert torch.equal(outputs_and_gradients[0][0].double(), exact.to(dtype).double()) or torch.allclose(
+        outputs_and_gradients[0][0].double(), exact, rtol=0.01, atol=1e-3
     )
 
 
 @pytest.mark.parametrize("memory", [5, 36, 200])
 @pytest.mark.parametrize(("name", "keywords"), CASES)
 def test_one_token_equals_the_last_of_many(name: str, keywords: dict[str, Any], memory: int) -> None:
-    """The short way of decoding and the tiles agree; the segment form counts from query 0, so only window forms do."""
+    """The decoding path agrees with the tiles; the segment form counts from query 0, so only window forms do."""
     if "segment" in keywords or "blocks" in keywords:
         keywords = {"window": 33}
     if keywords.get("pattern") == "fixed":

@@ -1,4 +1,4 @@
-"""FAVOR+: features against their formulas, unbiased in every direction, variances as the theory has them."""
+"""FAVOR+: features against their formulas, unbiased in every direction, with the variances of the theory."""
 
 import math
 from typing import Any
@@ -26,19 +26,19 @@ def draw(seed: int, *shape: int) -> Tensor:
 def test_attention_equals_its_definition(kind: str, causal: bool) -> None:
     projection = ops.orthogonal_projection(9, 4, generator=generator()).double()
     bound = -0.05 if kind == "bounded" else None
-    found = []
+    outputs_and_gradients = []
     for module in (ops, reference):
         q, k, v = (draw(seed, 2, heads, 130, 4).requires_grad_() for seed, heads in ((1, 4), (2, 2), (3, 2)))
         out, sums = module.favor_attention(q, k, v, projection, kind=kind, bound=bound, causal=causal)
         if kind == "trigonometric":
             # denominators pass through zero; compare where they do not
             near = out.detach().abs() < 5
-            found.append([torch.where(near, out, 0).detach().clamp(-5, 5)])
+            outputs_and_gradients.append([torch.where(near, out, 0).detach().clamp(-5, 5)])
             continue
         ends = [sums.values, sums.keys] if causal else []
-        found.append([out, *ends, *torch.autograd.grad((out * draw(4, *out.shape)).sum(), [q, k, v])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-8, rtol=1e-7)
+        outputs_and_gradients.append([out, *ends, *torch.autograd.grad((out * draw(4, *out.shape)).sum(), [q, k, v])])
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-8, rtol=1e-7)
 
 
 @pytest.mark.parametrize("direction", ["positive", "negative", "random"])
@@ -54,10 +54,11 @@ def test_unbiased_within_four_standard_errors_of_2000_draws(kind: str, direction
     for _ in range(2000):
         projection = ops.orthogonal_projection(count, dim, generator=random)
         phi, scale = ops.favor_features(x.view(1, 1, 1, -1), projection, kind=kind, bound=-0.02)
+        assert scale is not None
         products.append(float((phi.square().sum(-1) * torch.exp(2 * scale)).squeeze()))
-    found = torch.tensor(products, dtype=FP64)
-    error = found.std() / math.sqrt(len(found))
-    assert abs(found.mean() - math.exp(float(x @ x))) < 4 * error
+    estimates = torch.tensor(products, dtype=FP64)
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(estimates.mean() - math.exp(float(x @ x))) < 4 * error
 
 
 def test_directions_are_haar_and_norms_are_those_of_normal_rows() -> None:
@@ -82,11 +83,13 @@ def mse(
         else:
             projection = torch.randn(count, len(x), generator=random)
         (a, la), (b, lb) = (ops.favor_features(t.view(1, 1, 1, -1), projection, kind=kind, **more) for t in (x, y))
+        assert la is not None
+        assert lb is not None
         errors.append(float(((a * b).sum(-1) * torch.exp(la + lb)).squeeze()) - math.exp(float(x @ y)))
     return sum(error * error for error in errors) / draws
 
 
-def test_variances_are_ordered_as_the_theory_has_them() -> None:
+def test_variances_are_ordered_as_in_theory() -> None:
     x, y = 0.5 * draw(6, 8) / 2, 0.5 * draw(7, 8) / 2
     independent = mse("positive", 8, x, y, orthogonal=False, draws=3000)
     z = float((x + y).square().sum())
@@ -99,7 +102,7 @@ def test_variances_are_ordered_as_the_theory_has_them() -> None:
     assert quarter == pytest.approx(orthogonal / 4, rel=0.35)
 
 
-def test_the_bound_of_favor_plus_plus_minimises_its_second_moment() -> None:
+def test_the_bound_of_favor_plus_plus_minimizes_its_second_moment() -> None:
     for dim, square in ((16, 1.0), (64, 8.0), (64, 64.0)):
         best = float(ops.bounded_constant(torch.tensor(square, dtype=FP64), dim))
         grid = -torch.logspace(-6, 0.5, 4000, dtype=FP64)
@@ -111,8 +114,8 @@ def test_the_bound_of_favor_plus_plus_minimises_its_second_moment() -> None:
     bounded = ops.favor_features(
         draw(8, 1, 1, 3, 4), torch.randn(5, 4, generator=generator()), kind="bounded", bound=0.0
     )
-    for one, other in zip(plain, bounded, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    for actual, expected in zip(bounded, plain, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_kernels_are_what_they_are_called_and_unknown_ones_are_refused() -> None:

@@ -24,23 +24,29 @@ def mask_with_an_empty_row(queries: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["open", "causal", "mask"])
 @pytest.mark.parametrize("keys", [5, 700])
-def test_plain_products_equal_the_fused_kernel(kv_heads: int, kind: str, keys: int) -> None:
+def test_plain_products_equal_the_fused_kernel(
+    kv_heads: int, kind: str, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = drawn(2, 4, 5, 8), drawn(2, kv_heads, keys, 8, seed=1), drawn(2, kv_heads, keys, 8, seed=2)
     assert flash.fused(q, k, v), "the fused kernel is gone from torch: every CPU op falls back"
     mask = mask_with_an_empty_row(5, keys) if kind == "mask" else None
     out, lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
-    plain, plain_lse = flash._plain(q, k, v, 0.3, kind == "causal", mask)
+    grad = drawn(*out.shape, seed=3)
+    if mask is None:
+        fused = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
+    monkeypatch.setattr(flash, "FORWARD", None)
+    assert not flash.fused(q, k, v)
+    plain, plain_lse = flash.attend(q, k, v, scale=0.3, causal=kind == "causal", mask=mask)
     torch.testing.assert_close(out, plain, atol=1e-12, rtol=0)
     torch.testing.assert_close(lse, plain_lse, atol=1e-12, rtol=0)
     if mask is None:
-        grad = drawn(*out.shape, seed=3)
-        fused = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
-        for a, b in zip(fused, flash._plain_backward(grad, q, k, v, out, lse, 0.3, kind == "causal"), strict=True):
+        by_products = flash.attend_backward(grad, q, k, v, out, lse, scale=0.3, causal=kind == "causal")
+        for a, b in zip(fused, by_products, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 def test_overlapping_keys_need_no_copy() -> None:
-    """Windows that share memory are read in place, and give what copies of them give."""
+    """Windows that share memory are read in place, with the results of copies."""
     base = drawn(1, 2, 40, 8)
     windows = base.as_strided((5, 2, 12, 8), (7 * 8, 40 * 8, 8, 1))
     q = drawn(5, 2, 3, 8, seed=1)
@@ -49,7 +55,7 @@ def test_overlapping_keys_need_no_copy() -> None:
     assert torch.equal(shared, flash.attend(q, windows.clone(), windows.clone(), scale=1.0)[0])
 
 
-def test_what_the_kernel_cannot_take_is_kept_from_it() -> None:
+def test_inputs_that_the_kernel_cannot_take_use_plain_products() -> None:
     q = drawn(1, 2, 3, 8)
     assert not flash.fused(q[:, :, :0], q, q)  # it divides by the size
     assert not flash.fused(q.mT.contiguous().mT, q, q)  # it ignores the last stride
@@ -62,18 +68,18 @@ def test_what_the_kernel_cannot_take_is_kept_from_it() -> None:
 
 @pytest.mark.parametrize("name", ["full_attention", "window_attention", "relative_attention"])
 def test_ops_without_the_private_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another device, or a torch without the private name, would compute."""
-    shapes = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
+    """The results on other devices, or with a torch without the private name."""
+    shapes: list[tuple[int, ...]] = [(2, 4, 70, 8), (2, 2, 100, 8), (2, 2, 100, 8)]
     keywords = {} if name == "full_attention" else {"window": 20}
     if name == "relative_attention":
         shapes += [(4, 100, 8), (4, 8), (4, 8)]
-    given = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
-    monkeypatch.setattr(flash, "_FORWARD", None)
-    assert not flash.fused(*given[:3])
-    fast, slow = getattr(ops, name)(*given, **keywords), getattr(reference, name)(*given, **keywords)
+    operands = [drawn(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+    monkeypatch.setattr(flash, "FORWARD", None)
+    assert not flash.fused(*operands[:3])
+    fast, slow = getattr(ops, name)(*operands, **keywords), getattr(reference, name)(*operands, **keywords)
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
     grad = drawn(*slow.shape, seed=9)
-    for a, b in zip(torch.autograd.grad(fast, given, grad), torch.autograd.grad(slow, given, grad), strict=True):
+    for a, b in zip(torch.autograd.grad(fast, operands, grad), torch.autograd.grad(slow, operands, grad), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 

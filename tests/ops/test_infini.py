@@ -1,4 +1,4 @@
-"""Infini-attention: what memory holds and gives back, against the definition and against tables worked out by hand."""
+"""Infini-attention: the contents of its memory, against the definition and against tables computed by hand."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_equals_its_definition(length: int, update: Any, normaliser: Any, packed
         real[1, length - 2 :] = False
         begins[0, -1] = True
         more |= {"real": real, "begins": begins}
-    found: list[Any] = []
+    outputs_and_gradients: list[Any] = []
     written: list[Any] = []
     for kind in (ops, reference):
         q, k, v = (draw(seed, 2, heads, length, 5).requires_grad_() for seed, heads in ((3, 4), (4, 2), (5, 2)))
@@ -40,11 +40,13 @@ def test_equals_its_definition(length: int, update: Any, normaliser: Any, packed
             out = out * more["real"][:, None, :, None]
         loss = (out * draw(6, *out.shape)).sum() + memory.values.sum() + memory.keys.sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append([out, memory.values, memory.keys, *(torch.zeros(1) if g is None else g for g in grads)])
+        outputs_and_gradients.append(
+            [out, memory.values, memory.keys, *(torch.zeros(1) if g is None else g for g in grads)]
+        )
         written.append(memory.written.tolist())
     assert written[0] == written[1]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_groups_of_segments_give_what_one_at_a_time_gives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,21 +55,21 @@ def test_groups_of_segments_give_what_one_at_a_time_gives(monkeypatch: pytest.Mo
 
     whole, end = ops.infini_attention(q, k, v, torch.zeros(2), segment=8)
     monkeypatch.setattr(infini, "BUDGET", 1)
-    apart, other = ops.infini_attention(q, k, v, torch.zeros(2), segment=8)
+    apart, apart_end = ops.infini_attention(q, k, v, torch.zeros(2), segment=8)
     torch.testing.assert_close(apart, whole, atol=1e-12, rtol=0)
-    torch.testing.assert_close(other.values, end.values, atol=1e-12, rtol=0)
+    torch.testing.assert_close(apart_end.values, end.values, atol=1e-12, rtol=0)
 
 
 def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
-    """One key written with each value in turn, a segment each; what it reads back after every write."""
+    """What a key reads after every write, where it is written with one value per segment."""
     key = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=FP64).expand(1, 1, 1, 4)
-    gate, state, found = torch.full((1,), 1e9), None, []
+    gate, state, reads = torch.full((1,), 1e9), None, []
     for value in values:
         v = torch.full((1, 1, 1, 4), value, dtype=FP64)
         _, state = ops.infini_attention(key, key, v, gate, segment=1, update=update, normaliser=normaliser, state=state)
         out, _ = ops.infini_attention(key, key, v, gate, segment=1, update=update, normaliser=normaliser, state=state)
-        found.append(float(out[0, 0, 0, 0]))
-    return found
+        reads.append(float(out[0, 0, 0, 0]))
+    return reads
 
 
 @pytest.mark.parametrize(
@@ -79,10 +81,13 @@ def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
         ("linear", "gamma", [1, 2, 3], [1, 3]),
     ],
 )
-def test_the_same_key_again(update: str, normaliser: str, same: list[float], changed: list[float]) -> None:
+def test_a_key_written_again_reads_what_its_rule_says(
+    update: str, normaliser: str, same: list[float], changed: list[float]
+) -> None:
     """Written with the value 1 three times; then 1 overwritten by 2.
 
-    The paper's delta rule halves what it is told twice; gamma belongs to the delta rule, the linear one adds up.
+    The paper's delta rule halves a value that is written twice. Gamma belongs to the delta rule: with the
+    linear rule, values add up.
     """
     assert recall(update, normaliser, [1.0, 1.0, 1.0]) == pytest.approx(same, abs=1e-9)
     assert recall(update, normaliser, [1.0, 2.0]) == pytest.approx(changed, abs=1e-9)
@@ -109,14 +114,14 @@ def test_an_empty_memory_leaves_local_attention_alone_and_a_closed_gate_always()
         torch.testing.assert_close(closed[:, :, part], alone, atol=1e-12, rtol=0)
 
 
-def test_gates_have_a_group_of_their_own_and_can_move() -> None:
+def test_gates_have_their_own_parameter_group_and_can_move() -> None:
     mixers = ({"name": "infini", "segment": 4},)
     model = ls.Decoder(ls.DecoderConfig(vocab_size=9, dim=16, num_layers=2, num_heads=2, mixers=mixers))
     groups = {group["name"]: group for group in model.parameter_groups(lr=3e-4, weight_decay=0.1)}
     assert groups["gates"]["lr"] == 0.01
     assert groups["gates"]["weight_decay"] == 0
     assert len(groups["gates"]["params"]) == 2
-    gate = model.layers[0].mixer.core.gate
+    gate: Any = model.layers[0].mixer.core.gate
     optimizer = torch.optim.AdamW([groups["gates"]], lr=groups["gates"]["lr"])
     for _ in range(450):
         optimizer.zero_grad()
@@ -130,23 +135,23 @@ def test_gates_have_a_group_of_their_own_and_can_move() -> None:
     [("linear", "paper", 100), ("linear", "gamma", 1), ("delta", "paper", 1), ("delta", "gamma", 1)],
 )
 def test_many_segments_of_bf16_input_stay_exact(update: Any, normaliser: Any, calls: int) -> None:
-    """One token a segment, 1,000 a call; products in fp32 against fp64 on the same rounded inputs, within 1 %.
+    """One token per segment, 1,000 per call; products in fp32 against fp64 on the same rounded inputs, within 1 %.
 
     benchmarks/bench_precision.py reads 100,000 segments in every form, which takes minutes.
     """
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
     rule = {"segment": 1, "update": update, "normaliser": normaliser}
     probe = torch.randn(1, 1, 1, 8, generator=generator).bfloat16()
-    found, states = {}, {dtype: ops.empty_memory(1, 1, 8, 8, None, dtype) for dtype in (torch.bfloat16, FP64)}
+    outputs, states = {}, {dtype: ops.empty_memory(1, 1, 8, 8, None, dtype) for dtype in (torch.bfloat16, FP64)}
     for _ in range(calls):
         k, v = (torch.randn(1, 1, 1000, 8, generator=generator).bfloat16() for _ in range(2))
         for dtype, state in states.items():
             _, states[dtype] = ops.infini_attention(k.to(dtype), k.to(dtype), v.to(dtype), gate, state=state, **rule)
     for dtype, state in states.items():
-        asked = probe.to(torch.promote_types(dtype, torch.float32))
-        found[dtype] = ops.infini_attention(asked, asked, asked, gate, state=state, **rule)[0].double()
-    assert found[torch.bfloat16].isfinite().all()
-    error = (found[torch.bfloat16] - found[FP64]).norm() / found[FP64].norm()
+        query = probe.to(torch.promote_types(dtype, torch.float32))
+        outputs[dtype] = ops.infini_attention(query, query, query, gate, state=state, **rule)[0].double()
+    assert outputs[torch.bfloat16].isfinite().all()
+    error = (outputs[torch.bfloat16] - outputs[FP64]).norm() / outputs[FP64].norm()
     assert 0 < float(error) < 0.01
 
 

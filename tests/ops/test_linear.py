@@ -23,8 +23,8 @@ def case(length: int, *, scaled: bool, causal: bool, packed: bool) -> tuple[list
     more: dict[str, Any] = {"causal": causal}
     if packed:
         start = torch.full((2, length), -4)
-        for row, place in ((0, 5), (0, length // 2), (1, 7)):
-            start[row, place:] = place
+        for row, begin in ((0, 5), (0, length // 2), (1, 7)):
+            start[row, begin:] = begin
         more |= {"lengths": torch.tensor([length, length - 3]), "start": start}
     if causal:
         most = draw(4, 2, 2) if scaled else torch.zeros(2, 2, dtype=FP64)
@@ -41,7 +41,7 @@ def test_equals_its_definition(length: int, causal: bool, scaled: bool, packed: 
         pytest.skip("too short for documents")
     monkeypatch.setattr(linear, "BLOCK", 320)
     tensors, more = case(length, scaled=scaled, causal=causal, packed=packed)
-    found = []
+    outputs_and_gradients = []
     for kind in (ops, reference):
         leaves = [t.clone().requires_grad_() for t in tensors]
         keywords = more | ({"log_scale": leaves[3]} if scaled else {})
@@ -53,9 +53,9 @@ def test_equals_its_definition(length: int, causal: bool, scaled: bool, packed: 
         ends = list(sums) if causal else []
         if causal:
             loss = loss + sums.values.sum() + sums.keys.square().sum()
-        found.append([out, *ends, *torch.autograd.grad(loss, leaves)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        outputs_and_gradients.append([out, *ends, *torch.autograd.grad(loss, leaves)])
+    for actual, expected in zip(*outputs_and_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_calls_in_any_cuts_carry_the_sums() -> None:
@@ -69,12 +69,14 @@ def test_calls_in_any_cuts_carry_the_sums() -> None:
         )
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 2), whole, atol=1e-12, rtol=0)
-    for one, other in zip(state, end, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-12)
+    assert state is not None
+    assert end is not None
+    for actual, expected in zip(state, end, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-12)
 
 
 def test_a_later_key_of_any_size_changes_no_earlier_output() -> None:
-    """A maximum over a chunk or the call would underflow the past to nothing, and tell it of the future."""
+    """A maximum over a chunk or the call would underflow earlier sums to zero, and leak the future into them."""
     (q, k, v, scale), _ = case(130, scaled=True, causal=True, packed=False)
     first, _ = ops.linear_attention(q.float(), k.float(), v.float(), log_scale=scale.float())
     scale[:, :, 100:] += 1000
@@ -95,16 +97,16 @@ def test_rows_that_see_nothing_give_zeros_and_shapes_are_checked() -> None:
 
 
 def test_memory_of_training_grows_with_the_length_not_with_states_per_position() -> None:
-    kept: list[int] = []
+    saved_sizes: list[int] = []
     q, k, v = (torch.randn(1, 1, 8192, 64).abs().requires_grad_() for _ in range(3))
 
     def pack(t: Tensor) -> Tensor:
-        kept.append(t.numel())
+        saved_sizes.append(t.numel())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out, _ = ops.linear_attention(q, k, v)
     states = 8192 // linear.BLOCK * 64 * 65
-    assert sum(kept) <= 4 * 8192 * 64 + 2 * states
+    assert sum(saved_sizes) <= 4 * 8192 * 64 + 2 * states
     out.sum().backward()
     assert q.grad is not None

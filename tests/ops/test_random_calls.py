@@ -1,4 +1,4 @@
-"""Calls drawn at random, everything combined with everything, against the definitions."""
+"""Random calls with all combinations of arguments against the definitions."""
 
 from typing import Any
 
@@ -34,33 +34,33 @@ def calls(draw: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         keywords["summary_offset"] = tuple(draw(st.integers(0, room)) for _ in range(kv_heads))
     elif not relative:
         causal = keywords["causal"] = draw(st.booleans())
-    found = {n: torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for n, s in shape.items()}
+    tensors = {n: torch.randn(s, generator=generator, dtype=torch.float64).transpose(1, 2) for n, s in shape.items()}
     if relative:
         heads = group * kv_heads
         sizes = {"r": (heads, memory + length, 4), "content_bias": (heads, 4), "position_bias": (heads, 4)}
-        found |= {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in sizes.items()}
+        tensors |= {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in sizes.items()}
         border = draw(st.sampled_from([None, 1, 16, 50, 64, "rows"]))
         if border is not None:
             where = (memory + torch.arange(length) - torch.randint(0, 70, (batch, length), generator=generator)).sort()[
                 0
             ]
             keywords["border"] = where if border == "rows" else border
-            found |= {"stale_k": found["k"].clone(), "stale_v": found["v"].clone()}
+            tensors |= {"stale_k": tensors["k"].clone(), "stale_v": tensors["v"].clone()}
     if draw(st.booleans()):
         keywords["lengths"] = torch.randint(0, length + 1, (batch,), generator=generator)
     if draw(st.booleans()):
         keywords["memory_lengths"] = torch.randint(0, memory + 1, (batch,), generator=generator)
     if draw(st.booleans()) and (causal or memory == 0):
         keywords["start"] = torch.randint(-5, memory + length, (batch, length), generator=generator).sort()[0]
-    return found, keywords
+    return tensors, keywords
 
 
-def results(op: Any, tensors: dict[str, Tensor], keywords: dict[str, Any]) -> list[Tensor]:
+def outputs_and_gradients(op: Any, tensors: dict[str, Tensor], keywords: dict[str, Any]) -> list[Tensor]:
     leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
-    given = dict(leaves)
-    if "stale_k" in given:
-        keywords = keywords | {"stale": (given.pop("stale_k"), given.pop("stale_v"))}
-    out = op(**given, **keywords)
+    arguments = dict(leaves)
+    if "stale_k" in arguments:
+        keywords = keywords | {"stale": (arguments.pop("stale_k"), arguments.pop("stale_v"))}
+    out = op(**arguments, **keywords)
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(out, list(leaves.values()), weight, allow_unused=True)
     zeros = [torch.zeros_like(t) for t in leaves.values()]
@@ -68,7 +68,7 @@ def results(op: Any, tensors: dict[str, Tensor], keywords: dict[str, Any]) -> li
 
 
 def agree(name: str, call: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    fast, slow = (results(getattr(where, name), *call) for where in (ops, reference))
+    fast, slow = (outputs_and_gradients(getattr(where, name), *call) for where in (ops, reference))
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 

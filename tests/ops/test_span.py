@@ -1,14 +1,17 @@
-"""Adaptive Span against its definition: outputs, gradients of the span too, with nothing computed beyond it."""
+"""Adaptive Span against its definition: outputs and gradients, also of the span."""
 
 from typing import Any
 
 import pytest
 import torch
-from test_definitions import DIM, HEADS, agree, inputs, ragged
+from tests.ops.test_definitions import DIM, HEADS, agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops, reference
+
+# Any, as the calls unpack lists and dicts of arguments
+adaptive_span_attention: Any = ops.adaptive_span_attention
 
 
 def spans(kind: str, length: int) -> Tensor:
@@ -25,46 +28,47 @@ def spans(kind: str, length: int) -> Tensor:
 @pytest.mark.parametrize(("length", "memory"), [(1, 0), (2, 5), (63, 0), (200, 0), (90, 73)])
 def test_definition(length: int, memory: int, ramp: int, window: int | None, kind: str, include_self: bool) -> None:
     keywords: dict[str, Any] = {"ramp": ramp, "window": window, "include_self": include_self}
-    given = [*inputs(length, memory), spans(kind, length)]
-    agree("adaptive_span_attention", given, **keywords)
-    agree("adaptive_span_attention", given, **keywords, **ragged(length, memory))
+    operands = [*inputs(length, memory), spans(kind, length)]
+    agree("adaptive_span_attention", operands, **keywords)
+    agree("adaptive_span_attention", operands, **keywords, **ragged(length, memory))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_persistent_vectors(kv_heads: int, include_self: bool) -> None:
-    """All keys, near ones and persistent ones, in one softmax; their gradients too."""
+    """Near and persistent keys share one softmax; gradients too."""
     q, k, v = inputs(130, 20, kv_heads=kv_heads)
     more = [torch.randn(kv_heads, 3, DIM, dtype=torch.float64).requires_grad_() for _ in range(2)]
     span = spans("unlike", 130)
     tensors = [q, k, v, span, *more]
     for rows in ({}, ragged(130, 20)):
-        results = []
+        outputs_and_gradients = []
         for where in (ops, reference):
             keywords: dict[str, Any] = {"ramp": 7, "include_self": include_self, "persistent": tuple(more), **rows}
             out = where.adaptive_span_attention(q, k, v, span, **keywords)
             weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
-            results.append([out, *torch.autograd.grad(out, tensors, weight)])
-        for a, b in zip(*results, strict=True):
+            outputs_and_gradients.append([out, *torch.autograd.grad(out, tensors, weight)])
+        for a, b in zip(*outputs_and_gradients, strict=True):
             torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 def test_a_full_span_is_a_window_and_a_wide_one_dense() -> None:
-    given = inputs(150, 40)
-    window = ops.window_attention(*given, window=33)
-    found = ops.adaptive_span_attention(*given, torch.full((HEADS,), 33.0), ramp=8, window=33)
-    torch.testing.assert_close(found, window, atol=1e-12, rtol=0)
-    found = ops.adaptive_span_attention(*given, torch.full((HEADS,), 1000.0), ramp=8)
-    torch.testing.assert_close(found, ops.full_attention(*given), atol=1e-12, rtol=0)
+    qkv = inputs(150, 40)
+    window = ops.window_attention(*qkv, window=33)
+    actual = adaptive_span_attention(*qkv, torch.full((HEADS,), 33.0), ramp=8, window=33)
+    torch.testing.assert_close(actual, window, atol=1e-12, rtol=0)
+    actual = adaptive_span_attention(*qkv, torch.full((HEADS,), 1000.0), ramp=8)
+    torch.testing.assert_close(actual, ops.full_attention(*qkv), atol=1e-12, rtol=0)
 
 
-def test_the_gradient_of_the_span_is_that_of_differences() -> None:
-    given = [t.detach() for t in inputs(90, 0)]
+def test_the_gradient_of_the_span_equals_finite_differences() -> None:
+    qkv = [t.detach() for t in inputs(90, 0)]
     span = torch.tensor([0.0, 3.7, 40.2, 0.3], dtype=torch.float64) + 0.35  # off the kinks
     weight = torch.randn(2, HEADS, 90, DIM, dtype=torch.float64)
 
     def loss(span: Tensor) -> Tensor:
-        return (ops.adaptive_span_attention(*given, span, ramp=6) * weight).sum()
+        out: Tensor = adaptive_span_attention(*qkv, span, ramp=6)
+        return (out * weight).sum()
 
     (gradient,) = torch.autograd.grad(loss(span.requires_grad_()), span)
     assert torch.isfinite(gradient).all()
@@ -77,27 +81,32 @@ def test_the_gradient_of_the_span_is_that_of_differences() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_future_changes_no_bit(dtype: torch.dtype) -> None:
-    given = [t.detach().to(dtype) for t in inputs(300, 0, batch=1)]
+    qkv = [t.detach().to(dtype) for t in inputs(300, 0, batch=1)]
     span = torch.tensor([0.0, 20.5, 100.0, 64.0], dtype=dtype)
-    before = ops.adaptive_span_attention(*given, span, ramp=9)
+    before = adaptive_span_attention(*qkv, span, ramp=9)
     for at in (1, 64, 171, 299):
-        changed = [t.clone() for t in given]
+        changed = [t.clone() for t in qkv]
         for t in changed:
             t[:, :, at:] = 40.0
-        assert torch.equal(before[:, :, :at], ops.adaptive_span_attention(*changed, span, ramp=9)[:, :, :at])
+        assert torch.equal(before[:, :, :at], adaptive_span_attention(*changed, span, ramp=9)[:, :, :at])
 
 
 def test_only_inputs_and_outputs_are_kept() -> None:
     saved: list[int] = []
-    given = [torch.randn(1, 1, 4096, 16).requires_grad_() for _ in range(3)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        ops.adaptive_span_attention(*given, torch.tensor([300.0], requires_grad=True), ramp=32)
+
+    def note(t: Tensor) -> Tensor:
+        saved.append(t.numel())
+        return t
+
+    qkv = [torch.randn(1, 1, 4096, 16).requires_grad_() for _ in range(3)]
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        adaptive_span_attention(*qkv, torch.tensor([300.0], requires_grad=True), ramp=32)
     assert 0 < max(saved) <= 4096 * 16
 
 
-def test_wrong_spans_are_one_clear_line() -> None:
-    given = inputs(6, 0)
+def test_wrong_spans_raise_one_clear_line() -> None:
+    qkv = inputs(6, 0)
     with pytest.raises(ls.ConfigError, match="span is"):
-        ops.adaptive_span_attention(*given, torch.zeros(3), ramp=2)
+        adaptive_span_attention(*qkv, torch.zeros(3), ramp=2)
     with pytest.raises(ls.ConfigError, match="ramp"):
-        ops.adaptive_span_attention(*given, torch.zeros(HEADS), ramp=0)
+        adaptive_span_attention(*qkv, torch.zeros(HEADS), ramp=0)

@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_definitions import agree, inputs, ragged
+from tests.ops.test_definitions import agree, inputs, ragged
 from torch import Tensor
 
 import longspan as ls
 from longspan import ops
 from longspan.engine.tiles import Bands
 from longspan.mechanisms.sparse.schedules import make_class_plan
+
+# Any, as the calls unpack lists and dicts of arguments
+sparse_attention: Any = ops.sparse_attention
 
 PARTS = ("union", "local", "summary")
 FORMS = [(pattern, part) for pattern in ("strided", "fixed") for part in PARTS]
@@ -34,7 +37,8 @@ def map_of(length: int, **keywords: Any) -> Tensor:
     q = torch.zeros(1, kv_heads, length, length, dtype=torch.float64)
     unit = torch.eye(length, dtype=torch.float64).expand(1, kv_heads, -1, -1)
     with torch.no_grad():
-        return ops.sparse_attention(q, torch.zeros_like(q), unit, **keywords)[0]
+        weights: Tensor = sparse_attention(q, torch.zeros_like(q), unit, **keywords)[0]
+    return weights
 
 
 @pytest.mark.parametrize(("pattern", "part"), FORMS)
@@ -42,23 +46,23 @@ def map_of(length: int, **keywords: Any) -> Tensor:
 @pytest.mark.parametrize("summary", [1, 2, 8])
 def test_every_pattern_is_its_set(pattern: str, part: str, stride: int, summary: int) -> None:
     for length in range(1, 81):
-        found = map_of(length, pattern=pattern, stride=stride, summary=summary, part=part)[0]
-        expected = torch.zeros_like(found)
+        actual = map_of(length, pattern=pattern, stride=stride, summary=summary, part=part)[0]
+        expected = torch.zeros_like(actual)
         for i in range(length):
             keys = sorted(seen_by(i, pattern, stride, summary, part))
             expected[i, keys] = 1 / len(keys)
-        assert torch.equal(found != 0, expected != 0), length
-        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+        assert torch.equal(actual != 0, expected != 0), length
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("stride", "offsets"), [(3, (0, 2)), (8, (0, 3, 6)), (70, (0, 60))])
-def test_heads_look_at_their_own_summary_places(part: str, stride: int, offsets: tuple[int, ...]) -> None:
+def test_heads_read_their_own_summary_columns(part: str, stride: int, offsets: tuple[int, ...]) -> None:
     summary = 1 if stride == 3 else 2
     for length in (1, 7, 64, 150):
-        found = map_of(length, pattern="fixed", stride=stride, summary=summary, part=part, summary_offset=offsets)
+        maps = map_of(length, pattern="fixed", stride=stride, summary=summary, part=part, summary_offset=offsets)
         for head, offset in enumerate(offsets):
-            sets = [{int(j) for j in row.nonzero()} for row in found[head]]
+            sets = [{int(j) for j in row.nonzero()} for row in maps[head]]
             assert sets == [seen_by(i, "fixed", stride, summary, part, offset) for i in range(length)]
 
 
@@ -67,26 +71,26 @@ def test_heads_look_at_their_own_summary_places(part: str, stride: int, offsets:
     ("length", "memory", "stride"), [(1, 0, 4), (2, 5, 2), (63, 36, 7), (200, 0, 16), (150, 74, 40), (200, 8, 130)]
 )
 def test_definition(pattern: str, part: str, length: int, memory: int, stride: int) -> None:
-    given = inputs(length, memory)
+    qkv = inputs(length, memory)
     keywords: dict[str, Any] = {"pattern": pattern, "stride": stride, "summary": 2, "part": part}
-    agree("sparse_attention", given, **keywords)
-    agree("sparse_attention", given, **keywords, **ragged(length, memory))
+    agree("sparse_attention", qkv, **keywords)
+    agree("sparse_attention", qkv, **keywords, **ragged(length, memory))
     if pattern == "fixed" and stride > 2:
-        agree("sparse_attention", given, **keywords, summary_offset=(0, 1), **ragged(length, memory))
-        agree("sparse_attention", given, **keywords, summary_offset=(1, 1))
+        agree("sparse_attention", qkv, **keywords, summary_offset=(0, 1), **ragged(length, memory))
+        agree("sparse_attention", qkv, **keywords, summary_offset=(1, 1))
 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(("length", "memory", "opened"), [(1, 9, 5), (3, 13, 13), (5, 40, 11)])
 def test_inside_the_open_block(part: str, length: int, memory: int, opened: int) -> None:
     keywords: dict[str, Any] = {"pattern": "fixed", "stride": 16, "summary": 3, "part": part, "summary_offset": (0, 2)}
-    given = inputs(length, memory)
-    agree("sparse_attention", given, **keywords, open_block=opened)
-    agree("sparse_attention", given, **keywords, open_block=torch.tensor([opened, 2]))
+    qkv = inputs(length, memory)
+    agree("sparse_attention", qkv, **keywords, open_block=opened)
+    agree("sparse_attention", qkv, **keywords, open_block=torch.tensor([opened, 2]))
     rows = {"memory_lengths": torch.tensor([memory, 4]), "lengths": torch.tensor([1, length])}
-    agree("sparse_attention", given, **keywords, open_block=torch.tensor([opened, 1]), **rows)
+    agree("sparse_attention", qkv, **keywords, open_block=torch.tensor([opened, 1]), **rows)
     with pytest.raises(ls.ConfigError, match="open_block"):
-        ops.sparse_attention(*inputs(17, memory), **keywords, open_block=opened)
+        sparse_attention(*inputs(17, memory), **keywords, open_block=opened)
 
 
 @pytest.mark.parametrize(("pattern", "part"), FORMS)
@@ -96,9 +100,9 @@ def test_a_thousand_tokens(pattern: str, part: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])
 def test_a_stride_of_the_length_is_dense(pattern: str) -> None:
-    given = inputs(90, 0)
-    dense = ops.full_attention(*given)
-    torch.testing.assert_close(ops.sparse_attention(*given, pattern=pattern, stride=90), dense, atol=1e-12, rtol=0)
+    qkv = inputs(90, 0)
+    dense = ops.full_attention(*qkv)
+    torch.testing.assert_close(sparse_attention(*qkv, pattern=pattern, stride=90), dense, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("memory", [0, 5, 17])
@@ -122,16 +126,21 @@ def test_classes_hold_every_pair_once(memory: int, stride: int, nearest: int) ->
 def test_nothing_of_the_size_of_the_map_is_kept() -> None:
     """Training at 8,192 tokens saves inputs, output and sums only."""
     saved: list[int] = []
-    given = [torch.randn(1, 1, 8192, 16).requires_grad_() for _ in range(3)]
+
+    def note(t: Tensor) -> Tensor:
+        saved.append(t.numel())
+        return t
+
+    qkv = [torch.randn(1, 1, 8192, 16).requires_grad_() for _ in range(3)]
     for pattern in ("strided", "fixed"):
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            ops.sparse_attention(*given, pattern=pattern, stride=64, summary=4)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            sparse_attention(*qkv, pattern=pattern, stride=64, summary=4)
     assert saved
     assert max(saved) <= 8192 * 16
 
 
-def test_bad_patterns_are_one_clear_line() -> None:
-    given = inputs(6, 0)
+def test_wrong_patterns_raise_one_clear_line() -> None:
+    qkv = inputs(6, 0)
     for keywords, word in (
         ({"pattern": "stride", "stride": 4}, "pattern"),
         ({"pattern": "fixed", "stride": 4, "part": "both"}, "part"),
@@ -140,4 +149,4 @@ def test_bad_patterns_are_one_clear_line() -> None:
         ({"pattern": "fixed", "stride": 4, "summary": 2, "summary_offset": (0, 3)}, "summary_offset"),
     ):
         with pytest.raises(ls.ConfigError, match=word):
-            ops.sparse_attention(*given, **keywords)
+            sparse_attention(*qkv, **keywords)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longspan.engine.tiles import Bands, Visibility, make_blocks, make_parts, make_plan, take, trim_plan
+from longspan.engine.tiles import Bands, Plan, Visibility, make_blocks, make_parts, make_plan, take, trim_plan
 
 
-def covered(plan, length: int, columns: int) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """How many tiles compute each pair that the plan lets meet."""
+def covered(plan: Plan, length: int, columns: int) -> torch.Tensor:
+    """The number of tiles that compute each pair of a query and a key."""
     count = torch.zeros(length, columns, dtype=torch.int64)
     bands = Bands(plan, torch.float32, torch.device("cpu"))
     for run in plan.runs:
@@ -66,8 +66,8 @@ def test_blocks_take_each_tile_once(batch: int, most: int) -> None:
         for block in make_blocks(run, batch, most):
             view = take(x, block, run.start, run.queries, run.step)
             assert view.shape[0] <= most
-            place = run.start + block.tile * run.step
-            assert torch.equal(view[0], x[block.row, :, place : place + run.queries])
+            begin = run.start + block.tile * run.step
+            assert torch.equal(view[0], x[block.row, :, begin : begin + run.queries])
             take(seen, block, run.start, run.queries, run.step).add_(1)
     assert (seen == 1).all()
 

@@ -1,13 +1,15 @@
-"""Figures: pictures without a display, the same bytes for the same numbers, tick labels to be read."""
+"""Figures: pictures without a display, the same bytes for the same numbers, readable tick labels."""
 
 import struct
+from typing import Any
 
 import matplotlib
 import pytest
 from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 
 from longspan.experiments.figures import matrix_figure
-from longspan.report import DARK, LIGHT
+from longspan.report import DARK, LIGHT, Theme
 from longspan.report.figures import (
     Mark,
     Panel,
@@ -20,7 +22,7 @@ from longspan.report.figures import (
 )
 
 
-def draw(theme=LIGHT, **more):
+def draw(theme: Theme = LIGHT, **more: Any) -> Figure:
     series = [
         Series(x=[0, 1, 2, 4], y=[4.0, 3.0, 2.5, 2.4], low=[3.5, 2.8, 2.4, 2.3], high=[4.5, 3.2, 2.6, 2.5], label="a"),
         Series(x=[0, 4], y=[4.0, float("nan")], kind="faint", label="b"),
@@ -30,7 +32,7 @@ def draw(theme=LIGHT, **more):
     return line_figure(series, xlabel="place (MB)", ylabel="bits per byte", theme=theme, marks=marks, **more)
 
 
-def test_a_figure_is_a_png_and_the_same_one_each_time():
+def test_a_figure_is_a_png_and_the_same_one_each_time() -> None:
     first, second = to_png(draw()), to_png(draw())
     assert first == second
     assert first.startswith(b"\x89PNG")
@@ -39,7 +41,7 @@ def test_a_figure_is_a_png_and_the_same_one_each_time():
     assert height > 400
 
 
-def test_themes_differ_and_leave_the_settings_of_matplotlib_alone():
+def test_themes_differ_and_leave_the_settings_of_matplotlib_alone() -> None:
     before = dict(matplotlib.rcParams)
     pair = picture("name", lambda theme: draw(theme), alt="lines", caption="said")
     assert pair.light != pair.dark
@@ -48,12 +50,12 @@ def test_themes_differ_and_leave_the_settings_of_matplotlib_alone():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_logarithmic_axis_has_a_place_for_zero():
+def test_a_logarithmic_axis_shows_zero() -> None:
     axes = draw(xscale="log2", xticks=[0, 1, 2, 4], title="Lines", ylim=(0, None)).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "4"]
-    places = [axes.transData.transform((x, 1))[0] for x in (0, 1, 2, 4)]
-    assert places == sorted(places)
-    assert places[3] - places[2] == pytest.approx(places[2] - places[1], rel=0.01)
+    tick_positions = [axes.transData.transform((x, 1))[0] for x in (0, 1, 2, 4)]
+    assert tick_positions == sorted(tick_positions)
+    assert tick_positions[3] - tick_positions[2] == pytest.approx(tick_positions[2] - tick_positions[1], rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -64,11 +66,11 @@ def test_a_logarithmic_axis_has_a_place_for_zero():
         ([-0.5, 0.0, 0.5], ["−0.5", "0.0", "0.5"]),
     ],
 )
-def test_tick_labels(values, labels):
+def test_tick_labels(values: list[float], labels: list[str]) -> None:
     assert PlainNumbers().format_ticks(values) == labels
 
 
-def test_matrices_stand_beside_each_other_with_frames_on_both_sides_of_the_diagonal():
+def test_matrices_are_side_by_side_and_frames_are_on_both_sides_of_the_diagonal() -> None:
     nan = float("nan")
     panels = [
         Panel("one", [[nan, 1.0], [1.0, nan]]),
@@ -79,30 +81,37 @@ def test_matrices_stand_beside_each_other_with_frames_on_both_sides_of_the_diago
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two", "three"]
     first = figure.axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == ["A", "B"]
-    assert sorted(frame.get_xy() for frame in first.patches) == [(-0.5, 0.5), (0.5, -0.5)]
-    assert first.get_facecolor() == pytest.approx(to_rgba(DARK.grid)), "what is empty looks like no value"
+    frames: list[Any] = list(first.patches)
+    assert sorted(frame.get_xy() for frame in frames) == [(-0.5, 0.5), (0.5, -0.5)]
+    assert first.get_facecolor() == pytest.approx(to_rgba(DARK.grid)), "empty cells have the color of no value"
     assert to_png(figure).startswith(b"\x89PNG")
 
 
-def test_a_pattern_has_whole_cells_of_what_is_read_what_is_not_and_what_could_not_be():
+def cells(figure: Figure) -> list[Any]:
+    image = figure.axes[0].images[0].get_array()
+    assert image is not None
+    return list(image.tolist())
+
+
+def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels() -> None:
     weights = [[1.0, 0, 0], [0.1, 0.4, 0], [0, 0, 2.0]]
     figure = pattern_figure([Panel("a title that is much longer than the panel\nsecond", weights)] * 3, theme=DARK)
     assert len(figure.axes) == 3
     first = figure.axes[0]
     assert first.get_title(loc="left").splitlines()[-1] == "second"
-    image = first.images[0].get_array().tolist()
+    image = cells(figure)
     weak = sum(abs(a - b) for a, b in zip(image[1][0], to_rgba(DARK.ground), strict=True))
-    assert weak > 0.3, "what is read little is seen all the same"
+    assert weak > 0.3, "small weights are visible"
     assert image[1][1] == pytest.approx(to_rgba(DARK.colours[0]), abs=0.01), "the heaviest of its row"
     assert image[2][0] == pytest.approx(to_rgba(DARK.grid)), "an earlier key that is not read"
     assert image[0][2] == pytest.approx(to_rgba(DARK.ground)), "a later key"
-    both = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK).axes[0].images[0].get_array().tolist()
-    assert both[0][2] == pytest.approx(to_rgba(DARK.grid))
+    bidirectional = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK)
+    assert cells(bidirectional)[0][2] == pytest.approx(to_rgba(DARK.grid))
     box = first.get_window_extent()
     assert box.width % 3 == pytest.approx(0, abs=1e-6)
     assert box.width == pytest.approx(box.height)
 
 
-def test_points_are_not_joined():
+def test_points_are_not_joined() -> None:
     line = line_figure([Series(x=[1, 2], y=[3, 4], kind="points")], xlabel="x", ylabel="y").axes[0].lines[0]
     assert (line.get_linestyle(), line.get_marker()) == ("None", "o")

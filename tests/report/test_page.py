@@ -1,4 +1,4 @@
-"""The page: everything inside, nothing from elsewhere, what a model wrote is text and never markup."""
+"""The page: self-contained, and what a model wrote is text and never markup."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -32,7 +33,7 @@ CHECKS = [
 ]
 
 
-def sections():
+def sections() -> list[Section]:
     return [
         Section("Checks", [check_table(CHECKS, "What was measured")]),
         Section("Figures", [PICTURE, Text("A paragraph.")]),
@@ -41,7 +42,7 @@ def sections():
     ]
 
 
-def test_the_page_is_self_contained():
+def test_the_page_is_self_contained() -> None:
     html = page("A title", sections(), lead="What is here.", footer="torch")
     assert "http://" not in html
     assert "https://" not in html
@@ -52,14 +53,14 @@ def test_the_page_is_self_contained():
     assert 'name="viewport"' in html
 
 
-def test_text_is_escaped():
+def test_text_is_escaped() -> None:
     html = page("A & B", sections())
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "<title>A &amp; B</title>" in html
     assert "small &amp; quick" in html
 
 
-def test_tables_mark_their_rows():
+def test_tables_mark_their_rows() -> None:
     html = page("t", sections())
     assert '<td class="pass">pass</td>' in html
     assert '<td class="fail">FAIL</td>' in html
@@ -69,7 +70,7 @@ def test_tables_mark_their_rows():
     assert html.count("<thead>") == 1
 
 
-def test_a_report_is_a_page_numbers_and_pictures(tmp_path):
+def test_a_report_has_a_page_numbers_and_pictures(tmp_path: Path) -> None:
     path = write_report(tmp_path / "out", "Title", sections(), {"found": [1.5, None]})
     assert path == tmp_path / "out" / "report.html"
     assert json.loads((tmp_path / "out" / "report.json").read_text())["found"] == [1.5, None]
@@ -77,10 +78,10 @@ def test_a_report_is_a_page_numbers_and_pictures(tmp_path):
     assert re.search(r"<h1>Title</h1>", path.read_text())
 
 
-def test_a_full_disk_leaves_the_last_page(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_report(tmp_path, "First", sections(), {})
 
-    def full(*_, **__):
+    def full(*_: Any, **__: Any) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
@@ -89,7 +90,7 @@ def test_a_full_disk_leaves_the_last_page(tmp_path, monkeypatch):
     assert "<h1>First</h1>" in path.read_text()
 
 
-def test_words_for_numbers():
+def test_numbers_are_formatted_for_readers() -> None:
     assert number(-1234.5678, 1) == "−1,234.6"
     assert [si_bytes(count) for count in (0, 1023, 1536, 5 << 20, 3 << 40)] == [
         "0 B",
@@ -100,7 +101,7 @@ def test_words_for_numbers():
     ]
 
 
-def test_tables_and_pages_need_no_matplotlib():
+def test_tables_and_pages_need_no_matplotlib() -> None:
     code = "import sys, longspan.report; print(sorted({'matplotlib', 'jinja2'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"

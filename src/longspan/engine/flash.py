@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+FORWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -21,8 +21,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the fused CPU kernel takes these tensors; else the same result comes from plain products."""
     # The kernel divides by its sizes: an empty tensor would end the process, and it reads a last stride of 1 only.
     return (
-        _FORWARD is not None
-        and _BACKWARD is not None
+        FORWARD is not None
+        and BACKWARD is not None
         and q.device.type == "cpu"
         and q.dtype in _DTYPES
         and q.dtype == k.dtype == v.dtype
@@ -66,7 +66,7 @@ def attend(
         out (batch, heads, queries, head_dim), lse (batch, heads, queries); a query that sees nothing gives 0 in both.
     """
     if fused(q, k, v):
-        out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        out, lse = FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out, lse
     return _plain(q, k, v, scale, causal, mask)
 
@@ -99,7 +99,7 @@ def attend_backward(
         mask: see `attend`.
     """
     if fused(q, k, v):
-        dq, dk, dv = _BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        dq, dk, dv = BACKWARD(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return dq, dk, dv
     return _plain_backward(grad, q, k, v, out, lse, scale, causal, mask)
 
