@@ -54,15 +54,15 @@ def record(name: str, setting: dict) -> int:
     tensors = {f"weights.{key}": value.clone().contiguous() for key, value in model.state_dict().items()}
     starts = {"empty": [torch.zeros(0, ROWS, config.d_model)] * config.n_layer, "zeros": None}
     for start, memory in starts.items():
-        found = []
+        scores = []
         if not config.mem_len:
             memory = None
         for part in tokens.split(SEGMENT, 1):
             with torch.no_grad():
                 out = model(part, mems=memory)
             memory = out.mems
-            found.append(out.prediction_scores)
-        tensors[start] = torch.cat(found, 1)
+            scores.append(out.prediction_scores)
+        tensors[start] = torch.cat(scores, 1)
     # fields that every configuration of transformers has say nothing of the model
     common = transformers.PretrainedConfig().to_dict().keys() - {"tie_word_embeddings", "model_type"}
     described = {key: value for key, value in config.to_dict().items() if key not in common}

@@ -93,8 +93,8 @@ def test_from_a_folder_to_a_stream(
     assert run(["generate", folder, "--prompt-file", str(book), "--tokens", "5", "--temperature", "0"]) == 0
     said()
     assert run(["eval", folder, str(book), "--json"]) == 0
-    found = json.loads(said())
-    assert 4 < found["with_memory"]["bits_per_byte"] < 12
+    figures = json.loads(said())
+    assert 4 < figures["with_memory"]["bits_per_byte"] < 12
 
 
 def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_the_loss_in_chunks(kind: str) -> None:
     reset = torch.zeros(2, 23, dtype=torch.bool)
     reset[0, 13] = True
     _, state = decoder(text[:, :17])
-    results = []
+    runs = []
     for chunk in (0, 7):
         decoder.zero_grad()
         if chunk:
@@ -132,8 +132,8 @@ def test_the_loss_in_chunks(kind: str) -> None:
             loss = next_token_loss(logits, text[:, 17:].roll(-1, 1))
         loss.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
-        results.append((loss.detach(), after.live, gradients))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+        runs.append((loss.detach(), after.live, gradients))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-9, atol=1e-9)
 
 
 def test_a_head_that_is_no_plain_map_is_refused() -> None:

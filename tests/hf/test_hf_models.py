@@ -25,16 +25,16 @@ from longspan.hf.cache import CACHE
 transformers = pytest.importorskip("transformers")
 TABLE: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
 EXAMPLES = [
-    pytest.param(name, fields, id=f"{name}-{place}", marks=pytest.mark.long if place else ())
+    pytest.param(name, fields, id=f"{name}-{number}", marks=pytest.mark.long if number else ())
     for name in mixers.names()
-    for place, fields in enumerate(core_class(name).examples)
+    for number, fields in enumerate(core_class(name).examples)
 ]
 
 
 def causal(*tables: dict[str, Any], **more: Any) -> Any:
     torch.manual_seed(0)
     table = {**TABLE, "mixers": list(tables) or [{"name": "infini", "segment": 5}], "init_std": 0.3, **more}
-    if any(each["name"] in ("transformer_xl", "compressive", "bp") for each in tables):
+    if any(mixer["name"] in ("transformer_xl", "compressive", "bp") for mixer in tables):
         table["positions"] = "none"
     return LongspanForCausalLM(LongspanConfig(model=table, vocab_size=29, pad_token_id=0)).double().eval()
 
@@ -52,8 +52,8 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
         expected = greedy(model, text, 7)
         padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), text], 1)
         mask = (padded > 0).long()
-        found = model.generate(padded, attention_mask=mask, max_new_tokens=7, do_sample=False)
-        assert torch.equal(found[:, 3:], expected)
+        generated = model.generate(padded, attention_mask=mask, max_new_tokens=7, do_sample=False)
+        assert torch.equal(generated[:, 3:], expected)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is LongspanForCausalLM
@@ -125,8 +125,8 @@ def test_loss_is_that_of_the_next_tokens_and_checkpointing_changes_nothing() -> 
     targets = labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-6, atol=1e-6)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()
@@ -196,9 +196,9 @@ def test_a_text_generation_pipeline(tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
     model = causal().float()
     writer = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
-    found = writer(["w3 w4 w5", "w7"], max_new_tokens=5, do_sample=False, batch_size=2)
+    continuations = writer(["w3 w4 w5", "w7"], max_new_tokens=5, do_sample=False, batch_size=2)
     expected = greedy(model, torch.tensor([[7]]), 5)[0].tolist()
-    assert re.findall(r"w\d+", found[1][0]["generated_text"]) == [f"w{i}" for i in expected]
+    assert re.findall(r"w\d+", continuations[1][0]["generated_text"]) == [f"w{i}" for i in expected]
 
 
 def test_what_does_not_fit_is_said() -> None:

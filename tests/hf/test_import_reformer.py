@@ -84,8 +84,8 @@ def test_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
 def test_the_hash_matters_and_a_seed_is_taken_over() -> None:
     model, tokens = reformer(), ids(2, 64)
     ours = hf.import_checkpoint(model)
-    other = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "hash_seed": 4})
-    assert apart(model, other, tokens) > 1e-2
+    reseeded = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "hash_seed": 4})
+    assert apart(model, reseeded, tokens) > 1e-2
     assert all(block.mixer.core.config.redraw == 0 for block in ours.layers[1::2])
     assert apart(model, ours, tokens) < 1e-4
 
@@ -131,37 +131,39 @@ def test_gradients_are_those_of_transformers() -> None:
     axial = "reformer.embeddings.position_embeddings.weights"
     pairs += [(f"position_embedding.tables.{axis}.weight", f"{axial}.{axis}") for axis in range(2)]
     for own, name in pairs:
-        found, expected = ours.get_parameter(own).grad, model.get_parameter(name).grad
-        assert found is not None
+        actual, expected = ours.get_parameter(own).grad, model.get_parameter(name).grad
+        assert actual is not None
         if name.startswith(axial):
             expected = expected.flatten(0, -2)
             assert float(expected.abs().amax()) > 0
-            assert found.shape == expected.shape
-        assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), own
+            assert actual.shape == expected.shape
+        assert float((actual - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), own
 
 
 def test_axial_positions_have_as_many_parameters() -> None:
     model = reformer()
     ours = hf.import_checkpoint(model)
     assert ours.config.position_dims == (5, 11)
-    counts = [sum(p.numel() for name, p in each.named_parameters() if "position" in name) for each in (model, ours)]
+    counts = [
+        sum(p.numel() for name, p in counted.named_parameters() if "position" in name) for counted in (model, ours)
+    ]
     assert counts == [8 * 5 + 8 * 11] * 2
 
 
 def test_models_folders_and_what_they_become(tmp_path: Path) -> None:
     model, tokens = reformer(), ids(1, 16)
-    wanted = hf.import_checkpoint(model)(tokens)[0]
+    expected = hf.import_checkpoint(model)(tokens)[0]
     model.save_pretrained(tmp_path / "theirs")
     from_folder = hf.import_checkpoint(tmp_path / "theirs")
-    torch.testing.assert_close(from_folder(tokens)[0], wanted)
+    torch.testing.assert_close(from_folder(tokens)[0], expected)
     torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
     (tmp_path / "theirs" / "model.safetensors").unlink()
-    torch.testing.assert_close(hf.import_checkpoint(tmp_path / "theirs")(tokens)[0], wanted)
+    torch.testing.assert_close(hf.import_checkpoint(tmp_path / "theirs")(tokens)[0], expected)
     save_model(from_folder, tmp_path / "ours")
-    torch.testing.assert_close(load_model(tmp_path / "ours")(tokens)[0], wanted)
+    torch.testing.assert_close(load_model(tmp_path / "ours")(tokens)[0], expected)
     table = describe_model(from_folder)
     assert table["streams"] == "both"
-    table["mixers"] = [each | ({"selection": "strict"} if each["name"] == "lsh" else {}) for each in table["mixers"]]
+    table["mixers"] = [mixer | ({"selection": "strict"} if mixer["name"] == "lsh" else {}) for mixer in table["mixers"]]
     strict = build_model(table).double()
     strict.load_state_dict(from_folder.state_dict())
     assert strict(tokens)[1].live.tolist() == [16], "in its strict form it streams"

@@ -52,8 +52,8 @@ def recipe(source: Path, book: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tune", ["lora", "all", "new"])
 def test_what_learns_and_what_stays(endless: Path, book: Path, tmp_path: Path, tune: str) -> None:
-    result = run(recipe(endless, book, tune=tune, lora_rank=2), tmp_path / "run", progress="none")
-    assert result.evaluation is not None
+    finished = run(recipe(endless, book, tune=tune, lora_rank=2), tmp_path / "run", progress="none")
+    assert finished.evaluation is not None
     before, after = hf.load(endless).state_dict(), hf.load(tmp_path / "run" / "model").state_dict()
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -77,8 +77,8 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     shutil.rmtree(last)
     assert (stored / "model.safetensors").stat().st_size < (endless / "model.safetensors").stat().st_size / 2
     run({}, parts, resume=True, progress="none")
-    one, other = (hf.load(Path(each) / "model").state_dict() for each in (whole, parts))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    uninterrupted, resumed = (hf.load(Path(path) / "model").state_dict() for path in (whole, parts))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     # a run is read by every verb, and its model alone too
     capsysbinary.readouterr()
     for folder in (whole, f"{whole}/model"):
@@ -143,7 +143,7 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
     hf.convert(model, "window", window=8)
     model.save_pretrained(tmp_path)
     tuned = TunedDecoder(TunedConfig(source=str(tmp_path), lora_targets=("c_attn",), lora_rank=2)).train()
-    learns = [name for name, each in tuned.named_parameters() if each.requires_grad]
+    learns = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
     assert len(learns) == 4
     assert all("c_attn.lora_" in name for name in learns)
     tuned(ids(1, 20))[0].sum().backward()

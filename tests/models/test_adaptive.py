@@ -48,8 +48,8 @@ def tokens(rows: int = 2, length: int = 19, seed: int = 3) -> Tensor:
 
 
 def hidden_states(rows: int = 2, length: int = 19) -> Tensor:
-    made = torch.randn(rows, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    return made.requires_grad_()
+    states = torch.randn(rows, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return states.requires_grad_()
 
 
 def defined(model: ls.Decoder, h: Tensor) -> Tensor:
@@ -81,15 +81,15 @@ def defined(model: ls.Decoder, h: Tensor) -> Tensor:
         extra = narrow(0) @ output.cluster.weight.T
         first = torch.cat([first, extra if output.cluster_bias is None else extra + output.cluster_bias], -1)
     weights = first.exp() / first.exp().sum(-1, keepdim=True)
-    found = []
+    probabilities = []
     for token in range(VOCABULARY):
         index = max(i for i in range(count) if cuts[i] <= token)
         if index == 0:
-            found.append(weights[..., token])
+            probabilities.append(weights[..., token])
         else:
             own = (narrow(index) @ table(index).T + bias(index)).exp()
-            found.append(weights[..., cuts[1] + index - 1] * own[..., token - cuts[index]] / own.sum(-1))
-    return torch.stack(found, -1).log()
+            probabilities.append(weights[..., cuts[1] + index - 1] * own[..., token - cuts[index]] / own.sum(-1))
+    return torch.stack(probabilities, -1).log()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -100,10 +100,10 @@ def test_logits_are_log_probabilities_as_defined(options: dict[str, Any]) -> Non
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 19, dtype=torch.float64), atol=1e-12, rtol=0)
     parameters = [h, *(p for name, p in model.named_parameters() if name.startswith(("embedding", "output")))]
     upstream = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    found = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
-    wanted = torch.autograd.grad(defined(model, h), parameters, upstream, allow_unused=True)
-    assert sum(each is not None for each in found) > 1
-    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
+    gradients = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
+    expected_gradients = torch.autograd.grad(defined(model, h), parameters, upstream, allow_unused=True)
+    assert sum(gradient is not None for gradient in gradients) > 1
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,13 +119,13 @@ def test_the_loss_is_that_of_the_log_probabilities(options: dict[str, Any], chun
     loss = chunked_next_token_loss(h, head, targets, graded, chunk=chunk)
     whole = next_token_loss(model.logits(h), targets, graded)
     torch.testing.assert_close(loss, whole, atol=1e-9, rtol=0)
-    found = torch.autograd.grad(loss * 0.3, parameters, allow_unused=True)
-    wanted = torch.autograd.grad(whole * 0.3, parameters, allow_unused=True)
-    for one, other in zip(found, wanted, strict=True):
+    gradients = torch.autograd.grad(loss * 0.3, parameters, allow_unused=True)
+    expected_gradients = torch.autograd.grad(whole * 0.3, parameters, allow_unused=True)
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
         # a part of the embedding that no output uses has no gradient in either
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+        assert (actual is None) == (reference is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, reference, atol=1e-9, rtol=0)
 
 
 def test_clusters_without_a_target_and_nothing_that_counts() -> None:
@@ -147,15 +147,15 @@ def test_narrow_products_and_wide_losses(autocast: bool, chunk: int) -> None:
     model, h, targets = decoder(**OPTIONS[1]), hidden_states(), tokens()
     expected = next_token_loss(model.logits(h), targets)
     model = model.to(torch.float32 if autocast else torch.bfloat16)
-    given = h.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+    narrow = h.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = chunked_next_token_loss(given, model.head(), targets, chunk=chunk)
-        assert model.logits(given).dtype == given.dtype
+        loss = chunked_next_token_loss(narrow, model.head(), targets, chunk=chunk)
+        assert model.logits(narrow).dtype == narrow.dtype
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=0.02, atol=0)
-    (found,), (wanted,) = torch.autograd.grad(loss, given), torch.autograd.grad(expected, h)
-    assert found.dtype == given.dtype
-    assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    (gradient,), (expected_gradient,) = torch.autograd.grad(loss, narrow), torch.autograd.grad(expected, h)
+    assert gradient.dtype == narrow.dtype
+    assert (gradient - expected_gradient).abs().max() <= 0.05 * expected_gradient.abs().max()
 
 
 def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.FixtureRequest) -> None:
@@ -185,8 +185,8 @@ def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     loss = theirs(rows, targets.flatten()).loss * targets.numel()
     ours = chunked_next_token_loss(h, model.head(), targets, chunk=0)
     torch.testing.assert_close(ours, loss, atol=1e-11, rtol=0)
-    (found,), (wanted,) = torch.autograd.grad(ours, h), torch.autograd.grad(loss, h)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    (gradient,), (expected_gradient,) = torch.autograd.grad(ours, h), torch.autograd.grad(loss, h)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=0)
 
 
 def test_one_softmax_of_a_factorised_embedding_is_the_plain_one() -> None:
@@ -205,9 +205,9 @@ def test_every_token_is_embedded_by_its_cluster(options: dict[str, Any]) -> None
         index = 0 if one else max(i for i in range(len(cuts) - 1) if cuts[i] <= token)
         row = embedding.tables[index].weight[token if one else token - cuts[index]]
         expected = embedding.projections[index].weight @ row if len(embedding.projections) else row
-        found = embedding(torch.tensor([[token, 30, 0]]))[0, 0]
-        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-        (touched,) = torch.autograd.grad(found.sum(), embedding.tables[index].weight)
+        embedded = embedding(torch.tensor([[token, 30, 0]]))[0, 0]
+        torch.testing.assert_close(embedded, expected, atol=1e-12, rtol=0)
+        (touched,) = torch.autograd.grad(embedded.sum(), embedding.tables[index].weight)
         assert touched.any(1).nonzero()[:, 0].tolist() == [token if one else token - cuts[index]]
 
 
@@ -215,9 +215,9 @@ def test_later_tokens_of_other_clusters_change_no_bit() -> None:
     model = decoder(**OPTIONS[0]).float()
     text = tokens(1, 40)
     for least in (0, 12):
-        other = text.clone()
-        other[:, 20:] = tokens(1, 20, seed=9) % 5 + least
-        assert torch.equal(model(text)[0][:, :20], model(other)[0][:, :20])
+        changed = text.clone()
+        changed[:, 20:] = tokens(1, 20, seed=9) % 5 + least
+        assert torch.equal(model(text)[0][:, :20], model(changed)[0][:, :20])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -283,8 +283,8 @@ def test_a_stream_scores_and_writes() -> None:
     logits = model(text[None])[0][0]
     session = ls.StreamSession(model, chunk=7)
     scores = session.score(text)
-    wanted = -logits[:-1].gather(-1, text[1:, None])[:, 0]
-    torch.testing.assert_close(scores.nats[1:].double(), wanted, atol=1e-5, rtol=0)
+    expected = -logits[:-1].gather(-1, text[1:, None])[:, 0]
+    torch.testing.assert_close(scores.nats[1:].double(), expected, atol=1e-5, rtol=0)
     assert torch.equal(scores.likeliest[1:], logits[:-1].argmax(-1) == text[1:])
     torch.testing.assert_close(session.logits.exp().sum().item(), 1.0)
     assert session.generate(1, temperature=0) == [int(logits[-1].argmax())]

@@ -26,13 +26,13 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_the_hash_tells_models_apart() -> None:
     base = model()
-    other = model()
-    assert model_hash(base) == model_hash(other)
+    twin = model()
+    assert model_hash(base) == model_hash(twin)
     assert model_hash(model(checkpoint=True)) == model_hash(base), "recomputing is not another model"
     assert model_hash(model(rope_theta=500.0)) != model_hash(base)
     with torch.no_grad():
-        next(other.parameters()).view(-1)[0] += 1e-6
-    assert model_hash(other) != model_hash(base)
+        next(twin.parameters()).view(-1)[0] += 1e-6
+    assert model_hash(twin) != model_hash(base)
 
 
 def test_damage_and_mismatch_say_what(tmp_path: Path) -> None:

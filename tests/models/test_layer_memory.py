@@ -33,16 +33,16 @@ def test_ops_equal_their_definitions_in_values_and_gradients(damped: bool) -> No
 
     x, values, strength, memory = draw(2, 3, 7, 4), draw(2, 3, 7, 6), draw(2, 3, 7), draw(2, 3, 24, 6)
     normaliser = draw(2, 3, 24)
-    found = []
+    runs = []
     for kind in (ops, reference):
         phi = kind.dpfp(x, 3)
         small = normaliser.square() / 50  # so that pairs overshoot
         after = kind.associative_write(phi, values, strength.sigmoid(), memory, small, damped=damped)
         read = kind.associative_read(kind.dpfp(x.flip(-2), 3), *after)
         total = read.square().sum() + after[1].sum()
-        found.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        runs.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
+    for actual, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_a_key_written_again_replaces_its_value() -> None:
@@ -50,9 +50,9 @@ def test_a_key_written_again_replaces_its_value() -> None:
     memory, normaliser = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
     for value in ([1.0, 2.0], [-3.0, 5.0]):
-        wanted = torch.tensor([[value]], dtype=torch.float64)
-        memory, normaliser = ops.associative_write(key, wanted, one, memory, normaliser)
-        torch.testing.assert_close(ops.associative_read(key, memory, normaliser), wanted, atol=1e-3, rtol=1e-3)
+        written = torch.tensor([[value]], dtype=torch.float64)
+        memory, normaliser = ops.associative_write(key, written, one, memory, normaliser)
+        torch.testing.assert_close(ops.associative_read(key, memory, normaliser), written, atol=1e-3, rtol=1e-3)
 
 
 def test_pairs_that_are_written_together_do_not_overshoot() -> None:
@@ -77,9 +77,11 @@ def test_a_pair_alone_is_not_damped() -> None:
     phi, memory = torch.rand(2, 1, 8, generator=generator), torch.rand(2, 8, 3, generator=generator)
     normaliser = torch.rand(2, 8, generator=generator)
     values, strength = torch.rand(2, 1, 3, generator=generator), torch.rand(2, 1, generator=generator)
-    found = [ops.associative_write(phi, values, strength, memory, normaliser, damped=each) for each in (True, False)]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    writes = [
+        ops.associative_write(phi, values, strength, memory, normaliser, damped=damped) for damped in (True, False)
+    ]
+    for actual, expected in zip(*writes, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_zero_features_have_finite_gradients() -> None:
@@ -129,17 +131,17 @@ def test_equals_the_plain_loop(kind: str) -> None:
 def test_diagonals_give_what_segment_after_segment_gives(kind: str, bptt: int | None) -> None:
     plain, diagonal = build(kind, bptt_segments=bptt), build(kind, bptt_segments=bptt, diagonal=True)
     diagonal.load_state_dict(plain.state_dict())
-    tokens, found = text(2, 30), []
+    tokens, runs = text(2, 30), []
     for model in (plain, diagonal):
         _, state = model(tokens[:, :10])
         traces: list[Any] = []
         out, state = model(tokens[:, 10:], state, traces=traces)
         (out.square().sum() + traces[-1].offered.sum()).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append([out, state.memory, state.mass, *gradients])
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        runs.append([out, state.memory, state.mass, *gradients])
+    assert len(runs[0]) == len(runs[1])
+    for actual, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
@@ -211,7 +213,7 @@ def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> No
 
 
 def test_replay_keeps_the_penalties_of_the_backbone() -> None:
-    found = []
+    outcomes = []
     for replay in (False, True):
         model = ls.RecurrentMemory(
             Penalised(backbone("encoder").config), num_memory_tokens=3, segment_length=5, replay=replay
@@ -220,8 +222,8 @@ def test_replay_keeps_the_penalties_of_the_backbone() -> None:
         penalties: list[torch.Tensor] = []
         model.train()(text(2, 15), penalties=penalties)
         torch.stack(penalties).sum().backward()
-        found.append((len(penalties), model.memory.weight.grad is not None))
-    assert found[0] == found[1] == (3, True)
+        outcomes.append((len(penalties), model.memory.weight.grad is not None))
+    assert outcomes[0] == outcomes[1] == (3, True)
 
 
 class Penalised(ls.Encoder):

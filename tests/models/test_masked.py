@@ -24,24 +24,24 @@ def test_every_token_sees_both_sides() -> None:
     before, state = masked(tokens)
     assert state is None
     assert before.shape == (1, 12, 31)
-    for place in (0, 11):
-        other = tokens.clone()
-        other[0, place] = (other[0, place] + 1) % 31
-        changed = (masked(other)[0] != before).any(-1)[0]
+    for position in (0, 11):
+        altered = tokens.clone()
+        altered[0, position] = (altered[0, position] + 1) % 31
+        changed = (masked(altered)[0] != before).any(-1)[0]
         assert changed.all()
 
 
 @pytest.mark.parametrize("fields", [{}, {"bias": True, "norm": "layernorm"}, {"tie_embeddings": False}])
 def test_padding_and_packing_change_nothing(fields: dict[str, object]) -> None:
     masked = model(**fields)
-    one, other = torch.randint(0, 31, (1, 9)), torch.randint(0, 31, (1, 5))
-    alone = [masked(each)[0] for each in (one, other)]
-    packed = torch.cat([one, other], 1)
+    longer, shorter = torch.randint(0, 31, (1, 9)), torch.randint(0, 31, (1, 5))
+    alone = [masked(text)[0] for text in (longer, shorter)]
+    packed = torch.cat([longer, shorter], 1)
     reset = torch.zeros(1, 14, dtype=torch.bool)
     reset[0, 9] = True
     torch.testing.assert_close(masked(packed, reset=reset)[0], torch.cat(alone, 1), rtol=1e-9, atol=1e-9)
     batch, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bool)
-    batch[0], mask[0], batch[1, 2:7], mask[1, 2:7] = one[0], True, other[0], True
+    batch[0], mask[0], batch[1, 2:7], mask[1, 2:7] = longer[0], True, shorter[0], True
     logits, _ = masked(batch, mask=mask)
     torch.testing.assert_close(logits[:1], alone[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits[1:, 2:7], alone[1], rtol=1e-9, atol=1e-9)

@@ -153,8 +153,8 @@ def test_gradients_reach_exactly_bptt_segments(kind: str, horizon: int) -> None:
 
     model.backbone.embedding.register_forward_hook(record)
     out, _ = model(text(1, 25))
-    found = torch.autograd.grad(out[:, -5:].square().sum(), embedded, allow_unused=True)
-    reached = [g is not None and bool(g.abs().max() > 0) for g in found]
+    gradients = torch.autograd.grad(out[:, -5:].square().sum(), embedded, allow_unused=True)
+    reached = [g is not None and bool(g.abs().max() > 0) for g in gradients]
     assert reached == [False] * (5 - horizon) + [True] * horizon
 
 
@@ -211,8 +211,8 @@ def test_the_gate_does_not_forget_and_can_write_nothing() -> None:
         memory, mass, _ = update(old, new, mass)
         assert torch.equal(memory, old + (new - old)), "the first write replaces the initial memory"
         update.bias.fill_(-1.0)
-        kept, same, _ = update(memory, torch.randn(1, 2, 8), mass)
-        assert torch.equal(kept, memory)
+        unchanged, same, _ = update(memory, torch.randn(1, 2, 8), mass)
+        assert torch.equal(unchanged, memory)
         assert torch.equal(same, mass)
         update.bias.fill_(1.0)  # a thousand mistakes of little evidence
         for _ in range(1000):

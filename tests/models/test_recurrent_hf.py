@@ -99,15 +99,15 @@ def test_a_layer_memory_reads_and_writes_around_every_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_it_learns_and_replay_gives_the_same_gradients(kind: str) -> None:
-    found = []
+    gradients = []
     for replay in (False, True):
         model = build(kind, replay=replay).train()
         out, _ = model(text(2, 15))
         out.square().mean().backward()
-        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    assert len(found[0]) == len(found[1]) > 10
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
 def test_what_longspan_does_not_know_of_a_foreign_model_is_said(tmp_path: Any) -> None:

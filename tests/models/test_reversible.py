@@ -46,16 +46,16 @@ def by_definition(
     """The two equations, with autograd."""
     rows = Rows(ls.state.live(state, len(text)), text.shape[1], mask, reset)
     x1 = x2 = model.embed(rows.gather(text), rows)
-    following = []
+    layer_states = []
     for i, block in enumerate(model.layers):
         before = None if state is None else state.layers[i]
         y, after = block.mixer.mix(block.mixer_norm(x2), before, rows, penalties)
         x1 = x1 + y
         x2 = x2 + block.ffn(block.ffn_norm(x1))
-        following.append(after)
+        layer_states.append(after)
     both = model.config.streams == "both"
     logits = model.logits(model.norm(torch.cat([x1, x2], -1) if both else (x1 + x2) / 2))
-    return rows.scatter(logits), StackState(tuple(following), rows.live) if model.traits.streams else None
+    return rows.scatter(logits), StackState(tuple(layer_states), rows.live) if model.traits.streams else None
 
 
 def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
@@ -69,8 +69,8 @@ def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor],
     second, _ = run(tokens(seed=4), state, penalties, mask=mask, reset=reset)
     weights = torch.rand(2, 19, 31, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     ((first * weights).square().sum() + (second * weights).sum() + 3 * sum(penalties)).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [first.detach(), second.detach()], found, [torch.as_tensor(p).detach() for p in penalties]
+    parameter_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [first.detach(), second.detach()], parameter_gradients, [torch.as_tensor(p).detach() for p in penalties]
 
 
 @pytest.mark.parametrize("table", FORMS, ids=str)
@@ -93,16 +93,16 @@ def check_gradients(model: ls.Decoder) -> None:
     def defined(text: Tensor, state: Any, penalties: list[Tensor], **rows: Any) -> Any:
         return by_definition(model, text, state, penalties, **rows)
 
-    outputs, found, penalties = gradients(model, call)
+    outputs, actual, penalties = gradients(model, call)
     after = torch.get_rng_state()
     expected_outputs, expected, expected_penalties = gradients(model, defined)
     assert torch.equal(torch.get_rng_state(), after), "recomputation moves torch's generator"
     assert len(penalties) == len(expected_penalties)
     torch.testing.assert_close([*outputs, *penalties], [*expected_outputs, *expected_penalties], atol=1e-12, rtol=1e-12)
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = max(1.0, gradient.abs().max().item())
-        assert (found[name] - gradient).abs().max().item() <= 1e-10 * scale, name
+        assert (actual[name] - gradient).abs().max().item() <= 1e-10 * scale, name
 
 
 def test_penalties_are_there_to_be_tested() -> None:
@@ -116,14 +116,14 @@ def test_encoder_and_gradients_of_embeddings() -> None:
     torch.manual_seed(0)
     model = ls.Encoder(ls.EncoderConfig(dim=24, num_layers=2, num_heads=4, reversible=True, init_std=0.3)).double()
     embedded = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(model(inputs_embeds=embedded).square().sum(), embedded)
+    (actual,) = torch.autograd.grad(model(inputs_embeds=embedded).square().sum(), embedded)
     rows = Rows(torch.zeros(2, dtype=torch.int64), 9)
     x1 = x2 = embedded
     for block in model.layers:
         x1 = x1 + block.mixer.mix(block.mixer_norm(x2), None, rows)[0]
         x2 = x2 + block.ffn(block.ffn_norm(x1))
     (expected,) = torch.autograd.grad(model.norm((x1 + x2) / 2).square().sum(), embedded)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_frozen_parameters_and_frozen_everything() -> None:
@@ -173,11 +173,11 @@ def test_streams_pads_and_packs(table: dict[str, Any]) -> None:
 def test_buckets_are_kept_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 reconstructed inputs differ in their last bits: what is near a border must not change sides."""
     calls = []
-    found = ls.ops.lsh_buckets
+    buckets_of = ls.ops.lsh_buckets
 
     def counted(*args: Any) -> Tensor:
         calls.append(torch.is_grad_enabled())
-        return found(*args)
+        return buckets_of(*args)
 
     monkeypatch.setattr(ls.ops, "lsh_buckets", counted)
     model = decoder({"name": "lsh", "bucket_size": 2, "num_hashes": 2, "num_buckets": 4}).float()
@@ -212,23 +212,23 @@ def test_statistics_count_a_step_once() -> None:
         ({"name": "performer", "num_features": 4, "kind": "bounded"}, lambda core: core.pending),
     )
     for mixer, counted in kinds:
-        found = []
+        counts = []
         for reversible in (False, True):
             torch.manual_seed(0)
             model = decoder(mixer, num_layers=1, reversible=reversible).train()
             penalties: list[Tensor] = []
             loss = model(tokens(), penalties=penalties)[0].square().sum()
             (loss + sum(penalties)).backward()
-            found.append(counted(model.blocks[0].mixer.core).clone())
-        assert float(found[0].abs().sum()) > 0
-        torch.testing.assert_close(found[0], found[1])
+            counts.append(counted(model.blocks[0].mixer.core).clone())
+        assert float(counts[0].abs().sum()) > 0
+        torch.testing.assert_close(counts[0], counts[1])
 
 
 def test_autocast_and_narrow_weights_are_near_fp64() -> None:
     """Streams are fp32 at least, so that what is subtracted is what was added."""
     table = {"name": "window", "window": 5}
 
-    def found(model: ls.Decoder, autocast: bool) -> Tensor:
+    def flat_gradients(model: ls.Decoder, autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(tokens())[0]
             # inside: casts that the forward pass may have cached have no graph
@@ -238,9 +238,9 @@ def test_autocast_and_narrow_weights_are_near_fp64() -> None:
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a - b).norm() / b.norm())
 
-    exact = found(decoder(table, num_layers=12, init_std=0.1), False)
-    mixed = found(decoder(table, num_layers=12, init_std=0.1).float(), True)
-    narrow = found(decoder(table, num_layers=12, init_std=0.1).bfloat16(), False)
+    exact = flat_gradients(decoder(table, num_layers=12, init_std=0.1), False)
+    mixed = flat_gradients(decoder(table, num_layers=12, init_std=0.1).float(), True)
+    narrow = flat_gradients(decoder(table, num_layers=12, init_std=0.1).bfloat16(), False)
     assert len(mixed) == len(narrow) == len(exact)
     assert relative(mixed, exact) < 0.05
     assert relative(narrow, exact) < 0.05
@@ -306,9 +306,9 @@ def test_a_loss_on_one_layers_state_alone() -> None:
     _, state = model(tokens())
     assert state is not None
     state.layers[0].values.square().sum().backward()
-    found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert "blocks.0.mixer.projections.k_proj.weight" in found
-    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in found)
+    names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "blocks.0.mixer.projections.k_proj.weight" in names
+    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in names)
 
 
 def test_second_derivatives_and_wrong_fields_are_refused() -> None:
@@ -359,21 +359,21 @@ def test_fields_are_saved_and_older_files_have_defaults(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu", "bias": True}, {"reversible": False}], ids=str)
 def test_feed_forward_in_chunks_is_the_same(options: dict[str, Any]) -> None:
-    results = []
+    runs = []
     for chunk in (0, 1, 5, 1000):
         model = decoder(ffn_chunk=chunk, dropout=0.2, **options)
         torch.manual_seed(1)
         logits, _ = model(tokens())
         logits.square().sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+        runs.append([logits.detach(), *(p.grad for p in model.parameters())])
         model.eval()
         with torch.no_grad():
-            results[-1].append(model(tokens())[0])
-            results[-1].append(model(tokens(length=0))[0])
-    for other in results[1:]:
-        for found, expected in zip(other, results[0], strict=True):
+            runs[-1].append(model(tokens())[0])
+            runs[-1].append(model(tokens(length=0))[0])
+    for run in runs[1:]:
+        for actual, expected in zip(run, runs[0], strict=True):
             scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-            torch.testing.assert_close(found, expected, atol=1e-12 * scale, rtol=0)
+            torch.testing.assert_close(actual, expected, atol=1e-12 * scale, rtol=0)
 
 
 def test_chunks_of_the_feed_forward_save_less() -> None:

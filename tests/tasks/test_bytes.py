@@ -75,21 +75,24 @@ def test_a_tile_is_its_rows_columns_and_channels(images):
 
 def test_images_are_held_back_whole(images):
     task = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3))
-    train, held = task.documents("train"), task.documents("validation")
+    train, validation = task.documents("train"), task.documents("validation")
 
     def names(documents):
         return {name.partition(":")[0] for name in documents.names}
 
-    assert names(train) | names(held) == {f"{index}.png" for index in range(5)}, "the last is lower than a tile"
-    assert not names(train) & names(held)
-    assert len(train) + len(held) == 6 + 2 + 2 + 3 + 1
-    assert 1 <= len(held) <= 0.3 * 14
+    assert names(train) | names(validation) == {f"{index}.png" for index in range(5)}, "the last is lower than a tile"
+    assert not names(train) & names(validation)
+    assert len(train) + len(validation) == 6 + 2 + 2 + 3 + 1
+    assert 1 <= len(validation) <= 0.3 * 14
     again = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3)).documents("validation")
-    assert (again.names, again.fingerprint) == (held.names, held.fingerprint)
+    assert (again.names, again.fingerprint) == (validation.names, validation.fingerprint)
     splits = {
-        tuple(each.documents("validation").names)
+        tuple(
+            TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3, seed=seed))
+            .documents("validation")
+            .names
+        )
         for seed in range(8)
-        for each in [TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3, seed=seed))]
     }
     assert len(splits) > 1, "the seed is of the split"
 
@@ -118,11 +121,11 @@ def test_tunes_of_a_file(tunes):
 def test_sisters_are_not_parted(tunes):
     for seed in range(12):
         task = MusicTask(MusicConfig(source=str(tunes), validation_fraction=0.4, seed=seed))
-        held = set(task.documents("validation").names)
-        assert len(held) <= 12
-        assert not held & set(task.documents("train").names)
-        assert ("a.abc:3" in held) == ("b.abc:5" in held), "one title"
-        assert ("a.abc:4" in held) == ("b.abc:6" in held), "the same notes"
+        validation = set(task.documents("validation").names)
+        assert len(validation) <= 12
+        assert not validation & set(task.documents("train").names)
+        assert ("a.abc:3" in validation) == ("b.abc:5" in validation), "one title"
+        assert ("a.abc:4" in validation) == ("b.abc:6" in validation), "the same notes"
     assert (
         len({tuple(MusicTask(MusicConfig(source=str(tunes), seed=s)).documents("train").names) for s in range(4)}) > 1
     )
@@ -145,8 +148,8 @@ def test_families_are_linked_through_others():
 def test_what_is_held_back_fits_into_the_fraction():
     group = np.array([0] * 50 + [1] * 5 + [2] * 4 + [7] * 41)
     for seed in range(6):
-        held = held_back(group, 0.1, seed)
-        assert set(group[held]) == {1, 2}
+        held_out = held_back(group, 0.1, seed)
+        assert set(group[held_out]) == {1, 2}
     assert set(group[held_back(group, 0.01, 0)]) == {2}, "the smallest, where none fits"
 
 
@@ -197,8 +200,8 @@ def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
     recipe["task"] |= {"source": str(images), "tile": 8}
     recipe["train"] |= {"steps": 2, "segment_length": 192, "threads": 1}
     del recipe["train"]["minutes"]
-    result = run(recipe, tmp_path / "run", progress="none")
-    assert result.step == 2
+    finished = run(recipe, tmp_path / "run", progress="none")
+    assert finished.step == 2
     model, task = load_run(tmp_path / "run")
     assert model.config.position_shape == (8, 8, 3)
     assert [table.num_embeddings for table in model.position_embedding.tables] == [8, 8, 3]
@@ -219,8 +222,8 @@ def test_the_full_recipe_fits_itself():
 
     model = resolve(read_toml(find_recipe("sparse-tiles.toml")))["model"]
     assert list(model["position_shape"]) == [64, 64, 3]
-    given = {"positions": "factorised", "position_shape": [10, 20]}
-    assert list(resolve({"model": given, "task": {"name": "music"}})["model"]["position_shape"]) == [10, 20]
+    positions = {"positions": "factorised", "position_shape": [10, 20]}
+    assert list(resolve({"model": positions, "task": {"name": "music"}})["model"]["position_shape"]) == [10, 20]
     table = {"model": {"positions": "factorised"}, "task": {"name": "music", "width": 100, "max_bytes": 950}}
     assert list(resolve(table)["model"]["position_shape"]) == [10, 100]
     with pytest.raises(ConfigError, match="position_shape"):
@@ -230,18 +233,18 @@ def test_the_full_recipe_fits_itself():
 @missing("skimage")
 def test_the_images_of_the_package():
     task = TilesTask()
-    train, held = task.documents("train"), task.documents("validation")
-    assert len(train) + len(held) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
+    train, validation = task.documents("train"), task.documents("validation")
+    assert len(train) + len(validation) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
     assert set(train.lengths) == {12_288}
-    assert len(held) <= 0.1 * (len(train) + len(held))
+    assert len(validation) <= 0.1 * (len(train) + len(validation))
 
 
 @missing("music21")
 def test_the_tunes_of_the_package():
     task = MusicTask()
-    train, held = task.documents("train"), task.documents("validation")
+    train, validation = task.documents("train"), task.documents("validation")
     assert len(train) > 3_000
-    assert 0.05 < len(held) / (len(train) + len(held)) <= 0.1
-    for documents in (train, held):
+    assert 0.05 < len(validation) / (len(train) + len(validation)) <= 0.1
+    for documents in (train, validation):
         assert documents.lengths.max() <= 4096
         assert all(bytes(item.ids).startswith(b"X:") for item in documents.items)

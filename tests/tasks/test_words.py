@@ -65,9 +65,9 @@ def test_saved_and_loaded(words, tmp_path):
 
 def test_a_given_vocabulary(tmp_path):
     (tmp_path / "vocabulary.txt").write_text("the 12\nunion\n\n<unk>\n")
-    given = Words.read(tmp_path / "vocabulary.txt")
-    assert given.vocab_size == 5
-    assert given.decode(given.encode(b"the state union")) == b"the <unk> union "
+    vocabulary = Words.read(tmp_path / "vocabulary.txt")
+    assert vocabulary.vocab_size == 5
+    assert vocabulary.decode(vocabulary.encode(b"the state union")) == b"the <unk> union "
     (tmp_path / "vocabulary.txt").write_text("\n")
     with pytest.raises(DataError, match=r"a vocabulary without a word$"):
         Words.read(tmp_path / "vocabulary.txt")
@@ -81,9 +81,9 @@ def test_as_a_task(tmp_path):
     task = TextTask(TextConfig(source=str(tmp_path), tokenizer="word", vocab_size=6))
     task.prepare(tmp_path / "run")
     assert task.vocab_size == 6
-    other = TextTask(TextConfig(source="nowhere", tokenizer="word"))
-    other.prepare(tmp_path / "run", main=False)
-    assert other.vocab_size == 6
+    reader = TextTask(TextConfig(source="nowhere", tokenizer="word"))
+    reader.prepare(tmp_path / "run", main=False)
+    assert reader.vocab_size == 6
     with pytest.raises(ConfigError, match=r"not the tokenizer that task.tokenizer = .subword. names"):
         TextTask(TextConfig(tokenizer="subword")).prepare(tmp_path / "run", main=False)
 

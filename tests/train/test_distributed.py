@@ -45,13 +45,13 @@ def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
     double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
     shown = torchrun(tmp_path, recipe, double)
     assert shown.count(" parameters, ") == 2, "one process of each run shows what it does"
-    for name, each, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
+    for name, variant, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
         alone, together = tmp_path / f"alone{name}", tmp_path / name
-        run(each, alone, progress="none")
+        run(variant, alone, progress="none")
         for figure in ("loss", "grad_norm"):
             assert figures(together, figure) == pytest.approx(figures(alone, figure), rel=tolerance)
-        for one, other in zip(figures(together, "validation"), figures(alone, "validation"), strict=True):
-            assert one == pytest.approx(other, rel=tolerance)
+        for actual, expected in zip(figures(together, "validation"), figures(alone, "validation"), strict=True):
+            assert actual == pytest.approx(expected, rel=tolerance)
         assert figures(together, "tokens") == figures(alone, "tokens")
 
     # the checkpoint of two processes is that of one process with two groups of lanes

@@ -82,11 +82,11 @@ def test_a_model_that_does_not_stream_is_evaluated_without_memory(model, documen
 def test_no_call_is_wider_than_what_is_left(model, documents, monkeypatch):
     widths, call = [], type(model).forward
 
-    def counted(self, tokens, *given, **named):
+    def counted(self, tokens, *args, **kwargs):
         widths.append(tokens.shape[1])
-        return call(self, tokens, *given, **named)
+        return call(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", counted)
-    found = evaluate_text(model, documents, chunk=100_000, batch=2)
+    evaluation = evaluate_text(model, documents, chunk=100_000, batch=2)
     assert sum(widths) <= documents.lengths.sum()
-    assert found.tokens.tolist() == documents.lengths.tolist()
+    assert evaluation.tokens.tolist() == documents.lengths.tolist()

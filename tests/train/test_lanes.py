@@ -26,17 +26,17 @@ def make(lengths):
 
 def lines_of(lanes, count=None):
     """What each lane reads: a list of (document, token, target, reset) for each."""
-    found = None
+    lines = None
     for number, batch in enumerate(lanes):
-        found = found or [[] for _ in range(batch.tokens.shape[0])]
+        lines = lines or [[] for _ in range(batch.tokens.shape[0])]
         real = torch.ones_like(batch.graded) if batch.mask is None else batch.mask
         reset = torch.zeros_like(real) if batch.reset is None else batch.reset
-        for row, line in enumerate(found):
+        for row, line in enumerate(lines):
             columns = (batch.document, batch.tokens, batch.targets, reset)
             line += list(zip(*(column[row][real[row]].tolist() for column in columns), strict=True))
         if number + 1 == count:
             break
-    return found
+    return lines
 
 
 @given(
@@ -89,8 +89,8 @@ def test_processes_read_disjoint_places_that_are_all_there_are(lengths, world, s
             world_size=world,
             cut_long=False,
         )
-        found = [(document, target) for line in lines_of(part) for document, _, target, _ in line]
-        read.append({document: [place[1] for place in found if place[0] == document] for document, _ in found})
+        pairs = [(document, target) for line in lines_of(part) for document, _, target, _ in line]
+        read.append({document: [pair[1] for pair in pairs if pair[0] == document] for document, _ in pairs})
     # no document is read by two processes, and together they read all of every document
     assert sum(len(part) for part in read) == len(set().union(*read)) == np.count_nonzero(documents.lengths)
     for part in read:
@@ -105,9 +105,9 @@ def test_going_on_from_plain_data(stop):
     for _ in range(stop):
         next(whole)
     state = json.loads(json.dumps(whole.state_dict()))
-    other = Lanes(documents, lanes=3, segment_length=4, seed=5)
-    other.load_state_dict(state)
-    assert lines_of(other, 20) == lines_of(whole, 20)
+    resumed = Lanes(documents, lanes=3, segment_length=4, seed=5)
+    resumed.load_state_dict(state)
+    assert lines_of(resumed, 20) == lines_of(whole, 20)
 
 
 def test_each_epoch_has_an_order_of_its_own():

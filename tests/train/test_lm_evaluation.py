@@ -37,8 +37,8 @@ def losses(model, document, first, last):
 
 @pytest.mark.parametrize(("chunk", "batch"), [(5, 3), (64, 2), (1000, 99)])
 def test_carried_losses_are_those_of_each_document_alone(model, documents, chunk, batch):
-    found = place_nats(model, documents, chunk=chunk, batch=batch)
-    for index, nats in enumerate(found):
+    nats_by_document = place_nats(model, documents, chunk=chunk, batch=batch)
+    for index, nats in enumerate(nats_by_document):
         np.testing.assert_allclose(nats, losses(model, documents[index], 0, len(documents[index])), rtol=1e-6)
 
 
@@ -47,8 +47,8 @@ def test_carried_losses_are_those_of_each_document_alone(model, documents, chunk
 def test_windows_are_read_from_an_empty_state(model, documents, window, streams, monkeypatch):
     if not streams:
         monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
-    found = place_nats(model, documents, window, chunk=7, batch=3)
-    for index, nats in enumerate(found):
+    nats_by_document = place_nats(model, documents, window, chunk=7, batch=3)
+    for index, nats in enumerate(nats_by_document):
         document, expected = documents[index], []
         while (at := len(expected)) < len(document):
             last = min(max(at + window.stride, window.context), len(document))
@@ -139,10 +139,12 @@ def test_buckets_share_out_the_whole_loss(kind):
     assert seen == {b"the": 8, b"union": 8, b"of": 4}
     for buckets in (by_frequency(readings, counts, seen), by_place(readings, counts)):
         for name, nats in readings.items():
-            bits = sum(each.values[name].value * each.amount for each in buckets)
+            bits = sum(bucket.values[name].value * bucket.amount for bucket in buckets)
             assert bits == pytest.approx(sum(part.sum() for part in nats) / math.log(2), rel=1e-5)
-        for each in buckets:
-            assert each.gain.value == pytest.approx(each.values["one"].value - each.values["other"].value, abs=1e-9)
+        for bucket in buckets:
+            assert bucket.gain.value == pytest.approx(
+                bucket.values["one"].value - bucket.values["other"].value, abs=1e-9
+            )
     rare, seldom = by_frequency(readings, counts, seen)
     assert (rare.first, rare.last, rare.amount) == (0, 1, 3)
     assert (seldom.first, seldom.last, seldom.amount) == (1, 10, 7)
@@ -154,13 +156,13 @@ def test_places_double_from_64_on():
     counts = count_text(Documents([document], ["a"]), tokenizer)
     nats = np.repeat(np.log(2) * np.array([4, 3, 2, 1], dtype=np.float32), [64, 64, 128, 44])
     buckets = by_place({"one": [nats]}, counts)
-    assert [(each.first, each.last, each.amount) for each in buckets] == [
+    assert [(bucket.first, bucket.last, bucket.amount) for bucket in buckets] == [
         (0, 64, 64),
         (64, 128, 64),
         (128, 256, 128),
         (256, 512, 44),
     ]
-    assert [each.values["one"].value for each in buckets] == pytest.approx([4, 3, 2, 1])
+    assert [bucket.values["one"].value for bucket in buckets] == pytest.approx([4, 3, 2, 1])
     assert buckets[0].gain is None
 
 
@@ -185,9 +187,9 @@ def test_the_loss_of_a_document_without_words_is_divided_too():
     counts = count_text(Documents(items, ["a", "b", "c"]), tokenizer)
     nats = [np.full(len(text), 0.5, dtype=np.float32) for text in texts]
     for words in (None, 12):
-        found = summary(nats, counts, words)["perplexity_per_word"]
-        assert found.value == pytest.approx(math.exp(sum(map(len, texts)) / 2 / (words or 3)))
-        assert found.low < found.value < found.high < math.inf
+        perplexity = summary(nats, counts, words)["perplexity_per_word"]
+        assert perplexity.value == pytest.approx(math.exp(sum(map(len, texts)) / 2 / (words or 3)))
+        assert perplexity.low < perplexity.value < perplexity.high < math.inf
 
 
 def test_a_word_that_is_cut_is_in_no_bucket():
@@ -215,8 +217,8 @@ def test_documents_without_a_token():
     assert (counts.tokens.tolist(), counts.words.tolist(), counts.characters.tolist()) == ([0, 2], [0, 2], [0, 4])
     nats = [np.zeros(0, dtype=np.float32), np.ones(2, dtype=np.float32)]
     assert summary(nats, counts)["perplexity_per_word"].value == pytest.approx(math.e)
-    assert [each.amount for each in by_place({"one": nats}, counts)] == [4]
-    assert [each.amount for each in by_frequency({"one": nats}, counts, {b"b": 1})] == [1, 1]
+    assert [bucket.amount for bucket in by_place({"one": nats}, counts)] == [4]
+    assert [bucket.amount for bucket in by_frequency({"one": nats}, counts, {b"b": 1})] == [1, 1]
 
 
 def test_documents_without_a_word():

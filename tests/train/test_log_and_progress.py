@@ -47,8 +47,8 @@ def test_a_line_in_words():
     assert list(describe(LINE).values()) == [
         *("step 20", "1.4427 bits/byte", "", "12,346 tokens/s", "1.50 GiB", "1:02:05 left")
     ]
-    held = describe({"step": 3, "unit": "byte", "eta": 61.0, "validation": {"bits_per_byte": 2.0}})
-    assert held == {
+    figures = describe({"step": 3, "unit": "byte", "eta": 61.0, "validation": {"bits_per_byte": 2.0}})
+    assert figures == {
         "step": "step 3",
         "loss": "",
         "validation": "held back 2.0000",

@@ -130,10 +130,10 @@ def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
 def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Path) -> None:
     model, task = load_run(finished)
     assert isinstance(task, MemoryTask)
-    one = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
-    other = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
-    assert one["detect"].right == other["detect"].right
-    record = one["detect"].record()
+    batched = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
+    singly = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
+    assert batched["detect"].right == singly["detect"].right
+    record = batched["detect"].record()
     assert record["n"] == 6
     assert record["tokens"] == 480
     assert record["silent"] + record["telling"] <= 6 * 4
@@ -153,8 +153,8 @@ def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: 
             calls.append(1)
             return torch.nn.functional.one_hot(torch.tensor(answers), 6), None
 
-    found = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
-    assert found.right == [True] * 4
+    evaluated = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
+    assert evaluated.right == [True] * 4
     assert len(calls) == 2
 
 
@@ -168,8 +168,8 @@ def test_intervals() -> None:
 
 
 def test_a_recipe_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
-    other = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
+    mismatched = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
     with pytest.raises(ConfigError, match="give both the same"):
-        run(other, tmp_path, progress="none")
+        run(mismatched, tmp_path, progress="none")
     with pytest.raises(ConfigError, match=r"train.lanes|unknown field 'lanes'"):
         run({**RECIPE, "train": {"lanes": 3}}, tmp_path / "a", progress="none")

@@ -140,22 +140,22 @@ def test_depths_are_asked_as_if_every_text_were_read_whole(kind: type[PasskeyTas
     import longspan.train.depths as depths
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depths, "score", lambda wanted, found: said.append((wanted, found)) or (0.0, False))
-        found = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
-    assert {depth: len(each) for depth, each in found.contained.items()} == {0: 2, 40: 2, 100: 2}
+        patch.setattr(depths, "score", lambda number, answer: said.append((number, answer)) or (0.0, False))
+        evaluation = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
+    assert {depth: len(answers) for depth, answers in evaluation.contained.items()} == {0: 2, 40: 2, 100: 2}
     expected = []
     samples = [task.parts(np.random.default_rng([4, index, 3]), "validation") for index in range(2)]
     for part in samples:
         for depth in (0, 40, 100):
-            place = part.place(depth)
-            text = b"".join([part.head, part.filler[:place], part.told, part.filler[place:], part.asked])
+            offset = part.place(depth)
+            text = b"".join([part.head, part.filler[:offset], part.told, part.filler[offset:], part.asked])
             tokens = torch.cat([torch.tensor([[task.tokenizer.begin]]), _tokens([text])], 1)
             assert tokens.shape[1] == 700 + 1 - 3
             for _ in range(3):
                 tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], 1)
             expected.append((list(part.number), tokens[0, -3:].tolist()))
     assert sorted(map(str, said)) == sorted(map(str, expected))
-    assert found.state_bytes == model.state_nbytes(1, 700, torch.float64)
+    assert evaluation.state_bytes == model.state_nbytes(1, 700, torch.float64)
 
 
 def test_reading_is_cut_where_segments_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,17 +51,17 @@ def whole(recipe, tmp_path):
 
 def changed(recipe, **fields):
     """The recipe with other settings, `model__dim=8`."""
-    other = copy.deepcopy(recipe)
+    altered = copy.deepcopy(recipe)
     for path, value in fields.items():
         table, name = path.split("__")
-        other[table][name] = value
-    return other
+        altered[table][name] = value
+    return altered
 
 
 def test_a_run_leaves_everything_behind(recipe, tmp_path):
     display = Recorder()
-    result = run(recipe, tmp_path, progress=display)
-    assert (result.step, result.tokens, result.interrupted) == (20, 20 * 4 * 16, False)
+    finished = run(recipe, tmp_path, progress=display)
+    assert (finished.step, finished.tokens, finished.interrupted) == (20, 20 * 4 * 16, False)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("recipe.json", "log.jsonl", "tokenizer.json", "digests.json", "checkpoints", "model")
     }
@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path):
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "validation" in line] == [8, 16, 20]
-    assert lines[-1]["validation"] == result.evaluation
+    assert lines[-1]["validation"] == finished.evaluation
     assert display.steps[-1]["fraction"] == 1
     assert "grows" not in " ".join(display.messages)
     first, last = lines[0], lines[-2]
@@ -79,7 +79,7 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path):
     model, task = load_run(tmp_path)
     assert not model.training
     evaluation = train.evaluate_text(model, task.documents("validation"), chunk=16, batch=4)
-    assert evaluation.summary() == result.evaluation
+    assert evaluation.summary() == finished.evaluation
 
 
 def test_the_stored_recipe_makes_the_same_run(recipe, tmp_path, losses):
@@ -133,16 +133,16 @@ def test_resumed_runs_are_the_same_bit_for_bit(recipe, tmp_path, losses, fields,
         except Stop:
             assert not resume
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    one, other = (torch.nn.Module.state_dict(load_run(tmp_path / name)[0]) for name in ("whole", "parts"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    uninterrupted, resumed = (torch.nn.Module.state_dict(load_run(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_ctrl_c_saves_and_resumes(recipe, tmp_path, losses, whole):
     display = Recorder(7, lambda: os.kill(os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
-    result = run(recipe, tmp_path / "parts", progress=display)
+    stopped = run(recipe, tmp_path / "parts", progress=display)
     assert signal.getsignal(signal.SIGINT) is before
-    assert (result.interrupted, result.step, result.evaluation) == (True, 7, None)
+    assert (stopped.interrupted, stopped.step, stopped.evaluation) == (True, 7, None)
     assert display.messages[0] == "stopping after this step; again to stop at once, without saving"
     assert display.messages[1].startswith("stopped at step 7, saved in ")
     assert not (tmp_path / "parts" / "model").exists()
@@ -176,23 +176,23 @@ def test_what_a_kill_left_half_written_is_cleared(recipe, tmp_path):
 
 def test_a_run_that_is_over_stays_over_and_can_be_lengthened(recipe, whole):
     before = read_log(whole / "log.jsonl")
-    result = run(recipe, whole, resume=True, progress="none")
-    assert (result.step, result.evaluation) == (20, before[-1]["validation"])
+    finished = run(recipe, whole, resume=True, progress="none")
+    assert (finished.step, finished.evaluation) == (20, before[-1]["validation"])
     assert read_log(whole / "log.jsonl") == before
-    result = run({"train": {"steps": 24}}, whole, resume=True, progress="none")
-    assert result.step == 24
+    finished = run({"train": {"steps": 24}}, whole, resume=True, progress="none")
+    assert finished.step == 24
     assert read_log(whole / "log.jsonl")[: len(before)] == before
     assert json.loads((whole / "recipe.json").read_text())["train"]["steps"] == 24
 
 
 def test_a_time_limited_run_ends_in_time_and_goes_on(recipe, tmp_path):
     recipe = changed(recipe, train__steps=None, train__minutes=0.01)
-    result = run(recipe, tmp_path, progress="none")
-    assert 0.6 <= result.seconds < 5
+    shorter = run(recipe, tmp_path, progress="none")
+    assert 0.6 <= shorter.seconds < 5
     lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
     assert lines[-1]["lr"] < 0.2e-3 < lines[4]["lr"]
     longer = run({"train": {"minutes": 0.015}}, tmp_path, resume=True, progress="none")
-    assert longer.step > result.step
+    assert longer.step > shorter.step
     assert longer.seconds >= 0.9
 
 
@@ -252,13 +252,13 @@ def test_a_run_is_not_overwritten_and_not_invented(recipe, whole, tmp_path):
 
 
 def test_a_resumed_run_keeps_its_settings(recipe, whole):
-    for other, message in (
+    for altered, message in (
         (changed(recipe, train__lr=0.5), r"train.lr = 0.5, but the run in .* began with 0.001; keep it"),
         (changed(recipe, model__dim=8), r"model.dim = 8, but the run in .* began with 16"),
         (changed(recipe, task__pattern="*"), r"task.pattern = '\*', but"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(other, whole, resume=True, progress="none")
+            run(altered, whole, resume=True, progress="none")
     stored = json.loads((whole / "recipe.json").read_text())
     del stored["train"]["eps"]
     (whole / "digests.json").unlink()  # as of an older version
@@ -332,24 +332,24 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_p
 
 
 def test_accumulation_changes_memory_not_results(recipe, tmp_path):
-    found = []
+    losses_by_parts = []
     for parts in (1, 2, 4):
         folder = tmp_path / str(parts)
         run(changed(recipe, train__accumulation=parts, train__dtype="float64"), folder, progress="none")
-        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
-    assert found[0] == pytest.approx(found[1], rel=1e-10)
-    assert found[0] == pytest.approx(found[2], rel=1e-10)
+        losses_by_parts.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert losses_by_parts[0] == pytest.approx(losses_by_parts[1], rel=1e-10)
+    assert losses_by_parts[0] == pytest.approx(losses_by_parts[2], rel=1e-10)
 
 
 def test_two_short_segments_in_one_graph_are_one_long_one(recipe, tmp_path):
-    found = []
+    losses_by_length = []
     for segments, length in ((1, 32), (2, 16), (4, 8)):
         folder = tmp_path / str(length)
         settings = {"train__bptt_segments": segments, "train__segment_length": length, "train__dtype": "float64"}
         run(changed(recipe, **settings), folder, progress="none")
-        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
-    assert found[0] == pytest.approx(found[1], rel=1e-9)
-    assert found[0] == pytest.approx(found[2], rel=1e-9)
+        losses_by_length.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert losses_by_length[0] == pytest.approx(losses_by_length[1], rel=1e-9)
+    assert losses_by_length[0] == pytest.approx(losses_by_length[2], rel=1e-9)
 
 
 def test_penalties_join_the_loss(recipe, tmp_path, monkeypatch):
@@ -401,13 +401,13 @@ def test_mistakes_in_a_recipe(recipe, tmp_path, fields, error, message):
 
 
 def test_a_run_outside_the_main_thread_has_no_signals_to_catch(recipe, tmp_path):
-    found = []
+    runs = []
     thread = threading.Thread(
-        target=lambda: found.append(run(changed(recipe, train__steps=2), tmp_path, progress="none"))
+        target=lambda: runs.append(run(changed(recipe, train__steps=2), tmp_path, progress="none"))
     )
     thread.start()
     thread.join()
-    assert found[0].step == 2
+    assert runs[0].step == 2
 
 
 def test_unknown_tables(tmp_path):

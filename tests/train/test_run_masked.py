@@ -41,11 +41,11 @@ def test_a_masked_model_learns_what_the_neighbours_say(recipe, tmp_path):
     recipe["train"]["steps"] = 300
     recipe["model"]["mixers"][0]["redraw"] = 0
     recipe["train"]["lanes"] = 8
-    found = run(recipe, tmp_path, progress="none").evaluation
-    assert found["accuracy"] > 0.5, "frequencies alone are right 1 time in 20"
+    summary = run(recipe, tmp_path, progress="none").evaluation
+    assert summary["accuracy"] > 0.5, "frequencies alone are right 1 time in 20"
     model, task = load_run(tmp_path)
     again = evaluate_text(model, task.documents("validation"), memory=False, chunk=64, unit=task.unit)
-    assert again.summary() == pytest.approx(found, rel=1e-4)
+    assert again.summary() == pytest.approx(summary, rel=1e-4)
 
 
 class StopAt(Silent):
@@ -72,8 +72,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
 
 @pytest.fixture
 def documents(fasta):
-    found = ProteinTask(ProteinConfig(source=str(fasta), family=0)).documents("validation")
-    return Documents(found.items[:9], found.names[:9])
+    validation = ProteinTask(ProteinConfig(source=str(fasta), family=0)).documents("validation")
+    return Documents(validation.items[:9], validation.names[:9])
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def model():
 
 @pytest.mark.parametrize(("chunk", "batch"), [(1000, 1), (7, 3), (24, 2)])
 def test_evaluation_gives_what_each_part_alone_gives(model, documents, chunk, batch):
-    found = evaluate_text(model, documents, chunk=chunk, batch=batch, memory=False, unit="residue")
+    evaluation = evaluate_text(model, documents, chunk=chunk, batch=batch, memory=False, unit="residue")
     for index in range(len(documents)):
         nats, right, tokens = 0.0, 0, 0
         for first in range(0, len(documents[index]), chunk):
@@ -95,8 +95,8 @@ def test_evaluation_gives_what_each_part_alone_gives(model, documents, chunk, ba
             nats += token_nats(logits, targets)[0][graded].sum().item()
             right += int((logits.argmax(-1) == targets)[0][graded].sum())
             tokens += int(piece.graded.sum())
-        assert found.nats[index] == pytest.approx(nats, rel=1e-9)
-        assert (found.correct[index], found.tokens[index], found.units[index]) == (right, tokens, tokens)
+        assert evaluation.nats[index] == pytest.approx(nats, rel=1e-9)
+        assert (evaluation.correct[index], evaluation.tokens[index], evaluation.units[index]) == (right, tokens, tokens)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -111,8 +111,8 @@ def test_windows_hold_every_place_once_whoever_reads_them(documents, world_size)
                 (index,) = set(batch.document[row][mask[row]].tolist())
                 part = batch.targets[row][mask[row]].tolist()
                 whole = documents[index].cut(0, len(documents[index])).targets.tolist()
-                places = [p for p in range(0, len(whole), 10) if whole[p : p + 10] == part and not seen[index, p]]
-                seen[index, places[0] : places[0] + len(part)] += 1
+                starts = [p for p in range(0, len(whole), 10) if whole[p : p + 10] == part and not seen[index, p]]
+                seen[index, starts[0] : starts[0] + len(part)] += 1
     assert [int(row.sum()) for row in seen] == documents.lengths.tolist()
     assert seen.max() == 1
 
@@ -121,7 +121,7 @@ def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
     random, inside = np.random.default_rng(0), 0
     for trial in range(200):
         units = random.integers(5, 40, size=60)
-        found = share_bootstrap(random.binomial(units, 0.3), units, samples=400, seed=trial)
-        inside += found.low <= 0.3 <= found.high
+        interval = share_bootstrap(random.binomial(units, 0.3), units, samples=400, seed=trial)
+        inside += interval.low <= 0.3 <= interval.high
     assert 0.88 <= inside / 200 <= 0.99
     assert share_bootstrap(np.array([1.0]), np.array([4.0])).value == 0.25

@@ -33,8 +33,8 @@ def test_trains_stops_and_goes_on_bit_for_bit(tmp_path: Path, memory: dict[str, 
     run({"train": {"steps": 6}}, tmp_path / "part", resume=True, progress="none")
     # in the warm-up the learning rate does not depend on the number of steps
     models = [load_run(tmp_path / name)[0] for name in ("long", "part")]
-    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(one, other), name
+    for (name, uninterrupted), resumed in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(uninterrupted, resumed), name
     losses = [line["loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "loss" in line]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
