@@ -163,10 +163,10 @@ def test_each_part_of_the_claim_is_judged() -> None:
     def heads(p: float) -> Any:
         return dict.fromkeys(performer_protein.MIXERS, similarity.Agreement(0.5, 0.5, p, p))
 
-    assert performer_protein._judge(scores(4.0, 4.01, 3.9), heads(0.001))[0] == "holds"
-    verdict, note = performer_protein._judge(scores(4.0, 4.01, 4.1), heads(0.001))
+    assert performer_protein.judge(scores(4.0, 4.01, 3.9), heads(0.001))[0] == "holds"
+    verdict, note = performer_protein.judge(scores(4.0, 4.01, 4.1), heads(0.001))
     assert verdict == "holds in part"
     assert "ReLU features are not the best" in note
     assert "5% of the 0.2000 bits" in note
-    assert performer_protein._judge(scores(4.0, 4.05, 4.1), heads(0.2))[0] == "does not hold"
-    assert performer_protein._judge(scores(4.3, 4.3, 4.3), heads(0.2))[0] == "does not hold"
+    assert performer_protein.judge(scores(4.0, 4.05, 4.1), heads(0.2))[0] == "does not hold"
+    assert performer_protein.judge(scores(4.3, 4.3, 4.3), heads(0.2))[0] == "does not hold"

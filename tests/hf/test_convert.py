@@ -397,7 +397,7 @@ def test_what_cannot_be_is_said_in_a_line(name: str, options: dict[str, Any], me
 def test_cores_receive_the_normalized_input_of_their_layer(
     monkeypatch: pytest.MonkeyPatch, kind: str, name: str, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {"leaky": outside.LeakyCore})
+    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyCore})
     model, text = make(kind), ids(2, 20)
     report = hf.convert(model, name, **fields)
     model = model.double()
@@ -425,7 +425,7 @@ def test_cores_receive_the_normalized_input_of_their_layer(
 
 
 def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {"leaky": outside.LeakyCore})
+    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyCore})
     with pytest.raises(UnsupportedError, match=r"leaky takes values of 6 a head; those of this model have 4$"):
         hf.convert(make("llama"), "leaky", value_dim=6)
 

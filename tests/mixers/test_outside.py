@@ -20,7 +20,7 @@ HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "w
 
 @pytest.fixture(autouse=True)
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(registry, "REGISTERED", {})
     ls.mixers.register("leaky", outside.LeakyCore)
 
 

@@ -67,7 +67,7 @@ def test_reasoning_needs_the_fact_that_is_asked_for(task: MemoryTask) -> None:
 
 
 def test_splits_share_no_sentence_document(task: MemoryTask) -> None:
-    texts = {split: set(task._texts(split)) for split in ("train", "validation", "test")}
+    texts = {split: set(task.texts(split)) for split in ("train", "validation", "test")}
     assert not texts["train"] & texts["validation"]
     assert not texts["train"] & texts["test"]
     assert not texts["validation"] & texts["test"]
@@ -79,7 +79,7 @@ def test_training_noise_is_hardened_and_test_noise_is_not(task: MemoryTask) -> N
     random = np.random.default_rng(0)
     facts = {tuple(task.encode(fact)) for fact in every_fact("detect")}
     for _ in range(200):
-        decoy = negatives._decoy(random, task.noise("train").flat)
+        decoy = negatives.decoy(random, task.noise("train").flat)
         assert (
             min(sum(a != b for a, b in zip(decoy, fact, strict=True)) for fact in facts if len(fact) == len(decoy)) <= 2
         )

@@ -12,7 +12,7 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.models import Decoder, DecoderConfig
 from longspan.tasks.synthetic import HEAD, NeedleTask, PasskeyConfig, PasskeyTask
 from longspan.train import RetrievalConfig, evaluate_depths, load_run, read_log, run
-from longspan.train.depths import _read, _tokens
+from longspan.train.depths import read
 from longspan.train.retrieval import Retrieval, draw_texts, repeated
 
 RECIPE: dict[str, Any] = {
@@ -149,7 +149,7 @@ def test_depths_are_asked_as_if_every_text_were_read_whole(kind: type[PasskeyTas
         for depth in (0, 40, 100):
             offset = part.place(depth)
             text = b"".join([part.head, part.filler[:offset], part.told, part.filler[offset:], part.asked])
-            tokens = torch.cat([torch.tensor([[task.tokenizer.begin]]), _tokens([text])], 1)
+            tokens = torch.tensor([[task.tokenizer.begin, *text]])
             assert tokens.shape[1] == 700 + 1 - 3
             for _ in range(3):
                 tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], 1)
@@ -162,7 +162,7 @@ def test_reading_is_cut_where_segments_end(monkeypatch: pytest.MonkeyPatch) -> N
     model = model_of({"name": "infini", "segment": 32}).eval()
     monkeypatch.setattr("longspan.train.depths.CHUNK", 64)
     text = torch.randint(0, 256, (1, 300))
-    cut = _read(model, text[:, 50:], _read(model, text[:, :50], model.init_state(1)))
+    cut = read(model, text[:, 50:], read(model, text[:, :50], model.init_state(1)))
     _, whole = model(text)
     for name, value in states.tensors(cut).items():
         torch.testing.assert_close(value, states.tensors(whole)[name], rtol=1e-9, atol=1e-9)

@@ -36,7 +36,8 @@ _CORES = {
 }
 
 
-_REGISTERED: dict[str, type[Core]] = {}
+REGISTERED: dict[str, type[Core]] = {}
+"""Mechanisms that this program has registered, by name."""
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def _installed() -> dict[str, EntryPoint]:
 
 def names() -> list[str]:
     """The names that `build` knows; none of an installed package is loaded for it."""
-    return list(dict.fromkeys([*_CORES, *_REGISTERED, *sorted(_installed())]))
+    return list(dict.fromkeys([*_CORES, *REGISTERED, *sorted(_installed())]))
 
 
 def register(name: str, core_class: type[Core]) -> None:
@@ -56,9 +57,9 @@ def register(name: str, core_class: type[Core]) -> None:
     Raises:
         ConfigError: the name is taken, or the class is no subclass of `Core` whose `Config` is a dataclass.
     """
-    if name in _CORES or _REGISTERED.get(name, core_class) is not core_class:
+    if name in _CORES or REGISTERED.get(name, core_class) is not core_class:
         raise ConfigError(f"register: there is a mixer {name!r} already")
-    _REGISTERED[name] = _checked(core_class, f"register {name!r}")
+    REGISTERED[name] = _checked(core_class, f"register {name!r}")
 
 
 def core_class(name: str, where: str = "mixer") -> type[Core]:
@@ -71,8 +72,8 @@ def core_class(name: str, where: str = "mixer") -> type[Core]:
         module, _, attribute = _CORES[name].partition(":")
         builtin: type[Core] = getattr(importlib.import_module(module), attribute)
         return builtin
-    if name in _REGISTERED:
-        return _REGISTERED[name]
+    if name in REGISTERED:
+        return REGISTERED[name]
     point = _installed().get(name)
     if point is None:
         raise ConfigError(f"{where}: unknown mixer {name!r}{nearest(str(name), names())}")
