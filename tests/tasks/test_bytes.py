@@ -2,6 +2,8 @@
 
 import importlib.util
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from longspan import tasks
 from longspan.cli.app import run as cli
 from longspan.config import read_toml
 from longspan.errors import ConfigError, DataError
-from longspan.tasks import MusicConfig, MusicTask, TilesConfig, TilesTask
+from longspan.tasks import Documents, MusicConfig, MusicTask, TilesConfig, TilesTask
 from longspan.tasks.bytes import abc_tunes, families, tune_keys
 from longspan.tasks.groups import held_back
 from longspan.train import find_recipe, load_run, run
@@ -20,14 +22,14 @@ from longspan.train import find_recipe, load_run, run
 HEAD = "X:{number}\nT:{title}\nM:6/8\nK:G\n"
 
 
-def missing(package):
+def missing(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         importlib.util.find_spec(package) is None, reason=f"{package} is not installed: `make media`"
     )
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six images of several sizes and kinds, one of them too small for a tile."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
@@ -39,12 +41,12 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tunes(tmp_path_factory):
+def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty tunes in two files, six of them sisters."""
     folder = tmp_path_factory.mktemp("tunes")
     generator = np.random.default_rng(0)
 
-    def notes():
+    def notes() -> str:
         return "|".join("".join(generator.choice(list("ABcdefg"), 6)) for _ in range(8))
 
     same = notes()
@@ -59,7 +61,7 @@ def tunes(tmp_path_factory):
     return folder
 
 
-def test_a_tile_is_its_rows_columns_and_channels(images):
+def test_a_tile_is_its_rows_columns_and_channels(images: Path) -> None:
     task = TilesTask(TilesConfig(source=str(images / "0.png"), tile=8))
     documents = task.read(str(images / "0.png"))
     pixels = np.asarray(Image.open(images / "0.png"))
@@ -73,11 +75,11 @@ def test_a_tile_is_its_rows_columns_and_channels(images):
     np.testing.assert_array_equal(piece.targets, pixels[8 + rows, 8 + columns, channels])
 
 
-def test_images_are_held_back_whole(images):
+def test_images_are_held_back_whole(images: Path) -> None:
     task = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3))
     train, validation = task.documents("train"), task.documents("validation")
 
-    def names(documents):
+    def names(documents: Documents) -> set[str]:
         return {name.partition(":")[0] for name in documents.names}
 
     assert names(train) | names(validation) == {f"{index}.png" for index in range(5)}, "the last is lower than a tile"
@@ -97,7 +99,7 @@ def test_images_are_held_back_whole(images):
     assert len(splits) > 1, "the seed is of the split"
 
 
-def test_other_kinds_of_images_become_colour(tmp_path):
+def test_other_kinds_of_images_become_colour(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([grey, grey + 1, grey + 2, grey])).save(tmp_path / "alpha.png")
@@ -106,7 +108,7 @@ def test_other_kinds_of_images_become_colour(tmp_path):
     np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([grey, grey + 1, grey + 2]))
 
 
-def test_tunes_of_a_file(tunes):
+def test_tunes_of_a_file(tunes: Path) -> None:
     task = MusicTask(MusicConfig(source=str(tunes)))
     documents = task.read(str(tunes))
     assert len(documents) == 30
@@ -118,7 +120,7 @@ def test_tunes_of_a_file(tunes):
     assert not tune.endswith(b"\n\n")
 
 
-def test_sisters_are_not_parted(tunes):
+def test_sisters_are_not_parted(tunes: Path) -> None:
     for seed in range(12):
         task = MusicTask(MusicConfig(source=str(tunes), validation_fraction=0.4, seed=seed))
         validation = set(task.documents("validation").names)
@@ -131,7 +133,7 @@ def test_sisters_are_not_parted(tunes):
     )
 
 
-def test_what_is_a_tune():
+def test_what_is_a_tune() -> None:
     assert list(abc_tunes(b"% preamble\nX:1\nT:a\nK:C\nabc\n\n\nX: 2\nK:D\nd")) == [
         b"X:1\nT:a\nK:C\nabc\n",
         b"X: 2\nK:D\nd\n",
@@ -141,11 +143,11 @@ def test_what_is_a_tune():
     assert tune_keys(b"X:1\nT:The\nK:C\na\n") == {b"K:Ca"}, "an empty title links nothing"
 
 
-def test_families_are_linked_through_others():
+def test_families_are_linked_through_others() -> None:
     assert families([{b"a"}, {b"b"}, {b"a", b"c"}, {b"d"}, {b"c", b"b"}, set()]).tolist() == [0, 0, 0, 3, 0, 5]
 
 
-def test_what_is_held_back_fits_into_the_fraction():
+def test_what_is_held_back_fits_into_the_fraction() -> None:
     group = np.array([0] * 50 + [1] * 5 + [2] * 4 + [7] * 41)
     for seed in range(6):
         held_out = held_back(group, 0.1, seed)
@@ -164,21 +166,21 @@ def test_what_is_held_back_fits_into_the_fraction():
         ({"name": "music", "source": "{images}"}, "matches '*.abc'"),
     ],
 )
-def test_data_that_does_not_do(images, tunes, table, expected):
+def test_data_that_does_not_do(images: Path, tunes: Path, table: dict[str, Any], expected: str) -> None:
     table = {**table, "source": table["source"].format(images=images, tunes=tunes)}
     with pytest.raises(DataError, match=re.escape(expected)) as caught:
         tasks.build(table).documents("train")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_image(tmp_path):
+def test_a_file_that_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no image at all")
     with pytest.raises(DataError, match=r"x\.png: cannot be read as an image"):
         TilesTask().read(str(tmp_path))
 
 
 @pytest.mark.parametrize(("source", "package"), [("tiles", "scikit-image"), ("music", "music21")])
-def test_missing_packages_are_named(monkeypatch, source, package):
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, source: str, package: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = package.replace("scikit-image", "skimage")
     with pytest.raises(DataError, match=f"'{module}'.*pip install --no-deps {package}"):
@@ -186,14 +188,14 @@ def test_missing_packages_are_named(monkeypatch, source, package):
 
 
 @pytest.mark.parametrize("fields", [{"tile": 0}, {"validation_fraction": 0.0}, {"validation_fraction": 1}])
-def test_wrong_fields_of_tiles(fields):
+def test_wrong_fields_of_tiles(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"task.{next(iter(fields))}"):
         TilesConfig(**fields)
     with pytest.raises(ConfigError, match=r"task\.width"):
         MusicConfig(width=0)
 
 
-def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
+def test_the_recipe_trains_on_small_tiles(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = read_toml(find_recipe("sparse-tiles.toml"))
     recipe["model"] |= {"dim": 16, "num_layers": 2, "num_heads": 2}
     recipe["model"]["mixers"][0]["stride"] = 24
@@ -217,7 +219,7 @@ def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
     assert "a run of the task TilesTask, not of text" in capsys.readouterr().err
 
 
-def test_the_full_recipe_fits_itself():
+def test_the_full_recipe_fits_itself() -> None:
     from longspan.train import resolve
 
     model = resolve(read_toml(find_recipe("sparse-tiles.toml")))["model"]
@@ -231,7 +233,7 @@ def test_the_full_recipe_fits_itself():
 
 
 @missing("skimage")
-def test_the_images_of_the_package():
+def test_the_images_of_the_package() -> None:
     task = TilesTask()
     train, validation = task.documents("train"), task.documents("validation")
     assert len(train) + len(validation) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
@@ -240,7 +242,7 @@ def test_the_images_of_the_package():
 
 
 @missing("music21")
-def test_the_tunes_of_the_package():
+def test_the_tunes_of_the_package() -> None:
     task = MusicTask()
     train, validation = task.documents("train"), task.documents("validation")
     assert len(train) > 3_000

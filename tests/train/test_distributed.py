@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ for name, recipe in enumerate(recipes):
 """
 
 
-def torchrun(folder, *recipes):
+def torchrun(folder: Path, *recipes: dict[str, Any]) -> str:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -36,11 +38,11 @@ def torchrun(folder, *recipes):
     return shown
 
 
-def figures(folder, name):
+def figures(folder: Path, name: str) -> list[Any]:
     return [line[name] for line in read_log(folder / "log.jsonl") if name in line]
 
 
-def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
+def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
     double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
     shown = torchrun(tmp_path, recipe, double)

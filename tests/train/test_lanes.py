@@ -1,6 +1,7 @@
 """Lanes read everything once, contiguously, and can stop anywhere."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from longspan.tasks.tokenizers import Bytes
 from longspan.train import Lanes
 
 
-def make(lengths):
+def make(lengths: Sequence[int]) -> Documents:
     """Documents whose bytes are told apart by document and place."""
     items = [
         TextDocument((np.arange(length) * 7 + 31 * index + 1).astype(np.uint8), Bytes())
@@ -24,7 +25,7 @@ def make(lengths):
     return Documents(items, [str(i) for i in range(len(items))], str(lengths))
 
 
-def lines_of(lanes, count=None):
+def lines_of(lanes: Lanes, count: int | None = None) -> list[list[tuple[int, int, int, bool]]]:
     """What each lane reads: a list of (document, token, target, reset) for each."""
     lines = None
     for number, batch in enumerate(lanes):
@@ -46,7 +47,9 @@ def lines_of(lanes, count=None):
     seed=st.none() | st.integers(0, 3),
     cut=st.booleans(),
 )
-def test_everything_is_read_once_and_contiguously(lengths, lanes, segment, seed, cut):
+def test_everything_is_read_once_and_contiguously(
+    lengths: list[int], lanes: int, segment: int, seed: int | None, cut: bool
+) -> None:
     documents = make(lengths)
     reader = Lanes(documents, lanes=lanes, segment_length=segment, seed=seed, epochs=1, cut_long=cut)
     assert reader.places_per_epoch == sum(lengths)
@@ -64,7 +67,7 @@ def test_everything_is_read_once_and_contiguously(lengths, lanes, segment, seed,
 
 
 @given(lanes=st.sampled_from([2, 4, 6]), world=st.sampled_from([1, 2]), segment=st.integers(1, 9))
-def test_processes_share_the_lanes_of_one(lanes, world, segment):
+def test_processes_share_the_lanes_of_one(lanes: int, world: int, segment: int) -> None:
     documents = make([5, 0, 33, 12, 2, 9])
     alone = lines_of(Lanes(documents, lanes=lanes, segment_length=segment), 30)
     together = []
@@ -75,7 +78,7 @@ def test_processes_share_the_lanes_of_one(lanes, world, segment):
 
 
 @given(lengths=st.lists(st.integers(0, 30), min_size=8, max_size=20), world=st.integers(2, 4), seed=st.integers(0, 3))
-def test_processes_read_disjoint_places_that_are_all_there_are(lengths, world, seed):
+def test_processes_read_disjoint_places_that_are_all_there_are(lengths: list[int], world: int, seed: int) -> None:
     documents = make([*lengths, 5, 50])
     read = []
     for rank in range(world):
@@ -99,7 +102,7 @@ def test_processes_read_disjoint_places_that_are_all_there_are(lengths, world, s
 
 
 @given(stop=st.integers(0, 25))
-def test_going_on_from_plain_data(stop):
+def test_going_on_from_plain_data(stop: int) -> None:
     documents = make([5, 33, 12, 2, 9, 1])
     whole = Lanes(documents, lanes=3, segment_length=4, seed=5)
     for _ in range(stop):
@@ -110,7 +113,7 @@ def test_going_on_from_plain_data(stop):
     assert lines_of(resumed, 20) == lines_of(whole, 20)
 
 
-def test_each_epoch_has_an_order_of_its_own():
+def test_each_epoch_has_an_order_of_its_own() -> None:
     documents = make([4] * 12)
     read = lines_of(Lanes(documents, lanes=1, segment_length=4), 36)[0]
     epochs = [[line[0] for line in read[first : first + 48 : 4]] for first in (0, 48, 96)]
@@ -120,7 +123,7 @@ def test_each_epoch_has_an_order_of_its_own():
     assert again == read
 
 
-def test_one_long_book_is_shared_by_all_lanes():
+def test_one_long_book_is_shared_by_all_lanes() -> None:
     batch = next(Lanes(make([1000]), lanes=4, segment_length=8))
     starts = {tuple(row) for row in batch.targets.tolist()}
     assert len(starts) == 4
@@ -128,7 +131,7 @@ def test_one_long_book_is_shared_by_all_lanes():
     assert batch.reset[:, 0].all()
 
 
-def test_reset_and_mask_are_left_out_where_they_say_nothing():
+def test_reset_and_mask_are_left_out_where_they_say_nothing() -> None:
     reader = Lanes(make([20]), lanes=1, segment_length=8, epochs=1)
     first, second, third = reader
     assert first.reset.tolist() == [[True] + [False] * 7]
@@ -139,17 +142,17 @@ def test_reset_and_mask_are_left_out_where_they_say_nothing():
     assert third.document.tolist() == [[0] * 4 + [-1] * 4]
 
 
-def test_restart_resets_within_documents():
+def test_restart_resets_within_documents() -> None:
     batch = next(Lanes(make([20]), lanes=1, segment_length=20, restart=8))
     assert batch.reset[0].nonzero().flatten().tolist() == [0, 8, 16]
 
 
-def test_longest_first():
+def test_longest_first() -> None:
     reader = Lanes(make([3, 9, 5]), lanes=3, segment_length=9, seed=None, epochs=1, longest_first=True, cut_long=False)
     assert next(reader).document.tolist() == [[1] * 9, [2] * 5 + [0] * 3 + [-1], [-1] * 9]
 
 
-def test_errors():
+def test_errors() -> None:
     documents = make([9, 9])
     with pytest.raises(ConfigError, match=r"train.lanes = 3 cannot be shared evenly by 2 processes"):
         Lanes(documents, lanes=3, segment_length=4, world_size=2)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from longspan.errors import ConfigError, DataError, UnsupportedError
-from longspan.tasks import Documents
-from longspan.tasks.base import heads
+from longspan.models import Decoder
+from longspan.tasks import Document, Documents
+from longspan.tasks.base import Array, heads
 from longspan.tasks.text import TextDocument
-from longspan.tasks.tokenizers import Bytes, Subword
+from longspan.tasks.tokenizers import Bytes, Subword, Tokenizer
 from longspan.tasks.words import Words
 from longspan.train import evaluate_text, token_nats
 from longspan.train.evaluate import first_places
@@ -27,7 +28,7 @@ from longspan.train.lm_evaluation import (
 )
 
 
-def losses(model, document, first, last):
+def losses(model: Decoder, document: Document, first: int, last: int) -> Array:
     """Loss of places `first` to `last`, read from an empty state."""
     piece = document.cut(first, last)
     with torch.no_grad():
@@ -36,7 +37,9 @@ def losses(model, document, first, last):
 
 
 @pytest.mark.parametrize(("chunk", "batch"), [(5, 3), (64, 2), (1000, 99)])
-def test_carried_losses_are_those_of_each_document_alone(model, documents, chunk, batch):
+def test_carried_losses_are_those_of_each_document_alone(
+    model: Decoder, documents: Documents, chunk: int, batch: int
+) -> None:
     nats_by_document = place_nats(model, documents, chunk=chunk, batch=batch)
     for index, nats in enumerate(nats_by_document):
         np.testing.assert_allclose(nats, losses(model, documents[index], 0, len(documents[index])), rtol=1e-6)
@@ -44,7 +47,9 @@ def test_carried_losses_are_those_of_each_document_alone(model, documents, chunk
 
 @pytest.mark.parametrize("streams", [True, False])
 @pytest.mark.parametrize("window", [Window(8, 4), Window(16, 16), Window(9, 1), Window(10_000, 5_000)])
-def test_windows_are_read_from_an_empty_state(model, documents, window, streams, monkeypatch):
+def test_windows_are_read_from_an_empty_state(
+    model: Decoder, documents: Documents, window: Window, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not streams:
         monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
     nats_by_document = place_nats(model, documents, window, chunk=7, batch=3)
@@ -59,7 +64,7 @@ def test_windows_are_read_from_an_empty_state(model, documents, window, streams,
 
 
 @pytest.mark.parametrize("window", [None, Window(7, 3), Window(4, 4), Window(5, 1)])
-def test_every_place_is_scored_once_and_sees_what_is_said(window):
+def test_every_place_is_scored_once_and_sees_what_is_said(window: Window | None) -> None:
     lengths = np.array([1, 4, 7, 23])
     scored = {index: [] for index in range(len(lengths))}
     for index, first, at, last in cut(lengths, window).tolist():
@@ -70,7 +75,7 @@ def test_every_place_is_scored_once_and_sees_what_is_said(window):
     assert [scored[index] for index in range(len(lengths))] == [list(range(length)) for length in lengths]
 
 
-def test_what_cannot_be_read_is_refused(model, documents, monkeypatch):
+def test_what_cannot_be_read_is_refused(model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="a stride of 9: from 1 to the context, 8"):
         place_nats(model, documents, Window(8, 9))
     monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
@@ -78,7 +83,7 @@ def test_what_cannot_be_read_is_refused(model, documents, monkeypatch):
         place_nats(model, documents)
 
 
-def test_sums_agree_with_the_usual_evaluation(model, documents):
+def test_sums_agree_with_the_usual_evaluation(model: Decoder, documents: Documents) -> None:
     nats, counts = place_nats(model, documents), count_text(documents, Bytes())
     usual = evaluate_text(model, documents)
     figures = summary(nats, counts)
@@ -98,18 +103,18 @@ def test_sums_agree_with_the_usual_evaluation(model, documents):
 TEXTS = ("the état  of the union,\nthe peace\n", " the war", "union")
 
 
-def documents_of(tokenizer):
+def documents_of(tokenizer: Tokenizer) -> Documents:
     items = [TextDocument(tokenizer.encode(text.encode()), tokenizer) for text in TEXTS]
     return Documents(items, list("abc"))
 
 
-def tokenizers():
+def tokenizers() -> dict[str, Tokenizer]:
     data = [("text", np.frombuffer((" ".join(TEXTS) * 20).encode(), dtype=np.uint8))]
     return {"bytes": Bytes(), "subword": Subword.train(data, 300), "word": Words.train(data, 0)}
 
 
 @pytest.mark.parametrize("kind", ["bytes", "subword", "word"])
-def test_tokens_belong_to_words(kind):
+def test_tokens_belong_to_words(kind: str) -> None:
     tokenizer = tokenizers()[kind]
     documents = documents_of(tokenizer)
     counts = count_text(documents, tokenizer)
@@ -130,7 +135,7 @@ def test_tokens_belong_to_words(kind):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "subword", "word"])
-def test_buckets_share_out_the_whole_loss(kind):
+def test_buckets_share_out_the_whole_loss(kind: str) -> None:
     tokenizer = tokenizers()[kind]
     counts = count_text(documents_of(tokenizer), tokenizer)
     random = np.random.default_rng(0)
@@ -150,7 +155,7 @@ def test_buckets_share_out_the_whole_loss(kind):
     assert (seldom.first, seldom.last, seldom.amount) == (1, 10, 7)
 
 
-def test_places_double_from_64_on():
+def test_places_double_from_64_on() -> None:
     tokenizer = Bytes()
     document = TextDocument(np.full(300, 97, dtype=np.uint8), tokenizer)
     counts = count_text(Documents([document], ["a"]), tokenizer)
@@ -166,13 +171,13 @@ def test_places_double_from_64_on():
     assert buckets[0].gain is None
 
 
-def test_words_that_a_vocabulary_does_not_hold_count_as_unknown():
+def test_words_that_a_vocabulary_does_not_hold_count_as_unknown() -> None:
     texts = [("a", np.frombuffer(b"the war, the peace <unk>", dtype=np.uint8))]
     assert count_words(texts, Words.of(["the"])) == {b"the": 2, b"<unk>": 3}
     assert count_words(texts, Bytes()) == count_words(texts) == {b"the": 2, b"war": 1, b"peace": 1, b"<unk>": 1}
 
 
-def test_words_of_a_vocabulary_part_where_it_parts_them():
+def test_words_of_a_vocabulary_part_where_it_parts_them() -> None:
     texts = [("a", np.frombuffer("a\u00a0b a\nb, <unk>".encode(), dtype=np.uint8))]
     words = Words.train(texts, 0)
     assert count_words(texts, words) == {b"a": 2, b"b": 2, b"<unk>": 1}
@@ -180,7 +185,7 @@ def test_words_of_a_vocabulary_part_where_it_parts_them():
         count_words([("bad", np.frombuffer(b"\xff", dtype=np.uint8))], words)
 
 
-def test_the_loss_of_a_document_without_words_is_divided_too():
+def test_the_loss_of_a_document_without_words_is_divided_too() -> None:
     tokenizer = Bytes()
     texts = (b"one two", b"  \n ", b"three")
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in texts]
@@ -192,7 +197,7 @@ def test_the_loss_of_a_document_without_words_is_divided_too():
         assert perplexity.low < perplexity.value < perplexity.high < math.inf
 
 
-def test_a_word_that_is_cut_is_in_no_bucket():
+def test_a_word_that_is_cut_is_in_no_bucket() -> None:
     tokenizer = Bytes()
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"the union", b"the peace ", b"no war")]
     documents = heads(first_places(Documents(items, ["a", "b", "c"]), 22), 6)
@@ -210,7 +215,7 @@ def test_a_word_that_is_cut_is_in_no_bucket():
     assert list(at_its_end.cut) == [not words[0].startswith(b"the") for words in at_its_end.spelled]
 
 
-def test_documents_without_a_token():
+def test_documents_without_a_token() -> None:
     tokenizer = Words.train([("a", np.frombuffer(b"b c", dtype=np.uint8))], 0)
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"  ", b"b c")]
     counts = count_text(Documents(items, ["a", "b"]), tokenizer)
@@ -221,7 +226,7 @@ def test_documents_without_a_token():
     assert [bucket.amount for bucket in by_frequency({"one": nats}, counts, {b"b": 1})] == [1, 1]
 
 
-def test_documents_without_a_word():
+def test_documents_without_a_word() -> None:
     tokenizer = Bytes()
     counts = count_text(Documents([TextDocument(tokenizer.encode(b" \n "), tokenizer)], ["a"]), tokenizer)
     assert counts.words.tolist() == [0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -23,7 +24,7 @@ LINE = {
 }
 
 
-def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path):
+def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = Log(path, step=0)
     for step in range(1, 6):
@@ -39,11 +40,11 @@ def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_no_log_is_an_empty_log(tmp_path):
+def test_no_log_is_an_empty_log(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def test_a_line_in_words():
+def test_a_line_in_words() -> None:
     assert list(describe(LINE).values()) == [
         *("step 20", "1.4427 bits/byte", "", "12,346 tokens/s", "1.50 GiB", "1:02:05 left")
     ]
@@ -58,7 +59,7 @@ def test_a_line_in_words():
     }
 
 
-def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys):
+def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys: pytest.CaptureFixture[str]) -> None:
     display = Plain(interval=1000)
     display.start("title")
     for step in range(1, 5):
@@ -71,7 +72,7 @@ def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys):
     assert len(lines) == 3
 
 
-def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch):
+def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     monkeypatch.setattr("longspan.train.progress.Console", lambda stderr: console)
@@ -89,7 +90,7 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch):
         assert part in last
 
 
-def test_displays_by_name(monkeypatch):
+def test_displays_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Silent()
     assert make(own) is own
     assert type(make("none")) is Silent
@@ -98,12 +99,12 @@ def test_displays_by_name(monkeypatch):
     assert isinstance(make("auto"), Plain)
 
 
-def test_memory_is_that_of_this_process():
+def test_memory_is_that_of_this_process() -> None:
     assert 10**7 < resident_bytes() < 10**11
 
 
-def test_memory_where_the_system_does_not_say(monkeypatch):
-    def absent(self):
+def test_memory_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(self) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr("pathlib.Path.read_text", absent)

@@ -1,5 +1,8 @@
 """Training and evaluation of a masked language model: what it learns, and that stopping changes nothing."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from longspan.train.lanes import windows
 
 
 @pytest.fixture(scope="module")
-def fasta(tmp_path_factory):
+def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sequences in which each residue follows from its neighbour: the alphabet round and round, from a random start."""
     path = tmp_path_factory.mktemp("proteins") / "round.fasta"
     random = np.random.default_rng(0)
@@ -25,7 +28,7 @@ def fasta(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(fasta):
+def recipe(fasta: Path) -> dict[str, Any]:
     """A recipe of seconds."""
     mixer = {"name": "performer", "kind": "relu", "num_features": 16, "redraw": 4}
     shape = {"kind": "masked_lm", "dim": 32, "num_layers": 2, "num_heads": 4, "rope_theta": 100.0}
@@ -37,7 +40,7 @@ def recipe(fasta):
     }
 
 
-def test_a_masked_model_learns_what_the_neighbours_say(recipe, tmp_path):
+def test_a_masked_model_learns_what_the_neighbours_say(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"]["steps"] = 300
     recipe["model"]["mixers"][0]["redraw"] = 0
     recipe["train"]["lanes"] = 8
@@ -51,15 +54,15 @@ def test_a_masked_model_learns_what_the_neighbours_say(recipe, tmp_path):
 class StopAt(Silent):
     """Stops a run at a step, as a kill would."""
 
-    def __init__(self, step):
+    def __init__(self, step: int) -> None:
         self.at = step
 
-    def step(self, line):
+    def step(self, line: dict[str, Any]) -> None:
         if line["step"] == self.at:
             raise KeyboardInterrupt
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
+def test_a_stopped_run_goes_on_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
     run(recipe, tmp_path / "whole", progress="none")
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "parts", progress=StopAt(8))
@@ -71,19 +74,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(recipe, tmp_path):
 
 
 @pytest.fixture
-def documents(fasta):
+def documents(fasta: Path) -> Documents:
     validation = ProteinTask(ProteinConfig(source=str(fasta), family=0)).documents("validation")
     return Documents(validation.items[:9], validation.names[:9])
 
 
 @pytest.fixture
-def model():
+def model() -> MaskedLM:
     torch.manual_seed(0)
     return MaskedLM(EncoderConfig(vocab_size=29, dim=16, num_layers=2, num_heads=2, init_std=0.3)).double()
 
 
 @pytest.mark.parametrize(("chunk", "batch"), [(1000, 1), (7, 3), (24, 2)])
-def test_evaluation_gives_what_each_part_alone_gives(model, documents, chunk, batch):
+def test_evaluation_gives_what_each_part_alone_gives(
+    model: MaskedLM, documents: Documents, chunk: int, batch: int
+) -> None:
     evaluation = evaluate_text(model, documents, chunk=chunk, batch=batch, memory=False, unit="residue")
     for index in range(len(documents)):
         nats, right, tokens = 0.0, 0, 0
@@ -100,7 +105,7 @@ def test_evaluation_gives_what_each_part_alone_gives(model, documents, chunk, ba
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_windows_hold_every_place_once_whoever_reads_them(documents, world_size):
+def test_windows_hold_every_place_once_whoever_reads_them(documents: Documents, world_size: int) -> None:
     seen = np.zeros((len(documents), documents.lengths.max()), dtype=np.int64)
     for rank in range(world_size):
         for batch in windows(documents, 10, 40, rank=rank, world_size=world_size):
@@ -117,7 +122,7 @@ def test_windows_hold_every_place_once_whoever_reads_them(documents, world_size)
     assert seen.max() == 1
 
 
-def test_the_interval_of_a_share_covers_it_as_often_as_it_says():
+def test_the_interval_of_a_share_covers_it_as_often_as_it_says() -> None:
     random, inside = np.random.default_rng(0), 0
     for trial in range(200):
         units = random.integers(5, 40, size=60)
