@@ -65,7 +65,7 @@ def test_without_hashing_everything_is_seen() -> None:
     [(0.995, 0.991, "holds"), (0.995, 0.7, "holds in part"), (0.5, 0.6, "does not hold")],
 )
 @pytest.mark.usefixtures("undrawn")
-def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> None:
+def test_the_verdict_of_the_copy_follows_the_losses(strict: float, ordered: float, verdict: str) -> None:
     plan = reformer_copy.PLANS["full"]
 
     def rows(value: float) -> dict[str, dict[str, float]]:

@@ -147,7 +147,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
 
 @pytest.mark.parametrize("kind", CAUSAL)
 @torch.no_grad()
-def test_every_family_generates_padded_and_goes_on(kind: str) -> None:
+def test_every_family_generates_from_padded_rows_and_resumed_caches(kind: str) -> None:
     model, text = make(kind), ids(2, 12)
     hf.convert(model, "infini", segment=5, gate_init=0.0)
     model = model.double()
@@ -208,7 +208,7 @@ def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
 
 
 @pytest.mark.parametrize(("name", "fields"), examples())
-def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
+def test_bidirectional_mechanisms_convert_an_encoder(name: str, fields: dict[str, Any]) -> None:
     model, text = make("bert"), ids(2, 21)
     traits = mixers.build(name, dim=16, num_heads=4, **fields).traits
     if not traits.bidirectional:
@@ -225,7 +225,7 @@ def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["infini", "associative", "performer", "routing"])
-def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
     fields = {} if name in ("performer", "routing") else {"segment": 6}
     model, text = make("llama"), ids(1, 30)
     hf.convert(model, name, layers=[1], **fields)
@@ -379,7 +379,7 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
         ("full", {"layers": []}, "has 2 layers"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(name: str, options: dict[str, Any], message: str) -> None:
+def test_impossible_conversions_are_named_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, UnsupportedError), match=message):
         hf.convert(make("llama"), name, **options)
 

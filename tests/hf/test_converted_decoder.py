@@ -24,7 +24,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("pretrained") / "llama")
 
 
-def test_a_session_over_a_converted_model() -> None:
+def test_a_session_streams_a_converted_model() -> None:
     model = make("llama")
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder = ConvertedDecoder(model.double())
@@ -46,7 +46,7 @@ def test_a_session_over_a_converted_model() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
-def test_documents_side_by_side(kind: str) -> None:
+def test_packed_documents_equal_documents_alone(kind: str) -> None:
     model = make(kind)
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder, text = ConvertedDecoder(model.double()), ids(2, 40)
@@ -63,7 +63,7 @@ def test_documents_side_by_side(kind: str) -> None:
     torch.testing.assert_close(whole[1, :30][mask[1, :30]], decoder(alone)[0][0], rtol=1e-9, atol=1e-9)
 
 
-def test_what_cannot_stream_is_said() -> None:
+def test_models_that_do_not_stream_are_refused() -> None:
     model = make("llama")
     hf.convert(model, "infini", layers=[0])
     with pytest.raises(UnsupportedError, match="1 layers of this model still keep every key"):
@@ -74,7 +74,7 @@ def test_what_cannot_stream_is_said() -> None:
         gpt2(ids(1, 513))
 
 
-def test_from_a_folder_to_a_stream(
+def test_a_converted_folder_streams_on_the_command_line(
     pretrained: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     def said() -> str:
@@ -113,7 +113,7 @@ def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_loss_in_chunks(kind: str) -> None:
+def test_the_loss_in_chunks_is_that_of_the_logits(kind: str) -> None:
     """Hidden states and the head make the logits, and chunks their loss and gradients, with a state and documents."""
     model = make(kind)
     hf.convert(model, "infini", segment=8, gate_init=0.0)
@@ -136,7 +136,7 @@ def test_the_loss_in_chunks(kind: str) -> None:
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-9, atol=1e-9)
 
 
-def test_a_head_that_is_no_plain_map_is_refused() -> None:
+def test_a_head_that_is_not_linear_is_refused() -> None:
     model = make("llama")
     hf.convert(model, "window", window=8)
     model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))

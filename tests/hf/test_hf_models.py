@@ -63,7 +63,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
 
 
 @torch.no_grad()
-def test_beams_samples_and_resumed_caches() -> None:
+def test_beams_samples_and_resumed_caches_agree() -> None:
     model, text = causal(), ids(2, 9)
     mask = torch.ones_like(text)
     mask[0, :4] = 0
@@ -130,7 +130,7 @@ def test_loss_is_that_of_the_next_tokens_and_checkpointing_changes_nothing() -> 
 
 
 @torch.no_grad()
-def test_masked_models_and_classifiers(tmp_path: Path) -> None:
+def test_masked_models_and_classifiers_work(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = ids(3, 10)
     mask = torch.ones_like(text)
@@ -158,7 +158,7 @@ def test_masked_models_and_classifiers(tmp_path: Path) -> None:
         assert torch.equal(again(text).logits, model(text).logits)
 
 
-def test_trainer_and_resized_embeddings(tmp_path: Path) -> None:
+def test_the_trainer_runs_and_embeddings_are_resized(tmp_path: Path) -> None:
     model = causal(init_std=0.05).float()
     data = [{"input_ids": row, "labels": row} for row in ids(1, 20).expand(8, -1)]
     # older versions call it gradient_checkpointing
@@ -188,7 +188,7 @@ def test_trainer_and_resized_embeddings(tmp_path: Path) -> None:
     assert again.model.vocab_size == 40
 
 
-def test_a_text_generation_pipeline(tmp_path: Path) -> None:
+def test_a_text_generation_pipeline_runs(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(29)}, unk_token="w0"))
@@ -201,7 +201,7 @@ def test_a_text_generation_pipeline(tmp_path: Path) -> None:
     assert re.findall(r"w\d+", continuations[1][0]["generated_text"]) == [f"w{i}" for i in expected]
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
         LongspanConfig(model={"num_layer": 2})
     model = causal()
@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @torch.no_grad()
-def test_an_adaptive_softmax_inside_transformers(tmp_path: Path) -> None:
+def test_an_adaptive_softmax_works_inside_transformers(tmp_path: Path) -> None:
     model, text = causal({"name": "window", "window": 4}, adaptive_cutoffs=[5, 12], adaptive_div=2.0), ids(2, 9)
     logits = model(text).logits
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 9, dtype=torch.float64))

@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers(layers: tuple[str, ...], more: dict[st
 
 
 @pytest.mark.parametrize("layers", [("local", "local"), ("lsh", "lsh"), MIXED], ids=str)
-def test_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
+def test_logits_agree_at_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
     model = reformer(layers)
     ours = hf.import_checkpoint(model)
     for length in (5, 27, 50):
@@ -90,7 +90,7 @@ def test_the_hash_matters_and_a_seed_is_taken_over() -> None:
     assert apart(model, ours, tokens) < 1e-4
 
 
-def test_rotations_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_rotations_of_each_layer_give_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a seed transformers draws in every call; its draws, copied into the buffers, give its logits."""
     model, tokens, drawn = reformer(hash_seed=None), ids(2, 32), []
     ours = hf.import_checkpoint(model)
@@ -150,7 +150,7 @@ def test_axial_positions_have_as_many_parameters() -> None:
     assert counts == [8 * 5 + 8 * 11] * 2
 
 
-def test_models_folders_and_what_they_become(tmp_path: Path) -> None:
+def test_a_model_imports_from_memory_and_from_folders(tmp_path: Path) -> None:
     model, tokens = reformer(), ids(1, 16)
     expected = hf.import_checkpoint(model)(tokens)[0]
     model.save_pretrained(tmp_path / "theirs")
@@ -169,7 +169,7 @@ def test_models_folders_and_what_they_become(tmp_path: Path) -> None:
     assert strict(tokens)[1].live.tolist() == [16], "in its strict form it streams"
 
 
-def test_names_of_earlier_versions() -> None:
+def test_weights_of_earlier_versions_import() -> None:
     """They stored masks and the output bias twice, which was added to the logits."""
     model, tokens = reformer(), ids(1, 16)
     for name, parameter in model.named_parameters():
@@ -202,7 +202,7 @@ def test_names_of_earlier_versions() -> None:
     ],
     ids=str,
 )
-def test_what_is_refused(more: dict[str, Any], says: str) -> None:
+def test_unsupported_configurations_are_refused(more: dict[str, Any], says: str) -> None:
     model = reformer()
     with pytest.raises(UnsupportedError, match=says) as caught:
         hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), **more})
@@ -219,14 +219,14 @@ def test_dropout_of_attention_weights_is_not_taken_over_in_silence() -> None:
     assert apart(model, ours, tokens) < 1e-4
 
 
-def test_more_rounds_by_the_same_weights() -> None:
+def test_weights_do_not_depend_on_the_number_of_rounds() -> None:
     """The weights know nothing of rounds: one is imported, and more of this library's may be used."""
     model, tokens = reformer(num_hashes=4), ids(1, 32)
     ours = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "num_hashes": 1})
     assert apart(reformer(), ours, tokens) < 1e-4
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = reformer()
     weights, config = model.state_dict(), model.config.to_dict()
     lacking = {

@@ -74,7 +74,7 @@ def test_log_probabilities_are_those_recorded_with_the_memory_carried(recorded: 
     torch.testing.assert_close(single, recorded.starts["empty"], atol=1e-4, rtol=0)
 
 
-def test_a_text_that_begins_with_zero_vectors(recorded: Recorded) -> None:
+def test_log_probabilities_agree_from_a_memory_of_zeros(recorded: Recorded) -> None:
     model, rows = recorded.model(), len(recorded.tokens)
     expected = recorded.starts["zeros"].double()
     if recorded.config["mem_len"]:
@@ -140,7 +140,7 @@ def test_tied_weights_may_be_left_out(recorded: Recorded) -> None:
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_folders_of_either_kind(tmp_path: Path) -> None:
+def test_folders_of_either_kind_import(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     recording = named("narrower")
@@ -160,7 +160,7 @@ def test_folders_of_either_kind(tmp_path: Path) -> None:
         hf.import_checkpoint(tmp_path)
 
 
-def test_an_imported_model_is_one_of_the_library(tmp_path: Path) -> None:
+def test_an_imported_model_saves_wraps_and_streams(tmp_path: Path) -> None:
     recording = named("narrower")
     model = recording.model(torch.float32)
     ls.save_model(model, tmp_path / "model")
@@ -176,7 +176,7 @@ def test_an_imported_model_is_one_of_the_library(tmp_path: Path) -> None:
     assert len(session.generate(5, generator=torch.Generator().manual_seed(0))) == 5
 
 
-def test_what_does_not_fit_is_one_clear_line() -> None:
+def test_mistakes_are_named_in_one_line() -> None:
     recording = named("narrower")
     with pytest.raises(ConfigError, match="give their config"):
         hf.import_checkpoint(recording.weights)

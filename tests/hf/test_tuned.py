@@ -51,7 +51,7 @@ def recipe(source: Path, book: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tune", ["lora", "all", "new"])
-def test_what_learns_and_what_stays(endless: Path, book: Path, tmp_path: Path, tune: str) -> None:
+def test_only_the_chosen_weights_are_trained(endless: Path, book: Path, tmp_path: Path, tune: str) -> None:
     finished = run(recipe(endless, book, tune=tune, lora_rank=2), tmp_path / "run", progress="none")
     assert finished.evaluation is not None
     before, after = hf.load(endless).state_dict(), hf.load(tmp_path / "run" / "model").state_dict()
@@ -89,7 +89,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     assert out.count('"bits_per_byte"') == 4
 
 
-def test_a_checkpoint_gives_the_model_before_the_end(endless: Path, book: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_before_the_run_ends(endless: Path, book: Path, tmp_path: Path) -> None:
     run(recipe(endless, book, lora_rank=2), tmp_path, progress="none")
     finished, _ = load_run(tmp_path)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
@@ -100,7 +100,7 @@ def test_a_checkpoint_gives_the_model_before_the_end(endless: Path, book: Path, 
         torch.testing.assert_close(model(tokens)[0], finished(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_recurrent_memory_around_a_pretrained_model(plain: Path, book: Path, tmp_path: Path) -> None:
+def test_a_recurrent_memory_trains_around_a_pretrained_model(plain: Path, book: Path, tmp_path: Path) -> None:
     table = recipe(plain, book, lora_rank=2, memory={"num_memory_tokens": 2, "segment_length": 16, "bptt_segments": 2})
     run(table, tmp_path, progress="none")
     model, task = load_run(tmp_path)
@@ -159,16 +159,14 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
         ({"lora_rank": 0}, "lora_rank"),
     ],
 )
-def test_mistakes_are_said_in_a_line(
-    endless: Path, book: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_mistakes_are_named(endless: Path, book: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     table = recipe(endless, book)
     table["model"] |= change
     with pytest.raises(ls.LongspanError, match=message):
         run(table, tmp_path / "run", progress="none")
 
 
-def test_its_own_tokenizer_and_no_other(endless: Path, book: Path, tmp_path: Path) -> None:
+def test_a_pretrained_model_takes_only_its_own_tokenizer(endless: Path, book: Path, tmp_path: Path) -> None:
     table = recipe(endless, book)
     with pytest.raises(ConfigError, match="its own tokenizer"):
         run({**table, "task": {"source": str(book), "tokenizer": "bytes"}}, tmp_path, progress="none")

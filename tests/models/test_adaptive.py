@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_the_log_probabilities(options: dict[str, Any], chun
             torch.testing.assert_close(actual, reference, atol=1e-9, rtol=0)
 
 
-def test_clusters_without_a_target_and_nothing_that_counts() -> None:
+def test_clusters_without_a_target_still_have_gradients() -> None:
     model, h = decoder(**OPTIONS[0]), hidden_states()
     frequent = tokens() % 5
     for chunk in (0, 4):
@@ -143,7 +143,7 @@ def test_clusters_without_a_target_and_nothing_that_counts() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk", [0, 5])
-def test_narrow_products_and_wide_losses(autocast: bool, chunk: int) -> None:
+def test_products_are_bf16_and_losses_fp32(autocast: bool, chunk: int) -> None:
     model, h, targets = decoder(**OPTIONS[1]), hidden_states(), tokens()
     expected = next_token_loss(model.logits(h), targets)
     model = model.to(torch.float32 if autocast else torch.bfloat16)
@@ -189,7 +189,7 @@ def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=0)
 
 
-def test_one_softmax_of_a_factorised_embedding_is_the_plain_one() -> None:
+def test_one_softmax_of_a_factorized_embedding_is_the_plain_one() -> None:
     model, h = decoder(embedding_dim=6), hidden_states()
     (table,), (projection,) = model.embedding.tables, model.embedding.projections
     dense = table.weight @ projection.weight.T
@@ -245,7 +245,7 @@ def test_parameters_are_those_of_the_layout(options: dict[str, Any]) -> None:
     assert len(set(storages)) == len(storages), "a tied weight is saved once"
 
 
-def test_initialisation_and_parameter_groups() -> None:
+def test_parameters_are_initialized_and_grouped() -> None:
     torch.manual_seed(0)
     model = ls.Decoder(
         ls.DecoderConfig(
@@ -267,7 +267,7 @@ def test_initialisation_and_parameter_groups() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_model_loads_as_it_was(options: dict[str, Any], tmp_path: Path) -> None:
     model = decoder(**options)
     ls.save_model(model, tmp_path)
     loaded = ls.load_model(tmp_path)
@@ -291,7 +291,7 @@ def test_a_stream_scores_and_writes() -> None:
     assert all(0 <= token < VOCABULARY for token in session.generate(20, generator=torch.Generator().manual_seed(0)))
 
 
-def test_under_recurrent_memory() -> None:
+def test_an_adaptive_softmax_works_under_recurrent_memory() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -315,7 +315,7 @@ def test_under_recurrent_memory() -> None:
         assert counter.get_total_flops() == pytest.approx(memory.flops(length, batch_size=3), rel=0.02)
 
 
-def test_mistakes_are_one_clear_line() -> None:
+def test_mistakes_are_named_in_one_line() -> None:
     for cutoffs in ((0, 5), (5, 5), (7, 3)):
         with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[.*must rise from at least 1"):
             config(adaptive_cutoffs=cutoffs)

@@ -13,7 +13,7 @@ def model(**options: object) -> ls.Decoder:
     return ls.Decoder(ls.DecoderConfig(vocab_size=31, dim=24, num_layers=2, num_heads=4, **options))  # type: ignore[arg-type]
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     saved = model(mixers=({"name": "transformer_xl", "segment": 4, "mem_len": 4},), tie_embeddings=False).double()
     ls.save_model(saved, tmp_path)
     loaded = ls.load_model(tmp_path)
@@ -35,7 +35,7 @@ def test_the_hash_tells_models_apart() -> None:
     assert model_hash(twin) != model_hash(base)
 
 
-def test_damage_and_mismatch_say_what(tmp_path: Path) -> None:
+def test_damaged_and_mismatched_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ls.CheckpointError, match=r"config.json: no such file"):
         ls.load_model(tmp_path)
     ls.save_model(model(), tmp_path)

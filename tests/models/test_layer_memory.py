@@ -128,7 +128,7 @@ def test_equals_the_plain_loop(kind: str) -> None:
 
 @pytest.mark.parametrize("bptt", [None, 1, 2])
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_diagonals_give_what_segment_after_segment_gives(kind: str, bptt: int | None) -> None:
+def test_diagonals_equal_segments_one_after_another(kind: str, bptt: int | None) -> None:
     plain, diagonal = build(kind, bptt_segments=bptt), build(kind, bptt_segments=bptt, diagonal=True)
     diagonal.load_state_dict(plain.state_dict())
     tokens, runs = text(2, 30), []
@@ -145,7 +145,7 @@ def test_diagonals_give_what_segment_after_segment_gives(kind: str, bptt: int | 
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_any_cut_gives_the_same_and_rows_stand_alone(kind: str) -> None:
+def test_any_cuts_agree_and_rows_are_independent(kind: str) -> None:
     model, tokens = build(kind), text(2, 17)
     whole, end = model(tokens)
     for cuts in ((5, 10), (3, 4, 11)) if kind == "decoder" else ((5, 10),):
@@ -165,7 +165,7 @@ def test_any_cut_gives_the_same_and_rows_stand_alone(kind: str) -> None:
     "options", [{}, {"accumulate": True, "max_summaries": 2}, {"per_layer": True, "memory_dim": 4}]
 )
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_cost_is_what_is_counted(kind: str, options: dict[str, Any]) -> None:
+def test_the_predicted_cost_is_the_counted_cost(kind: str, options: dict[str, Any]) -> None:
     model = ls.RecurrentMemory(backbone(kind), num_memory_tokens=3, segment_length=50, **options).eval()
     for length in (100, 170):
         _, state = model(text(2, length))
@@ -176,7 +176,7 @@ def test_cost_is_what_is_counted(kind: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"per_layer": True, "memory_dim": 4}, {"accumulate": True}])
-def test_saved_loaded_and_streamed(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_loaded_model_streams_as_the_saved_one(tmp_path: Path, options: dict[str, Any]) -> None:
     model = ls.RecurrentMemory(backbone("decoder"), num_memory_tokens=3, segment_length=5, **options).eval()
     ls.save_model(model, tmp_path / "model")
     again = ls.load_model(tmp_path / "model")

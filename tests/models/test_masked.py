@@ -18,7 +18,7 @@ def model(**fields: object) -> ls.MaskedLM:
     return ls.MaskedLM(config).double().eval()
 
 
-def test_every_token_sees_both_sides() -> None:
+def test_every_token_sees_left_and_right() -> None:
     tokens = torch.randint(0, 31, (1, 12))
     masked = model()
     before, state = masked(tokens)
@@ -53,7 +53,7 @@ def test_a_state_is_refused() -> None:
         model()(torch.zeros(1, 3, dtype=torch.int64), object())
 
 
-def test_tables_and_files(tmp_path: Path) -> None:
+def test_a_masked_model_is_built_from_tables_and_files(tmp_path: Path) -> None:
     saved = model(bias=True)
     table = describe_model(saved)
     assert table["kind"] == "masked_lm"
@@ -68,7 +68,7 @@ def test_tables_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_trained_and_once(tied: bool) -> None:
+def test_every_parameter_is_trained_and_grouped_once(tied: bool) -> None:
     masked = model(bias=True, norm="layernorm", tie_embeddings=tied)
     logits, _ = masked(torch.arange(31)[None])
     logits.square().mean().backward()

@@ -173,7 +173,7 @@ def test_memory_replay_gives_the_same_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_accumulated_summaries(kind: str) -> None:
+def test_the_last_summaries_are_read(kind: str) -> None:
     """One segment: a plain model with a soft prompt. Several: the last `max_summaries` are read, none other."""
     model = build(kind, accumulate=True, max_summaries=2)
     tokens = text(1, 20)
@@ -190,7 +190,7 @@ def test_accumulated_summaries(kind: str) -> None:
         torch.testing.assert_close(one(tokens[:, 15:], first)[1].memory, last, atol=1e-9, rtol=0)
 
 
-def test_varied_segments_in_training_only() -> None:
+def test_segment_lengths_vary_in_training_only() -> None:
     model = build("decoder", vary=0.5)
     tokens = text(1, 20)
     assert torch.equal(model(tokens)[0], model(tokens)[0])
@@ -220,7 +220,7 @@ def test_the_gate_does_not_forget_and_can_write_nothing() -> None:
     assert (memory - new).abs().max() < 0.05
 
 
-def test_bad_settings_are_one_clear_line() -> None:
+def test_invalid_settings_are_named_in_one_line() -> None:
     with pytest.raises(ls.ConfigError, match="segment_length = 0"):
         RecurrentMemory(backbone("decoder"), segment_length=0)
     with pytest.raises(ls.ConfigError, match="no backbone for recurrent memory"):

@@ -110,7 +110,7 @@ def test_it_learns_and_replay_gives_the_same_gradients(kind: str) -> None:
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
-def test_what_longspan_does_not_know_of_a_foreign_model_is_said(tmp_path: Any) -> None:
+def test_unsupported_calls_on_a_foreign_model_are_named(tmp_path: Any) -> None:
     model = build("llama")
     with pytest.raises(ls.UnsupportedError, match="foreign"):
         model.flops(10)

@@ -105,14 +105,14 @@ def check_gradients(model: ls.Decoder) -> None:
         assert (actual[name] - gradient).abs().max().item() <= 1e-10 * scale, name
 
 
-def test_penalties_are_there_to_be_tested() -> None:
+def test_a_dynamic_span_has_a_penalty_per_layer() -> None:
     penalties: list[Tensor] = []
     decoder(DYNAMIC)(tokens(), penalties=penalties)
     assert len(penalties) == 3
     assert all(penalty.requires_grad for penalty in penalties)
 
 
-def test_encoder_and_gradients_of_embeddings() -> None:
+def test_an_encoder_passes_gradients_to_embeddings() -> None:
     torch.manual_seed(0)
     model = ls.Encoder(ls.EncoderConfig(dim=24, num_layers=2, num_heads=4, reversible=True, init_std=0.3)).double()
     embedded = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
@@ -126,7 +126,7 @@ def test_encoder_and_gradients_of_embeddings() -> None:
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_frozen_parameters_and_frozen_everything() -> None:
+def test_some_or_all_parameters_may_be_frozen() -> None:
     model = decoder({"name": "window", "window": 5})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("up_proj" in name)
@@ -143,7 +143,7 @@ def test_frozen_parameters_and_frozen_everything() -> None:
     [{"name": "window", "window": 4}, {"name": "infini", "segment": 4}, {"name": "transformer_xl", "segment": 4}],
     ids=str,
 )
-def test_streams_pads_and_packs(table: dict[str, Any]) -> None:
+def test_streaming_padding_and_packing_agree(table: dict[str, Any]) -> None:
     model, text = decoder(table).eval(), tokens()
     logits, state = model(text)
     assert ls.state.nbytes(state) == model.state_nbytes(2, 19, torch.float64)
@@ -170,7 +170,7 @@ def test_streams_pads_and_packs(table: dict[str, Any]) -> None:
     torch.testing.assert_close(together[19:], logits[1, :7], atol=1e-9, rtol=0)
 
 
-def test_buckets_are_kept_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_are_stored_and_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32 reconstructed inputs differ in their last bits: what is near a border must not change sides."""
     calls = []
     buckets_of = ls.ops.lsh_buckets
@@ -279,7 +279,7 @@ def test_saved_activations_do_not_grow_with_depth(reversible: bool) -> None:
         assert sizes[2] > 10 * sizes[0], "the measurement sees activations"
 
 
-def test_a_recurrent_memory_around_reversible_blocks() -> None:
+def test_gradients_reach_memory_tokens_through_reversible_blocks() -> None:
     """Gradients reach the memory tokens, through segments."""
     model = decoder({"name": "full"})
     memory = ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5).double()
@@ -300,7 +300,7 @@ def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
         loss.backward()
 
 
-def test_a_loss_on_one_layers_state_alone() -> None:
+def test_a_loss_on_the_state_of_one_layer_has_gradients() -> None:
     """Outputs unused: gradients still find the way from the state of the first layer."""
     model = decoder({"name": "infini", "segment": 4})
     _, state = model(tokens())
@@ -329,7 +329,7 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
         ls.RecurrentMemory(decoder(streams="both", tie_embeddings=False), num_memory_tokens=2, segment_length=5)
 
 
-def test_both_streams_in_encoders_and_at_the_head() -> None:
+def test_both_streams_widen_hidden_states_and_the_head() -> None:
     """Hidden states are twice as wide, whatever reads them; FLOPs count the wider output layer, hashes the fields."""
     fields = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
     config = ls.EncoderConfig(**fields, streams="both")
@@ -358,7 +358,7 @@ def test_fields_are_saved_and_older_files_have_defaults(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu", "bias": True}, {"reversible": False}], ids=str)
-def test_feed_forward_in_chunks_is_the_same(options: dict[str, Any]) -> None:
+def test_feed_forward_in_chunks_equals_the_whole(options: dict[str, Any]) -> None:
     runs = []
     for chunk in (0, 1, 5, 1000):
         model = decoder(ffn_chunk=chunk, dropout=0.2, **options)

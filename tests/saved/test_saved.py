@@ -34,7 +34,7 @@ def test_a_model_and_its_state_continue(name: str) -> None:
     torch.testing.assert_close(logits, OUTPUTS[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_converted_model_says_the_same() -> None:
+def test_a_converted_model_gives_the_same_logits() -> None:
     hf = pytest.importorskip("longspan.hf")
     with torch.no_grad():
         logits = hf.load(FOLDER / "converted")(tokens()[None]).logits[0, -1]

@@ -75,7 +75,7 @@ def test_a_tile_is_its_rows_columns_and_channels(images: Path) -> None:
     np.testing.assert_array_equal(piece.targets, pixels[8 + rows, 8 + columns, channels])
 
 
-def test_images_are_held_back_whole(images: Path) -> None:
+def test_images_are_held_out_whole(images: Path) -> None:
     task = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3))
     train, validation = task.documents("train"), task.documents("validation")
 
@@ -99,7 +99,7 @@ def test_images_are_held_back_whole(images: Path) -> None:
     assert len(splits) > 1, "the seed is of the split"
 
 
-def test_other_kinds_of_images_become_colour(tmp_path: Path) -> None:
+def test_other_kinds_of_images_become_color(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([grey, grey + 1, grey + 2, grey])).save(tmp_path / "alpha.png")
@@ -108,7 +108,7 @@ def test_other_kinds_of_images_become_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([grey, grey + 1, grey + 2]))
 
 
-def test_tunes_of_a_file(tunes: Path) -> None:
+def test_a_file_is_split_into_tunes(tunes: Path) -> None:
     task = MusicTask(MusicConfig(source=str(tunes)))
     documents = task.read(str(tunes))
     assert len(documents) == 30
@@ -120,7 +120,7 @@ def test_tunes_of_a_file(tunes: Path) -> None:
     assert not tune.endswith(b"\n\n")
 
 
-def test_sisters_are_not_parted(tunes: Path) -> None:
+def test_related_tunes_are_in_one_split(tunes: Path) -> None:
     for seed in range(12):
         task = MusicTask(MusicConfig(source=str(tunes), validation_fraction=0.4, seed=seed))
         validation = set(task.documents("validation").names)
@@ -133,7 +133,7 @@ def test_sisters_are_not_parted(tunes: Path) -> None:
     )
 
 
-def test_what_is_a_tune() -> None:
+def test_a_tune_has_a_number_and_a_key() -> None:
     assert list(abc_tunes(b"% preamble\nX:1\nT:a\nK:C\nabc\n\n\nX: 2\nK:D\nd")) == [
         b"X:1\nT:a\nK:C\nabc\n",
         b"X: 2\nK:D\nd\n",
@@ -147,7 +147,7 @@ def test_families_are_linked_through_others() -> None:
     assert families([{b"a"}, {b"b"}, {b"a", b"c"}, {b"d"}, {b"c", b"b"}, set()]).tolist() == [0, 0, 0, 3, 0, 5]
 
 
-def test_what_is_held_back_fits_into_the_fraction() -> None:
+def test_held_out_groups_fit_into_the_fraction() -> None:
     group = np.array([0] * 50 + [1] * 5 + [2] * 4 + [7] * 41)
     for seed in range(6):
         held_out = held_back(group, 0.1, seed)
@@ -166,14 +166,14 @@ def test_what_is_held_back_fits_into_the_fraction() -> None:
         ({"name": "music", "source": "{images}"}, "matches '*.abc'"),
     ],
 )
-def test_data_that_does_not_do(images: Path, tunes: Path, table: dict[str, Any], expected: str) -> None:
+def test_unusable_data_is_refused_in_one_line(images: Path, tunes: Path, table: dict[str, Any], expected: str) -> None:
     table = {**table, "source": table["source"].format(images=images, tunes=tunes)}
     with pytest.raises(DataError, match=re.escape(expected)) as caught:
         tasks.build(table).documents("train")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_image(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no image at all")
     with pytest.raises(DataError, match=r"x\.png: cannot be read as an image"):
         TilesTask().read(str(tmp_path))
@@ -188,7 +188,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, source: str
 
 
 @pytest.mark.parametrize("fields", [{"tile": 0}, {"validation_fraction": 0.0}, {"validation_fraction": 1}])
-def test_wrong_fields_of_tiles(fields: dict[str, Any]) -> None:
+def test_invalid_fields_of_tiles_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"task.{next(iter(fields))}"):
         TilesConfig(**fields)
     with pytest.raises(ConfigError, match=r"task\.width"):
@@ -233,7 +233,7 @@ def test_the_full_recipe_fits_itself() -> None:
 
 
 @missing("skimage")
-def test_the_images_of_the_package() -> None:
+def test_the_images_of_the_package_are_split() -> None:
     task = TilesTask()
     train, validation = task.documents("train"), task.documents("validation")
     assert len(train) + len(validation) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
@@ -242,7 +242,7 @@ def test_the_images_of_the_package() -> None:
 
 
 @missing("music21")
-def test_the_tunes_of_the_package() -> None:
+def test_the_tunes_of_the_package_are_split() -> None:
     task = MusicTask()
     train, validation = task.documents("train"), task.documents("validation")
     assert len(train) > 3_000

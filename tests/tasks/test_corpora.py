@@ -23,7 +23,7 @@ def texts(corpus: str, source: Path, **fields: Any) -> Splits:
 
 
 @pytest.mark.parametrize("corpus", ["enwik8", "text8"])
-def test_the_first_90_the_next_5_and_the_last_5_percent(
+def test_splits_are_the_first_90_next_5_and_last_5_percent(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("longspan.tasks.corpora.WIKIPEDIA_BYTES", 200)
@@ -64,7 +64,7 @@ def test_documents_of_wikitext_are_articles(tmp_path: Path, suffix: str) -> None
         texts("wikitext", tmp_path)
 
 
-def test_titles_are_found_behind_other_ends_of_lines(tmp_path: Path) -> None:
+def test_titles_are_found_after_other_line_ends(tmp_path: Path) -> None:
     for name in ("train", "valid", "test"):
         (tmp_path / f"wiki.{name}.tokens").write_bytes("".join(ARTICLES).replace("\n", "\r\n").encode())
     articles = texts("wikitext", tmp_path)["train"]
@@ -99,7 +99,7 @@ def only_texts(splits: Splits) -> dict[str, list[str]]:
     return {split: [text for _, text in parts] for split, parts in splits.items()}
 
 
-def test_a_dataset_saved_by_the_library(tmp_path: Path) -> None:
+def test_a_dataset_saved_by_the_library_is_read(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     parts = {split: datasets.Dataset.from_dict({"text": rows, "n": [0] * len(rows)}) for split, rows in ROWS.items()}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "all")
@@ -116,7 +116,7 @@ def test_a_dataset_saved_by_the_library(tmp_path: Path) -> None:
         task.documents("test")
 
 
-def test_files_of_rows(tmp_path: Path) -> None:
+def test_files_of_rows_are_read(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     (tmp_path / "rows").mkdir()
     (tmp_path / "tables/data").mkdir(parents=True)
@@ -140,7 +140,7 @@ def rows(path: Path, *texts: Any) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def test_splits_are_said_by_any_word_of_a_name(tmp_path: Path) -> None:
+def test_a_split_is_named_by_any_word_of_a_file_name(tmp_path: Path) -> None:
     names = {
         "train": ("Train-00.jsonl", "train/deep/part.jsonl"),
         "validation": ("c4-validation.00000.jsonl", "EVAL.jsonl", "my_dev_set/a.jsonl"),
@@ -181,7 +181,7 @@ def test_splits_of_a_saved_dataset_are_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "kind"), [(5, "int"), (0, "int"), (0.5, "float"), (["a"], "list"), (False, "bool")])
-def test_cells_that_are_no_text(tmp_path: Path, value: Any, kind: str) -> None:
+def test_cells_that_are_not_text_are_refused(tmp_path: Path, value: Any, kind: str) -> None:
     rows(tmp_path / "rows.jsonl", "text", None, value)
     with pytest.raises(DataError, match=f"rows.jsonl: line 3: 'text' is of type {kind}, not text; set task.field"):
         texts("dataset", tmp_path / "rows.jsonl")
@@ -191,7 +191,7 @@ def test_cells_that_are_no_text(tmp_path: Path, value: Any, kind: str) -> None:
         texts("dataset", tmp_path / "rows.parquet")
 
 
-def test_rows_that_are_no_unicode(tmp_path: Path) -> None:
+def test_rows_that_are_not_unicode_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "ok"}\n{"text": "\xe9t\xe9"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl: line 2 is not UTF-8 at its byte 10"):
         texts("dataset", tmp_path / "latin.jsonl")
@@ -215,12 +215,12 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"corpus": "text8", "source": "a", "test_source": "b"}, "text8 has splits of its own"),
     ],
 )
-def test_configurations_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextConfig(**fields)
 
 
-def test_any_text_with_a_test_split_of_its_own(tmp_path: Path) -> None:
+def test_any_text_may_have_a_test_split(tmp_path: Path) -> None:
     for name in ("a", "b", "last"):
         (tmp_path / f"{name}.txt").write_text(name)
     config = TextConfig(

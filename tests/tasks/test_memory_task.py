@@ -107,6 +107,6 @@ def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path
 @pytest.mark.parametrize(
     ("fields", "said"), [({"segment_length": 20}, "48 at least"), ({"hard": 0.9, "decoys": 0.2}, "below 1")]
 )
-def test_what_cannot_be_is_said(fields: dict[str, float], said: str) -> None:
+def test_impossible_settings_are_refused(fields: dict[str, float], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MemoryConfig(**fields)

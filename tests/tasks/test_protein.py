@@ -37,7 +37,7 @@ def task_of(path: Path, **fields: Any) -> ProteinTask:
     return ProteinTask(ProteinConfig(source=str(path), **fields))
 
 
-def test_families_are_never_parted_and_equal_sequences_are_read_once(fasta: Path) -> None:
+def test_families_are_never_split_and_equal_sequences_are_read_once(fasta: Path) -> None:
     task = task_of(fasta, validation_fraction=0.3)
     names = {split: {name for name, _ in task.sequences(split)} for split in ("train", "validation")}
     assert not names["train"] & names["validation"]
@@ -54,7 +54,7 @@ def test_families_are_never_parted_and_equal_sequences_are_read_once(fasta: Path
 
 
 @pytest.mark.parametrize("stretch", [1, 4, 12])
-def test_families_against_all_pairs_of_substrings(stretch: int) -> None:
+def test_families_equal_those_of_all_pairs_of_substrings(stretch: int) -> None:
     random = np.random.default_rng(stretch)
     letters = 4 if stretch > 1 else 20
     sequences = [
@@ -74,7 +74,7 @@ def test_families_against_all_pairs_of_substrings(stretch: int) -> None:
     assert families(sequences, stretch).tolist() == expected
 
 
-def test_training_masks_8_of_10_and_held_back_residues_are_all_hidden(tmp_path: Path) -> None:
+def test_training_masks_8_of_10_and_held_out_residues_are_all_hidden(tmp_path: Path) -> None:
     path = tmp_path / "long.fasta"
     path.write_text("".join(f">s{seed}\n{letters_of(seed, 20_000)}\n" for seed in range(4)))
     task = task_of(path, validation_fraction=0.5, copies=2)
@@ -112,7 +112,7 @@ def test_copies_are_masked_differently_and_the_same_each_time(fasta: Path) -> No
     assert task_of(fasta, copies=2, share=0.2).documents("train").fingerprint != first.fingerprint
 
 
-def test_only_amino_acids_are_to_be_said(fasta: Path) -> None:
+def test_only_amino_acids_are_graded(fasta: Path) -> None:
     task = task_of(fasta)
     documents = [task.documents(split) for split in ("train", "validation")]
     items = {name.split(":")[0]: item for part in documents for name, item in zip(part.names, part.items, strict=True)}
@@ -136,7 +136,7 @@ def test_frequencies_are_those_of_training(tmp_path: Path) -> None:
     assert task.frequencies().sum() == pytest.approx(1)
 
 
-def test_other_sequences_are_read_as_held_back_ones(fasta: Path, tmp_path: Path) -> None:
+def test_other_sequences_are_masked_as_held_out_ones(fasta: Path, tmp_path: Path) -> None:
     (tmp_path / "other.fa").write_text(">o\n" + letters_of(5, 40))
     (document,) = task_of(fasta).read(str(tmp_path / "other.fa")).items
     piece = document.cut(0, 42)
@@ -152,18 +152,18 @@ def test_other_sequences_are_read_as_held_back_ones(fasta: Path, tmp_path: Path)
         ({"copies": 0}, "task.copies = 0: must be at least 1"),
     ],
 )
-def test_configurations_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ProteinConfig(**fields)
 
 
-def test_nothing_left_for_a_split(tmp_path: Path) -> None:
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMKTAYIAKQR\n>c\nXMKTAYIAKQRX\n")
     with pytest.raises(DataError, match=r"2 different sequence\(s\) of 1 families leave nothing to validate on"):
         task_of(tmp_path / "one.fasta", validation_fraction=0.5).documents("train")
 
 
-def test_registry(fasta: Path) -> None:
+def test_the_task_is_built_by_name(fasta: Path) -> None:
     assert "protein" in tasks.names()
     task = tasks.build({"name": "protein", "source": str(fasta)})
     assert isinstance(task, ProteinTask)
@@ -171,7 +171,7 @@ def test_registry(fasta: Path) -> None:
 
 
 @pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
-def test_real_proteins() -> None:
+def test_the_real_proteins_have_their_recorded_frequencies() -> None:
     task = ProteinTask()
     counts = {split: len(task.sequences(split)) for split in ("train", "validation")}
     assert sum(counts.values()) == 18_801

@@ -42,7 +42,7 @@ def folders(cache: Path) -> list[str]:
 
 @pytest.mark.parametrize("fields", [{}, {"tokenizer": "subword", "vocab_size": 300}, {"tokenizer": "word"}])
 @pytest.mark.parametrize("shard_bytes", [1, 60, 1 << 20])
-def test_the_same_documents_as_without(
+def test_cached_documents_equal_those_without_a_cache(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], shard_bytes: int
 ) -> None:
     monkeypatch.setattr("longspan.tasks.shards.SHARD_BYTES", shard_bytes)
@@ -56,7 +56,7 @@ def test_the_same_documents_as_without(
     assert len(files) == {1: 10, 1 << 20: 1}.get(shard_bytes, len(files))
 
 
-def test_they_are_written_once_and_mapped(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_written_once_and_mapped(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = task_of(corpus, tmp_path / "cache").documents("train")
     monkeypatch.setattr("longspan.tasks.text.write_shards", None)
     monkeypatch.setattr("longspan.tasks.text.find_splits", None)
@@ -69,7 +69,7 @@ def test_they_are_written_once_and_mapped(corpus: Path, tmp_path: Path, monkeypa
     assert not ids.flags.writeable
 
 
-def test_other_text_another_tokenizer_or_another_split_is_another_folder(corpus: Path, tmp_path: Path) -> None:
+def test_another_text_tokenizer_or_split_has_its_own_folder(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     task_of(corpus, cache).documents("train")
     task_of(corpus, cache, tokenizer="word").documents("train")
@@ -81,7 +81,7 @@ def test_other_text_another_tokenizer_or_another_split_is_another_folder(corpus:
     assert bytes(ids_of(changed)[0]) == b"changed"
 
 
-def test_an_interrupted_build_leaves_nothing_to_be_seen(tmp_path: Path) -> None:
+def test_an_interrupted_build_leaves_no_files(tmp_path: Path) -> None:
     def fail() -> Iterator[tuple[str, Array]]:
         yield "first", np.arange(5, dtype=np.uint16)
         raise KeyboardInterrupt
@@ -103,7 +103,7 @@ write_shards(Path(sys.argv[1]), documents(), hashlib.blake2b())
 """
 
 
-def test_what_a_kill_leaves_is_hidden_and_cleared_by_the_next_build(corpus: Path, tmp_path: Path) -> None:
+def test_files_left_by_a_kill_are_hidden_and_cleared(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     subprocess.run([sys.executable, "-c", KILLED, str(cache / "train")], check=False)
     (left,) = folders(cache)
@@ -117,7 +117,7 @@ def test_what_a_kill_leaves_is_hidden_and_cleared_by_the_next_build(corpus: Path
     assert living.is_dir()
 
 
-def test_another_process_may_be_faster(tmp_path: Path) -> None:
+def test_shards_of_a_faster_process_are_used(tmp_path: Path) -> None:
     def documents(value: int) -> Iterator[tuple[str, Array]]:
         if value == 1:
             write_shards(tmp_path / "train", documents(2), hashlib.blake2b())
@@ -143,7 +143,7 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         Shards(folder)
 
 
-def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(
+def test_a_large_text_is_cached_in_the_run_folder_by_default(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kept(name: str, **fields: Any) -> bool:
@@ -168,7 +168,7 @@ def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(
 
 @pytest.mark.parametrize("pattern", ["*.txt", "*"])
 @pytest.mark.parametrize("cache_path", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
-def test_a_cache_or_a_run_inside_the_source_is_no_text(
+def test_a_cache_or_a_run_inside_the_source_is_not_read(
     corpus: Path, tmp_path: Path, pattern: str, cache_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = [path.name for path in sorted(corpus.iterdir())]
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_read_changes_nothing(corpus: Path, tmp_path: Path, m
     assert len(task_of(corpus, tmp_path / "cache").documents("train")) == 10
 
 
-def test_the_cache_and_the_run_of_a_corpus_lie_where_they_may(tmp_path: Path) -> None:
+def test_a_cache_and_a_run_may_be_inside_a_corpus(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": f"row {index}"}) + "\n" for index in range(20))
     for name, text in (("wikitext/wiki.{}.tokens", " \n = Title = \n \n text \n"), ("dataset/{}.jsonl", rows)):
         for split in ("train", "valid", "test"):

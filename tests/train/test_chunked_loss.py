@@ -39,7 +39,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(chunk: int, some: bool, bi
     torch.testing.assert_close(gradients, expected_gradients, atol=1e-10, rtol=0)
 
 
-def test_nothing_counts() -> None:
+def test_a_loss_over_no_graded_tokens_is_zero() -> None:
     leaves, targets = inputs(), answers()[0]
     loss = chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, torch.zeros(2, 19, dtype=torch.bool), chunk=4)
     assert loss.item() == 0
@@ -47,7 +47,7 @@ def test_nothing_counts() -> None:
         assert not gradient.any()
 
 
-def test_a_frozen_head_and_frozen_hidden_states() -> None:
+def test_the_head_or_the_hidden_states_may_be_frozen() -> None:
     targets = answers()[0]
     for frozen in (0, 1):
         leaves = inputs()
@@ -60,7 +60,7 @@ def test_a_frozen_head_and_frozen_hidden_states() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_narrow_products_and_wide_losses(autocast: bool) -> None:
+def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
     """As the loss of whole logits: products in bf16, losses in fp32; gradients have the types of what they are of."""
     targets = answers()[0]
     leaves = inputs(torch.float32 if autocast else torch.bfloat16)
@@ -138,7 +138,7 @@ def test_hidden_states_and_head_make_the_logits(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_steps_are_the_same(index: int, recipe: dict[str, Any], tmp_path: Any) -> None:
+def test_training_in_chunks_takes_the_same_steps(index: int, recipe: dict[str, Any], tmp_path: Any) -> None:
     kinds: list[dict[str, Any]] = [
         {},
         {"tie_embeddings": False, "reversible": True, "ffn_chunk": 9},

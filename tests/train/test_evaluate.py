@@ -26,7 +26,9 @@ def alone(model: Decoder, document: Document, segment: int | None = None) -> flo
 
 
 @pytest.mark.parametrize(("chunk", "batch"), [(5, 3), (64, 2), (1000, 99), (1, 7)])
-def test_with_memory(model: Decoder, documents: Documents, chunk: int, batch: int) -> None:
+def test_evaluation_with_memory_equals_reading_each_document_alone(
+    model: Decoder, documents: Documents, chunk: int, batch: int
+) -> None:
     evaluation = evaluate_text(model, documents, chunk=chunk, batch=batch)
     expected = [alone(model, documents[i]) for i in range(len(documents))]
     np.testing.assert_allclose(evaluation.nats, expected, rtol=1e-9)
@@ -37,13 +39,15 @@ def test_with_memory(model: Decoder, documents: Documents, chunk: int, batch: in
 
 
 @pytest.mark.parametrize("segment", [3, 16])
-def test_without_memory(model: Decoder, documents: Documents, segment: int) -> None:
+def test_evaluation_without_memory_equals_reading_each_segment_alone(
+    model: Decoder, documents: Documents, segment: int
+) -> None:
     evaluation = evaluate_text(model, documents, chunk=20, batch=3, memory=False, segment_length=segment)
     expected = [alone(model, documents[i], segment) for i in range(len(documents))]
     np.testing.assert_allclose(evaluation.nats, expected, rtol=1e-9)
 
 
-def test_it_leaves_no_trace(model: Decoder, documents: Documents) -> None:
+def test_evaluation_changes_neither_the_model_nor_the_random_state(model: Decoder, documents: Documents) -> None:
     model.train()
     before, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     evaluate_text(model, documents)
@@ -52,7 +56,7 @@ def test_it_leaves_no_trace(model: Decoder, documents: Documents) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_comparison_of_two_evaluations(model: Decoder, documents: Documents) -> None:
+def test_two_evaluations_are_compared_by_document(model: Decoder, documents: Documents) -> None:
     with_memory = evaluate_text(model, documents)
     without = evaluate_text(model, documents, memory=False, segment_length=4)
     difference = without.minus(with_memory)
@@ -66,7 +70,7 @@ def test_comparison_of_two_evaluations(model: Decoder, documents: Documents) -> 
         without.minus(evaluate_text(model, some))
 
 
-def test_first_places(documents: Documents) -> None:
+def test_first_places_takes_whole_documents_up_to_a_count(documents: Documents) -> None:
     assert first_places(documents, 0) is documents
     assert first_places(documents, 10**9) is documents
     some = first_places(documents, 120, seed=3)

@@ -32,7 +32,7 @@ def start(recipe: dict[str, Any], folder: Path, resume: bool) -> subprocess.Pope
 
 
 @pytest.mark.parametrize("steps", [(25,), pytest.param((25, 60), marks=pytest.mark.long)])
-def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stopped(
+def test_a_killed_and_resumed_run_has_the_losses_of_one_never_stopped(
     recipe: dict[str, Any], tmp_path: Path, losses: Losses, steps: tuple[int, ...]
 ) -> None:
     recipe["model"]["dropout"] = 0.1
@@ -55,7 +55,7 @@ class Killed(BaseException):
     """What no `except Exception` catches."""
 
 
-def test_killed_at_any_instant_of_saving_the_newest_checkpoint_is_sound(
+def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: Losses
 ) -> None:
     recipe["train"] |= {"steps": 6, "checkpoint_every": 2, "keep": 1, "eval_every": 0}

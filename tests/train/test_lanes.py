@@ -102,7 +102,7 @@ def test_processes_read_disjoint_places_that_are_all_there_are(lengths: list[int
 
 
 @given(stop=st.integers(0, 25))
-def test_going_on_from_plain_data(stop: int) -> None:
+def test_lanes_continue_from_a_state_of_plain_data(stop: int) -> None:
     documents = make([5, 33, 12, 2, 9, 1])
     whole = Lanes(documents, lanes=3, segment_length=4, seed=5)
     for _ in range(stop):
@@ -147,12 +147,12 @@ def test_restart_resets_within_documents() -> None:
     assert batch.reset[0].nonzero().flatten().tolist() == [0, 8, 16]
 
 
-def test_longest_first() -> None:
+def test_lanes_can_read_the_longest_documents_first() -> None:
     reader = Lanes(make([3, 9, 5]), lanes=3, segment_length=9, seed=None, epochs=1, longest_first=True, cut_long=False)
     assert next(reader).document.tolist() == [[1] * 9, [2] * 5 + [0] * 3 + [-1], [-1] * 9]
 
 
-def test_errors() -> None:
+def test_invalid_lanes_and_foreign_states_are_refused() -> None:
     documents = make([9, 9])
     with pytest.raises(ConfigError, match=r"train.lanes = 3 cannot be shared evenly by 2 processes"):
         Lanes(documents, lanes=3, segment_length=4, world_size=2)

@@ -64,7 +64,7 @@ def test_windows_are_read_from_an_empty_state(
 
 
 @pytest.mark.parametrize("window", [None, Window(7, 3), Window(4, 4), Window(5, 1)])
-def test_every_place_is_scored_once_and_sees_what_is_said(window: Window | None) -> None:
+def test_every_place_is_scored_once_with_the_least_context(window: Window | None) -> None:
     lengths = np.array([1, 4, 7, 23])
     scored = {index: [] for index in range(len(lengths))}
     for index, first, at, last in cut(lengths, window).tolist():
@@ -75,7 +75,9 @@ def test_every_place_is_scored_once_and_sees_what_is_said(window: Window | None)
     assert [scored[index] for index in range(len(lengths))] == [list(range(length)) for length in lengths]
 
 
-def test_what_cannot_be_read_is_refused(model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_strides_and_missing_windows_are_refused(
+    model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="a stride of 9: from 1 to the context, 8"):
         place_nats(model, documents, Window(8, 9))
     monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
@@ -135,7 +137,7 @@ def test_tokens_belong_to_words(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "subword", "word"])
-def test_buckets_share_out_the_whole_loss(kind: str) -> None:
+def test_buckets_add_up_to_the_whole_loss(kind: str) -> None:
     tokenizer = tokenizers()[kind]
     counts = count_text(documents_of(tokenizer), tokenizer)
     random = np.random.default_rng(0)
@@ -155,7 +157,7 @@ def test_buckets_share_out_the_whole_loss(kind: str) -> None:
     assert (seldom.first, seldom.last, seldom.amount) == (1, 10, 7)
 
 
-def test_places_double_from_64_on() -> None:
+def test_buckets_of_places_double_from_64() -> None:
     tokenizer = Bytes()
     document = TextDocument(np.full(300, 97, dtype=np.uint8), tokenizer)
     counts = count_text(Documents([document], ["a"]), tokenizer)
@@ -177,7 +179,7 @@ def test_words_that_a_vocabulary_does_not_hold_count_as_unknown() -> None:
     assert count_words(texts, Bytes()) == count_words(texts) == {b"the": 2, b"war": 1, b"peace": 1, b"<unk>": 1}
 
 
-def test_words_of_a_vocabulary_part_where_it_parts_them() -> None:
+def test_words_are_split_as_the_vocabulary_splits_them() -> None:
     texts = [("a", np.frombuffer("a\u00a0b a\nb, <unk>".encode(), dtype=np.uint8))]
     words = Words.train(texts, 0)
     assert count_words(texts, words) == {b"a": 2, b"b": 2, b"<unk>": 1}
@@ -185,7 +187,7 @@ def test_words_of_a_vocabulary_part_where_it_parts_them() -> None:
         count_words([("bad", np.frombuffer(b"\xff", dtype=np.uint8))], words)
 
 
-def test_the_loss_of_a_document_without_words_is_divided_too() -> None:
+def test_the_loss_of_a_document_without_words_counts_too() -> None:
     tokenizer = Bytes()
     texts = (b"one two", b"  \n ", b"three")
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in texts]
@@ -215,7 +217,7 @@ def test_a_word_that_is_cut_is_in_no_bucket() -> None:
     assert list(at_its_end.cut) == [not words[0].startswith(b"the") for words in at_its_end.spelled]
 
 
-def test_documents_without_a_token() -> None:
+def test_a_document_without_a_token_counts_nothing() -> None:
     tokenizer = Words.train([("a", np.frombuffer(b"b c", dtype=np.uint8))], 0)
     items = [TextDocument(tokenizer.encode(text), tokenizer) for text in (b"  ", b"b c")]
     counts = count_text(Documents(items, ["a", "b"]), tokenizer)
@@ -226,7 +228,7 @@ def test_documents_without_a_token() -> None:
     assert [bucket.amount for bucket in by_frequency({"one": nats}, counts, {b"b": 1})] == [1, 1]
 
 
-def test_documents_without_a_word() -> None:
+def test_documents_without_any_word_are_refused() -> None:
     tokenizer = Bytes()
     counts = count_text(Documents([TextDocument(tokenizer.encode(b" \n "), tokenizer)], ["a"]), tokenizer)
     assert counts.words.tolist() == [0]

@@ -44,7 +44,7 @@ def test_no_log_is_an_empty_log(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def test_a_line_in_words() -> None:
+def test_a_log_line_is_described_in_words() -> None:
     assert list(describe(LINE).values()) == [
         *("step 20", "1.4427 bits/byte", "", "12,346 tokens/s", "1.50 GiB", "1:02:05 left")
     ]
@@ -90,7 +90,7 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pyte
         assert part in last
 
 
-def test_displays_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_displays_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Silent()
     assert make(own) is own
     assert type(make("none")) is Silent
@@ -99,11 +99,11 @@ def test_displays_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make("auto"), Plain)
 
 
-def test_memory_is_that_of_this_process() -> None:
+def test_resident_memory_is_that_of_this_process() -> None:
     assert 10**7 < resident_bytes() < 10**11
 
 
-def test_memory_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resident_memory_is_measured_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(self) -> str:
         raise FileNotFoundError
 

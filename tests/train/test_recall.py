@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-def test_stopped_and_resumed_it_is_the_run_that_never_stopped(finished: Path, tmp_path: Path) -> None:
+def test_a_lengthened_run_begins_as_a_longer_one(finished: Path, tmp_path: Path) -> None:
     shorter = {**RECIPE, "train": {**RECIPE["train"], "steps": 3}}
     run(shorter, tmp_path, progress="none")
     with pytest.raises(CheckpointError, match="resume it"):
@@ -60,7 +60,7 @@ def test_stopped_and_resumed_it_is_the_run_that_never_stopped(finished: Path, tm
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")][:3] == longer[:3]
 
 
-def test_killed_and_resumed_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
     class Dies(Silent):
         def step(self, line: dict[str, Any]) -> None:
             if line["step"] == 4:
@@ -102,7 +102,7 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
 
 
 @pytest.mark.long
-def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
+def test_the_gate_losses_open_gates_at_whole_facts_only() -> None:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     batch = draw_samples(task, 3, 16, 96, (0,))
     config = CurriculumConfig()
@@ -136,7 +136,7 @@ def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Pa
     assert len(record["answers"]) == 6
 
 
-def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: Path) -> None:
+def test_right_answers_are_counted_as_right(finished: Path) -> None:
     _, task = load_run(finished)
     assert isinstance(task, MemoryTask)
     answers = [task.sample("test", 2, [0, 1, index, 1], kind="detect").answer for index in range(4)]
@@ -153,7 +153,7 @@ def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: 
     assert len(calls) == 2
 
 
-def test_intervals() -> None:
+def test_intervals_over_trainings_are_wider_than_over_answers() -> None:
     assert wilson(64, 64).low == pytest.approx(0.943, abs=0.001)
     assert wilson(0, 0).low == 0
     mixed = seeds_interval([[True] * 60 + [False] * 4, [True] * 50 + [False] * 14])

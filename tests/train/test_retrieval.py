@@ -107,7 +107,7 @@ def test_a_heavier_memory_is_that_of_a_text_read_again() -> None:
 @pytest.mark.parametrize(
     "mixer", [{"name": "infini", "update": "delta"}, {"name": "infini", "normaliser": "gamma"}, {"name": "linear"}]
 )
-def test_memories_that_are_no_sums_cannot_be_made_heavier(mixer: dict[str, Any]) -> None:
+def test_memories_that_are_not_sums_cannot_be_made_heavier(mixer: dict[str, Any]) -> None:
     model = model_of(mixer)
     with pytest.raises(ConfigError, match=r"train\.repeats"):
         repeated(model, model.init_state(1), 2.0)
@@ -132,7 +132,7 @@ def test_texts_are_functions_of_the_seed_and_grade_every_mention() -> None:
 
 
 @pytest.mark.parametrize("kind", [PasskeyTask, NeedleTask])
-def test_depths_are_asked_as_if_every_text_were_read_whole(kind: type[PasskeyTask]) -> None:
+def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTask]) -> None:
     model = model_of({"name": "window", "window": 8}, {"name": "infini", "segment": 30}).eval()
     task = kind(PasskeyConfig(length=700, digits=3))
     said: list[Any] = []
@@ -158,7 +158,7 @@ def test_depths_are_asked_as_if_every_text_were_read_whole(kind: type[PasskeyTas
     assert evaluation.state_bytes == model.state_nbytes(1, 700, torch.float64)
 
 
-def test_reading_is_cut_where_segments_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_in_chunks_equals_reading_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of({"name": "infini", "segment": 32}).eval()
     monkeypatch.setattr("longspan.train.depths.CHUNK", 64)
     text = torch.randint(0, 256, (1, 300))

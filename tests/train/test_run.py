@@ -94,7 +94,7 @@ def test_the_stored_recipe_makes_the_same_run(recipe: dict[str, Any], tmp_path: 
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
-def test_the_caller_keeps_his_random_numbers_and_threads(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_leaves_the_random_state_and_threads_of_the_caller(recipe: dict[str, Any], tmp_path: Path) -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     run(changed(recipe, train__steps=2), tmp_path, progress="none")
     assert torch.equal(torch.get_rng_state(), before)
@@ -174,14 +174,14 @@ def test_a_second_ctrl_c_stops_at_once(recipe: dict[str, Any], tmp_path: Path) -
     assert not (tmp_path / "checkpoints" / "step-00000007").exists()
 
 
-def test_what_a_kill_left_half_written_is_cleared(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_half_written_files_of_a_killed_run_are_cleared(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-00000003.tmp").mkdir(parents=True)
     (tmp_path / ".log.jsonl.77.tmp").touch()
     run(changed(recipe, train__steps=1), tmp_path, progress="none")
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_run_that_is_over_stays_over_and_can_be_lengthened(recipe: dict[str, Any], whole: Path) -> None:
+def test_a_finished_run_stays_finished_and_can_be_lengthened(recipe: dict[str, Any], whole: Path) -> None:
     before = read_log(whole / "log.jsonl")
     finished = run(recipe, whole, resume=True, progress="none")
     assert (finished.step, finished.evaluation) == (20, before[-1]["validation"])
@@ -192,7 +192,7 @@ def test_a_run_that_is_over_stays_over_and_can_be_lengthened(recipe: dict[str, A
     assert json.loads((whole / "recipe.json").read_text())["train"]["steps"] == 24
 
 
-def test_a_time_limited_run_ends_in_time_and_goes_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_time_limited_run_ends_in_time_and_can_be_lengthened(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = changed(recipe, train__steps=None, train__minutes=0.01)
     shorter = run(recipe, tmp_path, progress="none")
     assert 0.6 <= shorter.seconds < 5
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(
 
 
 @pytest.mark.parametrize("damage", ["meta.json", "training.safetensors", "state-0000.safetensors", "config.json"])
-def test_nothing_sound_to_go_on_from(whole: Path, damage: str) -> None:
+def test_a_run_without_a_sound_checkpoint_is_refused(whole: Path, damage: str) -> None:
     for path in (whole / "checkpoints").iterdir():
         (path / damage).write_bytes(b"")
     shutil.rmtree(whole / "model")
@@ -231,9 +231,7 @@ def test_nothing_sound_to_go_on_from(whole: Path, damage: str) -> None:
         load_run(whole)
 
 
-def test_tokens_kept_on_disk_change_nothing(
-    recipe: dict[str, Any], tmp_path: Path, losses: Losses, whole: Path
-) -> None:
+def test_a_token_cache_changes_nothing(recipe: dict[str, Any], tmp_path: Path, losses: Losses, whole: Path) -> None:
     cached = changed(recipe, task__cache=str(tmp_path / "cache"))
     run(cached, tmp_path / "part", progress=Recorder(7, lambda: signal.raise_signal(signal.SIGINT)))
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -256,7 +254,7 @@ def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(
         shutil.rmtree(tmp_path / "parts")
 
 
-def test_a_run_is_not_overwritten_and_not_invented(recipe: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+def test_a_run_is_neither_overwritten_nor_invented(recipe: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="whole: holds a run already; resume it, or choose another folder"):
         run(recipe, whole, progress="none")
     for call in (lambda: run(recipe, tmp_path / "typo", resume=True), lambda: load_run(tmp_path / "typo")):
@@ -330,7 +328,7 @@ def test_parameters_that_are_not_finite_are_not_saved(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_what_is_carried_is_dropped_where_projections_were_redrawn(
+def test_states_are_dropped_where_projections_were_redrawn(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -350,7 +348,7 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(
     assert seen == [True, False, False, True, False, False, True, False]
 
 
-def test_accumulation_changes_memory_not_results(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_accumulation_changes_memory_but_no_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
     losses_by_parts = []
     for parts in (1, 2, 4):
         folder = tmp_path / str(parts)
@@ -371,7 +369,9 @@ def test_two_short_segments_in_one_graph_are_one_long_one(recipe: dict[str, Any]
     assert losses_by_length[0] == pytest.approx(losses_by_length[2], rel=1e-9)
 
 
-def test_penalties_join_the_loss(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_are_added_to_the_loss(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = Decoder.forward
 
     def with_penalty(self, *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
@@ -413,7 +413,7 @@ def test_a_growing_state_is_announced(recipe: dict[str, Any], tmp_path: Path) ->
         ({"train__accumulation": 3}, ConfigError, "lanes = 4 cannot be split evenly by 1 processes and .*ulation = 3"),
     ],
 )
-def test_mistakes_in_a_recipe(
+def test_mistakes_in_a_recipe_are_named(
     recipe: dict[str, Any], tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -431,7 +431,7 @@ def test_a_run_outside_the_main_thread_has_no_signals_to_catch(recipe: dict[str,
     assert runs[0].step == 2
 
 
-def test_unknown_tables(tmp_path: Path) -> None:
+def test_unknown_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe: unknown table 'tain'; did you mean 'train'"):
         run({"tain": {}}, tmp_path)
     with pytest.raises(ConfigError, match=r"recipe.train: expected a table of fields, got 3"):

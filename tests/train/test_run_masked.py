@@ -40,7 +40,7 @@ def recipe(fasta: Path) -> dict[str, Any]:
     }
 
 
-def test_a_masked_model_learns_what_the_neighbours_say(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_masked_model_learns_from_neighboring_residues(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"]["steps"] = 300
     recipe["model"]["mixers"][0]["redraw"] = 0
     recipe["train"]["lanes"] = 8
@@ -62,7 +62,7 @@ class StopAt(Silent):
             raise KeyboardInterrupt
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
     run(recipe, tmp_path / "whole", progress="none")
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "parts", progress=StopAt(8))
@@ -86,7 +86,7 @@ def model() -> MaskedLM:
 
 
 @pytest.mark.parametrize(("chunk", "batch"), [(1000, 1), (7, 3), (24, 2)])
-def test_evaluation_gives_what_each_part_alone_gives(
+def test_evaluation_equals_that_of_each_part_alone(
     model: MaskedLM, documents: Documents, chunk: int, batch: int
 ) -> None:
     evaluation = evaluate_text(model, documents, chunk=chunk, batch=batch, memory=False, unit="residue")
@@ -105,7 +105,7 @@ def test_evaluation_gives_what_each_part_alone_gives(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_windows_hold_every_place_once_whoever_reads_them(documents: Documents, world_size: int) -> None:
+def test_windows_hold_every_place_once_for_any_number_of_processes(documents: Documents, world_size: int) -> None:
     seen = np.zeros((len(documents), documents.lengths.max()), dtype=np.int64)
     for rank in range(world_size):
         for batch in windows(documents, 10, 40, rank=rank, world_size=world_size):

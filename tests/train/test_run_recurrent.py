@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, **memory: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("memory", [{}, {"accumulate": True}, {"per_layer": True, "memory_dim": 4}, {"replay": True}])
-def test_trains_stops_and_goes_on_bit_for_bit(tmp_path: Path, memory: dict[str, Any]) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, memory: dict[str, Any]) -> None:
     whole = recipe(tmp_path, **memory)
     run(whole, tmp_path / "whole", progress="none")
     part = {**whole, "train": {**whole["train"], "warmup": 100, "steps": 3}}
@@ -51,7 +51,7 @@ def test_a_trained_run_streams(tmp_path: Path) -> None:
     assert task.vocab_size == 256
 
 
-def test_tables_of_models_name_their_mistakes() -> None:
+def test_mistakes_in_a_model_table_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'encoder'"):
         resolve({"model": {"kind": "encodr"}})
     with pytest.raises(ConfigError, match="did you mean 'segment_length'"):
