@@ -36,7 +36,7 @@ def test_both_see_as_many_states() -> None:
         for name in (claim.PEER, claim.OURS)
     }
     costs = {name: model.flops(65536) for name, model in models.items()}
-    # the convolution costs as much as a projection; the number of scores is equal
+    # the convolution costs as much as a projection; the numbers of scores are equal
     assert 1 < costs[claim.OURS] / costs[claim.PEER] < 1.1
 
 

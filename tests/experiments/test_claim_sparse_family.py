@@ -221,7 +221,7 @@ def test_sparse_patterns_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, 
         image=TINY,
         tile=8,
     )
-    # one length alone has no slope
+    # a single length has no slope
     plan = dataclasses.replace(plan, weights=256)
     outcome = called_twice(sparse, tmp_path, plan)
     assert "image" not in outcome.data

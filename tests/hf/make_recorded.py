@@ -1,4 +1,4 @@
-"""Records what transformers' own Transformer-XL says, for `test_import_transfo_xl.py`: `make recorded-logits`.
+"""Records the outputs of transformers' own Transformer-XL, for `test_import_transfo_xl.py`: `make recorded-logits`.
 
 Runs in a venv of its own: the last transformers whose Transformer-XL is no deprecated one is 4.35, which needs numpy 1.
 Every file holds a tiny model with random weights: the configuration, the weights under their names, tokens, and the
@@ -42,7 +42,7 @@ SETTINGS = {
 
 
 def record(name: str, setting: dict) -> int:
-    """Write one file; its bytes."""
+    """Writes one file; returns its bytes."""
     torch.manual_seed(sorted(SETTINGS).index(name))
     config = TransfoXLConfig(**{**SIZES, **setting}, dropout=0.0, trainer_compatible=True)
     model = TransfoXLLMHeadModel(config).eval()
@@ -63,7 +63,7 @@ def record(name: str, setting: dict) -> int:
             memory = out.mems
             scores.append(out.prediction_scores)
         tensors[start] = torch.cat(scores, 1)
-    # fields that every configuration of transformers has say nothing of the model
+    # leave out the fields that every configuration of transformers has
     common = transformers.PretrainedConfig().to_dict().keys() - {"tie_word_embeddings", "model_type"}
     described = {key: value for key, value in config.to_dict().items() if key not in common}
     described |= {"model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
@@ -74,7 +74,7 @@ def record(name: str, setting: dict) -> int:
         "transformers": transformers.__version__,
     }
     path = FOLDER / f"transfo_xl_{name}.safetensors"
-    # one entry, as `longspan.files` writes it: the order of several is another in every file
+    # one entry, as `longspan.files` writes it: the order of several entries is not fixed
     save_file({**tensors, "tokens": tokens.to(torch.int32)}, path, {"longspan": json.dumps(header)})
     return path.stat().st_size
 

@@ -1,4 +1,4 @@
-"""Pretrained models with other mechanisms: exact where they must be, streaming, saved, trained, undone."""
+"""Pretrained models converted to other mechanisms: exactness, streaming, saving, training, reverting."""
 
 import copy
 from pathlib import Path
@@ -163,7 +163,7 @@ def test_every_family_generates_from_padded_rows_and_resumed_caches(kind: str) -
     torch.manual_seed(0)
     again = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=True, use_cache=False)
     assert torch.equal(sampled, again)
-    # a cache that comes back goes on where it was
+    # a cache that is passed back continues where it stopped
     first = model.generate(text[1:], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     second = model.generate(first.sequences, max_new_tokens=4, do_sample=False, **{CACHE: first[CACHE]})
     assert torch.equal(second, generated[1:])
@@ -238,7 +238,7 @@ def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
     again = hf.load(tmp_path)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
-    # mapped weights may lie at other addresses, where products round otherwise
+    # mapped weights may be aligned otherwise, where products round differently
     torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-12, atol=1e-12)
     plain = make("llama")
     plain.save_pretrained(tmp_path / "plain")
@@ -431,7 +431,7 @@ def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_layer_projects_for_its_core() -> None:
-    """`Hidden.project` of a converted layer, as of one of longspan's own."""
+    """`Hidden.project` works in a converted layer as in one of longspan."""
     model, x = make("qwen3"), torch.randn(2, 5, 16, dtype=torch.float64)
     hf.convert(model, "window", window=4)
     attention = model.model.layers[0].self_attn

@@ -114,7 +114,7 @@ def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_loss_in_chunks_is_that_of_the_logits(kind: str) -> None:
-    """Hidden states and the head make the logits, and chunks their loss and gradients, with a state and documents."""
+    """Also with a state and several documents, in the loss, its gradients and the next state."""
     model = make(kind)
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder, text = ConvertedDecoder(model.double()), ids(2, 40)

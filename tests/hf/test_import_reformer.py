@@ -170,7 +170,7 @@ def test_a_model_imports_from_memory_and_from_folders(tmp_path: Path) -> None:
 
 
 def test_weights_of_earlier_versions_import() -> None:
-    """They stored masks and the output bias twice, which was added to the logits."""
+    """They stored masks, and a second copy of the output bias that is added to the logits."""
     model, tokens = reformer(), ids(1, 16)
     for name, parameter in model.named_parameters():
         if name.startswith("lm_head") and name.endswith("bias"):
@@ -220,7 +220,7 @@ def test_dropout_of_attention_weights_is_not_taken_over_in_silence() -> None:
 
 
 def test_weights_do_not_depend_on_the_number_of_rounds() -> None:
-    """The weights know nothing of rounds: one is imported, and more of this library's may be used."""
+    """Weights trained with several rounds are imported with one."""
     model, tokens = reformer(num_hashes=4), ids(1, 32)
     ours = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "num_hashes": 1})
     assert apart(reformer(), ours, tokens) < 1e-4

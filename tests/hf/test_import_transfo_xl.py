@@ -85,7 +85,7 @@ def test_log_probabilities_agree_from_a_memory_of_zeros(recorded: Recorded) -> N
 
 
 def test_memory_that_is_not_carried_is_missed(recorded: Recorded) -> None:
-    """What the recordings hold needs the memory: without it, from the second segment on, they are not met."""
+    """Without the memory, outputs differ from the recorded ones from the second segment on."""
     size = recorded.segment
     alone = read(recorded.model(), recorded.tokens[:, size:], None, [recorded.tokens.shape[1] - size])
     apart = (alone[:, 0] - recorded.starts["empty"][:, size]).abs().max()
@@ -93,7 +93,7 @@ def test_memory_that_is_not_carried_is_missed(recorded: Recorded) -> None:
 
 
 def test_every_setting_matters() -> None:
-    """Another setting is another model: the comparison above would see it."""
+    """A changed setting changes the outputs, so the comparisons above would detect it."""
     for name, field, value in (
         ("alike", "clamp_len", 0),
         ("alike", "same_length", False),
@@ -111,10 +111,10 @@ def test_every_setting_matters() -> None:
 def test_parameters_are_the_published_ones(recorded: Recorded) -> None:
     config, copies = recorded.config, 0
     if not config["untie_r"]:
-        # one pair of u and w for all layers there, a copy a layer here
+        # transformers has one pair of u and w for all layers, longspan a copy per layer
         copies += 2 * (config["n_layer"] - 1) * config["n_head"] * config["d_head"]
     if not config["tie_word_embeddings"]:
-        # maps tied without tables are copied too
+        # projections that are tied without their tables are copied too
         widths = [config["d_embed"] // config["div_val"] ** i for i in range(len(config["cutoffs"]) + 1)]
         copies += config["d_model"] * sum(w for w, tied in zip(widths, config["tie_projs"], strict=False) if tied)
     assert recorded.model().num_parameters() == recorded.parameters + copies

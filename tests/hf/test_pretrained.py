@@ -1,4 +1,4 @@
-"""Conversion of a model that was really trained: SmolLM2-135M, where `make pretrained` has put it."""
+"""Conversion of a trained model: SmolLM2-135M, where `make pretrained` has put it."""
 
 import importlib.util
 from typing import Any
@@ -26,7 +26,7 @@ def test_conversion_keeps_what_the_model_says(smollm: Any) -> None:
     before = smollm.model(ids).logits
     for name, fields in (("full", {}), ("window", {"window": 128}), ("infini", {"segment": 128})):
         hf.convert(smollm.model, name, **fields)
-        # further on the fp32 angles of the original are the larger error
+        # at later positions the fp32 angles of the original are the larger error
         torch.testing.assert_close(smollm.model(ids).logits, before, rtol=0, atol=1e-4)
         hf.revert(smollm.model)
     assert torch.equal(smollm.model(ids).logits, before)

@@ -1,4 +1,4 @@
-"""Pretrained models in training: adapters, all weights, only what is new; runs that resume; what comes out."""
+"""Training of pretrained models: adapters, all weights or only new ones; resumed runs; saved models."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     table = recipe(endless, book, lora_rank=2)
     table["train"]["checkpoint_every"] = 3
     run(table, whole, progress="none")
-    # what a stop after three steps leaves behind
+    # the files that a run stopped after three steps leaves
     shutil.copytree(whole, parts)
     shutil.rmtree(tmp_path / "parts" / "model")
     stored, last = sorted((tmp_path / "parts" / "checkpoints").iterdir())
@@ -79,7 +79,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     run({}, parts, resume=True, progress="none")
     uninterrupted, resumed = (hf.load(Path(path) / "model").state_dict() for path in (whole, parts))
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
-    # a run is read by every verb, and its model alone too
+    # every command reads a run, and its model alone
     capsysbinary.readouterr()
     for folder in (whole, f"{whole}/model"):
         assert command(["generate", folder, "-p", "The state", "--tokens", "4", "--temperature", "0"]) == 0

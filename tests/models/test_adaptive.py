@@ -53,7 +53,7 @@ def hidden_states(rows: int = 2, length: int = 19) -> Tensor:
 
 
 def defined(model: ls.Decoder, h: Tensor) -> Tensor:
-    """Log-probabilities token by token, of the module's own parameters."""
+    """Log-probabilities token by token, computed from the parameters of the module."""
     options, embedding, output = model.config, model.embedding, model.output
     assert isinstance(embedding, AdaptiveEmbedding)
     assert isinstance(output, AdaptiveSoftmax)
@@ -122,7 +122,7 @@ def test_the_loss_is_that_of_the_log_probabilities(options: dict[str, Any], chun
     gradients = torch.autograd.grad(loss * 0.3, parameters, allow_unused=True)
     expected_gradients = torch.autograd.grad(whole * 0.3, parameters, allow_unused=True)
     for actual, reference in zip(gradients, expected_gradients, strict=True):
-        # a part of the embedding that no output uses has no gradient in either
+        # the parts of the embedding that no output uses have no gradient on either path
         assert (actual is None) == (reference is None)
         if actual is not None:
             torch.testing.assert_close(actual, reference, atol=1e-9, rtol=0)
@@ -134,7 +134,7 @@ def test_clusters_without_a_target_still_have_gradients() -> None:
     for chunk in (0, 4):
         loss = chunked_next_token_loss(h, model.head(), frequent, chunk=chunk)
         torch.testing.assert_close(loss, next_token_loss(model.logits(h), frequent), atol=1e-9, rtol=0)
-        # processes add their gradients up, so every parameter has one
+        # processes sum their gradients, so every parameter needs one
         for weight in model.head().weights:
             assert torch.autograd.grad(loss, weight, retain_graph=True)[0].shape == weight.shape
         none = torch.zeros_like(frequent, dtype=torch.bool)
@@ -159,7 +159,7 @@ def test_products_are_bf16_and_losses_fp32(autocast: bool, chunk: int) -> None:
 
 
 def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.FixtureRequest) -> None:
-    """151 M (Dai et al. 2019, table 1), of the 267,735 words of WikiText-103."""
+    """151 M parameters (Dai et al. 2019, table 1) for the 267,735 words of WikiText-103."""
     table = read_toml(request.config.rootpath / "recipes" / "wikitext-xl.toml")["model"]
     with torch.device("meta"):
         model = build_model({**table, "vocab_size": 267_735})
@@ -174,7 +174,7 @@ def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     output, h, targets = model.output, hidden_states(), tokens()
     assert isinstance(output, AdaptiveSoftmax)
     with torch.no_grad():
-        # its first cluster has no map
+        # torch's first cluster has no projection
         output.projections["0"].weight.copy_(torch.eye(DIM))
         theirs.head.weight.copy_(torch.cat([output.tables[0].weight, output.cluster.weight]))
         for index, tail in enumerate(theirs.tail, 1):

@@ -1,4 +1,4 @@
-"""ARMT: a memory in every layer, against a loop straight from the equations; diagonals; cost."""
+"""ARMT, a memory in every layer: against a plain loop over the equations; diagonals; cost."""
 
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def test_a_key_written_again_replaces_its_value() -> None:
 
 
 def test_pairs_that_are_written_together_do_not_overshoot() -> None:
-    # found in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
+    # seen in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
     generator = torch.Generator().manual_seed(0)
     key = reference.dpfp(torch.randn(1, 1, 4, generator=generator, dtype=torch.float64))
     largest = {}
@@ -85,7 +85,7 @@ def test_a_pair_alone_is_not_damped() -> None:
 
 
 def test_zero_features_have_finite_gradients() -> None:
-    # found in training too: nothing was written under such a key, but its gradient was not a number
+    # seen in training too: such a key wrote nothing, but its gradient was NaN
     phi = torch.zeros(1, 2, 8, requires_grad=True)
     normaliser = torch.ones(1, 8, requires_grad=True)
     after = ops.associative_write(

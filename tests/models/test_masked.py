@@ -1,4 +1,4 @@
-"""The masked language model: both sides are seen, nothing is carried, padding and packing change nothing."""
+"""The masked language model is bidirectional and stateless; padding and packing change nothing."""
 
 from pathlib import Path
 

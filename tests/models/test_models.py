@@ -1,4 +1,4 @@
-"""Decoder and Encoder: every option runs, streams and rows agree, cost is what is really done."""
+"""Decoder and Encoder: every option runs, streams and batches agree, and costs are those that are counted."""
 
 import math
 from pathlib import Path
@@ -47,13 +47,13 @@ def test_streaming_padding_packing_and_cost_agree(options: dict[str, Any]) -> No
     logits, state = model(text)
     assert logits.shape == (2, 19, 31)
     assert ls.state.nbytes(state) == model.state_nbytes(2, 19, torch.float64)
-    # any cuts
+    # in any cuts
     parts, carried = [], model.init_state(2)
     for a, b in ((0, 1), (1, 9), (9, 9), (9, 19)):
         part, carried = model(text[:, a:b], carried)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-9, rtol=0)
-    # padding anywhere, with token ids there that mean nothing
+    # padding anywhere, with invalid token ids there
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(4)) < 0.5
     mask[1] = False
     mask[1, 5:24] = True

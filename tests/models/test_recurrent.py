@@ -1,4 +1,4 @@
-"""Recurrent memory against a plain loop over segments, and the promises of its contract."""
+"""Recurrent memory: against a plain loop over segments, and the laws of the contract."""
 
 import itertools
 from typing import Any
@@ -42,7 +42,7 @@ def text(batch: int, length: int, seed: int = 2) -> Tensor:
 
 
 def definition(model: RecurrentMemory, tokens: Tensor, borders: list[int]) -> Tensor:
-    """One row, segment by segment, straight from the equations; all of it closed."""
+    """One row, segment by segment, from the equations; the last segment is closed too."""
     memory = model.memory.weight[None]
     mass = torch.zeros(1, 3)
     outs = []
@@ -148,7 +148,7 @@ def test_gradients_reach_exactly_bptt_segments(kind: str, horizon: int) -> None:
     embedded: list[Tensor] = []
 
     def record(_: object, __: object, out: Tensor) -> None:
-        if out.ndim == 3:  # tokens; logits of tied embeddings call the module for its whole table
+        if out.ndim == 3:  # not the whole table, which tied output layers ask for
             embedded.append(out)
 
     model.backbone.embedding.register_forward_hook(record)
@@ -174,7 +174,7 @@ def test_memory_replay_gives_the_same_gradients(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_the_last_summaries_are_read(kind: str) -> None:
-    """One segment: a plain model with a soft prompt. Several: the last `max_summaries` are read, none other."""
+    """One segment is a plain model with a soft prompt; of several, only the last `max_summaries` are read."""
     model = build(kind, accumulate=True, max_summaries=2)
     tokens = text(1, 20)
     out, state = model(tokens)
@@ -214,7 +214,7 @@ def test_the_gate_does_not_forget_and_can_write_nothing() -> None:
         unchanged, same, _ = update(memory, torch.randn(1, 2, 8), mass)
         assert torch.equal(unchanged, memory)
         assert torch.equal(same, mass)
-        update.bias.fill_(1.0)  # a thousand mistakes of little evidence
+        update.bias.fill_(1.0)  # a thousand writes of little evidence
         for _ in range(1000):
             memory, mass, _ = update(memory, torch.randn(1, 2, 8), mass)
     assert (memory - new).abs().max() < 0.05

@@ -30,7 +30,7 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
 
 
 def definition(model: ls.RecurrentMemory, tokens: Tensor) -> Tensor:
-    """One row, segment by segment, with the model called as its own documentation says."""
+    """One row, segment by segment, by the documented calls of the model."""
     memory, outs, causal = model.memory.weight[None], [], model.adapter.causal
     embedding = model.backbone.get_input_embeddings()
     mass = torch.zeros(1, 3)
@@ -69,7 +69,7 @@ def test_padded_rows_equal_each_alone(kind: str, per_layer: bool) -> None:
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
-    """An open segment is run without write tokens, and gives what the closed one gives."""
+    """An open segment runs without write tokens, and gives the outputs of the closed one."""
     model, tokens = build(kind, per_layer=per_layer, memory_dim=4), text(2, 12)
     whole, end = model(tokens)
     state, outs = None, []

@@ -171,7 +171,7 @@ def test_streaming_padding_and_packing_agree(table: dict[str, Any]) -> None:
 
 
 def test_buckets_are_stored_and_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 reconstructed inputs differ in their last bits: what is near a border must not change sides."""
+    """In fp32 reconstructed inputs differ in their last bits: a token near a border must stay in its bucket."""
     calls = []
     buckets_of = ls.ops.lsh_buckets
 
@@ -206,7 +206,7 @@ def test_choices_come_back_in_their_order_and_type() -> None:
 
 
 def test_statistics_count_a_step_once() -> None:
-    """The first pass builds no graph and the second one repeats it: clusters and bounds count what was read once."""
+    """The first pass builds no graph and the second one repeats it: clusters and bounds count each token once."""
     kinds: tuple[tuple[dict[str, Any], Callable[[Any], Tensor]], ...] = (
         ({"name": "routing", "num_clusters": 2, "window": 4}, lambda core: core.pending.counts),
         ({"name": "performer", "num_features": 4, "kind": "bounded"}, lambda core: core.pending),
@@ -231,7 +231,7 @@ def test_autocast_and_narrow_weights_are_near_fp64() -> None:
     def flat_gradients(model: ls.Decoder, autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(tokens())[0]
-            # inside: casts that the forward pass may have cached have no graph
+            # inside autocast: casts that the forward pass has cached have no graph
             logits.double().square().mean().backward()
         return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
@@ -291,7 +291,7 @@ def test_gradients_reach_memory_tokens_through_reversible_blocks() -> None:
 
 
 def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
-    """What would be recomputed is no longer what was computed."""
+    """Recomputation would no longer give what the forward pass computed."""
     model = decoder({"name": "window", "window": 5})
     loss = model(tokens())[0].square().sum()
     with torch.no_grad():
@@ -301,7 +301,7 @@ def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
 
 
 def test_a_loss_on_the_state_of_one_layer_has_gradients() -> None:
-    """Outputs unused: gradients still find the way from the state of the first layer."""
+    """With unused outputs, gradients still flow from the state of the first layer."""
     model = decoder({"name": "infini", "segment": 4})
     _, state = model(tokens())
     assert state is not None

@@ -1,6 +1,6 @@
 """Records small models, states, runs and their outputs, for `test_saved.py`.
 
-Was run once, with version 0.1.0; run it again only to record a later version in a folder of its own:
+It was run once, with version 0.1.0; run it again only to record a later version in a folder of its own:
 `python -m tests.saved.make_saved FOLDER`.
 """
 
@@ -69,7 +69,7 @@ def converted() -> Any:
 
 
 def main(folder: Path) -> None:
-    """Write everything."""
+    """Writes models, states, a run and the outputs of all."""
     torch.manual_seed(0)
     with torch.no_grad():
         write_tensors(folder / "outputs.safetensors", record_models(folder), {})
@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
 
 
 def record_models(folder: Path) -> dict[str, torch.Tensor]:
-    """Write models and states; what they say next."""
+    """Writes models and states; returns the logits that follow."""
     outputs = {}
     for name, model in models().items():
         ls.save_model(model, folder / "models" / name)

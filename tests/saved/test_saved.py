@@ -1,4 +1,4 @@
-"""Models, states, runs and recipes that version 0.1.0 wrote load and say the same."""
+"""Models, states, runs and recipes that version 0.1.0 wrote still load and give the same outputs."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tiles and tunes as bytes: what a document is, splits that part no image and no family, errors, a small training."""
+"""Tiles and tunes as bytes: documents, splits that divide no image and no family, errors, a small training."""
 
 import importlib.util
 import re
@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty tunes in two files, six of them sisters."""
+    """Thirty tunes in two files, some of them related."""
     folder = tmp_path_factory.mktemp("tunes")
     generator = np.random.default_rng(0)
 
@@ -96,7 +96,7 @@ def test_images_are_held_out_whole(images: Path) -> None:
         )
         for seed in range(8)
     }
-    assert len(splits) > 1, "the seed is of the split"
+    assert len(splits) > 1, "the seed changes the split"
 
 
 def test_other_kinds_of_images_become_color(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_the_recipe_trains_on_small_tiles(images: Path, tmp_path: Path, capsys: 
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(piece.tokens)[None])
     assert logits.shape == (1, 192, 256)
-    # the verbs read it: the held-back tiles, any other image, and one line where they want text
+    # commands read the held-out tiles and any other image, and name the mistake where they need text
     assert cli(["eval", str(tmp_path / "run")]) == 0
     assert cli(["eval", str(tmp_path / "run"), str(images / "0.png"), "--tokens", "192"]) == 0
     assert "192 bytes, 192 tokens" in capsys.readouterr().out

@@ -57,7 +57,7 @@ def test_documents_of_wikitext_are_articles(tmp_path: Path, suffix: str) -> None
     assert documents["train"] == list(zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True))
     assert [len(documents[split]) for split in SPLITS] == [3, 1, 2]
     task = TextTask(TextConfig(corpus="wikitext", source=str(tmp_path), tokenizer="word", vocab_size=0))
-    # every line ends in a token of its own: 8 of the first article, as the official counts have it
+    # every line ends in its own token, as in the official counts: 8 in the first article
     assert (task.documents("validation")[0].ids == task.tokenizer.end).sum() == 8
     (tmp_path / f"wiki.test.{suffix}").unlink()
     with pytest.raises(DataError, match=r"wiki.test.tokens: no such file \(nor .raw\)"):
@@ -108,7 +108,7 @@ def test_a_dataset_saved_by_the_library_is_read(tmp_path: Path) -> None:
     assert [name for name, _ in documents["train"]] == ["train:0", "train:2", "train:3"]
     with pytest.raises(DataError, match=r"no column 'body' \(columns: text, n\); set task.field"):
         texts("dataset", tmp_path / "all", field="body")
-    # one that has no splits is parted as any text
+    # a dataset without splits is split as any text
     parts["train"].save_to_disk(tmp_path / "one")
     task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "one"), validation_every=2))
     assert [data.tobytes() for _, data in task.texts("validation")] == [b"one", b"three"]
@@ -159,7 +159,7 @@ def test_a_split_is_named_by_any_word_of_a_file_name(tmp_path: Path) -> None:
     rows(tmp_path / "train_test.jsonl", "which")
     with pytest.raises(DataError, match=r"train_test.jsonl: named after two splits, train and test"):
         texts("dataset", tmp_path)
-    # where none is named, all of it is parted
+    # where no split is named, all files are split as any text
     for index in range(4):
         rows(tmp_path / "plain" / f"{index}.jsonl", f"text {index}")
     task = TextTask(TextConfig(corpus="dataset", source=str(tmp_path / "plain"), validation_every=2))

@@ -1,4 +1,4 @@
-"""The memory tasks: samples are what they say, made piece by piece, from disjoint documents."""
+"""The memory tasks: samples hold their facts, are made segment by segment, and come from disjoint documents."""
 
 from pathlib import Path
 

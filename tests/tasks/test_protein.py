@@ -1,4 +1,4 @@
-"""The protein task: families, masks, and that both are the same every time."""
+"""The protein task: families and masks, which are the same every time."""
 
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def test_training_masks_8_of_10_and_held_out_residues_are_all_hidden(tmp_path: P
         documents = task.documents(split)
         piece = documents[0].cut(0, len(documents[0]))
         assert piece.graded.sum() == 3000
-        assert (piece.tokens == piece.targets)[~piece.graded].all(), "what is not to be said is shown"
+        assert (piece.tokens == piece.targets)[~piece.graded].all(), "residues that are not graded are shown"
         assert (piece.tokens[0], piece.tokens[-1]) == (BEGIN, END)
         shown = piece.tokens[piece.graded]
         if split == "validation":

@@ -1,4 +1,4 @@
-"""Token shards: what is read from the map is what was tokenised, and nothing half written is ever seen."""
+"""Token shards: what is mapped equals what was tokenized, and half-written files are never read."""
 
 import hashlib
 import json
@@ -110,7 +110,7 @@ def test_files_left_by_a_kill_are_hidden_and_cleared(corpus: Path, tmp_path: Pat
     assert left.startswith(".train.")
     write_shards(cache / "train", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
     assert folders(cache) == ["train"]
-    # one that is being filled by a living process stays
+    # a folder that a living process is filling stays
     living = cache / left.replace(left.rpartition(".building")[0].rpartition(".")[2], str(os.getppid()))
     living.mkdir()
     write_shards(cache / "other", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
@@ -156,9 +156,9 @@ def test_a_large_text_is_cached_in_the_run_folder_by_default(
     monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
     assert kept("large")
     assert not kept("never", cache="")
-    # without a run there is no such folder
+    # without a run there is no cache folder
     task_of(corpus, None, tokenizer="word").documents("train")
-    # bytes of large files are mapped where they lie
+    # bytes of large files are mapped in place
     monkeypatch.setattr("longspan.tasks.text.MAPPED_BYTES", 1)
     task = task_of(corpus, None)
     task.prepare(tmp_path / "bytes")
@@ -212,7 +212,7 @@ def test_a_cache_and_a_run_may_be_inside_a_corpus(tmp_path: Path) -> None:
         with open(next(folder.glob("*train*")), "a") as file:
             file.write(rows)
         TextTask(config).prepare(folder / "run")
-        # both splits anew, of other files
+        # the files have changed, so both splits are written again
         assert len(folders(folder / "cache")) == 4
 
 

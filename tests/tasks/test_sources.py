@@ -1,4 +1,4 @@
-"""Where text and proteins come from, and what is said where there is none."""
+"""Sources of text and proteins, and the errors where there are none."""
 
 import gzip
 import importlib.util

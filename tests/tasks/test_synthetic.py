@@ -1,4 +1,4 @@
-"""Made tasks: what is graded can be known, and is what was told last."""
+"""Synthetic tasks: every graded token can be known, and is what was told last."""
 
 from typing import Any
 

@@ -51,7 +51,7 @@ def test_sizes_are_the_bytes_of_words_with_their_space(words: Words) -> None:
 def test_bytes_are_never_counted_twice(text: str) -> None:
     every = Words.train([("text", array(text + " a"))], 0)
     ids = every.encode(text.encode())
-    # but for the space behind a last word
+    # except for the space after a last word
     assert every.sizes[ids].sum() <= len(text.encode()) + 1
     assert every.decode(ids).split() == text.encode().split()
 

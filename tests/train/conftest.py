@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def text_of(seed: int, words: int) -> str:
-    """Some text that has something to learn in it."""
+    """Random words of `WORDS`, which a model can learn."""
     return " ".join(np.random.default_rng(seed).choice(WORDS, words).tolist())
 
 
@@ -80,7 +80,7 @@ def model() -> Decoder:
 
 @pytest.fixture
 def losses() -> Losses:
-    """The part of a run's log that must be the same bit for bit, whoever stopped the run."""
+    """Reads the part of a run's log that must be identical however often the run was stopped."""
 
     def read(folder: Path) -> list[dict[str, Any]]:
         names = ("step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "validation")

@@ -20,12 +20,12 @@ VOCABULARY = 120
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of documents over 117 words, some of them much more frequent than others, in an order to be learnt."""
+    """A folder of documents over 117 words, some far more frequent than others, each followed by its next word."""
     folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
     shares = 1 / np.arange(1, 61)
     for index in range(10):
         drawn = rng.choice(60, 300, p=shares / shares.sum())
-        # every word is followed by one of its own
+        # every word has its own next word
         text = " ".join(f"word{rank} next{rank}" for rank in drawn)
         (folder / f"{index}.txt").write_text(text + "\n")
     return folder
@@ -97,7 +97,7 @@ def test_a_step_computes_no_logits_of_other_clusters(worded: dict[str, Any], mon
     from longspan.train.step import Stepper
 
     def never(*_: Any) -> None:
-        raise AssertionError("the whole distribution")
+        raise AssertionError("logits of the whole vocabulary")
 
     torch.manual_seed(0)
     task = TextTask(TextConfig(source=worded["task"]["source"], tokenizer="word", vocab_size=VOCABULARY))

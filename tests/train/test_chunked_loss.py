@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss: value, gradients, training; logits never exist for a whole call."""
+"""The loss in chunks equals the loss of whole logits in value, gradients and training, and never stores them."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_the_head_or_the_hidden_states_may_be_frozen() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
-    """As the loss of whole logits: products in bf16, losses in fp32; gradients have the types of what they are of."""
+    """As for whole logits: products in bf16, losses in fp32, and each gradient in the type of its tensor."""
     targets = answers()[0]
     leaves = inputs(torch.float32 if autocast else torch.bfloat16)
     losses_and_gradients = []
@@ -80,7 +80,7 @@ def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
 
 
 def tensors_made(make: Any) -> int:
-    """The most numbers that any tensor made in a forward and backward pass has."""
+    """Elements of the largest tensor that a forward and backward pass makes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The curriculum of the task copy: what a step reads, stages, runs that resume."""
+"""The curriculum of the task copy: batches, stages, and resumed runs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Two gloo processes under torchrun give the losses of one, and each can go on from the other's checkpoint."""
+"""Two gloo processes under torchrun give the losses of one, and one process resumes from their checkpoint."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def torchrun(folder: Path, *recipes: dict[str, Any]) -> str:
     try:
         _, shown = process.communicate(timeout=200)
     finally:
-        # torchrun ends its workers when it is asked to, not when it is killed
+        # torchrun ends its workers on SIGTERM, not on SIGKILL
         process.terminate()
         process.wait()
     assert process.returncode == 0, shown
@@ -46,7 +46,7 @@ def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: 
     recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
     double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
     shown = torchrun(tmp_path, recipe, double)
-    assert shown.count(" parameters, ") == 2, "one process of each run shows what it does"
+    assert shown.count(" parameters, ") == 2, "only one process of a run shows its progress"
     for name, variant, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
         alone, together = tmp_path / f"alone{name}", tmp_path / name
         run(variant, alone, progress="none")

@@ -1,4 +1,4 @@
-"""Evaluation gives what reading each document alone would give."""
+"""Evaluation equals reading each document alone."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from longspan.train import evaluate_text, first_places, token_nats
 
 
 def alone(model: Decoder, document: Document, segment: int | None = None) -> float:
-    """Summed nats of a document read in one go, or in segments from an empty state each."""
+    """Summed nats of a document read at once, or in segments that each start from an empty state."""
     step = segment or len(document)
     total = 0.0
     with torch.no_grad():

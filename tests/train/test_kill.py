@@ -1,4 +1,4 @@
-"""Runs that die: killed outright, killed at any instant of saving, or out of disk."""
+"""Runs that die: killed while training, killed at any instant of saving, or out of disk space."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def test_a_killed_and_resumed_run_has_the_losses_of_one_never_stopped(
 
 
 class Killed(BaseException):
-    """What no `except Exception` catches."""
+    """An exception that no `except Exception` catches."""
 
 
 def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
@@ -63,7 +63,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
     counted = []
 
     def run_until(folder: Path, instant: int) -> None:
-        """Die at the given call that touches names or disk; a dead process cleans nothing up."""
+        """Raises from the given call on that touches names or disk: a dead process cleans nothing up."""
         calls = 0
         with monkeypatch.context() as patch:
 

@@ -1,4 +1,4 @@
-"""Lanes read everything once, contiguously, and can stop anywhere."""
+"""Lanes read every token once, contiguously, and can stop anywhere."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from longspan.train import Lanes
 
 
 def make(lengths: Sequence[int]) -> Documents:
-    """Documents whose bytes are told apart by document and place."""
+    """Documents whose bytes differ by document and place."""
     items = [
         TextDocument((np.arange(length) * 7 + 31 * index + 1).astype(np.uint8), Bytes())
         for index, length in enumerate(lengths)
@@ -26,7 +26,7 @@ def make(lengths: Sequence[int]) -> Documents:
 
 
 def lines_of(lanes: Lanes, count: int | None = None) -> list[list[tuple[int, int, int, bool]]]:
-    """What each lane reads: a list of (document, token, target, reset) for each."""
+    """A list of (document, token, target, reset) per lane."""
     lines = None
     for number, batch in enumerate(lanes):
         lines = lines or [[] for _ in range(batch.tokens.shape[0])]

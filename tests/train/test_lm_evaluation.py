@@ -1,4 +1,4 @@
-"""Figures of a language model: made of the loss of every place, which is what reading directly gives."""
+"""Figures of a language model come from the loss of every place, which equals that of reading directly."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_windows_are_read_from_an_empty_state(
         document, expected = documents[index], []
         while (at := len(expected)) < len(document):
             last = min(max(at + window.stride, window.context), len(document))
-            # what a scored place sees: its window's first place is a context before the end of its stride
+            # the window of a scored place begins one context before the end of its stride
             first = 0 if at == 0 else at + window.stride - window.context
             expected += losses(model, document, first, last)[at - first :].tolist()
         np.testing.assert_allclose(nats, expected, rtol=1e-6)
@@ -94,7 +94,7 @@ def test_sums_agree_with_the_usual_evaluation(model: Decoder, documents: Documen
     assert figures["perplexity_per_token"].low < figures["perplexity_per_token"].value
     per_word = usual.nats.sum() / counts.words.sum()
     assert figures["perplexity_per_word"].value == pytest.approx(math.exp(per_word), rel=1e-6)
-    # PG-19: the same nats over another count
+    # PG-19 divides the same nats by an official count of words
     official = summary(nats, counts, words=1000)["perplexity_per_word"].value
     assert official == pytest.approx(math.exp(usual.nats.sum() / 1000), rel=1e-6)
     segments = place_nats(model, documents, Window(4, 4))
@@ -128,7 +128,7 @@ def test_tokens_belong_to_words(kind: str) -> None:
             spelled = tokenizer.decode(ids[owner == number].tolist())
             assert spelled.strip() == word
         assert (np.diff(owner) >= 0).all()
-    # a tokenizer of words counts single spaces and no ends of lines, in bytes and in characters
+    # a tokenizer of words counts single spaces and no line ends, in bytes and in characters
     said = [" ".join(text.split()) + " " for text in TEXTS] if kind == "word" else TEXTS
     assert counts.units.tolist() == [len(text.encode()) for text in said]
     assert counts.characters.tolist() == [len(text) for text in said]
@@ -210,7 +210,7 @@ def test_a_word_that_is_cut_is_in_no_bucket() -> None:
         ((b"the", b"un"), True),
     ]
     (bucket,) = by_frequency({"one": [np.ones(6, dtype=np.float32)] * 3}, counts, {})
-    # the words no, war, the and the, with the white space behind them
+    # the words no, war, the and the, with the white space after them
     assert bucket.amount == 4
     assert bucket.values["one"].value == pytest.approx((3 + 3 + 4 + 4) / 4 / math.log(2))
     at_its_end = count_text(heads(documents, 4), tokenizer)

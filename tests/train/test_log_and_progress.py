@@ -1,4 +1,4 @@
-"""What a run writes and shows."""
+"""The log that a run writes and the progress that it shows."""
 
 import io
 import json

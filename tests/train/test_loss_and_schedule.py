@@ -1,4 +1,4 @@
-"""Loss, learning rate, intervals: small things with right answers."""
+"""Loss, learning rate and intervals against closed forms and plain loops."""
 
 import math
 from typing import Any

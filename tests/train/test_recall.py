@@ -1,4 +1,4 @@
-"""Training on a memory task: the curriculum, bit-for-bit resumption, and answers that are counted right."""
+"""Training on a memory task: the curriculum, bit-for-bit resumption, and the count of right answers."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_a_lengthened_run_begins_as_a_longer_one(finished: Path, tmp_path: Path)
     run(shorter, tmp_path, progress="none")
     with pytest.raises(CheckpointError, match="resume it"):
         run(RECIPE, tmp_path, progress="none")
-    # the schedule follows the number of steps, so a run that is made longer is compared from its own start
+    # the schedule depends on the number of steps, so only the steps before the run was lengthened are compared
     run({"train": {"steps": 6}}, tmp_path, resume=True, progress="none")
     longer = [line["loss"] for line in read_log(finished / "log.jsonl")]
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")][:3] == longer[:3]
@@ -85,11 +85,11 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert (curriculum.length, curriculum.segments) == (499, 2), "1,000 is longer than the task's own"
     assert curriculum.penalty == 1.0
     curriculum.add(1, 0.1)
-    assert curriculum.penalty == pytest.approx(0.95), "what is not yet learnt must not be kept from being written"
+    assert curriculum.penalty == pytest.approx(0.95), "a low accuracy must lower the penalty on open gates"
     low = Curriculum(config, 499)
     for _ in range(100):
         low.add(2, 0.1)
-    assert low.penalty == pytest.approx(0.1), "a gate that is always open keeps accuracy low: something must close it"
+    assert low.penalty == pytest.approx(0.1), "the penalty has a floor: a gate that is always open keeps accuracy low"
     for _ in range(2):
         curriculum.add(2, 0.96)
     assert curriculum.segments == 3
@@ -159,7 +159,9 @@ def test_intervals_over_trainings_are_wider_than_over_answers() -> None:
     mixed = seeds_interval([[True] * 60 + [False] * 4, [True] * 50 + [False] * 14])
     assert mixed.value == pytest.approx(110 / 128)
     assert mixed.low < mixed.value < mixed.high
-    assert mixed.high - mixed.low > wilson(110, 128).high - wilson(110, 128).low, "trainings differ"
+    assert mixed.high - mixed.low > wilson(110, 128).high - wilson(110, 128).low, (
+        "the interval covers differences between trainings"
+    )
 
 
 def test_a_recipe_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:

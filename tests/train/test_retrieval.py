@@ -123,7 +123,7 @@ def test_texts_are_functions_of_the_seed_and_grade_every_mention() -> None:
         whole = bytes(tokens[row, 1:].tolist())
         assert whole.startswith(HEAD)
         number = whole[-5:]
-        # told twice, twice again, and the answer; the first is not to be known
+        # twice in the text, twice in mentions, and in the answer; the first time it cannot be predicted
         assert whole.count(number) == 5
         assert int(graded[row].sum()) == 4 * 5
         assert bytes(tokens[row, 1:][graded[row]].tolist()) == number * 4

@@ -1,4 +1,4 @@
-"""Runs from recipe to model: what lies in the folder, how they stop and go on, what they say when they cannot."""
+"""Runs from recipe to model: the files that they leave, how they stop and resume, and their errors."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ from longspan.train.step import Stepper
 
 
 class Recorder(Silent):
-    """Keeps what it is shown, and may do something at a step."""
+    """Records what it is shown, and may call `action` at a step."""
 
     def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:
         self.steps, self.messages, self.at, self.action = [], [], at, action
@@ -55,7 +55,7 @@ def whole(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def changed(recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """The recipe with other settings, `model__dim=8`."""
+    """A copy of the recipe with other settings, as in `model__dim=8`."""
     altered = copy.deepcopy(recipe)
     for path, value in fields.items():
         table, name = path.split("__")
@@ -161,10 +161,10 @@ def test_ctrl_c_saves_and_resumes(recipe: dict[str, Any], tmp_path: Path, losses
 def test_a_second_ctrl_c_stops_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)  # two at once may be taken for one
+        time.sleep(0.05)  # two signals at once may arrive as one
         os.kill(os.getpid(), signal.SIGINT)
 
-    # shells start what they put into the background with the signal ignored
+    # shells start background jobs with this signal ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -237,7 +237,7 @@ def test_a_token_cache_changes_nothing(recipe: dict[str, Any], tmp_path: Path, l
     assert len(list((tmp_path / "cache").iterdir())) == 2
     run(None, tmp_path / "part", resume=True, progress="none")
     assert losses(tmp_path / "part") == losses(whole)
-    # and a run may go on with them, or without
+    # a run resumes with the cache or without it
     run(changed(recipe, task__cache=""), tmp_path / "part", resume=True, progress="none")
 
 
@@ -272,7 +272,7 @@ def test_a_resumed_run_keeps_its_settings(recipe: dict[str, Any], whole: Path) -
             run(altered, whole, resume=True, progress="none")
     stored = json.loads((whole / "recipe.json").read_text())
     del stored["train"]["eps"]
-    (whole / "digests.json").unlink()  # as of an older version
+    (whole / "digests.json").unlink()  # older versions wrote none
     (whole / "recipe.json").write_text(json.dumps(stored))
     run(changed(recipe, train__log_every=5, train__keep=1, train__accumulation=1), whole, resume=True, progress="none")
     with pytest.raises(CheckpointError, match=r"saved with 1 groups of lanes .*, not 2; resume with the same product"):

@@ -1,4 +1,4 @@
-"""Training and evaluation of a masked language model: what it learns, and that stopping changes nothing."""
+"""Training and evaluation of a masked language model: what it learns, and that resumed runs are identical."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from longspan.train.lanes import windows
 
 @pytest.fixture(scope="module")
 def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sequences in which each residue follows from its neighbour: the alphabet round and round, from a random start."""
+    """Sequences in which each residue determines the next: the alphabet repeated, from a random start."""
     path = tmp_path_factory.mktemp("proteins") / "round.fasta"
     random = np.random.default_rng(0)
     lines = []
@@ -29,7 +29,7 @@ def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(fasta: Path) -> dict[str, Any]:
-    """A recipe of seconds."""
+    """A recipe that trains in seconds."""
     mixer = {"name": "performer", "kind": "relu", "num_features": 16, "redraw": 4}
     shape = {"kind": "masked_lm", "dim": 32, "num_layers": 2, "num_heads": 4, "rope_theta": 100.0}
     train = {"steps": 12, "lanes": 4, "segment_length": 64, "carry": False, "lr": 1e-2, "warmup": 10, "threads": 1}

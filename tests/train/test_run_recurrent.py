@@ -1,4 +1,4 @@
-"""Recurrent memory as a language model in the ordinary trainer: a table `memory` in the recipe's model."""
+"""Recurrent memory as a language model in the ordinary trainer, by a table `memory` in the model of the recipe."""
 
 from pathlib import Path
 from typing import Any
