@@ -94,7 +94,7 @@ def test_no_call_is_wider_than_what_is_left(
 ) -> None:
     widths, call = [], type(model).forward
 
-    def counted(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Decoder, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         widths.append(tokens.shape[1])
         return call(self, tokens, *args, **kwargs)
 

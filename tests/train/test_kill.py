@@ -60,7 +60,7 @@ def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
 ) -> None:
     recipe["train"] |= {"steps": 6, "checkpoint_every": 2, "keep": 1, "eval_every": 0}
     run(recipe, tmp_path / "whole", progress="none")
-    counted = []
+    counted: list[int] = []
 
     def run_until(folder: Path, instant: int) -> None:
         """Raises from the given call on that touches names or disk: a dead process cleans nothing up."""

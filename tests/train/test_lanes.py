@@ -27,7 +27,7 @@ def make(lengths: Sequence[int]) -> Documents:
 
 def lines_of(lanes: Lanes, count: int | None = None) -> list[list[tuple[int, int, int, bool]]]:
     """A list of (document, token, target, reset) per lane."""
-    lines = None
+    lines: list[list[tuple[int, int, int, bool]]] = []
     for number, batch in enumerate(lanes):
         lines = lines or [[] for _ in range(batch.tokens.shape[0])]
         real = torch.ones_like(batch.graded) if batch.mask is None else batch.mask
@@ -53,12 +53,12 @@ def test_everything_is_read_once_and_contiguously(
     documents = make(lengths)
     reader = Lanes(documents, lanes=lanes, segment_length=segment, seed=seed, epochs=1, cut_long=cut)
     assert reader.places_per_epoch == sum(lengths)
-    read = {index: [] for index in range(len(lengths))}
+    read: dict[int, list[int]] = {index: [] for index in range(len(lengths))}
     for line in lines_of(reader):
-        before = None
+        before: tuple[int, int, int] | None = None
         for document, token, target, reset in line:
             # without a reset a place follows the one before it in the same document
-            assert reset or (document, token) == (before[0], before[2])
+            assert reset or (before is not None and (document, token) == (before[0], before[2]))
             read[document].append(target)
             before = (document, token, target)
     for index, length in enumerate(lengths):
@@ -128,12 +128,15 @@ def test_one_long_book_is_shared_by_all_lanes() -> None:
     starts = {tuple(row) for row in batch.targets.tolist()}
     assert len(starts) == 4
     assert batch.mask is None
+    assert batch.reset is not None
     assert batch.reset[:, 0].all()
 
 
 def test_reset_and_mask_are_left_out_where_they_say_nothing() -> None:
     reader = Lanes(make([20]), lanes=1, segment_length=8, epochs=1)
     first, second, third = reader
+    assert first.reset is not None
+    assert third.mask is not None
     assert first.reset.tolist() == [[True] + [False] * 7]
     assert (first.mask, second.reset, second.mask) == (None, None, None)
     assert third.mask.tolist() == [[True] * 4 + [False] * 4]
@@ -144,6 +147,7 @@ def test_reset_and_mask_are_left_out_where_they_say_nothing() -> None:
 
 def test_restart_resets_within_documents() -> None:
     batch = next(Lanes(make([20]), lanes=1, segment_length=20, restart=8))
+    assert batch.reset is not None
     assert batch.reset[0].nonzero().flatten().tolist() == [0, 8, 16]
 
 

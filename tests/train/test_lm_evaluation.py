@@ -54,7 +54,8 @@ def test_windows_are_read_from_an_empty_state(
         monkeypatch.setattr(type(model), "traits", type(model.traits)(streams=False))
     nats_by_document = place_nats(model, documents, window, chunk=7, batch=3)
     for index, nats in enumerate(nats_by_document):
-        document, expected = documents[index], []
+        document = documents[index]
+        expected: list[float] = []
         while (at := len(expected)) < len(document):
             last = min(max(at + window.stride, window.context), len(document))
             # the window of a scored place begins one context before the end of its stride
@@ -66,7 +67,7 @@ def test_windows_are_read_from_an_empty_state(
 @pytest.mark.parametrize("window", [None, Window(7, 3), Window(4, 4), Window(5, 1)])
 def test_every_place_is_scored_once_with_the_least_context(window: Window | None) -> None:
     lengths = np.array([1, 4, 7, 23])
-    scored = {index: [] for index in range(len(lengths))}
+    scored: dict[int, list[int]] = {index: [] for index in range(len(lengths))}
     for index, first, at, last in cut(lengths, window).tolist():
         scored[index] += range(at, last)
         if window is not None:
@@ -149,6 +150,7 @@ def test_buckets_add_up_to_the_whole_loss(kind: str) -> None:
             bits = sum(bucket.values[name].value * bucket.amount for bucket in buckets)
             assert bits == pytest.approx(sum(part.sum() for part in nats) / math.log(2), rel=1e-5)
         for bucket in buckets:
+            assert bucket.gain is not None
             assert bucket.gain.value == pytest.approx(
                 bucket.values["one"].value - bucket.values["other"].value, abs=1e-9
             )

@@ -104,7 +104,7 @@ def test_resident_memory_is_that_of_this_process() -> None:
 
 
 def test_resident_memory_is_measured_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(self) -> str:
+    def absent(path: Path) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr("pathlib.Path.read_text", absent)

@@ -20,7 +20,7 @@ from longspan import train
 from longspan.config import read_toml
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import Decoder
-from longspan.train import DivergedError, Silent, load_run, read_log, run
+from longspan.train import DivergedError, Result, Silent, load_run, read_log, run
 from longspan.train.step import Stepper
 
 
@@ -28,11 +28,13 @@ class Recorder(Silent):
     """Records what it is shown, and may call `action` at a step."""
 
     def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:
-        self.steps, self.messages, self.at, self.action = [], [], at, action
+        self.steps: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+        self.at, self.action = at, action
 
     def step(self, line: dict[str, Any]) -> None:
         self.steps.append(line)
-        if self.at is not None and line["step"] == self.at and "loss" in line:
+        if self.action is not None and line["step"] == self.at and "loss" in line:
             self.action()
 
     def message(self, text: str) -> None:
@@ -300,7 +302,7 @@ def test_a_diverging_run_stops_and_says_what_to_try(recipe: dict[str, Any], tmp_
 def test_a_nan_leaves_the_last_good_checkpoint(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, losses: Losses
 ) -> None:
-    calls = []
+    calls: list[int] = []
 
     def broken(logits: Tensor, targets: Tensor, graded: Tensor | None) -> Tensor:
         calls.append(1)
@@ -318,7 +320,7 @@ def test_a_nan_leaves_the_last_good_checkpoint(
 def test_parameters_that_are_not_finite_are_not_saved(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(self, step: int, generator: torch.Generator | None = None) -> None:
+    def spoil(self: Decoder, step: int, generator: torch.Generator | None = None) -> None:
         if step == 10:
             self.norm.weight.data.fill_(float("inf"))
 
@@ -331,7 +333,7 @@ def test_parameters_that_are_not_finite_are_not_saved(
 def test_states_are_dropped_where_projections_were_redrawn(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    seen: list[bool] = []
     monkeypatch.setattr(Decoder, "draw", property(lambda self: self.__dict__.get("drawn", 0)))
     monkeypatch.setattr(
         "longspan.models.Decoder.after_step",
@@ -339,7 +341,7 @@ def test_states_are_dropped_where_projections_were_redrawn(
     )
     forward = Stepper.step
 
-    def watch(self, batches: Any, **options: Any) -> Any:
+    def watch(self: Stepper, batches: Any, **options: Any) -> Any:
         seen.append(self.carried[0] is None)
         return forward(self, batches, **options)
 
@@ -374,7 +376,7 @@ def test_penalties_are_added_to_the_loss(
 ) -> None:
     forward = Decoder.forward
 
-    def with_penalty(self, *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
+    def with_penalty(self: Decoder, *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
         if penalties is not None:
             penalties.append(1e3 * self.embedding.weight.square().mean())
         return forward(self, *args, penalties=penalties, **kwargs)
@@ -422,7 +424,7 @@ def test_mistakes_in_a_recipe_are_named(
 
 
 def test_a_run_outside_the_main_thread_has_no_signals_to_catch(recipe: dict[str, Any], tmp_path: Path) -> None:
-    runs = []
+    runs: list[Result] = []
     thread = threading.Thread(
         target=lambda: runs.append(run(changed(recipe, train__steps=2), tmp_path, progress="none"))
     )
