@@ -136,8 +136,9 @@ def test_counts_of_the_sequence_beat_frequencies_if_compositions_differ() -> Non
 def test_similarity_of_embeddings_is_their_correlation() -> None:
     model = MaskedLM(EncoderConfig(vocab_size=29, dim=16, num_layers=1, num_heads=2))
     with torch.no_grad():
-        model.embedding.weight[FIRST + A["D"]] = 2 * model.embedding.weight[FIRST + A["E"]] + 1e-4
-        model.embedding.weight[FIRST : FIRST + 20] += 5.0
+        embedding: Any = model.embedding
+        embedding.weight[FIRST + A["D"]] = 2 * embedding.weight[FIRST + A["E"]] + 1e-4
+        embedding.weight[FIRST : FIRST + 20] += 5.0
     correlations = similarity.similarity_of_embeddings(model)
     assert similarity.rank_of_pair(correlations, "DE") == 1
     assert np.allclose(correlations, correlations.T)

@@ -98,8 +98,8 @@ def test_the_recipe_resolves() -> None:
     assert resolved["train"]["minutes"] == 3
 
 
-def evaluation(bits: Sequence[float]) -> Evaluation:
-    bits = np.array(bits)
+def evaluation(bits_per_byte: Sequence[float]) -> Evaluation:
+    bits = np.array(bits_per_byte)
     ones = np.full(len(bits), 1000)
     names = tuple(str(index) for index in range(len(bits)))
     return Evaluation(names, bits * 1000 * np.log(2), ones, ones, ones)

@@ -10,11 +10,12 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import TransfoXLConfig, TransfoXLLMHeadModel
+from transformers import TransfoXLConfig, TransfoXLLMHeadModel  # type: ignore[attr-defined]
 
 FOLDER = Path(__file__).parent / "recorded"
 SIZES = {"vocab_size": 23, "d_model": 8, "d_embed": 8, "n_head": 2, "d_head": 3, "d_inner": 10, "n_layer": 2}
@@ -41,7 +42,7 @@ SETTINGS = {
 }
 
 
-def record(name: str, setting: dict) -> int:
+def record(name: str, setting: dict[str, Any]) -> int:
     """Writes one file; returns its bytes."""
     torch.manual_seed(sorted(SETTINGS).index(name))
     config = TransfoXLConfig(**{**SIZES, **setting}, dropout=0.0, trainer_compatible=True)

@@ -62,7 +62,8 @@ def test_parts_of_heads_begin_as_they_do_alone() -> None:
     model = make("llama")
     parts = [{"name": "infini", "num_heads": 2, "segment": 8}, {"name": "routing", "num_heads": 2, "window": 4}]
     hf.convert(model, "heads", parts=parts)
-    infini, routing = hf.cores(model)[0].cores
+    heads: Any = hf.cores(model)[0]
+    infini, routing = heads.cores
     assert infini.gate[0].item() == -4
     assert not routing.shared
 
@@ -76,7 +77,8 @@ def test_full_and_wide_windows_give_the_original_and_revert_is_bit_equal(kind: s
     before = model(text, attention_mask=mask)[0]
     real = mask.bool()
     keys = list(model.state_dict())
-    for name, fields in (("full", {}), ("window", {"window": 64})):
+    forms: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 64}}
+    for name, fields in forms.items():
         report = hf.convert(model, name, **fields)
         assert report.new_parameters == ()
         after = model(text, attention_mask=mask)[0]
@@ -192,7 +194,8 @@ def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
     model = make("llama")
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     model, text = model.double(), ids(1, 200)
-    sizes, cache = [], None
+    sizes: list[int] = []
+    cache: Any = None
     for first in range(0, 200, 25):
         out = model(text[:, first : first + 25], use_cache=True, **{CACHE: cache})
         cache = out[CACHE]
@@ -406,7 +409,7 @@ def test_cores_receive_the_normalized_input_of_their_layer(
     layer = model.base_model.layers[1] if kind == "llama" else model.base_model.h[1]
     norm = layer.input_layernorm if kind == "llama" else layer.ln_1
     norm.register_forward_hook(lambda _module, _inputs, output: read.append(output))
-    core = hf.cores(model)[1]
+    core: Any = hf.cores(model)[1]
     core = core.cores[1] if name == "heads" else core
     core.register_forward_pre_hook(lambda _core, _args, kwargs: received.append(kwargs["hidden"].x), with_kwargs=True)
     whole = model(text).logits

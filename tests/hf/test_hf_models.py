@@ -36,7 +36,9 @@ def causal(*tables: dict[str, Any], **more: Any) -> Any:
     table = {**TABLE, "mixers": list(tables) or [{"name": "infini", "segment": 5}], "init_std": 0.3, **more}
     if any(mixer["name"] in ("transformer_xl", "compressive", "bp") for mixer in tables):
         table["positions"] = "none"
-    return LongspanForCausalLM(LongspanConfig(model=table, vocab_size=29, pad_token_id=0)).double().eval()
+    fields: dict[str, Any] = {"vocab_size": 29, "pad_token_id": 0}
+    model: Any = LongspanForCausalLM(LongspanConfig(model=table, **fields))
+    return model.double().eval()
 
 
 @pytest.mark.parametrize(("name", "fields"), EXAMPLES)
@@ -136,7 +138,8 @@ def test_masked_models_and_classifiers_work(tmp_path: Path) -> None:
     mask = torch.ones_like(text)
     mask[1, 6:] = 0
     table = {**TABLE, "mixers": [{"name": "performer", "num_features": 8}]}
-    masked = LongspanForMaskedLM(LongspanConfig(model=table, vocab_size=29)).eval()
+    masked: Any = LongspanForMaskedLM(LongspanConfig(model=table, vocab_size=29))
+    masked.eval()
     labels = torch.full_like(text, -100)
     labels[:, 2] = text[:, 2]
     out = masked(text, attention_mask=mask, labels=labels)
@@ -148,8 +151,9 @@ def test_masked_models_and_classifiers_work(tmp_path: Path) -> None:
     both = {"reversible": True, "streams": "both", "tie_embeddings": False}
     for kind, fields in (("encoder", {}), ("decoder", {}), ("decoder", both)):
         table = {**TABLE, "kind": kind, "mixers": [{"name": "full"}], **fields}
-        config = LongspanConfig(model=table, vocab_size=29, num_labels=3)
-        model = LongspanForSequenceClassification(config).eval()
+        sizes: dict[str, Any] = {"vocab_size": 29, "num_labels": 3}
+        model: Any = LongspanForSequenceClassification(LongspanConfig(model=table, **sizes))
+        model.eval()
         out = model(text, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
         assert out.logits.shape == (3, 3)
         torch.testing.assert_close(out.logits[1:2], model(text[1:2, :6]).logits, rtol=1e-4, atol=1e-4)

@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = {
 def reformer(layers: tuple[str, ...] = MIXED, **more: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.ReformerConfig(**{**FIELDS, "attn_layers": layers, **more})
-    model = transformers.ReformerModelWithLMHead(config)
+    model: Any = transformers.ReformerModelWithLMHead(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # initial weights are so small that every mechanism would give nearly the same
@@ -103,7 +103,7 @@ def test_copied_rotations_of_each_layer_give_the_logits(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "randn", recorded)
         expected = model(tokens).logits
-    hashed = [block.mixer.core for block in ours.layers if block.mixer.name == "lsh"]
+    hashed: list[Any] = [block.mixer.core for block in ours.layers if block.mixer.name == "lsh"]
     assert len(drawn) == len(hashed) == 2
     assert not torch.equal(hashed[0].rotations, hashed[1].rotations), "layers draw alike"
     assert all(core.config.redraw == 1 for core in hashed)

@@ -103,6 +103,7 @@ def test_a_checkpoint_loads_before_the_run_ends(endless: Path, book: Path, tmp_p
 def test_a_recurrent_memory_trains_around_a_pretrained_model(plain: Path, book: Path, tmp_path: Path) -> None:
     table = recipe(plain, book, lora_rank=2, memory={"num_memory_tokens": 2, "segment_length": 16, "bptt_segments": 2})
     run(table, tmp_path, progress="none")
+    task: Any
     model, task = load_run(tmp_path)
     assert isinstance(model, ls.RecurrentMemory)
     fresh = transformers.AutoModelForCausalLM.from_pretrained(plain)

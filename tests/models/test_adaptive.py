@@ -54,26 +54,28 @@ def hidden_states(rows: int = 2, length: int = 19) -> Tensor:
 
 def defined(model: ls.Decoder, h: Tensor) -> Tensor:
     """Log-probabilities token by token, computed from the parameters of the module."""
-    options, embedding, output = model.config, model.embedding, model.output
-    assert isinstance(embedding, AdaptiveEmbedding)
-    assert isinstance(output, AdaptiveSoftmax)
+    assert isinstance(model.embedding, AdaptiveEmbedding)
+    assert isinstance(model.output, AdaptiveSoftmax)
+    options = model.config
+    embedding: Any = model.embedding
+    output: Any = model.output
     cuts = [0, *options.adaptive_cutoffs, VOCABULARY]
     count = len(cuts) - 1
     one = len(embedding.tables) == 1
 
-    def table(index: int) -> Tensor:
+    def table(index: int) -> Any:
         if not options.tie_embeddings:
             return output.tables[index].weight
         return embedding.tables[0].weight[cuts[index] : cuts[index + 1]] if one else embedding.tables[index].weight
 
-    def narrow(index: int) -> Tensor:
+    def narrow(index: int) -> Any:
         if str(index) in output.projections:
             return h @ output.projections[str(index)].weight.T
         if not len(embedding.projections):
             return h
         return h @ embedding.projections[0 if one else index].weight
 
-    def bias(index: int) -> Tensor:
+    def bias(index: int) -> Any:
         return output.biases[index] if options.output_bias else torch.zeros(cuts[index + 1] - cuts[index])
 
     first = torch.cat([narrow(0) @ table(0).T + bias(0)], -1)
@@ -131,11 +133,13 @@ def test_the_loss_is_that_of_the_log_probabilities(options: dict[str, Any], chun
 def test_clusters_without_a_target_still_have_gradients() -> None:
     model, h = decoder(**OPTIONS[0]), hidden_states()
     frequent = tokens() % 5
+    head = model.head()
+    assert isinstance(head, AdaptiveHead)
     for chunk in (0, 4):
         loss = chunked_next_token_loss(h, model.head(), frequent, chunk=chunk)
         torch.testing.assert_close(loss, next_token_loss(model.logits(h), frequent), atol=1e-9, rtol=0)
         # processes sum their gradients, so every parameter needs one
-        for weight in model.head().weights:
+        for weight in head.weights:
             assert torch.autograd.grad(loss, weight, retain_graph=True)[0].shape == weight.shape
         none = torch.zeros_like(frequent, dtype=torch.bool)
         assert chunked_next_token_loss(h, model.head(), frequent, none, chunk=chunk).item() == 0
@@ -170,9 +174,10 @@ def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.Fixtur
 def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     cutoffs = [5, 12]
     model = decoder(adaptive_cutoffs=tuple(cutoffs), adaptive_div=div, tie_embeddings=False)
-    theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(DIM, VOCABULARY, cutoffs, div_value=div).double()
-    output, h, targets = model.output, hidden_states(), tokens()
-    assert isinstance(output, AdaptiveSoftmax)
+    theirs: Any = torch.nn.AdaptiveLogSoftmaxWithLoss(DIM, VOCABULARY, cutoffs, div_value=div).double()
+    assert isinstance(model.output, AdaptiveSoftmax)
+    output: Any = model.output
+    h, targets = hidden_states(), tokens()
     with torch.no_grad():
         # torch's first cluster has no projection
         output.projections["0"].weight.copy_(torch.eye(DIM))
@@ -191,7 +196,8 @@ def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
 
 def test_one_softmax_of_a_factorized_embedding_is_the_plain_one() -> None:
     model, h = decoder(embedding_dim=6), hidden_states()
-    (table,), (projection,) = model.embedding.tables, model.embedding.projections
+    embedding: Any = model.embedding
+    (table,), (projection,) = embedding.tables, embedding.projections
     dense = table.weight @ projection.weight.T
     torch.testing.assert_close(model.logits(h), (h @ dense.T).log_softmax(-1), atol=1e-12, rtol=0)
     torch.testing.assert_close(model.embedding(tokens()), dense[tokens()], atol=1e-12, rtol=0)
@@ -199,7 +205,7 @@ def test_one_softmax_of_a_factorized_embedding_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_token_is_embedded_by_its_cluster(options: dict[str, Any]) -> None:
-    embedding = decoder(**options).embedding
+    embedding: Any = decoder(**options).embedding
     cuts, one = [0, *options.get("adaptive_cutoffs", ()), VOCABULARY], len(embedding.tables) == 1
     for token in (0, 4, 5, 11, 12, 30):
         index = 0 if one else max(i for i in range(len(cuts) - 1) if cuts[i] <= token)
@@ -252,18 +258,20 @@ def test_parameters_are_initialized_and_grouped() -> None:
             vocab_size=3000, dim=128, num_layers=1, num_heads=2, init_std=0.05, adaptive_cutoffs=(500, 1500)
         )
     )
+    embedding: Any = model.embedding
     for first, last in ((0, 500), (500, 1500), (1500, 3000)):
-        embedded = model.embedding(torch.arange(first, last))
+        embedded = embedding(torch.arange(first, last))
         assert embedded.std().item() == pytest.approx(0.05, rel=0.15)
-    logits = torch.nn.functional.linear(torch.randn(64, 128), model.head().maps[2])
-    logits = logits @ model.head().weights[2].T
+    head: Any = model.head()
+    logits = torch.nn.functional.linear(torch.randn(64, 128), head.maps[2])
+    logits = logits @ head.weights[2].T
     assert logits.std().item() == pytest.approx(0.05 * 128**0.5, rel=0.25), "as those of plain embeddings"
     groups = {group["name"]: {id(p) for p in group["params"]} for group in model.parameter_groups(lr=1, weight_decay=1)}
-    tables = {id(table.weight) for table in model.embedding.tables}
+    tables = {id(table.weight) for table in embedding.tables}
     assert tables <= groups["plain"]
-    assert {id(projection.weight) for projection in model.embedding.projections} <= groups["decay"]
-    sparse = ls.Decoder(config(**OPTIONS[3], init="sparse"))
-    assert not any(weight.any() for weight in sparse.head().weights)
+    assert {id(projection.weight) for projection in embedding.projections} <= groups["decay"]
+    head = ls.Decoder(config(**OPTIONS[3], init="sparse")).head()
+    assert not any(weight.any() for weight in head.weights)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

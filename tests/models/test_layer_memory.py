@@ -20,7 +20,7 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
@@ -101,7 +101,8 @@ def test_zero_features_have_finite_gradients() -> None:
 def test_equals_the_plain_loop(kind: str) -> None:
     model, tokens = build(kind), text(2, 15)
     out, state = model(tokens)
-    stack, cell = model.backbone, model.cell
+    stack: Any = model.backbone
+    cell = model.cell
     assert isinstance(cell, LayerMemory)
     assert state is not None
     memories = [torch.zeros(2, cell.features, 16, dtype=torch.float64) for _ in stack.blocks]
@@ -154,6 +155,7 @@ def test_any_cuts_agree_and_rows_are_independent(kind: str) -> None:
             out, state = model(tokens[:, first:last], state)
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-9, rtol=0)
+        assert state is not None
         torch.testing.assert_close(state.memory, end.memory, atol=1e-9, rtol=0)
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[1, :6] = False
@@ -196,7 +198,8 @@ def test_a_loaded_model_streams_as_the_saved_one(tmp_path: Path, options: dict[s
 def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> None:
     recurrent = ls.RecurrentMemory(backbone("encoder"), num_memory_tokens=3, segment_length=5)
     model = ls.models.RecurrentClassifier(recurrent, 4).eval()
-    tokens, traces = text(2, 12), []
+    tokens = text(2, 12)
+    traces: list[Any] = []
     answer, state = model(tokens, traces=traces)
     hidden = recurrent(tokens)[0]
     expected = model.head(torch.cat([traces[1].offered.mean(1), hidden[:, 9]], -1))

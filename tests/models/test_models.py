@@ -187,9 +187,10 @@ def test_sparse_initialization_starts_at_the_uniform_loss() -> None:
     model = decoder(init="sparse", tie_embeddings=False, num_layers=8, dim=128, positions="learned", max_positions=64)
     loss = torch.nn.functional.cross_entropy(model(tokens())[0].flatten(0, 1), tokens().flatten())
     assert loss.item() == pytest.approx(math.log(31), abs=1e-6)
-    block = model.layers[0]
+    block: Any = model.layers[0]
+    embedding: Any = model.embedding
     for weight, expected in (
-        (model.embedding.weight, 0.125 / 128**0.5),
+        (embedding.weight, 0.125 / 128**0.5),
         (block.mixer.projections.q_proj.weight, 0.125 / 128**0.5),
         (block.mixer.projections.o_proj.weight, 0.125 / 128**0.5 / 4),
         (block.ffn.down_proj.weight, 0.125 / block.ffn.down_proj.in_features**0.5 / 4),
@@ -201,11 +202,12 @@ def test_sparse_initialization_starts_at_the_uniform_loss() -> None:
 
 def test_factorized_positions_are_sums_of_coordinates() -> None:
     model = decoder(positions="factorised", position_shape=(3, 5, 2))
-    tables = [table.weight for table in model.position_embedding.tables]
+    positions: Any = model.position_embedding
+    tables = [table.weight for table in positions.tables]
     assert [len(table) for table in tables] == [3, 5, 2]
     for p in range(30):
         expected = tables[0][p // 10] + tables[1][p // 2 % 5] + tables[2][p % 2]
-        torch.testing.assert_close(model.position_embedding(torch.tensor(p)), expected)
+        torch.testing.assert_close(positions(torch.tensor(p)), expected)
     with pytest.raises(ls.errors.UnsupportedError, match="past the learned positions"):
         model(tokens(1, 31))
     with pytest.raises(ls.ConfigError, match="position_shape"):
@@ -214,23 +216,24 @@ def test_factorized_positions_are_sums_of_coordinates() -> None:
 
 def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
     model = decoder(positions="factorised", position_shape=(3, 5, 2), position_dims=(4, 10, 2), dim=16)
-    tables = [table.weight for table in model.position_embedding.tables]
+    positions: Any = model.position_embedding
+    tables = [table.weight for table in positions.tables]
     assert [tuple(table.shape) for table in tables] == [(3, 4), (5, 10), (2, 2)]
-    assert sum(p.numel() for p in model.position_embedding.parameters()) == 3 * 4 + 5 * 10 + 2 * 2
+    assert sum(p.numel() for p in positions.parameters()) == 3 * 4 + 5 * 10 + 2 * 2
     for p in range(30):
         expected = torch.cat([tables[0][p // 10], tables[1][p // 2 % 5], tables[2][p % 2]])
-        assert torch.equal(model.position_embedding(torch.tensor(p)), expected)
+        assert torch.equal(positions(torch.tensor(p)), expected)
     at = torch.arange(30).view(2, 15)
-    assert torch.equal(model.position_embedding(at)[1, 3], model.position_embedding(torch.tensor(18)))
-    model.position_embedding(at).square().sum().backward()
+    assert torch.equal(positions(at)[1, 3], positions(torch.tensor(18)))
+    positions(at).square().sum().backward()
     assert all(bool(table.grad.ne(0).all()) for table in tables)
     loaded = ls.models.load_model(ls.models.save_model(model, tmp_path))
     assert loaded.config == model.config
     torch.testing.assert_close(loaded(tokens(1, 30))[0], model.eval()(tokens(1, 30))[0])
     sparse = {"init": "sparse", "tie_embeddings": False, "dim": 96, "positions": "factorised"}
     for widths, count in (((), 2), ((32, 64), 1)):
-        table = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding.tables[1]
-        assert table.weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
+        positions = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding
+        assert positions.tables[1].weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def build(kind: str, **options: Any) -> RecurrentMemory:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
@@ -43,20 +43,21 @@ def text(batch: int, length: int, seed: int = 2) -> Tensor:
 
 def definition(model: RecurrentMemory, tokens: Tensor, borders: list[int]) -> Tensor:
     """One row, segment by segment, from the equations; the last segment is closed too."""
+    backbone: Any = model.backbone
     memory = model.memory.weight[None]
     mass = torch.zeros(1, 3)
     outs = []
     for first, last in zip([0, *borders], [*borders, tokens.shape[1]], strict=True):
-        embedded = model.backbone.embedding(tokens[:, first:last])
+        embedded = backbone.embedding(tokens[:, first:last])
         if isinstance(model.backbone, ls.Encoder):
-            hidden = model.backbone(inputs_embeds=torch.cat([memory, embedded], 1))
+            hidden = backbone(inputs_embeds=torch.cat([memory, embedded], 1))
             new, out = hidden[:, :3], hidden[:, 3:]
         else:
             x = torch.cat([memory, embedded, memory], 1)
             rows = ls.mixers.Rows(torch.zeros(1, dtype=torch.int64), x.shape[1])
-            hidden = model.backbone.run(None, None, None, None, None, x)[0]
+            hidden = backbone.run(None, None, None, None, None, x)[0]
             assert rows.plain
-            new, out = hidden[:, -3:], model.backbone.logits(hidden[:, 3:-3])
+            new, out = hidden[:, -3:], backbone.logits(hidden[:, 3:-3])
         outs.append(out)
         memory, mass, _ = model.update(memory, new, mass)
     return torch.cat(outs, 1)
@@ -118,6 +119,7 @@ def test_cuts_at_segment_borders_are_bit_for_bit(kind: str) -> None:
         part, state = model(tokens[:, a:b], state)
         parts.append(part)
     assert torch.equal(torch.cat(parts, 1), whole)
+    assert state is not None
     assert torch.equal(state.memory, final.memory)
 
 
@@ -151,7 +153,8 @@ def test_gradients_reach_exactly_bptt_segments(kind: str, horizon: int) -> None:
         if out.ndim == 3:  # not the whole table, which tied output layers ask for
             embedded.append(out)
 
-    model.backbone.embedding.register_forward_hook(record)
+    embedding: Any = model.backbone.embedding
+    embedding.register_forward_hook(record)
     out, _ = model(text(1, 25))
     gradients = torch.autograd.grad(out[:, -5:].square().sum(), embedded, allow_unused=True)
     reached = [g is not None and bool(g.abs().max() > 0) for g in gradients]

@@ -32,15 +32,16 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
 def definition(model: ls.RecurrentMemory, tokens: Tensor) -> Tensor:
     """One row, segment by segment, by the documented calls of the model."""
     memory, outs, causal = model.memory.weight[None], [], model.adapter.causal
-    embedding = model.backbone.get_input_embeddings()
+    backbone: Any = model.backbone
+    embedding = backbone.get_input_embeddings()
     mass = torch.zeros(1, 3)
     for first in range(0, tokens.shape[1], 5):
         segment = embedding(tokens[:, first : first + 5])
         parts = [memory, segment, memory] if causal else [memory, segment]
-        hidden = model.backbone(inputs_embeds=torch.cat(parts, 1), output_hidden_states=True).hidden_states[-1]
+        hidden = backbone(inputs_embeds=torch.cat(parts, 1), output_hidden_states=True).hidden_states[-1]
         new = hidden[:, -3:] if causal else hidden[:, :3]
         seen = hidden[:, 3 : 3 + segment.shape[1]]
-        outs.append(model.backbone.get_output_embeddings()(seen) if causal else seen)
+        outs.append(backbone.get_output_embeddings()(seen) if causal else seen)
         memory, mass, _ = model.update(memory, new, mass)
     return torch.cat(outs, 1)
 
@@ -77,6 +78,7 @@ def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
         out, state = model(tokens[:, index : index + 1], state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-9, rtol=0)
+    assert state is not None
     torch.testing.assert_close(state.memory, end.memory, atol=1e-9, rtol=0)
 
 
@@ -84,7 +86,8 @@ def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
 def test_a_layer_memory_reads_and_writes_around_every_layer(kind: str) -> None:
     model, tokens = build(kind, per_layer=True, memory_dim=4), text(1, 10)
     with torch.no_grad():
-        for layer in model.cell.maps:
+        cell: Any = model.cell
+        for layer in cell.maps:
             layer.value.weight.normal_()
     first, state = model(tokens[:, :5])
     assert state.memory.abs().sum(dim=(2, 3)).gt(0).all(), "every layer has written"

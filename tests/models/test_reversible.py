@@ -12,7 +12,7 @@ import longspan as ls
 from longspan import mixers
 from longspan.contract.replay import Choices
 from longspan.mixers import Rows
-from longspan.models import StackState, load_model, save_model
+from longspan.models import Head, StackState, load_model, save_model
 
 DYNAMIC: dict[str, Any] = {"name": "adaptive_span", "max_span": 6, "ramp": 3, "dynamic": True, "penalty": 0.1}
 FORMS: list[dict[str, Any]] = [
@@ -192,15 +192,18 @@ def test_choices_come_back_in_their_order_and_type() -> None:
     plain = Rows(torch.zeros(1, dtype=torch.int64), 3)
     assert torch.equal(plain.choose(lambda: many, below=2), many), "no pass records"
     rows = plain.with_choices(choices)
+
+    def choose(positions: Tensor, below: int) -> Tensor:
+        return rows.choose(lambda: positions, below=below)
+
     with torch.no_grad():
-        assert rows.learns
-        assert not plain.learns
+        assert (rows.learns, plain.learns) == (True, False)
         for chosen, below in ((torch.tensor([255]), 256), (torch.tensor([256]), 257), (many, 70_001)):
-            assert rows.choose(lambda chosen=chosen: chosen, below=below) is chosen
+            assert choose(chosen, below) is chosen
         for _ in range(2):
             choices.rewind()
             assert not rows.learns
-            replayed = [rows.choose(lambda: torch.tensor([-1]), below=1) for _ in range(3)]
+            replayed = [choose(torch.tensor([-1]), 1) for _ in range(3)]
             assert [t.tolist() for t in replayed] == [[255], [256], [0, 70_000]]
             assert all(t.dtype == torch.int64 for t in replayed)
 
@@ -219,7 +222,8 @@ def test_statistics_count_a_step_once() -> None:
             penalties: list[Tensor] = []
             loss = model(tokens(), penalties=penalties)[0].square().sum()
             (loss + sum(penalties)).backward()
-            counts.append(counted(model.blocks[0].mixer.core).clone())
+            block: Any = model.blocks[0]
+            counts.append(counted(block.mixer.core).clone())
         assert float(counts[0].abs().sum()) > 0
         torch.testing.assert_close(counts[0], counts[1])
 
@@ -285,7 +289,9 @@ def test_gradients_reach_memory_tokens_through_reversible_blocks() -> None:
     memory = ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5).double()
     logits, _ = memory(tokens())
     logits[:, -1].square().sum().backward()
-    assert memory.cell.tokens.weight.grad.abs().max() > 0
+    gradient = memory.cell.tokens.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
     with pytest.raises(ls.UnsupportedError, match="per_layer"):
         ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5, per_layer=True)
 
@@ -316,7 +322,7 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
     loss = model(tokens())[0].square().sum()
     first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with pytest.raises(ls.errors.UnsupportedError, match="no second derivatives"):
-        sum(g.square().sum() for g in first).backward()
+        torch.stack([g.square().sum() for g in first]).sum().backward()
     with pytest.raises(ls.ConfigError, match="pre-norm"):
         decoder(norm_position="post")
     with pytest.raises(ls.ConfigError, match="checkpoint = false"):
@@ -331,13 +337,15 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
 
 def test_both_streams_widen_hidden_states_and_the_head() -> None:
     """Hidden states are twice as wide, whatever reads them; FLOPs count the wider output layer, hashes the fields."""
-    fields = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
+    fields: dict[str, Any] = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
     config = ls.EncoderConfig(**fields, streams="both")
     assert ls.Encoder(config)(tokens()).shape == (2, 19, 48)
     assert ls.MaskedLM(config)(tokens())[0].shape == (2, 19, 31)
     model = decoder(streams="both", tie_embeddings=False)
     hidden, _ = model.hidden(tokens())
-    torch.testing.assert_close(torch.nn.functional.linear(hidden, *model.head()), model(tokens())[0])
+    head = model.head()
+    assert isinstance(head, Head)
+    torch.testing.assert_close(torch.nn.functional.linear(hidden, *head), model(tokens())[0])
     plain = decoder(tie_embeddings=False)
     assert model.flops(10) - plain.flops(10) == 2 * 10 * 24 * 31
     hashes = {ls.models.model_hash(decoder(tie_embeddings=False, output_bias=bias)) for bias in (False, True)}

@@ -63,7 +63,8 @@ def converted() -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4
     )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     hf.convert(model, "infini", segment=4)
     return model
 

@@ -103,7 +103,8 @@ def test_other_kinds_of_images_become_color(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([grey, grey + 1, grey + 2, grey])).save(tmp_path / "alpha.png")
-    alpha, plain = TilesTask(TilesConfig(tile=8)).read(str(tmp_path)).items
+    items: Any = TilesTask(TilesConfig(tile=8)).read(str(tmp_path)).items
+    alpha, plain = items
     np.testing.assert_array_equal(plain.ids.reshape(8, 8, 3), np.dstack([grey] * 3))
     np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([grey, grey + 1, grey + 2]))
 
@@ -249,4 +250,5 @@ def test_the_tunes_of_the_package_are_split() -> None:
     assert 0.05 < len(validation) / (len(train) + len(validation)) <= 0.1
     for documents in (train, validation):
         assert documents.lengths.max() <= 4096
-        assert all(bytes(item.ids).startswith(b"X:") for item in documents.items)
+        items: Any = documents.items
+        assert all(bytes(item.ids).startswith(b"X:") for item in items)

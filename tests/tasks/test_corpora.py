@@ -16,7 +16,7 @@ Splits = dict[str, list[tuple[str, str]]]
 SPLITS: tuple[TestedSplit, ...] = ("train", "validation", "test")
 
 
-def texts(corpus: str, source: Path, **fields: Any) -> Splits:
+def texts(corpus: Any, source: Path, **fields: Any) -> Splits:
     """The documents of every split, as text."""
     task = TextTask(TextConfig(corpus=corpus, source=str(source), **fields))
     return {split: [(name, data.tobytes().decode()) for name, data in task.texts(split)] for split in SPLITS}
@@ -56,7 +56,7 @@ def test_documents_of_wikitext_are_articles(tmp_path: Path, suffix: str) -> None
     documents = texts("wikitext", tmp_path)
     assert documents["train"] == list(zip(["Valkyria Chronicles III", "a = b", "<unk>"], ARTICLES, strict=True))
     assert [len(documents[split]) for split in SPLITS] == [3, 1, 2]
-    task = TextTask(TextConfig(corpus="wikitext", source=str(tmp_path), tokenizer="word", vocab_size=0))
+    task: Any = TextTask(TextConfig(corpus="wikitext", source=str(tmp_path), tokenizer="word", vocab_size=0))
     # every line ends in its own token, as in the official counts: 8 in the first article
     assert (task.documents("validation")[0].ids == task.tokenizer.end).sum() == 8
     (tmp_path / f"wiki.test.{suffix}").unlink()
@@ -83,7 +83,9 @@ def test_pg19_is_a_folder_of_books(tmp_path: Path) -> None:
     books = texts("pg19", tmp_path)
     assert books["train"] == [("10", "book 10"), ("9 Emma, a novel", "book 9")]
     assert [len(books[split]) for split in SPLITS] == [2, 1, 2]
-    assert CORPORA["pg19"].official["test"] == (100, 6_966_499)
+    official = CORPORA["pg19"].official
+    assert official is not None
+    assert official["test"] == (100, 6_966_499)
     (tmp_path / "validation/5.txt").unlink()
     with pytest.raises(
         DataError, match=r"no validation/\*.txt; PG-19 is a folder that holds train, validation and test"

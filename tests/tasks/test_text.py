@@ -139,4 +139,5 @@ def test_a_tenth_of_the_speeches_is_held_out() -> None:
     assert sum(sizes.values()) == 12_185_751
     assert sizes["validation"] == pytest.approx(1.42e6, rel=0.01)
     assert len(task.documents("validation")) == 25
-    assert task.documents("train")[0].ids.dtype == np.uint8
+    document: Any = task.documents("train")[0]
+    assert document.ids.dtype == np.uint8

@@ -79,7 +79,7 @@ def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
         assert (gradient - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def tensors_made(make: Any) -> int:
+def largest_tensor(make: Any) -> int:
     """Elements of the largest tensor that a forward and backward pass makes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -93,15 +93,16 @@ def tensors_made(make: Any) -> int:
                     self.largest = max(self.largest, tensor.numel())
             return out
 
-    with Largest() as mode:
+    mode: Any = Largest  # torch leaves its initializer untyped
+    with mode() as counter:
         make().backward()
-    return mode.largest
+    return int(counter.largest)
 
 
 def test_logits_of_a_whole_call_never_exist() -> None:
     leaves, targets = inputs(), answers()[0]
-    whole = tensors_made(lambda: next_token_loss(leaves[0] @ leaves[1].T, targets))
-    chunked = tensors_made(lambda: chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, chunk=3))
+    whole = largest_tensor(lambda: next_token_loss(leaves[0] @ leaves[1].T, targets))
+    chunked = largest_tensor(lambda: chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, chunk=3))
     assert whole == 2 * 19 * 31
     assert chunked == max(2 * 19 * 8, 31 * 8, 3 * 31)
 

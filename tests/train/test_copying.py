@@ -61,6 +61,7 @@ def test_a_run_learns_and_resumes_where_it_stopped(tmp_path: Path) -> None:
         run(override(RECIPE, f"train.steps={steps}"), tmp_path / "parts", resume=steps == 6, progress="none")
     assert [line["step"] for line in read_log(tmp_path / "parts" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     model, task = load_run(tmp_path / "parts")
+    assert isinstance(task, CopyTask)
     assert task.config.word == 15
     assert model.traits.value_causal
 

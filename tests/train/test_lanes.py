@@ -95,9 +95,9 @@ def test_processes_read_disjoint_places_that_are_all_there_are(lengths: list[int
         pairs = [(document, target) for line in lines_of(part) for document, _, target, _ in line]
         read.append({document: [pair[1] for pair in pairs if pair[0] == document] for document, _ in pairs})
     # no document is read by two processes, and together they read all of every document
-    assert sum(len(part) for part in read) == len(set().union(*read)) == np.count_nonzero(documents.lengths)
-    for part in read:
-        for document, targets in part.items():
+    assert sum(len(targets_of) for targets_of in read) == len(set().union(*read)) == np.count_nonzero(documents.lengths)
+    for targets_of in read:
+        for document, targets in targets_of.items():
             assert targets == documents[document].cut(0, len(documents[document])).targets.tolist()
 
 

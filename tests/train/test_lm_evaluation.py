@@ -1,6 +1,7 @@
 """Figures of a language model come from the loss of every place, which equals that of reading directly."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,9 +125,9 @@ def test_tokens_belong_to_words(kind: str) -> None:
     assert counts.words.tolist() == [7, 2, 1]
     assert [b" ".join(words) for words in counts.spelled] == [" ".join(text.split()).encode() for text in TEXTS]
     for index, owner in enumerate(counts.word_of):
-        ids = documents[index].ids
+        document: Any = documents[index]
         for number, word in enumerate(counts.spelled[index]):
-            spelled = tokenizer.decode(ids[owner == number].tolist())
+            spelled = tokenizer.decode(document.ids[owner == number].tolist())
             assert spelled.strip() == word
         assert (np.diff(owner) >= 0).all()
     # a tokenizer of words counts single spaces and no line ends, in bytes and in characters

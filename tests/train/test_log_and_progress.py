@@ -100,7 +100,9 @@ def test_displays_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_resident_memory_is_that_of_this_process() -> None:
-    assert 10**7 < resident_bytes() < 10**11
+    resident = resident_bytes()
+    assert resident is not None
+    assert 10**7 < resident < 10**11
 
 
 def test_resident_memory_is_measured_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,5 +110,7 @@ def test_resident_memory_is_measured_without_proc(monkeypatch: pytest.MonkeyPatc
         raise FileNotFoundError
 
     monkeypatch.setattr("pathlib.Path.read_text", absent)
-    assert resident_bytes() == pytest.approx(resident_bytes(), rel=0.1)
-    assert resident_bytes() > 10**7
+    resident = resident_bytes()
+    assert resident is not None
+    assert resident == pytest.approx(resident_bytes(), rel=0.1)
+    assert resident > 10**7

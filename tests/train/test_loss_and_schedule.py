@@ -26,6 +26,7 @@ def test_the_loss_is_the_sum_over_graded_tokens() -> None:
 def test_ungraded_tokens_have_no_gradient() -> None:
     logits = torch.randn(1, 3, 4, requires_grad=True)
     next_token_loss(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[True, False, True]])).backward()
+    assert logits.grad is not None
     assert logits.grad[0, 1].abs().max() == 0
     assert logits.grad[0, 0].abs().max() > 0
 

@@ -139,8 +139,12 @@ def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTas
 
     import longspan.train.depths as depths
 
+    def record(number: list[int], answer: list[int]) -> tuple[float, bool]:
+        said.append((number, answer))
+        return 0.0, False
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depths, "score", lambda number, answer: said.append((number, answer)) or (0.0, False))
+        patch.setattr(depths, "score", record)
         evaluation = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
     assert {depth: len(answers) for depth, answers in evaluation.contained.items()} == {0: 2, 40: 2, 100: 2}
     expected = []

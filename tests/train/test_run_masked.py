@@ -45,6 +45,7 @@ def test_a_masked_model_learns_from_neighboring_residues(recipe: dict[str, Any],
     recipe["model"]["mixers"][0]["redraw"] = 0
     recipe["train"]["lanes"] = 8
     summary = run(recipe, tmp_path, progress="none").evaluation
+    assert summary is not None
     assert summary["accuracy"] > 0.5, "frequencies alone are right 1 time in 20"
     model, task = load_run(tmp_path)
     again = evaluate_text(model, task.documents("validation"), memory=False, chunk=64, unit=task.unit)
