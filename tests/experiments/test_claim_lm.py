@@ -60,7 +60,7 @@ def test_every_size_trains_the_models_of_its_verdict() -> None:
 
 
 def test_equal_tokens_are_equal() -> None:
-    assert {claim._tokens_per_step(name) for name in claim.NAMES} == {2048}
+    assert {claim.tokens_per_step(name) for name in claim.NAMES} == {2048}
 
 
 @pytest.fixture(scope="module")

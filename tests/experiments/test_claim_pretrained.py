@@ -35,7 +35,7 @@ def test_it_converts_trains_and_reads_and_a_second_call_measures_nothing(folder:
     assert len(tuned["nats"]) == len(local["nats"]) == 16
     assert len(outcome.data["original"]["nats"]) == 4
     assert outcome.data["original"]["state"] == 2 * 4 * 2 * 2 * 4 * 256
-    # both see the same until the memory is first read
+    # both read the same tokens until the memory is first read
     assert tuned["nats"] != local["nats"]
     assert all(4 < value < 7 for value in tuned["nats"] + outcome.data["untrained"]["nats"])
     assert "perplexity of tokens 512 to 1,024" in [figure.what for figure in outcome.figures]

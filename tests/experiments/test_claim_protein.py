@@ -136,8 +136,9 @@ def test_counts_of_the_sequence_beat_frequencies_if_compositions_differ() -> Non
 def test_similarity_of_embeddings_is_their_correlation() -> None:
     model = MaskedLM(EncoderConfig(vocab_size=29, dim=16, num_layers=1, num_heads=2))
     with torch.no_grad():
-        model.embedding.weight[FIRST + A["D"]] = 2 * model.embedding.weight[FIRST + A["E"]] + 1e-4
-        model.embedding.weight[FIRST : FIRST + 20] += 5.0
+        embedding: Any = model.embedding
+        embedding.weight[FIRST + A["D"]] = 2 * embedding.weight[FIRST + A["E"]] + 1e-4
+        embedding.weight[FIRST : FIRST + 20] += 5.0
     correlations = similarity.similarity_of_embeddings(model)
     assert similarity.rank_of_pair(correlations, "DE") == 1
     assert np.allclose(correlations, correlations.T)
@@ -163,10 +164,10 @@ def test_each_part_of_the_claim_is_judged() -> None:
     def heads(p: float) -> Any:
         return dict.fromkeys(performer_protein.MIXERS, similarity.Agreement(0.5, 0.5, p, p))
 
-    assert performer_protein._judge(scores(4.0, 4.01, 3.9), heads(0.001))[0] == "holds"
-    verdict, note = performer_protein._judge(scores(4.0, 4.01, 4.1), heads(0.001))
+    assert performer_protein.judge(scores(4.0, 4.01, 3.9), heads(0.001))[0] == "holds"
+    verdict, note = performer_protein.judge(scores(4.0, 4.01, 4.1), heads(0.001))
     assert verdict == "holds in part"
     assert "ReLU features are not the best" in note
     assert "5% of the 0.2000 bits" in note
-    assert performer_protein._judge(scores(4.0, 4.05, 4.1), heads(0.2))[0] == "does not hold"
-    assert performer_protein._judge(scores(4.3, 4.3, 4.3), heads(0.2))[0] == "does not hold"
+    assert performer_protein.judge(scores(4.0, 4.05, 4.1), heads(0.2))[0] == "does not hold"
+    assert performer_protein.judge(scores(4.3, 4.3, 4.3), heads(0.2))[0] == "does not hold"

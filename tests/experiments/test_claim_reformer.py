@@ -43,7 +43,8 @@ def test_copy_trains_asks_and_a_second_call_measures_nothing(tmp_path: Path, mon
 
 def test_without_hashing_everything_is_seen() -> None:
     """Weights also fit mixers of any selection and rounds; rotations follow the seed."""
-    fields = {"vocab_size": 9, "dim": 16, "num_layers": 1, "num_heads": 2, "positions": "learned", "max_positions": 64}
+    fields: dict[str, Any] = {"vocab_size": 9, "dim": 16, "num_layers": 1, "num_heads": 2}
+    fields |= {"positions": "learned", "max_positions": 64}
     full = reformer_copy.mixer("strict", reformer_copy.FULL, 31)
     torch.manual_seed(0)
     model = ls.Decoder(ls.DecoderConfig(**fields, init_std=0.5, mixers=(full,))).double().eval()
@@ -65,7 +66,7 @@ def test_without_hashing_everything_is_seen() -> None:
     [(0.995, 0.991, "holds"), (0.995, 0.7, "holds in part"), (0.5, 0.6, "does not hold")],
 )
 @pytest.mark.usefixtures("undrawn")
-def test_verdict_of_the_copy(strict: float, ordered: float, verdict: str) -> None:
+def test_the_verdict_of_the_copy_follows_the_losses(strict: float, ordered: float, verdict: str) -> None:
     plan = reformer_copy.PLANS["full"]
 
     def rows(value: float) -> dict[str, dict[str, float]]:

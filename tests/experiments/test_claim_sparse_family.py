@@ -11,7 +11,7 @@ import torch
 
 from longspan.experiments.claims import adaptive_span, bp, bp_forms, entmax, growth, sparse
 from longspan.experiments.claims.base import Outcome
-from longspan.experiments.claims.contest import Contest, ModelRecords, as_good, caution, evenly, seeds_note
+from longspan.experiments.claims.contest import Contest, ModelRecords, as_good, caution, contest, evenly, seeds_note
 from longspan.mechanisms.bp.definition import spans
 from longspan.tasks import Document, Documents
 from longspan.tasks.text import TextDocument
@@ -141,10 +141,14 @@ def test_both_forms_of_bp_are_trained(tmp_path: Path) -> None:
 )
 @pytest.mark.usefixtures("undrawn")
 def test_the_verdict_on_bp(bits: float, slope: float, verdict: str) -> None:
-    forms = {bp.DENSE: [record_of(2.0)], bp_forms.RECOMPUTED: [record_of(2.0)], bp_forms.PERSIST: [record_of(1.9)]}
+    forms = {
+        bp_forms.DENSE: [record_of(2.0)],
+        bp_forms.RECOMPUTED: [record_of(2.0)],
+        bp_forms.PERSIST: [record_of(1.9)],
+    }
     flops = {"dense": {10: 100.0, 100: 1e4}, "bp": {10: 10.0, 100: 10.0 * 10**slope}}
-    measurements = {
-        "models": {bp.DENSE: [record_of(2.0)], bp.BP: [record_of(bits)]},
+    measurements: dict[str, Any] = {
+        "models": {bp_forms.DENSE: [record_of(2.0)], bp.BP: [record_of(bits)]},
         "forms": forms,
         "growth": {"flops": flops, "nodes": flops},
     }
@@ -221,7 +225,7 @@ def test_sparse_patterns_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, 
         image=TINY,
         tile=8,
     )
-    # one length alone has no slope
+    # a single length has no slope
     plan = dataclasses.replace(plan, weights=256)
     outcome = called_twice(sparse, tmp_path, plan)
     assert "image" not in outcome.data
@@ -242,8 +246,8 @@ def test_sparse_patterns_learn_tiles(tmp_path: Path) -> None:
     recipes = sparse.image_recipes(plan)
     assert [recipe["model"]["mixers"][0].get("stride") for recipe in recipes.values()] == [None, 24, 24]
     assert 6 < sparse.frequency_bits(plan) < 10
-    contest = Contest(seeds=1, head=0, documents=3, train={"steps": 1, "lanes": 1, "segment_length": 192})
-    records = sparse.contest(tmp_path, {"fixed": recipes["fixed"]}, contest, print)
+    one_step = Contest(seeds=1, head=0, documents=3, train={"steps": 1, "lanes": 1, "segment_length": 192})
+    records = contest(tmp_path, {"fixed": recipes["fixed"]}, one_step, print)
     assert records["fixed"][0]["alone" if "alone" in records["fixed"][0] else "memory"]["units"] == [192] * 3
 
 

@@ -39,7 +39,7 @@ def test_reach_is_the_sum_over_layers() -> None:
     """A token sees its segment and `mem_len` before it; every further layer adds `mem_len`."""
     mixer = {"name": "transformer_xl", "segment": 8, "mem_len": 8}
     torch.manual_seed(0)
-    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, positions="none", mixers=[mixer])
+    config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=2, positions="none", mixers=(mixer,))
     model = ls.Decoder(config).double().eval()
     tokens = torch.randint(11, (64,))
     # 63 is the last of its segment: 7 there, 8 of memory, and 8 more from the layer below

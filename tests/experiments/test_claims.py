@@ -65,10 +65,10 @@ def test_claims_that_are_computed_or_timed(monkeypatch: pytest.MonkeyPatch, tmp_
     assert errors["positive, inputs of scale 1"][1] > 1, "no number of features helps at unit variance"
     monkeypatch.setitem(performer_speed.PLANS, "small", (64, 128))
     timed = performer_speed.PERFORMER_SPEED.run(tmp_path, "small", print)
-    assert set(timed.data["seconds"]) == set(timed.data["bytes"]) == set(performer_speed._LAYERS)
+    assert set(timed.data["seconds"]) == set(timed.data["bytes"]) == set(performer_speed.LAYERS)
     assert all(set(values) == {64, 128} for values in timed.data["bytes"].values())
     for power, verdict in ((1.0, "holds"), (2.0, "does not hold")):
-        measurements = {what: {name: {64: 1.0, 128: 2.0} for name in performer_speed._LAYERS} for what in timed.data}
+        measurements = {what: {name: {64: 1.0, 128: 2.0} for name in performer_speed.LAYERS} for what in timed.data}
         measurements["seconds"]["dense"] = {64: 1.0, 128: 4.0}
         measurements["bytes"]["performer"] = {64: 1.0, 128: 2.0**power}
         assert performer_speed.outcome(measurements).verdict == verdict

@@ -1,8 +1,11 @@
 """A quickstart of a few seconds with the code of the real one, `eval` of its run, and `reproduce`."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tests.cli.conftest import Outcome
 from tests.cli.pages import without_pixels
 
 from longspan.config import read_toml
@@ -19,7 +22,7 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """The folder of a quickstart, and its exit code."""
     from longspan.cli.app import run
 
@@ -28,7 +31,7 @@ def finished(tmp_path_factory):
     return out, run(["quickstart", "-o", str(out), "--longest", "64", "--count", "2", *sets])
 
 
-def test_the_quickstart_checks_its_claims(finished):
+def test_the_quickstart_checks_its_claims(finished: tuple[Path, int]) -> None:
     out, code = finished
     report = json.loads((out / "report.json").read_text())
     names = [check["name"] for check in report["checks"]]
@@ -39,7 +42,7 @@ def test_the_quickstart_checks_its_claims(finished):
     assert all(answer["n"] == 2 for answer in report["answers"][:8])
 
 
-def test_the_quickstart_draws_its_page(finished):
+def test_the_quickstart_draws_its_page(finished: tuple[Path, int]) -> None:
     out, _ = finished
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {"accuracy.png", "resident-memory.png", "speed.png", "flops.png", "training.png"}
@@ -48,7 +51,7 @@ def test_the_quickstart_draws_its_page(finished):
     assert "http" not in without_pixels(html).replace("http-equiv", "")
 
 
-def test_eval_answers_questions_of_a_memory_task(finished, longspan):
+def test_eval_answers_questions_of_a_memory_task(finished: tuple[Path, int], longspan: Callable[..., Outcome]) -> None:
     run = finished[0] / "run"
     records = json.loads(longspan("eval", run, "--segments", "1,3", "--count", "4", "--json").out)
     assert [(record["segments"], record["n"]) for record in records] == [(1, 4), (3, 4)]
@@ -58,19 +61,21 @@ def test_eval_answers_questions_of_a_memory_task(finished, longspan):
     assert "makes its own questions" in longspan("eval", run, "kjv").error
 
 
-def test_the_quickstart_rejects_other_recipes(longspan, tmp_path):
+def test_the_quickstart_rejects_other_recipes(longspan: Callable[..., Outcome], tmp_path: Path) -> None:
     recipe = find_recipe("tiny.toml")
     assert "memory task" in longspan("quickstart", "--recipe", recipe, "-o", tmp_path).error
     assert "no trained model" in longspan("quickstart", "--reuse", "-o", tmp_path).error
 
 
-def answers(kind, segments, right, wrong, resident=100, seconds=1.0):
+def answers(
+    kind: str, segments: int, right: int, wrong: int, resident: int = 100, seconds: float = 1.0
+) -> measure.Reading:
     measured = Answers(kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong))
     measured.seconds, measured.resident = seconds * segments, resident
     return measure.Reading(segments, {kind: measured})
 
 
-def test_checks_compare_with_their_bars():
+def test_checks_compare_with_their_bars() -> None:
     good = [answers("detect", 16, 64, 0), answers("detect", 256, 31, 1), answers("detect", 4096, 3, 1)]
     verdicts = {check.name: check for check in measure.check(good, Clock())}
     named = {name.split(", ")[-1]: check for name, check in verdicts.items() if name.startswith("detect")}
@@ -84,12 +89,12 @@ def test_checks_compare_with_their_bars():
     assert measure.plan(4096, 64) == [(1, 64), (4, 64), (16, 64), (64, 64), (256, 32), (1024, 4), (4096, 4)]
 
 
-def test_the_recipes_resolve():
+def test_the_recipes_resolve() -> None:
     for name in ("rmt.toml", "rmt-reasoning.toml"):
         assert resolve(read_toml(find_recipe(name)))["train"]["max_segments"] <= 7
 
 
-def test_reproduce_lists_and_runs_claims_and_writes_docs(longspan, tmp_path):
+def test_reproduce_lists_and_runs_claims_and_writes_docs(longspan: Callable[..., Outcome], tmp_path: Path) -> None:
     assert "rmt-flops" in longspan("reproduce").out
     assert "did you mean 'rmt-flops'" in longspan("reproduce", "rmt-flop").error
     reproduced = longspan("reproduce", "rmt-flops", "--docs", tmp_path, "-o", tmp_path / "out")
@@ -103,7 +108,7 @@ def test_reproduce_lists_and_runs_claims_and_writes_docs(longspan, tmp_path):
     assert "no results yet" in longspan("reproduce", "--docs", tmp_path / "none").error
 
 
-def test_the_page_of_claims_is_generated_from_the_results():
+def test_the_page_of_claims_is_generated_from_the_results() -> None:
     from pathlib import Path
 
     docs = Path(__file__).parents[2] / "docs"

@@ -1,12 +1,17 @@
 """A quickstart of a few seconds with the code of the real one, and its checks on synthetic numbers."""
 
 import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tests.cli.conftest import Outcome
 from tests.cli.pages import without_pixels
 
 from longspan.config import read_toml
+from longspan.experiments.checks import Check
 from longspan.experiments.quickstart_lm import checks
 from longspan.experiments.quickstart_lm.plan import make_plan
 from longspan.experiments.quickstart_lm.steps import Streamed
@@ -14,9 +19,11 @@ from longspan.experiments.tour import Clock
 from longspan.tasks import resolve as resolve_task
 from longspan.train import Evaluation, find_recipe, resolve
 
+Verdicts = Callable[..., dict[str, Check]]
+
 
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory, byte_run):
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory, byte_run: Path) -> tuple[Path, int]:
     """The folder of a quickstart, and its exit code."""
     from longspan.cli.app import run
 
@@ -28,7 +35,7 @@ def finished(folder, tmp_path_factory, byte_run):
     return out, code
 
 
-def test_the_quickstart_checks_its_claims(finished):
+def test_the_quickstart_checks_its_claims(finished: tuple[Path, int]) -> None:
     out, code = finished
     report = json.loads((out / "report.json").read_text())
     checks_by_name = {check["name"]: check for check in report["checks"]}
@@ -40,7 +47,7 @@ def test_the_quickstart_checks_its_claims(finished):
     assert len(checks_by_name) == 8
 
 
-def test_the_quickstart_draws_its_page(finished):
+def test_the_quickstart_draws_its_page(finished: tuple[Path, int]) -> None:
     out, _ = finished
     names = {path.name for path in (out / "figures").iterdir()}
     assert names == {"bits-per-byte.png", "resident-memory.png", "speed.png", "memory-length.png", "training.png"}
@@ -50,7 +57,7 @@ def test_the_quickstart_draws_its_page(finished):
     assert f"longspan eval {out / 'run'}" in html
 
 
-def test_the_quickstart_keeps_its_numbers(finished):
+def test_the_quickstart_keeps_its_numbers(finished: tuple[Path, int]) -> None:
     report = json.loads((finished[0] / "report.json").read_text())
     assert report["stream"]["equal"] == report["stream"]["compared"] == 2048
     assert [record["bytes"] for record in report["stream"]["records"]][-1] == 9000
@@ -61,7 +68,9 @@ def test_the_quickstart_keeps_its_numbers(finished):
     assert report["written"]["prompt"]
 
 
-def test_the_quickstart_reuses_a_model_and_keeps_other_files(longspan, finished, folder, byte_run, tmp_path):
+def test_the_quickstart_reuses_a_model_and_keeps_other_files(
+    longspan: Callable[..., Outcome], finished: tuple[Path, int], folder: Path, byte_run: Path, tmp_path: Path
+) -> None:
     arguments = ["quickstart-lm", "--recipe", folder / "bytes.toml", "--text", folder / "long.txt", "-o", tmp_path]
     assert "no trained model to keep" in longspan(*arguments, "--reuse").error.splitlines()[-1]
     (tmp_path / "run").mkdir()
@@ -70,7 +79,9 @@ def test_the_quickstart_reuses_a_model_and_keeps_other_files(longspan, finished,
     assert (tmp_path / "run" / "mine").read_text() == "precious"
 
 
-def test_the_quickstart_rejects_unfit_texts_and_recipes(longspan, folder, tmp_path):
+def test_the_quickstart_rejects_unfit_texts_and_recipes(
+    longspan: Callable[..., Outcome], folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "short.txt").write_text("short")
     options = ["--recipe", folder / "bytes.toml", "-o", tmp_path / "out"]
     assert "too few" in longspan("quickstart-lm", *options, "--text", tmp_path / "short.txt").error
@@ -79,7 +90,7 @@ def test_the_quickstart_rejects_unfit_texts_and_recipes(longspan, folder, tmp_pa
     assert "transformer_xl" in longspan("quickstart-lm", "--recipe", folder / "bytes.toml", *options).error
 
 
-def test_the_recipe_resolves():
+def test_the_recipe_resolves() -> None:
     recipe = read_toml(find_recipe("quickstart-lm.toml"))
     resolved = resolve(recipe)
     assert resolved["model"]["mixers"][0]["name"] == "transformer_xl"
@@ -87,14 +98,14 @@ def test_the_recipe_resolves():
     assert resolved["train"]["minutes"] == 3
 
 
-def evaluation(bits):
-    bits = np.array(bits)
+def evaluation(bits_per_byte: Sequence[float]) -> Evaluation:
+    bits = np.array(bits_per_byte)
     ones = np.full(len(bits), 1000)
     names = tuple(str(index) for index in range(len(bits)))
     return Evaluation(names, bits * 1000 * np.log(2), ones, ones, ones)
 
 
-def records(count, *, resident=1000, speed=100.0, grows=0):
+def records(count: int, *, resident: int = 1000, speed: float = 100.0, grows: int = 0) -> list[dict[str, Any]]:
     return [
         {
             "bytes": 100 * (index + 1),
@@ -109,10 +120,16 @@ def records(count, *, resident=1000, speed=100.0, grows=0):
 
 
 @pytest.fixture
-def verdicts(folder, byte_run, tmp_path):
+def verdicts(folder: Path, byte_run: Path, tmp_path: Path) -> Verdicts:
     """The verdicts on a stream, by the first words of the checks."""
 
-    def call(*, first=None, second=None, equal=2048, memory=None):
+    def call(
+        *,
+        first: list[dict[str, Any]] | None = None,
+        second: list[dict[str, Any]] | None = None,
+        equal: int = 2048,
+        memory: dict[int, Evaluation] | None = None,
+    ) -> dict[str, Check]:
         recipe = read_toml(folder / "bytes.toml")
         plan = make_plan(recipe, tmp_path, str(folder / "long.txt"))
         (tmp_path / "run").symlink_to(byte_run)
@@ -124,7 +141,7 @@ def verdicts(folder, byte_run, tmp_path):
     return call
 
 
-def test_sound_numbers_pass(verdicts):
+def test_sound_numbers_pass(verdicts: Verdicts) -> None:
     by_words = verdicts()
     state = by_words.pop("The state")
     assert all(check.passed for check in by_words.values()), by_words
@@ -140,14 +157,14 @@ def test_sound_numbers_pass(verdicts):
         ("Peak resident", {"second": records(45, grows=1)}),
     ],
 )
-def test_a_failure_is_detected(verdicts, name, changed):
+def test_a_failure_is_detected(verdicts: Verdicts, name: str, changed: dict[str, Any]) -> None:
     check = verdicts(**changed)[name]
     assert not check.passed
     assert check.fatal
     assert check.verdict == "FAIL"
 
 
-def test_a_slow_clock_is_reported_only(verdicts):
+def test_a_slow_clock_is_reported_only(verdicts: Verdicts) -> None:
     late = records(45)
     for record in late[-9:]:
         record["seconds"] += 100

@@ -1,4 +1,4 @@
-"""Records what transformers' own Transformer-XL says, for `test_import_transfo_xl.py`: `make recorded-logits`.
+"""Records the outputs of transformers' own Transformer-XL, for `test_import_transfo_xl.py`: `make recorded-logits`.
 
 Runs in a venv of its own: the last transformers whose Transformer-XL is no deprecated one is 4.35, which needs numpy 1.
 Every file holds a tiny model with random weights: the configuration, the weights under their names, tokens, and the
@@ -10,11 +10,12 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import TransfoXLConfig, TransfoXLLMHeadModel
+from transformers import TransfoXLConfig, TransfoXLLMHeadModel  # type: ignore[attr-defined]
 
 FOLDER = Path(__file__).parent / "recorded"
 SIZES = {"vocab_size": 23, "d_model": 8, "d_embed": 8, "n_head": 2, "d_head": 3, "d_inner": 10, "n_layer": 2}
@@ -41,8 +42,8 @@ SETTINGS = {
 }
 
 
-def record(name: str, setting: dict) -> int:
-    """Write one file; its bytes."""
+def record(name: str, setting: dict[str, Any]) -> int:
+    """Writes one file; returns its bytes."""
     torch.manual_seed(sorted(SETTINGS).index(name))
     config = TransfoXLConfig(**{**SIZES, **setting}, dropout=0.0, trainer_compatible=True)
     model = TransfoXLLMHeadModel(config).eval()
@@ -54,16 +55,16 @@ def record(name: str, setting: dict) -> int:
     tensors = {f"weights.{key}": value.clone().contiguous() for key, value in model.state_dict().items()}
     starts = {"empty": [torch.zeros(0, ROWS, config.d_model)] * config.n_layer, "zeros": None}
     for start, memory in starts.items():
-        found = []
+        scores = []
         if not config.mem_len:
             memory = None
         for part in tokens.split(SEGMENT, 1):
             with torch.no_grad():
                 out = model(part, mems=memory)
             memory = out.mems
-            found.append(out.prediction_scores)
-        tensors[start] = torch.cat(found, 1)
-    # fields that every configuration of transformers has say nothing of the model
+            scores.append(out.prediction_scores)
+        tensors[start] = torch.cat(scores, 1)
+    # leave out the fields that every configuration of transformers has
     common = transformers.PretrainedConfig().to_dict().keys() - {"tie_word_embeddings", "model_type"}
     described = {key: value for key, value in config.to_dict().items() if key not in common}
     described |= {"model_type": config.model_type, "tie_word_embeddings": config.tie_word_embeddings}
@@ -74,7 +75,7 @@ def record(name: str, setting: dict) -> int:
         "transformers": transformers.__version__,
     }
     path = FOLDER / f"transfo_xl_{name}.safetensors"
-    # one entry, as `longspan.files` writes it: the order of several is another in every file
+    # one entry, as `longspan.files` writes it: the order of several entries is not fixed
     save_file({**tensors, "tokens": tokens.to(torch.int32)}, path, {"longspan": json.dumps(header)})
     return path.stat().st_size
 

@@ -1,4 +1,4 @@
-"""Pretrained models with other mechanisms: exact where they must be, streaming, saved, trained, undone."""
+"""Pretrained models converted to other mechanisms: exactness, streaming, saving, training, reverting."""
 
 import copy
 from pathlib import Path
@@ -22,11 +22,11 @@ TOLERANCE = dict.fromkeys(CAUSAL, 2e-5) | {"gpt2": 1e-9, "bert": 1e-9}
 
 def examples(*, long: bool = False) -> list[Any]:
     """Every form of every mixer that converts; `long`: all but the first of each are for `make test-long`."""
-    forms = [(name, *each) for name in mixers.names() for each in enumerate(mixers.examples(name))]
+    forms = [(name, *numbered) for name in mixers.names() for numbered in enumerate(mixers.examples(name))]
     built = [mixers.build(name, dim=16, num_heads=4, **fields).core for name, _, fields in forms]
     return [
-        pytest.param(name, fields, id=f"{name}-{place}", marks=pytest.mark.long if long and place else ())
-        for (name, place, fields), core in zip(forms, built, strict=True)
+        pytest.param(name, fields, id=f"{name}-{number}", marks=pytest.mark.long if long and number else ())
+        for (name, number, fields), core in zip(forms, built, strict=True)
         if core.traits.convertible and core.value_dim == core.shape.head_dim
     ]
 
@@ -62,9 +62,10 @@ def test_parts_of_heads_begin_as_they_do_alone() -> None:
     model = make("llama")
     parts = [{"name": "infini", "num_heads": 2, "segment": 8}, {"name": "routing", "num_heads": 2, "window": 4}]
     hf.convert(model, "heads", parts=parts)
-    one, other = hf.cores(model)[0].cores
-    assert one.gate[0].item() == -4
-    assert not other.shared
+    heads: Any = hf.cores(model)[0]
+    infini, routing = heads.cores
+    assert infini.gate[0].item() == -4
+    assert not routing.shared
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "bert"])
@@ -76,7 +77,8 @@ def test_full_and_wide_windows_give_the_original_and_revert_is_bit_equal(kind: s
     before = model(text, attention_mask=mask)[0]
     real = mask.bool()
     keys = list(model.state_dict())
-    for name, fields in (("full", {}), ("window", {"window": 64})):
+    forms: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 64}}
+    for name, fields in forms.items():
         report = hf.convert(model, name, **fields)
         assert report.new_parameters == ()
         after = model(text, attention_mask=mask)[0]
@@ -140,22 +142,22 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
         # one row is padded, the other begins with real tokens of its own
         padded[1, :pads] = ids(1, pads, seed=8)
         mask[1] = 1
-        found = model.generate(padded, attention_mask=mask, **options)
-        assert torch.equal(found[0, pads:], expected[0])
-        assert torch.equal(found[1], greedy(model, padded[1:], 7)[0])
+        generated = model.generate(padded, attention_mask=mask, **options)
+        assert torch.equal(generated[0, pads:], expected[0])
+        assert torch.equal(generated[1], greedy(model, padded[1:], 7)[0])
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
 @torch.no_grad()
-def test_every_family_generates_padded_and_goes_on(kind: str) -> None:
+def test_every_family_generates_from_padded_rows_and_resumed_caches(kind: str) -> None:
     model, text = make(kind), ids(2, 12)
     hf.convert(model, "infini", segment=5, gate_init=0.0)
     model = model.double()
     mask = torch.ones_like(text)
     mask[0, :4] = 0
-    found = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    assert torch.equal(found[0, 4:], greedy(model, text[:1, 4:], 8)[0])
-    assert torch.equal(found[1], greedy(model, text[1:], 8)[0])
+    generated = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert torch.equal(generated[0, 4:], greedy(model, text[:1, 4:], 8)[0])
+    assert torch.equal(generated[1], greedy(model, text[1:], 8)[0])
     beams = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(text, **beams), model.generate(text, use_cache=False, **beams))
     torch.manual_seed(0)
@@ -163,10 +165,10 @@ def test_every_family_generates_padded_and_goes_on(kind: str) -> None:
     torch.manual_seed(0)
     again = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=True, use_cache=False)
     assert torch.equal(sampled, again)
-    # a cache that comes back goes on where it was
+    # a cache that is passed back continues where it stopped
     first = model.generate(text[1:], max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     second = model.generate(first.sequences, max_new_tokens=4, do_sample=False, **{CACHE: first[CACHE]})
-    assert torch.equal(second, found[1:])
+    assert torch.equal(second, generated[1:])
 
 
 @torch.no_grad()
@@ -179,9 +181,9 @@ def test_some_layers_keep_their_keys() -> None:
     torch.testing.assert_close(model(text).logits, before, rtol=2e-5, atol=2e-5)
     mask = torch.ones_like(text)
     mask[0, :4] = 0
-    found = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    generated = model.generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
     original = make("llama").generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    assert torch.equal(found, original)
+    assert torch.equal(generated, original)
     hf.convert(model, "linear", layers=[0])
     assert [core.__class__.__name__ for core in hf.cores(model).values()] == ["LinearCore", "FullCore"]
     assert model.config.longspan[1]["layers"] == [0]
@@ -192,7 +194,8 @@ def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
     model = make("llama")
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     model, text = model.double(), ids(1, 200)
-    sizes, cache = [], None
+    sizes: list[int] = []
+    cache: Any = None
     for first in range(0, 200, 25):
         out = model(text[:, first : first + 25], use_cache=True, **{CACHE: cache})
         cache = out[CACHE]
@@ -208,7 +211,7 @@ def test_states_do_not_grow_and_the_future_is_not_seen() -> None:
 
 
 @pytest.mark.parametrize(("name", "fields"), examples())
-def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
+def test_bidirectional_mechanisms_convert_an_encoder(name: str, fields: dict[str, Any]) -> None:
     model, text = make("bert"), ids(2, 21)
     traits = mixers.build(name, dim=16, num_heads=4, **fields).traits
     if not traits.bidirectional:
@@ -220,12 +223,12 @@ def test_both_sides_visible(name: str, fields: dict[str, Any]) -> None:
     mask = torch.ones_like(text)
     mask[0, -5:] = 0
     with torch.no_grad():
-        found = model(text, attention_mask=mask)[0]
-        torch.testing.assert_close(found[:1, :16], model(text[:1, :16])[0], rtol=1e-9, atol=1e-9)
+        hidden = model(text, attention_mask=mask)[0]
+        torch.testing.assert_close(hidden[:1, :16], model(text[:1, :16])[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["infini", "associative", "performer", "routing"])
-def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
     fields = {} if name in ("performer", "routing") else {"segment": 6}
     model, text = make("llama"), ids(1, 30)
     hf.convert(model, name, layers=[1], **fields)
@@ -238,7 +241,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
     again = hf.load(tmp_path)
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value)
-    # mapped weights may lie at other addresses, where products round otherwise
+    # mapped weights may be aligned otherwise, where products round differently
     torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-12, atol=1e-12)
     plain = make("llama")
     plain.save_pretrained(tmp_path / "plain")
@@ -271,7 +274,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any
     model, text = make("llama"), ids(2, 20)
     hf.convert(model, name, **fields)
     model = model.double().train()
-    found = []
+    gradients = []
     for recompute in (False, True):
         model.zero_grad()
         if recompute:
@@ -279,16 +282,16 @@ def test_checkpointing_gives_the_same_gradients(name: str, fields: dict[str, Any
         out = model(text, labels=text)
         assert CACHE not in out
         out.loss.backward()
-        found.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for key, grad in found[0].items():
-        torch.testing.assert_close(found[1][key], grad, rtol=1e-10, atol=1e-12)
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, grad in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 def test_checkpointing_counts_forwards_and_penalties_once(shared: bool) -> None:
-    found: list[dict[str, torch.Tensor]] = []
+    runs: list[dict[str, torch.Tensor]] = []
     for recompute in (False, True):
         model, text = make("llama"), ids(2, 20)
         hf.convert(model, "routing", num_clusters=3, window=4, commitment=0.5, shared=shared)
@@ -301,11 +304,11 @@ def test_checkpointing_counts_forwards_and_penalties_once(shared: bool) -> None:
         (loss + sum(before)).backward()
         assert len(hf.penalties(model)) == len(before)
         hf.after_step(model, 1, torch.Generator().manual_seed(0))
-        found.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
-        found[-1] |= dict(model.named_buffers())
-    assert found[0].keys() == found[1].keys()
-    for key, tensor in found[0].items():
-        torch.testing.assert_close(found[1][key], tensor, rtol=1e-10, atol=1e-12)
+        runs.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+        runs[-1] |= dict(model.named_buffers())
+    assert runs[0].keys() == runs[1].keys()
+    for key, tensor in runs[0].items():
+        torch.testing.assert_close(runs[1][key], tensor, rtol=1e-10, atol=1e-12)
         assert all(core.draw == 1 for core in hf.cores(model).values())
 
 
@@ -379,7 +382,7 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
         ("full", {"layers": []}, "has 2 layers"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_line(name: str, options: dict[str, Any], message: str) -> None:
+def test_impossible_conversions_are_named_in_one_line(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, UnsupportedError), match=message):
         hf.convert(make("llama"), name, **options)
 
@@ -406,9 +409,9 @@ def test_cores_receive_the_normalized_input_of_their_layer(
     layer = model.base_model.layers[1] if kind == "llama" else model.base_model.h[1]
     norm = layer.input_layernorm if kind == "llama" else layer.ln_1
     norm.register_forward_hook(lambda _module, _inputs, output: read.append(output))
-    core = hf.cores(model)[1]
+    core: Any = hf.cores(model)[1]
     core = core.cores[1] if name == "heads" else core
-    core.register_forward_pre_hook(lambda _core, _args, given: received.append(given["hidden"].x), with_kwargs=True)
+    core.register_forward_pre_hook(lambda _core, _args, kwargs: received.append(kwargs["hidden"].x), with_kwargs=True)
     whole = model(text).logits
     assert torch.equal(received[0], read[0])
     # padding is gathered away before the core sees it
@@ -431,7 +434,7 @@ def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_layer_projects_for_its_core() -> None:
-    """`Hidden.project` of a converted layer, as of one of longspan's own."""
+    """`Hidden.project` works in a converted layer as in one of longspan."""
     model, x = make("qwen3"), torch.randn(2, 5, 16, dtype=torch.float64)
     hf.convert(model, "window", window=4)
     attention = model.model.layers[0].self_attn

@@ -24,7 +24,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("pretrained") / "llama")
 
 
-def test_a_session_over_a_converted_model() -> None:
+def test_a_session_streams_a_converted_model() -> None:
     model = make("llama")
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder = ConvertedDecoder(model.double())
@@ -46,7 +46,7 @@ def test_a_session_over_a_converted_model() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
-def test_documents_side_by_side(kind: str) -> None:
+def test_packed_documents_equal_documents_alone(kind: str) -> None:
     model = make(kind)
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder, text = ConvertedDecoder(model.double()), ids(2, 40)
@@ -63,7 +63,7 @@ def test_documents_side_by_side(kind: str) -> None:
     torch.testing.assert_close(whole[1, :30][mask[1, :30]], decoder(alone)[0][0], rtol=1e-9, atol=1e-9)
 
 
-def test_what_cannot_stream_is_said() -> None:
+def test_models_that_do_not_stream_are_refused() -> None:
     model = make("llama")
     hf.convert(model, "infini", layers=[0])
     with pytest.raises(UnsupportedError, match="1 layers of this model still keep every key"):
@@ -74,7 +74,7 @@ def test_what_cannot_stream_is_said() -> None:
         gpt2(ids(1, 513))
 
 
-def test_from_a_folder_to_a_stream(
+def test_a_converted_folder_streams_on_the_command_line(
     pretrained: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     def said() -> str:
@@ -93,8 +93,8 @@ def test_from_a_folder_to_a_stream(
     assert run(["generate", folder, "--prompt-file", str(book), "--tokens", "5", "--temperature", "0"]) == 0
     said()
     assert run(["eval", folder, str(book), "--json"]) == 0
-    found = json.loads(said())
-    assert 4 < found["with_memory"]["bits_per_byte"] < 12
+    figures = json.loads(said())
+    assert 4 < figures["with_memory"]["bits_per_byte"] < 12
 
 
 def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,15 +113,15 @@ def test_errors_are_one_line(pretrained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_the_loss_in_chunks(kind: str) -> None:
-    """Hidden states and the head make the logits, and chunks their loss and gradients, with a state and documents."""
+def test_the_loss_in_chunks_is_that_of_the_logits(kind: str) -> None:
+    """Also with a state and several documents, in the loss, its gradients and the next state."""
     model = make(kind)
     hf.convert(model, "infini", segment=8, gate_init=0.0)
     decoder, text = ConvertedDecoder(model.double()), ids(2, 40)
     reset = torch.zeros(2, 23, dtype=torch.bool)
     reset[0, 13] = True
     _, state = decoder(text[:, :17])
-    results = []
+    runs = []
     for chunk in (0, 7):
         decoder.zero_grad()
         if chunk:
@@ -132,11 +132,11 @@ def test_the_loss_in_chunks(kind: str) -> None:
             loss = next_token_loss(logits, text[:, 17:].roll(-1, 1))
         loss.backward(retain_graph=True)
         gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
-        results.append((loss.detach(), after.live, gradients))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+        runs.append((loss.detach(), after.live, gradients))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-9, atol=1e-9)
 
 
-def test_a_head_that_is_no_plain_map_is_refused() -> None:
+def test_a_head_that_is_not_linear_is_refused() -> None:
     model = make("llama")
     hf.convert(model, "window", window=8)
     model.set_output_embeddings(torch.nn.Sequential(model.get_output_embeddings()))

@@ -25,18 +25,20 @@ from longspan.hf.cache import CACHE
 transformers = pytest.importorskip("transformers")
 TABLE: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4}
 EXAMPLES = [
-    pytest.param(name, fields, id=f"{name}-{place}", marks=pytest.mark.long if place else ())
+    pytest.param(name, fields, id=f"{name}-{number}", marks=pytest.mark.long if number else ())
     for name in mixers.names()
-    for place, fields in enumerate(core_class(name).examples)
+    for number, fields in enumerate(core_class(name).examples)
 ]
 
 
 def causal(*tables: dict[str, Any], **more: Any) -> Any:
     torch.manual_seed(0)
     table = {**TABLE, "mixers": list(tables) or [{"name": "infini", "segment": 5}], "init_std": 0.3, **more}
-    if any(each["name"] in ("transformer_xl", "compressive", "bp") for each in tables):
+    if any(mixer["name"] in ("transformer_xl", "compressive", "bp") for mixer in tables):
         table["positions"] = "none"
-    return LongspanForCausalLM(LongspanConfig(model=table, vocab_size=29, pad_token_id=0)).double().eval()
+    fields: dict[str, Any] = {"vocab_size": 29, "pad_token_id": 0}
+    model: Any = LongspanForCausalLM(LongspanConfig(model=table, **fields))
+    return model.double().eval()
 
 
 @pytest.mark.parametrize(("name", "fields"), EXAMPLES)
@@ -52,8 +54,8 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
         expected = greedy(model, text, 7)
         padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), text], 1)
         mask = (padded > 0).long()
-        found = model.generate(padded, attention_mask=mask, max_new_tokens=7, do_sample=False)
-        assert torch.equal(found[:, 3:], expected)
+        generated = model.generate(padded, attention_mask=mask, max_new_tokens=7, do_sample=False)
+        assert torch.equal(generated[:, 3:], expected)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is LongspanForCausalLM
@@ -63,7 +65,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
 
 
 @torch.no_grad()
-def test_beams_samples_and_resumed_caches() -> None:
+def test_beams_samples_and_resumed_caches_agree() -> None:
     model, text = causal(), ids(2, 9)
     mask = torch.ones_like(text)
     mask[0, :4] = 0
@@ -125,18 +127,19 @@ def test_loss_is_that_of_the_next_tokens_and_checkpointing_changes_nothing() -> 
     targets = labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-6, atol=1e-6)
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()
-def test_masked_models_and_classifiers(tmp_path: Path) -> None:
+def test_masked_models_and_classifiers_work(tmp_path: Path) -> None:
     torch.manual_seed(0)
     text = ids(3, 10)
     mask = torch.ones_like(text)
     mask[1, 6:] = 0
     table = {**TABLE, "mixers": [{"name": "performer", "num_features": 8}]}
-    masked = LongspanForMaskedLM(LongspanConfig(model=table, vocab_size=29)).eval()
+    masked: Any = LongspanForMaskedLM(LongspanConfig(model=table, vocab_size=29))
+    masked.eval()
     labels = torch.full_like(text, -100)
     labels[:, 2] = text[:, 2]
     out = masked(text, attention_mask=mask, labels=labels)
@@ -148,8 +151,9 @@ def test_masked_models_and_classifiers(tmp_path: Path) -> None:
     both = {"reversible": True, "streams": "both", "tie_embeddings": False}
     for kind, fields in (("encoder", {}), ("decoder", {}), ("decoder", both)):
         table = {**TABLE, "kind": kind, "mixers": [{"name": "full"}], **fields}
-        config = LongspanConfig(model=table, vocab_size=29, num_labels=3)
-        model = LongspanForSequenceClassification(config).eval()
+        sizes: dict[str, Any] = {"vocab_size": 29, "num_labels": 3}
+        model: Any = LongspanForSequenceClassification(LongspanConfig(model=table, **sizes))
+        model.eval()
         out = model(text, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
         assert out.logits.shape == (3, 3)
         torch.testing.assert_close(out.logits[1:2], model(text[1:2, :6]).logits, rtol=1e-4, atol=1e-4)
@@ -158,7 +162,7 @@ def test_masked_models_and_classifiers(tmp_path: Path) -> None:
         assert torch.equal(again(text).logits, model(text).logits)
 
 
-def test_trainer_and_resized_embeddings(tmp_path: Path) -> None:
+def test_the_trainer_runs_and_embeddings_are_resized(tmp_path: Path) -> None:
     model = causal(init_std=0.05).float()
     data = [{"input_ids": row, "labels": row} for row in ids(1, 20).expand(8, -1)]
     # older versions call it gradient_checkpointing
@@ -188,7 +192,7 @@ def test_trainer_and_resized_embeddings(tmp_path: Path) -> None:
     assert again.model.vocab_size == 40
 
 
-def test_a_text_generation_pipeline(tmp_path: Path) -> None:
+def test_a_text_generation_pipeline_runs(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(29)}, unk_token="w0"))
@@ -196,12 +200,12 @@ def test_a_text_generation_pipeline(tmp_path: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
     model = causal().float()
     writer = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
-    found = writer(["w3 w4 w5", "w7"], max_new_tokens=5, do_sample=False, batch_size=2)
+    continuations = writer(["w3 w4 w5", "w7"], max_new_tokens=5, do_sample=False, batch_size=2)
     expected = greedy(model, torch.tensor([[7]]), 5)[0].tolist()
-    assert re.findall(r"w\d+", found[1][0]["generated_text"]) == [f"w{i}" for i in expected]
+    assert re.findall(r"w\d+", continuations[1][0]["generated_text"]) == [f"w{i}" for i in expected]
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
         LongspanConfig(model={"num_layer": 2})
     model = causal()
@@ -214,7 +218,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @torch.no_grad()
-def test_an_adaptive_softmax_inside_transformers(tmp_path: Path) -> None:
+def test_an_adaptive_softmax_works_inside_transformers(tmp_path: Path) -> None:
     model, text = causal({"name": "window", "window": 4}, adaptive_cutoffs=[5, 12], adaptive_div=2.0), ids(2, 9)
     logits = model(text).logits
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 9, dtype=torch.float64))

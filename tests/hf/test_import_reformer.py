@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = {
 def reformer(layers: tuple[str, ...] = MIXED, **more: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.ReformerConfig(**{**FIELDS, "attn_layers": layers, **more})
-    model = transformers.ReformerModelWithLMHead(config)
+    model: Any = transformers.ReformerModelWithLMHead(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # initial weights are so small that every mechanism would give nearly the same
@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers(layers: tuple[str, ...], more: dict[st
 
 
 @pytest.mark.parametrize("layers", [("local", "local"), ("lsh", "lsh"), MIXED], ids=str)
-def test_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
+def test_logits_agree_at_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
     model = reformer(layers)
     ours = hf.import_checkpoint(model)
     for length in (5, 27, 50):
@@ -84,13 +84,13 @@ def test_lengths_that_no_chunk_divides(layers: tuple[str, ...]) -> None:
 def test_the_hash_matters_and_a_seed_is_taken_over() -> None:
     model, tokens = reformer(), ids(2, 64)
     ours = hf.import_checkpoint(model)
-    other = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "hash_seed": 4})
-    assert apart(model, other, tokens) > 1e-2
+    reseeded = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "hash_seed": 4})
+    assert apart(model, reseeded, tokens) > 1e-2
     assert all(block.mixer.core.config.redraw == 0 for block in ours.layers[1::2])
     assert apart(model, ours, tokens) < 1e-4
 
 
-def test_rotations_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_rotations_of_each_layer_give_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a seed transformers draws in every call; its draws, copied into the buffers, give its logits."""
     model, tokens, drawn = reformer(hash_seed=None), ids(2, 32), []
     ours = hf.import_checkpoint(model)
@@ -103,7 +103,7 @@ def test_rotations_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "randn", recorded)
         expected = model(tokens).logits
-    hashed = [block.mixer.core for block in ours.layers if block.mixer.name == "lsh"]
+    hashed: list[Any] = [block.mixer.core for block in ours.layers if block.mixer.name == "lsh"]
     assert len(drawn) == len(hashed) == 2
     assert not torch.equal(hashed[0].rotations, hashed[1].rotations), "layers draw alike"
     assert all(core.config.redraw == 1 for core in hashed)
@@ -131,44 +131,46 @@ def test_gradients_are_those_of_transformers() -> None:
     axial = "reformer.embeddings.position_embeddings.weights"
     pairs += [(f"position_embedding.tables.{axis}.weight", f"{axial}.{axis}") for axis in range(2)]
     for own, name in pairs:
-        found, expected = ours.get_parameter(own).grad, model.get_parameter(name).grad
-        assert found is not None
+        actual, expected = ours.get_parameter(own).grad, model.get_parameter(name).grad
+        assert actual is not None
         if name.startswith(axial):
             expected = expected.flatten(0, -2)
             assert float(expected.abs().amax()) > 0
-            assert found.shape == expected.shape
-        assert float((found - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), own
+            assert actual.shape == expected.shape
+        assert float((actual - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), own
 
 
 def test_axial_positions_have_as_many_parameters() -> None:
     model = reformer()
     ours = hf.import_checkpoint(model)
     assert ours.config.position_dims == (5, 11)
-    counts = [sum(p.numel() for name, p in each.named_parameters() if "position" in name) for each in (model, ours)]
+    counts = [
+        sum(p.numel() for name, p in counted.named_parameters() if "position" in name) for counted in (model, ours)
+    ]
     assert counts == [8 * 5 + 8 * 11] * 2
 
 
-def test_models_folders_and_what_they_become(tmp_path: Path) -> None:
+def test_a_model_imports_from_memory_and_from_folders(tmp_path: Path) -> None:
     model, tokens = reformer(), ids(1, 16)
-    wanted = hf.import_checkpoint(model)(tokens)[0]
+    expected = hf.import_checkpoint(model)(tokens)[0]
     model.save_pretrained(tmp_path / "theirs")
     from_folder = hf.import_checkpoint(tmp_path / "theirs")
-    torch.testing.assert_close(from_folder(tokens)[0], wanted)
+    torch.testing.assert_close(from_folder(tokens)[0], expected)
     torch.save(model.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
     (tmp_path / "theirs" / "model.safetensors").unlink()
-    torch.testing.assert_close(hf.import_checkpoint(tmp_path / "theirs")(tokens)[0], wanted)
+    torch.testing.assert_close(hf.import_checkpoint(tmp_path / "theirs")(tokens)[0], expected)
     save_model(from_folder, tmp_path / "ours")
-    torch.testing.assert_close(load_model(tmp_path / "ours")(tokens)[0], wanted)
+    torch.testing.assert_close(load_model(tmp_path / "ours")(tokens)[0], expected)
     table = describe_model(from_folder)
     assert table["streams"] == "both"
-    table["mixers"] = [each | ({"selection": "strict"} if each["name"] == "lsh" else {}) for each in table["mixers"]]
+    table["mixers"] = [mixer | ({"selection": "strict"} if mixer["name"] == "lsh" else {}) for mixer in table["mixers"]]
     strict = build_model(table).double()
     strict.load_state_dict(from_folder.state_dict())
     assert strict(tokens)[1].live.tolist() == [16], "in its strict form it streams"
 
 
-def test_names_of_earlier_versions() -> None:
-    """They stored masks and the output bias twice, which was added to the logits."""
+def test_weights_of_earlier_versions_import() -> None:
+    """They stored masks, and a second copy of the output bias that is added to the logits."""
     model, tokens = reformer(), ids(1, 16)
     for name, parameter in model.named_parameters():
         if name.startswith("lm_head") and name.endswith("bias"):
@@ -200,7 +202,7 @@ def test_names_of_earlier_versions() -> None:
     ],
     ids=str,
 )
-def test_what_is_refused(more: dict[str, Any], says: str) -> None:
+def test_unsupported_configurations_are_refused(more: dict[str, Any], says: str) -> None:
     model = reformer()
     with pytest.raises(UnsupportedError, match=says) as caught:
         hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), **more})
@@ -217,14 +219,14 @@ def test_dropout_of_attention_weights_is_not_taken_over_in_silence() -> None:
     assert apart(model, ours, tokens) < 1e-4
 
 
-def test_more_rounds_by_the_same_weights() -> None:
-    """The weights know nothing of rounds: one is imported, and more of this library's may be used."""
+def test_weights_do_not_depend_on_the_number_of_rounds() -> None:
+    """Weights trained with several rounds are imported with one."""
     model, tokens = reformer(num_hashes=4), ids(1, 32)
     ours = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "num_hashes": 1})
     assert apart(reformer(), ours, tokens) < 1e-4
 
 
-def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = reformer()
     weights, config = model.state_dict(), model.config.to_dict()
     lacking = {

@@ -59,33 +59,33 @@ def cuts(length: int, segment: int) -> Iterator[list[int]]:
 
 
 def test_the_recorded_settings_are_there_and_small() -> None:
-    wanted = {"plain", "alike", "narrower", "own_maps", "factorised", "one_cluster", "untied", "no_memory"}
-    assert set(NAMES) == wanted
+    expected = {"plain", "alike", "narrower", "own_maps", "factorised", "one_cluster", "untied", "no_memory"}
+    assert set(NAMES) == expected
     assert sum(path.stat().st_size for path in FILES) < 200_000
 
 
 def test_log_probabilities_are_those_recorded_with_the_memory_carried(recorded: Recorded) -> None:
-    model, wanted = recorded.model(), recorded.starts["empty"].double()
-    assert wanted.std() > 0.5, "a model whose answers differ"
+    model, expected = recorded.model(), recorded.starts["empty"].double()
+    assert expected.std() > 0.5, "a model whose answers differ"
     for sizes in cuts(recorded.tokens.shape[1], recorded.segment):
-        found = read(model, recorded.tokens, None, sizes)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        actual = read(model, recorded.tokens, None, sizes)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     single = read(recorded.model(torch.float32), recorded.tokens, None, [recorded.segment] * 4)
     torch.testing.assert_close(single, recorded.starts["empty"], atol=1e-4, rtol=0)
 
 
-def test_a_text_that_begins_with_zero_vectors(recorded: Recorded) -> None:
+def test_log_probabilities_agree_from_a_memory_of_zeros(recorded: Recorded) -> None:
     model, rows = recorded.model(), len(recorded.tokens)
-    wanted = recorded.starts["zeros"].double()
+    expected = recorded.starts["zeros"].double()
     if recorded.config["mem_len"]:
-        assert (wanted - recorded.starts["empty"]).abs().max() > 1e-3, "zeros are seen"
+        assert (expected - recorded.starts["empty"]).abs().max() > 1e-3, "zeros are seen"
     for sizes in cuts(recorded.tokens.shape[1], recorded.segment):
-        found = read(model, recorded.tokens, zero_memory(model, rows), sizes)
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+        actual = read(model, recorded.tokens, zero_memory(model, rows), sizes)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_memory_that_is_not_carried_is_missed(recorded: Recorded) -> None:
-    """What the recordings hold needs the memory: without it, from the second segment on, they are not met."""
+    """Without the memory, outputs differ from the recorded ones from the second segment on."""
     size = recorded.segment
     alone = read(recorded.model(), recorded.tokens[:, size:], None, [recorded.tokens.shape[1] - size])
     apart = (alone[:, 0] - recorded.starts["empty"][:, size]).abs().max()
@@ -93,7 +93,7 @@ def test_memory_that_is_not_carried_is_missed(recorded: Recorded) -> None:
 
 
 def test_every_setting_matters() -> None:
-    """Another setting is another model: the comparison above would see it."""
+    """A changed setting changes the outputs, so the comparisons above would detect it."""
     for name, field, value in (
         ("alike", "clamp_len", 0),
         ("alike", "same_length", False),
@@ -102,19 +102,19 @@ def test_every_setting_matters() -> None:
         ("plain", "tgt_len", 3),
         ("own_maps", "pre_lnorm", False),
     ):
-        given = named(name)
-        given.config[field] = value
-        found = read(given.model(), given.tokens, None, [given.tokens.shape[1]])
-        assert (found - given.starts["empty"]).abs().max() > 1e-3, (name, field)
+        altered = named(name)
+        altered.config[field] = value
+        log_probabilities = read(altered.model(), altered.tokens, None, [altered.tokens.shape[1]])
+        assert (log_probabilities - altered.starts["empty"]).abs().max() > 1e-3, (name, field)
 
 
 def test_parameters_are_the_published_ones(recorded: Recorded) -> None:
     config, copies = recorded.config, 0
     if not config["untie_r"]:
-        # one pair of u and w for all layers there, a copy a layer here
+        # transformers has one pair of u and w for all layers, longspan a copy per layer
         copies += 2 * (config["n_layer"] - 1) * config["n_head"] * config["d_head"]
     if not config["tie_word_embeddings"]:
-        # maps tied without tables are copied too
+        # projections that are tied without their tables are copied too
         widths = [config["d_embed"] // config["div_val"] ** i for i in range(len(config["cutoffs"]) + 1)]
         copies += config["d_model"] * sum(w for w, tied in zip(widths, config["tie_projs"], strict=False) if tied)
     assert recorded.model().num_parameters() == recorded.parameters + copies
@@ -140,15 +140,15 @@ def test_tied_weights_may_be_left_out(recorded: Recorded) -> None:
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_folders_of_either_kind(tmp_path: Path) -> None:
+def test_folders_of_either_kind_import(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    given = named("narrower")
-    (tmp_path / "config.json").write_text(json.dumps(given.config))
+    recording = named("narrower")
+    (tmp_path / "config.json").write_text(json.dumps(recording.config))
     with pytest.raises(CheckpointError, match="no weights; expected"):
         hf.import_checkpoint(tmp_path)
-    torch.save(given.weights, tmp_path / "pytorch_model.bin")
-    save_file(given.weights, tmp_path / "other.safetensors")
+    torch.save(recording.weights, tmp_path / "pytorch_model.bin")
+    save_file(recording.weights, tmp_path / "other.safetensors")
     first = hf.import_checkpoint(tmp_path)
     (tmp_path / "other.safetensors").unlink()
     second = hf.import_checkpoint(tmp_path)
@@ -160,52 +160,54 @@ def test_folders_of_either_kind(tmp_path: Path) -> None:
         hf.import_checkpoint(tmp_path)
 
 
-def test_an_imported_model_is_one_of_the_library(tmp_path: Path) -> None:
-    given = named("narrower")
-    model = given.model(torch.float32)
+def test_an_imported_model_saves_wraps_and_streams(tmp_path: Path) -> None:
+    recording = named("narrower")
+    model = recording.model(torch.float32)
     ls.save_model(model, tmp_path / "model")
     again = ls.load_model(tmp_path / "model")
-    assert torch.equal(again(given.tokens)[0], model(given.tokens)[0])
+    assert torch.equal(again(recording.tokens)[0], model(recording.tokens)[0])
     wrapped = hf.LongspanForCausalLM.wrap(model)
-    text = given.tokens[:1]
+    text = recording.tokens[:1]
     out = wrapped(text, labels=text)
-    nats = -given.starts["empty"][:1, :-1].gather(-1, text[:, 1:, None])
+    nats = -recording.starts["empty"][:1, :-1].gather(-1, text[:, 1:, None])
     torch.testing.assert_close(out.loss, nats.mean(), atol=1e-4, rtol=0)
     session = ls.StreamSession(model)
     torch.testing.assert_close(session.score(text[0]).nats[1:], nats[0, :, 0], atol=1e-4, rtol=0)
     assert len(session.generate(5, generator=torch.Generator().manual_seed(0))) == 5
 
 
-def test_what_does_not_fit_is_one_clear_line() -> None:
-    given = named("narrower")
+def test_mistakes_are_named_in_one_line() -> None:
+    recording = named("narrower")
     with pytest.raises(ConfigError, match="give their config"):
-        hf.import_checkpoint(given.weights)
+        hf.import_checkpoint(recording.weights)
     with pytest.raises(UnsupportedError, match=r"no weights of type 'gpt2'.*transfo-xl"):
-        hf.import_checkpoint(given.weights, {**given.config, "model_type": "gpt2"})
-    bare = {name: value for name, value in given.config.items() if name != "model_type"}
-    assert isinstance(hf.import_checkpoint(given.weights, bare), ls.Decoder)
+        hf.import_checkpoint(recording.weights, {**recording.config, "model_type": "gpt2"})
+    bare = {name: value for name, value in recording.config.items() if name != "model_type"}
+    assert isinstance(hf.import_checkpoint(recording.weights, bare), ls.Decoder)
     with pytest.raises(ConfigError, match="the config has no 'd_inner'"):
-        hf.import_checkpoint(given.weights, {name: value for name, value in given.config.items() if name != "d_inner"})
+        hf.import_checkpoint(
+            recording.weights, {name: value for name, value in recording.config.items() if name != "d_inner"}
+        )
     for field, value, match in (
         ("attn_type", 2, "attn_type = 2: only 0 is known"),
         ("ext_len", 3, "ext_len = 3: only 0 is known"),
         ("sample_softmax", 10, "sampled softmax"),
     ):
         with pytest.raises(UnsupportedError, match=match):
-            hf.import_checkpoint(given.weights, {**given.config, field: value})
+            hf.import_checkpoint(recording.weights, {**recording.config, field: value})
     with pytest.raises(ConfigError, match="tie_projs names 2 of 3 clusters"):
-        hf.import_checkpoint(given.weights, {**given.config, "tie_projs": [False, True]})
+        hf.import_checkpoint(recording.weights, {**recording.config, "tie_projs": [False, True]})
     with pytest.raises(ConfigError, match="mem_len = 0: say in tgt_len"):
-        hf.import_checkpoint(given.weights, {**given.config, "mem_len": 0, "tgt_len": None})
-    missing = dict(given.weights)
+        hf.import_checkpoint(recording.weights, {**recording.config, "mem_len": 0, "tgt_len": None})
+    missing = dict(recording.weights)
     del missing["transformer.layers.1.dec_attn.r_net.weight"]
     with pytest.raises(CheckpointError, match=r"missing weight 'transformer.layers.1.dec_attn.r_net.weight'"):
-        hf.import_checkpoint(missing, given.config)
-    more = {**given.weights, "transformer.layers.2.pos_ff.layer_norm.weight": torch.zeros(8)}
+        hf.import_checkpoint(missing, recording.config)
+    more = {**recording.weights, "transformer.layers.2.pos_ff.layer_norm.weight": torch.zeros(8)}
     with pytest.raises(CheckpointError, match=r"unexpected weight 'transformer.layers.2.pos_ff.*another model"):
-        hf.import_checkpoint(more, given.config)
+        hf.import_checkpoint(more, recording.config)
     with pytest.raises(CheckpointError, match=r"ffn.down_proj.weight is \(8, 10\), the configuration says \(8, 11\)"):
-        hf.import_checkpoint(given.weights, {**given.config, "d_inner": 11})
+        hf.import_checkpoint(recording.weights, {**recording.config, "d_inner": 11})
     window = ls.Decoder(ls.DecoderConfig(vocab_size=9, dim=8, num_layers=1, num_heads=2))
     with pytest.raises(UnsupportedError, match="every layer must be transformer_xl"):
         zero_memory(window)

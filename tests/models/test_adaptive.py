@@ -48,32 +48,34 @@ def tokens(rows: int = 2, length: int = 19, seed: int = 3) -> Tensor:
 
 
 def hidden_states(rows: int = 2, length: int = 19) -> Tensor:
-    made = torch.randn(rows, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    return made.requires_grad_()
+    states = torch.randn(rows, length, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return states.requires_grad_()
 
 
 def defined(model: ls.Decoder, h: Tensor) -> Tensor:
-    """Log-probabilities token by token, of the module's own parameters."""
-    options, embedding, output = model.config, model.embedding, model.output
-    assert isinstance(embedding, AdaptiveEmbedding)
-    assert isinstance(output, AdaptiveSoftmax)
+    """Log-probabilities token by token, computed from the parameters of the module."""
+    assert isinstance(model.embedding, AdaptiveEmbedding)
+    assert isinstance(model.output, AdaptiveSoftmax)
+    options = model.config
+    embedding: Any = model.embedding
+    output: Any = model.output
     cuts = [0, *options.adaptive_cutoffs, VOCABULARY]
     count = len(cuts) - 1
     one = len(embedding.tables) == 1
 
-    def table(index: int) -> Tensor:
+    def table(index: int) -> Any:
         if not options.tie_embeddings:
             return output.tables[index].weight
         return embedding.tables[0].weight[cuts[index] : cuts[index + 1]] if one else embedding.tables[index].weight
 
-    def narrow(index: int) -> Tensor:
+    def narrow(index: int) -> Any:
         if str(index) in output.projections:
             return h @ output.projections[str(index)].weight.T
         if not len(embedding.projections):
             return h
         return h @ embedding.projections[0 if one else index].weight
 
-    def bias(index: int) -> Tensor:
+    def bias(index: int) -> Any:
         return output.biases[index] if options.output_bias else torch.zeros(cuts[index + 1] - cuts[index])
 
     first = torch.cat([narrow(0) @ table(0).T + bias(0)], -1)
@@ -81,15 +83,15 @@ def defined(model: ls.Decoder, h: Tensor) -> Tensor:
         extra = narrow(0) @ output.cluster.weight.T
         first = torch.cat([first, extra if output.cluster_bias is None else extra + output.cluster_bias], -1)
     weights = first.exp() / first.exp().sum(-1, keepdim=True)
-    found = []
+    probabilities = []
     for token in range(VOCABULARY):
         index = max(i for i in range(count) if cuts[i] <= token)
         if index == 0:
-            found.append(weights[..., token])
+            probabilities.append(weights[..., token])
         else:
             own = (narrow(index) @ table(index).T + bias(index)).exp()
-            found.append(weights[..., cuts[1] + index - 1] * own[..., token - cuts[index]] / own.sum(-1))
-    return torch.stack(found, -1).log()
+            probabilities.append(weights[..., cuts[1] + index - 1] * own[..., token - cuts[index]] / own.sum(-1))
+    return torch.stack(probabilities, -1).log()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -100,10 +102,10 @@ def test_logits_are_log_probabilities_as_defined(options: dict[str, Any]) -> Non
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(2, 19, dtype=torch.float64), atol=1e-12, rtol=0)
     parameters = [h, *(p for name, p in model.named_parameters() if name.startswith(("embedding", "output")))]
     upstream = torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
-    found = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
-    wanted = torch.autograd.grad(defined(model, h), parameters, upstream, allow_unused=True)
-    assert sum(each is not None for each in found) > 1
-    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
+    gradients = torch.autograd.grad(logits, parameters, upstream, allow_unused=True)
+    expected_gradients = torch.autograd.grad(defined(model, h), parameters, upstream, allow_unused=True)
+    assert sum(gradient is not None for gradient in gradients) > 1
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,23 +121,25 @@ def test_the_loss_is_that_of_the_log_probabilities(options: dict[str, Any], chun
     loss = chunked_next_token_loss(h, head, targets, graded, chunk=chunk)
     whole = next_token_loss(model.logits(h), targets, graded)
     torch.testing.assert_close(loss, whole, atol=1e-9, rtol=0)
-    found = torch.autograd.grad(loss * 0.3, parameters, allow_unused=True)
-    wanted = torch.autograd.grad(whole * 0.3, parameters, allow_unused=True)
-    for one, other in zip(found, wanted, strict=True):
-        # a part of the embedding that no output uses has no gradient in either
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+    gradients = torch.autograd.grad(loss * 0.3, parameters, allow_unused=True)
+    expected_gradients = torch.autograd.grad(whole * 0.3, parameters, allow_unused=True)
+    for actual, reference in zip(gradients, expected_gradients, strict=True):
+        # the parts of the embedding that no output uses have no gradient on either path
+        assert (actual is None) == (reference is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, reference, atol=1e-9, rtol=0)
 
 
-def test_clusters_without_a_target_and_nothing_that_counts() -> None:
+def test_clusters_without_a_target_still_have_gradients() -> None:
     model, h = decoder(**OPTIONS[0]), hidden_states()
     frequent = tokens() % 5
+    head = model.head()
+    assert isinstance(head, AdaptiveHead)
     for chunk in (0, 4):
         loss = chunked_next_token_loss(h, model.head(), frequent, chunk=chunk)
         torch.testing.assert_close(loss, next_token_loss(model.logits(h), frequent), atol=1e-9, rtol=0)
-        # processes add their gradients up, so every parameter has one
-        for weight in model.head().weights:
+        # processes sum their gradients, so every parameter needs one
+        for weight in head.weights:
             assert torch.autograd.grad(loss, weight, retain_graph=True)[0].shape == weight.shape
         none = torch.zeros_like(frequent, dtype=torch.bool)
         assert chunked_next_token_loss(h, model.head(), frequent, none, chunk=chunk).item() == 0
@@ -143,23 +147,23 @@ def test_clusters_without_a_target_and_nothing_that_counts() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("chunk", [0, 5])
-def test_narrow_products_and_wide_losses(autocast: bool, chunk: int) -> None:
+def test_products_are_bf16_and_losses_fp32(autocast: bool, chunk: int) -> None:
     model, h, targets = decoder(**OPTIONS[1]), hidden_states(), tokens()
     expected = next_token_loss(model.logits(h), targets)
     model = model.to(torch.float32 if autocast else torch.bfloat16)
-    given = h.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
+    narrow = h.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = chunked_next_token_loss(given, model.head(), targets, chunk=chunk)
-        assert model.logits(given).dtype == given.dtype
+        loss = chunked_next_token_loss(narrow, model.head(), targets, chunk=chunk)
+        assert model.logits(narrow).dtype == narrow.dtype
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=0.02, atol=0)
-    (found,), (wanted,) = torch.autograd.grad(loss, given), torch.autograd.grad(expected, h)
-    assert found.dtype == given.dtype
-    assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    (gradient,), (expected_gradient,) = torch.autograd.grad(loss, narrow), torch.autograd.grad(expected, h)
+    assert gradient.dtype == narrow.dtype
+    assert (gradient - expected_gradient).abs().max() <= 0.05 * expected_gradient.abs().max()
 
 
 def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.FixtureRequest) -> None:
-    """151 M (Dai et al. 2019, table 1), of the 267,735 words of WikiText-103."""
+    """151 M parameters (Dai et al. 2019, table 1) for the 267,735 words of WikiText-103."""
     table = read_toml(request.config.rootpath / "recipes" / "wikitext-xl.toml")["model"]
     with torch.device("meta"):
         model = build_model({**table, "vocab_size": 267_735})
@@ -170,11 +174,12 @@ def test_the_recipe_of_wikitext_has_the_papers_parameters(request: pytest.Fixtur
 def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     cutoffs = [5, 12]
     model = decoder(adaptive_cutoffs=tuple(cutoffs), adaptive_div=div, tie_embeddings=False)
-    theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(DIM, VOCABULARY, cutoffs, div_value=div).double()
-    output, h, targets = model.output, hidden_states(), tokens()
-    assert isinstance(output, AdaptiveSoftmax)
+    theirs: Any = torch.nn.AdaptiveLogSoftmaxWithLoss(DIM, VOCABULARY, cutoffs, div_value=div).double()
+    assert isinstance(model.output, AdaptiveSoftmax)
+    output: Any = model.output
+    h, targets = hidden_states(), tokens()
     with torch.no_grad():
-        # its first cluster has no map
+        # torch's first cluster has no projection
         output.projections["0"].weight.copy_(torch.eye(DIM))
         theirs.head.weight.copy_(torch.cat([output.tables[0].weight, output.cluster.weight]))
         for index, tail in enumerate(theirs.tail, 1):
@@ -185,13 +190,14 @@ def test_torchs_own_class_gives_the_same_numbers(div: float) -> None:
     loss = theirs(rows, targets.flatten()).loss * targets.numel()
     ours = chunked_next_token_loss(h, model.head(), targets, chunk=0)
     torch.testing.assert_close(ours, loss, atol=1e-11, rtol=0)
-    (found,), (wanted,) = torch.autograd.grad(ours, h), torch.autograd.grad(loss, h)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    (gradient,), (expected_gradient,) = torch.autograd.grad(ours, h), torch.autograd.grad(loss, h)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-12, rtol=0)
 
 
-def test_one_softmax_of_a_factorised_embedding_is_the_plain_one() -> None:
+def test_one_softmax_of_a_factorized_embedding_is_the_plain_one() -> None:
     model, h = decoder(embedding_dim=6), hidden_states()
-    (table,), (projection,) = model.embedding.tables, model.embedding.projections
+    embedding: Any = model.embedding
+    (table,), (projection,) = embedding.tables, embedding.projections
     dense = table.weight @ projection.weight.T
     torch.testing.assert_close(model.logits(h), (h @ dense.T).log_softmax(-1), atol=1e-12, rtol=0)
     torch.testing.assert_close(model.embedding(tokens()), dense[tokens()], atol=1e-12, rtol=0)
@@ -199,15 +205,15 @@ def test_one_softmax_of_a_factorised_embedding_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_token_is_embedded_by_its_cluster(options: dict[str, Any]) -> None:
-    embedding = decoder(**options).embedding
+    embedding: Any = decoder(**options).embedding
     cuts, one = [0, *options.get("adaptive_cutoffs", ()), VOCABULARY], len(embedding.tables) == 1
     for token in (0, 4, 5, 11, 12, 30):
         index = 0 if one else max(i for i in range(len(cuts) - 1) if cuts[i] <= token)
         row = embedding.tables[index].weight[token if one else token - cuts[index]]
         expected = embedding.projections[index].weight @ row if len(embedding.projections) else row
-        found = embedding(torch.tensor([[token, 30, 0]]))[0, 0]
-        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-        (touched,) = torch.autograd.grad(found.sum(), embedding.tables[index].weight)
+        embedded = embedding(torch.tensor([[token, 30, 0]]))[0, 0]
+        torch.testing.assert_close(embedded, expected, atol=1e-12, rtol=0)
+        (touched,) = torch.autograd.grad(embedded.sum(), embedding.tables[index].weight)
         assert touched.any(1).nonzero()[:, 0].tolist() == [token if one else token - cuts[index]]
 
 
@@ -215,9 +221,9 @@ def test_later_tokens_of_other_clusters_change_no_bit() -> None:
     model = decoder(**OPTIONS[0]).float()
     text = tokens(1, 40)
     for least in (0, 12):
-        other = text.clone()
-        other[:, 20:] = tokens(1, 20, seed=9) % 5 + least
-        assert torch.equal(model(text)[0][:, :20], model(other)[0][:, :20])
+        changed = text.clone()
+        changed[:, 20:] = tokens(1, 20, seed=9) % 5 + least
+        assert torch.equal(model(text)[0][:, :20], model(changed)[0][:, :20])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -245,29 +251,31 @@ def test_parameters_are_those_of_the_layout(options: dict[str, Any]) -> None:
     assert len(set(storages)) == len(storages), "a tied weight is saved once"
 
 
-def test_initialisation_and_parameter_groups() -> None:
+def test_parameters_are_initialized_and_grouped() -> None:
     torch.manual_seed(0)
     model = ls.Decoder(
         ls.DecoderConfig(
             vocab_size=3000, dim=128, num_layers=1, num_heads=2, init_std=0.05, adaptive_cutoffs=(500, 1500)
         )
     )
+    embedding: Any = model.embedding
     for first, last in ((0, 500), (500, 1500), (1500, 3000)):
-        embedded = model.embedding(torch.arange(first, last))
+        embedded = embedding(torch.arange(first, last))
         assert embedded.std().item() == pytest.approx(0.05, rel=0.15)
-    logits = torch.nn.functional.linear(torch.randn(64, 128), model.head().maps[2])
-    logits = logits @ model.head().weights[2].T
+    head: Any = model.head()
+    logits = torch.nn.functional.linear(torch.randn(64, 128), head.maps[2])
+    logits = logits @ head.weights[2].T
     assert logits.std().item() == pytest.approx(0.05 * 128**0.5, rel=0.25), "as those of plain embeddings"
     groups = {group["name"]: {id(p) for p in group["params"]} for group in model.parameter_groups(lr=1, weight_decay=1)}
-    tables = {id(table.weight) for table in model.embedding.tables}
+    tables = {id(table.weight) for table in embedding.tables}
     assert tables <= groups["plain"]
-    assert {id(projection.weight) for projection in model.embedding.projections} <= groups["decay"]
-    sparse = ls.Decoder(config(**OPTIONS[3], init="sparse"))
-    assert not any(weight.any() for weight in sparse.head().weights)
+    assert {id(projection.weight) for projection in embedding.projections} <= groups["decay"]
+    head = ls.Decoder(config(**OPTIONS[3], init="sparse")).head()
+    assert not any(weight.any() for weight in head.weights)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_saved_and_loaded(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_model_loads_as_it_was(options: dict[str, Any], tmp_path: Path) -> None:
     model = decoder(**options)
     ls.save_model(model, tmp_path)
     loaded = ls.load_model(tmp_path)
@@ -283,15 +291,15 @@ def test_a_stream_scores_and_writes() -> None:
     logits = model(text[None])[0][0]
     session = ls.StreamSession(model, chunk=7)
     scores = session.score(text)
-    wanted = -logits[:-1].gather(-1, text[1:, None])[:, 0]
-    torch.testing.assert_close(scores.nats[1:].double(), wanted, atol=1e-5, rtol=0)
+    expected = -logits[:-1].gather(-1, text[1:, None])[:, 0]
+    torch.testing.assert_close(scores.nats[1:].double(), expected, atol=1e-5, rtol=0)
     assert torch.equal(scores.likeliest[1:], logits[:-1].argmax(-1) == text[1:])
     torch.testing.assert_close(session.logits.exp().sum().item(), 1.0)
     assert session.generate(1, temperature=0) == [int(logits[-1].argmax())]
     assert all(0 <= token < VOCABULARY for token in session.generate(20, generator=torch.Generator().manual_seed(0)))
 
 
-def test_under_recurrent_memory() -> None:
+def test_an_adaptive_softmax_works_under_recurrent_memory() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.manual_seed(0)
@@ -315,7 +323,7 @@ def test_under_recurrent_memory() -> None:
         assert counter.get_total_flops() == pytest.approx(memory.flops(length, batch_size=3), rel=0.02)
 
 
-def test_mistakes_are_one_clear_line() -> None:
+def test_mistakes_are_named_in_one_line() -> None:
     for cutoffs in ((0, 5), (5, 5), (7, 3)):
         with pytest.raises(ls.ConfigError, match=r"adaptive_cutoffs = \[.*must rise from at least 1"):
             config(adaptive_cutoffs=cutoffs)

@@ -13,7 +13,7 @@ def model(**options: object) -> ls.Decoder:
     return ls.Decoder(ls.DecoderConfig(vocab_size=31, dim=24, num_layers=2, num_heads=4, **options))  # type: ignore[arg-type]
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_a_saved_model_loads_as_it_was(tmp_path: Path) -> None:
     saved = model(mixers=({"name": "transformer_xl", "segment": 4, "mem_len": 4},), tie_embeddings=False).double()
     ls.save_model(saved, tmp_path)
     loaded = ls.load_model(tmp_path)
@@ -26,16 +26,16 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_the_hash_tells_models_apart() -> None:
     base = model()
-    other = model()
-    assert model_hash(base) == model_hash(other)
+    twin = model()
+    assert model_hash(base) == model_hash(twin)
     assert model_hash(model(checkpoint=True)) == model_hash(base), "recomputing is not another model"
     assert model_hash(model(rope_theta=500.0)) != model_hash(base)
     with torch.no_grad():
-        next(other.parameters()).view(-1)[0] += 1e-6
-    assert model_hash(other) != model_hash(base)
+        next(twin.parameters()).view(-1)[0] += 1e-6
+    assert model_hash(twin) != model_hash(base)
 
 
-def test_damage_and_mismatch_say_what(tmp_path: Path) -> None:
+def test_damaged_and_mismatched_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ls.CheckpointError, match=r"config.json: no such file"):
         ls.load_model(tmp_path)
     ls.save_model(model(), tmp_path)

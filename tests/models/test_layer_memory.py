@@ -1,4 +1,4 @@
-"""ARMT: a memory in every layer, against a loop straight from the equations; diagonals; cost."""
+"""ARMT, a memory in every layer: against a plain loop over the equations; diagonals; cost."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
@@ -33,16 +33,16 @@ def test_ops_equal_their_definitions_in_values_and_gradients(damped: bool) -> No
 
     x, values, strength, memory = draw(2, 3, 7, 4), draw(2, 3, 7, 6), draw(2, 3, 7), draw(2, 3, 24, 6)
     normaliser = draw(2, 3, 24)
-    found = []
+    runs = []
     for kind in (ops, reference):
         phi = kind.dpfp(x, 3)
         small = normaliser.square() / 50  # so that pairs overshoot
         after = kind.associative_write(phi, values, strength.sigmoid(), memory, small, damped=damped)
         read = kind.associative_read(kind.dpfp(x.flip(-2), 3), *after)
         total = read.square().sum() + after[1].sum()
-        found.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        runs.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
+    for actual, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_a_key_written_again_replaces_its_value() -> None:
@@ -50,13 +50,13 @@ def test_a_key_written_again_replaces_its_value() -> None:
     memory, normaliser = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
     for value in ([1.0, 2.0], [-3.0, 5.0]):
-        wanted = torch.tensor([[value]], dtype=torch.float64)
-        memory, normaliser = ops.associative_write(key, wanted, one, memory, normaliser)
-        torch.testing.assert_close(ops.associative_read(key, memory, normaliser), wanted, atol=1e-3, rtol=1e-3)
+        written = torch.tensor([[value]], dtype=torch.float64)
+        memory, normaliser = ops.associative_write(key, written, one, memory, normaliser)
+        torch.testing.assert_close(ops.associative_read(key, memory, normaliser), written, atol=1e-3, rtol=1e-3)
 
 
 def test_pairs_that_are_written_together_do_not_overshoot() -> None:
-    # found in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
+    # seen in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
     generator = torch.Generator().manual_seed(0)
     key = reference.dpfp(torch.randn(1, 1, 4, generator=generator, dtype=torch.float64))
     largest = {}
@@ -77,13 +77,15 @@ def test_a_pair_alone_is_not_damped() -> None:
     phi, memory = torch.rand(2, 1, 8, generator=generator), torch.rand(2, 8, 3, generator=generator)
     normaliser = torch.rand(2, 8, generator=generator)
     values, strength = torch.rand(2, 1, 3, generator=generator), torch.rand(2, 1, generator=generator)
-    found = [ops.associative_write(phi, values, strength, memory, normaliser, damped=each) for each in (True, False)]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+    writes = [
+        ops.associative_write(phi, values, strength, memory, normaliser, damped=damped) for damped in (True, False)
+    ]
+    for actual, expected in zip(*writes, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_zero_features_have_finite_gradients() -> None:
-    # found in training too: nothing was written under such a key, but its gradient was not a number
+    # seen in training too: such a key wrote nothing, but its gradient was NaN
     phi = torch.zeros(1, 2, 8, requires_grad=True)
     normaliser = torch.ones(1, 8, requires_grad=True)
     after = ops.associative_write(
@@ -99,7 +101,8 @@ def test_zero_features_have_finite_gradients() -> None:
 def test_equals_the_plain_loop(kind: str) -> None:
     model, tokens = build(kind), text(2, 15)
     out, state = model(tokens)
-    stack, cell = model.backbone, model.cell
+    stack: Any = model.backbone
+    cell = model.cell
     assert isinstance(cell, LayerMemory)
     assert state is not None
     memories = [torch.zeros(2, cell.features, 16, dtype=torch.float64) for _ in stack.blocks]
@@ -126,24 +129,24 @@ def test_equals_the_plain_loop(kind: str) -> None:
 
 @pytest.mark.parametrize("bptt", [None, 1, 2])
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_diagonals_give_what_segment_after_segment_gives(kind: str, bptt: int | None) -> None:
+def test_diagonals_equal_segments_one_after_another(kind: str, bptt: int | None) -> None:
     plain, diagonal = build(kind, bptt_segments=bptt), build(kind, bptt_segments=bptt, diagonal=True)
     diagonal.load_state_dict(plain.state_dict())
-    tokens, found = text(2, 30), []
+    tokens, runs = text(2, 30), []
     for model in (plain, diagonal):
         _, state = model(tokens[:, :10])
         traces: list[Any] = []
         out, state = model(tokens[:, 10:], state, traces=traces)
         (out.square().sum() + traces[-1].offered.sum()).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append([out, state.memory, state.mass, *gradients])
-    assert len(found[0]) == len(found[1])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
+        runs.append([out, state.memory, state.mass, *gradients])
+    assert len(runs[0]) == len(runs[1])
+    for actual, expected in zip(*runs, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_any_cut_gives_the_same_and_rows_stand_alone(kind: str) -> None:
+def test_any_cuts_agree_and_rows_are_independent(kind: str) -> None:
     model, tokens = build(kind), text(2, 17)
     whole, end = model(tokens)
     for cuts in ((5, 10), (3, 4, 11)) if kind == "decoder" else ((5, 10),):
@@ -152,6 +155,7 @@ def test_any_cut_gives_the_same_and_rows_stand_alone(kind: str) -> None:
             out, state = model(tokens[:, first:last], state)
             outs.append(out)
         torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-9, rtol=0)
+        assert state is not None
         torch.testing.assert_close(state.memory, end.memory, atol=1e-9, rtol=0)
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[1, :6] = False
@@ -163,7 +167,7 @@ def test_any_cut_gives_the_same_and_rows_stand_alone(kind: str) -> None:
     "options", [{}, {"accumulate": True, "max_summaries": 2}, {"per_layer": True, "memory_dim": 4}]
 )
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_cost_is_what_is_counted(kind: str, options: dict[str, Any]) -> None:
+def test_the_predicted_cost_is_the_counted_cost(kind: str, options: dict[str, Any]) -> None:
     model = ls.RecurrentMemory(backbone(kind), num_memory_tokens=3, segment_length=50, **options).eval()
     for length in (100, 170):
         _, state = model(text(2, length))
@@ -174,7 +178,7 @@ def test_cost_is_what_is_counted(kind: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"per_layer": True, "memory_dim": 4}, {"accumulate": True}])
-def test_saved_loaded_and_streamed(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_loaded_model_streams_as_the_saved_one(tmp_path: Path, options: dict[str, Any]) -> None:
     model = ls.RecurrentMemory(backbone("decoder"), num_memory_tokens=3, segment_length=5, **options).eval()
     ls.save_model(model, tmp_path / "model")
     again = ls.load_model(tmp_path / "model")
@@ -194,7 +198,8 @@ def test_saved_loaded_and_streamed(tmp_path: Path, options: dict[str, Any]) -> N
 def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> None:
     recurrent = ls.RecurrentMemory(backbone("encoder"), num_memory_tokens=3, segment_length=5)
     model = ls.models.RecurrentClassifier(recurrent, 4).eval()
-    tokens, traces = text(2, 12), []
+    tokens = text(2, 12)
+    traces: list[Any] = []
     answer, state = model(tokens, traces=traces)
     hidden = recurrent(tokens)[0]
     expected = model.head(torch.cat([traces[1].offered.mean(1), hidden[:, 9]], -1))
@@ -211,7 +216,7 @@ def test_a_classifier_answers_from_the_last_closed_segment(tmp_path: Path) -> No
 
 
 def test_replay_keeps_the_penalties_of_the_backbone() -> None:
-    found = []
+    outcomes = []
     for replay in (False, True):
         model = ls.RecurrentMemory(
             Penalised(backbone("encoder").config), num_memory_tokens=3, segment_length=5, replay=replay
@@ -220,8 +225,8 @@ def test_replay_keeps_the_penalties_of_the_backbone() -> None:
         penalties: list[torch.Tensor] = []
         model.train()(text(2, 15), penalties=penalties)
         torch.stack(penalties).sum().backward()
-        found.append((len(penalties), model.memory.weight.grad is not None))
-    assert found[0] == found[1] == (3, True)
+        outcomes.append((len(penalties), model.memory.weight.grad is not None))
+    assert outcomes[0] == outcomes[1] == (3, True)
 
 
 class Penalised(ls.Encoder):

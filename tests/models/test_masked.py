@@ -1,4 +1,4 @@
-"""The masked language model: both sides are seen, nothing is carried, padding and packing change nothing."""
+"""The masked language model is bidirectional and stateless; padding and packing change nothing."""
 
 from pathlib import Path
 
@@ -18,30 +18,30 @@ def model(**fields: object) -> ls.MaskedLM:
     return ls.MaskedLM(config).double().eval()
 
 
-def test_every_token_sees_both_sides() -> None:
+def test_every_token_sees_left_and_right() -> None:
     tokens = torch.randint(0, 31, (1, 12))
     masked = model()
     before, state = masked(tokens)
     assert state is None
     assert before.shape == (1, 12, 31)
-    for place in (0, 11):
-        other = tokens.clone()
-        other[0, place] = (other[0, place] + 1) % 31
-        changed = (masked(other)[0] != before).any(-1)[0]
+    for position in (0, 11):
+        altered = tokens.clone()
+        altered[0, position] = (altered[0, position] + 1) % 31
+        changed = (masked(altered)[0] != before).any(-1)[0]
         assert changed.all()
 
 
 @pytest.mark.parametrize("fields", [{}, {"bias": True, "norm": "layernorm"}, {"tie_embeddings": False}])
 def test_padding_and_packing_change_nothing(fields: dict[str, object]) -> None:
     masked = model(**fields)
-    one, other = torch.randint(0, 31, (1, 9)), torch.randint(0, 31, (1, 5))
-    alone = [masked(each)[0] for each in (one, other)]
-    packed = torch.cat([one, other], 1)
+    longer, shorter = torch.randint(0, 31, (1, 9)), torch.randint(0, 31, (1, 5))
+    alone = [masked(text)[0] for text in (longer, shorter)]
+    packed = torch.cat([longer, shorter], 1)
     reset = torch.zeros(1, 14, dtype=torch.bool)
     reset[0, 9] = True
     torch.testing.assert_close(masked(packed, reset=reset)[0], torch.cat(alone, 1), rtol=1e-9, atol=1e-9)
     batch, mask = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 9, dtype=torch.bool)
-    batch[0], mask[0], batch[1, 2:7], mask[1, 2:7] = one[0], True, other[0], True
+    batch[0], mask[0], batch[1, 2:7], mask[1, 2:7] = longer[0], True, shorter[0], True
     logits, _ = masked(batch, mask=mask)
     torch.testing.assert_close(logits[:1], alone[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(logits[1:, 2:7], alone[1], rtol=1e-9, atol=1e-9)
@@ -53,7 +53,7 @@ def test_a_state_is_refused() -> None:
         model()(torch.zeros(1, 3, dtype=torch.int64), object())
 
 
-def test_tables_and_files(tmp_path: Path) -> None:
+def test_a_masked_model_is_built_from_tables_and_files(tmp_path: Path) -> None:
     saved = model(bias=True)
     table = describe_model(saved)
     assert table["kind"] == "masked_lm"
@@ -68,7 +68,7 @@ def test_tables_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_trained_and_once(tied: bool) -> None:
+def test_every_parameter_is_trained_and_grouped_once(tied: bool) -> None:
     masked = model(bias=True, norm="layernorm", tie_embeddings=tied)
     logits, _ = masked(torch.arange(31)[None])
     logits.square().mean().backward()

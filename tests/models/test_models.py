@@ -1,4 +1,4 @@
-"""Decoder and Encoder: every option runs, streams and rows agree, cost is what is really done."""
+"""Decoder and Encoder: every option runs, streams and batches agree, and costs are those that are counted."""
 
 import math
 from pathlib import Path
@@ -42,18 +42,18 @@ def tokens(batch: int = 2, length: int = 19) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_streams_pads_packs_and_counts(options: dict[str, Any]) -> None:
+def test_streaming_padding_packing_and_cost_agree(options: dict[str, Any]) -> None:
     model, text = decoder(**options).double().eval(), tokens()
     logits, state = model(text)
     assert logits.shape == (2, 19, 31)
     assert ls.state.nbytes(state) == model.state_nbytes(2, 19, torch.float64)
-    # any cuts
+    # in any cuts
     parts, carried = [], model.init_state(2)
     for a, b in ((0, 1), (1, 9), (9, 9), (9, 19)):
         part, carried = model(text[:, a:b], carried)
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), logits, atol=1e-9, rtol=0)
-    # padding anywhere, with token ids there that mean nothing
+    # padding anywhere, with invalid token ids there
     mask = torch.rand(2, 40, generator=torch.Generator().manual_seed(4)) < 0.5
     mask[1] = False
     mask[1, 5:24] = True
@@ -117,7 +117,7 @@ def test_a_position_past_the_learned_table_names_the_maximum() -> None:
     model(tokens(length=7), state, reset=reset)
 
 
-def test_wrong_tokens_are_one_clear_line() -> None:
+def test_invalid_tokens_are_named_in_one_line() -> None:
     model = decoder()
     with pytest.raises(ls.DataError, match="token id 31 is outside the model's vocabulary of 31"):
         model(torch.tensor([[3, 31]]))
@@ -131,13 +131,13 @@ def test_wrong_tokens_are_one_clear_line() -> None:
         model()
 
 
-def test_embeddings_in_place_of_tokens() -> None:
+def test_embeddings_replace_tokens() -> None:
     model = decoder()
     embedded = model.embedding(tokens())
     assert torch.equal(model(inputs_embeds=embedded)[0], model(tokens())[0])
 
 
-def test_initialisation_and_parameter_groups() -> None:
+def test_parameters_are_initialized_and_grouped() -> None:
     model = decoder(dim=64, num_heads=4, mixers=(XL,), init_std=0.05)
     weights = dict(model.named_parameters())
     assert weights["blocks.0.ffn.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.1)
@@ -155,7 +155,7 @@ def test_initialisation_and_parameter_groups() -> None:
     assert model.num_parameters() == sum(p.numel() for p in weights.values())
 
 
-def test_encoder_rows_are_independent_and_documents_apart() -> None:
+def test_encoder_rows_and_documents_are_independent() -> None:
     torch.manual_seed(0)
     mixers = (WINDOW, {"name": "window", "window": 3, "blocks": True}, {"name": "full"})
     model = ls.Encoder(ls.EncoderConfig(vocab_size=31, dim=24, num_layers=3, num_heads=4, mixers=mixers)).double()
@@ -182,14 +182,15 @@ def test_a_wrong_mixer_is_named_with_its_place() -> None:
         decoder(mixers=({"name": "full"}, {"name": "ful"}))
 
 
-def test_sparse_initialisation() -> None:
+def test_sparse_initialization_starts_at_the_uniform_loss() -> None:
     """The output layer is zero, so the first loss is log(vocab_size); residual outputs shrink with the depth."""
     model = decoder(init="sparse", tie_embeddings=False, num_layers=8, dim=128, positions="learned", max_positions=64)
     loss = torch.nn.functional.cross_entropy(model(tokens())[0].flatten(0, 1), tokens().flatten())
     assert loss.item() == pytest.approx(math.log(31), abs=1e-6)
-    block = model.layers[0]
+    block: Any = model.layers[0]
+    embedding: Any = model.embedding
     for weight, expected in (
-        (model.embedding.weight, 0.125 / 128**0.5),
+        (embedding.weight, 0.125 / 128**0.5),
         (block.mixer.projections.q_proj.weight, 0.125 / 128**0.5),
         (block.mixer.projections.o_proj.weight, 0.125 / 128**0.5 / 4),
         (block.ffn.down_proj.weight, 0.125 / block.ffn.down_proj.in_features**0.5 / 4),
@@ -199,38 +200,40 @@ def test_sparse_initialisation() -> None:
         decoder(init="sparse")
 
 
-def test_factorised_positions_are_sums_of_coordinates() -> None:
+def test_factorized_positions_are_sums_of_coordinates() -> None:
     model = decoder(positions="factorised", position_shape=(3, 5, 2))
-    tables = [table.weight for table in model.position_embedding.tables]
+    positions: Any = model.position_embedding
+    tables = [table.weight for table in positions.tables]
     assert [len(table) for table in tables] == [3, 5, 2]
     for p in range(30):
         expected = tables[0][p // 10] + tables[1][p // 2 % 5] + tables[2][p % 2]
-        torch.testing.assert_close(model.position_embedding(torch.tensor(p)), expected)
+        torch.testing.assert_close(positions(torch.tensor(p)), expected)
     with pytest.raises(ls.errors.UnsupportedError, match="past the learned positions"):
         model(tokens(1, 31))
     with pytest.raises(ls.ConfigError, match="position_shape"):
         decoder(positions="factorised")
 
 
-def test_axial_positions_stand_side_by_side(tmp_path: Path) -> None:
+def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
     model = decoder(positions="factorised", position_shape=(3, 5, 2), position_dims=(4, 10, 2), dim=16)
-    tables = [table.weight for table in model.position_embedding.tables]
+    positions: Any = model.position_embedding
+    tables = [table.weight for table in positions.tables]
     assert [tuple(table.shape) for table in tables] == [(3, 4), (5, 10), (2, 2)]
-    assert sum(p.numel() for p in model.position_embedding.parameters()) == 3 * 4 + 5 * 10 + 2 * 2
+    assert sum(p.numel() for p in positions.parameters()) == 3 * 4 + 5 * 10 + 2 * 2
     for p in range(30):
         expected = torch.cat([tables[0][p // 10], tables[1][p // 2 % 5], tables[2][p % 2]])
-        assert torch.equal(model.position_embedding(torch.tensor(p)), expected)
+        assert torch.equal(positions(torch.tensor(p)), expected)
     at = torch.arange(30).view(2, 15)
-    assert torch.equal(model.position_embedding(at)[1, 3], model.position_embedding(torch.tensor(18)))
-    model.position_embedding(at).square().sum().backward()
+    assert torch.equal(positions(at)[1, 3], positions(torch.tensor(18)))
+    positions(at).square().sum().backward()
     assert all(bool(table.grad.ne(0).all()) for table in tables)
     loaded = ls.models.load_model(ls.models.save_model(model, tmp_path))
     assert loaded.config == model.config
     torch.testing.assert_close(loaded(tokens(1, 30))[0], model.eval()(tokens(1, 30))[0])
     sparse = {"init": "sparse", "tie_embeddings": False, "dim": 96, "positions": "factorised"}
     for widths, count in (((), 2), ((32, 64), 1)):
-        table = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding.tables[1]
-        assert table.weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
+        positions = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding
+        assert positions.tables[1].weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -243,12 +246,12 @@ def test_axial_positions_stand_side_by_side(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_widths_of_positions_that_do_not_fit(fields: dict[str, Any], says: str) -> None:
+def test_position_widths_that_do_not_fit_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ls.ConfigError, match=says):
         decoder(**{"positions": "factorised", "position_shape": (6, 5), "dim": 16, **fields})
 
 
-def test_interleaved_and_by_head() -> None:
+def test_sparse_patterns_alternate_by_layer_and_by_head() -> None:
     """Sparse Transformer's other two integrations are the model's list of mixers and `heads`."""
     sparse = {"name": "sparse", "pattern": "strided", "stride": 5}
     parts = [{**sparse, "num_heads": 2, "part": part} for part in ("local", "summary")]

@@ -1,4 +1,4 @@
-"""Recurrent memory against a plain loop over segments, and the promises of its contract."""
+"""Recurrent memory: against a plain loop over segments, and the laws of the contract."""
 
 import itertools
 from typing import Any
@@ -33,7 +33,7 @@ def build(kind: str, **options: Any) -> RecurrentMemory:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return model
 
 
@@ -42,21 +42,22 @@ def text(batch: int, length: int, seed: int = 2) -> Tensor:
 
 
 def definition(model: RecurrentMemory, tokens: Tensor, borders: list[int]) -> Tensor:
-    """One row, segment by segment, straight from the equations; all of it closed."""
+    """One row, segment by segment, from the equations; the last segment is closed too."""
+    backbone: Any = model.backbone
     memory = model.memory.weight[None]
     mass = torch.zeros(1, 3)
     outs = []
     for first, last in zip([0, *borders], [*borders, tokens.shape[1]], strict=True):
-        embedded = model.backbone.embedding(tokens[:, first:last])
+        embedded = backbone.embedding(tokens[:, first:last])
         if isinstance(model.backbone, ls.Encoder):
-            hidden = model.backbone(inputs_embeds=torch.cat([memory, embedded], 1))
+            hidden = backbone(inputs_embeds=torch.cat([memory, embedded], 1))
             new, out = hidden[:, :3], hidden[:, 3:]
         else:
             x = torch.cat([memory, embedded, memory], 1)
             rows = ls.mixers.Rows(torch.zeros(1, dtype=torch.int64), x.shape[1])
-            hidden = model.backbone.run(None, None, None, None, None, x)[0]
+            hidden = backbone.run(None, None, None, None, None, x)[0]
             assert rows.plain
-            new, out = hidden[:, -3:], model.backbone.logits(hidden[:, 3:-3])
+            new, out = hidden[:, -3:], backbone.logits(hidden[:, 3:-3])
         outs.append(out)
         memory, mass, _ = model.update(memory, new, mass)
     return torch.cat(outs, 1)
@@ -118,6 +119,7 @@ def test_cuts_at_segment_borders_are_bit_for_bit(kind: str) -> None:
         part, state = model(tokens[:, a:b], state)
         parts.append(part)
     assert torch.equal(torch.cat(parts, 1), whole)
+    assert state is not None
     assert torch.equal(state.memory, final.memory)
 
 
@@ -148,13 +150,14 @@ def test_gradients_reach_exactly_bptt_segments(kind: str, horizon: int) -> None:
     embedded: list[Tensor] = []
 
     def record(_: object, __: object, out: Tensor) -> None:
-        if out.ndim == 3:  # tokens; logits of tied embeddings call the module for its whole table
+        if out.ndim == 3:  # not the whole table, which tied output layers ask for
             embedded.append(out)
 
-    model.backbone.embedding.register_forward_hook(record)
+    embedding: Any = model.backbone.embedding
+    embedding.register_forward_hook(record)
     out, _ = model(text(1, 25))
-    found = torch.autograd.grad(out[:, -5:].square().sum(), embedded, allow_unused=True)
-    reached = [g is not None and bool(g.abs().max() > 0) for g in found]
+    gradients = torch.autograd.grad(out[:, -5:].square().sum(), embedded, allow_unused=True)
+    reached = [g is not None and bool(g.abs().max() > 0) for g in gradients]
     assert reached == [False] * (5 - horizon) + [True] * horizon
 
 
@@ -173,8 +176,8 @@ def test_memory_replay_gives_the_same_gradients(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_accumulated_summaries(kind: str) -> None:
-    """One segment: a plain model with a soft prompt. Several: the last `max_summaries` are read, none other."""
+def test_the_last_summaries_are_read(kind: str) -> None:
+    """One segment is a plain model with a soft prompt; of several, only the last `max_summaries` are read."""
     model = build(kind, accumulate=True, max_summaries=2)
     tokens = text(1, 20)
     out, state = model(tokens)
@@ -190,7 +193,7 @@ def test_accumulated_summaries(kind: str) -> None:
         torch.testing.assert_close(one(tokens[:, 15:], first)[1].memory, last, atol=1e-9, rtol=0)
 
 
-def test_varied_segments_in_training_only() -> None:
+def test_segment_lengths_vary_in_training_only() -> None:
     model = build("decoder", vary=0.5)
     tokens = text(1, 20)
     assert torch.equal(model(tokens)[0], model(tokens)[0])
@@ -211,16 +214,16 @@ def test_the_gate_does_not_forget_and_can_write_nothing() -> None:
         memory, mass, _ = update(old, new, mass)
         assert torch.equal(memory, old + (new - old)), "the first write replaces the initial memory"
         update.bias.fill_(-1.0)
-        kept, same, _ = update(memory, torch.randn(1, 2, 8), mass)
-        assert torch.equal(kept, memory)
+        unchanged, same, _ = update(memory, torch.randn(1, 2, 8), mass)
+        assert torch.equal(unchanged, memory)
         assert torch.equal(same, mass)
-        update.bias.fill_(1.0)  # a thousand mistakes of little evidence
+        update.bias.fill_(1.0)  # a thousand writes of little evidence
         for _ in range(1000):
             memory, mass, _ = update(memory, torch.randn(1, 2, 8), mass)
     assert (memory - new).abs().max() < 0.05
 
 
-def test_bad_settings_are_one_clear_line() -> None:
+def test_invalid_settings_are_named_in_one_line() -> None:
     with pytest.raises(ls.ConfigError, match="segment_length = 0"):
         RecurrentMemory(backbone("decoder"), segment_length=0)
     with pytest.raises(ls.ConfigError, match="no backbone for recurrent memory"):

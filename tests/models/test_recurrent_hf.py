@@ -30,17 +30,18 @@ def build(kind: str, **options: Any) -> ls.RecurrentMemory:
 
 
 def definition(model: ls.RecurrentMemory, tokens: Tensor) -> Tensor:
-    """One row, segment by segment, with the model called as its own documentation says."""
+    """One row, segment by segment, by the documented calls of the model."""
     memory, outs, causal = model.memory.weight[None], [], model.adapter.causal
-    embedding = model.backbone.get_input_embeddings()
+    backbone: Any = model.backbone
+    embedding = backbone.get_input_embeddings()
     mass = torch.zeros(1, 3)
     for first in range(0, tokens.shape[1], 5):
         segment = embedding(tokens[:, first : first + 5])
         parts = [memory, segment, memory] if causal else [memory, segment]
-        hidden = model.backbone(inputs_embeds=torch.cat(parts, 1), output_hidden_states=True).hidden_states[-1]
+        hidden = backbone(inputs_embeds=torch.cat(parts, 1), output_hidden_states=True).hidden_states[-1]
         new = hidden[:, -3:] if causal else hidden[:, :3]
         seen = hidden[:, 3 : 3 + segment.shape[1]]
-        outs.append(model.backbone.get_output_embeddings()(seen) if causal else seen)
+        outs.append(backbone.get_output_embeddings()(seen) if causal else seen)
         memory, mass, _ = model.update(memory, new, mass)
     return torch.cat(outs, 1)
 
@@ -69,7 +70,7 @@ def test_padded_rows_equal_each_alone(kind: str, per_layer: bool) -> None:
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
-    """An open segment is run without write tokens, and gives what the closed one gives."""
+    """An open segment runs without write tokens, and gives the outputs of the closed one."""
     model, tokens = build(kind, per_layer=per_layer, memory_dim=4), text(2, 12)
     whole, end = model(tokens)
     state, outs = None, []
@@ -77,6 +78,7 @@ def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
         out, state = model(tokens[:, index : index + 1], state)
         outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-9, rtol=0)
+    assert state is not None
     torch.testing.assert_close(state.memory, end.memory, atol=1e-9, rtol=0)
 
 
@@ -84,7 +86,8 @@ def test_token_by_token_equals_forward(kind: str, per_layer: bool) -> None:
 def test_a_layer_memory_reads_and_writes_around_every_layer(kind: str) -> None:
     model, tokens = build(kind, per_layer=True, memory_dim=4), text(1, 10)
     with torch.no_grad():
-        for layer in model.cell.maps:
+        cell: Any = model.cell
+        for layer in cell.maps:
             layer.value.weight.normal_()
     first, state = model(tokens[:, :5])
     assert state.memory.abs().sum(dim=(2, 3)).gt(0).all(), "every layer has written"
@@ -99,18 +102,18 @@ def test_a_layer_memory_reads_and_writes_around_every_layer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_it_learns_and_replay_gives_the_same_gradients(kind: str) -> None:
-    found = []
+    gradients = []
     for replay in (False, True):
         model = build(kind, replay=replay).train()
         out, _ = model(text(2, 15))
         out.square().mean().backward()
-        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-    assert len(found[0]) == len(found[1]) > 10
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
-def test_what_longspan_does_not_know_of_a_foreign_model_is_said(tmp_path: Any) -> None:
+def test_unsupported_calls_on_a_foreign_model_are_named(tmp_path: Any) -> None:
     model = build("llama")
     with pytest.raises(ls.UnsupportedError, match="foreign"):
         model.flops(10)

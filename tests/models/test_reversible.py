@@ -12,7 +12,7 @@ import longspan as ls
 from longspan import mixers
 from longspan.contract.replay import Choices
 from longspan.mixers import Rows
-from longspan.models import StackState, load_model, save_model
+from longspan.models import Head, StackState, load_model, save_model
 
 DYNAMIC: dict[str, Any] = {"name": "adaptive_span", "max_span": 6, "ramp": 3, "dynamic": True, "penalty": 0.1}
 FORMS: list[dict[str, Any]] = [
@@ -46,16 +46,16 @@ def by_definition(
     """The two equations, with autograd."""
     rows = Rows(ls.state.live(state, len(text)), text.shape[1], mask, reset)
     x1 = x2 = model.embed(rows.gather(text), rows)
-    following = []
+    layer_states = []
     for i, block in enumerate(model.layers):
         before = None if state is None else state.layers[i]
         y, after = block.mixer.mix(block.mixer_norm(x2), before, rows, penalties)
         x1 = x1 + y
         x2 = x2 + block.ffn(block.ffn_norm(x1))
-        following.append(after)
+        layer_states.append(after)
     both = model.config.streams == "both"
     logits = model.logits(model.norm(torch.cat([x1, x2], -1) if both else (x1 + x2) / 2))
-    return rows.scatter(logits), StackState(tuple(following), rows.live) if model.traits.streams else None
+    return rows.scatter(logits), StackState(tuple(layer_states), rows.live) if model.traits.streams else None
 
 
 def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
@@ -69,8 +69,8 @@ def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor],
     second, _ = run(tokens(seed=4), state, penalties, mask=mask, reset=reset)
     weights = torch.rand(2, 19, 31, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     ((first * weights).square().sum() + (second * weights).sum() + 3 * sum(penalties)).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [first.detach(), second.detach()], found, [torch.as_tensor(p).detach() for p in penalties]
+    parameter_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [first.detach(), second.detach()], parameter_gradients, [torch.as_tensor(p).detach() for p in penalties]
 
 
 @pytest.mark.parametrize("table", FORMS, ids=str)
@@ -93,40 +93,40 @@ def check_gradients(model: ls.Decoder) -> None:
     def defined(text: Tensor, state: Any, penalties: list[Tensor], **rows: Any) -> Any:
         return by_definition(model, text, state, penalties, **rows)
 
-    outputs, found, penalties = gradients(model, call)
+    outputs, actual, penalties = gradients(model, call)
     after = torch.get_rng_state()
     expected_outputs, expected, expected_penalties = gradients(model, defined)
     assert torch.equal(torch.get_rng_state(), after), "recomputation moves torch's generator"
     assert len(penalties) == len(expected_penalties)
     torch.testing.assert_close([*outputs, *penalties], [*expected_outputs, *expected_penalties], atol=1e-12, rtol=1e-12)
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = max(1.0, gradient.abs().max().item())
-        assert (found[name] - gradient).abs().max().item() <= 1e-10 * scale, name
+        assert (actual[name] - gradient).abs().max().item() <= 1e-10 * scale, name
 
 
-def test_penalties_are_there_to_be_tested() -> None:
+def test_a_dynamic_span_has_a_penalty_per_layer() -> None:
     penalties: list[Tensor] = []
     decoder(DYNAMIC)(tokens(), penalties=penalties)
     assert len(penalties) == 3
     assert all(penalty.requires_grad for penalty in penalties)
 
 
-def test_encoder_and_gradients_of_embeddings() -> None:
+def test_an_encoder_passes_gradients_to_embeddings() -> None:
     torch.manual_seed(0)
     model = ls.Encoder(ls.EncoderConfig(dim=24, num_layers=2, num_heads=4, reversible=True, init_std=0.3)).double()
     embedded = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(model(inputs_embeds=embedded).square().sum(), embedded)
+    (actual,) = torch.autograd.grad(model(inputs_embeds=embedded).square().sum(), embedded)
     rows = Rows(torch.zeros(2, dtype=torch.int64), 9)
     x1 = x2 = embedded
     for block in model.layers:
         x1 = x1 + block.mixer.mix(block.mixer_norm(x2), None, rows)[0]
         x2 = x2 + block.ffn(block.ffn_norm(x1))
     (expected,) = torch.autograd.grad(model.norm((x1 + x2) / 2).square().sum(), embedded)
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_frozen_parameters_and_frozen_everything() -> None:
+def test_some_or_all_parameters_may_be_frozen() -> None:
     model = decoder({"name": "window", "window": 5})
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("up_proj" in name)
@@ -143,7 +143,7 @@ def test_frozen_parameters_and_frozen_everything() -> None:
     [{"name": "window", "window": 4}, {"name": "infini", "segment": 4}, {"name": "transformer_xl", "segment": 4}],
     ids=str,
 )
-def test_streams_pads_and_packs(table: dict[str, Any]) -> None:
+def test_streaming_padding_and_packing_agree(table: dict[str, Any]) -> None:
     model, text = decoder(table).eval(), tokens()
     logits, state = model(text)
     assert ls.state.nbytes(state) == model.state_nbytes(2, 19, torch.float64)
@@ -170,14 +170,14 @@ def test_streams_pads_and_packs(table: dict[str, Any]) -> None:
     torch.testing.assert_close(together[19:], logits[1, :7], atol=1e-9, rtol=0)
 
 
-def test_buckets_are_kept_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In fp32 reconstructed inputs differ in their last bits: what is near a border must not change sides."""
+def test_buckets_are_stored_and_not_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 reconstructed inputs differ in their last bits: a token near a border must stay in its bucket."""
     calls = []
-    found = ls.ops.lsh_buckets
+    buckets_of = ls.ops.lsh_buckets
 
     def counted(*args: Any) -> Tensor:
         calls.append(torch.is_grad_enabled())
-        return found(*args)
+        return buckets_of(*args)
 
     monkeypatch.setattr(ls.ops, "lsh_buckets", counted)
     model = decoder({"name": "lsh", "bucket_size": 2, "num_hashes": 2, "num_buckets": 4}).float()
@@ -192,55 +192,59 @@ def test_choices_come_back_in_their_order_and_type() -> None:
     plain = Rows(torch.zeros(1, dtype=torch.int64), 3)
     assert torch.equal(plain.choose(lambda: many, below=2), many), "no pass records"
     rows = plain.with_choices(choices)
+
+    def choose(positions: Tensor, below: int) -> Tensor:
+        return rows.choose(lambda: positions, below=below)
+
     with torch.no_grad():
-        assert rows.learns
-        assert not plain.learns
+        assert (rows.learns, plain.learns) == (True, False)
         for chosen, below in ((torch.tensor([255]), 256), (torch.tensor([256]), 257), (many, 70_001)):
-            assert rows.choose(lambda chosen=chosen: chosen, below=below) is chosen
+            assert choose(chosen, below) is chosen
         for _ in range(2):
             choices.rewind()
             assert not rows.learns
-            replayed = [rows.choose(lambda: torch.tensor([-1]), below=1) for _ in range(3)]
+            replayed = [choose(torch.tensor([-1]), 1) for _ in range(3)]
             assert [t.tolist() for t in replayed] == [[255], [256], [0, 70_000]]
             assert all(t.dtype == torch.int64 for t in replayed)
 
 
 def test_statistics_count_a_step_once() -> None:
-    """The first pass builds no graph and the second one repeats it: clusters and bounds count what was read once."""
+    """The first pass builds no graph and the second one repeats it: clusters and bounds count each token once."""
     kinds: tuple[tuple[dict[str, Any], Callable[[Any], Tensor]], ...] = (
         ({"name": "routing", "num_clusters": 2, "window": 4}, lambda core: core.pending.counts),
         ({"name": "performer", "num_features": 4, "kind": "bounded"}, lambda core: core.pending),
     )
     for mixer, counted in kinds:
-        found = []
+        counts = []
         for reversible in (False, True):
             torch.manual_seed(0)
             model = decoder(mixer, num_layers=1, reversible=reversible).train()
             penalties: list[Tensor] = []
             loss = model(tokens(), penalties=penalties)[0].square().sum()
             (loss + sum(penalties)).backward()
-            found.append(counted(model.blocks[0].mixer.core).clone())
-        assert float(found[0].abs().sum()) > 0
-        torch.testing.assert_close(found[0], found[1])
+            block: Any = model.blocks[0]
+            counts.append(counted(block.mixer.core).clone())
+        assert float(counts[0].abs().sum()) > 0
+        torch.testing.assert_close(counts[0], counts[1])
 
 
 def test_autocast_and_narrow_weights_are_near_fp64() -> None:
     """Streams are fp32 at least, so that what is subtracted is what was added."""
     table = {"name": "window", "window": 5}
 
-    def found(model: ls.Decoder, autocast: bool) -> Tensor:
+    def flat_gradients(model: ls.Decoder, autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(tokens())[0]
-            # inside: casts that the forward pass may have cached have no graph
+            # inside autocast: casts that the forward pass has cached have no graph
             logits.double().square().mean().backward()
         return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a - b).norm() / b.norm())
 
-    exact = found(decoder(table, num_layers=12, init_std=0.1), False)
-    mixed = found(decoder(table, num_layers=12, init_std=0.1).float(), True)
-    narrow = found(decoder(table, num_layers=12, init_std=0.1).bfloat16(), False)
+    exact = flat_gradients(decoder(table, num_layers=12, init_std=0.1), False)
+    mixed = flat_gradients(decoder(table, num_layers=12, init_std=0.1).float(), True)
+    narrow = flat_gradients(decoder(table, num_layers=12, init_std=0.1).bfloat16(), False)
     assert len(mixed) == len(narrow) == len(exact)
     assert relative(mixed, exact) < 0.05
     assert relative(narrow, exact) < 0.05
@@ -279,19 +283,21 @@ def test_saved_activations_do_not_grow_with_depth(reversible: bool) -> None:
         assert sizes[2] > 10 * sizes[0], "the measurement sees activations"
 
 
-def test_a_recurrent_memory_around_reversible_blocks() -> None:
+def test_gradients_reach_memory_tokens_through_reversible_blocks() -> None:
     """Gradients reach the memory tokens, through segments."""
     model = decoder({"name": "full"})
     memory = ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5).double()
     logits, _ = memory(tokens())
     logits[:, -1].square().sum().backward()
-    assert memory.cell.tokens.weight.grad.abs().max() > 0
+    gradient = memory.cell.tokens.weight.grad
+    assert gradient is not None
+    assert gradient.abs().max() > 0
     with pytest.raises(ls.UnsupportedError, match="per_layer"):
         ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=5, per_layer=True)
 
 
 def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
-    """What would be recomputed is no longer what was computed."""
+    """Recomputation would no longer give what the forward pass computed."""
     model = decoder({"name": "window", "window": 5})
     loss = model(tokens())[0].square().sum()
     with torch.no_grad():
@@ -300,15 +306,15 @@ def test_weights_changed_before_the_backward_pass_are_noticed() -> None:
         loss.backward()
 
 
-def test_a_loss_on_one_layers_state_alone() -> None:
-    """Outputs unused: gradients still find the way from the state of the first layer."""
+def test_a_loss_on_the_state_of_one_layer_has_gradients() -> None:
+    """With unused outputs, gradients still flow from the state of the first layer."""
     model = decoder({"name": "infini", "segment": 4})
     _, state = model(tokens())
     assert state is not None
     state.layers[0].values.square().sum().backward()
-    found = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert "blocks.0.mixer.projections.k_proj.weight" in found
-    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in found)
+    names = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert "blocks.0.mixer.projections.k_proj.weight" in names
+    assert not any(name.startswith(("blocks.1", "blocks.2")) for name in names)
 
 
 def test_second_derivatives_and_wrong_fields_are_refused() -> None:
@@ -316,7 +322,7 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
     loss = model(tokens())[0].square().sum()
     first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
     with pytest.raises(ls.errors.UnsupportedError, match="no second derivatives"):
-        sum(g.square().sum() for g in first).backward()
+        torch.stack([g.square().sum() for g in first]).sum().backward()
     with pytest.raises(ls.ConfigError, match="pre-norm"):
         decoder(norm_position="post")
     with pytest.raises(ls.ConfigError, match="checkpoint = false"):
@@ -329,15 +335,17 @@ def test_second_derivatives_and_wrong_fields_are_refused() -> None:
         ls.RecurrentMemory(decoder(streams="both", tie_embeddings=False), num_memory_tokens=2, segment_length=5)
 
 
-def test_both_streams_in_encoders_and_at_the_head() -> None:
+def test_both_streams_widen_hidden_states_and_the_head() -> None:
     """Hidden states are twice as wide, whatever reads them; FLOPs count the wider output layer, hashes the fields."""
-    fields = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
+    fields: dict[str, Any] = {"dim": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 31, "reversible": True}
     config = ls.EncoderConfig(**fields, streams="both")
     assert ls.Encoder(config)(tokens()).shape == (2, 19, 48)
     assert ls.MaskedLM(config)(tokens())[0].shape == (2, 19, 31)
     model = decoder(streams="both", tie_embeddings=False)
     hidden, _ = model.hidden(tokens())
-    torch.testing.assert_close(torch.nn.functional.linear(hidden, *model.head()), model(tokens())[0])
+    head = model.head()
+    assert isinstance(head, Head)
+    torch.testing.assert_close(torch.nn.functional.linear(hidden, *head), model(tokens())[0])
     plain = decoder(tie_embeddings=False)
     assert model.flops(10) - plain.flops(10) == 2 * 10 * 24 * 31
     hashes = {ls.models.model_hash(decoder(tie_embeddings=False, output_bias=bias)) for bias in (False, True)}
@@ -358,22 +366,22 @@ def test_fields_are_saved_and_older_files_have_defaults(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "gelu", "bias": True}, {"reversible": False}], ids=str)
-def test_feed_forward_in_chunks_is_the_same(options: dict[str, Any]) -> None:
-    results = []
+def test_feed_forward_in_chunks_equals_the_whole(options: dict[str, Any]) -> None:
+    runs = []
     for chunk in (0, 1, 5, 1000):
         model = decoder(ffn_chunk=chunk, dropout=0.2, **options)
         torch.manual_seed(1)
         logits, _ = model(tokens())
         logits.square().sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
+        runs.append([logits.detach(), *(p.grad for p in model.parameters())])
         model.eval()
         with torch.no_grad():
-            results[-1].append(model(tokens())[0])
-            results[-1].append(model(tokens(length=0))[0])
-    for other in results[1:]:
-        for found, expected in zip(other, results[0], strict=True):
+            runs[-1].append(model(tokens())[0])
+            runs[-1].append(model(tokens(length=0))[0])
+    for run in runs[1:]:
+        for actual, expected in zip(run, runs[0], strict=True):
             scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-            torch.testing.assert_close(found, expected, atol=1e-12 * scale, rtol=0)
+            torch.testing.assert_close(actual, expected, atol=1e-12 * scale, rtol=0)
 
 
 def test_chunks_of_the_feed_forward_save_less() -> None:

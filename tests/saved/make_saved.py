@@ -1,6 +1,6 @@
 """Records small models, states, runs and their outputs, for `test_saved.py`.
 
-Was run once, with version 0.1.0; run it again only to record a later version in a folder of its own:
+It was run once, with version 0.1.0; run it again only to record a later version in a folder of its own:
 `python -m tests.saved.make_saved FOLDER`.
 """
 
@@ -63,13 +63,14 @@ def converted() -> Any:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4
     )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config)
+    model.eval()
     hf.convert(model, "infini", segment=4)
     return model
 
 
 def main(folder: Path) -> None:
-    """Write everything."""
+    """Writes models, states, a run and the outputs of all."""
     torch.manual_seed(0)
     with torch.no_grad():
         write_tensors(folder / "outputs.safetensors", record_models(folder), {})
@@ -81,7 +82,7 @@ def main(folder: Path) -> None:
 
 
 def record_models(folder: Path) -> dict[str, torch.Tensor]:
-    """Write models and states; what they say next."""
+    """Writes models and states; returns the logits that follow."""
     outputs = {}
     for name, model in models().items():
         ls.save_model(model, folder / "models" / name)

@@ -1,4 +1,4 @@
-"""Models, states, runs and recipes that version 0.1.0 wrote load and say the same."""
+"""Models, states, runs and recipes that version 0.1.0 wrote still load and give the same outputs."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_a_model_and_its_state_continue(name: str) -> None:
     torch.testing.assert_close(logits, OUTPUTS[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_converted_model_says_the_same() -> None:
+def test_a_converted_model_gives_the_same_logits() -> None:
     hf = pytest.importorskip("longspan.hf")
     with torch.no_grad():
         logits = hf.load(FOLDER / "converted")(tokens()[None]).logits[0, -1]

@@ -1,7 +1,9 @@
-"""Tiles and tunes as bytes: what a document is, splits that part no image and no family, errors, a small training."""
+"""Tiles and tunes as bytes: documents, splits that divide no image and no family, errors, a small training."""
 
 import importlib.util
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from longspan import tasks
 from longspan.cli.app import run as cli
 from longspan.config import read_toml
 from longspan.errors import ConfigError, DataError
-from longspan.tasks import MusicConfig, MusicTask, TilesConfig, TilesTask
+from longspan.tasks import Documents, MusicConfig, MusicTask, TilesConfig, TilesTask
 from longspan.tasks.bytes import abc_tunes, families, tune_keys
 from longspan.tasks.groups import held_back
 from longspan.train import find_recipe, load_run, run
@@ -20,14 +22,14 @@ from longspan.train import find_recipe, load_run, run
 HEAD = "X:{number}\nT:{title}\nM:6/8\nK:G\n"
 
 
-def missing(package):
+def missing(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         importlib.util.find_spec(package) is None, reason=f"{package} is not installed: `make media`"
     )
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six images of several sizes and kinds, one of them too small for a tile."""
     folder = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
@@ -39,12 +41,12 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tunes(tmp_path_factory):
-    """Thirty tunes in two files, six of them sisters."""
+def tunes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty tunes in two files, some of them related."""
     folder = tmp_path_factory.mktemp("tunes")
     generator = np.random.default_rng(0)
 
-    def notes():
+    def notes() -> str:
         return "|".join("".join(generator.choice(list("ABcdefg"), 6)) for _ in range(8))
 
     same = notes()
@@ -59,7 +61,7 @@ def tunes(tmp_path_factory):
     return folder
 
 
-def test_a_tile_is_its_rows_columns_and_channels(images):
+def test_a_tile_is_its_rows_columns_and_channels(images: Path) -> None:
     task = TilesTask(TilesConfig(source=str(images / "0.png"), tile=8))
     documents = task.read(str(images / "0.png"))
     pixels = np.asarray(Image.open(images / "0.png"))
@@ -73,37 +75,41 @@ def test_a_tile_is_its_rows_columns_and_channels(images):
     np.testing.assert_array_equal(piece.targets, pixels[8 + rows, 8 + columns, channels])
 
 
-def test_images_are_held_back_whole(images):
+def test_images_are_held_out_whole(images: Path) -> None:
     task = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3))
-    train, held = task.documents("train"), task.documents("validation")
+    train, validation = task.documents("train"), task.documents("validation")
 
-    def names(documents):
+    def names(documents: Documents) -> set[str]:
         return {name.partition(":")[0] for name in documents.names}
 
-    assert names(train) | names(held) == {f"{index}.png" for index in range(5)}, "the last is lower than a tile"
-    assert not names(train) & names(held)
-    assert len(train) + len(held) == 6 + 2 + 2 + 3 + 1
-    assert 1 <= len(held) <= 0.3 * 14
+    assert names(train) | names(validation) == {f"{index}.png" for index in range(5)}, "the last is lower than a tile"
+    assert not names(train) & names(validation)
+    assert len(train) + len(validation) == 6 + 2 + 2 + 3 + 1
+    assert 1 <= len(validation) <= 0.3 * 14
     again = TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3)).documents("validation")
-    assert (again.names, again.fingerprint) == (held.names, held.fingerprint)
+    assert (again.names, again.fingerprint) == (validation.names, validation.fingerprint)
     splits = {
-        tuple(each.documents("validation").names)
+        tuple(
+            TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3, seed=seed))
+            .documents("validation")
+            .names
+        )
         for seed in range(8)
-        for each in [TilesTask(TilesConfig(source=str(images), tile=8, validation_fraction=0.3, seed=seed))]
     }
-    assert len(splits) > 1, "the seed is of the split"
+    assert len(splits) > 1, "the seed changes the split"
 
 
-def test_other_kinds_of_images_become_colour(tmp_path):
+def test_other_kinds_of_images_become_color(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     Image.fromarray(grey).save(tmp_path / "grey.png")
     Image.fromarray(np.dstack([grey, grey + 1, grey + 2, grey])).save(tmp_path / "alpha.png")
-    alpha, plain = TilesTask(TilesConfig(tile=8)).read(str(tmp_path)).items
+    items: Any = TilesTask(TilesConfig(tile=8)).read(str(tmp_path)).items
+    alpha, plain = items
     np.testing.assert_array_equal(plain.ids.reshape(8, 8, 3), np.dstack([grey] * 3))
     np.testing.assert_array_equal(alpha.ids.reshape(8, 8, 3), np.dstack([grey, grey + 1, grey + 2]))
 
 
-def test_tunes_of_a_file(tunes):
+def test_a_file_is_split_into_tunes(tunes: Path) -> None:
     task = MusicTask(MusicConfig(source=str(tunes)))
     documents = task.read(str(tunes))
     assert len(documents) == 30
@@ -115,20 +121,20 @@ def test_tunes_of_a_file(tunes):
     assert not tune.endswith(b"\n\n")
 
 
-def test_sisters_are_not_parted(tunes):
+def test_related_tunes_are_in_one_split(tunes: Path) -> None:
     for seed in range(12):
         task = MusicTask(MusicConfig(source=str(tunes), validation_fraction=0.4, seed=seed))
-        held = set(task.documents("validation").names)
-        assert len(held) <= 12
-        assert not held & set(task.documents("train").names)
-        assert ("a.abc:3" in held) == ("b.abc:5" in held), "one title"
-        assert ("a.abc:4" in held) == ("b.abc:6" in held), "the same notes"
+        validation = set(task.documents("validation").names)
+        assert len(validation) <= 12
+        assert not validation & set(task.documents("train").names)
+        assert ("a.abc:3" in validation) == ("b.abc:5" in validation), "one title"
+        assert ("a.abc:4" in validation) == ("b.abc:6" in validation), "the same notes"
     assert (
         len({tuple(MusicTask(MusicConfig(source=str(tunes), seed=s)).documents("train").names) for s in range(4)}) > 1
     )
 
 
-def test_what_is_a_tune():
+def test_a_tune_has_a_number_and_a_key() -> None:
     assert list(abc_tunes(b"% preamble\nX:1\nT:a\nK:C\nabc\n\n\nX: 2\nK:D\nd")) == [
         b"X:1\nT:a\nK:C\nabc\n",
         b"X: 2\nK:D\nd\n",
@@ -138,15 +144,15 @@ def test_what_is_a_tune():
     assert tune_keys(b"X:1\nT:The\nK:C\na\n") == {b"K:Ca"}, "an empty title links nothing"
 
 
-def test_families_are_linked_through_others():
+def test_families_are_linked_through_others() -> None:
     assert families([{b"a"}, {b"b"}, {b"a", b"c"}, {b"d"}, {b"c", b"b"}, set()]).tolist() == [0, 0, 0, 3, 0, 5]
 
 
-def test_what_is_held_back_fits_into_the_fraction():
+def test_held_out_groups_fit_into_the_fraction() -> None:
     group = np.array([0] * 50 + [1] * 5 + [2] * 4 + [7] * 41)
     for seed in range(6):
-        held = held_back(group, 0.1, seed)
-        assert set(group[held]) == {1, 2}
+        held_out = held_back(group, 0.1, seed)
+        assert set(group[held_out]) == {1, 2}
     assert set(group[held_back(group, 0.01, 0)]) == {2}, "the smallest, where none fits"
 
 
@@ -161,21 +167,21 @@ def test_what_is_held_back_fits_into_the_fraction():
         ({"name": "music", "source": "{images}"}, "matches '*.abc'"),
     ],
 )
-def test_data_that_does_not_do(images, tunes, table, expected):
+def test_unusable_data_is_refused_in_one_line(images: Path, tunes: Path, table: dict[str, Any], expected: str) -> None:
     table = {**table, "source": table["source"].format(images=images, tunes=tunes)}
     with pytest.raises(DataError, match=re.escape(expected)) as caught:
         tasks.build(table).documents("train")
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_image(tmp_path):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"no image at all")
     with pytest.raises(DataError, match=r"x\.png: cannot be read as an image"):
         TilesTask().read(str(tmp_path))
 
 
 @pytest.mark.parametrize(("source", "package"), [("tiles", "scikit-image"), ("music", "music21")])
-def test_missing_packages_are_named(monkeypatch, source, package):
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, source: str, package: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module = package.replace("scikit-image", "skimage")
     with pytest.raises(DataError, match=f"'{module}'.*pip install --no-deps {package}"):
@@ -183,22 +189,22 @@ def test_missing_packages_are_named(monkeypatch, source, package):
 
 
 @pytest.mark.parametrize("fields", [{"tile": 0}, {"validation_fraction": 0.0}, {"validation_fraction": 1}])
-def test_wrong_fields_of_tiles(fields):
+def test_invalid_fields_of_tiles_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"task.{next(iter(fields))}"):
         TilesConfig(**fields)
     with pytest.raises(ConfigError, match=r"task\.width"):
         MusicConfig(width=0)
 
 
-def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
+def test_the_recipe_trains_on_small_tiles(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = read_toml(find_recipe("sparse-tiles.toml"))
     recipe["model"] |= {"dim": 16, "num_layers": 2, "num_heads": 2}
     recipe["model"]["mixers"][0]["stride"] = 24
     recipe["task"] |= {"source": str(images), "tile": 8}
     recipe["train"] |= {"steps": 2, "segment_length": 192, "threads": 1}
     del recipe["train"]["minutes"]
-    result = run(recipe, tmp_path / "run", progress="none")
-    assert result.step == 2
+    finished = run(recipe, tmp_path / "run", progress="none")
+    assert finished.step == 2
     model, task = load_run(tmp_path / "run")
     assert model.config.position_shape == (8, 8, 3)
     assert [table.num_embeddings for table in model.position_embedding.tables] == [8, 8, 3]
@@ -206,7 +212,7 @@ def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
     with torch.no_grad():
         logits, _ = model(torch.from_numpy(piece.tokens)[None])
     assert logits.shape == (1, 192, 256)
-    # the verbs read it: the held-back tiles, any other image, and one line where they want text
+    # commands read the held-out tiles and any other image, and name the mistake where they need text
     assert cli(["eval", str(tmp_path / "run")]) == 0
     assert cli(["eval", str(tmp_path / "run"), str(images / "0.png"), "--tokens", "192"]) == 0
     assert "192 bytes, 192 tokens" in capsys.readouterr().out
@@ -214,13 +220,13 @@ def test_the_recipe_trains_on_small_tiles(images, tmp_path, capsys):
     assert "a run of the task TilesTask, not of text" in capsys.readouterr().err
 
 
-def test_the_full_recipe_fits_itself():
+def test_the_full_recipe_fits_itself() -> None:
     from longspan.train import resolve
 
     model = resolve(read_toml(find_recipe("sparse-tiles.toml")))["model"]
     assert list(model["position_shape"]) == [64, 64, 3]
-    given = {"positions": "factorised", "position_shape": [10, 20]}
-    assert list(resolve({"model": given, "task": {"name": "music"}})["model"]["position_shape"]) == [10, 20]
+    positions = {"positions": "factorised", "position_shape": [10, 20]}
+    assert list(resolve({"model": positions, "task": {"name": "music"}})["model"]["position_shape"]) == [10, 20]
     table = {"model": {"positions": "factorised"}, "task": {"name": "music", "width": 100, "max_bytes": 950}}
     assert list(resolve(table)["model"]["position_shape"]) == [10, 100]
     with pytest.raises(ConfigError, match="position_shape"):
@@ -228,20 +234,21 @@ def test_the_full_recipe_fits_itself():
 
 
 @missing("skimage")
-def test_the_images_of_the_package():
+def test_the_images_of_the_package_are_split() -> None:
     task = TilesTask()
-    train, held = task.documents("train"), task.documents("validation")
-    assert len(train) + len(held) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
+    train, validation = task.documents("train"), task.documents("validation")
+    assert len(train) + len(validation) == 64 + 4 * 7 + 6 * 9 + 13 * 15 + 64 + 7 * 11 + 22 * 22 + 6 * 10
     assert set(train.lengths) == {12_288}
-    assert len(held) <= 0.1 * (len(train) + len(held))
+    assert len(validation) <= 0.1 * (len(train) + len(validation))
 
 
 @missing("music21")
-def test_the_tunes_of_the_package():
+def test_the_tunes_of_the_package_are_split() -> None:
     task = MusicTask()
-    train, held = task.documents("train"), task.documents("validation")
+    train, validation = task.documents("train"), task.documents("validation")
     assert len(train) > 3_000
-    assert 0.05 < len(held) / (len(train) + len(held)) <= 0.1
-    for documents in (train, held):
+    assert 0.05 < len(validation) / (len(train) + len(validation)) <= 0.1
+    for documents in (train, validation):
         assert documents.lengths.max() <= 4096
-        assert all(bytes(item.ids).startswith(b"X:") for item in documents.items)
+        items: Any = documents.items
+        assert all(bytes(item.ids).startswith(b"X:") for item in items)

@@ -1,6 +1,7 @@
-"""The memory tasks: samples are what they say, made piece by piece, from disjoint documents."""
+"""The memory tasks: samples hold their facts, are made segment by segment, and come from disjoint documents."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_reasoning_needs_the_fact_that_is_asked_for(task: MemoryTask) -> None:
 
 
 def test_splits_share_no_sentence_document(task: MemoryTask) -> None:
-    texts = {split: set(task._texts(split)) for split in ("train", "validation", "test")}
+    texts = {split: set(task.texts(split)) for split in ("train", "validation", "test")}
     assert not texts["train"] & texts["validation"]
     assert not texts["train"] & texts["test"]
     assert not texts["validation"] & texts["test"]
@@ -79,7 +80,7 @@ def test_training_noise_is_hardened_and_test_noise_is_not(task: MemoryTask) -> N
     random = np.random.default_rng(0)
     facts = {tuple(task.encode(fact)) for fact in every_fact("detect")}
     for _ in range(200):
-        decoy = negatives._decoy(random, task.noise("train").flat)
+        decoy = negatives.decoy(random, task.noise("train").flat)
         assert (
             min(sum(a != b for a, b in zip(decoy, fact, strict=True)) for fact in facts if len(fact) == len(decoy)) <= 2
         )
@@ -89,7 +90,7 @@ def test_training_noise_is_hardened_and_test_noise_is_not(task: MemoryTask) -> N
 
 @pytest.mark.long
 def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path) -> None:
-    built = tasks.build({"name": "memory", "vocab_size": 1024, "segment_length": 100, "samples": 20})
+    built: Any = tasks.build({"name": "memory", "vocab_size": 1024, "segment_length": 100, "samples": 20})
     built.prepare(tmp_path)
     documents = built.documents("train")
     assert len(documents) == 20
@@ -107,6 +108,6 @@ def test_as_documents_only_the_answer_is_graded(task: MemoryTask, tmp_path: Path
 @pytest.mark.parametrize(
     ("fields", "said"), [({"segment_length": 20}, "48 at least"), ({"hard": 0.9, "decoys": 0.2}, "below 1")]
 )
-def test_what_cannot_be_is_said(fields: dict[str, float], said: str) -> None:
+def test_impossible_settings_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MemoryConfig(**fields)

@@ -1,4 +1,7 @@
-"""The protein task: families, masks, and that both are the same every time."""
+"""The protein task: families and masks, which are the same every time."""
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,16 +9,17 @@ import pytest
 from longspan import tasks
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import ProteinConfig, ProteinTask
+from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, BEGIN, END, FIRST, MASK, VOCABULARY, families, is_amino_acid
 from longspan.tasks.sources import PROTEINS
 
 
-def letters_of(seed, count):
+def letters_of(seed: int, count: int) -> str:
     return "".join(np.random.default_rng(seed).choice(list(AMINO_ACIDS), count))
 
 
 @pytest.fixture
-def fasta(tmp_path):
+def fasta(tmp_path: Path) -> Path:
     """60 families of one or two sequences, which share half of their length; one sequence comes twice."""
     lines = []
     for index in range(60):
@@ -29,11 +33,11 @@ def fasta(tmp_path):
     return path
 
 
-def task_of(path, **fields):
+def task_of(path: Path, **fields: Any) -> ProteinTask:
     return ProteinTask(ProteinConfig(source=str(path), **fields))
 
 
-def test_families_are_never_parted_and_equal_sequences_are_read_once(fasta):
+def test_families_are_never_split_and_equal_sequences_are_read_once(fasta: Path) -> None:
     task = task_of(fasta, validation_fraction=0.3)
     names = {split: {name for name, _ in task.sequences(split)} for split in ("train", "validation")}
     assert not names["train"] & names["validation"]
@@ -50,7 +54,7 @@ def test_families_are_never_parted_and_equal_sequences_are_read_once(fasta):
 
 
 @pytest.mark.parametrize("stretch", [1, 4, 12])
-def test_families_against_all_pairs_of_substrings(stretch):
+def test_families_equal_those_of_all_pairs_of_substrings(stretch: int) -> None:
     random = np.random.default_rng(stretch)
     letters = 4 if stretch > 1 else 20
     sequences = [
@@ -58,19 +62,19 @@ def test_families_against_all_pairs_of_substrings(stretch):
     ] + [np.full(3, FIRST + 19, dtype=np.uint8)]
     sequences.append(np.concatenate([sequences[0][-6:], sequences[5][:20]]))
 
-    def parts(ids):
+    def parts(ids: Array) -> set[bytes]:
         return {ids[i : i + stretch].tobytes() for i in range(len(ids) - stretch + 1)}
 
     expected = list(range(len(sequences)))
-    for i, one in enumerate(sequences):
-        for j, other in enumerate(sequences):
-            if parts(one) & parts(other):
+    for i, left in enumerate(sequences):
+        for j, right in enumerate(sequences):
+            if parts(left) & parts(right):
                 low, high = sorted((expected[i], expected[j]))
-                expected = [low if each == high else each for each in expected]
+                expected = [low if family == high else family for family in expected]
     assert families(sequences, stretch).tolist() == expected
 
 
-def test_training_masks_8_of_10_and_held_back_residues_are_all_hidden(tmp_path):
+def test_training_masks_8_of_10_and_held_out_residues_are_all_hidden(tmp_path: Path) -> None:
     path = tmp_path / "long.fasta"
     path.write_text("".join(f">s{seed}\n{letters_of(seed, 20_000)}\n" for seed in range(4)))
     task = task_of(path, validation_fraction=0.5, copies=2)
@@ -78,7 +82,7 @@ def test_training_masks_8_of_10_and_held_back_residues_are_all_hidden(tmp_path):
         documents = task.documents(split)
         piece = documents[0].cut(0, len(documents[0]))
         assert piece.graded.sum() == 3000
-        assert (piece.tokens == piece.targets)[~piece.graded].all(), "what is not to be said is shown"
+        assert (piece.tokens == piece.targets)[~piece.graded].all(), "residues that are not graded are shown"
         assert (piece.tokens[0], piece.tokens[-1]) == (BEGIN, END)
         shown = piece.tokens[piece.graded]
         if split == "validation":
@@ -91,16 +95,16 @@ def test_training_masks_8_of_10_and_held_back_residues_are_all_hidden(tmp_path):
         assert len(set(shown.tolist())) == 21
 
 
-def test_copies_are_masked_differently_and_the_same_each_time(fasta):
+def test_copies_are_masked_differently_and_the_same_each_time(fasta: Path) -> None:
     first, second = (task_of(fasta, copies=2).documents("train") for _ in range(2))
     half = len(first) // 2
     assert first.fingerprint == second.fingerprint
     assert first.names[0].removesuffix(":0") == first.names[half].removesuffix(":1")
     whole = first[3].cut(0, len(first[3]))
     assert whole.tokens.tolist() == second[3].cut(0, len(second[3])).tokens.tolist()
-    other = first[3 + half].cut(0, len(first[3 + half]))
-    assert other.targets.tolist() == whole.targets.tolist()
-    assert other.graded.tolist() != whole.graded.tolist()
+    second_copy = first[3 + half].cut(0, len(first[3 + half]))
+    assert second_copy.targets.tolist() == whole.targets.tolist()
+    assert second_copy.graded.tolist() != whole.graded.tolist()
     for begin in (0, 1, 9):
         for one, part in zip(whole, first[3].cut(begin, 20), strict=True):
             assert one[begin:20].tolist() == part.tolist()
@@ -108,10 +112,10 @@ def test_copies_are_masked_differently_and_the_same_each_time(fasta):
     assert task_of(fasta, copies=2, share=0.2).documents("train").fingerprint != first.fingerprint
 
 
-def test_only_amino_acids_are_to_be_said(fasta):
+def test_only_amino_acids_are_graded(fasta: Path) -> None:
     task = task_of(fasta)
     documents = [task.documents(split) for split in ("train", "validation")]
-    items = {name.split(":")[0]: item for each in documents for name, item in zip(each.names, each.items, strict=True)}
+    items = {name.split(":")[0]: item for part in documents for name, item in zip(part.names, part.items, strict=True)}
     piece = items["RARE"].cut(0, len(items["RARE"]))
     assert [VOCABULARY[token] for token in piece.targets[1:6]] == list("XXBZU")
     assert not piece.graded[:6].any()
@@ -120,7 +124,7 @@ def test_only_amino_acids_are_to_be_said(fasta):
     assert task.vocab_size == len(VOCABULARY) == 29
 
 
-def test_frequencies_are_those_of_training(tmp_path):
+def test_frequencies_are_those_of_training(tmp_path: Path) -> None:
     path = tmp_path / "two.fasta"
     path.write_text(">a\nAAAC\n>b\nAAXC\n")
     task = task_of(path, family=0, validation_fraction=0.5)
@@ -132,7 +136,7 @@ def test_frequencies_are_those_of_training(tmp_path):
     assert task.frequencies().sum() == pytest.approx(1)
 
 
-def test_other_sequences_are_read_as_held_back_ones(fasta, tmp_path):
+def test_other_sequences_are_masked_as_held_out_ones(fasta: Path, tmp_path: Path) -> None:
     (tmp_path / "other.fa").write_text(">o\n" + letters_of(5, 40))
     (document,) = task_of(fasta).read(str(tmp_path / "other.fa")).items
     piece = document.cut(0, 42)
@@ -148,18 +152,18 @@ def test_other_sequences_are_read_as_held_back_ones(fasta, tmp_path):
         ({"copies": 0}, "task.copies = 0: must be at least 1"),
     ],
 )
-def test_configurations_that_make_no_sense(fields, message):
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ProteinConfig(**fields)
 
 
-def test_nothing_left_for_a_split(tmp_path):
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.fasta").write_text(">a\nMKTAYIAKQR\n>b\nMKTAYIAKQR\n>c\nXMKTAYIAKQRX\n")
     with pytest.raises(DataError, match=r"2 different sequence\(s\) of 1 families leave nothing to validate on"):
         task_of(tmp_path / "one.fasta", validation_fraction=0.5).documents("train")
 
 
-def test_registry(fasta):
+def test_the_task_is_built_by_name(fasta: Path) -> None:
     assert "protein" in tasks.names()
     task = tasks.build({"name": "protein", "source": str(fasta)})
     assert isinstance(task, ProteinTask)
@@ -167,7 +171,7 @@ def test_registry(fasta):
 
 
 @pytest.mark.skipif(not any(path.is_file() for path in PROTEINS), reason="needs `make data` on Debian or Ubuntu")
-def test_real_proteins():
+def test_the_real_proteins_have_their_recorded_frequencies() -> None:
     task = ProteinTask()
     counts = {split: len(task.sequences(split)) for split in ("train", "validation")}
     assert sum(counts.values()) == 18_801

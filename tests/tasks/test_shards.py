@@ -1,4 +1,4 @@
-"""Token shards: what is read from the map is what was tokenised, and nothing half written is ever seen."""
+"""Token shards: what is mapped equals what was tokenized, and half-written files are never read."""
 
 import hashlib
 import json
@@ -6,17 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from longspan.errors import CheckpointError
 from longspan.tasks import TextConfig, TextTask
+from longspan.tasks.base import Array
 from longspan.tasks.shards import Shards, write_shards
 
 
 @pytest.fixture
-def corpus(tmp_path):
+def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(12):
@@ -24,37 +28,39 @@ def corpus(tmp_path):
     return folder
 
 
-def task_of(corpus, cache, **fields):
+def task_of(corpus: Path, cache: Path | str | None, **fields: Any) -> TextTask:
     return TextTask(TextConfig(source=str(corpus), cache=None if cache is None else str(cache), **fields))
 
 
-def ids_of(documents):
+def ids_of(documents: Any) -> list[list[int]]:
     return [documents[index].ids.tolist() for index in range(len(documents))]
 
 
-def folders(cache):
+def folders(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
 @pytest.mark.parametrize("fields", [{}, {"tokenizer": "subword", "vocab_size": 300}, {"tokenizer": "word"}])
 @pytest.mark.parametrize("shard_bytes", [1, 60, 1 << 20])
-def test_the_same_documents_as_without(corpus, tmp_path, monkeypatch, fields, shard_bytes):
+def test_cached_documents_equal_those_without_a_cache(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], shard_bytes: int
+) -> None:
     monkeypatch.setattr("longspan.tasks.shards.SHARD_BYTES", shard_bytes)
     for split in ("train", "validation"):
         plain = task_of(corpus, "", **fields).documents(split)
-        kept = task_of(corpus, tmp_path / "cache", **fields).documents(split)
-        assert ids_of(kept) == ids_of(plain)
-        assert kept.lengths.tolist() == plain.lengths.tolist()
-        assert (list(kept.names), kept.fingerprint) == (list(plain.names), plain.fingerprint)
+        cached = task_of(corpus, tmp_path / "cache", **fields).documents(split)
+        assert ids_of(cached) == ids_of(plain)
+        assert cached.lengths.tolist() == plain.lengths.tolist()
+        assert (list(cached.names), cached.fingerprint) == (list(plain.names), plain.fingerprint)
     files = list((tmp_path / "cache").glob("train-*/*.tokens"))
     assert len(files) == {1: 10, 1 << 20: 1}.get(shard_bytes, len(files))
 
 
-def test_they_are_written_once_and_mapped(corpus, tmp_path, monkeypatch):
+def test_shards_are_written_once_and_mapped(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = task_of(corpus, tmp_path / "cache").documents("train")
     monkeypatch.setattr("longspan.tasks.text.write_shards", None)
     monkeypatch.setattr("longspan.tasks.text.find_splits", None)
-    after = task_of(corpus, tmp_path / "cache").documents("train")
+    after: Any = task_of(corpus, tmp_path / "cache").documents("train")
     assert ids_of(after) == ids_of(before)
     ids = after[3].ids
     while ids.base is not None and not isinstance(ids, np.memmap):
@@ -63,7 +69,7 @@ def test_they_are_written_once_and_mapped(corpus, tmp_path, monkeypatch):
     assert not ids.flags.writeable
 
 
-def test_other_text_another_tokenizer_or_another_split_is_another_folder(corpus, tmp_path):
+def test_another_text_tokenizer_or_split_has_its_own_folder(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     task_of(corpus, cache).documents("train")
     task_of(corpus, cache, tokenizer="word").documents("train")
@@ -75,8 +81,8 @@ def test_other_text_another_tokenizer_or_another_split_is_another_folder(corpus,
     assert bytes(ids_of(changed)[0]) == b"changed"
 
 
-def test_an_interrupted_build_leaves_nothing_to_be_seen(tmp_path):
-    def fail():
+def test_an_interrupted_build_leaves_no_files(tmp_path: Path) -> None:
+    def fail() -> Iterator[tuple[str, Array]]:
         yield "first", np.arange(5, dtype=np.uint16)
         raise KeyboardInterrupt
 
@@ -97,22 +103,22 @@ write_shards(Path(sys.argv[1]), documents(), hashlib.blake2b())
 """
 
 
-def test_what_a_kill_leaves_is_hidden_and_cleared_by_the_next_build(corpus, tmp_path):
+def test_files_left_by_a_kill_are_hidden_and_cleared(corpus: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     subprocess.run([sys.executable, "-c", KILLED, str(cache / "train")], check=False)
     (left,) = folders(cache)
     assert left.startswith(".train.")
     write_shards(cache / "train", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
     assert folders(cache) == ["train"]
-    # one that is being filled by a living process stays
+    # a folder that a living process is filling stays
     living = cache / left.replace(left.rpartition(".building")[0].rpartition(".")[2], str(os.getppid()))
     living.mkdir()
     write_shards(cache / "other", [("a", np.arange(3, dtype=np.uint8))], hashlib.blake2b())
     assert living.is_dir()
 
 
-def test_another_process_may_be_faster(tmp_path):
-    def documents(value):
+def test_shards_of_a_faster_process_are_used(tmp_path: Path) -> None:
+    def documents(value: int) -> Iterator[tuple[str, Array]]:
         if value == 1:
             write_shards(tmp_path / "train", documents(2), hashlib.blake2b())
         yield "a", np.full(4, value, dtype=np.uint8)
@@ -122,7 +128,7 @@ def test_another_process_may_be_faster(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "lost", "index", "format"])
-def test_damage_is_named(tmp_path, damage):
+def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "train"
     write_shards(folder, [("a", np.arange(300, dtype=np.uint32))], hashlib.blake2b())
     index = folder / "index.json"
@@ -137,8 +143,10 @@ def test_damage_is_named(tmp_path, damage):
         Shards(folder)
 
 
-def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_path, monkeypatch):
-    def kept(name, **fields):
+def test_a_large_text_is_cached_in_the_run_folder_by_default(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(name: str, **fields: Any) -> bool:
         task = task_of(corpus, fields.pop("cache", None), tokenizer="word", **fields)
         task.prepare(tmp_path / name)
         task.documents("train")
@@ -148,9 +156,9 @@ def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_pat
     monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
     assert kept("large")
     assert not kept("never", cache="")
-    # without a run there is no such folder
+    # without a run there is no cache folder
     task_of(corpus, None, tokenizer="word").documents("train")
-    # bytes of large files are mapped where they lie
+    # bytes of large files are mapped in place
     monkeypatch.setattr("longspan.tasks.text.MAPPED_BYTES", 1)
     task = task_of(corpus, None)
     task.prepare(tmp_path / "bytes")
@@ -159,32 +167,34 @@ def test_by_itself_a_large_text_is_kept_in_the_folder_of_the_run(corpus, tmp_pat
 
 
 @pytest.mark.parametrize("pattern", ["*.txt", "*"])
-@pytest.mark.parametrize("place", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
-def test_a_cache_or_a_run_inside_the_source_is_no_text(corpus, tmp_path, pattern, place, monkeypatch):
+@pytest.mark.parametrize("cache_path", ["corpus", "corpus/cache", "corpus/deep/cache", "other"])
+def test_a_cache_or_a_run_inside_the_source_is_not_read(
+    corpus: Path, tmp_path: Path, pattern: str, cache_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = [path.name for path in sorted(corpus.iterdir())]
     for source in (corpus, corpus / "**" / "*"):
         for start in range(3):
             if start == 1:
                 monkeypatch.setattr("longspan.tasks.text.write_shards", None)
-            task = task_of(source, tmp_path / place, pattern=pattern, validation_every=2)
+            task = task_of(source, tmp_path / cache_path, pattern=pattern, validation_every=2)
             task.prepare(corpus / "run")
             (corpus / "run" / "log.jsonl").write_text(f"start {start}")
             names = sorted([*task.documents("train").names, *task.documents("validation").names])
             assert [name.rpartition("/")[2] for name in names] == plain
-            assert len(list((tmp_path / place).glob("*-*"))) == 2
+            assert len(list((tmp_path / cache_path).glob("*-*"))) == 2
         monkeypatch.undo()
-        for left in (tmp_path / place).glob("*-*"):
+        for left in (tmp_path / cache_path).glob("*-*"):
             shutil.rmtree(left)
 
 
-def test_a_file_that_is_not_read_changes_nothing(corpus, tmp_path, monkeypatch):
+def test_a_file_that_is_not_read_changes_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task_of(corpus, tmp_path / "cache").documents("train")
     (corpus / "notes.md").write_text("not of the pattern")
     monkeypatch.setattr("longspan.tasks.text.write_shards", None)
     assert len(task_of(corpus, tmp_path / "cache").documents("train")) == 10
 
 
-def test_the_cache_and_the_run_of_a_corpus_lie_where_they_may(tmp_path):
+def test_a_cache_and_a_run_may_be_inside_a_corpus(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"text": f"row {index}"}) + "\n" for index in range(20))
     for name, text in (("wikitext/wiki.{}.tokens", " \n = Title = \n \n text \n"), ("dataset/{}.jsonl", rows)):
         for split in ("train", "valid", "test"):
@@ -202,16 +212,18 @@ def test_the_cache_and_the_run_of_a_corpus_lie_where_they_may(tmp_path):
         with open(next(folder.glob("*train*")), "a") as file:
             file.write(rows)
         TextTask(config).prepare(folder / "run")
-        # both splits anew, of other files
+        # the files have changed, so both splits are written again
         assert len(folders(folder / "cache")) == 4
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "word"])
-def test_the_main_process_writes_before_others_read(corpus, tmp_path, tokenizer, monkeypatch):
+def test_the_main_process_writes_before_others_read(
+    corpus: Path, tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("longspan.tasks.text.CACHED_BYTES", 200)
     task_of(corpus, None, tokenizer=tokenizer).prepare(tmp_path / "run")
     monkeypatch.setattr("longspan.tasks.text.write_shards", None)
-    other = task_of(corpus, None, tokenizer=tokenizer)
-    other.prepare(tmp_path / "run", main=False)
-    assert len(other.documents("train")) == 10
-    assert len(other.documents("validation")) == 2
+    reader = task_of(corpus, None, tokenizer=tokenizer)
+    reader.prepare(tmp_path / "run", main=False)
+    assert len(reader.documents("train")) == 10
+    assert len(reader.documents("validation")) == 2

@@ -1,4 +1,4 @@
-"""Made tasks: what is graded can be known, and is what was told last."""
+"""Synthetic tasks: every graded token can be known, and is what was told last."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def build(name: str, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["passkey", "needle"])
-def test_the_number_stands_at_its_depth_and_is_asked_for(name: str) -> None:
+def test_the_number_is_at_its_depth_and_is_asked_for(name: str) -> None:
     task = build(name, length=3000, samples=40)
     for index, depth in enumerate(DEPTHS):
         document = task.document("train", index)
@@ -25,8 +25,8 @@ def test_the_number_stands_at_its_depth_and_is_asked_for(name: str) -> None:
         assert number.isdigit()
         assert text.endswith(b"The pass key is " + number)
         assert text.count(number) == 3
-        place = text.index(b"The pass key is") / (len(text) - 220)
-        assert abs(place - depth / 100) < 0.2
+        share = text.index(b"The pass key is") / (len(text) - 220)
+        assert abs(share - depth / 100) < 0.2
     assert task.document("train", 0).answer.tolist() != task.document("validation", 0).answer.tolist()
 
 
@@ -43,16 +43,17 @@ def test_the_last_value_of_a_key_is_the_right_one() -> None:
     for index in range(30):
         sample = task.document("train", index).sample
         told = sample.tokens[1:25].reshape(12, 2)
-        asked = sample.tokens[-12:].reshape(6, 2)
-        first, last = {}, {}
+        queries = sample.tokens[-12:].reshape(6, 2)
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
         for key, value in told.tolist():
             first.setdefault(key, value)
             last[key] = value
         assert len(last) == 7
-        for key, value in asked.tolist():
+        for key, value in queries.tolist():
             assert last[key] == value
             changed += first[key] != value
-        assert task.document("train", index).answer.tolist() == asked[:, 1].tolist()
+        assert task.document("train", index).answer.tolist() == queries[:, 1].tolist()
         assert sample.tokens.max() < task.vocab_size
     assert changed > 20
 
@@ -67,23 +68,25 @@ def test_the_second_word_is_the_first() -> None:
 
 @pytest.mark.parametrize("name", ["passkey", "needle", "associate", "copy"])
 def test_documents_are_functions_of_the_configuration(name: str) -> None:
-    one, other = (build(name, samples=20).documents("train") for _ in range(2))
-    assert len(one) == 20
+    first, second = (build(name, samples=20).documents("train") for _ in range(2))
+    assert len(first) == 20
     assert len(build(name, samples=20).documents("validation")) == 2
-    length = len(one[7])
-    whole = one[7].cut(0, length)
-    parts = [other[7].cut(first, min(first + 100, length)) for first in range(0, length, 100)]
+    length = len(first[7])
+    whole = first[7].cut(0, length)
+    parts = [second[7].cut(start, min(start + 100, length)) for start in range(0, length, 100)]
     for field in range(4):
         assert (np.concatenate([part[field] for part in parts]) == whole[field]).all()
     assert (whole.tokens[1:] == whole.targets[:-1]).all()
-    assert one.fingerprint == other.fingerprint
-    assert one.fingerprint != build(name, samples=20, seed=1).documents("train").fingerprint
+    assert first.fingerprint == second.fingerprint
+    assert first.fingerprint != build(name, samples=20, seed=1).documents("train").fingerprint
 
 
 def test_answers_are_scored_by_token_and_by_containment() -> None:
     assert score([1, 2, 3], [1, 2, 3, 4]) == (1.0, True)
     assert score([1, 2, 3], [9, 1, 2, 3]) == (0.0, True)
-    assert score([1, 2, 3], [1, 9, 3]) == (pytest.approx(2 / 3), False)
+    share, contained = score([1, 2, 3], [1, 9, 3])
+    assert share == pytest.approx(2 / 3)
+    assert not contained
     assert score([1], []) == (0.0, False)
 
 
@@ -97,6 +100,6 @@ def test_answers_are_scored_by_token_and_by_containment() -> None:
         ("copy", {"word": 0}),
     ],
 )
-def test_what_cannot_be_is_said(name: str, fields: dict[str, int]) -> None:
+def test_impossible_settings_are_refused(name: str, fields: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=name):
         build(name, **fields)

@@ -1,5 +1,8 @@
 """Whole words: what is a token, what is lost, and which bytes are counted."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,36 +10,37 @@ from hypothesis import strategies as st
 
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import TextConfig, TextTask
+from longspan.tasks.base import Array
 from longspan.tasks.tokenizers import load_tokenizer
 from longspan.tasks.words import BEGIN, Words
 
 TEXT = "the union and the state of the union\nand the peace\n"
 
 
-def array(text):
+def array(text: str) -> Array:
     return np.frombuffer(text.encode(), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
-def words():
+def words() -> Words:
     return Words.train([("text", array(TEXT))], 0)
 
 
-def test_every_word_and_every_end_of_a_line_is_a_token(words):
+def test_every_word_and_every_end_of_a_line_is_a_token(words: Words) -> None:
     ids = words.encode(b" the  union\n\nof <unk> war \n")
     assert words.decode(ids) == b"the union \n\nof <unk> <unk> \n"
     assert ids.tolist().count(words.end) == 3
     assert ids.tolist().count(words.unknown) == 2
 
 
-def test_frequent_words_come_first_and_the_rest_is_unknown():
+def test_frequent_words_come_first_and_the_rest_is_unknown() -> None:
     few = Words.train([("text", array(TEXT))], 5)
     assert few.vocab_size == 5
     assert few.engine.id_to_token(3) == "the"
     assert few.decode(few.encode(b"the war")) == b"the <unk> "
 
 
-def test_sizes_are_the_bytes_of_words_with_their_space(words):
+def test_sizes_are_the_bytes_of_words_with_their_space(words: Words) -> None:
     assert words.sizes[words.encode(TEXT.encode())].sum() == len(TEXT)
     unknown = "the <unk> of peace\n"
     assert words.sizes[words.encode(b"the war of peace\n")].sum() == len(unknown)
@@ -44,30 +48,30 @@ def test_sizes_are_the_bytes_of_words_with_their_space(words):
 
 
 @given(text=st.text(alphabet=st.sampled_from("ab éü\n\t"), max_size=60))
-def test_bytes_are_never_counted_twice(text):
+def test_bytes_are_never_counted_twice(text: str) -> None:
     every = Words.train([("text", array(text + " a"))], 0)
     ids = every.encode(text.encode())
-    # but for the space behind a last word
+    # except for the space after a last word
     assert every.sizes[ids].sum() <= len(text.encode()) + 1
     assert every.decode(ids).split() == text.encode().split()
 
 
-def test_a_text_cannot_spell_the_begin_token(words):
+def test_a_text_cannot_spell_the_begin_token(words: Words) -> None:
     assert words.begin not in words.encode(BEGIN.encode()).tolist()
 
 
-def test_saved_and_loaded(words, tmp_path):
+def test_a_saved_tokenizer_loads_as_it_was(words: Words, tmp_path: Path) -> None:
     words.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert isinstance(loaded, Words)
     assert loaded.encode(TEXT.encode()).tolist() == words.encode(TEXT.encode()).tolist()
 
 
-def test_a_given_vocabulary(tmp_path):
+def test_a_vocabulary_is_read_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "vocabulary.txt").write_text("the 12\nunion\n\n<unk>\n")
-    given = Words.read(tmp_path / "vocabulary.txt")
-    assert given.vocab_size == 5
-    assert given.decode(given.encode(b"the state union")) == b"the <unk> union "
+    vocabulary = Words.read(tmp_path / "vocabulary.txt")
+    assert vocabulary.vocab_size == 5
+    assert vocabulary.decode(vocabulary.encode(b"the state union")) == b"the <unk> union "
     (tmp_path / "vocabulary.txt").write_text("\n")
     with pytest.raises(DataError, match=r"a vocabulary without a word$"):
         Words.read(tmp_path / "vocabulary.txt")
@@ -75,15 +79,15 @@ def test_a_given_vocabulary(tmp_path):
         Words.read(tmp_path / "absent")
 
 
-def test_as_a_task(tmp_path):
+def test_words_are_a_tokenizer_of_the_text_task(tmp_path: Path) -> None:
     for name, text in (("a", "held back"), ("b", TEXT), ("c", "peace")):
         (tmp_path / f"{name}.txt").write_text(text)
     task = TextTask(TextConfig(source=str(tmp_path), tokenizer="word", vocab_size=6))
     task.prepare(tmp_path / "run")
     assert task.vocab_size == 6
-    other = TextTask(TextConfig(source="nowhere", tokenizer="word"))
-    other.prepare(tmp_path / "run", main=False)
-    assert other.vocab_size == 6
+    reader = TextTask(TextConfig(source="nowhere", tokenizer="word"))
+    reader.prepare(tmp_path / "run", main=False)
+    assert reader.vocab_size == 6
     with pytest.raises(ConfigError, match=r"not the tokenizer that task.tokenizer = .subword. names"):
         TextTask(TextConfig(tokenizer="subword")).prepare(tmp_path / "run", main=False)
 
@@ -95,6 +99,6 @@ def test_as_a_task(tmp_path):
         ({"vocabulary": "words.txt"}, 'task.vocabulary: of task.tokenizer = "word"'),
     ],
 )
-def test_configurations_that_make_no_sense(fields, message):
+def test_invalid_configurations_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TextConfig(**fields)

@@ -1,5 +1,9 @@
 """A small corpus, a tiny model, and a run that takes a second."""
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +14,12 @@ from longspan.tasks.text import TextDocument
 from longspan.tasks.tokenizers import Bytes
 from longspan.train import read_log
 
+Losses = Callable[[Path], list[dict[str, Any]]]
 WORDS = ["we", "the", "people", "of", "a", "more", "perfect", "union", "establish", "justice", "tranquility"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
+def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose much where cores are shared."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -22,13 +27,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def text_of(seed, words):
-    """Some text that has something to learn in it."""
+def text_of(seed: int, words: int) -> str:
+    """Random words of `WORDS`, which a model can learn."""
     return " ".join(np.random.default_rng(seed).choice(WORDS, words).tolist())
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 12 documents of 60 to 1,800 bytes."""
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(12):
@@ -37,7 +42,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def recipe(corpus):
+def recipe(corpus: Path) -> dict[str, Any]:
     """A recipe whose 20 steps take about half a second."""
     return {
         "model": {"dim": 16, "num_layers": 2, "num_heads": 2, "mixers": [{"name": "window", "window": 12}]},
@@ -57,7 +62,7 @@ def recipe(corpus):
 
 
 @pytest.fixture
-def documents():
+def documents() -> Documents:
     """Seven documents of odd lengths."""
     texts = [text_of(seed, words).encode() for seed, words in enumerate((9, 1, 14, 4, 4, 11, 2))]
     tokenizer = Bytes()
@@ -66,7 +71,7 @@ def documents():
 
 
 @pytest.fixture
-def model():
+def model() -> Decoder:
     """A model in fp64."""
     torch.manual_seed(0)
     config = DecoderConfig(dim=16, num_layers=2, num_heads=2, mixers=({"name": "window", "window": 12},), init_std=0.3)
@@ -74,10 +79,10 @@ def model():
 
 
 @pytest.fixture
-def losses():
-    """The part of a run's log that must be the same bit for bit, whoever stopped the run."""
+def losses() -> Losses:
+    """Reads the part of a run's log that must be identical however often the run was stopped."""
 
-    def read(folder):
+    def read(folder: Path) -> list[dict[str, Any]]:
         names = ("step", "loss", "bits_per_byte", "lr", "grad_norm", "tokens", "validation")
         return [{name: line[name] for name in names if name in line} for line in read_log(folder / "log.jsonl")]
 

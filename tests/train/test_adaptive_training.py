@@ -20,13 +20,13 @@ VOCABULARY = 120
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of documents over 117 words, some of them much more frequent than others, in an order to be learnt."""
+    """A folder of documents over 117 words, some far more frequent than others, each followed by its next word."""
     folder, rng = tmp_path_factory.mktemp("words"), np.random.default_rng(0)
     shares = 1 / np.arange(1, 61)
     for index in range(10):
         drawn = rng.choice(60, 300, p=shares / shares.sum())
-        # every word is followed by one of its own
-        text = " ".join(f"word{each} next{each}" for each in drawn)
+        # every word has its own next word
+        text = " ".join(f"word{rank} next{rank}" for rank in drawn)
         (folder / f"{index}.txt").write_text(text + "\n")
     return folder
 
@@ -42,9 +42,9 @@ def worded(recipe: dict[str, Any], words: Path) -> dict[str, Any]:
 
 def test_a_vocabulary_of_words_is_in_order_of_frequency(words: Path) -> None:
     texts = [(path.name, np.frombuffer(path.read_bytes(), dtype=np.uint8)) for path in sorted(words.iterdir())]
-    made = Words.train(texts, VOCABULARY)
-    counts = Counter(int(token) for _, data in texts for token in made.encode(data))
-    ranked = [counts[token] for token in range(len(SPECIALS), made.vocab_size)]
+    vocabulary = Words.train(texts, VOCABULARY)
+    counts = Counter(int(token) for _, data in texts for token in vocabulary.encode(data))
+    ranked = [counts[token] for token in range(len(SPECIALS), vocabulary.vocab_size)]
     assert ranked == sorted(ranked, reverse=True)
     assert ranked[0] > 10 * ranked[-1]
 
@@ -85,11 +85,11 @@ def test_training_on_words_learns_and_chunks_change_nothing(worded: dict[str, An
     carried = place_nats(model, documents, chunk=13, batch=2)
     np.testing.assert_allclose(carried[0][:100].sum(), float(expected), rtol=1e-5)
     evaluation = evaluate_text(model, documents)
-    np.testing.assert_allclose([each.sum() for each in carried], evaluation.nats, rtol=1e-5)
+    np.testing.assert_allclose([nats.sum() for nats in carried], evaluation.nats, rtol=1e-5)
     place_nats(model, documents, Window(8, 4))
 
 
-def test_the_loss_of_a_step_is_found_without_the_other_clusters(worded: dict[str, Any], monkeypatch: Any) -> None:
+def test_a_step_computes_no_logits_of_other_clusters(worded: dict[str, Any], monkeypatch: Any) -> None:
     from longspan.models import AdaptiveHead
     from longspan.train.config import TrainConfig
     from longspan.train.distributed import Group
@@ -97,7 +97,7 @@ def test_the_loss_of_a_step_is_found_without_the_other_clusters(worded: dict[str
     from longspan.train.step import Stepper
 
     def never(*_: Any) -> None:
-        raise AssertionError("the whole distribution")
+        raise AssertionError("logits of the whole vocabulary")
 
     torch.manual_seed(0)
     task = TextTask(TextConfig(source=worded["task"]["source"], tokenizer="word", vocab_size=VOCABULARY))

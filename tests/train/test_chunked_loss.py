@@ -1,4 +1,4 @@
-"""The loss in chunks is the loss: value, gradients, training; logits never exist for a whole call."""
+"""The loss in chunks equals the loss of whole logits in value, gradients and training, and never stores them."""
 
 from typing import Any
 
@@ -29,58 +29,58 @@ def answers() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("chunk", [1, 5, 38, 1000])
 def test_loss_and_gradients_are_those_of_whole_logits(chunk: int, some: bool, bias: bool) -> None:
     targets, graded = answers()
-    given = inputs(bias=bias)
+    leaves = inputs(bias=bias)
     counted = graded if some else None
-    loss = chunked_next_token_loss(given[0], Head(*given[1:]), targets, counted, chunk=chunk)
-    expected = next_token_loss(torch.nn.functional.linear(*given), targets, counted)
+    loss = chunked_next_token_loss(leaves[0], Head(*leaves[1:]), targets, counted, chunk=chunk)
+    expected = next_token_loss(torch.nn.functional.linear(*leaves), targets, counted)
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=0)
-    found = torch.autograd.grad(loss * 0.37, given)
-    wanted = torch.autograd.grad(expected * 0.37, given)
-    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+    gradients = torch.autograd.grad(loss * 0.37, leaves)
+    expected_gradients = torch.autograd.grad(expected * 0.37, leaves)
+    torch.testing.assert_close(gradients, expected_gradients, atol=1e-10, rtol=0)
 
 
-def test_nothing_counts() -> None:
-    given, targets = inputs(), answers()[0]
-    loss = chunked_next_token_loss(given[0], Head(given[1]), targets, torch.zeros(2, 19, dtype=torch.bool), chunk=4)
+def test_a_loss_over_no_graded_tokens_is_zero() -> None:
+    leaves, targets = inputs(), answers()[0]
+    loss = chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, torch.zeros(2, 19, dtype=torch.bool), chunk=4)
     assert loss.item() == 0
-    for gradient in torch.autograd.grad(loss, given):
+    for gradient in torch.autograd.grad(loss, leaves):
         assert not gradient.any()
 
 
-def test_a_frozen_head_and_frozen_hidden_states() -> None:
+def test_the_head_or_the_hidden_states_may_be_frozen() -> None:
     targets = answers()[0]
     for frozen in (0, 1):
-        given = inputs()
-        given[frozen].requires_grad_(False)
-        other = given[1 - frozen]
-        loss = chunked_next_token_loss(given[0], Head(given[1]), targets, chunk=7)
-        expected = next_token_loss(given[0] @ given[1].T, targets)
-        (found,) = torch.autograd.grad(loss, other)
-        torch.testing.assert_close(found, torch.autograd.grad(expected, other)[0], atol=1e-10, rtol=0)
+        leaves = inputs()
+        leaves[frozen].requires_grad_(False)
+        learned = leaves[1 - frozen]
+        loss = chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, chunk=7)
+        expected = next_token_loss(leaves[0] @ leaves[1].T, targets)
+        (gradient,) = torch.autograd.grad(loss, learned)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, learned)[0], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_narrow_products_and_wide_losses(autocast: bool) -> None:
-    """As the loss of whole logits: products in bf16, losses in fp32; gradients have the types of what they are of."""
+def test_products_are_bf16_and_losses_fp32(autocast: bool) -> None:
+    """As for whole logits: products in bf16, losses in fp32, and each gradient in the type of its tensor."""
     targets = answers()[0]
-    given = inputs(torch.float32 if autocast else torch.bfloat16)
-    results = []
+    leaves = inputs(torch.float32 if autocast else torch.bfloat16)
+    losses_and_gradients = []
     for chunk in (0, 5):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             if chunk:
-                loss = chunked_next_token_loss(given[0], Head(given[1]), targets, chunk=chunk)
+                loss = chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, chunk=chunk)
             else:
-                loss = next_token_loss(torch.nn.functional.linear(*given), targets)
+                loss = next_token_loss(torch.nn.functional.linear(*leaves), targets)
         assert loss.dtype == torch.float32
-        results.append([loss, *torch.autograd.grad(loss, given)])
-    torch.testing.assert_close(results[1][0], results[0][0])
-    for found, expected, like in zip(results[1][1:], results[0][1:], given, strict=True):
-        assert found.dtype == like.dtype
-        assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
+        losses_and_gradients.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(losses_and_gradients[1][0], losses_and_gradients[0][0])
+    for gradient, expected, like in zip(losses_and_gradients[1][1:], losses_and_gradients[0][1:], leaves, strict=True):
+        assert gradient.dtype == like.dtype
+        assert (gradient - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
-def tensors_made(make: Any) -> int:
-    """The most numbers that any tensor made in a forward and backward pass has."""
+def largest_tensor(make: Any) -> int:
+    """Elements of the largest tensor that a forward and backward pass makes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -88,20 +88,21 @@ def tensors_made(make: Any) -> int:
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = function(*args, **(kwargs or {}))
-            for each in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(each, Tensor):
-                    self.largest = max(self.largest, each.numel())
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, Tensor):
+                    self.largest = max(self.largest, tensor.numel())
             return out
 
-    with Largest() as mode:
+    mode: Any = Largest  # torch leaves its initializer untyped
+    with mode() as counter:
         make().backward()
-    return mode.largest
+    return int(counter.largest)
 
 
 def test_logits_of_a_whole_call_never_exist() -> None:
-    given, targets = inputs(), answers()[0]
-    whole = tensors_made(lambda: next_token_loss(given[0] @ given[1].T, targets))
-    chunked = tensors_made(lambda: chunked_next_token_loss(given[0], Head(given[1]), targets, chunk=3))
+    leaves, targets = inputs(), answers()[0]
+    whole = largest_tensor(lambda: next_token_loss(leaves[0] @ leaves[1].T, targets))
+    chunked = largest_tensor(lambda: chunked_next_token_loss(leaves[0], Head(leaves[1]), targets, chunk=3))
     assert whole == 2 * 19 * 31
     assert chunked == max(2 * 19 * 8, 31 * 8, 3 * 31)
 
@@ -125,20 +126,20 @@ def test_hidden_states_and_head_make_the_logits(index: int) -> None:
     reset = torch.zeros_like(keep)
     reset[0, 7] = True
     logits, state = model(text, mask=keep, reset=reset)
-    hidden, other = model.hidden(text, mask=keep, reset=reset)
-    made = torch.nn.functional.linear(hidden, *model.head())
-    torch.testing.assert_close(made[keep], logits[keep], atol=1e-12, rtol=0)
+    hidden, state_of_hidden = model.hidden(text, mask=keep, reset=reset)
+    recomputed = torch.nn.functional.linear(hidden, *model.head())
+    torch.testing.assert_close(recomputed[keep], logits[keep], atol=1e-12, rtol=0)
     if state is not None:
-        following, _ = model.hidden(text, other)
-        made = torch.nn.functional.linear(following, *model.head())
-        torch.testing.assert_close(made, model(text, state)[0], atol=1e-12, rtol=0)
+        later_hidden, _ = model.hidden(text, state_of_hidden)
+        recomputed = torch.nn.functional.linear(later_hidden, *model.head())
+        torch.testing.assert_close(recomputed, model(text, state)[0], atol=1e-12, rtol=0)
     else:
         with pytest.raises(UnsupportedError, match="does not stream"):
             model.hidden(text, model)
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_steps_are_the_same(index: int, recipe: dict[str, Any], tmp_path: Any) -> None:
+def test_training_in_chunks_takes_the_same_steps(index: int, recipe: dict[str, Any], tmp_path: Any) -> None:
     kinds: list[dict[str, Any]] = [
         {},
         {"tie_embeddings": False, "reversible": True, "ffn_chunk": 9},

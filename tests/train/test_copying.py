@@ -1,4 +1,4 @@
-"""The curriculum of the task copy: what a step reads, stages, runs that resume."""
+"""The curriculum of the task copy: batches, stages, and resumed runs."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def test_stages_are_longer_words() -> None:
     assert Copying(CopyingConfig(), 7).word == 7
 
 
-def test_what_a_step_reads() -> None:
+def test_a_step_reads_words_written_twice() -> None:
     task = CopyTask(CopyConfig(word=15, symbols=7))
     tokens = draw_words(task, 4, 5, (0, 1))
     assert tokens.shape == (4, 12)
@@ -51,7 +51,7 @@ def test_what_a_step_reads() -> None:
     assert torch.equal(tokens, draw_words(task, 4, 5, (0, 1)))
 
 
-def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_learns_and_resumes_where_it_stopped(tmp_path: Path) -> None:
     whole = override(RECIPE, "train.steps=150")
     run(whole, tmp_path / "whole", progress="none")
     lines = read_log(tmp_path / "whole" / "log.jsonl")
@@ -61,6 +61,7 @@ def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
         run(override(RECIPE, f"train.steps={steps}"), tmp_path / "parts", resume=steps == 6, progress="none")
     assert [line["step"] for line in read_log(tmp_path / "parts" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     model, task = load_run(tmp_path / "parts")
+    assert isinstance(task, CopyTask)
     assert task.config.word == 15
     assert model.traits.value_causal
 
@@ -77,7 +78,7 @@ def test_auxiliary_losses_are_learned_from(tmp_path: Path) -> None:
     assert not torch.equal(*spans)
 
 
-def test_positions_that_do_not_reach_are_refused_before_training(tmp_path: Path) -> None:
+def test_too_few_learned_positions_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"30 learned positions.*texts of 31"):
         run(override(RECIPE, "model.max_positions=30"), tmp_path, progress="none")
 

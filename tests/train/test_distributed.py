@@ -1,9 +1,11 @@
-"""Two gloo processes under torchrun give the losses of one, and each can go on from the other's checkpoint."""
+"""Two gloo processes under torchrun give the losses of one, and one process resumes from their checkpoint."""
 
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,7 @@ for name, recipe in enumerate(recipes):
 """
 
 
-def torchrun(folder, *recipes):
+def torchrun(folder: Path, *recipes: dict[str, Any]) -> str:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -29,29 +31,29 @@ def torchrun(folder, *recipes):
     try:
         _, shown = process.communicate(timeout=200)
     finally:
-        # torchrun ends its workers when it is asked to, not when it is killed
+        # torchrun ends its workers on SIGTERM, not on SIGKILL
         process.terminate()
         process.wait()
     assert process.returncode == 0, shown
     return shown
 
 
-def figures(folder, name):
+def figures(folder: Path, name: str) -> list[Any]:
     return [line[name] for line in read_log(folder / "log.jsonl") if name in line]
 
 
-def test_two_processes_give_the_losses_of_one(recipe, tmp_path):
+def test_two_processes_give_the_losses_of_one(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"] |= {"steps": 12, "checkpoint_every": 6, "bptt_segments": 2, "final_eval_tokens": 500}
     double = {**recipe, "train": {**recipe["train"], "dtype": "float64"}}
     shown = torchrun(tmp_path, recipe, double)
-    assert shown.count(" parameters, ") == 2, "one process of each run shows what it does"
-    for name, each, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
+    assert shown.count(" parameters, ") == 2, "only one process of a run shows its progress"
+    for name, variant, tolerance in (("0", recipe, 1e-5), ("1", double, 1e-11)):
         alone, together = tmp_path / f"alone{name}", tmp_path / name
-        run(each, alone, progress="none")
+        run(variant, alone, progress="none")
         for figure in ("loss", "grad_norm"):
             assert figures(together, figure) == pytest.approx(figures(alone, figure), rel=tolerance)
-        for one, other in zip(figures(together, "validation"), figures(alone, "validation"), strict=True):
-            assert one == pytest.approx(other, rel=tolerance)
+        for actual, expected in zip(figures(together, "validation"), figures(alone, "validation"), strict=True):
+            assert actual == pytest.approx(expected, rel=tolerance)
         assert figures(together, "tokens") == figures(alone, "tokens")
 
     # the checkpoint of two processes is that of one process with two groups of lanes

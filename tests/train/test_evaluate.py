@@ -1,16 +1,20 @@
-"""Evaluation gives what reading each document alone would give."""
+"""Evaluation equals reading each document alone."""
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from longspan.errors import DataError, UnsupportedError
-from longspan.tasks import Documents
+from longspan.models import Decoder
+from longspan.tasks import Document, Documents
 from longspan.train import evaluate_text, first_places, token_nats
 
 
-def alone(model, document, segment=None):
-    """Summed nats of a document read in one go, or in segments from an empty state each."""
+def alone(model: Decoder, document: Document, segment: int | None = None) -> float:
+    """Summed nats of a document read at once, or in segments that each start from an empty state."""
     step = segment or len(document)
     total = 0.0
     with torch.no_grad():
@@ -22,7 +26,9 @@ def alone(model, document, segment=None):
 
 
 @pytest.mark.parametrize(("chunk", "batch"), [(5, 3), (64, 2), (1000, 99), (1, 7)])
-def test_with_memory(model, documents, chunk, batch):
+def test_evaluation_with_memory_equals_reading_each_document_alone(
+    model: Decoder, documents: Documents, chunk: int, batch: int
+) -> None:
     evaluation = evaluate_text(model, documents, chunk=chunk, batch=batch)
     expected = [alone(model, documents[i]) for i in range(len(documents))]
     np.testing.assert_allclose(evaluation.nats, expected, rtol=1e-9)
@@ -33,13 +39,15 @@ def test_with_memory(model, documents, chunk, batch):
 
 
 @pytest.mark.parametrize("segment", [3, 16])
-def test_without_memory(model, documents, segment):
+def test_evaluation_without_memory_equals_reading_each_segment_alone(
+    model: Decoder, documents: Documents, segment: int
+) -> None:
     evaluation = evaluate_text(model, documents, chunk=20, batch=3, memory=False, segment_length=segment)
     expected = [alone(model, documents[i], segment) for i in range(len(documents))]
     np.testing.assert_allclose(evaluation.nats, expected, rtol=1e-9)
 
 
-def test_it_leaves_no_trace(model, documents):
+def test_evaluation_changes_neither_the_model_nor_the_random_state(model: Decoder, documents: Documents) -> None:
     model.train()
     before, weights = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
     evaluate_text(model, documents)
@@ -48,7 +56,7 @@ def test_it_leaves_no_trace(model, documents):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_comparison_of_two_evaluations(model, documents):
+def test_two_evaluations_are_compared_by_document(model: Decoder, documents: Documents) -> None:
     with_memory = evaluate_text(model, documents)
     without = evaluate_text(model, documents, memory=False, segment_length=4)
     difference = without.minus(with_memory)
@@ -62,7 +70,7 @@ def test_comparison_of_two_evaluations(model, documents):
         without.minus(evaluate_text(model, some))
 
 
-def test_first_places(documents):
+def test_first_places_takes_whole_documents_up_to_a_count(documents: Documents) -> None:
     assert first_places(documents, 0) is documents
     assert first_places(documents, 10**9) is documents
     some = first_places(documents, 120, seed=3)
@@ -72,21 +80,25 @@ def test_first_places(documents):
     assert first_places(documents, 120, seed=3).names == some.names
 
 
-def test_a_model_that_does_not_stream_is_evaluated_without_memory(model, documents, monkeypatch):
+def test_a_model_that_does_not_stream_is_evaluated_without_memory(
+    model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     traits = type(model.traits)(streams=False)
     monkeypatch.setattr(type(model), "traits", traits)
     with pytest.raises(UnsupportedError, match="does not stream; evaluate it with memory=False"):
         evaluate_text(model, documents)
 
 
-def test_no_call_is_wider_than_what_is_left(model, documents, monkeypatch):
+def test_no_call_is_wider_than_what_is_left(
+    model: Decoder, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
     widths, call = [], type(model).forward
 
-    def counted(self, tokens, *given, **named):
+    def counted(self: Decoder, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         widths.append(tokens.shape[1])
-        return call(self, tokens, *given, **named)
+        return call(self, tokens, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", counted)
-    found = evaluate_text(model, documents, chunk=100_000, batch=2)
+    evaluation = evaluate_text(model, documents, chunk=100_000, batch=2)
     assert sum(widths) <= documents.lengths.sum()
-    assert found.tokens.tolist() == documents.lengths.tolist()
+    assert evaluation.tokens.tolist() == documents.lengths.tolist()

@@ -1,4 +1,4 @@
-"""Runs that die: killed outright, killed at any instant of saving, or out of disk."""
+"""Runs that die: killed while training, killed at any instant of saving, or out of disk space."""
 
 import errno
 import json
@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.train.conftest import Losses
 
 from longspan.errors import CheckpointError
 from longspan.train import Silent, load_run, run
@@ -22,13 +26,15 @@ run(json.loads(recipe), folder, resume=resume == "resume", progress="none")
 """
 
 
-def start(recipe, folder, resume):
+def start(recipe: dict[str, Any], folder: Path, resume: bool) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", SCRIPT, json.dumps(recipe), str(folder), "resume" if resume else "begin"]
     return subprocess.Popen(command)
 
 
 @pytest.mark.parametrize("steps", [(25,), pytest.param((25, 60), marks=pytest.mark.long)])
-def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stopped(recipe, tmp_path, losses, steps):
+def test_a_killed_and_resumed_run_has_the_losses_of_one_never_stopped(
+    recipe: dict[str, Any], tmp_path: Path, losses: Losses, steps: tuple[int, ...]
+) -> None:
     recipe["model"]["dropout"] = 0.1
     recipe["train"] |= {"steps": steps[-1] + 40, "eval_every": 40, "bptt_segments": 2}
     run(recipe, tmp_path / "whole", progress="none")
@@ -46,21 +52,23 @@ def test_kill_9_in_the_middle_and_resume_give_the_losses_of_the_run_never_stoppe
 
 
 class Killed(BaseException):
-    """What no `except Exception` catches."""
+    """An exception that no `except Exception` catches."""
 
 
-def test_killed_at_any_instant_of_saving_the_newest_checkpoint_is_sound(recipe, tmp_path, monkeypatch, losses):
+def test_a_kill_at_any_instant_of_saving_leaves_sound_checkpoints(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: Losses
+) -> None:
     recipe["train"] |= {"steps": 6, "checkpoint_every": 2, "keep": 1, "eval_every": 0}
     run(recipe, tmp_path / "whole", progress="none")
-    counted = []
+    counted: list[int] = []
 
-    def run_until(folder, instant):
-        """Die at the given call that touches names or disk; a dead process cleans nothing up."""
+    def run_until(folder: Path, instant: int) -> None:
+        """Raises from the given call on that touches names or disk: a dead process cleans nothing up."""
         calls = 0
         with monkeypatch.context() as patch:
 
-            def dying(function):
-                def call(*args, **kwargs):
+            def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+                def call(*args: Any, **kwargs: Any) -> Any:
                     nonlocal calls
                     calls += 1
                     if calls >= instant:
@@ -104,17 +112,17 @@ def test_killed_at_any_instant_of_saving_the_newest_checkpoint_is_sound(recipe, 
     ],
 )
 def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(
-    recipe, tmp_path, monkeypatch, losses, where, target
-):
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, losses: Losses, where: str, target: str
+) -> None:
     recipe["train"] |= {"steps": 11, "eval_every": 0}
     run(recipe, tmp_path / "whole", progress="none")
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    def refuse(*args, **kwargs):
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise full
 
     class FillsUp(Silent):
-        def step(self, line):
+        def step(self, line: dict[str, Any]) -> None:
             if line["step"] == 7:
                 patch.setattr(target, refuse)
 

@@ -1,7 +1,8 @@
-"""What a run writes and shows."""
+"""The log that a run writes and the progress that it shows."""
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -23,7 +24,7 @@ LINE = {
 }
 
 
-def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path):
+def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = Log(path, step=0)
     for step in range(1, 6):
@@ -39,16 +40,16 @@ def test_the_log_is_appended_to_and_cut_at_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_no_log_is_an_empty_log(tmp_path):
+def test_no_log_is_an_empty_log(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def test_a_line_in_words():
+def test_a_log_line_is_described_in_words() -> None:
     assert list(describe(LINE).values()) == [
         *("step 20", "1.4427 bits/byte", "", "12,346 tokens/s", "1.50 GiB", "1:02:05 left")
     ]
-    held = describe({"step": 3, "unit": "byte", "eta": 61.0, "validation": {"bits_per_byte": 2.0}})
-    assert held == {
+    figures = describe({"step": 3, "unit": "byte", "eta": 61.0, "validation": {"bits_per_byte": 2.0}})
+    assert figures == {
         "step": "step 3",
         "loss": "",
         "validation": "held back 2.0000",
@@ -58,7 +59,7 @@ def test_a_line_in_words():
     }
 
 
-def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys):
+def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys: pytest.CaptureFixture[str]) -> None:
     display = Plain(interval=1000)
     display.start("title")
     for step in range(1, 5):
@@ -71,7 +72,7 @@ def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys):
     assert len(lines) == 3
 
 
-def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch):
+def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     monkeypatch.setattr("longspan.train.progress.Console", lambda stderr: console)
@@ -89,7 +90,7 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch):
         assert part in last
 
 
-def test_displays_by_name(monkeypatch):
+def test_displays_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Silent()
     assert make(own) is own
     assert type(make("none")) is Silent
@@ -98,14 +99,18 @@ def test_displays_by_name(monkeypatch):
     assert isinstance(make("auto"), Plain)
 
 
-def test_memory_is_that_of_this_process():
-    assert 10**7 < resident_bytes() < 10**11
+def test_resident_memory_is_that_of_this_process() -> None:
+    resident = resident_bytes()
+    assert resident is not None
+    assert 10**7 < resident < 10**11
 
 
-def test_memory_where_the_system_does_not_say(monkeypatch):
-    def absent(self):
+def test_resident_memory_is_measured_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(path: Path) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr("pathlib.Path.read_text", absent)
-    assert resident_bytes() == pytest.approx(resident_bytes(), rel=0.1)
-    assert resident_bytes() > 10**7
+    resident = resident_bytes()
+    assert resident is not None
+    assert resident == pytest.approx(resident_bytes(), rel=0.1)
+    assert resident > 10**7

@@ -1,6 +1,7 @@
-"""Loss, learning rate, intervals: small things with right answers."""
+"""Loss, learning rate and intervals against closed forms and plain loops."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from longspan.errors import ConfigError, DataError
 from longspan.train import TrainConfig, bootstrap, next_token_loss, paired_bootstrap, token_nats
 
 
-def test_loss_is_the_sum_of_what_counts():
+def test_the_loss_is_the_sum_over_graded_tokens() -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 5, 7, dtype=torch.float64), torch.randint(7, (2, 5))
     expected = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
@@ -22,14 +23,15 @@ def test_loss_is_the_sum_of_what_counts():
     assert token_nats(logits.bfloat16(), targets).dtype == torch.float32
 
 
-def test_what_does_not_count_has_no_part_in_the_gradient():
+def test_ungraded_tokens_have_no_gradient() -> None:
     logits = torch.randn(1, 3, 4, requires_grad=True)
     next_token_loss(logits, torch.tensor([[1, 2, 3]]), torch.tensor([[True, False, True]])).backward()
+    assert logits.grad is not None
     assert logits.grad[0, 1].abs().max() == 0
     assert logits.grad[0, 0].abs().max() > 0
 
 
-def test_warm_up_then_cosine():
+def test_the_rate_warms_up_and_then_follows_a_cosine() -> None:
     config = TrainConfig(steps=110, warmup=10, min_lr_ratio=0.1)
     rates = [config.rate(step, 0.0) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
@@ -39,7 +41,7 @@ def test_warm_up_then_cosine():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_time_or_steps_whichever_is_further_on():
+def test_the_schedule_follows_time_or_steps_whichever_is_further() -> None:
     config = TrainConfig(steps=100, minutes=1, warmup=0)
     assert config.rate(50, 0.0) == pytest.approx(config.rate(0, 30.0))
     assert config.fraction_done(10, 30.0) == 0.5
@@ -49,7 +51,7 @@ def test_time_or_steps_whichever_is_further_on():
     assert config.is_done(0, 60.0)
 
 
-def test_the_default_length():
+def test_the_default_is_1000_steps_without_a_time_limit() -> None:
     assert TrainConfig().step_limit == 1000
     assert TrainConfig(minutes=5).step_limit is None
     assert TrainConfig(minutes=5, steps=7).step_limit == 7
@@ -66,17 +68,17 @@ def test_the_default_length():
         ({"seed": -1}, r"train.seed = -1: must be at least 0"),
     ],
 )
-def test_settings_that_make_no_sense(fields, message):
+def test_invalid_settings_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**fields)
 
 
-def test_unknown_settings_are_named():
+def test_unknown_settings_are_named() -> None:
     with pytest.raises(ConfigError, match="train: unknown field 'step'; did you mean 'steps'"):
         from_dict(TrainConfig, {"step": 3}, "train")
 
 
-def test_bootstrap_agrees_with_a_plain_loop():
+def test_bootstrap_agrees_with_a_plain_loop() -> None:
     generator = np.random.default_rng(1)
     units = generator.integers(100, 1000, 12)
     nats = units * generator.uniform(0.5, 1.5, 12)
@@ -88,7 +90,7 @@ def test_bootstrap_agrees_with_a_plain_loop():
     assert bootstrap(nats, units, samples=20_000) == (value, low, high)
 
 
-def test_pairing_removes_what_both_share():
+def test_pairing_removes_the_variance_between_documents() -> None:
     generator = np.random.default_rng(2)
     units = np.full(20, 1000)
     hard = 1000 * generator.uniform(0.5, 1.5, 20)
@@ -99,7 +101,7 @@ def test_pairing_removes_what_both_share():
         paired_bootstrap(hard, hard[1:], units)
 
 
-def test_one_document_has_no_interval():
+def test_one_document_has_no_interval() -> None:
     value, low, high = bootstrap(np.array([math.log(2)]), np.array([1]))
     assert value == pytest.approx(1)
     assert math.isnan(low)

@@ -1,4 +1,4 @@
-"""Training on a memory task: the curriculum, bit-for-bit resumption, and answers that are counted right."""
+"""Training on a memory task: the curriculum, bit-for-bit resumption, and the count of right answers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from longspan.tasks import MemoryConfig, MemoryTask
 from longspan.train import (
     Curriculum,
     CurriculumConfig,
+    Silent,
     evaluate_answers,
     load_run,
     read_log,
@@ -48,31 +49,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.long
-def test_stopped_and_resumed_it_is_the_run_that_never_stopped(finished: Path, tmp_path: Path) -> None:
+def test_a_lengthened_run_begins_as_a_longer_one(finished: Path, tmp_path: Path) -> None:
     shorter = {**RECIPE, "train": {**RECIPE["train"], "steps": 3}}
     run(shorter, tmp_path, progress="none")
     with pytest.raises(CheckpointError, match="resume it"):
         run(RECIPE, tmp_path, progress="none")
-    # the schedule follows the number of steps, so a run that is made longer is compared from its own start
+    # the schedule depends on the number of steps, so only the steps before the run was lengthened are compared
     run({"train": {"steps": 6}}, tmp_path, resume=True, progress="none")
     longer = [line["loss"] for line in read_log(finished / "log.jsonl")]
     assert [line["loss"] for line in read_log(tmp_path / "log.jsonl")][:3] == longer[:3]
 
 
-def test_killed_and_resumed_bit_for_bit(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from longspan.train.recall import RecallTrainer
+def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    class Dies(Silent):
+        def step(self, line: dict[str, Any]) -> None:
+            if line["step"] == 4:
+                raise RuntimeError("killed")
 
-    plain = RecallTrainer._step
-
-    def dies(self: RecallTrainer, log: Any) -> None:
-        if self.position.step == 4:
-            raise RuntimeError("killed")
-        plain(self, log)
-
-    monkeypatch.setattr(RecallTrainer, "_step", dies)
     with pytest.raises(RuntimeError, match="killed"):
-        run(RECIPE, tmp_path, progress="none")
-    monkeypatch.undo()
+        run(RECIPE, tmp_path, progress=Dies())
     run(None, tmp_path, resume=True, progress="none")
     first, second = weights(finished), weights(tmp_path)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -90,11 +85,11 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert (curriculum.length, curriculum.segments) == (499, 2), "1,000 is longer than the task's own"
     assert curriculum.penalty == 1.0
     curriculum.add(1, 0.1)
-    assert curriculum.penalty == pytest.approx(0.95), "what is not yet learnt must not be kept from being written"
+    assert curriculum.penalty == pytest.approx(0.95), "a low accuracy must lower the penalty on open gates"
     low = Curriculum(config, 499)
     for _ in range(100):
         low.add(2, 0.1)
-    assert low.penalty == pytest.approx(0.1), "a gate that is always open keeps accuracy low: something must close it"
+    assert low.penalty == pytest.approx(0.1), "the penalty has a floor: a gate that is always open keeps accuracy low"
     for _ in range(2):
         curriculum.add(2, 0.96)
     assert curriculum.segments == 3
@@ -107,7 +102,7 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
 
 
 @pytest.mark.long
-def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
+def test_the_gate_losses_open_gates_at_whole_facts_only() -> None:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     batch = draw_samples(task, 3, 16, 96, (0,))
     config = CurriculumConfig()
@@ -130,10 +125,10 @@ def test_gates_are_asked_to_open_at_whole_facts_only() -> None:
 def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Path) -> None:
     model, task = load_run(finished)
     assert isinstance(task, MemoryTask)
-    one = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
-    other = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
-    assert one["detect"].right == other["detect"].right
-    record = one["detect"].record()
+    batched = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
+    singly = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
+    assert batched["detect"].right == singly["detect"].right
+    record = batched["detect"].record()
     assert record["n"] == 6
     assert record["tokens"] == 480
     assert record["silent"] + record["telling"] <= 6 * 4
@@ -141,7 +136,7 @@ def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Pa
     assert len(record["answers"]) == 6
 
 
-def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: Path) -> None:
+def test_right_answers_are_counted_as_right(finished: Path) -> None:
     _, task = load_run(finished)
     assert isinstance(task, MemoryTask)
     answers = [task.sample("test", 2, [0, 1, index, 1], kind="detect").answer for index in range(4)]
@@ -153,23 +148,25 @@ def test_a_trained_model_that_knew_the_answers_would_be_counted_right(finished: 
             calls.append(1)
             return torch.nn.functional.one_hot(torch.tensor(answers), 6), None
 
-    found = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
-    assert found.right == [True] * 4
+    evaluated = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
+    assert evaluated.right == [True] * 4
     assert len(calls) == 2
 
 
-def test_intervals() -> None:
+def test_intervals_over_trainings_are_wider_than_over_answers() -> None:
     assert wilson(64, 64).low == pytest.approx(0.943, abs=0.001)
     assert wilson(0, 0).low == 0
     mixed = seeds_interval([[True] * 60 + [False] * 4, [True] * 50 + [False] * 14])
     assert mixed.value == pytest.approx(110 / 128)
     assert mixed.low < mixed.value < mixed.high
-    assert mixed.high - mixed.low > wilson(110, 128).high - wilson(110, 128).low, "trainings differ"
+    assert mixed.high - mixed.low > wilson(110, 128).high - wilson(110, 128).low, (
+        "the interval covers differences between trainings"
+    )
 
 
 def test_a_recipe_that_does_not_fit_itself_is_refused(tmp_path: Path) -> None:
-    other = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
+    mismatched = {**RECIPE, "task": {**RECIPE["task"], "segment_length": 100}}
     with pytest.raises(ConfigError, match="give both the same"):
-        run(other, tmp_path, progress="none")
+        run(mismatched, tmp_path, progress="none")
     with pytest.raises(ConfigError, match=r"train.lanes|unknown field 'lanes'"):
         run({**RECIPE, "train": {"lanes": 3}}, tmp_path / "a", progress="none")

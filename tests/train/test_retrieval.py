@@ -12,7 +12,7 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.models import Decoder, DecoderConfig
 from longspan.tasks.synthetic import HEAD, NeedleTask, PasskeyConfig, PasskeyTask
 from longspan.train import RetrievalConfig, evaluate_depths, load_run, read_log, run
-from longspan.train.depths import _read, _tokens
+from longspan.train.depths import read
 from longspan.train.retrieval import Retrieval, draw_texts, repeated
 
 RECIPE: dict[str, Any] = {
@@ -107,7 +107,7 @@ def test_a_heavier_memory_is_that_of_a_text_read_again() -> None:
 @pytest.mark.parametrize(
     "mixer", [{"name": "infini", "update": "delta"}, {"name": "infini", "normaliser": "gamma"}, {"name": "linear"}]
 )
-def test_memories_that_are_no_sums_cannot_be_made_heavier(mixer: dict[str, Any]) -> None:
+def test_memories_that_are_not_sums_cannot_be_made_heavier(mixer: dict[str, Any]) -> None:
     model = model_of(mixer)
     with pytest.raises(ConfigError, match=r"train\.repeats"):
         repeated(model, model.init_state(1), 2.0)
@@ -123,7 +123,7 @@ def test_texts_are_functions_of_the_seed_and_grade_every_mention() -> None:
         whole = bytes(tokens[row, 1:].tolist())
         assert whole.startswith(HEAD)
         number = whole[-5:]
-        # told twice, twice again, and the answer; the first is not to be known
+        # twice in the text, twice in mentions, and in the answer; the first time it cannot be predicted
         assert whole.count(number) == 5
         assert int(graded[row].sum()) == 4 * 5
         assert bytes(tokens[row, 1:][graded[row]].tolist()) == number * 4
@@ -132,37 +132,41 @@ def test_texts_are_functions_of_the_seed_and_grade_every_mention() -> None:
 
 
 @pytest.mark.parametrize("kind", [PasskeyTask, NeedleTask])
-def test_depths_are_asked_as_if_every_text_were_read_whole(kind: type[PasskeyTask]) -> None:
+def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTask]) -> None:
     model = model_of({"name": "window", "window": 8}, {"name": "infini", "segment": 30}).eval()
     task = kind(PasskeyConfig(length=700, digits=3))
     said: list[Any] = []
 
     import longspan.train.depths as depths
 
+    def record(number: list[int], answer: list[int]) -> tuple[float, bool]:
+        said.append((number, answer))
+        return 0.0, False
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depths, "score", lambda wanted, found: said.append((wanted, found)) or (0.0, False))
-        found = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
-    assert {depth: len(each) for depth, each in found.contained.items()} == {0: 2, 40: 2, 100: 2}
+        patch.setattr(depths, "score", record)
+        evaluation = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
+    assert {depth: len(answers) for depth, answers in evaluation.contained.items()} == {0: 2, 40: 2, 100: 2}
     expected = []
     samples = [task.parts(np.random.default_rng([4, index, 3]), "validation") for index in range(2)]
     for part in samples:
         for depth in (0, 40, 100):
-            place = part.place(depth)
-            text = b"".join([part.head, part.filler[:place], part.told, part.filler[place:], part.asked])
-            tokens = torch.cat([torch.tensor([[task.tokenizer.begin]]), _tokens([text])], 1)
+            offset = part.place(depth)
+            text = b"".join([part.head, part.filler[:offset], part.told, part.filler[offset:], part.asked])
+            tokens = torch.tensor([[task.tokenizer.begin, *text]])
             assert tokens.shape[1] == 700 + 1 - 3
             for _ in range(3):
                 tokens = torch.cat([tokens, model(tokens)[0][:, -1:].argmax(-1)], 1)
             expected.append((list(part.number), tokens[0, -3:].tolist()))
     assert sorted(map(str, said)) == sorted(map(str, expected))
-    assert found.state_bytes == model.state_nbytes(1, 700, torch.float64)
+    assert evaluation.state_bytes == model.state_nbytes(1, 700, torch.float64)
 
 
-def test_reading_is_cut_where_segments_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_in_chunks_equals_reading_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of({"name": "infini", "segment": 32}).eval()
     monkeypatch.setattr("longspan.train.depths.CHUNK", 64)
     text = torch.randint(0, 256, (1, 300))
-    cut = _read(model, text[:, 50:], _read(model, text[:, :50], model.init_state(1)))
+    cut = read(model, text[:, 50:], read(model, text[:, :50], model.init_state(1)))
     _, whole = model(text)
     for name, value in states.tensors(cut).items():
         torch.testing.assert_close(value, states.tensors(whole)[name], rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Runs from recipe to model: what lies in the folder, how they stop and go on, what they say when they cannot."""
+"""Runs from recipe to model: the files that they leave, how they stop and resume, and their errors."""
 
 import copy
 import json
@@ -7,30 +7,37 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.train.conftest import Losses
+from torch import Tensor
 
 from longspan import train
 from longspan.config import read_toml
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import Decoder
-from longspan.train import DivergedError, Silent, load_run, read_log, run
+from longspan.train import DivergedError, Result, Silent, load_run, read_log, run
 from longspan.train.step import Stepper
 
 
 class Recorder(Silent):
-    """Keeps what it is shown, and may do something at a step."""
+    """Records what it is shown, and may call `action` at a step."""
 
-    def __init__(self, at=None, action=None):
-        self.steps, self.messages, self.at, self.action = [], [], at, action
+    def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+        self.at, self.action = at, action
 
-    def step(self, line):
+    def step(self, line: dict[str, Any]) -> None:
         self.steps.append(line)
-        if self.at is not None and line["step"] == self.at and "loss" in line:
+        if self.action is not None and line["step"] == self.at and "loss" in line:
             self.action()
 
-    def message(self, text):
+    def message(self, text: str) -> None:
         self.messages.append(text)
 
 
@@ -38,30 +45,30 @@ class Stop(Exception):
     pass
 
 
-def stop():
+def stop() -> None:
     raise Stop
 
 
 @pytest.fixture
-def whole(recipe, tmp_path):
+def whole(recipe: dict[str, Any], tmp_path: Path) -> Path:
     """A run that was never stopped."""
     run(recipe, tmp_path / "whole", progress="none")
     return tmp_path / "whole"
 
 
-def changed(recipe, **fields):
-    """The recipe with other settings, `model__dim=8`."""
-    other = copy.deepcopy(recipe)
+def changed(recipe: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A copy of the recipe with other settings, as in `model__dim=8`."""
+    altered = copy.deepcopy(recipe)
     for path, value in fields.items():
         table, name = path.split("__")
-        other[table][name] = value
-    return other
+        altered[table][name] = value
+    return altered
 
 
-def test_a_run_leaves_everything_behind(recipe, tmp_path):
+def test_a_run_leaves_everything_behind(recipe: dict[str, Any], tmp_path: Path) -> None:
     display = Recorder()
-    result = run(recipe, tmp_path, progress=display)
-    assert (result.step, result.tokens, result.interrupted) == (20, 20 * 4 * 16, False)
+    finished = run(recipe, tmp_path, progress=display)
+    assert (finished.step, finished.tokens, finished.interrupted) == (20, 20 * 4 * 16, False)
     assert {path.name for path in tmp_path.iterdir()} == {
         *("recipe.json", "log.jsonl", "tokenizer.json", "digests.json", "checkpoints", "model")
     }
@@ -70,7 +77,7 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path):
     lines = read_log(tmp_path / "log.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
     assert [line["step"] for line in lines if "validation" in line] == [8, 16, 20]
-    assert lines[-1]["validation"] == result.evaluation
+    assert lines[-1]["validation"] == finished.evaluation
     assert display.steps[-1]["fraction"] == 1
     assert "grows" not in " ".join(display.messages)
     first, last = lines[0], lines[-2]
@@ -79,17 +86,17 @@ def test_a_run_leaves_everything_behind(recipe, tmp_path):
     model, task = load_run(tmp_path)
     assert not model.training
     evaluation = train.evaluate_text(model, task.documents("validation"), chunk=16, batch=4)
-    assert evaluation.summary() == result.evaluation
+    assert evaluation.summary() == finished.evaluation
 
 
-def test_the_stored_recipe_makes_the_same_run(recipe, tmp_path, losses):
+def test_the_stored_recipe_makes_the_same_run(recipe: dict[str, Any], tmp_path: Path, losses: Losses) -> None:
     run(recipe, tmp_path / "first", progress="none")
     stored = json.loads((tmp_path / "first" / "recipe.json").read_text())
     run(stored, tmp_path / "second", progress="none")
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
 
-def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
+def test_a_run_leaves_the_random_state_and_threads_of_the_caller(recipe: dict[str, Any], tmp_path: Path) -> None:
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     run(changed(recipe, train__steps=2), tmp_path, progress="none")
     assert torch.equal(torch.get_rng_state(), before)
@@ -123,7 +130,9 @@ def test_the_caller_keeps_his_random_numbers_and_threads(recipe, tmp_path):
         ({"model__mixers": [{"name": "routing", "num_clusters": 4, "window": 8, "decay": 0.9}]}, 8),
     ],
 )
-def test_resumed_runs_are_the_same_bit_for_bit(recipe, tmp_path, losses, fields, at):
+def test_resumed_runs_are_the_same_bit_for_bit(
+    recipe: dict[str, Any], tmp_path: Path, losses: Losses, fields: dict[str, Any], at: int
+) -> None:
     recipe = changed(recipe, **fields)
     run(recipe, tmp_path / "whole", progress="none")
     while not (tmp_path / "parts" / "recipe.json").exists() or not (tmp_path / "parts" / "model").exists():
@@ -133,16 +142,16 @@ def test_resumed_runs_are_the_same_bit_for_bit(recipe, tmp_path, losses, fields,
         except Stop:
             assert not resume
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    one, other = (torch.nn.Module.state_dict(load_run(tmp_path / name)[0]) for name in ("whole", "parts"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    uninterrupted, resumed = (torch.nn.Module.state_dict(load_run(tmp_path / name)[0]) for name in ("whole", "parts"))
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
-def test_ctrl_c_saves_and_resumes(recipe, tmp_path, losses, whole):
+def test_ctrl_c_saves_and_resumes(recipe: dict[str, Any], tmp_path: Path, losses: Losses, whole: Path) -> None:
     display = Recorder(7, lambda: os.kill(os.getpid(), signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
-    result = run(recipe, tmp_path / "parts", progress=display)
+    stopped = run(recipe, tmp_path / "parts", progress=display)
     assert signal.getsignal(signal.SIGINT) is before
-    assert (result.interrupted, result.step, result.evaluation) == (True, 7, None)
+    assert (stopped.interrupted, stopped.step, stopped.evaluation) == (True, 7, None)
     assert display.messages[0] == "stopping after this step; again to stop at once, without saving"
     assert display.messages[1].startswith("stopped at step 7, saved in ")
     assert not (tmp_path / "parts" / "model").exists()
@@ -151,13 +160,13 @@ def test_ctrl_c_saves_and_resumes(recipe, tmp_path, losses, whole):
     assert losses(tmp_path / "parts") == losses(whole)
 
 
-def test_a_second_ctrl_c_stops_at_once(recipe, tmp_path):
-    def twice():
+def test_a_second_ctrl_c_stops_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)  # two at once may be taken for one
+        time.sleep(0.05)  # two signals at once may arrive as one
         os.kill(os.getpid(), signal.SIGINT)
 
-    # shells start what they put into the background with the signal ignored
+    # shells start background jobs with this signal ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -167,36 +176,38 @@ def test_a_second_ctrl_c_stops_at_once(recipe, tmp_path):
     assert not (tmp_path / "checkpoints" / "step-00000007").exists()
 
 
-def test_what_a_kill_left_half_written_is_cleared(recipe, tmp_path):
+def test_half_written_files_of_a_killed_run_are_cleared(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-00000003.tmp").mkdir(parents=True)
     (tmp_path / ".log.jsonl.77.tmp").touch()
     run(changed(recipe, train__steps=1), tmp_path, progress="none")
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_run_that_is_over_stays_over_and_can_be_lengthened(recipe, whole):
+def test_a_finished_run_stays_finished_and_can_be_lengthened(recipe: dict[str, Any], whole: Path) -> None:
     before = read_log(whole / "log.jsonl")
-    result = run(recipe, whole, resume=True, progress="none")
-    assert (result.step, result.evaluation) == (20, before[-1]["validation"])
+    finished = run(recipe, whole, resume=True, progress="none")
+    assert (finished.step, finished.evaluation) == (20, before[-1]["validation"])
     assert read_log(whole / "log.jsonl") == before
-    result = run({"train": {"steps": 24}}, whole, resume=True, progress="none")
-    assert result.step == 24
+    finished = run({"train": {"steps": 24}}, whole, resume=True, progress="none")
+    assert finished.step == 24
     assert read_log(whole / "log.jsonl")[: len(before)] == before
     assert json.loads((whole / "recipe.json").read_text())["train"]["steps"] == 24
 
 
-def test_a_time_limited_run_ends_in_time_and_goes_on(recipe, tmp_path):
+def test_a_time_limited_run_ends_in_time_and_can_be_lengthened(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = changed(recipe, train__steps=None, train__minutes=0.01)
-    result = run(recipe, tmp_path, progress="none")
-    assert 0.6 <= result.seconds < 5
+    shorter = run(recipe, tmp_path, progress="none")
+    assert 0.6 <= shorter.seconds < 5
     lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
     assert lines[-1]["lr"] < 0.2e-3 < lines[4]["lr"]
     longer = run({"train": {"minutes": 0.015}}, tmp_path, resume=True, progress="none")
-    assert longer.step > result.step
+    assert longer.step > shorter.step
     assert longer.seconds >= 0.9
 
 
-def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(recipe, whole, losses):
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(
+    recipe: dict[str, Any], whole: Path, losses: Losses
+) -> None:
     expected = losses(whole)
     newest = whole / "checkpoints" / "step-00000020"
     data = bytearray((newest / "model.safetensors").read_bytes())
@@ -212,7 +223,7 @@ def test_a_damaged_checkpoint_is_named_and_the_earlier_one_taken(recipe, whole, 
 
 
 @pytest.mark.parametrize("damage", ["meta.json", "training.safetensors", "state-0000.safetensors", "config.json"])
-def test_nothing_sound_to_go_on_from(whole, damage):
+def test_a_run_without_a_sound_checkpoint_is_refused(whole: Path, damage: str) -> None:
     for path in (whole / "checkpoints").iterdir():
         (path / damage).write_bytes(b"")
     shutil.rmtree(whole / "model")
@@ -222,17 +233,19 @@ def test_nothing_sound_to_go_on_from(whole, damage):
         load_run(whole)
 
 
-def test_tokens_kept_on_disk_change_nothing(recipe, tmp_path, losses, whole):
+def test_a_token_cache_changes_nothing(recipe: dict[str, Any], tmp_path: Path, losses: Losses, whole: Path) -> None:
     cached = changed(recipe, task__cache=str(tmp_path / "cache"))
     run(cached, tmp_path / "part", progress=Recorder(7, lambda: signal.raise_signal(signal.SIGINT)))
     assert len(list((tmp_path / "cache").iterdir())) == 2
     run(None, tmp_path / "part", resume=True, progress="none")
     assert losses(tmp_path / "part") == losses(whole)
-    # and a run may go on with them, or without
+    # a run resumes with the cache or without it
     run(changed(recipe, task__cache=""), tmp_path / "part", resume=True, progress="none")
 
 
-def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(recipe, tmp_path, whole, losses):
+def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(
+    recipe: dict[str, Any], tmp_path: Path, whole: Path, losses: Losses
+) -> None:
     for resume in (True, False):
         with pytest.raises(Stop):
             run(recipe, tmp_path / "parts", progress=Recorder(2, stop))
@@ -243,7 +256,7 @@ def test_a_kill_before_the_first_checkpoint_loses_nothing_that_was_saved(recipe,
         shutil.rmtree(tmp_path / "parts")
 
 
-def test_a_run_is_not_overwritten_and_not_invented(recipe, whole, tmp_path):
+def test_a_run_is_neither_overwritten_nor_invented(recipe: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="whole: holds a run already; resume it, or choose another folder"):
         run(recipe, whole, progress="none")
     for call in (lambda: run(recipe, tmp_path / "typo", resume=True), lambda: load_run(tmp_path / "typo")):
@@ -251,24 +264,24 @@ def test_a_run_is_not_overwritten_and_not_invented(recipe, whole, tmp_path):
             call()
 
 
-def test_a_resumed_run_keeps_its_settings(recipe, whole):
-    for other, message in (
+def test_a_resumed_run_keeps_its_settings(recipe: dict[str, Any], whole: Path) -> None:
+    for altered, message in (
         (changed(recipe, train__lr=0.5), r"train.lr = 0.5, but the run in .* began with 0.001; keep it"),
         (changed(recipe, model__dim=8), r"model.dim = 8, but the run in .* began with 16"),
         (changed(recipe, task__pattern="*"), r"task.pattern = '\*', but"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(other, whole, resume=True, progress="none")
+            run(altered, whole, resume=True, progress="none")
     stored = json.loads((whole / "recipe.json").read_text())
     del stored["train"]["eps"]
-    (whole / "digests.json").unlink()  # as of an older version
+    (whole / "digests.json").unlink()  # older versions wrote none
     (whole / "recipe.json").write_text(json.dumps(stored))
     run(changed(recipe, train__log_every=5, train__keep=1, train__accumulation=1), whole, resume=True, progress="none")
     with pytest.raises(CheckpointError, match=r"saved with 1 groups of lanes .*, not 2; resume with the same product"):
         run({"train": {"accumulation": 2}}, whole, resume=True, progress="none")
 
 
-def test_other_data_is_refused(recipe, tmp_path):
+def test_other_data_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for name in "ab":
         (tmp_path / "text" / f"{name}.txt").write_text(name * 900)
@@ -280,16 +293,18 @@ def test_other_data_is_refused(recipe, tmp_path):
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_a_diverging_run_stops_and_says_what_to_try(recipe, tmp_path):
+def test_a_diverging_run_stops_and_says_what_to_try(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = changed(recipe, train__lr=1e30, train__warmup=0, train__clip=0.0)
     with pytest.raises(DivergedError, match=r"of step \d .*; there is no earlier checkpoint; try a lower train.lr"):
         run(recipe, tmp_path, progress="none")
 
 
-def test_a_nan_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypatch, whole, losses):
-    calls = []
+def test_a_nan_leaves_the_last_good_checkpoint(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, losses: Losses
+) -> None:
+    calls: list[int] = []
 
-    def broken(logits, targets, graded):
+    def broken(logits: Tensor, targets: Tensor, graded: Tensor | None) -> Tensor:
         calls.append(1)
         loss = train.next_token_loss(logits, targets, graded)
         return loss * float("nan") if len(calls) == 8 else loss
@@ -302,8 +317,10 @@ def test_a_nan_leaves_the_last_good_checkpoint(recipe, tmp_path, monkeypatch, wh
     assert losses(tmp_path / "parts") == losses(whole)
 
 
-def test_parameters_that_are_not_finite_are_not_saved(recipe, tmp_path, monkeypatch):
-    def spoil(self, step, generator=None):
+def test_parameters_that_are_not_finite_are_not_saved(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(self: Any, step: int, generator: torch.Generator | None = None) -> None:
         if step == 10:
             self.norm.weight.data.fill_(float("inf"))
 
@@ -313,8 +330,10 @@ def test_parameters_that_are_not_finite_are_not_saved(recipe, tmp_path, monkeypa
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
 
 
-def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_path, monkeypatch):
-    seen = []
+def test_states_are_dropped_where_projections_were_redrawn(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
     monkeypatch.setattr(Decoder, "draw", property(lambda self: self.__dict__.get("drawn", 0)))
     monkeypatch.setattr(
         "longspan.models.Decoder.after_step",
@@ -322,7 +341,7 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_p
     )
     forward = Stepper.step
 
-    def watch(self, batches, **options):
+    def watch(self: Stepper, batches: Any, **options: Any) -> Any:
         seen.append(self.carried[0] is None)
         return forward(self, batches, **options)
 
@@ -331,31 +350,33 @@ def test_what_is_carried_is_dropped_where_projections_were_redrawn(recipe, tmp_p
     assert seen == [True, False, False, True, False, False, True, False]
 
 
-def test_accumulation_changes_memory_not_results(recipe, tmp_path):
-    found = []
+def test_accumulation_changes_memory_but_no_loss(recipe: dict[str, Any], tmp_path: Path) -> None:
+    losses_by_parts = []
     for parts in (1, 2, 4):
         folder = tmp_path / str(parts)
         run(changed(recipe, train__accumulation=parts, train__dtype="float64"), folder, progress="none")
-        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
-    assert found[0] == pytest.approx(found[1], rel=1e-10)
-    assert found[0] == pytest.approx(found[2], rel=1e-10)
+        losses_by_parts.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert losses_by_parts[0] == pytest.approx(losses_by_parts[1], rel=1e-10)
+    assert losses_by_parts[0] == pytest.approx(losses_by_parts[2], rel=1e-10)
 
 
-def test_two_short_segments_in_one_graph_are_one_long_one(recipe, tmp_path):
-    found = []
+def test_two_short_segments_in_one_graph_are_one_long_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    losses_by_length = []
     for segments, length in ((1, 32), (2, 16), (4, 8)):
         folder = tmp_path / str(length)
         settings = {"train__bptt_segments": segments, "train__segment_length": length, "train__dtype": "float64"}
         run(changed(recipe, **settings), folder, progress="none")
-        found.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
-    assert found[0] == pytest.approx(found[1], rel=1e-9)
-    assert found[0] == pytest.approx(found[2], rel=1e-9)
+        losses_by_length.append([line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line])
+    assert losses_by_length[0] == pytest.approx(losses_by_length[1], rel=1e-9)
+    assert losses_by_length[0] == pytest.approx(losses_by_length[2], rel=1e-9)
 
 
-def test_penalties_join_the_loss(recipe, tmp_path, monkeypatch):
+def test_penalties_are_added_to_the_loss(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = Decoder.forward
 
-    def with_penalty(self, *args, penalties=None, **kwargs):
+    def with_penalty(self: Any, *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
         if penalties is not None:
             penalties.append(1e3 * self.embedding.weight.square().mean())
         return forward(self, *args, penalties=penalties, **kwargs)
@@ -370,7 +391,7 @@ def test_penalties_join_the_loss(recipe, tmp_path, monkeypatch):
     assert load_run(tmp_path / "32")[0].embedding.weight.square().mean() < 0.02**2
 
 
-def test_a_growing_state_is_announced(recipe, tmp_path):
+def test_a_growing_state_is_announced(recipe: dict[str, Any], tmp_path: Path) -> None:
     display = Recorder()
     run(changed(recipe, model__mixers=[{"name": "full"}], train__steps=1), tmp_path, progress=display)
     assert display.messages == [
@@ -394,23 +415,25 @@ def test_a_growing_state_is_announced(recipe, tmp_path):
         ({"train__accumulation": 3}, ConfigError, "lanes = 4 cannot be split evenly by 1 processes and .*ulation = 3"),
     ],
 )
-def test_mistakes_in_a_recipe(recipe, tmp_path, fields, error, message):
+def test_mistakes_in_a_recipe_are_named(
+    recipe: dict[str, Any], tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         run(changed(recipe, **fields), tmp_path / "run", progress="none")
     run(changed(recipe, train__steps=1), tmp_path / "run", progress="none")
 
 
-def test_a_run_outside_the_main_thread_has_no_signals_to_catch(recipe, tmp_path):
-    found = []
+def test_a_run_outside_the_main_thread_has_no_signals_to_catch(recipe: dict[str, Any], tmp_path: Path) -> None:
+    runs: list[Result] = []
     thread = threading.Thread(
-        target=lambda: found.append(run(changed(recipe, train__steps=2), tmp_path, progress="none"))
+        target=lambda: runs.append(run(changed(recipe, train__steps=2), tmp_path, progress="none"))
     )
     thread.start()
     thread.join()
-    assert found[0].step == 2
+    assert runs[0].step == 2
 
 
-def test_unknown_tables(tmp_path):
+def test_unknown_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe: unknown table 'tain'; did you mean 'train'"):
         run({"tain": {}}, tmp_path)
     with pytest.raises(ConfigError, match=r"recipe.train: expected a table of fields, got 3"):
@@ -419,6 +442,6 @@ def test_unknown_tables(tmp_path):
         run({}, tmp_path, progress="loud")
 
 
-def test_the_recipes_of_the_repository_are_sound(request):
+def test_the_recipes_of_the_repository_are_sound(request: pytest.FixtureRequest) -> None:
     for path in sorted((request.config.rootpath / "recipes").glob("*.toml")):
         assert train.resolve(read_toml(path))["about"], path

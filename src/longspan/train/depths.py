@@ -111,10 +111,10 @@ def _prefixes(
 ) -> Iterator[tuple[int, StackState]]:
     """Each depth, and the state after all that stands before the number there."""
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
-    state = _read(model, _tokens([part.head]), _read(model, begin, model.init_state(1)))
+    state = read(model, _tokens([part.head]), read(model, begin, model.init_state(1)))
     for depth in depths:
         end = part.place(depth)
-        state = _read(model, _tokens([part.filler[done:end]]), state)
+        state = read(model, _tokens([part.filler[done:end]]), state)
         measured.tokens += end - done
         done = end
         yield depth, state
@@ -128,7 +128,7 @@ def _ask(
     told = [part.told + part.filler[part.place(depth) :] + part.asked for part in group]
     tokens = _tokens(told).to(state.live.device)
     measured.tokens += tokens.numel()
-    rows = _read(model, tokens[:, :-1], rows)
+    rows = read(model, tokens[:, :-1], rows)
     token, said = tokens[:, -1:], []
     for _ in range(task.config.digits):
         logits, rows = cast("tuple[Tensor, StackState]", model.last(token, rows))
@@ -147,7 +147,7 @@ def _tokens(texts: Sequence[bytes]) -> Tensor:
     return torch.from_numpy(np.stack([np.frombuffer(text, dtype=np.uint8) for text in texts]).astype(np.int64))
 
 
-def _read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
+def read(model: Decoder, tokens: Tensor, state: StackState) -> StackState:
     """Read tokens in chunks that end where a segment does."""
     first, tokens = 0, tokens.to(state.live.device)
     while first < tokens.shape[1]:

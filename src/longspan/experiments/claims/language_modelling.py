@@ -131,7 +131,7 @@ def compare(folder: Path, plan: Plan, say: Say) -> Outcome:
         dense = folder / DENSE / "equal time" / f"seed-{seed}"
         _train(dense, DENSE, seed, {"minutes": plan.minutes}, plan)
         dense_steps, _ = steps_and_tokens(dense)
-        per_step = {name: _tokens_per_step(name) for name in plan.names}
+        per_step = {name: tokens_per_step(name) for name in plan.names}
         steps = {name: max(dense_steps * per_step[DENSE] // per_step[name], 1) for name in plan.names}
         for setting in plan.settings:
             for name in plan.names:
@@ -170,7 +170,8 @@ def _report(say: Say, what: str, record: Mapping[str, Any]) -> None:
     say(f"{what}: {as_trained(record).bits_per_unit:.3f} bits per byte after {record['steps']:,} steps")
 
 
-def _tokens_per_step(name: str) -> int:
+def tokens_per_step(name: str) -> int:
+    """Tokens that an optimizer step of a model's recipe reads."""
     table = recipe_of(name)["train"]
     return int(table["lanes"] * table["segment_length"] * table.get("bptt_segments", 1))
 

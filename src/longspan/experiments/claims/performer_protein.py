@@ -169,7 +169,7 @@ def _outcome(
         way: {name: agreement(matrix, blosum) for name, matrix in matrices.items()} for way, matrices in ways.items()
     }
     by_heads, heads = ways["by heads"], agreed["by heads"]
-    verdict, note = _judge(scores, heads)
+    verdict, note = judge(scores, heads)
     paper = {"softmax features": "about equal to exact attention", "ReLU features": "best"}
     figures = [
         Figure(f"masked residues, {name}", paper.get(name, ""), _score_text(evaluation))
@@ -227,7 +227,7 @@ def _agreed(match: Agreement) -> str:
     return f"{pearson}, Spearman {match.spearman:.2f} (p {match.spearman_p:.4f})".replace("-", "−")
 
 
-def _judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
+def judge(scores: dict[str, Evaluation], heads: dict[str, Agreement]) -> tuple[Verdict, str]:
     """The three parts of the claim, by rules set before any training."""
     bits = {name: evaluation.bits_per_unit for name, evaluation in scores.items()}
     gain = bits["frequencies"] - bits["exact"]

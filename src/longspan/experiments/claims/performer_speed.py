@@ -25,7 +25,7 @@ def _projection() -> Tensor:
     return ops.orthogonal_projection(_FEATURES, _DIM, generator=torch.Generator().manual_seed(0))
 
 
-_LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     _DENSE: lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     _WEIGHTS: lambda q, k, v: reference.full_attention(q, k, v),
     _OURS: lambda q, k, v: ops.favor_attention(q, k, v, _projection())[0],
@@ -33,6 +33,7 @@ _LAYERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda q, k, v: ops.linear_attention(ops.elu_features(q), ops.elu_features(k), v)[0],
     _NONE: lambda q, k, v: q + k + v,
 }
+"""Ways of attention that are timed, by the names of the report."""
 _MOST = {_DENSE: 16384, _WEIGHTS: 4096}
 """largest lengths at which quadratic ways are measured"""
 
@@ -42,14 +43,14 @@ def step_of(name: str, length: int) -> Step:
 
     def step(count: int) -> Step:
         inputs = [torch.randn(1, _HEADS, count, _DIM, requires_grad=True) for _ in range(3)]
-        return lambda: torch.autograd.grad(_LAYERS[name](*inputs).sum(), inputs)
+        return lambda: torch.autograd.grad(LAYERS[name](*inputs).sum(), inputs)
 
     step(128)()
     return step(length)
 
 
 def _measured(length: int) -> dict[str, dict[str, float]]:
-    names = [name for name in _LAYERS if length <= _MOST.get(name, length)]
+    names = [name for name in LAYERS if length <= _MOST.get(name, length)]
     started = time.perf_counter()
     return {
         "seconds": time_alternately({name: step_of(name, length) for name in names}, _PAIRS),
