@@ -52,9 +52,9 @@ def test_wrong_arguments(longspan, tmp_path, monkeypatch, arguments, expected):
     ],
 )
 def test_wrong_recipes(longspan, folder, tmp_path, assignment, expected):
-    found = longspan("train", folder / "bytes.toml", "--set", assignment, "-o", tmp_path / "run")
+    outcome = longspan("train", folder / "bytes.toml", "--set", assignment, "-o", tmp_path / "run")
     # a run that diverges has shown its progress first
-    last = found._replace(err=found.err.splitlines()[-1])
+    last = outcome._replace(err=outcome.err.splitlines()[-1])
     assert expected in last.error
 
 
@@ -134,8 +134,8 @@ def test_a_full_disk_while_training(longspan, folder, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
-    assert "No space left on device" in found._replace(err=found.err.splitlines()[-1]).error
+    outcome = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
+    assert "No space left on device" in outcome._replace(err=outcome.err.splitlines()[-1]).error
 
 
 def test_a_log_that_cannot_be_written(longspan, byte_run, folder, tmp_path):

@@ -34,40 +34,42 @@ def looking_run(folder):
     """A run with learned spans and alphas."""
     path = folder / "looking"
     settings = ["model.num_layers=3", "train.steps=3", f"model.mixers={' '.join(MIXERS.split())}"]
-    given = [part for setting in settings for part in ("--set", setting)]
-    assert run(["train", str(folder / "bytes.toml"), *given, "-o", str(path)]) == 0
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert run(["train", str(folder / "bytes.toml"), *options, "-o", str(path)]) == 0
     return path
 
 
 @pytest.mark.parametrize("verb", ["patterns", "spans", "support"])
 def test_every_verb_has_an_example(longspan, verb):
-    found = longspan("show", verb, "--help")
-    assert found.code == 0
-    assert f"  longspan show {verb}" in found.out
+    outcome = longspan("show", verb, "--help")
+    assert outcome.code == 0
+    assert f"  longspan show {verb}" in outcome.out
 
 
 def test_without_more_the_help_is_shown(longspan):
-    found = longspan("show")
-    assert found.code == 0
-    assert all(verb in found.out for verb in ("patterns", "spans", "support"))
-    assert found.out == longspan("show", "--help").out
+    outcome = longspan("show")
+    assert outcome.code == 0
+    assert all(verb in outcome.out for verb in ("patterns", "spans", "support"))
+    assert outcome.out == longspan("show", "--help").out
 
 
 @pytest.mark.long
 def test_all_patterns_are_drawn(longspan, tmp_path):
-    found = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
-    assert found.code == 0, found
+    outcome = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
     forms = [(name, dict(fields)) for name in ls.mixers.names() for fields in ls.mixers.examples(name)]
-    assert [each["name"] for each in report["patterns"]] == [name for name, _ in forms]
+    assert [pattern["name"] for pattern in report["patterns"]] == [name for name, _ in forms]
     for name in ls.mixers.names():
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"\n {name} " in found.out
-    full, window = (next(each for each in report["patterns"] if each["name"] == name) for name in ("full", "window"))
+        assert f"\n {name} " in outcome.out
+    full, window = (
+        next(pattern for pattern in report["patterns"] if pattern["name"] == name) for name in ("full", "window")
+    )
     assert full["keys_per_query"] == [10.5] * 4
     assert window["keys_per_query"] == [(4 * 20 - 6) / 20] * 4
     assert window["heads_alike"] == [[1, 2, 3, 4]]
-    parts = next(each for each in report["patterns"] if each["name"] == "heads")
+    parts = next(pattern for pattern in report["patterns"] if pattern["name"] == "heads")
     assert parts["heads_alike"] == [[1, 2], [3, 4]]
     assert "<img" in (tmp_path / "report.html").read_text()
 
@@ -84,7 +86,7 @@ def test_the_patterns_of_given_fields(longspan, tmp_path):
 def test_the_patterns_of_both_sides(longspan, tmp_path, monkeypatch):
     monkeypatch.setattr("longspan.contract.registry.names", lambda: ["full", "window", "bp", "infini"])
     assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
-    names = {each["name"] for each in json.loads((tmp_path / "report.json").read_text())["patterns"]}
+    names = {pattern["name"] for pattern in json.loads((tmp_path / "report.json").read_text())["patterns"]}
     assert names == {"full", "window", "bp"}
 
 
@@ -105,8 +107,8 @@ def test_wrong_patterns(longspan, tmp_path, arguments, expected):
 
 
 def test_spans_of_a_run(longspan, looking_run, tmp_path):
-    found = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
-    assert found.code == 0, found
+    outcome = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     first, second = json.loads((tmp_path / "report.json").read_text())["spans"]
     model, _ = load_run(looking_run)
     assert first["layer"] == 1
@@ -119,8 +121,8 @@ def test_spans_of_a_run(longspan, looking_run, tmp_path):
 
 
 def test_support_of_a_run(longspan, looking_run, tmp_path):
-    found = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
-    assert found.code == 0, found
+    outcome = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tokens"] == 400
     assert len(report["documents"]) == 2
@@ -129,8 +131,8 @@ def test_support_of_a_run(longspan, looking_run, tmp_path):
     assert wide["alpha"] == pytest.approx(model.layers[1].mixer.core.alpha.tolist())
     assert (narrow["layer"], narrow["first_head"]) == (3, 2)
     # every place of the first 200 could see all before it: 100.5 on average; in the window 8.8
-    for each, most in ((wide, 100.5), (narrow, 8.82)):
-        for size, share in zip(each["support"], each["share"], strict=True):
+    for group, most in ((wide, 100.5), (narrow, 8.82)):
+        for size, share in zip(group["support"], group["share"], strict=True):
             assert 1 <= size <= most
             assert share == pytest.approx(size / most)
 
@@ -164,8 +166,8 @@ def test_layers_are_found_in_any_model():
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
     config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
     model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)
-    assert [(each.layer, each.first) for each in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
-    assert [(each.layer, each.first) for each in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
+    assert [(heads.layer, heads.first) for heads in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
+    assert [(heads.layer, heads.first) for heads in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
     with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
         find(model, core_class("lsh"), "r", "lsh")
 
@@ -177,10 +179,10 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
         sizes = ["--set", f"model.dim={dim}", "--set", f"train.steps={steps}"]
         assert longspan("train", folder / "bytes.toml", *sizes, "-o", run).code == 0
         runs.append(run)
-    found = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
-    assert found.code == 0, found
-    assert "3 runs cannot fix 5 parameters" in " ".join(found.out.split())
-    assert found.out.count("exponent [") == 3
+    outcome = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
+    assert outcome.code == 0, outcome
+    assert "3 runs cannot fix 5 parameters" in " ".join(outcome.out.split())
+    assert outcome.out.count("exponent [") == 3
     record = json.loads((tmp_path / "laws" / "report.json").read_text())
     assert [row["D"] for row in record["runs"]] == sorted(row["D"] for row in record["runs"])
     assert record["runs"][0]["C"] > 6 * record["runs"][0]["N"] * record["runs"][0]["D"]
@@ -190,8 +192,8 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     wrong = longspan("show", "scaling", *runs, "--form", "cubic")
     assert wrong.code == 2
     assert "chinchilla, kaplan or none" in wrong.err
-    nothing = longspan("show", "scaling", tmp_path)
-    assert "no run here" in nothing.err
+    without_runs = longspan("show", "scaling", tmp_path)
+    assert "no run here" in without_runs.err
 
 
 @pytest.mark.long
@@ -226,16 +228,18 @@ def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
 
 def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):
     sizes = ["train.steps=12", "train.eval_every=5", "train.log_every=2", "train.eval_tokens=500"]
-    given = [part for each in sizes for part in ("--set", each)]
-    assert longspan("train", folder / "bytes.toml", *given, "-o", tmp_path / "run").code == 0
+    options = [part for size in sizes for part in ("--set", size)]
+    assert longspan("train", folder / "bytes.toml", *options, "-o", tmp_path / "run").code == 0
     log = tmp_path / "run" / "log.jsonl"
     whole = read_run(str(tmp_path / "run"))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert whole["D"] == lines[-1]["tokens"] == 12 * 4 * 16
 
     def cut(count, without=()):
-        kept = lines[:count]
-        text = [json.dumps({name: value for name, value in line.items() if name not in without}) for line in kept]
+        first_lines = lines[:count]
+        text = [
+            json.dumps({name: value for name, value in line.items() if name not in without}) for line in first_lines
+        ]
         log.write_text("\n".join(text) + "\n")
 
     # stopped behind the evaluation of step 10: the last line is that of step 12
@@ -258,8 +262,8 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_pa
 
 
 def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subword_run, copied_run):
-    found = longspan("show", "scaling", byte_run, copied_run, subword_run)
-    assert "task.tokenizer = 'subword', of" in found.error
+    outcome = longspan("show", "scaling", byte_run, copied_run, subword_run)
+    assert "task.tokenizer = 'subword', of" in outcome.error
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
     (copied_run / "digests.json").unlink()
     assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error

@@ -36,12 +36,12 @@ def test_either_name_goes_on(kind: str, name: str) -> None:
 
 
 def test_two_names_for_two_caches_are_an_error() -> None:
-    one, other = transformers.DynamicCache(), transformers.DynamicCache()
+    first, second = transformers.DynamicCache(), transformers.DynamicCache()
     mine = hf.LongspanForCausalLM.wrap(own()).eval()
     with pytest.raises(ConfigError, match="two names of one argument"):
-        mine(tokens(1, 3), cache=one, past_key_values=other)
-    mine(tokens(1, 3), cache=one, past_key_values=one)
-    assert one.get_seq_length() == 3
+        mine(tokens(1, 3), cache=first, past_key_values=second)
+    mine(tokens(1, 3), cache=first, past_key_values=first)
+    assert first.get_seq_length() == 3
 
 
 @pytest.mark.parametrize(("kind", "name"), OURS[::3])
@@ -81,12 +81,12 @@ def test_a_cache_that_is_not_ours_is_an_error() -> None:
     foreign = llama()(tokens(1, 4), use_cache=True)[names.CACHE]
     with pytest.raises(ConfigError, match="keys and values"):
         model(tokens(1, 1), **{names.CACHE: foreign})
-    other = converted("full", layers=2)(tokens(1, 4), use_cache=True)[names.CACHE]
+    foreign_cache = converted("full", layers=2)(tokens(1, 4), use_cache=True)[names.CACHE]
     with pytest.raises(ConfigError, match="another model"):
-        model(tokens(1, 1), **{names.CACHE: other})
+        model(tokens(1, 1), **{names.CACHE: foreign_cache})
     mine = hf.LongspanForCausalLM.wrap(own()).eval()
     with pytest.raises(ConfigError, match="another model"):
-        mine(tokens(1, 1), **{names.CACHE: other})
+        mine(tokens(1, 1), **{names.CACHE: foreign_cache})
 
     def makes_a_cache(module: Any, args: Any, kwargs: Any) -> Any:
         return args, kwargs | {"kv_cache": transformers.DynamicCache()}

@@ -157,8 +157,8 @@ def test_a_saved_model_is_loaded_with_a_device_map(kind: str, tmp_path: Path) ->
     assert any(p.is_meta for p in loaded.parameters())
     close(streamed(loaded, ids), expected)
     if kind == "converted":
-        for each in (model, loaded):
-            hf.revert(each)
+        for network in (model, loaded):
+            hf.revert(network)
         with torch.no_grad():
             close(loaded(ids).logits, model(ids).logits)
 

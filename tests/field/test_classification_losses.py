@@ -144,7 +144,7 @@ def test_names_of_labels_and_the_problem_type_are_saved(tmp_path: Path) -> None:
     assert again.config.id2label == names
     assert again.config.problem_type == "multi_label_classification"
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
-    ours, theirs = (each(input_ids=tokens(2, 6), labels=labels).loss for each in (model, again))
+    ours, theirs = (classifier(input_ids=tokens(2, 6), labels=labels).loss for classifier in (model, again))
     torch.testing.assert_close(ours, theirs)
     wider = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=6, ignore_mismatched_sizes=True

@@ -20,10 +20,10 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train import load_run, read_log, run
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     """Change one bit of a file."""
     data = bytearray(path.read_bytes())
-    data[place] ^= 4
+    data[offset] ^= 4
     path.write_bytes(data)
 
 
@@ -38,9 +38,9 @@ def without_digest(path: Path) -> None:
     """As earlier versions wrote the file."""
     with safetensors.safe_open(str(path), framework="pt") as file:
         header = json.loads(file.metadata()[HEADER])
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header.pop("config", None)
-    safetensors.torch.save_file(found, path, {HEADER: json.dumps(header)})
+    safetensors.torch.save_file(tensors, path, {HEADER: json.dumps(header)})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,15 +48,15 @@ def test_a_flipped_byte_in_a_state(name, tmp_path):
     model = own(name)
     state = model(tokens(2, 11))[1]
     path = ls.state.save(tmp_path / "state", state)
-    for place in places(path):
-        flip(path, place)
+    for offset in places(path):
+        flip(path, offset)
         with pytest.raises(CheckpointError, match="damaged"):
             ls.state.load(path, like=model.init_state(1))
-        flip(path, place)
+        flip(path, offset)
     without_digest(path)
-    found, _ = ls.state.load(path, like=model.init_state(1))
+    actual, _ = ls.state.load(path, like=model.init_state(1))
     expected = ls.state.tensors(state)
-    assert all(torch.equal(each, expected[key]) for key, each in ls.state.tensors(found).items())
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in ls.state.tensors(actual).items())
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
@@ -79,17 +79,17 @@ def test_every_byte_of_a_small_file_counts(tmp_path):
     expected = read_tensors(path)
     noticed = 0
     size = path.stat().st_size
-    for place in range(size):
-        flip(path, place)
+    for offset in range(size):
+        flip(path, offset)
         try:
-            found = read_tensors(path)
+            actual = read_tensors(path)
         except CheckpointError:
             noticed += 1
         else:
             # white space around JSON, at most
-            assert found[1] == expected[1]
-            assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
-        flip(path, place)
+            assert actual[1] == expected[1]
+            assert all(torch.equal(actual[0][name], value) for name, value in expected[0].items())
+        flip(path, offset)
     assert noticed >= size - 8
 
 
@@ -137,12 +137,12 @@ def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder, tmp_path):
 def test_a_flipped_byte_in_the_files_of_a_run(folder, tmp_path, file):
     run(recipe_of(folder), tmp_path, progress="none")
     path = tmp_path / file
-    for place in range(0, path.stat().st_size, max(path.stat().st_size // 7, 1)):
-        flip(path, place)
+    for offset in range(0, path.stat().st_size, max(path.stat().st_size // 7, 1)):
+        flip(path, offset)
         for call in (lambda: load_run(tmp_path), lambda: run(None, tmp_path, resume=True, progress="none")):
             with pytest.raises(CheckpointError, match=f"{file}: damaged"):
                 call()
-        flip(path, place)
+        flip(path, offset)
     # of earlier versions, and of who has changed a file on purpose
     (tmp_path / "digests.json").unlink()
     assert load_run(tmp_path)[0].config.dim == 16
@@ -159,14 +159,14 @@ def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder, tmp
     written = path.read_bytes()
     expected = checkpoints.check(newest)
     noticed = 0
-    for place in range(len(written)):
-        flip(path, place)
+    for offset in range(len(written)):
+        flip(path, offset)
         try:
             # white space between words, at most
             assert checkpoints.check(newest) == expected
         except CheckpointError:
             noticed += 1
-        flip(path, place)
+        flip(path, offset)
     assert noticed > 0.7 * len(written)
     data = json.loads(written)
     del data["digest"]

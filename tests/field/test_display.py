@@ -73,7 +73,7 @@ def test_the_line_of_a_stream_never_scrolls(monkeypatch, columns):
         line = StatusLine()
         line.show(*block.lines())
         line.show("x" * 300)
-    first, second = (each.removesuffix("\x1b[K") for each in terminal.text().split("\r")[1:])
+    first, second = (line.removesuffix("\x1b[K") for line in terminal.text().split("\r")[1:])
     assert len(first) < terminal.columns
     assert len(second) < terminal.columns
     assert "2.1235 bits/byte" in first
@@ -97,9 +97,9 @@ def test_no_word_of_a_table_is_cut(columns):
     print_table(Table(columns=heads, rows=rows, right=(3, 4)), Console(file=file, width=columns, highlight=False))
     text = file.getvalue()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= columns
-    found = set(words_of(text))
+    words = set(words_of(text))
     for row in rows:
-        assert all(word in found for cell in row for word in cell.split())
+        assert all(word in words for cell in row for word in cell.split())
 
 
 def test_columns_share_the_room_there_is():
@@ -146,7 +146,7 @@ def test_the_table_of_a_tour_fits_the_terminal(monkeypatch, columns):
         patch.setattr(sys, "stdout", terminal.file)
         Console(file=file, width=columns, force_terminal=True, color_system=None).print(table._draw())
     terminal.text()
-    assert all(len(each.rstrip()) < terminal.columns for each in file.getvalue().splitlines())
+    assert all(len(line.rstrip()) < terminal.columns for line in file.getvalue().splitlines())
     assert "reading held-out documents: 50%" in file.getvalue()
 
 
@@ -175,11 +175,11 @@ def test_plain_lines_tell_of_a_long_evaluation(capsys):
 
 @pytest.mark.parametrize("arguments", [["eval", "{run}"], ["eval", "{run}", "--task", "lm", "--contexts", "64"]])
 def test_an_evaluation_shows_progress(longspan, byte_run, monkeypatch, arguments):
-    made = Terminal(80)
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
-        assert longspan(*(each.format(run=byte_run) for each in arguments)).code == 0
-    shown = made.text()
+        patch.setattr(sys, "stderr", terminal.file)
+        assert longspan(*(argument.format(run=byte_run) for argument in arguments)).code == 0
+    shown = terminal.text()
     assert "reading" in shown
     assert re.search(r"\d+%", shown)
     # and leaves nothing
@@ -187,11 +187,11 @@ def test_an_evaluation_shows_progress(longspan, byte_run, monkeypatch, arguments
 
 
 def test_reading_a_prompt_shows_progress(longspan, byte_run, folder, monkeypatch):
-    made = Terminal(80)
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
+        patch.setattr(sys, "stderr", terminal.file)
         assert longspan("generate", byte_run, "--prompt-file", folder / "long.txt", "-n", 1).code == 0
-    assert re.search(r"reading the prompt:.*%", made.text())
+    assert re.search(r"reading the prompt:.*%", terminal.text())
 
 
 def test_what_is_quick_prints_no_progress_into_a_pipe(capsys):
@@ -207,8 +207,8 @@ def test_what_is_quick_prints_no_progress_into_a_pipe(capsys):
 
 def test_commands_are_not_broken_in_a_pipe(longspan, folder, tmp_path):
     deep = tmp_path / ("a-long-name-of-a-folder-" * 5) / ("of-a-run-" * 8)
-    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", deep)
-    (line,) = [each for each in found.out.splitlines() if each.startswith("next: ")]
+    outcome = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", deep)
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("next: ")]
     assert line == f"next: longspan eval {deep} | longspan stream {deep} FILE | longspan generate {deep}"
 
 
@@ -226,15 +226,15 @@ def test_shells_complete_verbs(shell):
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     command = [sys.executable, "-m", "longspan.cli"]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "stream" in found.stdout
-    assert "show" in found.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "stream" in completed.stdout
+    assert "show" in completed.stdout
 
 
 def test_completion_can_be_installed(longspan):
-    found = longspan("--help").out
-    assert "--install-completion" in found
-    assert "--show-completion" in found
+    help_text = longspan("--help").out
+    assert "--install-completion" in help_text
+    assert "--show-completion" in help_text
 
 
 def test_the_harness_finds_the_model_by_its_entry_point():
@@ -256,8 +256,8 @@ point = importlib.metadata.EntryPoint("longspan", "longspan.harness:LongspanLM",
 model_registry.register("longspan", target=point)
 print(get_model("longspan").__name__)
 """
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert found.stdout == "LongspanLM\n", found.stderr
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert completed.stdout == "LongspanLM\n", completed.stderr
 
 
 @pytest.mark.parametrize("verb", ["spans", "support"])
@@ -265,8 +265,8 @@ def test_showing_heads_shows_progress(longspan, folder, tmp_path, monkeypatch, v
     mixer = {"name": "entmax", "window": 8} if verb == "support" else {"name": "adaptive_span", "dynamic": True}
     recipe = recipe_of(folder, steps=1)
     run({**recipe, "model": {**recipe["model"], "mixers": [mixer]}}, tmp_path / "run", progress="none")
-    made = Terminal(80)
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
+        patch.setattr(sys, "stderr", terminal.file)
         assert longspan("show", verb, tmp_path / "run", "-o", tmp_path / "page").code == 0
-    assert re.search(r"(counting keys|measuring spans): +\d+%", made.text())
+    assert re.search(r"(counting keys|measuring spans): +\d+%", terminal.text())

@@ -21,9 +21,9 @@ def resolves(path: str) -> str:
     """ "" where `path` leads to something, else what is missing; `ls` after `import longspan as ls` alone."""
     first, *rest = path.split(".")
     at = ls if first == "ls" else importlib.import_module(f"longspan.{first}")
-    for place, name in enumerate(rest):
+    for depth, name in enumerate(rest):
         if not hasattr(at, name):
-            return f"{'.'.join([first, *rest[:place]])} has no {name}"
+            return f"{'.'.join([first, *rest[:depth]])} has no {name}"
         at = getattr(at, name)
     return ""
 

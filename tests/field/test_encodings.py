@@ -25,7 +25,7 @@ def printed(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", file)
             patch.setattr(sys, "stderr", file)
-            code = run([str(each) for each in arguments])
+            code = run([str(argument) for argument in arguments])
             file.flush()
         assert code in (0, 2), raw.getvalue()
         assert file.errors == "strict"
@@ -61,7 +61,7 @@ VERBS = {
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_prints(printed, byte_run, folder, encoding, verb):
-    arguments = [each.format(run=byte_run, text=folder / "long.txt") for each in VERBS[verb]]
+    arguments = [argument.format(run=byte_run, text=folder / "long.txt") for argument in VERBS[verb]]
     assert printed(encoding, *arguments)
 
 
@@ -74,9 +74,9 @@ SETTINGS = [
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_in_a_process_of_its_own(byte_run, setting):
     command = [sys.executable, "-m", "longspan.cli", "eval", str(byte_run)]
-    found = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **setting})
-    assert found.returncode == 0, found.stderr
-    assert b"difference" in found.stdout
+    completed = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **setting})
+    assert completed.returncode == 0, completed.stderr
+    assert b"difference" in completed.stdout
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +103,15 @@ def test_text_that_is_not_utf8(longspan, byte_run, subword_run, word_run, tmp_pa
             "stream": ["stream", chosen, path, "--losses", tmp_path / "nats", "-q"],
             "generate": ["generate", chosen, "--prompt-file", path, "-n", 9, "--temperature", 0],
         }[verb]
-        found = longspan(*arguments, *more)
+        outcome = longspan(*arguments, *more)
         nats = (tmp_path / "nats").read_bytes() if verb == "stream" else b""
-        return found, re.sub(r'"(seconds|.*per_second)": .*', "", found.out), nats
+        return outcome, re.sub(r'"(seconds|.*per_second)": .*', "", outcome.out), nats
 
     if kind == "byte":
         assert call(bad)[0].code == 0
     else:
-        found, *_ = call(bad)
-        assert found.code == 2
-        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in found.error
+        outcome, *_ = call(bad)
+        assert outcome.code == 2
+        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in outcome.error
         assert call(bad, "--errors", "replace")[1:] == call(replaced)[1:]
     assert "strict or replace" in call(bad, "--errors", "ignore")[0].error

@@ -134,14 +134,14 @@ def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
     # files of earlier versions have the weight
     ls.models.save_model(model, tmp_path)
     saved = {**model.state_dict(), "blocks.0.mixer.projections.k_proj.weight": torch.zeros(DIM, DIM)}
-    other = own(name)
+    loaded = own(name)
     with torch.no_grad():
-        for p in other.parameters():
+        for p in loaded.parameters():
             p.zero_()
-    ls.models.load_weights(other, saved, "saved")
+    ls.models.load_weights(loaded, saved, "saved")
     ids = tokens(1, 9)
-    torch.testing.assert_close(other(ids)[0], model(ids)[0], atol=0, rtol=0)
-    other.load_state_dict(saved)
+    torch.testing.assert_close(loaded(ids)[0], model(ids)[0], atol=0, rtol=0)
+    loaded.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -201,12 +201,12 @@ def test_a_converted_model_keeps_its_keys_for_revert(name: str, tmp_path: Path) 
     values = {name: 2 * value for name, value in model.state_dict().items()}
     model.load_state_dict(values)
     torch.testing.assert_close(resting.weight, values[key], atol=0, rtol=0)
-    for each in (model, loaded):
-        hf.revert(each)
-        assert dict(each.named_parameters())[key].requires_grad
-        assert [n for n, _ in each.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    for wanted, value in plain.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[wanted], value, atol=0, rtol=0)
+    for network in (model, loaded):
+        hf.revert(network)
+        assert dict(network.named_parameters())[key].requires_grad
+        assert [n for n, _ in network.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    for parameter_name, value in plain.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[parameter_name], value, atol=0, rtol=0)
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
     named = [n for n, _ in peft.get_peft_model(shared_llama(name), adapters).named_parameters() if "lora" in n]
     assert named

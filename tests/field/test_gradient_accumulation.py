@@ -61,12 +61,12 @@ def one_step(model: Any, rows: list[dict[str, Tensor]], size: int, folder: Path,
 
 def check(make: Any, rows: list[dict[str, Tensor]], folder: Path, options: Any = None) -> None:
     """`make()` builds the same model twice; `options(model)` gives those of the Trainer."""
-    found = []
+    runs = []
     for size in (8, 2):
         model = make()
         more = {} if options is None else options(model)
-        found.append(one_step(model, rows, size, folder, **more))
-    (whole, gradients), (parts, parted) = found
+        runs.append(one_step(model, rows, size, folder, **more))
+    (whole, gradients), (parts, parted) = runs
     assert parts == pytest.approx(whole, rel=1e-4)
     assert gradients.keys() == parted.keys()
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
@@ -78,7 +78,7 @@ def check(make: Any, rows: list[dict[str, Tensor]], folder: Path, options: Any =
 def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
     """The contract itself, without a Trainer: calls that know the labels of their step add up to the step."""
     count = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
-    found = []
+    runs = []
     for size in (8, 2):
         model.zero_grad()
         total = 0.0
@@ -87,8 +87,8 @@ def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
             loss = model(**batch, num_items_in_batch=count).loss
             loss.backward()
             total += float(loss.detach())
-        found.append((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (whole, gradients), (parts, parted) = found
+        runs.append((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, gradients), (parts, parted) = runs
     assert parts == pytest.approx(whole, rel=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
@@ -176,7 +176,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize(
-    "problem", [pytest.param(each, marks=LONG if "label" not in each or "multi" in each else ()) for each in LABELS]
+    "problem", [pytest.param(kind, marks=LONG if "label" not in kind or "multi" in kind else ()) for kind in LABELS]
 )
 def test_classifiers(problem: str, tmp_path: Path) -> None:
     def make() -> Any:

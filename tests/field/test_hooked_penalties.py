@@ -52,7 +52,7 @@ def test_losses_are_those_without_hooks(name: str, kind: str) -> None:
     assert text.max() < VOCAB
 
     def loss(model: Any) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=text, labels=text).loss.detach()
-        return found
+        detached: torch.Tensor = model(input_ids=text, labels=text).loss.detach()
+        return detached
 
     assert torch.equal(loss(hooked(make())), loss(make()))

@@ -76,9 +76,9 @@ def test_a_token_interrupted_anywhere(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
     errors = [KeyboardInterrupt, RuntimeError, MemoryError]
-    for index, place in enumerate(_places(session, 9)):
+    for index, call_number in enumerate(_places(session, 9)):
         error = errors[index % len(errors)]
-        with pytest.raises(error), Interrupting(place, error=error):
+        with pytest.raises(error), Interrupting(call_number, error=error):
             session.feed(READ[25:26])
     _goes_on_alike(session, expected)
 
@@ -95,9 +95,9 @@ def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str) -> No
         return fail
 
     for number, layer in enumerate(model.layers):
-        for index, place in enumerate((layer.mixer_norm, layer.mixer.projections.o_proj, layer.ffn_norm, layer.ffn)):
+        for index, module in enumerate((layer.mixer_norm, layer.mixer.projections.o_proj, layer.ffn_norm, layer.ffn)):
             error = (KeyboardInterrupt, ValueError)[(number + index) % 2]
-            handle = place.register_forward_pre_hook(failing(error))
+            handle = module.register_forward_pre_hook(failing(error))
             for count in (1, 3):
                 with pytest.raises(error):
                     session.feed(READ[25 : 25 + count])
@@ -124,10 +124,10 @@ def test_an_interruption_between_the_call_and_the_move_of_the_session(
 def test_an_interruption_of_the_undoing_too(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 7):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 1, place + 2):
+    for call_number in _places(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 1, call_number + 2):
             session.feed(READ[25:26])
-        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 2):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 2):
             session.score(READ[25:26])
     _goes_on_alike(session, expected)
 
@@ -152,8 +152,8 @@ def test_recurrent_memory(name: str, per_layer: bool) -> None:
     torch.manual_seed(1)
     model = ls.RecurrentMemory(backbone, segment_length=7, num_memory_tokens=2, per_layer=per_layer).eval()
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 7):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+    for call_number in _places(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
     _goes_on_alike(session, expected)
 
@@ -164,8 +164,8 @@ def test_sessions_of_converted_models(name: str) -> None:
 
     model = ConvertedDecoder(converted(name, layers=2))
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 5):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+    for call_number in _places(session, 5):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
     _goes_on_alike(session, expected)
 
@@ -196,8 +196,8 @@ def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
 
         feed(READ[:23])
         if interrupt:
-            for place in (3, 40, 90, 140, 200, 300):
-                with Interrupting(place) as counting:
+            for call_number in (3, 40, 90, 140, 200, 300):
+                with Interrupting(call_number) as counting:
                     try:
                         feed(READ[23:24])
                         raise AssertionError(f"only {counting.count} calls")
@@ -236,15 +236,15 @@ def test_caches_of_converted_models(name: str, partly: bool) -> None:
     inner = model.model.layers
 
     def cache() -> Any:
-        made = StateCache([not partly or index == 1 for index in range(3)])
-        _generate(model, made, READ[None, :20])
-        return made
+        state_cache = StateCache([not partly or index == 1 for index in range(3)])
+        _generate(model, state_cache, READ[None, :20])
+        return state_cache
 
     whole, cut = cache(), cache()
     expected = [_generate(model, whole, READ[None, i : i + 1]) for i in range(20, 24)]
     for layer in inner:
-        for place in (layer.self_attn.q_proj, layer.mlp):
-            handle = place.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for module in (layer.self_attn.q_proj, layer.mlp):
+            handle = module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 _generate(model, cut, READ[None, 20:21])
             handle.remove()

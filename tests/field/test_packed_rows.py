@@ -50,8 +50,8 @@ def test_each_document_is_as_alone(kind: str, name: str) -> None:
     leaking = model(text, use_cache=False).logits
     assert float((leaking - alone).abs().max()) > 1e-3
     for packing in packings():
-        found = model(text, use_cache=False, **packing).logits
-        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        actual = model(text, use_cache=False, **packing).logits
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4)
     # with a cache, cut inside a document, and with padding whose positions mean nothing
     where = positions(*LENGTHS)
     first = model(text[:, :7], position_ids=where[:, :7], use_cache=True)
@@ -60,8 +60,8 @@ def test_each_document_is_as_alone(kind: str, name: str) -> None:
     padded = torch.cat([text[:, :6], torch.zeros(1, 2, dtype=torch.int64), text[:, 6:]], 1)
     odd = torch.cat([where[:, :6], torch.tensor([[1, 0]]), where[:, 6:]], 1)
     mask = (padded > 0).long()
-    found = model(padded, attention_mask=mask, position_ids=odd).logits
-    torch.testing.assert_close(found[mask.bool()][None], alone, rtol=1e-4, atol=1e-4)
+    actual = model(padded, attention_mask=mask, position_ids=odd).logits
+    torch.testing.assert_close(actual[mask.bool()][None], alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -71,8 +71,8 @@ def test_flattened_batches_are_those_of_llama() -> None:
     batch = dict(collate(rows))
     batch.pop("labels")
     expected = llama()(**batch, use_cache=False).logits
-    found = converted("full")(**batch, use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = converted("full")(**batch, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -156,8 +156,8 @@ def test_encoders_keep_documents_apart(position: int) -> None:
     )
     for layers in (None, [1]):
         hf.convert(model, "full", layers=layers)
-        found = model(text, position_ids=where + position)[0]
-        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        actual = model(text, position_ids=where + position)[0]
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4)
         hf.revert(model)
     import longspan as ls
 

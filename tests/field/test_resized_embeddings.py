@@ -48,7 +48,7 @@ def build(kind: str, **fields: Any) -> Any:
 
 
 def check(model: Any, size: int, folder: Path, before: torch.Tensor, ids: torch.Tensor) -> None:
-    kept = min(size, VOCAB)
+    num_shared = min(size, VOCAB)
     inner = model.model
     assert inner.vocab_size == size
     assert model.config.vocab_size == model.config.model["vocab_size"] == size
@@ -57,7 +57,7 @@ def check(model: Any, size: int, folder: Path, before: torch.Tensor, ids: torch.
     with torch.no_grad():
         logits = model(ids).logits
     if logits.shape[-1] == size:
-        torch.testing.assert_close(logits[..., :kept], before[..., :kept], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits[..., :num_shared], before[..., :num_shared], rtol=1e-5, atol=1e-5)
         loss = model(ids, labels=ids).loss
         loss.backward()
         names = [name for name, parameter in model.named_parameters() if len(parameter) == size]

@@ -205,16 +205,16 @@ def _ops() -> Iterator[tuple[str, Callable[[list[Tensor]], Tensor], list[Tensor]
     yield "entmax attention", lambda t: ops.entmax_attention(*t), [q, k, v, alpha]
 
 
-CASES = {name: (function, given) for name, function, given in _ops()}
+CASES = {name: (function, inputs) for name, function, inputs in _ops()}
 
 
 @pytest.mark.parametrize("by_sum", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_no_input_of_an_op_is_a_constant_to_its_gradient(name: str, by_sum: bool) -> None:
-    function, given = CASES[name]
-    for gradient_of in given:
-        for leaf in given:
-            out = function(given)
+    function, inputs = CASES[name]
+    for gradient_of in inputs:
+        for leaf in inputs:
+            out = function(inputs)
             (gradient,) = torch.autograd.grad(
                 out.sum() if by_sum else out.square().sum(), gradient_of, create_graph=True
             )

@@ -155,10 +155,10 @@ def test_sessions_go_on_when_their_model_is_lowered(name: str, tmp_path: Path) -
     session = ls.StreamSession(model)
     session.feed(tokens(1, CUT)[0])
     model.bfloat16()
-    for each in (session, session.fork()):
-        logits = each.feed(tokens(1, 3, seed=1)[0])
+    for reader in (session, session.fork()):
+        logits = reader.feed(tokens(1, 3, seed=1)[0])
         assert bool(logits.isfinite().all())
-        assert each.nbytes == model.state_nbytes(1, CUT + 3, torch.bfloat16)
+        assert reader.nbytes == model.state_nbytes(1, CUT + 3, torch.bfloat16)
     again = ls.StreamSession.load(model, session.save(tmp_path / "session"))
     assert torch.equal(again.feed([1]), session.feed([1]))
 
@@ -178,12 +178,12 @@ def test_a_stored_state_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
 def test_an_empty_state_has_the_type_and_the_device_that_are_named(form: str) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
-    for each in (model, model.blocks[0].mixer):
+    for module in (model, model.blocks[0].mixer):
         for dtype in (*TYPES, torch.float32):
-            named = each.init_state(3, device="meta", dtype=dtype)
-            assert types(named) == types(copy.deepcopy(each).to(dtype).init_state(3))
+            named = module.init_state(3, device="meta", dtype=dtype)
+            assert types(named) == types(copy.deepcopy(module).to(dtype).init_state(3))
             assert {tensor.device.type for tensor in ls.state.tensors(named).values()} == {"meta"}
-            assert ls.state.nbytes(named) == each.state_nbytes(3, 0, dtype)
+            assert ls.state.nbytes(named) == module.state_nbytes(3, 0, dtype)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)

@@ -93,14 +93,14 @@ def test_forwards_of_a_step_count_as_one_of_all_their_rows() -> None:
     whole(x, mask=mask)
     for row in range(8):
         parts(x[row : row + 1], mask=mask[row : row + 1])
-    for each in (parts, whole):
-        each.after_step(1, torch.Generator().manual_seed(0))
+    for mixer in (parts, whole):
+        mixer.after_step(1, torch.Generator().manual_seed(0))
     torch.testing.assert_close(parts.core.bound, whole.core.bound)
     q, k, _ = (t.double() for t in parts.projections(x))
     real_q, real_k = (t.transpose(1, 2)[mask].flatten(0, 1) * 8**-0.25 for t in (q, k))
     pairs = (real_q[:, None] + real_k[None]).square().sum(-1).mean()
-    wanted = ls.ops.bounded_constant(pairs, 8)
-    torch.testing.assert_close(parts.core.bound.double(), wanted.detach(), rtol=1e-5, atol=0)
+    expected_bound = ls.ops.bounded_constant(pairs, 8)
+    torch.testing.assert_close(parts.core.bound.double(), expected_bound.detach(), rtol=1e-5, atol=0)
 
 
 def test_an_overflow_is_no_measurement() -> None:

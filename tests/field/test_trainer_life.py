@@ -105,8 +105,8 @@ def test_metrics_are_made_of_logits_alone(tmp_path: Path) -> None:
         return {"loss_again": mean_loss(prediction.predictions, prediction.label_ids)}
 
     for model in (make("own", "full"), make("converted", "full"), llama()):
-        found = trainer_of(model, tmp_path, extra={"compute_metrics": metrics}).evaluate()
-        assert found["eval_loss_again"] == pytest.approx(found["eval_loss"], abs=1e-4)
+        scores = trainer_of(model, tmp_path, extra={"compute_metrics": metrics}).evaluate()
+        assert scores["eval_loss_again"] == pytest.approx(scores["eval_loss"], abs=1e-4)
     assert shapes == [((ROWS, LENGTH, VOCAB), (ROWS, LENGTH))] * 3
 
 
@@ -114,8 +114,8 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
@@ -214,13 +214,13 @@ def test_recomputed_activations_change_nothing(kind: str, tmp_path: Path) -> Non
     """The Trainer's switch for activation checkpointing, by the name that the version has for it."""
     fields = transformers.TrainingArguments.__dataclass_fields__
     switch = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    found = []
+    trained = []
     for recompute in (False, True):
         trainer = trainer_of(make(kind, "infini"), tmp_path, eval_strategy="no", **{switch: recompute})
         trainer.train()
-        found.append(weights(trainer.model))
-    for key, tensor in found[0].items():
-        torch.testing.assert_close(found[1][key], tensor)
+        trained.append(weights(trainer.model))
+    for key, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][key], tensor)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

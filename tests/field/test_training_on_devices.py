@@ -50,19 +50,19 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_log(folder / "log.jsonl")]
 
 
-def alike(one: Any, other: Any) -> None:
-    if isinstance(other, dict):
-        assert one.keys() == other.keys()
-        for key in other:
+def alike(actual: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
             if key not in ("seconds", "tokens_per_second", "bytes_per_second"):
-                alike(one[key], other[key])
-    elif isinstance(other, list):
-        for mine, theirs in zip(one, other, strict=True):
+                alike(actual[key], expected[key])
+    elif isinstance(expected, list):
+        for mine, theirs in zip(actual, expected, strict=True):
             alike(mine, theirs)
-    elif isinstance(other, float):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4)
     else:
-        assert one == other
+        assert actual == expected
 
 
 NAMES = ["window", "linear", *(pytest.param(name, marks=LONG) for name in ("performer", "lsh", "routing", "infini"))]
@@ -116,11 +116,11 @@ def retrieval(folder: Path, device: torch.device) -> StagedTrainer:
 
 @pytest.mark.parametrize("make", [copying, pytest.param(recall, marks=LONG), pytest.param(retrieval, marks=LONG)])
 def test_a_curriculum_on_a_device_is_that_on_the_cpu(make: Make, tmp_path: Path) -> None:
-    for place in ("cpu", "device"):
-        folder = tmp_path / place
+    for device_name in ("cpu", "device"):
+        folder = tmp_path / device_name
         folder.mkdir()
         torch.manual_seed(0)
-        with emulated(float64=False) if place == "device" else contextlib.nullcontext() as device:
+        with emulated(float64=False) if device_name == "device" else contextlib.nullcontext() as device:
             make(folder, torch.device("cpu") if device is None else device.device).fit()
     alike(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
 

@@ -63,8 +63,8 @@ class Signals(Silent):
 def test_a_signal_in_the_final_evaluation_loses_no_training(folder, tmp_path, name):
     whole = run(recipe_of(folder), tmp_path / "whole", progress="none")
     display = Signals(getattr(signal, name))
-    result = run(recipe_of(folder), tmp_path / "run", progress=display)
-    assert (result.interrupted, result.step, result.evaluation) == (True, 4, None)
+    outcome = run(recipe_of(folder), tmp_path / "run", progress=display)
+    assert (outcome.interrupted, outcome.step, outcome.evaluation) == (True, 4, None)
     assert "saved" in display.messages[0]
     (newest,) = checkpoints.found(tmp_path / "run" / "checkpoints")
     assert checkpoints.check(newest)["position"]["step"] == 4
@@ -108,8 +108,8 @@ def test_an_evaluation_on_the_way_that_was_stopped_is_made_up_for(folder, tmp_pa
         ]
 
     run(recipe, tmp_path / "whole", progress="none")
-    result = run(recipe, tmp_path / "parts", progress=Signals(signal.SIGTERM))
-    assert (result.interrupted, result.step) == (True, 2)
+    outcome = run(recipe, tmp_path / "parts", progress=Signals(signal.SIGTERM))
+    assert (outcome.interrupted, outcome.step) == (True, 2)
     run(None, tmp_path / "parts", resume=True, progress="none")
     assert validations("parts") == validations("whole")
     assert [step for step, _ in validations("whole")] == [2, 4]
@@ -126,8 +126,8 @@ def test_a_curriculum_is_saved_when_the_terminal_is_closed(tmp_path):
         "task": {"name": "passkey", "length": 400},
         "train": {"curriculum": "retrieval", "steps": 5, "log_every": 1, "checkpoint_every": 0, "tokens": 800},
     }
-    result = run(recipe, tmp_path, progress=Closed())
-    assert (result.interrupted, result.step) == (True, 2)
+    outcome = run(recipe, tmp_path, progress=Closed())
+    assert (outcome.interrupted, outcome.step) == (True, 2)
     assert [path.name for path in checkpoints.found(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
@@ -177,9 +177,9 @@ def test_a_byte_that_is_no_text_ends_a_stream_behind_what_was_read(longspan, sub
     (tmp_path / "behind").write_bytes(TEXT)
     assert longspan("stream", subword_run, tmp_path / "front", "--save-state", tmp_path / "alone", "--quiet").code == 0
     losses = []
-    for each in (state, tmp_path / "alone"):
-        out = tmp_path / f"{each.name}.losses"
-        options = ["--quiet", "--losses", out, "--load-state", each]
+    for copied_state in (state, tmp_path / "alone"):
+        out = tmp_path / f"{copied_state.name}.losses"
+        options = ["--quiet", "--losses", out, "--load-state", copied_state]
         assert longspan("stream", subword_run, tmp_path / "behind", *options).code == 0
         losses.append(np.fromfile(out, "<f4"))
     assert np.array_equal(*losses)
@@ -194,10 +194,10 @@ def test_such_bytes_are_replaced_as_python_replaces_them(longspan, subword_run, 
     for name in ("bad", "good"):
         out = tmp_path / f"{name}.losses"
         options = ["--errors", "replace", "--losses", out, "--save-state", tmp_path / "state"]
-        found = longspan("stream", subword_run, tmp_path / name, *options)
-        assert found.code == 0
+        outcome = longspan("stream", subword_run, tmp_path / name, *options)
+        assert outcome.code == 0
         # the place to go on from is one of the file, not of what was read in its place
-        assert f"--skip {(tmp_path / name).stat().st_size})" in found.err
+        assert f"--skip {(tmp_path / name).stat().st_size})" in outcome.err
         losses.append(np.fromfile(out, "<f4"))
     assert np.array_equal(*losses)
 
@@ -281,9 +281,9 @@ def test_a_file_cannot_take_the_place_of_a_folder(tmp_path, monkeypatch):
 def test_output_that_does_not_fit_on_the_disk_is_said():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "longspan", "--version"]
-        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    (line,) = found.stderr.splitlines()
-    assert found.returncode == 2
+        completed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    (line,) = completed.stderr.splitlines()
+    assert completed.returncode == 2
     assert line.startswith("longspan: error: ")
     assert line.endswith("No space left on device")
 
@@ -294,8 +294,8 @@ def test_a_verb_ended_by_sigterm_leaves_no_traceback(tmp_path, monkeypatch, long
         time.sleep(1)
 
     monkeypatch.setattr("longspan.train.opening.load_run", ended)
-    found = longspan("eval", "run")
-    assert (found.code, found.err) == (130, "")
+    outcome = longspan("eval", "run")
+    assert (outcome.code, outcome.err) == (130, "")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -335,5 +335,5 @@ def test_a_state_is_saved_through_a_link_and_into_a_pipe(longspan, byte_run, fol
     assert all(torch.equal(tensor, saved[1][0][name]) for name, tensor in saved[0][0].items())
     broken = tmp_path / "broken"
     broken.symlink_to(tmp_path / "nowhere" / "state")
-    found = longspan("stream", byte_run, folder / "long.txt", "--save-state", broken)
-    assert "there is no folder" in found.error
+    outcome = longspan("stream", byte_run, folder / "long.txt", "--save-state", broken)
+    assert "there is no folder" in outcome.error

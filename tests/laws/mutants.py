@@ -160,13 +160,13 @@ class WritesInPlace(Tiny):
     """The ring of the given state is turned in place."""
 
     def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
-        kept = super().keep(k, v, count)
+        keys = super().keep(k, v, count)
         with torch.no_grad():
-            self.given.copy_(kept.k)
-        return kept
+            self.past_keys.copy_(keys.k)
+        return keys
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
-        self.given = past.k
+        self.past_keys = past.k
         return super().document(x, past)
 
 
@@ -425,12 +425,12 @@ class UnusedWhenShort(Tiny):
 class KeepsWeights(Tiny):
     """What is made of a weight is made once."""
 
-    kept: Tensor | None = None
+    weight_sum: Tensor | None = None
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, past = super().document(x, past)
-        self.kept = self.o.weight.detach().square().sum() if self.kept is None else self.kept
-        return y * self.kept, past
+        self.weight_sum = self.o.weight.detach().square().sum() if self.weight_sum is None else self.weight_sum
+        return y * self.weight_sum, past
 
 
 class FivePercent(Tiny):

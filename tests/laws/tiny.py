@@ -57,12 +57,12 @@ class Rowwise(nn.Module):
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Any) -> tuple[Tensor, Any]:
         y = torch.zeros_like(x)
-        for number, places in enumerate(documents(real, fresh)):
+        for number, positions in enumerate(documents(real, fresh)):
             if number:
                 past = self.init_state(1)
-            if places:
-                out, past = self.document(x[places], past)
-                y = y.index_copy(0, torch.tensor(places), out.to(y.dtype))
+            if positions:
+                out, past = self.document(x[positions], past)
+                y = y.index_copy(0, torch.tensor(positions), out.to(y.dtype))
         return y, past
 
     def forward(
@@ -239,14 +239,14 @@ class TinySegments(Rowwise):
         memory, total, first = past.memory.to(kind), past.total.to(kind), int(past.count)
         last = (first + len(x) - 1) // self.segment
         values, outs = self.v(x).to(memory.dtype), []
-        for place in range(len(x)):
-            position = first + place
+        for index in range(len(x)):
+            position = first + index
             if self.opened(position, first):
                 memory = self.cut(memory, position // self.segment, last)
                 size = 0
             else:
-                size = position % self.segment if place == 0 else size
-            total, size = total + values[place], size + 1
+                size = position % self.segment if index == 0 else size
+            total, size = total + values[index], size + 1
             outs.append(memory + total / size)
             if self.opened(position + 1, first):
                 memory, total = self.combine(memory, total / size), torch.zeros_like(total)

@@ -114,10 +114,10 @@ def leaves(state: Any, prefix: str = "") -> dict[str, Tensor]:
         return {}  # a mixer that does not stream
     assert isinstance(state, tuple), f"a state is a NamedTuple of tensors, found {type(state).__name__} at {prefix!r}"
     names = getattr(state, "_fields", [str(i) for i in range(len(state))])
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, part in zip(names, state, strict=True):
-        found |= leaves(part, f"{prefix}.{name}" if prefix else name)
-    return found
+        tensors |= leaves(part, f"{prefix}.{name}" if prefix else name)
+    return tensors
 
 
 def map_state(state: Any, function: Callable[[str, Tensor], Tensor], prefix: str = "") -> Any:
@@ -187,10 +187,10 @@ def same(a: Tensor, b: Tensor, what: str) -> None:
 
 def states_close(a: Any, b: Any, tolerance: float, what: str, *, newest: bool = False) -> None:
     """Every tensor of two states, counts exactly. `newest`: of more columns in a than in b, the newest."""
-    mine, other = leaves(a), leaves(b)
-    assert list(mine) == list(other), f"{what}: fields {list(mine)}, expected {list(other)}"
+    mine, reference = leaves(a), leaves(b)
+    assert list(mine) == list(reference), f"{what}: fields {list(mine)}, expected {list(reference)}"
     for name, t in mine.items():
-        u = other[name]
+        u = reference[name]
         if newest and t.dim() > 2 and t.shape[-2] > u.shape[-2]:
             t = t[..., t.shape[-2] - u.shape[-2] :, :]
         assert t.dtype == u.dtype, f"{what}, {name}: {t.dtype}, expected {u.dtype}"
@@ -198,10 +198,10 @@ def states_close(a: Any, b: Any, tolerance: float, what: str, *, newest: bool = 
 
 
 def states_same(a: Any, b: Any, what: str) -> None:
-    mine, other = leaves(a), leaves(b)
-    assert list(mine) == list(other), f"{what}: fields {list(mine)}, expected {list(other)}"
+    mine, reference = leaves(a), leaves(b)
+    assert list(mine) == list(reference), f"{what}: fields {list(mine)}, expected {list(reference)}"
     for name, t in mine.items():
-        same(t, other[name], f"{what}, {name}")
+        same(t, reference[name], f"{what}, {name}")
 
 
 # cases -------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
     rows = []
     for _ in range(BATCH):
         kind = draw(st.sampled_from(["random", "left", "right", "between", "whole", "blank"]))
-        place = torch.arange(length)
+        position = torch.arange(length)
         if kind == "random":
             generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
             rows.append(torch.rand(length, generator=generator) < 0.5)
@@ -249,11 +249,11 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
         a, b = sorted((draw(st.integers(0, length)), draw(st.integers(0, length))))
         rows.append(
             {
-                "whole": place >= 0,
-                "blank": place < 0,
-                "left": place >= a,
-                "right": place < b,
-                "between": (place < a) | (place >= b),
+                "whole": position >= 0,
+                "blank": position < 0,
+                "left": position >= a,
+                "right": position < b,
+                "between": (position < a) | (position >= b),
             }[kind]
         )
     return torch.stack(rows)
@@ -263,8 +263,8 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
 def resets(draw: st.DrawFn, length: int) -> Tensor:
     rows = torch.zeros(BATCH, length, dtype=torch.bool)
     for row in range(BATCH):
-        for place in draw(st.lists(st.integers(0, length - 1), max_size=3)):
-            rows[row, place] = True
+        for position in draw(st.lists(st.integers(0, length - 1), max_size=3)):
+            rows[row, position] = True
     return rows
 
 
@@ -321,14 +321,14 @@ def feed(
 
 def documents(real: Tensor, fresh: Tensor) -> Iterator[list[int]]:
     """Places of the real tokens of one row, document by document; the first continues what was there before."""
-    places: list[int] = []
-    for place in range(len(real)):
-        if fresh[place]:
-            yield places
-            places = []
-        if real[place]:
-            places.append(place)
-    yield places
+    positions: list[int] = []
+    for position in range(len(real)):
+        if fresh[position]:
+            yield positions
+            positions = []
+        if real[position]:
+            positions.append(position)
+    yield positions
 
 
 def alone(mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
@@ -336,11 +336,11 @@ def alone(mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any =
     rows, states = [], []
     for row in range(x.shape[0]):
         y, past = torch.zeros_like(x[row]), None if state is None else state_row(state, row)
-        for number, places in enumerate(documents(real[row], fresh[row])):
+        for number, positions in enumerate(documents(real[row], fresh[row])):
             past = past if number == 0 else None
-            if places:
-                out, past = mixer(x[row : row + 1, places], past)
-                y = y.index_copy(0, torch.tensor(places), out[0])
+            if positions:
+                out, past = mixer(x[row : row + 1, positions], past)
+                y = y.index_copy(0, torch.tensor(positions), out[0])
         rows.append(y)
         states.append(mixer.init_state(1) if past is None and mixer.traits.streams else past)
     return torch.stack(rows), states

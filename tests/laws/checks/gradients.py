@@ -94,8 +94,8 @@ def gradients(mixer: nn.Module, x: Tensor, cuts: Sequence[int], **keywords: Tens
     y = feed(mixer, x, cuts, **keywords)[0]
     named = {"x": x} | dict(mixer.named_parameters())
     loss = (y * inputs(99, *y.shape[:2])).sum()
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, found, strict=True)}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, grads, strict=True)}
 
 
 def check_gradients_of_cuts(make: Make) -> None:

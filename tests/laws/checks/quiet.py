@@ -36,10 +36,10 @@ def check_rows_are_independent(make: Make) -> None:
             with torch.no_grad():
                 y, state = feed(mixer, x, (34, 1, 15), **keywords)
             for row in range(BATCH):
-                other = inputs(2, BATCH, 50, dtype=dtype, scale=30.0)
-                other[row] = x[row]
+                altered = inputs(2, BATCH, 50, dtype=dtype, scale=30.0)
+                altered[row] = x[row]
                 with torch.no_grad():
-                    beside, end = feed(mixer, other, (34, 1, 15), **keywords)
+                    beside, end = feed(mixer, altered, (34, 1, 15), **keywords)
                 what = f"row {row} beside other rows, {sorted(keywords)}, {dtype}"
                 same(beside[row], y[row], f"outputs of {what}")
                 states_same(state_row(end, row), state_row(state, row), f"state of {what}")
@@ -160,12 +160,12 @@ def check_draws_nothing(make: Make) -> None:
 
 def attached(mixer: nn.Module) -> list[str]:
     """Names of tensors with a graph that hang on a module or in a list or dict of it."""
-    found = []
+    names = []
     for name, module in mixer.named_modules():
         for key, value in vars(module).items():
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            found += [f"{name}.{key}" for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
-    return found
+            names += [f"{name}.{key}" for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
+    return names
 
 
 def kept_numbers(mixer: nn.Module, training: bool) -> dict[str, Tensor]:
@@ -218,5 +218,5 @@ def check_empty_inputs(make: Make) -> None:
                 if total.requires_grad:
                     total.backward()
                 for name, parameter in mixer.named_parameters():
-                    found = parameter.grad is None or torch.isfinite(parameter.grad).all()
-                    assert found, f"gradient of {name} of {what} is not finite"
+                    is_finite = parameter.grad is None or torch.isfinite(parameter.grad).all()
+                    assert is_finite, f"gradient of {name} of {what} is not finite"

@@ -177,7 +177,7 @@ def check_far_positions(make: Make) -> None:
         # Where only distances matter, far away is like near by; where positions matter, near by differs as much.
         shifts = [shift - shift % (exact.traits.segment or 1) for shift in (STEP // 100, STEP // 50, STEP // 25)]
         near = [exact(y, moved(start, names, growing, shift, 0))[0][:, -16:] for shift in shifts]
-        spread = max((near[0] - other).abs().max().item() for other in near[1:])
+        spread = max((near[0] - shifted).abs().max().item() for shifted in near[1:])
         difference, limit = (there - near[0]).abs().max().item(), max(1e-7, 8 * spread)
         what = f"fp64 at position {distance} differs from position {shifts[0]} by {difference:.3g}"
         assert difference <= limit, f"{what}; up to position {shifts[-1]} by {spread:.3g} only"
@@ -188,14 +188,14 @@ def check_state_functions(make: Make) -> None:
     mixer = make()
     with torch.no_grad():
         state = mixer(inputs(1, BATCH, 13))[1]
-    kept = copy_state(state)
+    snapshot = copy_state(state)
     for name, function in (("clone", ls.state.clone), ("detach", ls.state.detach)):
-        result = function(state)
-        assert type(result) is type(state), f"{name} returns a {type(result).__name__}"
-        states_same(result, state, name)
+        actual = function(state)
+        assert type(actual) is type(state), f"{name} returns a {type(actual).__name__}"
+        states_same(actual, state, name)
     clone = ls.state.clone(state)
     map_state(clone, lambda _, t: t.zero_())
-    states_same(state, kept, "state after its clone was overwritten")
+    states_same(state, snapshot, "state after its clone was overwritten")
     assert set(ls.state.tensors(state)) == set(leaves(state))
     rows = ls.state.select(state, torch.tensor([2, 0, 2]))
     states_same(rows, map_state(state, lambda _, t: t[[2, 0, 2]]), "selected rows")
