@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from longspan.cli.app import run
-from longspan.cli.lm import _figure, windows_of
+from longspan.cli.lm import figure, windows_of
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import TextTask
 from longspan.train.lm_evaluation import Window
@@ -19,7 +19,7 @@ def figures(longspan, *arguments):
     return json.loads(outcome.out)
 
 
-def test_the_figures_agree_with_the_usual_ones(longspan, byte_run):
+def test_thefigures_agree_with_the_usual_ones(longspan, byte_run):
     usual = json.loads(longspan("eval", byte_run, "--json").out)
     evaluation = figures(longspan, byte_run, "--contexts", "64:16,512")
     readings = evaluation["readings"]
@@ -193,6 +193,6 @@ def test_without_the_training_text_a_line_says_what_is_missing(longspan, byte_ru
 def test_perplexities_fit_into_their_column():
     from longspan.train import Interval
 
-    assert _figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"
-    assert _figure("perplexity_per_word", Interval(999_999.4, 5.0, 6.0)) == "999,999 [5, 6]"
-    assert _figure("perplexity_per_word", Interval(12.345, math.nan, math.nan)) == "12.35"
+    assert figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"
+    assert figure("perplexity_per_word", Interval(999_999.4, 5.0, 6.0)) == "999,999 [5, 6]"
+    assert figure("perplexity_per_word", Interval(12.345, math.nan, math.nan)) == "12.35"

@@ -137,7 +137,7 @@ def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run):
     encoder, tokens = SubwordEncoder(tokenizer, "text"), []
     for first in range(0, len(text), 4999):
         tokens += encoder.push(text[first : first + 4999]).tolist()
-        assert len(encoder._text) < 2 * PIECE
+        assert encoder.held_back < 2 * PIECE
     tokens += encoder.flush().tolist()
     assert tokens == tokenizer.encode(text).tolist()
 
@@ -148,7 +148,7 @@ def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run):
     text = b"peace " * 60_000
     for first in range(0, len(text), 50_000):
         tokens += encoder.push(text[first : first + 50_000]).tolist()
-        assert len(encoder._text) < LONGEST + 50_000
+        assert encoder.held_back < LONGEST + 50_000
     tokens += encoder.flush().tolist()
     assert tokenizer.decode(tokens) == text
 

@@ -9,7 +9,7 @@ import torch
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
-from longspan.cli.show.scaling import _joint, read_run
+from longspan.cli.show.scaling import joint_law, read_run
 from longspan.contract.registry import core_class
 from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
@@ -197,7 +197,7 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
 
 
 @pytest.mark.long
-def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
+def test_thejoint_law_is_said_with_intervals_and_what_its_budget_is():
     law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
     sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
     random = np.random.default_rng(0)
@@ -211,17 +211,17 @@ def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
         for n, d in sizes
     ]
     blocks, data = [], {"laws": {}}
-    _joint("chinchilla", rows, 1e18, blocks, data)
+    joint_law("chinchilla", rows, 1e18, blocks, data)
     (text,) = (block.text for block in blocks)
     for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():
         assert f" {name} = {data['laws']['chinchilla']['parameters'][name]:.4g} [{low:.4g}, {high:.4g}]" in text
     assert len(data["laws"]["chinchilla"]["intervals"]) == 5
     assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
-    _joint("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
+    joint_law("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
     assert "No law in parameters and tokens: runs of 1 different N cannot fix" in blocks[-1].text
     tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
     tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
-    _joint("chinchilla", tied, 1e18, blocks, data)
+    joint_law("chinchilla", tied, 1e18, blocks, data)
     assert "(not determined)" in blocks[-1].text
     assert "No budget can be spent by it" in blocks[-1].text
 

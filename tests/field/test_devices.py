@@ -162,17 +162,13 @@ def tokens_there(device: Device) -> Tensor:
 
 @pytest.mark.parametrize("name", ["performer", "lsh"])
 def test_a_generator_of_the_cpu_draws_the_same_for_every_device(name: str, device: Device) -> None:
-    here, there = own(name), own(name).to(device.device)
+    mixers = ({"name": name, **FIELDS[name], "redraw": 1},)
+    here, there = own(mixers=mixers), own(mixers=mixers).to(device.device)
     for model in (here, there):
-        model.cores()[0].redraw_at(1, 1, *_drawing(model))
+        model.cores()[0].after_step(1, torch.Generator().manual_seed(3))
+        assert model.cores()[0].draw == 1
     buffer = "projection" if name == "performer" else "rotations"
     close(getattr(there.cores()[0], buffer), getattr(here.cores()[0], buffer))
-
-
-def _drawing(model: Any) -> tuple[Tensor, Callable[[], Tensor]]:
-    core = model.cores()[0]
-    buffer = core.projection if hasattr(core, "projection") else core.rotations
-    return buffer, lambda: core._drawn(torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("base", [10000.0, (1.0, 0.3, 7.5, 1e-4)])

@@ -144,7 +144,7 @@ def test_the_table_of_a_tour_fits_the_terminal(monkeypatch, columns):
     file = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal.file)
-        Console(file=file, width=columns, force_terminal=True, color_system=None).print(table._draw())
+        Console(file=file, width=columns, force_terminal=True, color_system=None).print(table.draw())
     terminal.text()
     assert all(len(line.rstrip()) < terminal.columns for line in file.getvalue().splitlines())
     assert "reading held-out documents: 50%" in file.getvalue()

@@ -34,6 +34,20 @@ class Interrupting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class CountingBeforeTheMove(Interrupting):
+    """Counts all torch calls; `last` is the number of the last one before the session's position moved."""
+
+    def __init__(self, session: ls.StreamSession) -> None:
+        super().__init__()
+        self.session, self.start, self.last = session, session.position, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if self.session.position == self.start:
+            self.last = self.count
+        return output
+
+
 def _session(model: Any) -> ls.StreamSession:
     session = ls.StreamSession(model)
     session.feed(READ[:21])
@@ -44,20 +58,11 @@ def _session(model: Any) -> ls.StreamSession:
 
 def _places(session: ls.StreamSession, count: int) -> Iterator[int]:
     """Torch calls evenly spaced over a session's next token, the first and the last before it moves included."""
-    twin, last = session.fork(), 0
-    counting = Interrupting()
-    advance = twin._advance
-
-    def move(*args: Any) -> None:
-        nonlocal last
-        last = counting.count
-        advance(*args)
-
-    twin._advance = move  # type: ignore[method-assign]
-    with counting:
+    twin = session.fork()
+    with CountingBeforeTheMove(twin) as counting:
         twin.feed(READ[25:26])
     for step in range(count):
-        yield 1 + step * (last - 1) // (count - 1)
+        yield 1 + step * (counting.last - 1) // (count - 1)
 
 
 def _goes_on_alike(session: ls.StreamSession, expected: list[Tensor]) -> None:
@@ -111,9 +116,10 @@ def test_an_interruption_between_the_call_and_the_move_of_the_session(
 ) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
-    for method in ("_advance", "_settle"):
+    # what the session makes after the call: its next state, and the record of what that state has overwritten
+    for record in ("longspan.stream.SessionState", "longspan.state.Undo"):
         with monkeypatch.context() as patch:
-            patch.setattr(session, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(record, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 session.feed(READ[25:26])
     assert torch.equal(session.fork().feed(READ[25:26]), expected[0])

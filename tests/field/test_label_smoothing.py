@@ -133,7 +133,7 @@ def test_the_count_of_predictions_is_that_of_the_shifted_labels(tmp_path: Path) 
 
 def test_auxiliary_losses_that_a_trainer_leaves_out_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(modeling._LOGGER, "warning_once", said.append)
+    monkeypatch.setattr(transformers.utils.logging.get_logger(modeling.__name__), "warning_once", said.append)
     ids = tokens(2, 9)
     model = hf.LongspanForCausalLM.wrap(own("adaptive_span")).train()
     model(ids, labels=ids, num_items_in_batch=16)
