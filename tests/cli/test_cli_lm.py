@@ -3,8 +3,11 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.cli.command import Command
+from torch import Tensor
 
 from longspan.cli.app import run
 from longspan.cli.lm import figure, windows_of
@@ -13,13 +16,13 @@ from longspan.tasks import TextTask
 from longspan.train.lm_evaluation import Window
 
 
-def figures(longspan, *arguments):
+def figures(longspan: Command, *arguments: object) -> Any:
     outcome = longspan("eval", *arguments, "--task", "lm", "--json")
     assert outcome.code == 0, outcome
     return json.loads(outcome.out)
 
 
-def test_thefigures_agree_with_the_usual_ones(longspan, byte_run):
+def test_thefigures_agree_with_the_usual_ones(longspan: Command, byte_run: Path) -> None:
     usual = json.loads(longspan("eval", byte_run, "--json").out)
     evaluation = figures(longspan, byte_run, "--contexts", "64:16,512")
     readings = evaluation["readings"]
@@ -39,21 +42,21 @@ def test_thefigures_agree_with_the_usual_ones(longspan, byte_run):
     )
 
 
-def test_a_longer_memory_at_evaluation_than_in_training(longspan, byte_run):
+def test_a_longer_memory_at_evaluation_than_in_training(longspan: Command, byte_run: Path) -> None:
     evaluation = figures(longspan, byte_run, "--contexts", "", "--set", "model.mixers.0.mem_len=64")
     assert evaluation["settings"] == ["model.mixers.0.mem_len=64"]
     usual = figures(longspan, byte_run, "--contexts", "")
     assert evaluation["readings"]["carried"]["bits_per_byte"] != usual["readings"]["carried"]["bits_per_byte"]
 
 
-def test_other_files_have_no_training_text(longspan, byte_run, folder):
+def test_other_files_have_no_training_text(longspan: Command, byte_run: Path, folder: Path) -> None:
     evaluation = figures(longspan, byte_run, folder / "long.txt", "--contexts", "", "--head", 500)
     assert evaluation["by_frequency"] == []
     assert evaluation["text"]["split"] is None
     assert evaluation["readings"]["carried"]["bits_per_byte"]["low"] is None
 
 
-def test_the_page(longspan, byte_run, tmp_path):
+def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     outcome = longspan("eval", byte_run, "--task", "lm", "--contexts", "64,256", "-o", tmp_path / "page")
     assert outcome.code == 0, outcome
     for words in ("perplexity", "carried", "segments of 16", "times in the training text", "report.html"):
@@ -72,7 +75,7 @@ def test_the_page(longspan, byte_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def word_run(tmp_path_factory) -> Path:
+def word_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on three books in the format of PG-19, by words."""
     base = tmp_path_factory.mktemp("pg19")
     for split, count in (("train", 3), ("validation", 1), ("test", 2)):
@@ -104,7 +107,9 @@ threads = 1
     return base
 
 
-def test_the_test_split_and_the_official_count_of_words(longspan, word_run, monkeypatch):
+def test_the_test_split_and_the_official_count_of_words(
+    longspan: Command, word_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longspan.tasks.corpora import CORPORA, Official
 
     assert len(list((word_run / "cache").iterdir())) == 2
@@ -129,7 +134,7 @@ def test_the_test_split_and_the_official_count_of_words(longspan, word_run, monk
     assert (part["text"]["words"], part["text"]["words_by"]) == (10, "counted between white space")
 
 
-def test_windows_as_they_are_given():
+def test_windows_as_they_are_given() -> None:
     assert windows_of("256, 1024:128 ,4096") == [Window(256, 128), Window(1024, 128), Window(4096, 2048)]
     assert windows_of("") == []
     for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x", "²", "8:²", "1 2"):
@@ -137,7 +142,7 @@ def test_windows_as_they_are_given():
             windows_of(wrong)
 
 
-def test_every_window_is_read_or_named(longspan, byte_run):
+def test_every_window_is_read_or_named(longspan: Command, byte_run: Path) -> None:
     outcome = longspan("eval", byte_run, "--task", "lm", "--json", "--contexts", "32:8,64,64:8,4096,1500")
     readings = json.loads(outcome.out)["readings"]
     assert list(readings)[2:] == ["context 32:8", "context 64:32", "context 64:8"]
@@ -147,12 +152,14 @@ def test_every_window_is_read_or_named(longspan, byte_run):
     assert outcome.err == note + "\n"
 
 
-def test_long_segments_are_read_in_calls_of_bounded_size(longspan, byte_run, monkeypatch):
+def test_long_segments_are_read_in_calls_of_bounded_size(
+    longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longspan.models import Decoder
 
     sizes, call = [], Decoder.forward
 
-    def counted(self, tokens, *arguments, **keywords):
+    def counted(self: Decoder, tokens: Tensor, *arguments: Any, **keywords: Any) -> Any:
         sizes.append(tokens.numel())
         return call(self, tokens, *arguments, **keywords)
 
@@ -168,7 +175,7 @@ def test_long_segments_are_read_in_calls_of_bounded_size(longspan, byte_run, mon
     assert max(sizes) <= 8 * 16
 
 
-def test_mistakes(longspan, byte_run):
+def test_mistakes(longspan: Command, byte_run: Path) -> None:
     assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
     assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
     assert longspan("eval", byte_run, "--contexts", "64").error == "--contexts: with --task lm only"
@@ -178,8 +185,10 @@ def test_mistakes(longspan, byte_run):
     assert "no test split; task.test_source names one" in longspan("eval", byte_run, "--split", "test").error
 
 
-def test_without_the_training_text_a_line_says_what_is_missing(longspan, byte_run, monkeypatch):
-    def gone(task, split):
+def test_without_the_training_text_a_line_says_what_is_missing(
+    longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(task: Any, split: str) -> Any:
         raise DataError("books: no such file or folder")
 
     monkeypatch.setattr(TextTask, "texts", gone)
@@ -190,7 +199,7 @@ def test_without_the_training_text_a_line_says_what_is_missing(longspan, byte_ru
     assert outcome.err == line
 
 
-def test_perplexities_fit_into_their_column():
+def test_perplexities_fit_into_their_column() -> None:
     from longspan.train import Interval
 
     assert figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"

@@ -1,10 +1,12 @@
 """`longspan show`: pictures of patterns, spans and supports, and errors where there is nothing to show."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.cli.command import Command
 
 import longspan as ls
 from longspan.cli.app import run
@@ -30,7 +32,7 @@ MIXERS = """[
 
 
 @pytest.fixture(scope="module")
-def looking_run(folder):
+def looking_run(folder: Path) -> Path:
     """A run with learned spans and alphas."""
     path = folder / "looking"
     settings = ["model.num_layers=3", "train.steps=3", f"model.mixers={' '.join(MIXERS.split())}"]
@@ -40,13 +42,13 @@ def looking_run(folder):
 
 
 @pytest.mark.parametrize("verb", ["patterns", "spans", "support"])
-def test_every_verb_has_an_example(longspan, verb):
+def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
     outcome = longspan("show", verb, "--help")
     assert outcome.code == 0
     assert f"  longspan show {verb}" in outcome.out
 
 
-def test_without_more_the_help_is_shown(longspan):
+def test_without_more_the_help_is_shown(longspan: Command) -> None:
     outcome = longspan("show")
     assert outcome.code == 0
     assert all(verb in outcome.out for verb in ("patterns", "spans", "support"))
@@ -54,7 +56,7 @@ def test_without_more_the_help_is_shown(longspan):
 
 
 @pytest.mark.long
-def test_all_patterns_are_drawn(longspan, tmp_path):
+def test_all_patterns_are_drawn(longspan: Command, tmp_path: Path) -> None:
     outcome = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
     assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
@@ -74,7 +76,7 @@ def test_all_patterns_are_drawn(longspan, tmp_path):
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
-def test_the_patterns_of_given_fields(longspan, tmp_path):
+def test_the_patterns_of_given_fields(longspan: Command, tmp_path: Path) -> None:
     fields = ("--set", "pattern=strided", "--set", "stride=5")
     assert longspan("show", "patterns", "sparse", *fields, "--length", 80, "-o", tmp_path).code == 0
     (only,) = json.loads((tmp_path / "report.json").read_text())["patterns"]
@@ -83,7 +85,7 @@ def test_the_patterns_of_given_fields(longspan, tmp_path):
     assert only["keys_per_query"] == pytest.approx([expected] * 4)
 
 
-def test_the_patterns_of_both_sides(longspan, tmp_path, monkeypatch):
+def test_the_patterns_of_both_sides(longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.contract.registry.names", lambda: ["full", "window", "bp", "infini"])
     assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
     names = {pattern["name"] for pattern in json.loads((tmp_path / "report.json").read_text())["patterns"]}
@@ -101,12 +103,12 @@ def test_the_patterns_of_both_sides(longspan, tmp_path, monkeypatch):
         (["full", "--length", "100000"], "--length"),
     ],
 )
-def test_wrong_patterns(longspan, tmp_path, arguments, expected):
+def test_wrong_patterns(longspan: Command, tmp_path: Path, arguments: list[str], expected: str) -> None:
     assert expected in longspan("show", "patterns", *arguments, "-o", tmp_path / "out").error
     assert not (tmp_path / "out").exists()
 
 
-def test_spans_of_a_run(longspan, looking_run, tmp_path):
+def test_spans_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) -> None:
     outcome = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
     assert outcome.code == 0, outcome
     first, second = json.loads((tmp_path / "report.json").read_text())["spans"]
@@ -120,7 +122,7 @@ def test_spans_of_a_run(longspan, looking_run, tmp_path):
     assert (tmp_path / "figures" / "spans.png").exists()
 
 
-def test_support_of_a_run(longspan, looking_run, tmp_path):
+def test_support_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) -> None:
     outcome = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
     assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
@@ -138,7 +140,7 @@ def test_support_of_a_run(longspan, looking_run, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["spans", "support"])
-def test_a_run_without_such_layers(longspan, byte_run, tmp_path, verb):
+def test_a_run_without_such_layers(longspan: Command, byte_run: Path, tmp_path: Path, verb: str) -> None:
     error = longspan("show", verb, byte_run, "-o", tmp_path / "out").error
     assert f"no layer of this run is {'adaptive_span' if verb == 'spans' else 'entmax'}" in error
     assert "TransformerXL" in error
@@ -148,7 +150,7 @@ def test_a_run_without_such_layers(longspan, byte_run, tmp_path, verb):
 
 @pytest.mark.parametrize("fields", [{}, {"window": 5}])
 @pytest.mark.parametrize("carried", [0, 7])
-def test_supports_are_counted_rightly(fields, carried):
+def test_supports_are_counted_rightly(fields: dict[str, int], carried: int) -> None:
     torch.manual_seed(0)
     mixer = ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, alpha_init=1.8, **fields).double()
     x = torch.randn(2, carried + 20, 16, dtype=torch.float64) * 3
@@ -161,7 +163,7 @@ def test_supports_are_counted_rightly(fields, carried):
     assert expected.max() > expected.min()
 
 
-def test_layers_are_found_in_any_model():
+def test_layers_are_found_in_any_model() -> None:
     table = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
     config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
@@ -172,7 +174,7 @@ def test_layers_are_found_in_any_model():
         find(model, core_class("lsh"), "r", "lsh")
 
 
-def test_scaling_laws_of_runs(longspan, folder, tmp_path):
+def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -> None:
     runs = []
     for dim, steps in ((16, 4), (32, 8), (48, 16)):
         run = tmp_path / f"d{dim}"
@@ -197,7 +199,7 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
 
 
 @pytest.mark.long
-def test_thejoint_law_is_said_with_intervals_and_what_its_budget_is():
+def test_thejoint_law_is_said_with_intervals_and_what_its_budget_is() -> None:
     law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
     sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
     random = np.random.default_rng(0)
@@ -226,7 +228,7 @@ def test_thejoint_law_is_said_with_intervals_and_what_its_budget_is():
     assert "No budget can be spent by it" in blocks[-1].text
 
 
-def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):
+def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folder: Path, tmp_path: Path) -> None:
     sizes = ["train.steps=12", "train.eval_every=5", "train.log_every=2", "train.eval_tokens=500"]
     options = [part for size in sizes for part in ("--set", size)]
     assert longspan("train", folder / "bytes.toml", *options, "-o", tmp_path / "run").code == 0
@@ -235,7 +237,7 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_pa
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert whole["D"] == lines[-1]["tokens"] == 12 * 4 * 16
 
-    def cut(count, without=()):
+    def cut(count: int, without: tuple[str, ...] = ()) -> None:
         first_lines = lines[:count]
         text = [
             json.dumps({name: value for name, value in line.items() if name not in without}) for line in first_lines
@@ -261,7 +263,9 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_pa
     assert "was never evaluated on held-back documents" in longspan("show", "scaling", tmp_path / "run").error
 
 
-def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subword_run, copied_run):
+def test_laws_are_fitted_to_one_text_and_one_tokenizer(
+    longspan: Command, byte_run: Path, subword_run: Path, copied_run: Path
+) -> None:
     outcome = longspan("show", "scaling", byte_run, copied_run, subword_run)
     assert "task.tokenizer = 'subword', of" in outcome.error
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')

@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
+from tests.cli.command import Command
 
 from longspan.cost.scaling import fit
 
@@ -13,7 +15,7 @@ pytest.importorskip("scipy")
 
 @pytest.mark.parametrize("spread", [1e-6, 1e-3, 0.1])
 @pytest.mark.parametrize("losses", [(4.0, 4.0, 4.0), (4.0, 4.0 + 1e-9, 4.0), (3.9, 4.0, 4.1)])
-def test_runs_that_are_alike_make_no_numbers_that_are_none(spread, losses):
+def test_runs_that_are_alike_make_no_numbers_that_are_none(spread: float, losses: tuple[float, ...]) -> None:
     sizes = [1e4 * (1 + spread * step) for step in (0, 1, 2)]
     law = fit("power", {"x": sizes, "loss": losses}, draws=0)
     assert all(math.isfinite(value) for value in law.parameters.values())
@@ -21,7 +23,7 @@ def test_runs_that_are_alike_make_no_numbers_that_are_none(spread, losses):
     assert all(0 < float(law.predict(x=size)) < math.inf for size in sizes)
 
 
-def alike(byte_run, tmp_path, tokens):
+def alike(byte_run: Path, tmp_path: Path, tokens: tuple[int, ...]) -> list[Path]:
     runs = []
     for index, count in enumerate(tokens):
         runs.append(shutil.copytree(byte_run, tmp_path / f"run{index}"))
@@ -33,7 +35,7 @@ def alike(byte_run, tmp_path, tokens):
 
 
 @pytest.mark.parametrize("tokens", [(768, 768, 768), (768, 769, 770)])
-def test_three_runs_that_are_alike(longspan, byte_run, tmp_path, tokens):
+def test_three_runs_that_are_alike(longspan: Command, byte_run: Path, tmp_path: Path, tokens: tuple[int, ...]) -> None:
     outcome = longspan("show", "scaling", *alike(byte_run, tmp_path, tokens), "-o", tmp_path / "page")
     assert (outcome.code, outcome.err) == (0, "")
     written = json.loads((tmp_path / "page" / "report.json").read_text())
@@ -41,7 +43,7 @@ def test_three_runs_that_are_alike(longspan, byte_run, tmp_path, tokens):
     assert all(math.isfinite(value) for law in written["laws"].values() for value in law["parameters"].values())
 
 
-def test_a_folder_that_is_no_run_is_named_and_left_out(longspan, byte_run, tmp_path):
+def test_a_folder_that_is_no_run_is_named_and_left_out(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "recipe.json").write_text("{}")
@@ -56,7 +58,7 @@ def test_a_folder_that_is_no_run_is_named_and_left_out(longspan, byte_run, tmp_p
     assert "no run" in longspan("show", "scaling", *wrong, "-o", tmp_path / "page").error
 
 
-def test_one_run_is_evaluated_at_a_time(longspan, byte_run, subword_run):
+def test_one_run_is_evaluated_at_a_time(longspan: Command, byte_run: Path, subword_run: Path) -> None:
     error = longspan("eval", byte_run, subword_run).error
     assert f"{subword_run}: a run, not a text" in error
     assert f"longspan eval {subword_run}" in error

@@ -8,6 +8,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from tests.cli.command import Command
 from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
 from tests.field.test_start_of_a_run import CURRICULUM
 from tests.field.test_work_is_kept import recipe_of
@@ -44,7 +45,7 @@ def without_digest(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_flipped_byte_in_a_state(name, tmp_path):
+def test_a_flipped_byte_in_a_state(name: str, tmp_path: Path) -> None:
     model = own(name)
     state = model(tokens(2, 11))[1]
     path = ls.state.save(tmp_path / "state", state)
@@ -60,7 +61,7 @@ def test_a_flipped_byte_in_a_state(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_a_flipped_byte_in_the_session_of_a_converted_model(name, tmp_path):
+def test_a_flipped_byte_in_the_session_of_a_converted_model(name: str, tmp_path: Path) -> None:
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name))
@@ -74,7 +75,7 @@ def test_a_flipped_byte_in_the_session_of_a_converted_model(name, tmp_path):
         ls.StreamSession.load(model, path)
 
 
-def test_every_byte_of_a_small_file_counts(tmp_path):
+def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
     path = ls.state.save(tmp_path / "state", own("window").init_state(1))
     expected = read_tensors(path)
     noticed = 0
@@ -94,7 +95,7 @@ def test_every_byte_of_a_small_file_counts(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_flipped_byte_in_a_saved_model(tmp_path, file):
+def test_a_flipped_byte_in_a_saved_model(tmp_path: Path, file: str) -> None:
     ls.save_model(own("window"), tmp_path)
     if file == "config.json":
         # still a configuration, of another model of the same shapes
@@ -106,7 +107,7 @@ def test_a_flipped_byte_in_a_saved_model(tmp_path, file):
         ls.load_model(tmp_path)
 
 
-def test_a_model_of_an_earlier_version_loads(tmp_path):
+def test_a_model_of_an_earlier_version_loads(tmp_path: Path) -> None:
     model = own("window")
     ls.save_model(model, tmp_path)
     without_digest(tmp_path / "model.safetensors")
@@ -114,7 +115,7 @@ def test_a_model_of_an_earlier_version_loads(tmp_path):
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_flipped_byte_in_the_model_of_a_run(folder, tmp_path, staged):
+def test_a_flipped_byte_in_the_model_of_a_run(folder: Path, tmp_path: Path, staged: bool) -> None:
     run(CURRICULUM if staged else recipe_of(folder), tmp_path, progress="none")
     for path in sorted((tmp_path / "model").iterdir()):
         flip(path, path.stat().st_size // 2)
@@ -126,7 +127,7 @@ def test_a_flipped_byte_in_the_model_of_a_run(folder, tmp_path, staged):
     assert load_run(tmp_path)[0].config.dim == 16
 
 
-def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder, tmp_path):
+def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder: Path, tmp_path: Path) -> None:
     run(recipe_of(folder), tmp_path, progress="none")
     model, _ = load_run(tmp_path)
     ls.save_model(model, tmp_path / "model")
@@ -134,7 +135,7 @@ def test_a_model_saved_over_that_of_a_run_is_that_of_the_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["recipe.json", "tokenizer.json"])
-def test_a_flipped_byte_in_the_files_of_a_run(folder, tmp_path, file):
+def test_a_flipped_byte_in_the_files_of_a_run(folder: Path, tmp_path: Path, file: str) -> None:
     run(recipe_of(folder), tmp_path, progress="none")
     path = tmp_path / file
     for offset in range(0, path.stat().st_size, max(path.stat().st_size // 7, 1)):
@@ -152,7 +153,7 @@ def test_a_flipped_byte_in_the_files_of_a_run(folder, tmp_path, file):
         load_run(tmp_path)
 
 
-def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder, tmp_path):
+def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder: Path, tmp_path: Path) -> None:
     run(recipe_of(folder), tmp_path, progress="none")
     (newest,) = checkpoints.found(tmp_path / "checkpoints")
     path = newest / "meta.json"
@@ -175,7 +176,9 @@ def test_a_flipped_byte_anywhere_in_what_a_checkpoint_says_of_itself(folder, tmp
 
 
 @pytest.mark.parametrize("verb", ["stream", "eval", "generate", "train"])
-def test_a_flipped_byte_in_a_folder_that_convert_wrote(longspan, folder, tmp_path, verb):
+def test_a_flipped_byte_in_a_folder_that_convert_wrote(
+    longspan: Command, folder: Path, tmp_path: Path, verb: str
+) -> None:
     save_llama(tmp_path / "plain")
     out = tmp_path / "converted"
     assert longspan("convert", tmp_path / "plain", "--to", "window", "-o", out).code == 0
@@ -196,7 +199,7 @@ def test_a_flipped_byte_in_a_folder_that_convert_wrote(longspan, folder, tmp_pat
         assert longspan(*arguments).code == 0
 
 
-def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path):
+def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     good = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(4)]
     for damaged in (good[1][:-4], b"\xff" + good[1], b"[1]", good[1].replace(b"step", b"stap"), b"", b"3"):
@@ -207,7 +210,9 @@ def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path):
 @pytest.mark.parametrize("verb", ["eval", "stream", "generate", "convert"])
 @pytest.mark.parametrize("file", ["config.json", "recipe.json"])
 @pytest.mark.parametrize("text", ["[1]", "[1", "3"])
-def test_json_that_is_no_object(longspan, folder, tmp_path, verb, file, text):
+def test_json_that_is_no_object(
+    longspan: Command, folder: Path, tmp_path: Path, verb: str, file: str, text: str
+) -> None:
     """As an application wrote it into a folder of the same name."""
     path = tmp_path / "model" / file
     path.parent.mkdir()
