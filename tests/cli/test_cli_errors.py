@@ -63,7 +63,7 @@ def test_wrong_recipes(longspan: Command, folder: Path, tmp_path: Path, assignme
     assert expected in last.error
 
 
-def test_a_recipe_that_is_no_toml(longspan: Command, tmp_path: Path) -> None:
+def test_a_recipe_that_is_not_toml(longspan: Command, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[model\n")
     assert "cannot be read as TOML" in longspan("train", tmp_path / "r.toml").error
 

@@ -1,4 +1,4 @@
-"""Help that teaches, and a start that loads nothing heavy."""
+"""Help with examples, and a start that imports no heavy package."""
 
 import runpy
 import subprocess
@@ -39,7 +39,7 @@ def test_version(longspan: Command) -> None:
 
 
 def test_help_imports_neither_torch_nor_matplotlib() -> None:
-    # the package itself is put in place of a stub, as importing it loads torch by design
+    # a stub stands in for the package itself, as importing it loads torch by design
     code = f"""
 import sys, types
 stub = types.ModuleType("longspan")

@@ -22,7 +22,7 @@ def figures(longspan: Command, *arguments: object) -> Any:
     return json.loads(outcome.out)
 
 
-def test_thefigures_agree_with_the_usual_ones(longspan: Command, byte_run: Path) -> None:
+def test_the_figures_agree_with_the_usual_ones(longspan: Command, byte_run: Path) -> None:
     usual = json.loads(longspan("eval", byte_run, "--json").out)
     evaluation = figures(longspan, byte_run, "--contexts", "64:16,512")
     readings = evaluation["readings"]
@@ -175,7 +175,7 @@ def test_long_segments_are_read_in_calls_of_bounded_size(
     assert max(sizes) <= 8 * 16
 
 
-def test_mistakes(longspan: Command, byte_run: Path) -> None:
+def test_mistaken_arguments(longspan: Command, byte_run: Path) -> None:
     assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
     assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
     assert longspan("eval", byte_run, "--contexts", "64").error == "--contexts: with --task lm only"

@@ -84,7 +84,7 @@ def test_a_file_and_standard_input_are_the_same(
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", "model.mixers.0.memory=kv"]])
-def test_a_saved_state_goes_on_bit_for_bit(
+def test_a_saved_state_continues_bit_for_bit(
     longspan: Command, byte_run: Path, folder: Path, tmp_path: Path, settings: list[str]
 ) -> None:
     text, state = folder / "long.txt", tmp_path / "state"
@@ -93,7 +93,9 @@ def test_a_saved_state_goes_on_bit_for_bit(
     np.testing.assert_array_equal(whole[4001:].view(np.uint32), rest.view(np.uint32))
 
 
-def test_saving_at_the_end_says_how_to_go_on(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
+def test_saving_at_the_end_prints_how_to_continue(
+    longspan: Command, byte_run: Path, folder: Path, tmp_path: Path
+) -> None:
     text, state = folder / "long.txt", tmp_path / "state"
     whole, _ = stream(longspan, byte_run, text, tmp_path=tmp_path)
     first, outcome = stream(longspan, byte_run, text, "--limit", 4001, "--save-state", state, tmp_path=tmp_path)
@@ -218,7 +220,7 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run: Path, tmp_path: Path) -> N
     assert state.is_file()
 
 
-def test_a_run_of_pass_keys_is_asked_by_length(longspan: Command, tmp_path: Path) -> None:
+def test_a_run_of_pass_keys_is_evaluated_by_length(longspan: Command, tmp_path: Path) -> None:
     recipe, folder = tmp_path / "keys.toml", tmp_path / "keys"
     recipe.write_text(
         """

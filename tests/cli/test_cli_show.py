@@ -48,7 +48,7 @@ def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
     assert f"  longspan show {verb}" in outcome.out
 
 
-def test_without_more_the_help_is_shown(longspan: Command) -> None:
+def test_show_without_a_verb_prints_the_help(longspan: Command) -> None:
     outcome = longspan("show")
     assert outcome.code == 0
     assert all(verb in outcome.out for verb in ("patterns", "spans", "support"))
@@ -85,7 +85,7 @@ def test_the_patterns_of_given_fields(longspan: Command, tmp_path: Path) -> None
     assert only["keys_per_query"] == pytest.approx([expected] * 4)
 
 
-def test_the_patterns_of_both_sides(longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bidirectional_patterns(longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.contract.registry.names", lambda: ["full", "window", "bp", "infini"])
     assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
     names = {pattern["name"] for pattern in json.loads((tmp_path / "report.json").read_text())["patterns"]}
@@ -132,7 +132,7 @@ def test_support_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) 
     model, _ = load_run(looking_run)
     assert wide["alpha"] == pytest.approx(model.layers[1].mixer.core.alpha.tolist())
     assert (narrow["layer"], narrow["first_head"]) == (3, 2)
-    # every place of the first 200 could see all before it: 100.5 on average; in the window 8.8
+    # every position of the first 200 could see all before it: 100.5 on average; in the window 8.8
     for group, most in ((wide, 100.5), (narrow, 8.82)):
         for size, share in zip(group["support"], group["share"], strict=True):
             assert 1 <= size <= most
@@ -150,7 +150,7 @@ def test_a_run_without_such_layers(longspan: Command, byte_run: Path, tmp_path: 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 5}])
 @pytest.mark.parametrize("carried", [0, 7])
-def test_supports_are_counted_rightly(fields: dict[str, int], carried: int) -> None:
+def test_supports_are_counted_correctly(fields: dict[str, int], carried: int) -> None:
     torch.manual_seed(0)
     mixer = ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, alpha_init=1.8, **fields).double()
     x = torch.randn(2, carried + 20, 16, dtype=torch.float64) * 3
@@ -199,7 +199,7 @@ def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.long
-def test_thejoint_law_is_said_with_intervals_and_what_its_budget_is() -> None:
+def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
     law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
     sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
     random = np.random.default_rng(0)
@@ -244,14 +244,14 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folde
         ]
         log.write_text("\n".join(text) + "\n")
 
-    # stopped behind the evaluation of step 10: the last line is that of step 12
+    # stopped after the evaluation of step 10: the last line is that of step 12
     cut(-1)
     assert "validation" not in lines[-2]
     row = read_run(str(tmp_path / "run"))
     at = next(line for line in reversed(lines[:-1]) if "validation" in line)
     assert (row["D"], row["loss"]) == (10 * 4 * 16, at["validation"]["loss"])
     assert row["C"] == pytest.approx(whole["C"] * 10 / 12)
-    # logs that do not say tokens beside a validation: the step line before it
+    # logs without tokens beside a validation: the step line before it has them
     for line in lines:
         if "validation" in line:
             del line["tokens"]

@@ -22,7 +22,7 @@ def model_of(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_either_name_goes_on(kind: str, name: str) -> None:
+def test_a_cache_by_either_name_continues(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 11)
     whole = model(text, use_cache=False).logits
     for passed in names.CACHE_NAMES:
@@ -46,7 +46,7 @@ def test_two_names_for_two_caches_are_an_error() -> None:
 
 @pytest.mark.parametrize(("kind", "name"), OURS[::3])
 @torch.no_grad()
-def test_generate_is_that_without_a_cache(kind: str, name: str) -> None:
+def test_generate_equals_that_without_a_cache(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 7)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(text, use_cache=False, **options)
@@ -97,7 +97,7 @@ def test_a_cache_that_is_not_ours_is_an_error() -> None:
         model(tokens(1, 3))
 
 
-def test_what_does_not_stream_refuses_a_cache() -> None:
+def test_models_that_do_not_stream_refuse_a_cache() -> None:
     model = llama()
     hf.convert(model, "lsh", bucket_size=2, num_hashes=1, num_buckets=4, selection="sorted")
     with pytest.raises(UnsupportedError, match="use_cache=False"):

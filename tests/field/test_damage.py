@@ -28,8 +28,8 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def places(path: Path) -> list[int]:
-    """Bytes of the header's text, and of the tensors: first, middle, last."""
+def offsets_of(path: Path) -> list[int]:
+    """Offsets of the first, the middle and the last byte of the tensors."""
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     size = path.stat().st_size
     return [8 + length, (8 + length + size) // 2, size - 1]
@@ -49,7 +49,7 @@ def test_a_flipped_byte_in_a_state(name: str, tmp_path: Path) -> None:
     model = own(name)
     state = model(tokens(2, 11))[1]
     path = ls.state.save(tmp_path / "state", state)
-    for offset in places(path):
+    for offset in offsets_of(path):
         flip(path, offset)
         with pytest.raises(CheckpointError, match="damaged"):
             ls.state.load(path, like=model.init_state(1))
@@ -144,7 +144,7 @@ def test_a_flipped_byte_in_the_files_of_a_run(folder: Path, tmp_path: Path, file
             with pytest.raises(CheckpointError, match=f"{file}: damaged"):
                 call()
         flip(path, offset)
-    # of earlier versions, and of who has changed a file on purpose
+    # of earlier versions, and where a user changed a file on purpose
     (tmp_path / "digests.json").unlink()
     assert load_run(tmp_path)[0].config.dim == 16
     assert run({"train": {"steps": 5}}, tmp_path, resume=True, progress="none").step == 5
@@ -210,10 +210,10 @@ def test_a_damaged_line_of_a_log_costs_that_line_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["eval", "stream", "generate", "convert"])
 @pytest.mark.parametrize("file", ["config.json", "recipe.json"])
 @pytest.mark.parametrize("text", ["[1]", "[1", "3"])
-def test_json_that_is_no_object(
+def test_json_that_is_not_an_object(
     longspan: Command, folder: Path, tmp_path: Path, verb: str, file: str, text: str
 ) -> None:
-    """As an application wrote it into a folder of the same name."""
+    """A file of another application in a folder of the same name."""
     path = tmp_path / "model" / file
     path.parent.mkdir()
     path.write_text(text)

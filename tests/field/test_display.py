@@ -37,14 +37,14 @@ class Terminal:
         self.file = os.fdopen(slave, "w", encoding="utf-8")
 
     def text(self) -> str:
-        """What was written, closed."""
+        """Everything written so far; closes the terminal."""
         self.file.close()
         data = b""
         while True:
             try:
                 data += os.read(self.master, 1 << 16)
             except OSError:
-                # nothing is left, and nobody writes any more
+                # everything is read, and no writer is left
                 break
         os.close(self.master)
         return data.decode()
@@ -185,7 +185,7 @@ def test_an_evaluation_shows_progress(
     shown = terminal.text()
     assert "reading" in shown
     assert re.search(r"\d+%", shown)
-    # and leaves nothing
+    # and clears its line
     assert shown.endswith("\r\x1b[K")
 
 
@@ -199,7 +199,7 @@ def test_reading_a_prompt_shows_progress(
     assert re.search(r"reading the prompt:.*%", terminal.text())
 
 
-def test_what_is_quick_prints_no_progress_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_prints_no_progress_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     with reading_progress("reading") as show:
         show(1, 2)
     with reading_progress("reading", every=0.0) as show:

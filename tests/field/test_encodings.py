@@ -1,4 +1,4 @@
-"""Output in any encoding: what it has no character for is written in another way, never an error."""
+"""Output in any encoding: a character that the encoding lacks is replaced, never an error."""
 
 import io
 import os
@@ -98,7 +98,7 @@ def word_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_that_is_not_utf8(
     longspan: Command, byte_run: Path, subword_run: Path, word_run: Path, tmp_path: Path, verb: str, kind: str
 ) -> None:
-    """Bytes read anything; subwords and words read it with U+FFFD, exactly as if it stood there."""
+    """Bytes read anything; subwords and words read it with U+FFFD, exactly as if the text contained it."""
     chosen = {"byte": byte_run, "subword": subword_run, "word": word_run}[kind]
     bad, replaced = tmp_path / "bad.txt", tmp_path / "replaced.txt"
     bad.write_bytes(b"the people \xff of the \x80 union \xe2\x82")

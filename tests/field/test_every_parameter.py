@@ -46,7 +46,7 @@ def test_every_parameter_of_our_models_gets_a_gradient(mixer: dict[str, Any], le
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_call_that_goes_on_with_a_state_too(name: str) -> None:
+def test_every_parameter_gets_a_gradient_in_a_call_with_a_state(name: str) -> None:
     model = own(name).train()
     state = ls.state.detach(model(tokens(1, 6))[1])
     for length in (1, 2):
@@ -59,7 +59,7 @@ def test_in_a_call_that_goes_on_with_a_state_too(name: str) -> None:
     "fields", [{"reversible": True}, {"checkpoint": True}, {"adaptive_cutoffs": (10, 30)}], ids=str
 )
 @pytest.mark.parametrize("name", ["infini", "memorizing", "compressive"])
-def test_in_other_kinds_of_models_too(name: str, fields: dict[str, Any]) -> None:
+def test_every_parameter_of_other_kinds_of_models_gets_a_gradient(name: str, fields: dict[str, Any]) -> None:
     model = own(name, **fields).train()
     model(tokens(2, 3))[0].square().mean().backward()
     assert not without_gradient(model)
@@ -145,7 +145,7 @@ def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_sessions_of_earlier_versions_go_on(name: str, tmp_path: Path) -> None:
+def test_sessions_of_earlier_versions_continue(name: str, tmp_path: Path) -> None:
     model = own(name)
     ls.models.save_model(model, tmp_path)
     unused = "blocks.0.mixer.projections.k_proj.weight"

@@ -1,4 +1,4 @@
-"""Eight rows in one call or in four calls of two: the real Trainer finds the same losses and gradients."""
+"""Eight rows in one call or in four calls of two: the real Trainer computes the same losses and gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,13 @@ def check(make: Any, rows: list[dict[str, Tensor]], folder: Path, options: Any =
         model = make()
         more = {} if options is None else options(model)
         runs.append(one_step(model, rows, size, folder, **more))
-    (whole, gradients), (parts, parted) = runs
+    (whole, gradients), (parts, part_gradients) = runs
     assert parts == pytest.approx(whole, rel=1e-4)
-    assert gradients.keys() == parted.keys()
+    assert gradients.keys() == part_gradients.keys()
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert scale > 0
     for name, gradient in gradients.items():
-        assert (parted[name] - gradient).abs().max() <= 1e-4 * scale, name
+        assert (part_gradients[name] - gradient).abs().max() <= 1e-4 * scale, name
 
 
 def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
@@ -88,11 +88,11 @@ def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
             loss.backward()
             total += float(loss.detach())
         runs.append((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (whole, gradients), (parts, parted) = runs
+    (whole, gradients), (parts, part_gradients) = runs
     assert parts == pytest.approx(whole, rel=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        assert (parted[name] - gradient).abs().max() <= 1e-4 * scale, name
+        assert (part_gradients[name] - gradient).abs().max() <= 1e-4 * scale, name
 
 
 def language(ragged: bool = True) -> list[dict[str, Tensor]]:

@@ -152,7 +152,7 @@ def test_tensors_without_values_go_through(name: str, kind: str) -> None:
             expected.append(model(tokens(2, width), expected[-1][1]))
     for (out, state), (logits, after) in zip(outputs, expected, strict=True):
         assert out.shape == logits.shape
-        if name != "adaptive_span":  # whose state is as long as spans are, which nobody knows
+        if name != "adaptive_span":  # the length of its state depends on the spans, which have no values here
             assert shapes(state) == shapes(after)
 
 

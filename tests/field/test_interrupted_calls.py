@@ -1,4 +1,4 @@
-"""A call that does not come to its end leaves a session, a cache and stores on disk as they were before it."""
+"""A call that is interrupted leaves a session, a cache and stores on disk as they were before it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ class Interrupting(TorchFunctionMode):
         self.at, self.error, self.count = at, error, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # settings that contexts of torch put back on their way out are none of ours
+        # settings that contexts of torch put back on their way out are not counted
         if not any(setting in getattr(func, "__name__", "") for setting in ("grad_enabled", "autocast")):
             self.count += 1
             if self.count in self.at:
@@ -56,8 +56,8 @@ def _session(model: Any) -> ls.StreamSession:
     return session
 
 
-def _places(session: ls.StreamSession, count: int) -> Iterator[int]:
-    """Torch calls evenly spaced over a session's next token, the first and the last before it moves included."""
+def _call_numbers(session: ls.StreamSession, count: int) -> Iterator[int]:
+    """Numbers of torch calls, evenly spaced from the first of a session's next token to the last before it moves."""
     twin = session.fork()
     with CountingBeforeTheMove(twin) as counting:
         twin.feed(READ[25:26])
@@ -65,7 +65,7 @@ def _places(session: ls.StreamSession, count: int) -> Iterator[int]:
         yield 1 + step * (counting.last - 1) // (count - 1)
 
 
-def _goes_on_alike(session: ls.StreamSession, expected: list[Tensor]) -> None:
+def _continues_identically(session: ls.StreamSession, expected: list[Tensor]) -> None:
     assert session.position == 25
     for token, logits in zip(READ[25:30], expected, strict=True):
         assert torch.equal(session.feed(token[None]), logits)
@@ -81,15 +81,15 @@ def test_a_token_interrupted_anywhere(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
     errors = [KeyboardInterrupt, RuntimeError, MemoryError]
-    for index, call_number in enumerate(_places(session, 9)):
+    for index, call_number in enumerate(_call_numbers(session, 9)):
         error = errors[index % len(errors)]
         with pytest.raises(error), Interrupting(call_number, error=error):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str) -> None:
+def test_an_exception_in_every_layer_before_and_after_the_mixer(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
 
@@ -107,7 +107,7 @@ def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str) -> No
                 with pytest.raises(error):
                     session.feed(READ[25 : 25 + count])
             handle.remove()
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing", "full", "linear", "memorizing"])
@@ -123,19 +123,19 @@ def test_an_interruption_between_the_call_and_the_move_of_the_session(
             with pytest.raises(KeyboardInterrupt):
                 session.feed(READ[25:26])
     assert torch.equal(session.fork().feed(READ[25:26]), expected[0])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing"])
-def test_an_interruption_of_the_undoing_too(name: str) -> None:
+def test_an_interruption_of_the_undoing(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
-    for call_number in _places(session, 7):
+    for call_number in _call_numbers(session, 7):
         with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 1, call_number + 2):
             session.feed(READ[25:26])
         with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 2):
             session.score(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing", "full", "sparse", "window"])
@@ -147,8 +147,8 @@ def test_saved_and_forked_after_an_interruption(name: str, tmp_path: Path) -> No
         session.feed(READ[25:26])
     handle.remove()
     session.save(tmp_path / "state")
-    _goes_on_alike(session.fork(), expected)
-    _goes_on_alike(ls.StreamSession.load(model, tmp_path / "state"), expected)
+    _continues_identically(session.fork(), expected)
+    _continues_identically(ls.StreamSession.load(model, tmp_path / "state"), expected)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
@@ -158,10 +158,10 @@ def test_recurrent_memory(name: str, per_layer: bool) -> None:
     torch.manual_seed(1)
     model = ls.RecurrentMemory(backbone, segment_length=7, num_memory_tokens=2, per_layer=per_layer).eval()
     expected, session = _uninterrupted(model), _session(model)
-    for call_number in _places(session, 7):
+    for call_number in _call_numbers(session, 7):
         with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
@@ -170,10 +170,10 @@ def test_sessions_of_converted_models(name: str) -> None:
 
     model = ConvertedDecoder(converted(name, layers=2))
     expected, session = _uninterrupted(model), _session(model)
-    for call_number in _places(session, 5):
+    for call_number in _call_numbers(session, 5):
         with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 def _store(folder: Path, index: str = "exact") -> MemoryStore:

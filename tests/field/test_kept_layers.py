@@ -58,7 +58,7 @@ def test_sliding_layers_hold_a_window(kind: str, layer: int) -> None:
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 @torch.no_grad()
-def test_generate_is_that_of_the_original(kind: str) -> None:
+def test_generate_equals_that_of_the_original(kind: str) -> None:
     original, model, text = make(kind), make(kind), tokens(2, 12)
     hf.convert(model, "window", layers=[2], window=8)
     mask = torch.ones_like(text)

@@ -20,7 +20,7 @@ SMOOTHING = 0.1
 
 
 def trainer_loss(model: Any, batch: dict[str, Tensor], folder: Path) -> float:
-    """The loss the real Trainer finds with label smoothing, without a training step."""
+    """The loss that the real Trainer computes with label smoothing, without a training step."""
     arguments = transformers.TrainingArguments(
         str(folder), label_smoothing_factor=SMOOTHING, use_cpu=True, report_to=[], disable_tqdm=True
     )

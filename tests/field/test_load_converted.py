@@ -134,7 +134,7 @@ def test_types_and_devices(tmp_path: Path) -> None:
     assert {p.dtype for core in hf.cores(narrow).values() for p in core.parameters()} == {torch.float32}
     assert narrow(text).logits.dtype == torch.bfloat16
     torch.testing.assert_close(narrow(text).logits.float(), model(text).logits, rtol=0.1, atol=0.02)
-    # what is bf16 as a whole comes back so, and wide where that is wanted
+    # a model saved in bf16 loads in bf16, or in fp32 where the caller says so
     folder = saved(narrow.bfloat16(), tmp_path / "bf16")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
@@ -228,7 +228,7 @@ def test_the_original_class_is_not_built_by_a_converted_configuration(tmp_path: 
     assert type(transformers.LlamaModel(model.config)).__name__ == "LlamaModel"
 
 
-def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:
+def test_missing_and_resized_weights_raise_an_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(converted("infini"), tmp_path)

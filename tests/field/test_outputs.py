@@ -1,6 +1,6 @@
-"""What transformers asks of every model in its tests of models and of generation, asked of ours by tests of our own.
+"""What transformers requires of every model in its tests of models and of generation, tested for our models.
 
-Asked here: options of outputs, determinism, batching, signatures, embeddings, saving and loading, types,
+Tested here: options of outputs, determinism, batching, signatures, embeddings, saving and loading, types,
 recomputation, sequences of all kinds from `generate`. Asked elsewhere: problem types (test_classification_losses),
 resized embeddings (test_resized_embeddings), the Trainer (test_trainer_life), offloading, adapters, pickles.
 

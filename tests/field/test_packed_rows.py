@@ -1,4 +1,4 @@
-"""Documents packed into one row, told apart as callers of transformers do: each equals itself alone."""
+"""Documents packed into one row, separated as callers of transformers do: every document computes as if alone."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def packings() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_each_document_is_as_alone(kind: str, name: str) -> None:
+def test_every_document_computes_as_if_alone(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(1, 14)
     alone = torch.cat([model(part, use_cache=False).logits for part in text.split(LENGTHS, 1)], 1)
     leaking = model(text, use_cache=False).logits
@@ -120,7 +120,7 @@ def test_a_first_call_may_begin_anywhere(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["own", "converted"])
 @torch.no_grad()
-def test_generate_goes_on_in_the_last_document(kind: str) -> None:
+def test_generate_continues_the_last_document(kind: str) -> None:
     model, text = model_of(kind, "linear"), tokens(1, 14)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": None, "eos_token_id": None}
     alone = model.generate(text[:, 8:], **options)[:, 6:]
@@ -172,7 +172,7 @@ def test_encoders_keep_documents_apart(position: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["own", "converted"])
-def test_what_fits_nothing_is_an_error_of_one_line(kind: str) -> None:
+def test_inconsistent_layouts_raise_errors_of_one_line(kind: str) -> None:
     model, text = model_of(kind, "full"), tokens(2, 6)
     line = torch.arange(6)[None]
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [

@@ -19,7 +19,7 @@ def model_of(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_before_in_between_and_alone(kind: str, name: str) -> None:
+def test_calls_of_padding_before_between_and_alone(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 9)
     whole = model(text, use_cache=False).logits
     padding = torch.zeros(2, 5, dtype=torch.int64)

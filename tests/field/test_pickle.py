@@ -55,7 +55,7 @@ def train(model: Any, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_copies_say_what_the_model_says_and_go_their_own_way(kind: str, name: str) -> None:
+def test_copies_compute_what_the_model_does_and_change_independently(kind: str, name: str) -> None:
     model, text = make(kind, name), tokens(2, 11)
     loss = train(model, text)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_copies_train_as_the_model_does(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_nothing_of_a_graph_is_left_behind_a_step(kind: str, name: str) -> None:
+def test_no_graph_is_left_after_a_step(kind: str, name: str) -> None:
     class Mark:
         """Lives as long as a node of the graph."""
 
@@ -109,7 +109,7 @@ def test_nothing_of_a_graph_is_left_behind_a_step(kind: str, name: str) -> None:
     model, text = make(kind, name).train(), tokens(2, 11)
     for module in model.modules():
         module.register_forward_hook(leave_mark)
-    gc.freeze()  # what is there is no news, and a search of all of it takes half a second
+    gc.freeze()  # skip the objects that exist already: searching them takes half a second
     try:
         loss = model(text, labels=text).loss
         assert any(mark() is not None for mark in marks)
@@ -173,7 +173,7 @@ def test_a_bert_pickles() -> None:
         assert torch.equal(twin(tokens(1, 9))[0], network(tokens(1, 9))[0])
 
 
-def test_classes_of_a_users_own_pickle() -> None:
+def test_classes_of_a_user_pickle() -> None:
     model = llama()
     attention = model.model.layers[0].self_attn
     attention.__class__ = Louder

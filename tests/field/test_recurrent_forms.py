@@ -99,7 +99,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_empty_state_has_the_type_and_the_device_that_are_named(form: str, dtype: torch.dtype) -> None:
+def test_the_empty_state_has_the_named_type_and_device(form: str, dtype: torch.dtype) -> None:
     for name in ("window", "linear", "bp"):
         model = recurrent(own(name), **FORMS[form])
         empty = model.init_state(3, dtype=dtype)

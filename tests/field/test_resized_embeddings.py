@@ -174,7 +174,7 @@ def test_adapters_on_the_output_of_a_model_inside_a_memory() -> None:
         torch.testing.assert_close(memory(ids)[0], logits, rtol=1e-4, atol=1e-5)
 
 
-def test_other_calls() -> None:
+def test_resizing_without_a_size_with_multiples_and_of_adaptive_embeddings() -> None:
     model = build("memory")
     embedding = model.resize_token_embeddings()
     assert embedding is model.get_input_embeddings()

@@ -81,7 +81,7 @@ def test_a_start_that_fails_leaves_a_folder_as_it_was(folder: Path, tmp_path: Pa
 
 @pytest.mark.long
 def test_a_failed_start_does_not_stop_the_tour(longspan: Command, folder: Path, tmp_path: Path) -> None:
-    # the second try said that the folder held something that was no run
+    # the second attempt once failed because the folder held files that were not a run
     arguments = ["quickstart", "-o", tmp_path, "--set", "train.steps=1", "--set"]
     for _ in range(2):
         assert "segment_length" in longspan(*arguments, "task.segment_length=77").err
@@ -99,7 +99,7 @@ def test_a_trained_model_without_checkpoints_is_not_trained_over(folder: Path, t
 
 
 class Waiting(Silent):
-    """Stays in its first step until it is let go."""
+    """Stays in its first step until `go` is set."""
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()

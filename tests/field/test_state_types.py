@@ -66,7 +66,7 @@ class Reader:
 
 
 def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
-    """States made in this mode and moved to any type go on as they are; so do those made in fp32."""
+    """States made in this mode and moved to any type continue as they are; so do those made in fp32."""
     weights, autocast = MODES[mode]
     outside = Reader(copy.deepcopy(model), None)
     read = Reader(model.to(weights), autocast)
@@ -101,7 +101,7 @@ def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
 
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_state_goes_on_in_any_precision(form: str, mode: str, tmp_path: Path) -> None:
+def test_a_state_continues_in_any_precision(form: str, mode: str, tmp_path: Path) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
     check_goes_on(model, mode, tmp_path, model.traits.selects)
@@ -109,7 +109,7 @@ def test_a_state_goes_on_in_any_precision(form: str, mode: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_so_does_that_of_a_converted_model(name: str, mode: str, tmp_path: Path) -> None:
+def test_a_state_of_a_converted_model_continues_in_any_precision(name: str, mode: str, tmp_path: Path) -> None:
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name)).eval()
@@ -118,7 +118,9 @@ def test_so_does_that_of_a_converted_model(name: str, mode: str, tmp_path: Path)
 
 @pytest.mark.parametrize("fields", [{}, {"accumulate": True, "max_summaries": 2}, {"per_layer": True, "memory_dim": 3}])
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
-def test_so_does_that_of_a_recurrent_memory(mode: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_of_a_recurrent_memory_continues_in_any_precision(
+    mode: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     for name in ("window", "linear"):
         model = ls.RecurrentMemory(own(name), num_memory_tokens=2, segment_length=6, **fields).eval()
         check_goes_on(model, mode, tmp_path, False)
@@ -150,7 +152,7 @@ def test_gradients_pass_a_moved_state() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sessions_go_on_when_their_model_is_lowered(name: str, tmp_path: Path) -> None:
+def test_sessions_continue_when_their_model_is_lowered(name: str, tmp_path: Path) -> None:
     model = own(name)
     session = ls.StreamSession(model)
     session.feed(tokens(1, CUT)[0])
@@ -175,7 +177,7 @@ def test_a_stored_state_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_state_has_the_type_and_the_device_that_are_named(form: str) -> None:
+def test_an_empty_state_has_the_named_type_and_device(form: str) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
     for module in (model, model.blocks[0].mixer):
@@ -187,7 +189,7 @@ def test_an_empty_state_has_the_type_and_the_device_that_are_named(form: str) ->
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_so_has_that_of_a_converted_model(name: str) -> None:
+def test_an_empty_state_of_a_converted_model_has_the_named_type_and_device(name: str) -> None:
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name)).eval()

@@ -59,7 +59,7 @@ def test_a_training_forward_changes_no_buffer(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name in CONVERTIBLE if name in ("lsh", "routing")), "performer, bounded"])
-def test_nor_does_one_of_a_converted_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_forward_of_a_converted_model_changes_no_buffer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "performer, bounded":
         monkeypatch.setitem(FIELDS, "performer", BOUNDED)
     check_untouched(converted(name.split(",")[0]))
@@ -81,7 +81,7 @@ def test_narrow_models_count_beyond_256_forwards() -> None:
             mixer.after_step(step, torch.Generator().manual_seed(0))
     for mixer in narrow:
         torch.testing.assert_close(mixer.core.bound.double(), control.core.bound, rtol=2e-2, atol=0)
-        assert torch.equal(mixer.core.projection.double(), control.core.projection), "drawn anew, and not rounded"
+        assert torch.equal(mixer.core.projection.double(), control.core.projection), "redrawn, and not rounded"
         assert float(mixer.core.pending_square[1]) == 0
 
 

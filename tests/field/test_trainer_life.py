@@ -80,7 +80,7 @@ def evaluate_and_predict(kind: str, name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(predicted.predictions), logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(torch.as_tensor(predicted.label_ids), held_out["labels"])
     assert predicted.metrics["test_loss"] == pytest.approx(expected, abs=1e-4)
-    # rows without labels are read too: there is no loss, and no state among the predictions
+    # rows without labels can be predicted too: there is no loss, and no state among the predictions
     bare = trainer.predict([{"input_ids": row["input_ids"]} for row in rows(1)])
     torch.testing.assert_close(torch.as_tensor(bare.predictions), logits, rtol=1e-4, atol=1e-4)
     assert bare.label_ids is None
@@ -96,7 +96,7 @@ def test_converted_models_are_evaluated(name: str, tmp_path: Path) -> None:
     evaluate_and_predict("converted", name, tmp_path)
 
 
-def test_metrics_are_made_of_logits_alone(tmp_path: Path) -> None:
+def test_metrics_are_computed_from_logits_alone(tmp_path: Path) -> None:
     """`compute_metrics` gets what it gets of a Llama: logits (rows, length, vocabulary) and labels."""
     shapes = []
 

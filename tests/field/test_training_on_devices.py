@@ -50,15 +50,15 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_log(folder / "log.jsonl")]
 
 
-def alike(actual: Any, expected: Any) -> None:
+def close(actual: Any, expected: Any) -> None:
     if isinstance(expected, dict):
         assert actual.keys() == expected.keys()
         for key in expected:
             if key not in ("seconds", "tokens_per_second", "bytes_per_second"):
-                alike(actual[key], expected[key])
+                close(actual[key], expected[key])
     elif isinstance(expected, list):
         for mine, theirs in zip(actual, expected, strict=True):
-            alike(mine, theirs)
+            close(mine, theirs)
     elif isinstance(expected, float):
         assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4)
     else:
@@ -69,7 +69,7 @@ NAMES = ["window", "linear", *(pytest.param(name, marks=LONG) for name in ("perf
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_on_a_device_is_that_on_the_cpu_and_goes_on(name: str, tmp_path: Path) -> None:
+def test_a_run_on_a_device_equals_that_on_the_cpu_and_resumes(name: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     fields = {"loss_chunk": 4} if name == "linear" else {}
@@ -77,7 +77,7 @@ def test_a_run_on_a_device_is_that_on_the_cpu_and_goes_on(name: str, tmp_path: P
     with emulated(float64=False) as device:
         there = recipe(corpus, name, device=device.device.type, **fields)
         run(there, tmp_path / "device", progress="none")
-        alike(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
+        close(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
         there["train"]["steps"] = 4
         assert run(there, tmp_path / "device", resume=True, progress="none").step == 4
 
@@ -115,14 +115,14 @@ def retrieval(folder: Path, device: torch.device) -> StagedTrainer:
 
 
 @pytest.mark.parametrize("make", [copying, pytest.param(recall, marks=LONG), pytest.param(retrieval, marks=LONG)])
-def test_a_curriculum_on_a_device_is_that_on_the_cpu(make: Make, tmp_path: Path) -> None:
+def test_a_curriculum_on_a_device_equals_that_on_the_cpu(make: Make, tmp_path: Path) -> None:
     for device_name in ("cpu", "device"):
         folder = tmp_path / device_name
         folder.mkdir()
         torch.manual_seed(0)
         with emulated(float64=False) if device_name == "device" else contextlib.nullcontext() as device:
             make(folder, torch.device("cpu") if device is None else device.device).fit()
-    alike(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
+    close(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
 
 
 @LONG

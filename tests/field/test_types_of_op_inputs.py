@@ -80,7 +80,7 @@ CASES = {name: (function, inputs) for name, function, inputs in _cases()}
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("name", CASES)
-def test_no_floating_point_numbers(name: str, dtype: torch.dtype) -> None:
+def test_inputs_that_are_not_floating_point(name: str, dtype: torch.dtype) -> None:
     function, inputs = CASES[name]
     inputs = [t.abs() if dtype == torch.uint8 else t for t in inputs]
     typed = [t.to(dtype) for t in inputs]
@@ -95,7 +95,7 @@ def test_no_floating_point_numbers(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["entmax", "sparsemax"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_entmax_says_what_it_wants(name: str, dtype: torch.dtype) -> None:
+def test_entmax_names_the_types_it_takes(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=r"scores is .*; expected a floating-point type"):
         CASES[name][0](torch.ones(2, 3).to(dtype))
 
@@ -112,7 +112,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("mixed", range(3))
-def test_one_of_three_is_whole_numbers(mixed: int) -> None:
+def test_one_of_three_inputs_is_of_integers(mixed: int) -> None:
     for function in (ops.full_attention, ops.linear_attention, CASES["window_attention"][0]):
         inputs = [_numbers(1, 2, 9, 4, seed=seed) for seed in range(3)]
         inputs[mixed] = inputs[mixed].long()

@@ -1,4 +1,4 @@
-"""What was trained or read is saved, whatever ends it; where it is to go is checked before the work begins."""
+"""What was trained or read is saved, whatever ends the process; the output path is checked before the work begins."""
 
 import os
 import signal
@@ -89,7 +89,7 @@ def test_the_trained_model_is_there_before_the_final_evaluation(
     assert {"config.json", "model.safetensors"} <= set(seen[0])
 
 
-def test_held_back_text_that_cannot_be_evaluated_loses_no_training(
+def test_held_out_text_that_cannot_be_evaluated_loses_no_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -103,7 +103,7 @@ def test_held_back_text_that_cannot_be_evaluated_loses_no_training(
     assert run(None, tmp_path, resume=True, progress="none").evaluation is not None
 
 
-def test_an_evaluation_on_the_way_that_was_stopped_is_made_up_for(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_is_repeated_on_resume(folder: Path, tmp_path: Path) -> None:
     recipe = recipe_of(folder, eval_every=2)
 
     def validations(name: str) -> list[tuple[int, Any]]:
@@ -172,7 +172,7 @@ TEXT = b"the people of this union and congress\n" * 40
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b"\xed\xa0\x80"])
-def test_a_byte_that_is_no_text_ends_a_stream_behind_what_was_read(
+def test_an_invalid_byte_ends_a_stream_after_the_text_before_it(
     longspan: Command, subword_run: Path, tmp_path: Path, bad: bytes
 ) -> None:
     file, state = tmp_path / "file", tmp_path / "state"
@@ -180,7 +180,7 @@ def test_a_byte_that_is_no_text_ends_a_stream_behind_what_was_read(
     error = longspan("stream", subword_run, file, "--quiet", "--save-state", state).error
     assert f"not UTF-8 at byte {len(TEXT):,}" in error
     assert f"--skip {len(TEXT)}" in error
-    # what goes on from there is what goes on from the text in front alone
+    # continuing from there equals continuing from the text before the byte
     (tmp_path / "front").write_bytes(TEXT)
     (tmp_path / "behind").write_bytes(TEXT)
     assert longspan("stream", subword_run, tmp_path / "front", "--save-state", tmp_path / "alone", "--quiet").code == 0
@@ -194,7 +194,7 @@ def test_a_byte_that_is_no_text_ends_a_stream_behind_what_was_read(
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b"\xed\xa0\x80", b"\xff\xfe\xf0\x9f"])
-def test_such_bytes_are_replaced_as_python_replaces_them(
+def test_invalid_bytes_are_replaced_as_python_replaces_them(
     longspan: Command, subword_run: Path, tmp_path: Path, bad: bytes
 ) -> None:
     data = TEXT + bad + TEXT + bad
@@ -206,7 +206,7 @@ def test_such_bytes_are_replaced_as_python_replaces_them(
         options = ["--errors", "replace", "--losses", out, "--save-state", tmp_path / "state"]
         outcome = longspan("stream", subword_run, tmp_path / name, *options)
         assert outcome.code == 0
-        # the place to go on from is one of the file, not of what was read in its place
+        # the offset to continue from counts bytes of the file, not of the replacement characters
         assert f"--skip {(tmp_path / name).stat().st_size})" in outcome.err
         losses.append(np.fromfile(out, "<f4"))
     assert np.array_equal(*losses)
@@ -239,7 +239,7 @@ def test_a_full_disk_for_the_log_loses_no_reading(
     assert state.is_file()
 
 
-def test_a_prompt_that_is_no_text(longspan: Command, subword_run: Path, tmp_path: Path) -> None:
+def test_a_prompt_with_an_invalid_byte(longspan: Command, subword_run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompt").write_bytes(TEXT + b"\xff" + TEXT)
     state = tmp_path / "state"
     arguments = ["generate", subword_run, "--prompt-file", tmp_path / "prompt", "-n", 3, "--save-state", state]
@@ -259,7 +259,7 @@ def test_where_a_state_goes_is_checked_before_the_reading(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("text")
     rest = ["nofile"] if verb == "stream" else ["-p", "the"]
-    # the run is missing too: the path is what is said first
+    # the run is missing too: the error about the path comes first
     assert "cannot be written" in longspan(verb, "norun", *rest, "--save-state", target).error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -294,7 +294,7 @@ def test_a_file_cannot_take_the_place_of_a_folder(tmp_path: Path, monkeypatch: p
             write_text(target, "text")
 
 
-def test_output_that_does_not_fit_on_the_disk_is_said() -> None:
+def test_a_full_disk_for_the_output_is_reported() -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "longspan", "--version"]
         completed = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
@@ -319,7 +319,7 @@ def test_a_verb_ended_by_sigterm_leaves_no_traceback(
 
 @pytest.mark.parametrize("write", [write_text, write_json])
 def test_a_pipe_stays_a_pipe(tmp_path: Path, write: Callable[..., Any]) -> None:
-    """Files are renamed into place, but nothing takes the place of what is no file."""
+    """Files are replaced by renaming, but a pipe is written into."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -348,7 +348,7 @@ def test_a_state_is_saved_through_a_link_and_into_a_pipe(
     for path in (tmp_path / "plain", link):
         assert longspan("stream", byte_run, folder / "long.txt", "--limit", 300, "--save-state", path).code == 0
     assert link.is_symlink()
-    # the header of a file is in no fixed order
+    # the order of a file's header is not fixed
     saved = [read_tensors(tmp_path / name) for name in ("state", "plain")]
     assert saved[0][1] == saved[1][1]
     assert saved[0][0].keys() == saved[1][0].keys()

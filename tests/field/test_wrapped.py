@@ -152,7 +152,7 @@ def test_conversions_act_through_every_wrapper() -> None:
         assert torch.equal(model(text).logits, before)
 
 
-def test_what_cannot_be_read_is_said_in_a_line() -> None:
+def test_models_that_cannot_be_read_raise_an_error() -> None:
     transformers = pytest.importorskip("transformers")
     bert = transformers.BertModel(
         transformers.BertConfig(

@@ -157,7 +157,7 @@ class OneDtype(TinySegments):
 
 
 class WritesInPlace(Tiny):
-    """The ring of the given state is turned in place."""
+    """The ring of the passed state is rotated in place."""
 
     def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
         keys = super().keep(k, v, count)
@@ -178,7 +178,7 @@ class OwnsInPlace(WritesInPlace):
 
 
 class CountsInPlace(Tiny):
-    """The count of the given state goes on counting."""
+    """The count of the passed state is incremented in place."""
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().document(x, past)
@@ -305,7 +305,7 @@ class ResetOnRealTokensOnly(Tiny):
 
 
 class NothingIsNaN(Tiny):
-    """A row with nothing to see divides by zero."""
+    """A row without visible keys divides by zero."""
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().row(x, real, fresh, past)
@@ -320,8 +320,8 @@ class BlankRowAges(Tiny):
         return y, new if real.any() else new._replace(count=new.count + 1)
 
 
-class BothSidesLeak(Tiny):
-    """Bidirectional, but resets are not heard."""
+class BidirectionalLeak(Tiny):
+    """Bidirectional, but resets are ignored."""
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         return super().row(x, real, fresh if self.causal else torch.zeros_like(fresh), past)
@@ -423,7 +423,7 @@ class UnusedWhenShort(Tiny):
 
 
 class KeepsWeights(Tiny):
-    """What is made of a weight is made once."""
+    """A number computed from a weight is computed once."""
 
     weight_sum: Tensor | None = None
 

@@ -1,4 +1,4 @@
-"""A mechanism from outside of the package is held to the laws by being registered."""
+"""A mechanism from outside of the package is tested by the laws once it is registered."""
 
 from collections.abc import Callable
 

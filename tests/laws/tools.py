@@ -79,7 +79,7 @@ def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
 
 
 def trains(mixer: nn.Module) -> bool:
-    """Some forms are for inference only, and say so when a gradient is asked for."""
+    """Some forms are for inference only, and raise UnsupportedError where a gradient is needed."""
     try:
         mixer(inputs(0, 1, 2, dtype=next(mixer.parameters()).dtype))
     except UnsupportedError:
@@ -95,7 +95,7 @@ class Interrupting(TorchFunctionMode):
         self.at, self.count = at, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # settings that contexts of torch put back on their way out are none of the call's own
+        # settings that contexts of torch put back on their way out are not calls of the mixer
         if not any(setting in getattr(func, "__name__", "") for setting in ("grad_enabled", "autocast")):
             self.count += 1
             if self.count == self.at:
@@ -301,7 +301,7 @@ def feed(
 ) -> tuple[Tensor, Any]:
     """The stream in calls of these lengths (in one where the mixer does not stream).
 
-    A call that needs no mask or no reset is given none.
+    A call that needs no mask or no reset gets none.
     """
     outputs, at = [], 0
     for size in cuts if mixer.traits.streams else [x.shape[1]]:
@@ -320,7 +320,7 @@ def feed(
 
 
 def documents(real: Tensor, fresh: Tensor) -> Iterator[list[int]]:
-    """Places of the real tokens of one row, document by document; the first continues what was there before."""
+    """Positions of the real tokens of one row, document by document; the first continues the carried one."""
     positions: list[int] = []
     for position in range(len(real)):
         if fresh[position]:

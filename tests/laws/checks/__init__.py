@@ -48,7 +48,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         packing.check_ragged_calls,
         packing.check_long_rows,
         packing.check_blank_rows,
-        packing.check_both_sides,
+        packing.check_bidirectional,
         packing.check_padding_gradients,
     ),
     "6-gradients": (
@@ -88,7 +88,7 @@ STREAM_ONLY = {
 }
 
 
-# those of drawn examples
+# checks that draw examples
 DRAWN = (
     causality.check_causality,
     stream.check_cuts,
@@ -97,7 +97,7 @@ DRAWN = (
     packing.check_documents,
     packing.check_carried_state,
     packing.check_ragged_calls,
-    packing.check_both_sides,
+    packing.check_bidirectional,
     gradients.check_gradients_of_cuts,
 )
 GRADIENTS = {packing.check_padding_gradients, quiet.check_forward_changes_nothing, *CHECKS["6-gradients"]}
@@ -113,7 +113,7 @@ def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
         return "does not stream"
     if check in GRADIENTS and not trains(mixer):
         return "for inference alone"
-    if check is packing.check_both_sides and not traits.bidirectional:
+    if check is packing.check_bidirectional and not traits.bidirectional:
         return "has no bidirectional form"
     if check is memory.check_growing_columns and traits.bounded:
         return "its state does not grow"

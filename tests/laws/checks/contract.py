@@ -1,4 +1,4 @@
-"""The contract behind the laws: traits, forms and what is refused."""
+"""The contract behind the laws: traits, forms and refused arguments."""
 
 import torch
 

@@ -183,7 +183,7 @@ def check_detach(make: Make) -> None:
 
 def check_every_parameter(make: Make) -> None:
     """Every parameter gets a gradient in every call, zero where the call did not need it: in the first tokens of a
-    document too, and where a stream goes on. Training in several processes waits for all of them.
+    document too, and where a stream continues. Training in several processes waits for all of them.
     """
     mixer = make().train()
     segment = mixer.traits.segment or 8

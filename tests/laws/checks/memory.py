@@ -127,7 +127,7 @@ def check_growing_columns(make: Make) -> None:
 
 
 def check_given_state_is_kept(make: Make) -> None:
-    """The state a mixer is given is never written into: kept, forked and used twice, also in training."""
+    """The state that a mixer receives is never written into: stored, forked and used twice, also in training."""
     mixer, x = make(), inputs(1, BATCH, 60)
     with torch.no_grad():
         state = mixer(x[:, :21])[1]
@@ -156,7 +156,7 @@ def check_given_state_is_kept(make: Make) -> None:
 
 
 def check_interrupted_calls(make: Make) -> None:
-    """A call that owns its state and raises, wherever it does, leaves the state as it was and can be made again."""
+    """A call that owns its state and raises, wherever it does, leaves the state as it was and can be repeated."""
     mixer, x = make(), inputs(1, BATCH, 40)
     mask = torch.arange(5)[None] < torch.tensor([5, 3, 0])[:, None]
 

@@ -1,4 +1,4 @@
-"""Law 5: padding and packing change nothing: every document is as if it were alone."""
+"""Law 5: padding and packing change nothing: every document computes as if alone."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def check_carried_state(make: Make) -> None:
 
 
 def ragged(calls: list[tuple[int, ...]], resets: list[tuple[int, int, int]] = (), left: bool = False) -> Case:
-    """Rows of these lengths in each call, padded to the longest; resets are (call, row, place), padding or not."""
+    """Rows of these lengths in each call, padded to the longest; resets are (call, row, position), padding or not."""
     widths = [max(1, *call) for call in calls]
     mask = torch.zeros(BATCH, sum(widths), dtype=torch.bool)
     reset, at = torch.zeros_like(mask), 0
@@ -146,7 +146,7 @@ def check_blank_rows(make: Make) -> None:
         same(y[:, 0], torch.zeros_like(y[:, 0]), "output at masked position 0")
 
 
-def check_both_sides(make: Make) -> None:
+def check_bidirectional(make: Make) -> None:
     """The bidirectional form: padding and packing, and no row that sees nothing is NaN."""
     mixer = make(causal=False)
 

@@ -1,4 +1,4 @@
-"""Law 8: finite, and quiet: nothing drawn, nothing kept, nothing mixed between rows."""
+"""Law 8: finite, and free of side effects: no random draws, no stored tensors, no mixing between rows."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_rows_are_independent(make: Make) -> None:
 
 
 def check_batch_size(make: Make) -> None:
-    """Rows in a larger batch, in another order, are what they are alone."""
+    """Rows in a larger batch, in another order, compute as if alone."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         mixer, x = make(dtype=dtype), inputs(1, 7, 40, dtype=dtype)
         with torch.no_grad():
@@ -60,7 +60,7 @@ def check_batch_size(make: Make) -> None:
 
 
 def check_bf16_streams(make: Make) -> None:
-    """Thousands of bf16 tokens: finite, and near the same stream in fp64 (an accumulator in bf16 stands still)."""
+    """Thousands of bf16 tokens: finite, and near the same stream in fp64 (an accumulator in bf16 stops growing)."""
     rounded = make(dtype=torch.bfloat16)
     exact = make()
     with torch.no_grad():

@@ -72,7 +72,7 @@ def check_token_by_token(make: Make) -> None:
 
 
 def check_saved_state(make: Make) -> None:
-    """A state saved to disk, loaded and given to a mixer built anew goes on as if nothing had happened."""
+    """A state that is saved, loaded and passed to a newly built mixer continues with identical results."""
     mixer, x = make(), inputs(5, BATCH, 40)
     mask = torch.ones(BATCH, 40, dtype=torch.bool)
     mask[1, 3:9] = mask[2, :20] = False
@@ -86,9 +86,9 @@ def check_saved_state(make: Make) -> None:
         assert type(loaded) is type(state)
         states_same(loaded, state, "loaded state")
         y, end = mixer(x[:, 23:], state, mask=mask[:, 23:])
-        mixer(inputs(6, BATCH, 5))  # something else in between
+        mixer(inputs(6, BATCH, 5))  # an unrelated call in between
         again, last = make()(x[:, 23:], loaded, mask=mask[:, 23:])
-    same_bits = "after loading, in a mixer built anew"
+    same_bits = "after loading, in a newly built mixer"
     close(again, y, 0.0, f"outputs {same_bits}")
     states_close(last, end, 0.0, f"final state {same_bits}")
 
@@ -98,7 +98,7 @@ def kinds(state: Any) -> dict[str, torch.dtype]:
 
 
 def check_moved_state(make: Make) -> None:
-    """A state that was moved to another type, or comes from another precision, goes on; accumulators stay wide."""
+    """A state that was moved to another type, or comes from another precision, continues; accumulators stay wide."""
     mixer, x = make(dtype=torch.float32), inputs(5, BATCH, 40, dtype=torch.float32)
     with torch.no_grad():
         state = mixer(x[:, :23])[1]
@@ -133,7 +133,7 @@ STEP = 201_600  # a position with many divisors, so that borders stay borders
 
 
 def position_leaves(mixer: nn.Module) -> list[str]:
-    """Names of the counts that say how many tokens a row has seen: found by feeding rows of 37 and 53."""
+    """Names of the counts that say how many tokens a row has seen, by feeding rows of 37 and 53."""
     mask = torch.arange(53)[None] < torch.tensor([37, 53])[:, None]
     state = mixer(inputs(1, 2, 53, dim=32), mask=mask)[1]
     seen = torch.tensor([37, 53])
