@@ -157,7 +157,8 @@ def test_long_segments_are_read_in_calls_of_bounded_size(
 ) -> None:
     from longspan.models import Decoder
 
-    sizes, call = [], Decoder.forward
+    sizes: list[int] = []
+    call = Decoder.forward
 
     def counted(self: Decoder, tokens: Tensor, *arguments: Any, **keywords: Any) -> Any:
         sizes.append(tokens.numel())

@@ -146,7 +146,8 @@ def test_subwords_are_counted_in_bytes(longspan: Command, subword_run: Path, fol
 def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run: Path) -> None:
     tokenizer = load_run(subword_run)[1].tokenizer
     text = ("peace with all nätions\n" * 9000 + "and a tail that ends in no newline").encode()
-    encoder, tokens = SubwordEncoder(tokenizer, "text"), []
+    encoder = SubwordEncoder(tokenizer, "text")
+    tokens: list[int] = []
     for first in range(0, len(text), 4999):
         tokens += encoder.push(text[first : first + 4999]).tolist()
         assert encoder.held_back < 2 * PIECE
@@ -156,7 +157,8 @@ def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run: Path) -> 
 
 def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run: Path) -> None:
     tokenizer = load_run(subword_run)[1].tokenizer
-    encoder, tokens = SubwordEncoder(tokenizer, "text"), []
+    encoder = SubwordEncoder(tokenizer, "text")
+    tokens: list[int] = []
     text = b"peace " * 60_000
     for first in range(0, len(text), 50_000):
         tokens += encoder.push(text[first : first + 50_000]).tolist()
@@ -207,6 +209,7 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run: Path, tmp_path: Path) -> N
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
+        assert process.stdin is not None
         process.stdin.write(b"the people of this union")
         process.stdin.flush()
         until = time.monotonic() + 60

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,7 +213,8 @@ def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
         }
         for n, d in sizes
     ]
-    blocks, data = [], {"laws": {}}
+    blocks: list[Any] = []
+    data: dict[str, Any] = {"laws": {}}
     joint_law("chinchilla", rows, 1e18, blocks, data)
     (text,) = (block.text for block in blocks)
     for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():

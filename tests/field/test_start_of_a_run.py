@@ -149,6 +149,7 @@ def test_a_kill_releases_the_lock(folder: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == b"1\n"
         with pytest.raises(CheckpointError, match=rf"another process trains here \(process {process.pid} on "):
             run(recipe, tmp_path, progress="none")

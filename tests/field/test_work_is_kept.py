@@ -156,6 +156,7 @@ def test_a_stream_saves_when_it_is_ended(byte_run: Path, tmp_path: Path, name: s
         stderr=subprocess.PIPE,
         env=ENVIRONMENT,
     ) as process:
+        assert process.stdin is not None
         process.stdin.write(b"the people of this union")
         process.stdin.flush()
         until = time.monotonic() + 60

@@ -94,6 +94,8 @@ class DropsInEvaluation(Tiny):
 class WritesBuffer(Tiny):
     """Statistics that are used at once, in training."""
 
+    mean: Tensor
+
     def __init__(self, *fields: Any, **keywords: Any) -> None:
         super().__init__(*fields, **keywords)
         self.register_buffer("mean", torch.zeros(()))

@@ -79,7 +79,7 @@ def test_skipped_laws_are_those_listed() -> None:
         forms = [Registered(name, fields)() for fields in ls.mixers.examples(name)]
         reasons = [{why_not(check, mixer) for check in checks} for mixer in forms]
         for reason in sorted(set().union(*reasons) - {""}):
-            numbers = [number for number, found_here in enumerate(reasons) if reason in found_here]
+            numbers = [number for number, form_reasons in enumerate(reasons) if reason in form_reasons]
             whole = len(numbers) == len(forms)
             skipped.setdefault(reason, []).extend([name] if whole else [f"{name}-{number}" for number in numbers])
     assert {reason: " ".join(names) for reason, names in skipped.items()} == SKIPS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longspan import reference
 from longspan.errors import UnsupportedError
 
-from .tools import DIM, HEADS, documents, perturb
+from .tools import DIM, HEADS, Make, documents, perturb
 
 
 class Traits(NamedTuple):
@@ -50,6 +50,9 @@ class Rowwise(nn.Module):
 
     def document(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
         """(length, dim) after this past of batch 1."""
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
         raise NotImplementedError
 
     def join(self, rows: list[Any]) -> Any:
@@ -134,7 +137,8 @@ class Tiny(Rowwise):
         return past.count + torch.arange(length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.ops.window_attention(q, k, v, window=self.window or 10**9, causal=self.causal)
+        out: Tensor = self.ops.window_attention(q, k, v, window=self.window or 10**9, causal=self.causal)
+        return out
 
     def filled(self, past: Keys) -> Keys:
         """The columns of one row that hold tokens."""
@@ -268,10 +272,10 @@ class TinySegments(Rowwise):
         raise UnsupportedError("the map is not kept")
 
 
-def maker(cls: type[nn.Module], **fields: object) -> object:
+def maker(cls: type[Any], **fields: Any) -> Make:
     """A `Make` of a small mixer: parameters are the same on every call."""
 
-    def make(*, causal: bool | None = None, dtype: torch.dtype = torch.float64, **keywords: object) -> nn.Module:
+    def make(*, causal: bool | None = None, dtype: torch.dtype = torch.float64, **keywords: Any) -> Any:
         torch.manual_seed(0)
         if issubclass(cls, TinySegments):
             if causal is False:

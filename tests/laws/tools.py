@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import longspan as ls
@@ -21,8 +21,8 @@ DIM, HEADS = 16, 4
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 # make(causal=None, dtype=float64, dim=DIM, kv_heads=2, rope=10000.0, dropout=0.0) -> the mixer in eval mode; causal
-# None: the causal form where it exists
-Make = Callable[..., nn.Module]
+# None: the causal form where it exists. Any, as the type of torch modules has none of what the contract adds
+Make = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Registered:
         kv_heads: int = 2,
         rope: float | None = 10000.0,
         dropout: float = 0.0,
-    ) -> nn.Module:
+    ) -> Any:
         torch.manual_seed(0)
         mixer = ls.mixers.build(
             self.name,
@@ -69,7 +69,7 @@ def inputs(
     return (scale * torch.randn(batch, length, dim, generator=generator)).to(dtype)
 
 
-def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
+def perturb(mixer: Any, noise: float = 0.1) -> Any:
     """Move every parameter a little, so that nothing is trivially zero, one or equal."""
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
     return mixer
 
 
-def trains(mixer: nn.Module) -> bool:
+def trains(mixer: Any) -> bool:
     """Some forms are for inference only, and raise UnsupportedError where a gradient is needed."""
     try:
         mixer(inputs(0, 1, 2, dtype=next(mixer.parameters()).dtype))
@@ -144,7 +144,7 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in leaves(state).values())
 
 
-def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
+def growing_leaves(mixer: Any, dim: int = DIM) -> list[str]:
     """Names of the tensors that have no column in an empty state and get some as segments (or tokens) come."""
     with torch.no_grad():
         empty = leaves(mixer.init_state(1))
@@ -154,7 +154,7 @@ def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
     return [name for name, t in later.items() if t.shape != empty[name].shape]
 
 
-def columns_of(mixer: nn.Module, length: int) -> int:
+def columns_of(mixer: Any, length: int) -> int:
     """Columns that growing tensors hold after so many live tokens: one a token, unless the mixer evicts some."""
     counted = getattr(mixer, "state_columns", None)
     return length if counted is None else counted(length)
@@ -291,7 +291,7 @@ def cases(
 
 
 def feed(
-    mixer: nn.Module,
+    mixer: Any,
     x: Tensor,
     cuts: Sequence[int],
     *,
@@ -306,7 +306,7 @@ def feed(
     outputs, at = [], 0
     for size in cuts if mixer.traits.streams else [x.shape[1]]:
         now = slice(at, at + size)
-        keywords = {}
+        keywords: dict[str, Tensor] = {}
         if mask is not None and not mask[:, now].all():
             keywords["mask"] = mask[:, now]
         if reset is not None and reset[:, now].any():
@@ -331,7 +331,7 @@ def documents(real: Tensor, fresh: Tensor) -> Iterator[list[int]]:
     yield positions
 
 
-def alone(mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
+def alone(mixer: Any, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
     """Law 5's oracle: each row's documents alone, without mask or reset; outputs, and each row's final state."""
     rows, states = [], []
     for row in range(x.shape[0]):

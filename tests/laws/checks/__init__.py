@@ -5,9 +5,9 @@ it is run (`why_not`).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..tools import Make, inputs, trains
 from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
@@ -103,7 +103,7 @@ DRAWN = (
 GRADIENTS = {packing.check_padding_gradients, quiet.check_forward_changes_nothing, *CHECKS["6-gradients"]}
 
 
-def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
+def why_not(check: Callable[[Make], None], mixer: Any) -> str:
     """Why a check is not for a mixer; "" where it is."""
     traits = mixer.traits
     is_map = check is causality.check_map_is_causal
@@ -127,7 +127,7 @@ def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def is_mean(mixer: nn.Module) -> bool:
+def is_mean(mixer: Any) -> bool:
     """Whether outputs are means of values."""
     total = mixer.attention_map(inputs(1, 2, 1).expand(2, 24, -1)).sum(-1)
     return bool((total - 1).abs().max() <= 1e-9)

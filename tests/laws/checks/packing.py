@@ -1,16 +1,17 @@
 """Law 5: padding and packing change nothing: every document computes as if alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tools import BATCH, Case, Make, alone, cases, close, feed, inputs, same, state_row, states_close, states_same
 
 
-def hold_against_alone(mixer: nn.Module, x: Tensor, case: Case, state: Any = None) -> None:
+def hold_against_alone(mixer: Any, x: Tensor, case: Case, state: Any = None) -> None:
     """Outputs and final states of the calls against each document alone; zeros at padding, garbage in it."""
     garbage = inputs(case.seed + 1, BATCH, case.length, dtype=x.dtype, scale=100.0)
     dirty = torch.where(case.real[..., None], x, garbage)
@@ -61,7 +62,7 @@ def check_carried_state(make: Make) -> None:
     law()
 
 
-def ragged(calls: list[tuple[int, ...]], resets: list[tuple[int, int, int]] = (), left: bool = False) -> Case:
+def ragged(calls: list[tuple[int, ...]], resets: Sequence[tuple[int, int, int]] = (), left: bool = False) -> Case:
     """Rows of these lengths in each call, padded to the longest; resets are (call, row, position), padding or not."""
     widths = [max(1, *call) for call in calls]
     mask = torch.zeros(BATCH, sum(widths), dtype=torch.bool)
@@ -175,6 +176,7 @@ def check_padding_gradients(make: Make) -> None:
     y.square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"gradient of {name} is not finite"
+    assert x.grad is not None
     assert torch.isfinite(x.grad).all(), "gradient of x is not finite"
     padding = x.grad[~case.real]
     same(padding, torch.zeros_like(padding), "gradient at padding")

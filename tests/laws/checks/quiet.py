@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tools import (
     BATCH,
@@ -158,7 +158,7 @@ def check_draws_nothing(make: Make) -> None:
         states_same(state, first[1], f"states of the same stream, dropout={dropout}")
 
 
-def attached(mixer: nn.Module) -> list[str]:
+def attached(mixer: Any) -> list[str]:
     """Names of tensors with a graph that hang on a module or in a list or dict of it."""
     names = []
     for name, module in mixer.named_modules():
@@ -168,7 +168,7 @@ def attached(mixer: nn.Module) -> list[str]:
     return names
 
 
-def kept_numbers(mixer: nn.Module, training: bool) -> dict[str, Tensor]:
+def kept_numbers(mixer: Any, training: bool) -> dict[str, Tensor]:
     """Parameters and buffers; statistics that wait for after_step may change in training and are named pending."""
     named: dict[str, Any] = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     return {n: t.detach().clone() for n, t in named.items() if not (training and "pending" in n)}
