@@ -1,7 +1,7 @@
 """What transformers requires of every model in its tests of models and of generation, tested for our models.
 
 Tested here: options of outputs, determinism, batching, signatures, embeddings, saving and loading, types,
-recomputation, sequences of all kinds from `generate`. Asked elsewhere: problem types (test_classification_losses),
+recomputation, sequences of all kinds from `generate`. Tested elsewhere: problem types (test_classification_losses),
 resized embeddings (test_resized_embeddings), the Trainer (test_trainer_life), offloading, adapters, pickles.
 
 Left out, with the reason:

@@ -1,4 +1,4 @@
-"""Gradients of gradients (gradient penalties, Hessians) are right or refused, on every path: never wrong in silence."""
+"""Gradients of gradients (gradient penalties, Hessians) are right or refused, on every path: never silently wrong."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -58,7 +58,7 @@ def _right_or_refused(run: Callable[[], Tensor], x: Tensor, leaves: list[Tensor]
         if first is None or not first.any():
             continue  # cut off by design: it has no first derivative either
         penalty = _penalty(run, x)
-        assert penalty.requires_grad, "the gradient is a constant: its derivative would be zero without a word"
+        assert penalty.requires_grad, "the gradient is a constant: its derivative would silently be zero"
         try:
             (second,) = torch.autograd.grad(penalty, leaf, allow_unused=True)
         except UnsupportedError:
@@ -93,7 +93,7 @@ def test_a_penalty_by_backward_is_refused(name: str, loss: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
-def test_a_graph_of_gradients_that_nobody_differentiates_changes_nothing(name: str) -> None:
+def test_an_unused_graph_of_gradients_changes_nothing(name: str) -> None:
     mixer, x = _mixer(name), _input()
     leaves = [x, *(p for p in mixer.parameters() if p.requires_grad)]
     plain = torch.autograd.grad(mixer(x)[0].square().sum(), leaves, allow_unused=True)
@@ -131,7 +131,7 @@ def test_derivatives_by_the_gradient_that_comes_in(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "window"])
 def test_derivatives_by_the_gradient_itself_are_right(name: str) -> None:
-    """They do not pass by what it was computed from."""
+    """They do not depend on what the gradient was computed from."""
     mixer, x = _mixer(name), _input()
     (gradient,) = torch.autograd.grad(mixer(x)[0].sum(), x, create_graph=True)
     (slope,) = torch.autograd.grad(gradient.square().sum(), gradient)
@@ -222,8 +222,8 @@ def test_no_input_of_an_op_is_a_constant_to_its_gradient(name: str, by_sum: bool
                 torch.autograd.grad(gradient.square().sum(), leaf)
 
 
-def test_every_autograd_function_has_the_one_base() -> None:
-    """A new one cannot forget it."""
+def test_every_autograd_function_derives_from_one_base() -> None:
+    """A new function cannot miss the check."""
     folder = Path(ls.__file__).parent
     direct = [
         f"{file.relative_to(folder)}:{node.name}"
@@ -241,7 +241,7 @@ def test_every_autograd_function_has_the_one_base() -> None:
 
 @pytest.mark.parametrize("options", [{"reversible": True}, {"checkpoint": True}, {"ffn_chunk": 3}])
 @pytest.mark.parametrize("name", ["linear", "infini", "lsh"])
-def test_models_that_compute_again(name: str, options: dict[str, Any]) -> None:
+def test_models_that_recompute_activations(name: str, options: dict[str, Any]) -> None:
     model = own(name, layers=2, **options).double()
     ids = tokens(1, LENGTH)
     parameters = list(model.parameters())

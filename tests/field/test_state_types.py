@@ -65,7 +65,7 @@ class Reader:
         return torch.cat(outs, 1), state
 
 
-def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
+def check_continues(model: Any, mode: str, folder: Path, selects: bool) -> None:
     """States made in this mode and moved to any type continue as they are; so do those made in fp32."""
     weights, autocast = MODES[mode]
     outside = Reader(copy.deepcopy(model), None)
@@ -104,7 +104,7 @@ def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
 def test_a_state_continues_in_any_precision(form: str, mode: str, tmp_path: Path) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
-    check_goes_on(model, mode, tmp_path, model.traits.selects)
+    check_continues(model, mode, tmp_path, model.traits.selects)
 
 
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
@@ -113,7 +113,7 @@ def test_a_state_of_a_converted_model_continues_in_any_precision(name: str, mode
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name)).eval()
-    check_goes_on(model, mode, tmp_path, model.traits.selects)
+    check_continues(model, mode, tmp_path, model.traits.selects)
 
 
 @pytest.mark.parametrize("fields", [{}, {"accumulate": True, "max_summaries": 2}, {"per_layer": True, "memory_dim": 3}])
@@ -123,7 +123,7 @@ def test_a_state_of_a_recurrent_memory_continues_in_any_precision(
 ) -> None:
     for name in ("window", "linear"):
         model = ls.RecurrentMemory(own(name), num_memory_tokens=2, segment_length=6, **fields).eval()
-        check_goes_on(model, mode, tmp_path, False)
+        check_continues(model, mode, tmp_path, False)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -104,7 +104,7 @@ def test_forwards_of_a_step_count_as_one_of_all_their_rows() -> None:
 
 
 def test_an_overflow_is_no_measurement() -> None:
-    """Loss scaling steps over a forward with infinities; the bound outlives it."""
+    """Loss scaling steps over a forward with infinities; the bound survives it."""
     mixer = performer(redraw=1)
     before = mixer.core.bound.clone()
     mixer(torch.full((1, 3, 16), torch.inf))

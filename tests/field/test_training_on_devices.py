@@ -1,4 +1,4 @@
-"""The library's own trainers on a device that is no CPU: the same figures, saved and gone on with."""
+"""The library's own trainers on a device that is no CPU: the same figures, saved and resumed."""
 
 import contextlib
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def recipe(source: Path, name: str, **fields: Any) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    """What a log says but for clocks."""
+    """The lines of a log without their times."""
     clocks = ("seconds", "memory", "tokens_per_second")
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_log(folder / "log.jsonl")]
 

@@ -1,4 +1,4 @@
-"""Models inside PEFT, torch.compile, data parallelism and the library's own faces are taken for what they are."""
+"""Models inside PEFT, torch.compile, data parallelism and the library's own wrappers are recognized."""
 
 from pathlib import Path
 from typing import Any
