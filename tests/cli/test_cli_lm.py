@@ -112,20 +112,22 @@ def test_the_test_split_and_the_official_count_of_words(
 ) -> None:
     from longspan.tasks.corpora import CORPORA, Official
 
+    counts = CORPORA["pg19"].official
+    assert counts is not None
     assert len(list((word_run / "cache").iterdir())) == 2
     evaluation = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
     assert (evaluation["text"]["documents"], evaluation["text"]["words"]) == (2, 5 * 41)
     assert evaluation["text"]["words_by"] == "counted between white space"
     assert [band["first"] for band in evaluation["by_frequency"]] == [0, 10, 100]
     assert len(list((word_run / "cache").iterdir())) == 3
-    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 206))
+    monkeypatch.setitem(counts, "test", Official(2, 206))
     official = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
     assert (official["text"]["words"], official["text"]["words_by"]) == (206, "official count")
     same = official["readings"]["carried"]["perplexity_per_word"]["value"] ** (206 / 205)
     assert same == pytest.approx(evaluation["readings"]["carried"]["perplexity_per_word"]["value"])
     assert official["notes"] == []
     # as many documents, but not those
-    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 210))
+    monkeypatch.setitem(counts, "test", Official(2, 210))
     recounted = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
     assert (recounted["text"]["words"], recounted["text"]["words_by"]) == (205, "counted between white space")
     assert "the official count of 210 words is not used: this text has 205" in recounted["notes"][0]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from tests.cli.command import Command, Outcome
 
 from longspan.cli.reading import LONGEST, PIECE, SubwordEncoder
+from longspan.tasks import TextTask
+from longspan.tasks.tokenizers import Tokenizer
 from longspan.train import load_run
 
 
@@ -27,6 +29,12 @@ def stream(
     outcome = longspan("stream", run, *arguments, "--losses", file, stdin=stdin)
     assert outcome.code == 0, outcome
     return np.fromfile(file, dtype="<f4"), outcome
+
+
+def tokenizer_of(run: Path) -> Tokenizer:
+    _, task = load_run(run)
+    assert isinstance(task, TextTask)
+    return task.tokenizer
 
 
 def test_train_says_what_to_do_next(longspan: Command, folder: Path, tmp_path: Path) -> None:
@@ -107,9 +115,9 @@ def test_saving_at_the_end_prints_how_to_continue(
 
 def test_the_first_byte_is_predicted_too(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     losses, _ = stream(longspan, byte_run, "-", tmp_path=tmp_path, stdin=b"t")
-    model, task = load_run(byte_run)
+    model, _ = load_run(byte_run)
     with torch.no_grad():
-        logits, _ = model(torch.tensor([[task.tokenizer.begin]]))
+        logits, _ = model(torch.tensor([[tokenizer_of(byte_run).begin]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor([ord("t")]))
     assert losses.tolist() == pytest.approx([float(expected)])
 
@@ -144,7 +152,7 @@ def test_subwords_are_counted_in_bytes(longspan: Command, subword_run: Path, fol
 
 
 def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run: Path) -> None:
-    tokenizer = load_run(subword_run)[1].tokenizer
+    tokenizer = tokenizer_of(subword_run)
     text = ("peace with all nätions\n" * 9000 + "and a tail that ends in no newline").encode()
     encoder = SubwordEncoder(tokenizer, "text")
     tokens: list[int] = []
@@ -156,7 +164,7 @@ def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run: Path) -> 
 
 
 def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run: Path) -> None:
-    tokenizer = load_run(subword_run)[1].tokenizer
+    tokenizer = tokenizer_of(subword_run)
     encoder = SubwordEncoder(tokenizer, "text")
     tokens: list[int] = []
     text = b"peace " * 60_000

@@ -151,7 +151,7 @@ def test_a_run_without_such_layers(longspan: Command, byte_run: Path, tmp_path: 
 
 @pytest.mark.parametrize("fields", [{}, {"window": 5}])
 @pytest.mark.parametrize("carried", [0, 7])
-def test_supports_are_counted_correctly(fields: dict[str, int], carried: int) -> None:
+def test_supports_are_counted_correctly(fields: dict[str, Any], carried: int) -> None:
     torch.manual_seed(0)
     mixer = ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, alpha_init=1.8, **fields).double()
     x = torch.randn(2, carried + 20, 16, dtype=torch.float64) * 3
@@ -159,13 +159,14 @@ def test_supports_are_counted_correctly(fields: dict[str, int], carried: int) ->
     state = mixer(x[:, :carried])[1] if carried else None
     q, k, v = mixer.projections(x[:, carried:])
     rows = Rows(torch.full((2,), carried), 20)
+    assert isinstance(mixer.core, EntmaxCore)
     with torch.no_grad():
         assert torch.equal(support_sizes(mixer.core, q, k, v, state, rows), expected)
     assert expected.max() > expected.min()
 
 
 def test_layers_are_found_in_any_model() -> None:
-    table = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
+    table: dict[str, Any] = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
     config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
     model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)

@@ -107,7 +107,8 @@ def test_training_works_after_a_call_in_inference_mode(name: str) -> None:
 
 def test_folded_queries_give_the_scores_of_projected_distances() -> None:
     """A token of a stream applies W_r to its query; with a hook around the map, to the distances."""
-    model, ids = own("transformer_xl", init_std=0.5), tokens(1, 8)
+    model: Any = own("transformer_xl", init_std=0.5)
+    ids = tokens(1, 8)
     core = model.blocks[0].mixer.core
     with torch.no_grad():
         state = model(ids[:, :7])[1]

@@ -125,7 +125,7 @@ def test_every_way_to_write_stops_at_the_end(
 @pytest.mark.parametrize("case", CASES)
 def test_the_harness_stops_at_the_end(case: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
 
     from longspan.harness import LongspanLM
 

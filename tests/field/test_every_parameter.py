@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import longspan as ls
@@ -124,7 +125,7 @@ def test_every_parameter_of_heads_around_models_gets_a_gradient(kind: str) -> No
 
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
-    model = own(name)
+    model: Any = own(name)
     rest = own(name, mixers=({"name": name, **FIELDS[name], "shared": False},))
     named = {key for key, _ in model.named_parameters()}
     assert not any("k_proj" in key for key in named)
@@ -146,7 +147,7 @@ def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SHARED)
 def test_sessions_of_earlier_versions_continue(name: str, tmp_path: Path) -> None:
-    model = own(name)
+    model: Any = own(name)
     ls.models.save_model(model, tmp_path)
     unused = "blocks.0.mixer.projections.k_proj.weight"
     weights = {**model.state_dict(), unused: torch.ones(DIM, DIM)}
@@ -250,7 +251,7 @@ def train_in_two(subjects: list[tuple[str, str]]) -> list[str]:
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         failed = manager.list()
-        mp.spawn(reduced, args=(port, subjects, failed), nprocs=2)
+        spawn(reduced, args=(port, subjects, failed), nprocs=2)
         return list(failed)
 
 

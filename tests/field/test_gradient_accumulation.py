@@ -23,7 +23,7 @@ ROWS = 8
 LONG = pytest.mark.long  # a run of the Trainer takes a second
 
 
-class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
+class Recorder(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """Keeps the gradients just before the optimizer reads them."""
 
     def __init__(self) -> None:
@@ -160,8 +160,11 @@ BIDIRECTIONAL = ["full", "window", "linear", "performer", "entmax", "bp", "lsh",
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_masked_models(name: str) -> None:
-    fields = {"lsh": {"selection": "sorted"}, "routing": {"selection": "balanced", "commitment": 0.0}}.get(name, {})
-    check_calls(hf.LongspanForMaskedLM.wrap(masked(name, **fields)), language())
+    fields: dict[str, dict[str, Any]] = {
+        "lsh": {"selection": "sorted"},
+        "routing": {"selection": "balanced", "commitment": 0.0},
+    }
+    check_calls(hf.LongspanForMaskedLM.wrap(masked(name, **fields.get(name, {}))), language())
 
 
 def test_masked_models_with_auxiliary_losses(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_converted_models_with_auxiliary_losses(name: str, smoothing: float, tmp
     plain = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=smoothing
     )
-    extra = sum(hf.penalties(model))
+    extra = torch.stack(hf.penalties(model)).sum()
     assert extra.detach() > 1e-3
     torch.testing.assert_close(loss, plain + extra)
 

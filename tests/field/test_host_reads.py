@@ -23,7 +23,7 @@ class Reads(TorchDispatchMode):
     """Counts the operations for which a host waits."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ LONG = pytest.mark.long
 EXPORTED = ("window", "infini")  # where tests are quick, as an export takes seconds
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=LONG) for kind in KINDS[:-2]] + KINDS[-2:])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=LONG) for kind in KINDS[:-2]), *KINDS[-2:]])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_layer_reads_on_the_cpu(name: str, kind: str) -> None:
     model = own(name, layers=2)

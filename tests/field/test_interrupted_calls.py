@@ -183,7 +183,7 @@ def _store(folder: Path, index: str = "exact") -> MemoryStore:
 @pytest.mark.parametrize("session", [True, False])
 def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
     """Segments of 4: the call interrupted closes one, in a store that is full and overwrites its oldest pairs."""
-    model = own("memorizing", layers=2)
+    model: Any = own("memorizing", layers=2)
 
     def read(folder: str, interrupt: bool) -> list[Tensor]:
         stores = [_store(tmp_path / f"{folder}{index}") for index in range(2)]
@@ -198,7 +198,8 @@ def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
             if session:
                 return reader.feed(part).clone()
             logits, state = model(part[None], state)
-            return logits[0, -1]
+            last: Tensor = logits[0, -1]
+            return last
 
         feed(READ[:23])
         if interrupt:

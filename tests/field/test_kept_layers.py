@@ -39,14 +39,15 @@ def test_sliding_layers_hold_a_window(kind: str, layer: int) -> None:
     hf.convert(model, *(["window"] if sliding else ["full"]), layers=[layer], **({"window": 8} if sliding else {}))
     outputs = []
     for reader in (original, model):
-        cache, logits = None, []
+        cache: Any = None
+        logits = []
         for first in range(0, 40, 10):
             out = reader(text[:, first : first + 10], use_cache=True, **({} if cache is None else {names.CACHE: cache}))
             cache = out[names.CACHE]
             logits.append(out.logits)
         outputs.append((torch.cat(logits, 1), cache))
-    (expected, theirs), (logits, ours) = outputs
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    (expected, theirs), (actual, ours) = outputs
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     for index, (ours_layer, reference_layer) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         if index == layer:
             assert isinstance(ours_layer, hf.StateLayer)

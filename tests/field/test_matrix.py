@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
+from tests.field.models import CONVERTIBLE, NAMES, converted, labeled, own, tokens
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("longspan.hf")
@@ -114,7 +114,7 @@ def test_trainer_step(kind: str, name: str, tmp_path: Path) -> None:
     loss_of(byhand.train(), text).backward()
     optimizer.step()
     for (key, ours), theirs in zip(model.named_parameters(), byhand.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=labeled(key))
 
 
 def test_adapters_train_save_load_and_merge(kind: str, name: str, tmp_path: Path) -> None:
@@ -168,4 +168,4 @@ def test_distributed_data_parallel(kind: str, name: str, world: None) -> None:
         if ours.requires_grad:
             assert ours.grad is not None, key
             expected = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
-            torch.testing.assert_close(ours.grad, expected, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(ours.grad, expected, msg=labeled(key))

@@ -163,7 +163,7 @@ def test_encoders_keep_documents_apart(position: int) -> None:
 
     mine = hf.LongspanForMaskedLM.wrap(
         ls.models.MaskedLM(
-            ls.EncoderConfig(vocab_size=VOCAB, dim=DIM, num_layers=1, num_heads=HEADS, mixers=[{"name": "full"}])
+            ls.EncoderConfig(vocab_size=VOCAB, dim=DIM, num_layers=1, num_heads=HEADS, mixers=({"name": "full"},))
         )
     ).eval()
     apart = torch.cat([mine(part).logits for part in text.split(LENGTHS, 1)], 1)

@@ -103,7 +103,8 @@ def test_no_graph_is_left_after_a_step(kind: str, name: str) -> None:
     def leave_mark(module: Any, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
             mark = Mark()
-            output.grad_fn.metadata["mark"] = mark
+            metadata: Any = output.grad_fn.metadata
+            metadata["mark"] = mark
             marks.append(weakref.ref(mark))
 
     model, text = make(kind, name).train(), tokens(2, 11)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 
-from .models import DIM, FIELDS, HEADS, NAMES, VOCAB, own, tokens
+from .models import DIM, FIELDS, HEADS, NAMES, VOCAB, labeled, own, tokens
 
 SIZE, MEMORY = 6, 2
 
@@ -57,7 +57,7 @@ def test_diagonals_run_with_every_mechanism(name: str) -> None:
             torch.testing.assert_close(model(ids)[0], runs[-1]["out"], atol=1e-5, rtol=1e-5)
     assert runs[0].keys() == runs[1].keys()
     for key, value in runs[0].items():
-        torch.testing.assert_close(runs[1][key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(runs[1][key], value, atol=1e-5, rtol=1e-4, msg=labeled(key))
 
 
 @pytest.mark.parametrize("name", ["full", "infini", "associative"])
@@ -66,7 +66,12 @@ def test_mechanisms_that_run_in_batches_of_layers_do(name: str, monkeypatch: pyt
 
     calls = []
     diagonals = LayerMemory.diagonals
-    monkeypatch.setattr(LayerMemory, "diagonals", lambda *args: calls.append(1) or diagonals(*args))
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return diagonals(*args)
+
+    monkeypatch.setattr(LayerMemory, "diagonals", counted)
     model = recurrent(own(name, layers=2), per_layer=True, diagonal=True)
     model(tokens(2, 3 * SIZE))
     assert calls == [1]

@@ -30,7 +30,7 @@ def memory_over(backbone: Any, **fields: Any) -> ls.RecurrentMemory:
 
 def build(kind: str, **fields: Any) -> Any:
     torch.manual_seed(0)
-    encoder = {"vocab_size": VOCAB, "dim": DIM, "num_layers": 1, "num_heads": 2}
+    encoder: dict[str, Any] = {"vocab_size": VOCAB, "dim": DIM, "num_layers": 1, "num_heads": 2}
     if kind == "decoder":
         model: Any = hf.LongspanForCausalLM.wrap(own(**fields))
     elif kind == "memory":

@@ -113,7 +113,8 @@ def test_a_penalty_across_two_calls_is_right_or_refused(name: str) -> None:
 
     def run() -> Tensor:
         first, state = mixer(x)
-        return first.sum() + mixer(later, state)[0].sum()
+        total: Tensor = first.sum() + mixer(later, state)[0].sum()
+        return total
 
     assert _right_or_refused(run, x, [x, mixer.projections.v_proj.weight]) > 0
 
@@ -143,7 +144,8 @@ def test_functional_transforms_are_right_or_refused(name: str) -> None:
     mixer, x = _mixer(name).requires_grad_(False), _input().detach()
 
     def loss(x: Tensor) -> Tensor:
-        return mixer(x)[0].square().sum()
+        total: Tensor = mixer(x)[0].square().sum()
+        return total
 
     with pytest.raises((UnsupportedError, RuntimeError)):
         torch.func.hessian(loss)(x)
@@ -151,7 +153,7 @@ def test_functional_transforms_are_right_or_refused(name: str) -> None:
         torch.autograd.functional.hessian(loss, x)
     direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(3))
     try:
-        _, slope = torch.func.jvp(loss, (x,), (direction,))
+        slope = torch.func.jvp(loss, (x,), (direction,))[1]
     except (UnsupportedError, NotImplementedError, RuntimeError):
         return
     step = 1e-6
@@ -191,11 +193,15 @@ def _ops() -> Iterator[tuple[str, Callable[[list[Tensor]], Tensor], list[Tensor]
     yield "full, masked", lambda t: ops.full_attention(*t, lengths=lengths), [q, k, v]
     yield "window", lambda t: ops.window_attention(*t, window=3), [q, k, v]
     blocks = torch.tensor([[0, 0], [0, 1], [1, 2]]).expand(1, 2, -1, -1)
-    sizes = {"query_block": 3, "key_block": 3}
-    yield "block sparse", lambda t: ops.block_sparse_attention(*t, blocks, **sizes), [q, k, v]
+
+    def sparse(t: list[Tensor], **options: Any) -> Any:
+        q, k, v = t
+        return ops.block_sparse_attention(q, k, v, blocks, query_block=3, key_block=3, **options)
+
+    yield "block sparse", sparse, [q, k, v]
     yield (
         "block sparse, log-sum-exps",
-        lambda t: torch.cat([x.flatten() for x in ops.block_sparse_attention(*t, blocks, return_lse=True, **sizes)]),
+        lambda t: torch.cat([x.flatten() for x in sparse(t, return_lse=True)]),
         [q, k, v],
     )
     yield "linear", lambda t: ops.linear_attention(t[0].exp(), t[1].exp(), t[2])[0], [q, k, v]
@@ -253,7 +259,7 @@ def test_models_that_recompute_activations(name: str, options: dict[str, Any]) -
 
 
 def test_the_loss_in_chunks() -> None:
-    head = own("window").double().head()
+    head: Any = own("window").double().head()
     hidden = torch.randn(1, LENGTH, DIM, dtype=torch.float64, requires_grad=True)
     loss = chunked_next_token_loss(hidden, head, tokens(1, LENGTH), chunk=4)
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
@@ -283,7 +289,7 @@ def test_gradients_by_torch_func_are_right_or_refused(name: str) -> None:
         return out
 
     try:
-        out, pull = torch.func.vjp(logits, hidden)
+        out, pull = torch.func.vjp(logits, hidden)[:2]
     except UnsupportedError:
         return
     leaf = hidden.clone().requires_grad_()

@@ -143,7 +143,7 @@ def test_a_lowered_state_is_what_an_empty_one_of_that_type_would_be(form: str) -
 
 
 def test_gradients_pass_a_moved_state() -> None:
-    model = own("linear")
+    model: Any = own("linear")
     _, state = model(tokens(1, 5))
     out, _ = model(tokens(1, 3), ls.state.to(state, dtype=torch.float64))
     out.sum().backward()
@@ -180,7 +180,8 @@ def test_a_stored_state_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
 def test_an_empty_state_has_the_named_type_and_device(form: str) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
-    for module in (model, model.blocks[0].mixer):
+    modules: list[Any] = [model, model.blocks[0].mixer]
+    for module in modules:
         for dtype in (*TYPES, torch.float32):
             named = module.init_state(3, device="meta", dtype=dtype)
             assert types(named) == types(copy.deepcopy(module).to(dtype).init_state(3))

@@ -13,7 +13,7 @@ import longspan as ls
 
 from .models import CONVERTIBLE, FIELDS, NAMES, converted, own, tokens
 
-BOUNDED = {"num_features": 8, "kind": "bounded"}
+BOUNDED: dict[str, Any] = {"num_features": 8, "kind": "bounded"}
 COUNTING: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, FIELDS[name]) for name in NAMES},
     "performer, bounded": ("performer", BOUNDED),
@@ -65,7 +65,7 @@ def test_a_training_forward_of_a_converted_model_changes_no_buffer(name: str, mo
     check_untouched(converted(name.split(",")[0]))
 
 
-def performer(dtype: torch.dtype = torch.float32, **fields: Any) -> ls.mixers.Mixer:
+def performer(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("performer", dim=16, num_heads=2, **BOUNDED, **fields).to(dtype)
 

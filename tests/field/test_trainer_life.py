@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.field.models import CONVERTIBLE, NAMES, VOCAB, converted, llama, own, tokens
+from tests.field.models import CONVERTIBLE, NAMES, VOCAB, converted, labeled, llama, own, tokens
 from torch import Tensor
 
 import longspan as ls
@@ -118,7 +118,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+class Watch(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """The weights of the model at every evaluation."""
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(kind: str, name: str, tmp_
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 4
     for key, tensor in weights(whole.model).items():
-        torch.testing.assert_close(second.model.state_dict()[key], tensor, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(second.model.state_dict()[key], tensor, msg=labeled(key))
 
 
 @pytest.mark.parametrize("kind", ["own", "converted"])

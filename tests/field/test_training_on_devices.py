@@ -11,8 +11,8 @@ from tests.emulated_device import emulated
 from tests.field.models import FIELDS
 
 from longspan.models import build_model
-from longspan.tasks import CopyConfig, CopyTask, MemoryConfig, MemoryTask
-from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
+from longspan.tasks import MemoryConfig, MemoryTask
+from longspan.tasks.synthetic import CopyConfig, CopyTask, PasskeyConfig, PasskeyTask
 from longspan.train import (
     CurriculumConfig,
     RetrievalConfig,
@@ -83,7 +83,7 @@ def test_a_run_on_a_device_equals_that_on_the_cpu_and_resumes(name: str, tmp_pat
 
 
 SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2}
-SMALL = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
+SMALL: dict[str, Any] = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
 
 
 Make = Callable[[Path, torch.device], StagedTrainer]
@@ -100,7 +100,7 @@ def recall(folder: Path, device: torch.device) -> StagedTrainer:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     memory = {"num_memory_tokens": 2, "segment_length": 96, "gate_noise": 0.0}
     model = build_model({**SIZES, "vocab_size": 512, "kind": "encoder", "classes": 6, "memory": memory})
-    config = CurriculumConfig(steps=2, tokens=400, short_segments=[64], **SMALL)
+    config = CurriculumConfig(steps=2, tokens=400, short_segments=(64,), **SMALL)
     task.prepare(folder)
     return RecallTrainer(model.to(device), task, config, folder, display=Silent())
 

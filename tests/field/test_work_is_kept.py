@@ -46,7 +46,8 @@ class Signals(Silent):
     """Sends itself a signal when an evaluation begins."""
 
     def __init__(self, number: int, times: int = 1) -> None:
-        self.number, self.times, self.messages = number, times, []
+        self.number, self.times = number, times
+        self.messages: list[str] = []
 
     def step(self, line: dict[str, Any]) -> None:
         self.line = line
@@ -191,7 +192,8 @@ def test_an_invalid_byte_ends_a_stream_after_the_text_before_it(
         options = ["--quiet", "--losses", out, "--load-state", copied_state]
         assert longspan("stream", subword_run, tmp_path / "behind", *options).code == 0
         losses.append(np.fromfile(out, "<f4"))
-    assert np.array_equal(*losses)
+    first, second = losses
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("bad", [b"\xff", b"\xe2\x82", b"\xed\xa0\x80", b"\xff\xfe\xf0\x9f"])
@@ -210,7 +212,8 @@ def test_invalid_bytes_are_replaced_as_python_replaces_them(
         # the offset to continue from counts bytes of the file, not of the replacement characters
         assert f"--skip {(tmp_path / name).stat().st_size})" in outcome.err
         losses.append(np.fromfile(out, "<f4"))
-    assert np.array_equal(*losses)
+    first, second = losses
+    assert np.array_equal(first, second)
 
 
 def test_a_text_that_ends_inside_a_character_is_read_to_there(

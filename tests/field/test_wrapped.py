@@ -121,7 +121,7 @@ def test_sessions_over_memories_save_and_load(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_recurrent_memories_go_around_what_is_inside() -> None:
     text = tokens(2, 11)
-    fields = {"num_memory_tokens": 2, "segment_length": 4}
+    fields: dict[str, Any] = {"num_memory_tokens": 2, "segment_length": 4}
 
     def memory(backbone: Any) -> Any:
         torch.manual_seed(3)
@@ -140,7 +140,8 @@ def test_recurrent_memories_go_around_what_is_inside() -> None:
 @torch.no_grad()
 def test_conversions_act_through_every_wrapper() -> None:
     text = tokens(2, 13)
-    for wrap in (torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+    wrappers: list[Any] = [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+    for wrap in wrappers:
         model = llama()
         before = model(text).logits
         outside = wrap(model)

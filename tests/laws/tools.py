@@ -56,7 +56,7 @@ class Registered:
         return perturb(mixer).to(dtype).eval()
 
 
-def forms(make: Make) -> list[dict[str, bool]]:
+def forms(make: Make) -> list[dict[str, Any]]:
     """Keywords of `make` for every form that exists."""
     return [{}, {"causal": False}] if make().traits.bidirectional else [{}]
 

@@ -48,7 +48,8 @@ def within_horizon(traits: Any, length: int) -> Tensor:
     if traits.horizon is None:
         return torch.ones(length, length, dtype=torch.bool)
     number = torch.arange(length) // traits.segment
-    return number[:, None] - number < traits.horizon
+    near: Tensor = number[:, None] - number < traits.horizon
+    return near
 
 
 def reach_of_map(mixer: Any) -> None:
@@ -89,7 +90,7 @@ def reach_of_map(mixer: Any) -> None:
     assert not surplus, f"gradient beyond what a head may reach, (query, key) {surplus[:5]}, queries from {first} on"
 
 
-def gradients(mixer: Any, x: Tensor, cuts: Sequence[int], **keywords: Tensor) -> dict[str, Tensor]:
+def gradients(mixer: Any, x: Tensor, cuts: Sequence[int], **keywords: Any) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = feed(mixer, x, cuts, **keywords)[0]
     named = {"x": x} | dict(mixer.named_parameters())
@@ -151,7 +152,8 @@ def check_numeric_gradients(make: Make) -> None:
     reset[0, length // 2] = True
 
     def forward(x: Tensor, past: object, packed: bool) -> Tensor:
-        return mixer(x, past, mask=mask, reset=reset)[0] if packed else mixer(x, past)[0]
+        out: Tensor = mixer(x, past, mask=mask, reset=reset)[0] if packed else mixer(x, past)[0]
+        return out
 
     for past, packed in ((None, False), (None, True), (state, False), (state, True)):
         if past is None and packed and mixer.traits.streams:

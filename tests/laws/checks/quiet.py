@@ -13,14 +13,13 @@ from ..tools import (
     feed,
     inputs,
     leaves,
-    map_state,
     same,
     state_row,
     states_close,
     states_same,
     trains,
 )
-from .stream import position_leaves
+from .stream import moved, position_leaves
 
 
 def check_rows_are_independent(make: Make) -> None:
@@ -90,7 +89,7 @@ def check_old_streams(make: Make) -> None:
             state = mixer(inputs(1, 2, 50, dim=32, dtype=dtype))[1]
             for distance in (1_008_000, 10_080_000, 1_008_000_000):
                 distance -= distance % (mixer.traits.segment or 1)
-                old = map_state(state, lambda name, t, d=distance, n=names: t + d if name in n else t)
+                old = moved(state, names, [], distance, 0)
                 y, end = feed(mixer, inputs(2, 2, 60, dim=32, dtype=dtype), (21, 39), state=old)
                 assert torch.isfinite(y).all(), f"outputs after {distance} tokens are not finite, {dtype}"
                 for name, t in leaves(end).items():
@@ -146,16 +145,16 @@ def check_draws_nothing(make: Make) -> None:
     for dropout in (0.0, 0.3):
         mixer = make(dropout=dropout)
         x = inputs(1, 2, 40)
-        first = None
+        runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
             with torch.no_grad():
-                y, state = feed(mixer, x, (17, 1, 22))
+                runs.append(feed(mixer, x, (17, 1, 22)))
             assert torch.equal(torch.get_rng_state(), before), f"evaluation draws random numbers, dropout={dropout}"
-            first = first or (y, state)
-        same(y, first[0], f"outputs of the same stream, dropout={dropout}")
-        states_same(state, first[1], f"states of the same stream, dropout={dropout}")
+        (first, start), (second, end) = runs
+        same(second, first, f"outputs of the same stream, dropout={dropout}")
+        states_same(end, start, f"states of the same stream, dropout={dropout}")
 
 
 def attached(mixer: Any) -> list[str]:
@@ -181,7 +180,8 @@ def check_forward_changes_nothing(make: Make) -> None:
         before = kept_numbers(mixer, training)
         mask = torch.ones(2, 30, dtype=torch.bool)
         mask[0, :7] = False
-        for penalties in (None, []):
+        collected: list[Tensor] = []
+        for penalties in (None, collected):
             x = inputs(1, 2, 30).requires_grad_()
             y, state = mixer(x, mask=mask, penalties=penalties)
             if state is not None:
@@ -206,7 +206,8 @@ def check_empty_inputs(make: Make) -> None:
             for begun in (False, True)[: 1 + mixer.traits.streams]:
                 what = f"{shape}{'' if real else ', padding alone'}, training={training}, from init_state={begun}"
                 x = torch.zeros(shape, dtype=torch.float64, requires_grad=training)
-                mask, penalties = None if real else torch.zeros(shape[:2], dtype=torch.bool), []
+                mask = None if real else torch.zeros(shape[:2], dtype=torch.bool)
+                penalties: list[Tensor] = []
                 with torch.set_grad_enabled(training):
                     y, state = mixer(x, mixer.init_state(shape[0]) if begun else None, mask=mask, penalties=penalties)
                     total = y.sum() + sum(penalties)
