@@ -133,7 +133,8 @@ class Tiny(Rowwise):
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None]
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None]
+        return heads
 
     def positions(self, length: int, past: Keys) -> Tensor:
         return past.seen + torch.arange(length)
