@@ -5,9 +5,9 @@ import random
 import shutil
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from tests.cli.command import Command, Outcome
 
 from longspan.cli.app import run
 
@@ -35,24 +35,8 @@ threads = 1
 """
 
 
-class Outcome(NamedTuple):
-    """What a command left: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line on standard error, of a command that ended with exit code 2."""
-        assert self.code == 2, self
-        (line,) = self.err.splitlines()
-        assert line.startswith("longspan: error: ")
-        return line.removeprefix("longspan: error: ")
-
-
 @pytest.fixture
-def longspan(capfd, monkeypatch):
+def longspan(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
     """Call the command line with arguments, and with bytes on standard input."""
 
     def call(*arguments: object, stdin: bytes = b"") -> Outcome:
@@ -74,7 +58,7 @@ def prose(size: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with documents, a longer text, and recipes."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "documents").mkdir()
@@ -94,18 +78,18 @@ def _trained(folder: Path, tokenizer: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def byte_run(folder) -> Path:
+def byte_run(folder: Path) -> Path:
     """A run that reads bytes."""
     return _trained(folder, "bytes")
 
 
 @pytest.fixture(scope="session")
-def subword_run(folder) -> Path:
+def subword_run(folder: Path) -> Path:
     """A run that reads subwords."""
     return _trained(folder, "subword")
 
 
 @pytest.fixture
-def copied_run(byte_run, tmp_path) -> Path:
+def copied_run(byte_run: Path, tmp_path: Path) -> Path:
     """A run of bytes that a test may damage."""
     return Path(shutil.copytree(byte_run, tmp_path / "copy"))

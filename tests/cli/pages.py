@@ -4,5 +4,5 @@ import re
 
 
 def without_pixels(html: str) -> str:
-    """A page without what its pictures are made of: in base64 any word may stand by chance, "http" once in 30 pages."""
+    """A page without its pictures: in base64 any word may occur by chance, "http" once in 30 pages."""
     return re.sub(r"(data:image/png;base64,)[A-Za-z0-9+/=]+", r"\1", html)

@@ -4,9 +4,12 @@ import builtins
 import errno
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
+from tests.cli.command import Command
 
 from longspan.cli import main
 from longspan.cli.app import run
@@ -32,7 +35,9 @@ from longspan.errors import ConfigError
         (["mixers", "transformer-xl"], "did you mean 'transformer_xl'"),
     ],
 )
-def test_wrong_arguments(longspan, tmp_path, monkeypatch, arguments, expected):
+def test_wrong_arguments(
+    longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert expected in longspan(*arguments).error
     assert not list(tmp_path.iterdir())
@@ -51,53 +56,57 @@ def test_wrong_arguments(longspan, tmp_path, monkeypatch, arguments, expected):
         ("train.lr=1e30", "loss"),
     ],
 )
-def test_wrong_recipes(longspan, folder, tmp_path, assignment, expected):
-    found = longspan("train", folder / "bytes.toml", "--set", assignment, "-o", tmp_path / "run")
+def test_wrong_recipes(longspan: Command, folder: Path, tmp_path: Path, assignment: str, expected: str) -> None:
+    outcome = longspan("train", folder / "bytes.toml", "--set", assignment, "-o", tmp_path / "run")
     # a run that diverges has shown its progress first
-    last = found._replace(err=found.err.splitlines()[-1])
+    last = outcome._replace(err=outcome.err.splitlines()[-1])
     assert expected in last.error
 
 
-def test_a_recipe_that_is_no_toml(longspan, tmp_path):
+def test_a_recipe_that_is_not_toml(longspan: Command, tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("[model\n")
     assert "cannot be read as TOML" in longspan("train", tmp_path / "r.toml").error
 
 
-def test_a_run_is_not_overwritten(longspan, folder, byte_run):
+def test_a_run_is_not_overwritten(longspan: Command, folder: Path, byte_run: Path) -> None:
     assert "holds a run already" in longspan("train", folder / "bytes.toml", "-o", byte_run).error
 
 
-def test_a_missing_text(longspan, byte_run, tmp_path):
+def test_a_missing_text(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     assert "nothing.txt: No such file" in longspan("stream", byte_run, tmp_path / "nothing.txt").error
     assert "nothing.txt: no such file" in longspan("eval", byte_run, tmp_path / "nothing.txt").error
     assert str(tmp_path) in longspan("stream", byte_run, tmp_path).error
 
 
-def test_a_text_that_is_too_short(longspan, byte_run, folder):
+def test_a_text_that_is_too_short(longspan: Command, byte_run: Path, folder: Path) -> None:
     assert "has 9,000 bytes" in longspan("stream", byte_run, folder / "long.txt", "--skip", 9001).error
     assert "standard input ends" in longspan("stream", byte_run, "-", "--skip", 9, stdin=b"short").error
 
 
-def test_a_damaged_model(longspan, copied_run, folder):
+def test_a_damaged_model(longspan: Command, copied_run: Path, folder: Path) -> None:
     weights = copied_run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert f"{weights}: damaged" in longspan("stream", copied_run, folder / "long.txt").error
 
 
-def test_a_damaged_state(longspan, byte_run, folder, tmp_path):
+def test_a_damaged_state(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     assert longspan("stream", byte_run, folder / "long.txt", "--limit", 100, "--save-state", state).code == 0
     state.write_bytes(state.read_bytes()[:-7])
     assert "damaged" in longspan("stream", byte_run, folder / "long.txt", "--load-state", state).error
 
 
-def test_the_state_of_another_model(longspan, byte_run, subword_run, folder, tmp_path):
+def test_the_state_of_another_model(
+    longspan: Command, byte_run: Path, subword_run: Path, folder: Path, tmp_path: Path
+) -> None:
     state = tmp_path / "state"
     assert longspan("stream", subword_run, folder / "long.txt", "--save-state", state).code == 0
     assert "the state of another model" in longspan("generate", byte_run, "--load-state", state).error
 
 
-def test_a_tokenizer_the_model_does_not_know(longspan, copied_run, subword_run, folder):
+def test_a_tokenizer_the_model_does_not_know(
+    longspan: Command, copied_run: Path, subword_run: Path, folder: Path
+) -> None:
     shutil.copy(subword_run / "tokenizer.json", copied_run)
     (copied_run / "digests.json").unlink()
     assert "not the tokenizer" in longspan("stream", copied_run, folder / "long.txt").error
@@ -107,18 +116,20 @@ def test_a_tokenizer_the_model_does_not_know(longspan, copied_run, subword_run, 
     assert "the model knows 256 token ids, the tokenizer has" in longspan("eval", copied_run).error
 
 
-def test_text_that_subwords_cannot_read(longspan, subword_run, tmp_path):
+def test_text_that_subwords_cannot_read(longspan: Command, subword_run: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
     assert "not UTF-8" in longspan("stream", subword_run, tmp_path / "latin.txt").error
 
 
-def test_a_full_disk_keeps_the_last_good_state(longspan, byte_run, folder, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_good_state(
+    longspan: Command, byte_run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = tmp_path / "state"
     arguments = ["stream", byte_run, folder / "long.txt", "--limit", 200, "--save-state", state, "--quiet"]
     assert longspan(*arguments).code == 0
     before = state.read_bytes()
 
-    def full(*_, **__):
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
@@ -129,28 +140,30 @@ def test_a_full_disk_keeps_the_last_good_state(longspan, byte_run, folder, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
-def test_a_full_disk_while_training(longspan, folder, tmp_path, monkeypatch):
-    def full(*_, **__):
+def test_a_full_disk_while_training(
+    longspan: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
-    assert "No space left on device" in found._replace(err=found.err.splitlines()[-1]).error
+    outcome = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", tmp_path / "run")
+    assert "No space left on device" in outcome._replace(err=outcome.err.splitlines()[-1]).error
 
 
-def test_a_log_that_cannot_be_written(longspan, byte_run, folder, tmp_path):
+def test_a_log_that_cannot_be_written(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()
     assert "cannot be written" in longspan("stream", byte_run, folder / "long.txt", "--log", tmp_path / "log").error
 
 
-def test_settings_that_do_not_fit_the_weights(longspan, byte_run, folder):
+def test_settings_that_do_not_fit_the_weights(longspan: Command, byte_run: Path, folder: Path) -> None:
     text = folder / "long.txt"
     assert "only the model" in longspan("stream", byte_run, text, "--set", "train.steps=3").error
     assert "the configuration says" in longspan("stream", byte_run, text, "--set", "model.dim=32").error
     assert "did you mean 'mem_len'" in longspan("eval", byte_run, "--set", "model.mixers.0.memlen=3").error
 
 
-def test_debug_shows_the_traceback(monkeypatch):
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["mixers", "x", "--debug"], ["--debug", "mixers", "x"]):
         with pytest.raises(ConfigError):
             run(arguments)
@@ -159,16 +172,18 @@ def test_debug_shows_the_traceback(monkeypatch):
         run(["mixers", "x"])
 
 
-def test_ctrl_c_is_130(longspan, byte_run, monkeypatch):
-    def interrupted(*_, **__):
+def test_ctrl_c_is_130(longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("longspan.train.opening.load_run", interrupted)
     assert longspan("stream", byte_run, "-").code == 130
 
 
-def test_ctrl_c_while_the_verbs_are_imported_is_130(monkeypatch, capfd):
-    def interrupted(name, *rest, original=builtins.__import__):
+def test_ctrl_c_while_the_verbs_are_imported_is_130(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str, *rest: Any, original: Any = builtins.__import__) -> Any:
         if name == "longspan.cli.app":
             raise KeyboardInterrupt
         return original(name, *rest)

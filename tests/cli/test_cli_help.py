@@ -1,4 +1,4 @@
-"""Help that teaches, and a start that loads nothing heavy."""
+"""Help with examples, and a start that imports no heavy package."""
 
 import runpy
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.cli.command import Command
 
 import longspan as library
 from longspan.version import __version__
@@ -13,32 +14,32 @@ from longspan.version import __version__
 VERBS = ["train", "eval", "stream", "generate", "mixers", "quickstart"]
 
 
-def test_help_shows_the_path(longspan):
-    found = longspan("--help")
-    assert found.code == 0
-    places = [found.out.index(f"longspan {verb} ") for verb in ("train", "eval", "stream", "generate")]
-    assert places == sorted(places)
-    assert "longspan quickstart" in found.out
+def test_help_shows_the_path(longspan: Command) -> None:
+    outcome = longspan("--help")
+    assert outcome.code == 0
+    offsets = [outcome.out.index(f"longspan {verb} ") for verb in ("train", "eval", "stream", "generate")]
+    assert offsets == sorted(offsets)
+    assert "longspan quickstart" in outcome.out
 
 
-def test_without_a_verb_the_help_is_shown(longspan):
+def test_without_a_verb_the_help_is_shown(longspan: Command) -> None:
     assert longspan().out.strip() == longspan("--help").out.strip()
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_an_example(longspan, verb):
-    found = longspan(verb, "--help")
-    assert found.code == 0
-    assert "Examples:" in found.out
-    assert f"  longspan {verb}" in found.out
+def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
+    outcome = longspan(verb, "--help")
+    assert outcome.code == 0
+    assert "Examples:" in outcome.out
+    assert f"  longspan {verb}" in outcome.out
 
 
-def test_version(longspan):
+def test_version(longspan: Command) -> None:
     assert longspan("--version").out == f"longspan {__version__}\n"
 
 
-def test_help_imports_neither_torch_nor_matplotlib():
-    # the package itself is put in place of a stub, as importing it loads torch by design
+def test_help_imports_neither_torch_nor_matplotlib() -> None:
+    # a stub stands in for the package itself, as importing it loads torch by design
     code = f"""
 import sys, types
 stub = types.ModuleType("longspan")
@@ -49,42 +50,44 @@ assert run(["stream", "--help"]) == 0
 assert run(["--help"]) == 0
 print("loaded:", sorted({{"torch", "numpy", "matplotlib", "jinja2", "safetensors"}} & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "loaded: []"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert completed.stdout.splitlines()[-1] == "loaded: []"
 
 
 @pytest.mark.long
-def test_python_dash_m():
-    found = subprocess.run([sys.executable, "-m", "longspan.cli", "mixers", "wndow"], capture_output=True, text=True)
-    assert found.returncode == 2
-    assert found.stderr == "longspan: error: mixer: unknown mixer 'wndow'; did you mean 'window'?\n"
+def test_python_dash_m() -> None:
+    completed = subprocess.run(
+        [sys.executable, "-m", "longspan.cli", "mixers", "wndow"], capture_output=True, text=True
+    )
+    assert completed.returncode == 2
+    assert completed.stderr == "longspan: error: mixer: unknown mixer 'wndow'; did you mean 'window'?\n"
 
 
-def test_mixers_are_listed_with_their_fields(longspan):
-    found = longspan("mixers")
+def test_mixers_are_listed_with_their_fields(longspan: Command) -> None:
+    outcome = longspan("mixers")
     for name in library.mixers.names():
-        assert f"\n {name} " in found.out
-    assert "window=512" in found.out
-    assert "constant" in found.out
-    assert "grows" in found.out
+        assert f"\n {name} " in outcome.out
+    assert "window=512" in outcome.out
+    assert "constant" in outcome.out
+    assert "grows" in outcome.out
 
 
 @pytest.mark.parametrize("name", library.mixers.names())
-def test_a_mixer_is_explained(longspan, name):
-    found = longspan("mixers", name)
-    assert found.code == 0
-    assert found.out.startswith(name)
-    assert "State of a layer" in found.out
+def test_a_mixer_is_explained(longspan: Command, name: str) -> None:
+    outcome = longspan("mixers", name)
+    assert outcome.code == 0
+    assert outcome.out.startswith(name)
+    assert "State of a layer" in outcome.out
 
 
-def test_a_mixers_fields_are_explained(longspan):
-    found = longspan("mixers", "transformer_xl").out
-    assert "same_length" in found
-    assert "how far memory reaches" in found
-    assert "Dai et al. 2019" in found
+def test_a_mixers_fields_are_explained(longspan: Command) -> None:
+    text = longspan("mixers", "transformer_xl").out
+    assert "same_length" in text
+    assert "how far memory reaches" in text
+    assert "Dai et al. 2019" in text
 
 
-def test_the_package_runs_as_a_module(monkeypatch, capfd):
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["longspan", "--version"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("longspan", run_name="__main__")

@@ -3,61 +3,64 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.cli.command import Command
+from torch import Tensor
 
 from longspan.cli.app import run
-from longspan.cli.lm import _figure, windows_of
+from longspan.cli.lm import figure, windows_of
 from longspan.errors import ConfigError, DataError
 from longspan.tasks import TextTask
 from longspan.train.lm_evaluation import Window
 
 
-def figures(longspan, *arguments):
-    found = longspan("eval", *arguments, "--task", "lm", "--json")
-    assert found.code == 0, found
-    return json.loads(found.out)
+def figures(longspan: Command, *arguments: object) -> Any:
+    outcome = longspan("eval", *arguments, "--task", "lm", "--json")
+    assert outcome.code == 0, outcome
+    return json.loads(outcome.out)
 
 
-def test_the_figures_agree_with_the_usual_ones(longspan, byte_run):
+def test_the_figures_agree_with_the_usual_ones(longspan: Command, byte_run: Path) -> None:
     usual = json.loads(longspan("eval", byte_run, "--json").out)
-    found = figures(longspan, byte_run, "--contexts", "64:16,512")
-    readings = found["readings"]
+    evaluation = figures(longspan, byte_run, "--contexts", "64:16,512")
+    readings = evaluation["readings"]
     assert list(readings) == ["carried", "segments of 16", "context 64:16", "context 512:256"]
-    for name, other in (("carried", "with_memory"), ("segments of 16", "without_memory")):
-        bits = usual[other]["bits_per_byte"]
+    for name, usual_name in (("carried", "with_memory"), ("segments of 16", "without_memory")):
+        bits = usual[usual_name]["bits_per_byte"]
         assert readings[name]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
-        assert readings[name]["bits_per_byte"]["low"] == pytest.approx(usual[other]["interval"]["low"], rel=1e-6)
+        assert readings[name]["bits_per_byte"]["low"] == pytest.approx(usual[usual_name]["interval"]["low"], rel=1e-6)
     assert (readings["context 64:16"]["context"], readings["context 64:16"]["stride"]) == (64, 16)
     assert "the last 16 scored: a token sees 49 to 64 tokens" in readings["context 64:16"]["read"]
-    assert found["text"]["words_by"] == "counted between white space"
-    assert sum(each["amount"] for each in found["by_frequency"]) == found["text"]["words"]
-    assert sum(each["amount"] for each in found["by_place"]) == found["text"]["bytes"] == 3000
+    assert evaluation["text"]["words_by"] == "counted between white space"
+    assert sum(band["amount"] for band in evaluation["by_frequency"]) == evaluation["text"]["words"]
+    assert sum(band["amount"] for band in evaluation["by_place"]) == evaluation["text"]["bytes"] == 3000
     # the state of this model reaches no further than its layers x memory, so a long window is as good as carrying
     assert readings["context 512:256"]["bits_per_byte"]["value"] == pytest.approx(
         readings["carried"]["bits_per_byte"]["value"], abs=0.01
     )
 
 
-def test_a_longer_memory_at_evaluation_than_in_training(longspan, byte_run):
-    found = figures(longspan, byte_run, "--contexts", "", "--set", "model.mixers.0.mem_len=64")
-    assert found["settings"] == ["model.mixers.0.mem_len=64"]
+def test_a_longer_memory_at_evaluation_than_in_training(longspan: Command, byte_run: Path) -> None:
+    evaluation = figures(longspan, byte_run, "--contexts", "", "--set", "model.mixers.0.mem_len=64")
+    assert evaluation["settings"] == ["model.mixers.0.mem_len=64"]
     usual = figures(longspan, byte_run, "--contexts", "")
-    assert found["readings"]["carried"]["bits_per_byte"] != usual["readings"]["carried"]["bits_per_byte"]
+    assert evaluation["readings"]["carried"]["bits_per_byte"] != usual["readings"]["carried"]["bits_per_byte"]
 
 
-def test_other_files_have_no_training_text(longspan, byte_run, folder):
-    found = figures(longspan, byte_run, folder / "long.txt", "--contexts", "", "--head", 500)
-    assert found["by_frequency"] == []
-    assert found["text"]["split"] is None
-    assert found["readings"]["carried"]["bits_per_byte"]["low"] is None
+def test_other_files_have_no_training_text(longspan: Command, byte_run: Path, folder: Path) -> None:
+    evaluation = figures(longspan, byte_run, folder / "long.txt", "--contexts", "", "--head", 500)
+    assert evaluation["by_frequency"] == []
+    assert evaluation["text"]["split"] is None
+    assert evaluation["readings"]["carried"]["bits_per_byte"]["low"] is None
 
 
-def test_the_page(longspan, byte_run, tmp_path):
-    found = longspan("eval", byte_run, "--task", "lm", "--contexts", "64,256", "-o", tmp_path / "page")
-    assert found.code == 0, found
+def test_the_page(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
+    outcome = longspan("eval", byte_run, "--task", "lm", "--contexts", "64,256", "-o", tmp_path / "page")
+    assert outcome.code == 0, outcome
     for words in ("perplexity", "carried", "segments of 16", "times in the training text", "report.html"):
-        assert words in found.out
+        assert words in outcome.out
     assert {path.name for path in (tmp_path / "page/figures").iterdir()} == {
         "along.png",
         "along-gain.png",
@@ -72,7 +75,7 @@ def test_the_page(longspan, byte_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def word_run(tmp_path_factory) -> Path:
+def word_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on three books in the format of PG-19, by words."""
     base = tmp_path_factory.mktemp("pg19")
     for split, count in (("train", 3), ("validation", 1), ("test", 2)):
@@ -104,32 +107,36 @@ threads = 1
     return base
 
 
-def test_the_test_split_and_the_official_count_of_words(longspan, word_run, monkeypatch):
+def test_the_test_split_and_the_official_count_of_words(
+    longspan: Command, word_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longspan.tasks.corpora import CORPORA, Official
 
+    counts = CORPORA["pg19"].official
+    assert counts is not None
     assert len(list((word_run / "cache").iterdir())) == 2
-    found = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
-    assert (found["text"]["documents"], found["text"]["words"]) == (2, 5 * 41)
-    assert found["text"]["words_by"] == "counted between white space"
-    assert [each["first"] for each in found["by_frequency"]] == [0, 10, 100]
+    evaluation = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
+    assert (evaluation["text"]["documents"], evaluation["text"]["words"]) == (2, 5 * 41)
+    assert evaluation["text"]["words_by"] == "counted between white space"
+    assert [band["first"] for band in evaluation["by_frequency"]] == [0, 10, 100]
     assert len(list((word_run / "cache").iterdir())) == 3
-    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 206))
+    monkeypatch.setitem(counts, "test", Official(2, 206))
     official = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
     assert (official["text"]["words"], official["text"]["words_by"]) == (206, "official count")
     same = official["readings"]["carried"]["perplexity_per_word"]["value"] ** (206 / 205)
-    assert same == pytest.approx(found["readings"]["carried"]["perplexity_per_word"]["value"])
+    assert same == pytest.approx(evaluation["readings"]["carried"]["perplexity_per_word"]["value"])
     assert official["notes"] == []
     # as many documents, but not those
-    monkeypatch.setitem(CORPORA["pg19"].official, "test", Official(2, 210))
-    other = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
-    assert (other["text"]["words"], other["text"]["words_by"]) == (205, "counted between white space")
-    assert "the official count of 210 words is not used: this text has 205" in other["notes"][0]
+    monkeypatch.setitem(counts, "test", Official(2, 210))
+    recounted = figures(longspan, word_run / "run", "--split", "test", "--contexts", "")
+    assert (recounted["text"]["words"], recounted["text"]["words_by"]) == (205, "counted between white space")
+    assert "the official count of 210 words is not used: this text has 205" in recounted["notes"][0]
     # a part of the split is divided by its own words
     part = figures(longspan, word_run / "run", "--split", "test", "--head", 6, "--contexts", "")
     assert (part["text"]["words"], part["text"]["words_by"]) == (10, "counted between white space")
 
 
-def test_windows_as_they_are_given():
+def test_windows_as_they_are_given() -> None:
     assert windows_of("256, 1024:128 ,4096") == [Window(256, 128), Window(1024, 128), Window(4096, 2048)]
     assert windows_of("") == []
     for wrong in ("x", "0", "8:9", "8:0", "8:", "8:x", "²", "8:²", "1 2"):
@@ -137,38 +144,41 @@ def test_windows_as_they_are_given():
             windows_of(wrong)
 
 
-def test_every_window_is_read_or_named(longspan, byte_run):
-    found = longspan("eval", byte_run, "--task", "lm", "--json", "--contexts", "32:8,64,64:8,4096,1500")
-    readings = json.loads(found.out)["readings"]
+def test_every_window_is_read_or_named(longspan: Command, byte_run: Path) -> None:
+    outcome = longspan("eval", byte_run, "--task", "lm", "--json", "--contexts", "32:8,64,64:8,4096,1500")
+    readings = json.loads(outcome.out)["readings"]
     assert list(readings)[2:] == ["context 32:8", "context 64:32", "context 64:8"]
     assert readings["context 64:32"]["bits_per_byte"] != readings["context 64:8"]["bits_per_byte"]
-    (note,) = json.loads(found.out)["notes"]
+    (note,) = json.loads(outcome.out)["notes"]
     assert note == "contexts left out: 1,500, 4,096; the longest document has 1,500 tokens"
-    assert found.err == note + "\n"
+    assert outcome.err == note + "\n"
 
 
-def test_long_segments_are_read_in_calls_of_bounded_size(longspan, byte_run, monkeypatch):
+def test_long_segments_are_read_in_calls_of_bounded_size(
+    longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from longspan.models import Decoder
 
-    sizes, call = [], Decoder.forward
+    sizes: list[int] = []
+    call = Decoder.forward
 
-    def counted(self, tokens, *given, **named):
+    def counted(self: Decoder, tokens: Tensor, *arguments: Any, **keywords: Any) -> Any:
         sizes.append(tokens.numel())
-        return call(self, tokens, *given, **named)
+        return call(self, tokens, *arguments, **keywords)
 
-    expected = {each: longspan("eval", byte_run, "--json", "--segment", each).out for each in (16, 1400)}
+    expected = {segment: longspan("eval", byte_run, "--json", "--segment", segment).out for segment in (16, 1400)}
     monkeypatch.setattr(Decoder, "forward", counted)
     monkeypatch.setattr("longspan.cli.evaluate.CHUNK", 8)
     monkeypatch.setattr("longspan.cli.lm.CHUNK", 8)
     for segment, usual in expected.items():
-        found = json.loads(longspan("eval", byte_run, "--json", "--segment", segment).out)
+        readings = json.loads(longspan("eval", byte_run, "--json", "--segment", segment).out)
         for name in ("with_memory", "without_memory"):
-            assert found[name]["loss"] == pytest.approx(json.loads(usual)[name]["loss"], rel=1e-5)
+            assert readings[name]["loss"] == pytest.approx(json.loads(usual)[name]["loss"], rel=1e-5)
         figures(longspan, byte_run, "--segment", segment, "--contexts", "64")
     assert max(sizes) <= 8 * 16
 
 
-def test_mistakes(longspan, byte_run):
+def test_mistaken_arguments(longspan: Command, byte_run: Path) -> None:
     assert "only lm, the figures of a language model" in longspan("eval", byte_run, "--task", "copy").error
     assert longspan("eval", byte_run, "-o", "out").error == "-o: with --task lm only"
     assert longspan("eval", byte_run, "--contexts", "64").error == "--contexts: with --task lm only"
@@ -178,21 +188,23 @@ def test_mistakes(longspan, byte_run):
     assert "no test split; task.test_source names one" in longspan("eval", byte_run, "--split", "test").error
 
 
-def test_without_the_training_text_a_line_says_what_is_missing(longspan, byte_run, monkeypatch):
-    def gone(task, split):
+def test_without_the_training_text_a_line_says_what_is_missing(
+    longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(task: Any, split: str) -> Any:
         raise DataError("books: no such file or folder")
 
     monkeypatch.setattr(TextTask, "texts", gone)
-    found = longspan("eval", byte_run, "--task", "lm", "--contexts", "")
-    assert found.code == 0
-    assert "times in the training text" not in found.out
+    outcome = longspan("eval", byte_run, "--task", "lm", "--contexts", "")
+    assert outcome.code == 0
+    assert "times in the training text" not in outcome.out
     line = "no figures by frequency of words, as the training text cannot be read: books: no such file or folder\n"
-    assert found.err == line
+    assert outcome.err == line
 
 
-def test_perplexities_fit_into_their_column():
+def test_perplexities_fit_into_their_column() -> None:
     from longspan.train import Interval
 
-    assert _figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"
-    assert _figure("perplexity_per_word", Interval(999_999.4, 5.0, 6.0)) == "999,999 [5, 6]"
-    assert _figure("perplexity_per_word", Interval(12.345, math.nan, math.nan)) == "12.35"
+    assert figure("perplexity_per_word", Interval(1.23e9, 1.1e9, 2e10)) == "1.23e+09 [1.10e+09, 2.00e+10]"
+    assert figure("perplexity_per_word", Interval(999_999.4, 5.0, 6.0)) == "999,999 [5, 6]"
+    assert figure("perplexity_per_word", Interval(12.345, math.nan, math.nan)) == "12.35"

@@ -6,41 +6,55 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from tests.cli.command import Command, Outcome
 
 from longspan.cli.reading import LONGEST, PIECE, SubwordEncoder
+from longspan.tasks import TextTask
+from longspan.tasks.tokenizers import Tokenizer
 from longspan.train import load_run
 
 
-def stream(longspan, run, *arguments, tmp_path, stdin=b""):
+def stream(
+    longspan: Command, run: Path, *arguments: object, tmp_path: Path, stdin: bytes = b""
+) -> tuple[NDArray[np.float32], Outcome]:
     """Losses of a stream, and its outcome."""
     file = tmp_path / "losses"
-    found = longspan("stream", run, *arguments, "--losses", file, stdin=stdin)
-    assert found.code == 0, found
-    return np.fromfile(file, dtype="<f4"), found
+    outcome = longspan("stream", run, *arguments, "--losses", file, stdin=stdin)
+    assert outcome.code == 0, outcome
+    return np.fromfile(file, dtype="<f4"), outcome
 
 
-def test_train_says_what_to_do_next(longspan, folder, tmp_path):
-    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=2", "-o", tmp_path / "run")
-    assert found.code == 0
-    assert "2 steps, 128 tokens" in found.out
-    assert f"longspan eval {tmp_path / 'run'}" in found.out
+def tokenizer_of(run: Path) -> Tokenizer:
+    _, task = load_run(run)
+    assert isinstance(task, TextTask)
+    return task.tokenizer
+
+
+def test_train_says_what_to_do_next(longspan: Command, folder: Path, tmp_path: Path) -> None:
+    outcome = longspan("train", folder / "bytes.toml", "--set", "train.steps=2", "-o", tmp_path / "run")
+    assert outcome.code == 0
+    assert "2 steps, 128 tokens" in outcome.out
+    assert f"longspan eval {tmp_path / 'run'}" in outcome.out
     resumed = longspan("train", "--resume", "--set", "train.steps=4", "-o", tmp_path / "run")
     assert resumed.code == 0
     assert "4 steps, 256 tokens" in resumed.out
 
 
-def test_eval_prints_both_and_the_difference(longspan, byte_run):
-    found = longspan("eval", byte_run)
-    assert found.code == 0
+def test_eval_prints_both_and_the_difference(longspan: Command, byte_run: Path) -> None:
+    outcome = longspan("eval", byte_run)
+    assert outcome.code == 0
     for words in ("with memory", "without memory", "difference", "[", "2 documents, 3,000 bytes"):
-        assert words in found.out
+        assert words in outcome.out
 
 
-def test_eval_as_json_agrees_with_a_stream(longspan, byte_run, folder, tmp_path):
+def test_eval_as_json_agrees_with_a_stream(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
     figures = json.loads(longspan("eval", byte_run, folder / "long.txt", "--json").out)
     losses, _ = stream(longspan, byte_run, folder / "long.txt", tmp_path=tmp_path)
     bits = losses.astype(np.float64).mean() / np.log(2)
@@ -49,15 +63,15 @@ def test_eval_as_json_agrees_with_a_stream(longspan, byte_run, folder, tmp_path)
     assert figures["without_memory"]["bits_per_byte"] != figures["with_memory"]["bits_per_byte"]
 
 
-def test_eval_of_the_starts_of_documents(longspan, byte_run):
+def test_eval_of_the_starts_of_documents(longspan: Command, byte_run: Path) -> None:
     figures = json.loads(longspan("eval", byte_run, "--head", 100, "--json").out)
     assert figures["documents"] == 2
     assert figures["with_memory"]["tokens"] == 200
     assert json.loads(longspan("eval", byte_run, "--tokens", 70, "--json").out)["with_memory"]["tokens"] == 70
 
 
-def test_eval_with_another_memory(longspan, byte_run):
-    def bits(*arguments):
+def test_eval_with_another_memory(longspan: Command, byte_run: Path) -> None:
+    def bits(*arguments: str) -> Any:
         return json.loads(longspan("eval", byte_run, "--json", *arguments).out)["with_memory"]["bits_per_byte"]
 
     usual = bits()
@@ -66,49 +80,55 @@ def test_eval_with_another_memory(longspan, byte_run):
     assert bits("--set", "model.mixers.0.mem_len=0") == pytest.approx(none, rel=1e-6)
 
 
-def test_a_file_and_standard_input_are_the_same(longspan, byte_run, folder, tmp_path):
+def test_a_file_and_standard_input_are_the_same(
+    longspan: Command, byte_run: Path, folder: Path, tmp_path: Path
+) -> None:
     text = (folder / "long.txt").read_bytes()
-    from_file, found = stream(longspan, byte_run, folder / "long.txt", tmp_path=tmp_path)
+    from_file, outcome = stream(longspan, byte_run, folder / "long.txt", tmp_path=tmp_path)
     from_input, _ = stream(longspan, byte_run, "-", tmp_path=tmp_path, stdin=text)
     assert len(from_file) == 9000
     np.testing.assert_array_equal(from_file, from_input)
-    assert "9,000 bytes, 9,000 tokens" in found.out
+    assert "9,000 bytes, 9,000 tokens" in outcome.out
 
 
 @pytest.mark.parametrize("settings", [[], ["--set", "model.mixers.0.memory=kv"]])
-def test_a_saved_state_goes_on_bit_for_bit(longspan, byte_run, folder, tmp_path, settings):
+def test_a_saved_state_continues_bit_for_bit(
+    longspan: Command, byte_run: Path, folder: Path, tmp_path: Path, settings: list[str]
+) -> None:
     text, state = folder / "long.txt", tmp_path / "state"
     whole, _ = stream(longspan, byte_run, text, *settings, "--save-at", 4001, "--save-state", state, tmp_path=tmp_path)
     rest, _ = stream(longspan, byte_run, text, *settings, "--load-state", state, "--skip", 4001, tmp_path=tmp_path)
     np.testing.assert_array_equal(whole[4001:].view(np.uint32), rest.view(np.uint32))
 
 
-def test_saving_at_the_end_says_how_to_go_on(longspan, byte_run, folder, tmp_path):
+def test_saving_at_the_end_prints_how_to_continue(
+    longspan: Command, byte_run: Path, folder: Path, tmp_path: Path
+) -> None:
     text, state = folder / "long.txt", tmp_path / "state"
     whole, _ = stream(longspan, byte_run, text, tmp_path=tmp_path)
-    first, found = stream(longspan, byte_run, text, "--limit", 4001, "--save-state", state, tmp_path=tmp_path)
-    assert f"--load-state {state}" in found.err
-    assert "--skip 4001" in found.err
+    first, outcome = stream(longspan, byte_run, text, "--limit", 4001, "--save-state", state, tmp_path=tmp_path)
+    assert f"--load-state {state}" in outcome.err
+    assert "--skip 4001" in outcome.err
     second, _ = stream(longspan, byte_run, text, "--load-state", state, "--skip", 4001, tmp_path=tmp_path)
     np.testing.assert_allclose(np.concatenate([first, second]), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_byte_is_predicted_too(longspan, byte_run, tmp_path):
+def test_the_first_byte_is_predicted_too(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     losses, _ = stream(longspan, byte_run, "-", tmp_path=tmp_path, stdin=b"t")
-    model, task = load_run(byte_run)
+    model, _ = load_run(byte_run)
     with torch.no_grad():
-        logits, _ = model(torch.tensor([[task.tokenizer.begin]]))
+        logits, _ = model(torch.tensor([[tokenizer_of(byte_run).begin]]))
     expected = torch.nn.functional.cross_entropy(logits[0], torch.tensor([ord("t")]))
     assert losses.tolist() == pytest.approx([float(expected)])
 
 
-def test_an_empty_text(longspan, byte_run):
-    found = longspan("stream", byte_run, "-", stdin=b"")
-    assert found.code == 0
-    assert "nothing to read" in found.err
+def test_an_empty_text(longspan: Command, byte_run: Path) -> None:
+    outcome = longspan("stream", byte_run, "-", stdin=b"")
+    assert outcome.code == 0
+    assert "nothing to read" in outcome.err
 
 
-def test_the_log_holds_every_block(longspan, byte_run, folder, tmp_path):
+def test_the_log_holds_every_block(longspan: Command, byte_run: Path, folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "sub" / "log.jsonl"
     losses, _ = stream(
         longspan, byte_run, folder / "long.txt", "--log", log, "--block", 2000, "--skip", 1000, tmp_path=tmp_path
@@ -122,49 +142,51 @@ def test_the_log_holds_every_block(longspan, byte_run, folder, tmp_path):
     assert all(line["peak"] >= line["resident"] > 1 << 20 for line in lines if line["resident"])
 
 
-def test_subwords_are_counted_in_bytes(longspan, subword_run, folder, tmp_path):
-    losses, found = stream(longspan, subword_run, folder / "long.txt", "--block", 700, tmp_path=tmp_path)
+def test_subwords_are_counted_in_bytes(longspan: Command, subword_run: Path, folder: Path, tmp_path: Path) -> None:
+    losses, outcome = stream(longspan, subword_run, folder / "long.txt", "--block", 700, tmp_path=tmp_path)
     assert len(losses) < 9000
-    assert f"9,000 bytes, {len(losses):,} tokens" in found.out
+    assert f"9,000 bytes, {len(losses):,} tokens" in outcome.out
     figures = json.loads(longspan("eval", subword_run, folder / "long.txt", "--json").out)
     bits = losses.astype(np.float64).sum() / 9000 / np.log(2)
     assert figures["with_memory"]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
 
 
-def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run):
-    tokenizer = load_run(subword_run)[1].tokenizer
+def test_subwords_of_a_stream_are_those_of_the_whole_text(subword_run: Path) -> None:
+    tokenizer = tokenizer_of(subword_run)
     text = ("peace with all nätions\n" * 9000 + "and a tail that ends in no newline").encode()
-    encoder, found = SubwordEncoder(tokenizer, "text"), []
+    encoder = SubwordEncoder(tokenizer, "text")
+    tokens: list[int] = []
     for first in range(0, len(text), 4999):
-        found += encoder.push(text[first : first + 4999]).tolist()
-        assert len(encoder._text) < 2 * PIECE
-    found += encoder.flush().tolist()
-    assert found == tokenizer.encode(text).tolist()
+        tokens += encoder.push(text[first : first + 4999]).tolist()
+        assert encoder.held_back < 2 * PIECE
+    tokens += encoder.flush().tolist()
+    assert tokens == tokenizer.encode(text).tolist()
 
 
-def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run):
-    tokenizer = load_run(subword_run)[1].tokenizer
-    encoder, found = SubwordEncoder(tokenizer, "text"), []
+def test_subwords_of_a_text_without_newlines_stay_bounded(subword_run: Path) -> None:
+    tokenizer = tokenizer_of(subword_run)
+    encoder = SubwordEncoder(tokenizer, "text")
+    tokens: list[int] = []
     text = b"peace " * 60_000
     for first in range(0, len(text), 50_000):
-        found += encoder.push(text[first : first + 50_000]).tolist()
-        assert len(encoder._text) < LONGEST + 50_000
-    found += encoder.flush().tolist()
-    assert tokenizer.decode(found) == text
+        tokens += encoder.push(text[first : first + 50_000]).tolist()
+        assert encoder.held_back < LONGEST + 50_000
+    tokens += encoder.flush().tolist()
+    assert tokenizer.decode(tokens) == text
 
 
-def test_generate_repeats_with_its_seed(longspan, byte_run):
+def test_generate_repeats_with_its_seed(longspan: Command, byte_run: Path) -> None:
     first = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40)
     assert first.code == 0
     assert 1 <= len(first.out) <= 40
     assert longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40).out == first.out
-    other = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40, "--seed", 1)
-    assert other.out != first.out
+    reseeded = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40, "--seed", 1)
+    assert reseeded.out != first.out
     echoed = longspan("generate", byte_run, "--prompt", "the people ", "--tokens", 40, "--echo")
     assert echoed.out == "the people " + first.out
 
 
-def test_generate_from_a_file_a_text_and_a_state(longspan, byte_run, tmp_path):
+def test_generate_from_a_file_a_text_and_a_state(longspan: Command, byte_run: Path, tmp_path: Path) -> None:
     text, state = "the people of this union ", tmp_path / "state"
     (tmp_path / "prompt").write_text(text)
     options = ["--tokens", 30, "--temperature", 0]
@@ -178,13 +200,13 @@ def test_generate_from_a_file_a_text_and_a_state(longspan, byte_run, tmp_path):
     assert half.out + rest.out == expected
 
 
-def test_generate_with_subwords(longspan, subword_run):
-    found = longspan("generate", subword_run, "--prompt", "the people ", "--tokens", 10, "--top-k", 5, "--top-p", 1)
-    assert found.code == 0
-    assert found.out
+def test_generate_with_subwords(longspan: Command, subword_run: Path) -> None:
+    outcome = longspan("generate", subword_run, "--prompt", "the people ", "--tokens", 10, "--top-k", 5, "--top-p", 1)
+    assert outcome.code == 0
+    assert outcome.out
 
 
-def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
+def test_ctrl_c_saves_the_state_of_a_stream(byte_run: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     command = [sys.executable, "-m", "longspan.cli", "stream", str(byte_run), "-", f"--save-state={state}"]
     log = tmp_path / "log"
@@ -195,6 +217,7 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
+        assert process.stdin is not None
         process.stdin.write(b"the people of this union")
         process.stdin.flush()
         until = time.monotonic() + 60
@@ -208,7 +231,7 @@ def test_ctrl_c_saves_the_state_of_a_stream(byte_run, tmp_path):
     assert state.is_file()
 
 
-def test_a_run_of_pass_keys_is_asked_by_length(longspan, tmp_path):
+def test_a_run_of_pass_keys_is_evaluated_by_length(longspan: Command, tmp_path: Path) -> None:
     recipe, folder = tmp_path / "keys.toml", tmp_path / "keys"
     recipe.write_text(
         """
@@ -224,22 +247,22 @@ def test_a_run_of_pass_keys_is_asked_by_length(longspan, tmp_path):
         steps = 2
         """
     )
-    found = longspan("train", recipe, "-o", folder)
-    assert found.code == 0
-    assert f"longspan eval {folder}" in found.out
-    assert "longspan stream" not in found.out
-    found = longspan("eval", folder, "--lengths", "300,500", "--count", "21", "--json")
-    records = json.loads(found.out)
-    assert [each["length"] for each in records] == [300, 500]
-    assert all(each["n"] == 21 for each in records)
+    outcome = longspan("train", recipe, "-o", folder)
+    assert outcome.code == 0
+    assert f"longspan eval {folder}" in outcome.out
+    assert "longspan stream" not in outcome.out
+    outcome = longspan("eval", folder, "--lengths", "300,500", "--count", "21", "--json")
+    records = json.loads(outcome.out)
+    assert [record["length"] for record in records] == [300, 500]
+    assert all(record["n"] == 21 for record in records)
     for wrong in ("many", "²", "300,"):
-        found = longspan("eval", folder, "--lengths", wrong)
-        assert found.code == 2
-        assert f"--lengths '{wrong}'" in found.err
-    for given in (["--task", "lm"], ["--split", "test"], ["--tokens", 9], ["--head", 9], ["--segment", 9]):
-        refused = longspan("eval", folder, *given).error
+        outcome = longspan("eval", folder, "--lengths", wrong)
+        assert outcome.code == 2
+        assert f"--lengths '{wrong}'" in outcome.err
+    for options in (["--task", "lm"], ["--split", "test"], ["--tokens", 9], ["--head", 9], ["--segment", 9]):
+        refused = longspan("eval", folder, *options).error
         assert refused.endswith(
-            f"a run of pass keys makes its own texts; give --lengths, --count and --set only, not {given[0]}"
+            f"a run of pass keys makes its own texts; give --lengths, --count and --set only, not {options[0]}"
         )
     changed = longspan("eval", folder, "--lengths", "300", "--json", "--set", "model.mixers.0.segment=16")
     assert json.loads(changed.out)[0]["length"] == 300

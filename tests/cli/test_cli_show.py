@@ -1,15 +1,18 @@
 """`longspan show`: pictures of patterns, spans and supports, and errors where there is nothing to show."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.cli.command import Command
 
 import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
-from longspan.cli.show.scaling import _joint, read_run
+from longspan.cli.show.scaling import joint_law, read_run
 from longspan.contract.registry import core_class
 from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
@@ -30,49 +33,51 @@ MIXERS = """[
 
 
 @pytest.fixture(scope="module")
-def looking_run(folder):
+def looking_run(folder: Path) -> Path:
     """A run with learned spans and alphas."""
     path = folder / "looking"
     settings = ["model.num_layers=3", "train.steps=3", f"model.mixers={' '.join(MIXERS.split())}"]
-    given = [part for setting in settings for part in ("--set", setting)]
-    assert run(["train", str(folder / "bytes.toml"), *given, "-o", str(path)]) == 0
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert run(["train", str(folder / "bytes.toml"), *options, "-o", str(path)]) == 0
     return path
 
 
 @pytest.mark.parametrize("verb", ["patterns", "spans", "support"])
-def test_every_verb_has_an_example(longspan, verb):
-    found = longspan("show", verb, "--help")
-    assert found.code == 0
-    assert f"  longspan show {verb}" in found.out
+def test_every_verb_has_an_example(longspan: Command, verb: str) -> None:
+    outcome = longspan("show", verb, "--help")
+    assert outcome.code == 0
+    assert f"  longspan show {verb}" in outcome.out
 
 
-def test_without_more_the_help_is_shown(longspan):
-    found = longspan("show")
-    assert found.code == 0
-    assert all(verb in found.out for verb in ("patterns", "spans", "support"))
-    assert found.out == longspan("show", "--help").out
+def test_show_without_a_verb_prints_the_help(longspan: Command) -> None:
+    outcome = longspan("show")
+    assert outcome.code == 0
+    assert all(verb in outcome.out for verb in ("patterns", "spans", "support"))
+    assert outcome.out == longspan("show", "--help").out
 
 
 @pytest.mark.long
-def test_all_patterns_are_drawn(longspan, tmp_path):
-    found = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
-    assert found.code == 0, found
+def test_all_patterns_are_drawn(longspan: Command, tmp_path: Path) -> None:
+    outcome = longspan("show", "patterns", "--length", 20, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
     forms = [(name, dict(fields)) for name in ls.mixers.names() for fields in ls.mixers.examples(name)]
-    assert [each["name"] for each in report["patterns"]] == [name for name, _ in forms]
+    assert [pattern["name"] for pattern in report["patterns"]] == [name for name, _ in forms]
     for name in ls.mixers.names():
         assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"\n {name} " in found.out
-    full, window = (next(each for each in report["patterns"] if each["name"] == name) for name in ("full", "window"))
+        assert f"\n {name} " in outcome.out
+    full, window = (
+        next(pattern for pattern in report["patterns"] if pattern["name"] == name) for name in ("full", "window")
+    )
     assert full["keys_per_query"] == [10.5] * 4
     assert window["keys_per_query"] == [(4 * 20 - 6) / 20] * 4
     assert window["heads_alike"] == [[1, 2, 3, 4]]
-    parts = next(each for each in report["patterns"] if each["name"] == "heads")
+    parts = next(pattern for pattern in report["patterns"] if pattern["name"] == "heads")
     assert parts["heads_alike"] == [[1, 2], [3, 4]]
     assert "<img" in (tmp_path / "report.html").read_text()
 
 
-def test_the_patterns_of_given_fields(longspan, tmp_path):
+def test_the_patterns_of_given_fields(longspan: Command, tmp_path: Path) -> None:
     fields = ("--set", "pattern=strided", "--set", "stride=5")
     assert longspan("show", "patterns", "sparse", *fields, "--length", 80, "-o", tmp_path).code == 0
     (only,) = json.loads((tmp_path / "report.json").read_text())["patterns"]
@@ -81,10 +86,10 @@ def test_the_patterns_of_given_fields(longspan, tmp_path):
     assert only["keys_per_query"] == pytest.approx([expected] * 4)
 
 
-def test_the_patterns_of_both_sides(longspan, tmp_path, monkeypatch):
+def test_bidirectional_patterns(longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.contract.registry.names", lambda: ["full", "window", "bp", "infini"])
     assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
-    names = {each["name"] for each in json.loads((tmp_path / "report.json").read_text())["patterns"]}
+    names = {pattern["name"] for pattern in json.loads((tmp_path / "report.json").read_text())["patterns"]}
     assert names == {"full", "window", "bp"}
 
 
@@ -99,14 +104,14 @@ def test_the_patterns_of_both_sides(longspan, tmp_path, monkeypatch):
         (["full", "--length", "100000"], "--length"),
     ],
 )
-def test_wrong_patterns(longspan, tmp_path, arguments, expected):
+def test_wrong_patterns(longspan: Command, tmp_path: Path, arguments: list[str], expected: str) -> None:
     assert expected in longspan("show", "patterns", *arguments, "-o", tmp_path / "out").error
     assert not (tmp_path / "out").exists()
 
 
-def test_spans_of_a_run(longspan, looking_run, tmp_path):
-    found = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
-    assert found.code == 0, found
+def test_spans_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) -> None:
+    outcome = longspan("show", "spans", looking_run, "--tokens", 300, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     first, second = json.loads((tmp_path / "report.json").read_text())["spans"]
     model, _ = load_run(looking_run)
     assert first["layer"] == 1
@@ -118,9 +123,9 @@ def test_spans_of_a_run(longspan, looking_run, tmp_path):
     assert (tmp_path / "figures" / "spans.png").exists()
 
 
-def test_support_of_a_run(longspan, looking_run, tmp_path):
-    found = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
-    assert found.code == 0, found
+def test_support_of_a_run(longspan: Command, looking_run: Path, tmp_path: Path) -> None:
+    outcome = longspan("show", "support", looking_run, "--tokens", 400, "--head", 200, "-o", tmp_path)
+    assert outcome.code == 0, outcome
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tokens"] == 400
     assert len(report["documents"]) == 2
@@ -128,15 +133,15 @@ def test_support_of_a_run(longspan, looking_run, tmp_path):
     model, _ = load_run(looking_run)
     assert wide["alpha"] == pytest.approx(model.layers[1].mixer.core.alpha.tolist())
     assert (narrow["layer"], narrow["first_head"]) == (3, 2)
-    # every place of the first 200 could see all before it: 100.5 on average; in the window 8.8
-    for each, most in ((wide, 100.5), (narrow, 8.82)):
-        for size, share in zip(each["support"], each["share"], strict=True):
+    # every position of the first 200 could see all before it: 100.5 on average; in the window 8.8
+    for group, most in ((wide, 100.5), (narrow, 8.82)):
+        for size, share in zip(group["support"], group["share"], strict=True):
             assert 1 <= size <= most
             assert share == pytest.approx(size / most)
 
 
 @pytest.mark.parametrize("verb", ["spans", "support"])
-def test_a_run_without_such_layers(longspan, byte_run, tmp_path, verb):
+def test_a_run_without_such_layers(longspan: Command, byte_run: Path, tmp_path: Path, verb: str) -> None:
     error = longspan("show", verb, byte_run, "-o", tmp_path / "out").error
     assert f"no layer of this run is {'adaptive_span' if verb == 'spans' else 'entmax'}" in error
     assert "TransformerXL" in error
@@ -146,7 +151,7 @@ def test_a_run_without_such_layers(longspan, byte_run, tmp_path, verb):
 
 @pytest.mark.parametrize("fields", [{}, {"window": 5}])
 @pytest.mark.parametrize("carried", [0, 7])
-def test_supports_are_counted_rightly(fields, carried):
+def test_supports_are_counted_correctly(fields: dict[str, Any], carried: int) -> None:
     torch.manual_seed(0)
     mixer = ls.mixers.build("entmax", dim=16, num_heads=4, num_kv_heads=2, alpha_init=1.8, **fields).double()
     x = torch.randn(2, carried + 20, 16, dtype=torch.float64) * 3
@@ -154,33 +159,34 @@ def test_supports_are_counted_rightly(fields, carried):
     state = mixer(x[:, :carried])[1] if carried else None
     q, k, v = mixer.projections(x[:, carried:])
     rows = Rows(torch.full((2,), carried), 20)
+    assert isinstance(mixer.core, EntmaxCore)
     with torch.no_grad():
         assert torch.equal(support_sizes(mixer.core, q, k, v, state, rows), expected)
     assert expected.max() > expected.min()
 
 
-def test_layers_are_found_in_any_model():
-    table = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
+def test_layers_are_found_in_any_model() -> None:
+    table: dict[str, Any] = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
     config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
     model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)
-    assert [(each.layer, each.first) for each in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
-    assert [(each.layer, each.first) for each in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
+    assert [(heads.layer, heads.first) for heads in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
+    assert [(heads.layer, heads.first) for heads in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
     with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
         find(model, core_class("lsh"), "r", "lsh")
 
 
-def test_scaling_laws_of_runs(longspan, folder, tmp_path):
+def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -> None:
     runs = []
     for dim, steps in ((16, 4), (32, 8), (48, 16)):
         run = tmp_path / f"d{dim}"
         sizes = ["--set", f"model.dim={dim}", "--set", f"train.steps={steps}"]
         assert longspan("train", folder / "bytes.toml", *sizes, "-o", run).code == 0
         runs.append(run)
-    found = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
-    assert found.code == 0, found
-    assert "3 runs cannot fix 5 parameters" in " ".join(found.out.split())
-    assert found.out.count("exponent [") == 3
+    outcome = longspan("show", "scaling", *runs, "-o", tmp_path / "laws")
+    assert outcome.code == 0, outcome
+    assert "3 runs cannot fix 5 parameters" in " ".join(outcome.out.split())
+    assert outcome.out.count("exponent [") == 3
     record = json.loads((tmp_path / "laws" / "report.json").read_text())
     assert [row["D"] for row in record["runs"]] == sorted(row["D"] for row in record["runs"])
     assert record["runs"][0]["C"] > 6 * record["runs"][0]["N"] * record["runs"][0]["D"]
@@ -190,12 +196,12 @@ def test_scaling_laws_of_runs(longspan, folder, tmp_path):
     wrong = longspan("show", "scaling", *runs, "--form", "cubic")
     assert wrong.code == 2
     assert "chinchilla, kaplan or none" in wrong.err
-    nothing = longspan("show", "scaling", tmp_path)
-    assert "no run here" in nothing.err
+    without_runs = longspan("show", "scaling", tmp_path)
+    assert "no run here" in without_runs.err
 
 
 @pytest.mark.long
-def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
+def test_the_joint_law_is_reported_with_intervals_and_its_budget() -> None:
     law = Fit("chinchilla", {"E": 1.69, "A": 406.4, "a": 0.34, "B": 410.7, "b": 0.28}, {}, 0.0, 0)
     sizes = [(n, d) for n in (1e5, 1e6, 1e7) for d in (1e7, 1e8, 1e9)]
     random = np.random.default_rng(0)
@@ -208,44 +214,47 @@ def test_the_joint_law_is_said_with_intervals_and_what_its_budget_is():
         }
         for n, d in sizes
     ]
-    blocks, data = [], {"laws": {}}
-    _joint("chinchilla", rows, 1e18, blocks, data)
+    blocks: list[Any] = []
+    data: dict[str, Any] = {"laws": {}}
+    joint_law("chinchilla", rows, 1e18, blocks, data)
     (text,) = (block.text for block in blocks)
     for name, (low, high) in data["laws"]["chinchilla"]["intervals"].items():
         assert f" {name} = {data['laws']['chinchilla']['parameters'][name]:.4g} [{low:.4g}, {high:.4g}]" in text
     assert len(data["laws"]["chinchilla"]["intervals"]) == 5
     assert "spent as 6 N D, without the term of the context, which is 9% to 33% of these runs' FLOPs" in text
-    _joint("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
+    joint_law("chinchilla", [{**row, "N": 1e6} for row in rows], 1e18, blocks, data)
     assert "No law in parameters and tokens: runs of 1 different N cannot fix" in blocks[-1].text
     tied = [{**row, "N": row["D"] / 20 * (1 + index % 2 * 1e-9)} for index, row in enumerate(rows)]
     tied += [{**row, "N": row["N"] * 7, "D": row["D"] * 7} for row in tied]
-    _joint("chinchilla", tied, 1e18, blocks, data)
+    joint_law("chinchilla", tied, 1e18, blocks, data)
     assert "(not determined)" in blocks[-1].text
     assert "No budget can be spent by it" in blocks[-1].text
 
 
-def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_path):
+def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan: Command, folder: Path, tmp_path: Path) -> None:
     sizes = ["train.steps=12", "train.eval_every=5", "train.log_every=2", "train.eval_tokens=500"]
-    given = [part for each in sizes for part in ("--set", each)]
-    assert longspan("train", folder / "bytes.toml", *given, "-o", tmp_path / "run").code == 0
+    options = [part for size in sizes for part in ("--set", size)]
+    assert longspan("train", folder / "bytes.toml", *options, "-o", tmp_path / "run").code == 0
     log = tmp_path / "run" / "log.jsonl"
     whole = read_run(str(tmp_path / "run"))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert whole["D"] == lines[-1]["tokens"] == 12 * 4 * 16
 
-    def cut(count, without=()):
-        kept = lines[:count]
-        text = [json.dumps({name: value for name, value in line.items() if name not in without}) for line in kept]
+    def cut(count: int, without: tuple[str, ...] = ()) -> None:
+        first_lines = lines[:count]
+        text = [
+            json.dumps({name: value for name, value in line.items() if name not in without}) for line in first_lines
+        ]
         log.write_text("\n".join(text) + "\n")
 
-    # stopped behind the evaluation of step 10: the last line is that of step 12
+    # stopped after the evaluation of step 10: the last line is that of step 12
     cut(-1)
     assert "validation" not in lines[-2]
     row = read_run(str(tmp_path / "run"))
     at = next(line for line in reversed(lines[:-1]) if "validation" in line)
     assert (row["D"], row["loss"]) == (10 * 4 * 16, at["validation"]["loss"])
     assert row["C"] == pytest.approx(whole["C"] * 10 / 12)
-    # logs that do not say tokens beside a validation: the step line before it
+    # logs without tokens beside a validation: the step line before it has them
     for line in lines:
         if "validation" in line:
             del line["tokens"]
@@ -257,9 +266,11 @@ def test_a_loss_belongs_to_the_tokens_of_its_evaluation(longspan, folder, tmp_pa
     assert "was never evaluated on held-back documents" in longspan("show", "scaling", tmp_path / "run").error
 
 
-def test_laws_are_fitted_to_one_text_and_one_tokenizer(longspan, byte_run, subword_run, copied_run):
-    found = longspan("show", "scaling", byte_run, copied_run, subword_run)
-    assert "task.tokenizer = 'subword', of" in found.error
+def test_laws_are_fitted_to_one_text_and_one_tokenizer(
+    longspan: Command, byte_run: Path, subword_run: Path, copied_run: Path
+) -> None:
+    outcome = longspan("show", "scaling", byte_run, copied_run, subword_run)
+    assert "task.tokenizer = 'subword', of" in outcome.error
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
     (copied_run / "digests.json").unlink()
     assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error

@@ -1,5 +1,6 @@
 """Small models of every mechanism, the library's own and converted ones, for the reports re-enacted in this folder."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,3 +71,8 @@ def converted(name: str, **options: Any) -> Any:
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids (rows, length), never 0."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def labeled(name: str) -> Callable[[str], str]:
+    """For `msg=` of `torch.testing.assert_close`: its message behind a name."""
+    return lambda message: f"{name}: {message}"

@@ -22,7 +22,7 @@ def model_of(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_either_name_goes_on(kind: str, name: str) -> None:
+def test_a_cache_by_either_name_continues(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 11)
     whole = model(text, use_cache=False).logits
     for passed in names.CACHE_NAMES:
@@ -36,17 +36,17 @@ def test_either_name_goes_on(kind: str, name: str) -> None:
 
 
 def test_two_names_for_two_caches_are_an_error() -> None:
-    one, other = transformers.DynamicCache(), transformers.DynamicCache()
+    first, second = transformers.DynamicCache(), transformers.DynamicCache()
     mine = hf.LongspanForCausalLM.wrap(own()).eval()
     with pytest.raises(ConfigError, match="two names of one argument"):
-        mine(tokens(1, 3), cache=one, past_key_values=other)
-    mine(tokens(1, 3), cache=one, past_key_values=one)
-    assert one.get_seq_length() == 3
+        mine(tokens(1, 3), cache=first, past_key_values=second)
+    mine(tokens(1, 3), cache=first, past_key_values=first)
+    assert first.get_seq_length() == 3
 
 
 @pytest.mark.parametrize(("kind", "name"), OURS[::3])
 @torch.no_grad()
-def test_generate_is_that_without_a_cache(kind: str, name: str) -> None:
+def test_generate_equals_that_without_a_cache(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 7)
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(text, use_cache=False, **options)
@@ -81,12 +81,12 @@ def test_a_cache_that_is_not_ours_is_an_error() -> None:
     foreign = llama()(tokens(1, 4), use_cache=True)[names.CACHE]
     with pytest.raises(ConfigError, match="keys and values"):
         model(tokens(1, 1), **{names.CACHE: foreign})
-    other = converted("full", layers=2)(tokens(1, 4), use_cache=True)[names.CACHE]
+    foreign_cache = converted("full", layers=2)(tokens(1, 4), use_cache=True)[names.CACHE]
     with pytest.raises(ConfigError, match="another model"):
-        model(tokens(1, 1), **{names.CACHE: other})
+        model(tokens(1, 1), **{names.CACHE: foreign_cache})
     mine = hf.LongspanForCausalLM.wrap(own()).eval()
     with pytest.raises(ConfigError, match="another model"):
-        mine(tokens(1, 1), **{names.CACHE: other})
+        mine(tokens(1, 1), **{names.CACHE: foreign_cache})
 
     def makes_a_cache(module: Any, args: Any, kwargs: Any) -> Any:
         return args, kwargs | {"kv_cache": transformers.DynamicCache()}
@@ -97,7 +97,7 @@ def test_a_cache_that_is_not_ours_is_an_error() -> None:
         model(tokens(1, 3))
 
 
-def test_what_does_not_stream_refuses_a_cache() -> None:
+def test_models_that_do_not_stream_refuse_a_cache() -> None:
     model = llama()
     hf.convert(model, "lsh", bucket_size=2, num_hashes=1, num_buckets=4, selection="sorted")
     with pytest.raises(UnsupportedError, match="use_cache=False"):

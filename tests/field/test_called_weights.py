@@ -1,4 +1,4 @@
-"""Weights are what their modules say: adapters, offloading and quantized maps act wherever a weight does."""
+"""A weight acts as its module applies it: adapters, offloading and quantized maps act wherever a weight does."""
 
 import copy
 from collections.abc import Callable
@@ -145,7 +145,7 @@ def test_dynamically_quantized_models_run(make: Callable[[str], Any], name: str)
 @pytest.mark.parametrize("kind", ["own", "converted"])
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_a_saved_model_is_loaded_with_a_device_map(kind: str, tmp_path: Path) -> None:
-    """More than fits: layers stay on disk; the hooks of accelerate find converted layers, and revert finds theirs."""
+    """More than fits: layers stay on disk; the hooks of accelerate work on converted layers, and revert on theirs."""
     hf = pytest.importorskip("longspan.hf")
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
     ids, options = tokens(2, 13), {"device_map": "auto", "max_memory": {"cpu": 9000}}
@@ -157,8 +157,8 @@ def test_a_saved_model_is_loaded_with_a_device_map(kind: str, tmp_path: Path) ->
     assert any(p.is_meta for p in loaded.parameters())
     close(streamed(loaded, ids), expected)
     if kind == "converted":
-        for each in (model, loaded):
-            hf.revert(each)
+        for network in (model, loaded):
+            hf.revert(network)
         with torch.no_grad():
             close(loaded(ids).logits, model(ids).logits)
 

@@ -1,4 +1,4 @@
-"""Weights that change between two calls act at once, however they were changed: nothing is kept of them elsewhere."""
+"""Weights that change between two calls act at once, however they were changed: no copy of them is stored elsewhere."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def moved(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def copied(model: torch.nn.Module, values: dict[str, Tensor]) -> None:
-    """As averages of weights and merges write them: `_version` stays as it is."""
+    """Written as weight averages and merges write them: `_version` does not change."""
     for name, p in model.named_parameters():
         p.data.copy_(values[name])
 
@@ -55,7 +55,7 @@ def test_changed_weights_act_on_a_stream_at_once(name: str, change: Any) -> None
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_functional_call_takes_the_weights_that_it_is_given(name: str) -> None:
-    """In a loop, where a turn's tensors take the place in memory of those of the turn before."""
+    """In a loop, where tensors of an iteration reuse the memory of those of the iteration before."""
     model, ids = own(name), tokens(2, 10)
     _, state = model(ids[:, :9])
     first, values = moved(model), {key: value.clone() for key, value in moved(model).items()}
@@ -96,7 +96,7 @@ def test_a_model_made_in_inference_mode_streams(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_training_goes_on_where_inference_mode_came_first(name: str) -> None:
+def test_training_works_after_a_call_in_inference_mode(name: str) -> None:
     """What a first call keeps for the next (tables of sizes) is no tensor of its mode."""
     model, ids = own(name), tokens(1, 21)
     with torch.inference_mode():
@@ -107,7 +107,8 @@ def test_training_goes_on_where_inference_mode_came_first(name: str) -> None:
 
 def test_folded_queries_give_the_scores_of_projected_distances() -> None:
     """A token of a stream applies W_r to its query; with a hook around the map, to the distances."""
-    model, ids = own("transformer_xl", init_std=0.5), tokens(1, 8)
+    model: Any = own("transformer_xl", init_std=0.5)
+    ids = tokens(1, 8)
     core = model.blocks[0].mixer.core
     with torch.no_grad():
         state = model(ids[:, :7])[1]

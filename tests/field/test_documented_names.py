@@ -1,4 +1,4 @@
-"""Names that the documents write as a path exist after the import that they tell (a report on `ls.mixers.probe`)."""
+"""Names that the documents write as a path exist after the documented import (a report on `ls.mixers.probe`)."""
 
 import importlib
 import re
@@ -18,12 +18,12 @@ PATHS = sorted(set(re.findall(r"(?<![\w./])((?:ls|hf|cost|harness)(?:\.(?!py\b)[
 
 
 def resolves(path: str) -> str:
-    """ "" where `path` leads to something, else what is missing; `ls` after `import longspan as ls` alone."""
+    """ "" where `path` exists, else what is missing; `ls` after `import longspan as ls` alone."""
     first, *rest = path.split(".")
     at = ls if first == "ls" else importlib.import_module(f"longspan.{first}")
-    for place, name in enumerate(rest):
+    for depth, name in enumerate(rest):
         if not hasattr(at, name):
-            return f"{'.'.join([first, *rest[:place]])} has no {name}"
+            return f"{'.'.join([first, *rest[:depth]])} has no {name}"
         at = getattr(at, name)
     return ""
 
@@ -44,6 +44,6 @@ for path in {PATHS!r}:
 
 
 @pytest.mark.parametrize("package", ["longspan", "longspan.mixers"])
-def test_misspelled_submodules_are_not(package: str) -> None:
+def test_misspelled_submodules_do_not_exist(package: str) -> None:
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'mixer_probe'"):
         _ = importlib.import_module(package).mixer_probe

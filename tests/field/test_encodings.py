@@ -1,12 +1,15 @@
-"""Output in any encoding: what it has no character for is written in another way, never an error."""
+"""Output in any encoding: a character that the encoding lacks is replaced, never an error."""
 
 import io
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tests.cli.command import Command, Outcome
 from tests.field.test_work_is_kept import recipe_of
 
 from longspan.cli.app import run
@@ -16,7 +19,7 @@ ENCODINGS = ["ascii", "latin-1", "cp1252", "utf-8"]
 
 
 @pytest.fixture
-def printed(monkeypatch):
+def printed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bytes]:
     """Call the command line with output in an encoding; the bytes of both outputs together."""
 
     def call(encoding: str, *arguments: object) -> bytes:
@@ -25,7 +28,7 @@ def printed(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", file)
             patch.setattr(sys, "stderr", file)
-            code = run([str(each) for each in arguments])
+            code = run([str(argument) for argument in arguments])
             file.flush()
         assert code in (0, 2), raw.getvalue()
         assert file.errors == "strict"
@@ -35,7 +38,7 @@ def printed(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_figures_below_zero(printed, byte_run, encoding):
+def test_figures_below_zero(printed: Callable[..., bytes], byte_run: Path, encoding: str) -> None:
     text = printed(encoding, "eval", byte_run).decode(encoding)
     minus = "\u2212" if encoding == "utf-8" else "-"
     assert "with memory" in text
@@ -60,8 +63,10 @@ VERBS = {
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_prints(printed, byte_run, folder, encoding, verb):
-    arguments = [each.format(run=byte_run, text=folder / "long.txt") for each in VERBS[verb]]
+def test_every_verb_prints(
+    printed: Callable[..., bytes], byte_run: Path, folder: Path, encoding: str, verb: str
+) -> None:
+    arguments = [argument.format(run=byte_run, text=folder / "long.txt") for argument in VERBS[verb]]
     assert printed(encoding, *arguments)
 
 
@@ -72,15 +77,15 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_in_a_process_of_its_own(byte_run, setting):
+def test_in_a_process_of_its_own(byte_run: Path, setting: dict[str, str]) -> None:
     command = [sys.executable, "-m", "longspan.cli", "eval", str(byte_run)]
-    found = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **setting})
-    assert found.returncode == 0, found.stderr
-    assert b"difference" in found.stdout
+    completed = subprocess.run(command, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **setting})
+    assert completed.returncode == 0, completed.stderr
+    assert b"difference" in completed.stdout
 
 
 @pytest.fixture(scope="module")
-def word_run(folder, tmp_path_factory):
+def word_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that reads words."""
     recipe = recipe_of(folder, steps=1)
     where = tmp_path_factory.mktemp("words") / "run"
@@ -90,28 +95,30 @@ def word_run(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("verb", ["eval", "stream", "generate"])
 @pytest.mark.parametrize("kind", ["byte", "subword", "word"])
-def test_text_that_is_not_utf8(longspan, byte_run, subword_run, word_run, tmp_path, verb, kind):
-    """Bytes read anything; subwords and words read it with U+FFFD, exactly as if it stood there."""
+def test_text_that_is_not_utf8(
+    longspan: Command, byte_run: Path, subword_run: Path, word_run: Path, tmp_path: Path, verb: str, kind: str
+) -> None:
+    """Bytes read anything; subwords and words read it with U+FFFD, exactly as if the text contained it."""
     chosen = {"byte": byte_run, "subword": subword_run, "word": word_run}[kind]
     bad, replaced = tmp_path / "bad.txt", tmp_path / "replaced.txt"
     bad.write_bytes(b"the people \xff of the \x80 union \xe2\x82")
     replaced.write_text(bad.read_bytes().decode(errors="replace"), encoding="utf-8")
 
-    def call(path, *more):
+    def call(path: Path, *more: object) -> tuple[Outcome, str, bytes]:
         arguments = {
             "eval": ["eval", chosen, path, "--json"],
             "stream": ["stream", chosen, path, "--losses", tmp_path / "nats", "-q"],
             "generate": ["generate", chosen, "--prompt-file", path, "-n", 9, "--temperature", 0],
         }[verb]
-        found = longspan(*arguments, *more)
+        outcome = longspan(*arguments, *more)
         nats = (tmp_path / "nats").read_bytes() if verb == "stream" else b""
-        return found, re.sub(r'"(seconds|.*per_second)": .*', "", found.out), nats
+        return outcome, re.sub(r'"(seconds|.*per_second)": .*', "", outcome.out), nats
 
     if kind == "byte":
         assert call(bad)[0].code == 0
     else:
-        found, *_ = call(bad)
-        assert found.code == 2
-        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in found.error
+        outcome, *_ = call(bad)
+        assert outcome.code == 2
+        assert f"bad.txt: not UTF-8 at byte 11, and this run reads {kind}s; --errors replace" in outcome.error
         assert call(bad, "--errors", "replace")[1:] == call(replaced)[1:]
     assert "strict or replace" in call(bad, "--errors", "ignore")[0].error

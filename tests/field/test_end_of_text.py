@@ -40,9 +40,9 @@ def tokenizer(eos: str | None = "</s>") -> Any:
     engine: Any = Tokenizer(models.BPE(vocab=table, merges=[]))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>", eos_token=eos)
-    made.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
-    return made
+    fast_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, bos_token="<s>", eos_token=eos)
+    fast_tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS[2:]})
+    return fast_tokenizer
 
 
 def script(embedding: Any, output: Any, chain: list[int]) -> None:
@@ -125,7 +125,7 @@ def test_every_way_to_write_stops_at_the_end(
 @pytest.mark.parametrize("case", CASES)
 def test_the_harness_stops_at_the_end(case: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
 
     from longspan.harness import LongspanLM
 
@@ -212,8 +212,8 @@ def test_wrapped_models_know_the_ends_of_their_tokenizer(tmp_path: Path) -> None
     for chain in ([A, B, END, C], [A, B, STOP, C]):
         model = hf.LongspanForCausalLM.wrap(scripted_decoder(chain), tokenizer=borrowed).eval()
         model.save_pretrained(tmp_path / "model")
-        for each in (model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
-            written = each.generate(torch.tensor([[BEGIN, A]]), max_new_tokens=9, do_sample=False, pad_token_id=END)
+        for network in (model, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")):
+            written = network.generate(torch.tensor([[BEGIN, A]]), max_new_tokens=9, do_sample=False, pad_token_id=END)
             assert written[0].tolist() == [BEGIN, *chain[:3]]
     plain = hf.LongspanForCausalLM.wrap(scripted_decoder([A, B]), tokenizer=Bytes())
     assert (plain.config.bos_token_id, plain.config.eos_token_id) == (0, 0)

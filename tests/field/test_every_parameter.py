@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import longspan as ls
@@ -46,7 +47,7 @@ def test_every_parameter_of_our_models_gets_a_gradient(mixer: dict[str, Any], le
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_a_call_that_goes_on_with_a_state_too(name: str) -> None:
+def test_every_parameter_gets_a_gradient_in_a_call_with_a_state(name: str) -> None:
     model = own(name).train()
     state = ls.state.detach(model(tokens(1, 6))[1])
     for length in (1, 2):
@@ -59,7 +60,7 @@ def test_in_a_call_that_goes_on_with_a_state_too(name: str) -> None:
     "fields", [{"reversible": True}, {"checkpoint": True}, {"adaptive_cutoffs": (10, 30)}], ids=str
 )
 @pytest.mark.parametrize("name", ["infini", "memorizing", "compressive"])
-def test_in_other_kinds_of_models_too(name: str, fields: dict[str, Any]) -> None:
+def test_every_parameter_of_other_kinds_of_models_gets_a_gradient(name: str, fields: dict[str, Any]) -> None:
     model = own(name, **fields).train()
     model(tokens(2, 3))[0].square().mean().backward()
     assert not without_gradient(model)
@@ -124,7 +125,7 @@ def test_every_parameter_of_heads_around_models_gets_a_gradient(kind: str) -> No
 
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
-    model = own(name)
+    model: Any = own(name)
     rest = own(name, mixers=({"name": name, **FIELDS[name], "shared": False},))
     named = {key for key, _ in model.named_parameters()}
     assert not any("k_proj" in key for key in named)
@@ -134,19 +135,19 @@ def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
     # files of earlier versions have the weight
     ls.models.save_model(model, tmp_path)
     saved = {**model.state_dict(), "blocks.0.mixer.projections.k_proj.weight": torch.zeros(DIM, DIM)}
-    other = own(name)
+    loaded = own(name)
     with torch.no_grad():
-        for p in other.parameters():
+        for p in loaded.parameters():
             p.zero_()
-    ls.models.load_weights(other, saved, "saved")
+    ls.models.load_weights(loaded, saved, "saved")
     ids = tokens(1, 9)
-    torch.testing.assert_close(other(ids)[0], model(ids)[0], atol=0, rtol=0)
-    other.load_state_dict(saved)
+    torch.testing.assert_close(loaded(ids)[0], model(ids)[0], atol=0, rtol=0)
+    loaded.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_sessions_of_earlier_versions_go_on(name: str, tmp_path: Path) -> None:
-    model = own(name)
+def test_sessions_of_earlier_versions_continue(name: str, tmp_path: Path) -> None:
+    model: Any = own(name)
     ls.models.save_model(model, tmp_path)
     unused = "blocks.0.mixer.projections.k_proj.weight"
     weights = {**model.state_dict(), unused: torch.ones(DIM, DIM)}
@@ -201,12 +202,12 @@ def test_a_converted_model_keeps_its_keys_for_revert(name: str, tmp_path: Path) 
     values = {name: 2 * value for name, value in model.state_dict().items()}
     model.load_state_dict(values)
     torch.testing.assert_close(resting.weight, values[key], atol=0, rtol=0)
-    for each in (model, loaded):
-        hf.revert(each)
-        assert dict(each.named_parameters())[key].requires_grad
-        assert [n for n, _ in each.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    for wanted, value in plain.state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[wanted], value, atol=0, rtol=0)
+    for network in (model, loaded):
+        hf.revert(network)
+        assert dict(network.named_parameters())[key].requires_grad
+        assert [n for n, _ in network.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    for parameter_name, value in plain.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[parameter_name], value, atol=0, rtol=0)
     adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"])
     named = [n for n, _ in peft.get_peft_model(shared_llama(name), adapters).named_parameters() if "lora" in n]
     assert named
@@ -250,7 +251,7 @@ def train_in_two(subjects: list[tuple[str, str]]) -> list[str]:
         port = free.getsockname()[1]
     with mp.Manager() as manager:
         failed = manager.list()
-        mp.spawn(reduced, args=(port, subjects, failed), nprocs=2)
+        spawn(reduced, args=(port, subjects, failed), nprocs=2)
         return list(failed)
 
 

@@ -1,4 +1,4 @@
-"""Eight rows in one call or in four calls of two: the real Trainer finds the same losses and gradients."""
+"""Eight rows in one call or in four calls of two: the real Trainer computes the same losses and gradients."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ ROWS = 8
 LONG = pytest.mark.long  # a run of the Trainer takes a second
 
 
-class Recorder(transformers.TrainerCallback):  # type: ignore[misc]
+class Recorder(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """Keeps the gradients just before the optimizer reads them."""
 
     def __init__(self) -> None:
@@ -61,24 +61,24 @@ def one_step(model: Any, rows: list[dict[str, Tensor]], size: int, folder: Path,
 
 def check(make: Any, rows: list[dict[str, Tensor]], folder: Path, options: Any = None) -> None:
     """`make()` builds the same model twice; `options(model)` gives those of the Trainer."""
-    found = []
+    runs = []
     for size in (8, 2):
         model = make()
         more = {} if options is None else options(model)
-        found.append(one_step(model, rows, size, folder, **more))
-    (whole, gradients), (parts, parted) = found
+        runs.append(one_step(model, rows, size, folder, **more))
+    (whole, gradients), (parts, part_gradients) = runs
     assert parts == pytest.approx(whole, rel=1e-4)
-    assert gradients.keys() == parted.keys()
+    assert gradients.keys() == part_gradients.keys()
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     assert scale > 0
     for name, gradient in gradients.items():
-        assert (parted[name] - gradient).abs().max() <= 1e-4 * scale, name
+        assert (part_gradients[name] - gradient).abs().max() <= 1e-4 * scale, name
 
 
 def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
     """The contract itself, without a Trainer: calls that know the labels of their step add up to the step."""
     count = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
-    found = []
+    runs = []
     for size in (8, 2):
         model.zero_grad()
         total = 0.0
@@ -87,12 +87,12 @@ def check_calls(model: Any, rows: list[dict[str, Tensor]]) -> None:
             loss = model(**batch, num_items_in_batch=count).loss
             loss.backward()
             total += float(loss.detach())
-        found.append((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (whole, gradients), (parts, parted) = found
+        runs.append((total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (whole, gradients), (parts, part_gradients) = runs
     assert parts == pytest.approx(whole, rel=1e-5)
     scale = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        assert (parted[name] - gradient).abs().max() <= 1e-4 * scale, name
+        assert (part_gradients[name] - gradient).abs().max() <= 1e-4 * scale, name
 
 
 def language(ragged: bool = True) -> list[dict[str, Tensor]]:
@@ -160,8 +160,11 @@ BIDIRECTIONAL = ["full", "window", "linear", "performer", "entmax", "bp", "lsh",
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
 def test_masked_models(name: str) -> None:
-    fields = {"lsh": {"selection": "sorted"}, "routing": {"selection": "balanced", "commitment": 0.0}}.get(name, {})
-    check_calls(hf.LongspanForMaskedLM.wrap(masked(name, **fields)), language())
+    fields: dict[str, dict[str, Any]] = {
+        "lsh": {"selection": "sorted"},
+        "routing": {"selection": "balanced", "commitment": 0.0},
+    }
+    check_calls(hf.LongspanForMaskedLM.wrap(masked(name, **fields.get(name, {}))), language())
 
 
 def test_masked_models_with_auxiliary_losses(tmp_path: Path) -> None:
@@ -176,7 +179,7 @@ LABELS = {
 
 
 @pytest.mark.parametrize(
-    "problem", [pytest.param(each, marks=LONG if "label" not in each or "multi" in each else ()) for each in LABELS]
+    "problem", [pytest.param(kind, marks=LONG if "label" not in kind or "multi" in kind else ()) for kind in LABELS]
 )
 def test_classifiers(problem: str, tmp_path: Path) -> None:
     def make() -> Any:
@@ -214,7 +217,7 @@ def test_converted_models_with_auxiliary_losses(name: str, smoothing: float, tmp
     plain = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=smoothing
     )
-    extra = sum(hf.penalties(model))
+    extra = torch.stack(hf.penalties(model)).sum()
     assert extra.detach() > 1e-3
     torch.testing.assert_close(loss, plain + extra)
 

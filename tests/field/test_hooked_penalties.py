@@ -1,4 +1,4 @@
-"""Auxiliary losses reach the loss where hooks stand around every module, as accelerate's do under a device map."""
+"""Auxiliary losses reach the loss where every module has hooks, as those of accelerate under a device map."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ NAMES = ["adaptive_span", "routing", "compressive", "heads"]
 
 
 def hooked(model: Any) -> Any:
-    """A hook around every module that moves what it is given."""
+    """A hook around every module that moves its inputs."""
     for module in model.modules():
         accelerate.hooks.add_hook_to_module(module, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
     return model
@@ -52,7 +52,7 @@ def test_losses_are_those_without_hooks(name: str, kind: str) -> None:
     assert text.max() < VOCAB
 
     def loss(model: Any) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=text, labels=text).loss.detach()
-        return found
+        detached: torch.Tensor = model(input_ids=text, labels=text).loss.detach()
+        return detached
 
     assert torch.equal(loss(hooked(make())), loss(make()))

@@ -23,7 +23,7 @@ class Reads(TorchDispatchMode):
     """Counts the operations for which a host waits."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ LONG = pytest.mark.long
 EXPORTED = ("window", "infini")  # where tests are quick, as an export takes seconds
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=LONG) for kind in KINDS[:-2]] + KINDS[-2:])
+@pytest.mark.parametrize("kind", [*(pytest.param(kind, marks=LONG) for kind in KINDS[:-2]), *KINDS[-2:]])
 @pytest.mark.parametrize("name", NAMES)
 def test_no_layer_reads_on_the_cpu(name: str, kind: str) -> None:
     model = own(name, layers=2)
@@ -118,9 +118,9 @@ def test_a_training_step_reads_no_more_than_that(name: str) -> None:
 def test_decoders_export_for_a_fixed_length(name: str) -> None:
     model = own(name)
     program = torch.export.export(model, (tokens(2, 9),), strict=False)
-    other = tokens(2, 9, seed=5)
+    fresh_ids = tokens(2, 9, seed=5)
     with torch.no_grad():
-        assert torch.allclose(program.module()(other)[0], model(other)[0], atol=1e-5)
+        assert torch.allclose(program.module()(fresh_ids)[0], model(fresh_ids)[0], atol=1e-5)
 
 
 def test_an_export_with_a_state_says_what_it_lacks() -> None:
@@ -143,16 +143,16 @@ def test_tensors_without_values_go_through(name: str, kind: str) -> None:
         empty = own(name)
         text = torch.zeros(2, 9, dtype=torch.int64)
         mask = torch.ones(2, 9, dtype=torch.bool)
-        found = [empty(text, None, mask=mask)]
+        outputs = [empty(text, None, mask=mask)]
         for width in (9, 1):
-            found.append(empty(text[:, :width], found[-1][1]))
+            outputs.append(empty(text[:, :width], outputs[-1][1]))
     with torch.no_grad():
         expected = [model(tokens(2, 9), None)]
         for width in (9, 1):
             expected.append(model(tokens(2, width), expected[-1][1]))
-    for (out, state), (logits, after) in zip(found, expected, strict=True):
+    for (out, state), (logits, after) in zip(outputs, expected, strict=True):
         assert out.shape == logits.shape
-        if name != "adaptive_span":  # whose state is as long as spans are, which nobody knows
+        if name != "adaptive_span":  # the length of its state depends on the spans, which have no values here
             assert shapes(state) == shapes(after)
 
 
@@ -195,9 +195,9 @@ def test_masked_models_read_once_at_most(name: str) -> None:
         model.to(device.device)
         mask, reset = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
         mask[0, :3], reset[0, 5] = False, True
-        given = {"mask": mask.to(device.device), "reset": reset.to(device.device)}
+        keywords = {"mask": mask.to(device.device), "reset": reset.to(device.device)}
         text = tokens(2, 9).to(device.device)
         device.reads.clear()
         with torch.no_grad():
-            model(text, **given)
+            model(text, **keywords)
         assert len(device.reads) <= 1, device.reads

@@ -73,21 +73,21 @@ def test_queries_and_keys_far_below_zero(name: str, shift: float) -> None:
     if name == "linear":
         scores = (phi_q @ phi_k.mT).tril()
         expected = scores @ wide / scores.sum(-1, keepdim=True)
-        found = ops.linear_attention(ops.elu_features(q, queries=True), ops.elu_features(k), v)[0]
+        actual = ops.linear_attention(ops.elu_features(q, queries=True), ops.elu_features(k), v)[0]
     else:
         gate = torch.full((2,), 1e9)
-        found = ops.infini_attention(q, k, v, gate, segment=6)[0][:, :, 6:]
+        actual = ops.infini_attention(q, k, v, gate, segment=6)[0][:, :, 6:]
         scores = phi_q[:, :, 6:] @ phi_k[:, :, :6].mT
         expected = scores @ wide[:, :, :6] / scores.sum(-1, keepdim=True)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_small_denominators_of_fp64() -> None:
     phi = torch.full((1, 1, 5, 4), 1e-40, dtype=torch.float64)
     v = torch.randn(1, 1, 5, 3, dtype=torch.float64)
-    found = ops.linear_attention(phi, phi, v)[0]
+    actual = ops.linear_attention(phi, phi, v)[0]
     expected = v.cumsum(2) / torch.arange(1, 6).view(-1, 1)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 # -- huge ------------------------------------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ def test_a_row_that_is_not_finite_changes_no_other(form: str, causal: bool) -> N
     expected, state = mixer(x)
     for row, value in enumerate(BAD):
         for first in (0, 11):
-            spoiled, others = x.clone(), [other for other in range(3) if other != row]
+            spoiled, clean_rows = x.clone(), [index for index in range(3) if index != row]
             spoiled[row, first:] = value
-            found, after = mixer(spoiled)
-            assert torch.equal(found[others], expected[others]), (value, first)
+            actual, after = mixer(spoiled)
+            assert torch.equal(actual[clean_rows], expected[clean_rows]), (value, first)
             for name, tensor in states.tensors(state).items():
-                assert torch.equal(states.tensors(after)[name][others], tensor[others]), (value, first, name)
+                assert torch.equal(states.tensors(after)[name][clean_rows], tensor[clean_rows]), (value, first, name)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -145,8 +145,8 @@ def test_padding_that_is_not_finite_is_not_seen(form: str, causal: bool) -> None
         clean = x.masked_fill(~mask[..., None], 0)
         expected = _outputs(mixer, clean, mask=mask)
         for value in BAD:
-            found = _outputs(mixer, x.masked_fill(~mask[..., None], value), mask=mask)
-            assert torch.equal(found, expected), (hidden, value)
+            actual = _outputs(mixer, x.masked_fill(~mask[..., None], value), mask=mask)
+            assert torch.equal(actual, expected), (hidden, value)
 
 
 # -- nothing ---------------------------------------------------------------------------------------------------------
@@ -158,19 +158,19 @@ def test_padding_that_is_not_finite_is_not_seen(form: str, causal: bool) -> None
 def test_no_rows_and_no_tokens(form: str, causal: bool, options: str) -> None:
     mixer = _build(form, causal=causal)
     for rows, length in ((0, 5), (0, 70), (2, 0), (0, 0), (0, 1)):
-        given: dict[str, Any] = {}
+        keywords: dict[str, Any] = {}
         if options in ("mask", "both"):
-            given["mask"] = torch.ones(rows, length, dtype=torch.bool)
+            keywords["mask"] = torch.ones(rows, length, dtype=torch.bool)
         if options in ("reset", "both"):
-            given["reset"] = torch.zeros(rows, length, dtype=torch.bool)
+            keywords["reset"] = torch.zeros(rows, length, dtype=torch.bool)
         x = torch.zeros(rows, length, DIM, requires_grad=True)
-        y, state = mixer(x, **given)
+        y, state = mixer(x, **keywords)
         assert y.shape == x.shape
         y.sum().backward()
         assert x.grad is not None
         assert x.grad.shape == x.shape
         if mixer.traits.streams:
-            again, state = mixer(x.detach(), state, **given)
+            again, state = mixer(x.detach(), state, **keywords)
             assert again.shape == x.shape
             y, _ = mixer(torch.randn(rows, 3, DIM), state)
             assert y.isfinite().all()

@@ -1,4 +1,4 @@
-"""A call that does not come to its end leaves a session, a cache and stores on disk as they were before it."""
+"""A call that is interrupted leaves a session, a cache and stores on disk as they were before it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,12 +26,26 @@ class Interrupting(TorchFunctionMode):
         self.at, self.error, self.count = at, error, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # settings that contexts of torch put back on their way out are none of ours
+        # settings that contexts of torch put back on their way out are not counted
         if not any(setting in getattr(func, "__name__", "") for setting in ("grad_enabled", "autocast")):
             self.count += 1
             if self.count in self.at:
                 raise self.error("interrupted")
         return func(*args, **(kwargs or {}))
+
+
+class CountingBeforeTheMove(Interrupting):
+    """Counts all torch calls; `last` is the number of the last one before the session's position moved."""
+
+    def __init__(self, session: ls.StreamSession) -> None:
+        super().__init__()
+        self.session, self.start, self.last = session, session.position, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = super().__torch_function__(func, types, args, kwargs)
+        if self.session.position == self.start:
+            self.last = self.count
+        return output
 
 
 def _session(model: Any) -> ls.StreamSession:
@@ -42,25 +56,16 @@ def _session(model: Any) -> ls.StreamSession:
     return session
 
 
-def _places(session: ls.StreamSession, count: int) -> Iterator[int]:
-    """Torch calls evenly spaced over a session's next token, the first and the last before it moves included."""
-    twin, last = session.fork(), 0
-    counting = Interrupting()
-    advance = twin._advance
-
-    def move(*args: Any) -> None:
-        nonlocal last
-        last = counting.count
-        advance(*args)
-
-    twin._advance = move  # type: ignore[method-assign]
-    with counting:
+def _call_numbers(session: ls.StreamSession, count: int) -> Iterator[int]:
+    """Numbers of torch calls, evenly spaced from the first of a session's next token to the last before it moves."""
+    twin = session.fork()
+    with CountingBeforeTheMove(twin) as counting:
         twin.feed(READ[25:26])
     for step in range(count):
-        yield 1 + step * (last - 1) // (count - 1)
+        yield 1 + step * (counting.last - 1) // (count - 1)
 
 
-def _goes_on_alike(session: ls.StreamSession, expected: list[Tensor]) -> None:
+def _continues_identically(session: ls.StreamSession, expected: list[Tensor]) -> None:
     assert session.position == 25
     for token, logits in zip(READ[25:30], expected, strict=True):
         assert torch.equal(session.feed(token[None]), logits)
@@ -76,15 +81,15 @@ def test_a_token_interrupted_anywhere(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
     errors = [KeyboardInterrupt, RuntimeError, MemoryError]
-    for index, place in enumerate(_places(session, 9)):
+    for index, call_number in enumerate(_call_numbers(session, 9)):
         error = errors[index % len(errors)]
-        with pytest.raises(error), Interrupting(place, error=error):
+        with pytest.raises(error), Interrupting(call_number, error=error):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str) -> None:
+def test_an_exception_in_every_layer_before_and_after_the_mixer(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
 
@@ -95,14 +100,14 @@ def test_an_exception_in_each_layer_before_and_behind_the_mixer(name: str) -> No
         return fail
 
     for number, layer in enumerate(model.layers):
-        for index, place in enumerate((layer.mixer_norm, layer.mixer.projections.o_proj, layer.ffn_norm, layer.ffn)):
+        for index, module in enumerate((layer.mixer_norm, layer.mixer.projections.o_proj, layer.ffn_norm, layer.ffn)):
             error = (KeyboardInterrupt, ValueError)[(number + index) % 2]
-            handle = place.register_forward_pre_hook(failing(error))
+            handle = module.register_forward_pre_hook(failing(error))
             for count in (1, 3):
                 with pytest.raises(error):
                     session.feed(READ[25 : 25 + count])
             handle.remove()
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing", "full", "linear", "memorizing"])
@@ -111,25 +116,26 @@ def test_an_interruption_between_the_call_and_the_move_of_the_session(
 ) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
-    for method in ("_advance", "_settle"):
+    # what the session makes after the call: its next state, and the record of what that state has overwritten
+    for record in ("longspan.stream.SessionState", "longspan.state.Undo"):
         with monkeypatch.context() as patch:
-            patch.setattr(session, method, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(record, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 session.feed(READ[25:26])
     assert torch.equal(session.fork().feed(READ[25:26]), expected[0])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing"])
-def test_an_interruption_of_the_undoing_too(name: str) -> None:
+def test_an_interruption_of_the_undoing(name: str) -> None:
     model = own(name, layers=LAYERS)
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 7):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 1, place + 2):
+    for call_number in _call_numbers(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 1, call_number + 2):
             session.feed(READ[25:26])
-        with pytest.raises(KeyboardInterrupt), Interrupting(place, place + 2):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number, call_number + 2):
             session.score(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", ["lsh", "routing", "full", "sparse", "window"])
@@ -141,8 +147,8 @@ def test_saved_and_forked_after_an_interruption(name: str, tmp_path: Path) -> No
         session.feed(READ[25:26])
     handle.remove()
     session.save(tmp_path / "state")
-    _goes_on_alike(session.fork(), expected)
-    _goes_on_alike(ls.StreamSession.load(model, tmp_path / "state"), expected)
+    _continues_identically(session.fork(), expected)
+    _continues_identically(ls.StreamSession.load(model, tmp_path / "state"), expected)
 
 
 @pytest.mark.parametrize("per_layer", [False, True])
@@ -152,10 +158,10 @@ def test_recurrent_memory(name: str, per_layer: bool) -> None:
     torch.manual_seed(1)
     model = ls.RecurrentMemory(backbone, segment_length=7, num_memory_tokens=2, per_layer=per_layer).eval()
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 7):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+    for call_number in _call_numbers(session, 7):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
@@ -164,10 +170,10 @@ def test_sessions_of_converted_models(name: str) -> None:
 
     model = ConvertedDecoder(converted(name, layers=2))
     expected, session = _uninterrupted(model), _session(model)
-    for place in _places(session, 5):
-        with pytest.raises(KeyboardInterrupt), Interrupting(place):
+    for call_number in _call_numbers(session, 5):
+        with pytest.raises(KeyboardInterrupt), Interrupting(call_number):
             session.feed(READ[25:26])
-    _goes_on_alike(session, expected)
+    _continues_identically(session, expected)
 
 
 def _store(folder: Path, index: str = "exact") -> MemoryStore:
@@ -177,7 +183,7 @@ def _store(folder: Path, index: str = "exact") -> MemoryStore:
 @pytest.mark.parametrize("session", [True, False])
 def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
     """Segments of 4: the call interrupted closes one, in a store that is full and overwrites its oldest pairs."""
-    model = own("memorizing", layers=2)
+    model: Any = own("memorizing", layers=2)
 
     def read(folder: str, interrupt: bool) -> list[Tensor]:
         stores = [_store(tmp_path / f"{folder}{index}") for index in range(2)]
@@ -192,12 +198,13 @@ def test_memory_stores_on_disk(tmp_path: Path, session: bool) -> None:
             if session:
                 return reader.feed(part).clone()
             logits, state = model(part[None], state)
-            return logits[0, -1]
+            last: Tensor = logits[0, -1]
+            return last
 
         feed(READ[:23])
         if interrupt:
-            for place in (3, 40, 90, 140, 200, 300):
-                with Interrupting(place) as counting:
+            for call_number in (3, 40, 90, 140, 200, 300):
+                with Interrupting(call_number) as counting:
                     try:
                         feed(READ[23:24])
                         raise AssertionError(f"only {counting.count} calls")
@@ -236,15 +243,15 @@ def test_caches_of_converted_models(name: str, partly: bool) -> None:
     inner = model.model.layers
 
     def cache() -> Any:
-        made = StateCache([not partly or index == 1 for index in range(3)])
-        _generate(model, made, READ[None, :20])
-        return made
+        state_cache = StateCache([not partly or index == 1 for index in range(3)])
+        _generate(model, state_cache, READ[None, :20])
+        return state_cache
 
     whole, cut = cache(), cache()
     expected = [_generate(model, whole, READ[None, i : i + 1]) for i in range(20, 24)]
     for layer in inner:
-        for place in (layer.self_attn.q_proj, layer.mlp):
-            handle = place.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        for module in (layer.self_attn.q_proj, layer.mlp):
+            handle = module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 _generate(model, cut, READ[None, 20:21])
             handle.remove()

@@ -39,26 +39,27 @@ def test_sliding_layers_hold_a_window(kind: str, layer: int) -> None:
     hf.convert(model, *(["window"] if sliding else ["full"]), layers=[layer], **({"window": 8} if sliding else {}))
     outputs = []
     for reader in (original, model):
-        cache, found = None, []
+        cache: Any = None
+        logits = []
         for first in range(0, 40, 10):
             out = reader(text[:, first : first + 10], use_cache=True, **({} if cache is None else {names.CACHE: cache}))
             cache = out[names.CACHE]
-            found.append(out.logits)
-        outputs.append((torch.cat(found, 1), cache))
-    (expected, theirs), (found, ours) = outputs
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for index, (one, other) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
+            logits.append(out.logits)
+        outputs.append((torch.cat(logits, 1), cache))
+    (expected, theirs), (actual, ours) = outputs
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for index, (ours_layer, reference_layer) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
         if index == layer:
-            assert isinstance(one, hf.StateLayer)
+            assert isinstance(ours_layer, hf.StateLayer)
         else:
-            assert type(one) is type(other)
-            assert one.keys.shape == other.keys.shape
+            assert type(ours_layer) is type(reference_layer)
+            assert ours_layer.keys.shape == reference_layer.keys.shape
     assert ours.get_seq_length() == 40
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 @torch.no_grad()
-def test_generate_is_that_of_the_original(kind: str) -> None:
+def test_generate_equals_that_of_the_original(kind: str) -> None:
     original, model, text = make(kind), make(kind), tokens(2, 12)
     hf.convert(model, "window", layers=[2], window=8)
     mask = torch.ones_like(text)

@@ -1,4 +1,4 @@
-"""No keyword of a call is dropped without a word: it acts, or one line says why it cannot."""
+"""No keyword of a call is ignored silently: it acts, or an error of one line says why it cannot."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ OURS = ["causal", "memory", "masked", "classifier", "converted", "partly", "bert
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_unknown_ones_raise_with_the_nearest_name(kind: str) -> None:
+def test_unknown_keywords_raise_with_the_nearest_name(kind: str) -> None:
     model, text = make(kind), tokens(2, 5)
     for wrong, near in (("atention_mask", "attention_mask"), ("re_set", "reset"), ("positon_ids", "position_ids")):
         with pytest.raises(ConfigError, match=f"unknown keyword '{wrong}'; did you mean '{near}'"):
@@ -104,7 +104,7 @@ def test_generate_refuses_what_it_does_not_know(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("kind", ["causal", "masked", "classifier", "converted", "partly"])
 @torch.no_grad()
-def test_what_callers_of_transformers_pass_is_taken(kind: str) -> None:
+def test_keywords_that_callers_of_transformers_pass_are_accepted(kind: str) -> None:
     peft = pytest.importorskip("peft")
     model, text = make(kind), tokens(2, 6)
     expected = model(text).logits
@@ -119,7 +119,7 @@ def test_what_callers_of_transformers_pass_is_taken(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["masked", "classifier", "bert"])
-def test_what_asks_for_nothing_may_be_passed_to_models_that_keep_no_state(kind: str) -> None:
+def test_options_that_are_off_may_be_passed_to_models_that_keep_no_state(kind: str) -> None:
     model, text = make(kind), tokens(2, 5)
     expected = model(text)[0]
     quiet: dict[str, Any] = {"past_key_values": None, "use_cache": False, "shift_labels": None}

@@ -20,7 +20,7 @@ SMOOTHING = 0.1
 
 
 def trainer_loss(model: Any, batch: dict[str, Tensor], folder: Path) -> float:
-    """The loss the real Trainer finds with label smoothing, without a training step."""
+    """The loss that the real Trainer computes with label smoothing, without a training step."""
     arguments = transformers.TrainingArguments(
         str(folder), label_smoothing_factor=SMOOTHING, use_cpu=True, report_to=[], disable_tqdm=True
     )
@@ -133,7 +133,7 @@ def test_the_count_of_predictions_is_that_of_the_shifted_labels(tmp_path: Path) 
 
 def test_auxiliary_losses_that_a_trainer_leaves_out_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(modeling._LOGGER, "warning_once", said.append)
+    monkeypatch.setattr(transformers.utils.logging.get_logger(modeling.__name__), "warning_once", said.append)
     ids = tokens(2, 9)
     model = hf.LongspanForCausalLM.wrap(own("adaptive_span")).train()
     model(ids, labels=ids, num_items_in_batch=16)

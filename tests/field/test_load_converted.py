@@ -134,7 +134,7 @@ def test_types_and_devices(tmp_path: Path) -> None:
     assert {p.dtype for core in hf.cores(narrow).values() for p in core.parameters()} == {torch.float32}
     assert narrow(text).logits.dtype == torch.bfloat16
     torch.testing.assert_close(narrow(text).logits.float(), model(text).logits, rtol=0.1, atol=0.02)
-    # what is bf16 as a whole comes back so, and wide where that is wanted
+    # a model saved in bf16 loads in bf16, or in fp32 where the caller says so
     folder = saved(narrow.bfloat16(), tmp_path / "bf16")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
@@ -150,10 +150,10 @@ def test_shards_and_offloaded_layers(tmp_path: Path) -> None:
     model, text = change(converted("infini", layers=2)), tokens(2, 13)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     again = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, device_map=places, offload_folder=tmp_path / "offloaded"
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offloaded"
     )
     assert again.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
     torch.testing.assert_close(again(text).logits, model(text).logits, rtol=1e-5, atol=1e-6)
@@ -179,11 +179,11 @@ def test_pipelines_take_the_folder(tmp_path: Path) -> None:
     assert again("a3 a4").input_ids == words("a3 a4").input_ids
     for source in (str(folder), model):
         pipe = transformers.pipeline("text-generation", source, tokenizer=words if source is model else None)
-        found = pipe("a3 a4 a7", max_new_tokens=6, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+        generated = pipe("a3 a4 a7", max_new_tokens=6, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
         expected = torch.tensor([[3, 4, 7]])
-        for _ in range(len(found) - 3):
+        for _ in range(len(generated) - 3):
             expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
-        assert found == expected[0].tolist()
+        assert generated == expected[0].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -228,7 +228,7 @@ def test_the_original_class_is_not_built_by_a_converted_configuration(tmp_path: 
     assert type(transformers.LlamaModel(model.config)).__name__ == "LlamaModel"
 
 
-def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:
+def test_missing_and_resized_weights_raise_an_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(converted("infini"), tmp_path)
@@ -251,9 +251,9 @@ def test_what_is_missing_or_of_another_size_is_said(tmp_path: Path) -> None:
 def test_without_longspan_nothing_loads_silently(tmp_path: Path) -> None:
     folder = saved(converted("window"), tmp_path / "llama")
     tokenizer(folder)
-    other = small("GPT2LMHeadModel")
-    hf.convert(other, "window", **FIELDS["window"])
-    saved(other, tmp_path / "gpt2")
+    gpt2 = small("GPT2LMHeadModel")
+    hf.convert(gpt2, "window", **FIELDS["window"])
+    saved(gpt2, tmp_path / "gpt2")
     code = """
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM

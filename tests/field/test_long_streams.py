@@ -112,7 +112,7 @@ def test_state_bytes_say_that_sums_are_in_fp64(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["linear", "performer", "infini"])
-def test_states_that_were_saved_in_fp32_go_on(name: str, tmp_path: Path) -> None:
+def test_states_that_were_saved_in_fp32_continue(name: str, tmp_path: Path) -> None:
     model = own(name, layers=2)
     ids = tokens(1, 30)
     expected, _ = model(ids)

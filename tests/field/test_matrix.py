@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.field.models import CONVERTIBLE, NAMES, converted, own, tokens
+from tests.field.models import CONVERTIBLE, NAMES, converted, labeled, own, tokens
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("longspan.hf")
@@ -45,11 +45,11 @@ def make(kind: str, name: str) -> Any:
     return model
 
 
-def same(one: Any, other: Any, exact: bool = False) -> None:
+def same(left: Any, right: Any, exact: bool = False) -> None:
     """Two models say the same of a text."""
     text = tokens(2, 13)
     with torch.no_grad():
-        ours, theirs = one.eval()(text).logits, other.eval()(text).logits
+        ours, theirs = left.eval()(text).logits, right.eval()(text).logits
     torch.testing.assert_close(ours, theirs, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5)
 
 
@@ -114,7 +114,7 @@ def test_trainer_step(kind: str, name: str, tmp_path: Path) -> None:
     loss_of(byhand.train(), text).backward()
     optimizer.step()
     for (key, ours), theirs in zip(model.named_parameters(), byhand.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=labeled(key))
 
 
 def test_adapters_train_save_load_and_merge(kind: str, name: str, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_adapters_train_save_load_and_merge(kind: str, name: str, tmp_path: Path
     base = copy.deepcopy(model)
     settings = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, settings)
-    optimizer = torch.optim.SGD([each for each in tuned.parameters() if each.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([parameter for parameter in tuned.parameters() if parameter.requires_grad], lr=0.1)
     loss_of(tuned.train(), text).backward()
     optimizer.step()
     tuned.save_pretrained(tmp_path)
@@ -160,12 +160,12 @@ def test_distributed_data_parallel(kind: str, name: str, world: None) -> None:
     # a second call fails where a parameter of the first got no gradient; short rows have no second segment
     for length in (3, 13, 13):
         text = tokens(2, length)
-        for each in (parallel, alone):
+        for replica in (parallel, alone):
             torch.manual_seed(0)
-            each.zero_grad()
-            loss_of(each, text).backward()
+            replica.zero_grad()
+            loss_of(replica, text).backward()
     for (key, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
         if ours.requires_grad:
             assert ours.grad is not None, key
             expected = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
-            torch.testing.assert_close(ours.grad, expected, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(ours.grad, expected, msg=labeled(key))

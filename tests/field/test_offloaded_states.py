@@ -31,8 +31,8 @@ def test_offload_and_prefetch_move_every_tensor(name: str) -> None:
         assert places(layer.state) == {"cpu"}
         layer.prefetch()
         assert places(layer.state) == {there.device.type}
-        found = model(text[:, 6:], layer.state)[0]
-        torch.testing.assert_close(found.cpu(), expected.cpu(), rtol=1e-4, atol=1e-4)
+        actual = model(text[:, 6:], layer.state)[0]
+        torch.testing.assert_close(actual.cpu(), expected.cpu(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_an_offloaded_cache_gives_the_same(kind: str, name: str) -> None:
         waiting = cache.layers[0]
         assert places(waiting.state) == {"cpu"}
         assert waiting.device == there.device
-        found = model(text[:, 6:], use_cache=True, **{CACHE: cache}).logits
+        actual = model(text[:, 6:], use_cache=True, **{CACHE: cache}).logits
         assert places(waiting.state) == {"cpu"}
         waiting.prefetch()
         assert places(waiting.state) == {there.device.type}
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""What transformers asks of every model in its tests of models and of generation, asked of ours by tests of our own.
+"""What transformers requires of every model in its tests of models and of generation, tested for our models.
 
-Asked here: options of outputs, determinism, batching, signatures, embeddings, saving and loading, types,
-recomputation, sequences of all kinds from `generate`. Asked elsewhere: problem types (test_classification_losses),
+Tested here: options of outputs, determinism, batching, signatures, embeddings, saving and loading, types,
+recomputation, sequences of all kinds from `generate`. Tested elsewhere: problem types (test_classification_losses),
 resized embeddings (test_resized_embeddings), the Trainer (test_trainer_life), offloading, adapters, pickles.
 
 Left out, with the reason:
@@ -135,13 +135,13 @@ def test_hidden_states_of_reversible_blocks_are_means_of_their_streams() -> None
         y2 = y2 + block.feed(y1)
         expected.append((y1 + y2) / 2)
     expected[-1] = model.model.norm(expected[-1])
-    found = model(ids, output_hidden_states=True)
-    torch.testing.assert_close(found.hidden_states, tuple(expected))
-    torch.testing.assert_close(found.logits, model(ids).logits)
+    output = model(ids, output_hidden_states=True)
+    torch.testing.assert_close(output.hidden_states, tuple(expected))
+    torch.testing.assert_close(output.logits, model(ids).logits)
     gradients = []
-    for wanted in (True, False):
+    for with_hidden_states in (True, False):
         model.zero_grad()
-        model(ids, labels=ids, output_hidden_states=wanted).loss.backward()
+        model(ids, labels=ids, output_hidden_states=with_hidden_states).loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1])
 
@@ -189,13 +189,13 @@ def test_logits_of_some_columns(name: str) -> None:
     whole = model(ids, attention_mask=mask).logits
     assert whole.shape == (2, 9, VOCAB)
     columns: list[Any] = [0, 1, 4, torch.tensor([0, 3, 8]), torch.arange(9) > 5, torch.tensor([-1])]
-    for wanted in columns:
-        expected = whole[:, wanted] if isinstance(wanted, Tensor) else whole[:, -wanted:]
+    for selection in columns:
+        expected = whole[:, selection] if isinstance(selection, Tensor) else whole[:, -selection:]
         for labels in (None, ids):
-            found = model(ids, attention_mask=mask, logits_to_keep=wanted, labels=labels)
-            torch.testing.assert_close(found.logits, expected)
+            output = model(ids, attention_mask=mask, logits_to_keep=selection, labels=labels)
+            torch.testing.assert_close(output.logits, expected)
             if labels is not None:
-                torch.testing.assert_close(found.loss, model(ids, attention_mask=mask, labels=ids).loss)
+                torch.testing.assert_close(output.loss, model(ids, attention_mask=mask, labels=ids).loss)
 
 
 @torch.no_grad()
@@ -208,9 +208,9 @@ def test_logits_of_some_columns_of_other_models() -> None:
     for model in (memory, adaptive):
         whole = model(ids).logits
         torch.testing.assert_close(whole, model.model(ids)[0])
-        for wanted in (1, torch.tensor([2, 8])):
-            expected = whole[:, wanted] if isinstance(wanted, Tensor) else whole[:, -wanted:]
-            torch.testing.assert_close(model(ids, logits_to_keep=wanted).logits, expected)
+        for selection in (1, torch.tensor([2, 8])):
+            expected = whole[:, selection] if isinstance(selection, Tensor) else whole[:, -selection:]
+            torch.testing.assert_close(model(ids, logits_to_keep=selection).logits, expected)
     with pytest.raises(UnsupportedError, match="output_hidden_states: a recurrent memory"):
         memory(ids, output_hidden_states=True)
     with pytest.raises(UnsupportedError, match="give input_ids"):
@@ -246,8 +246,8 @@ def test_the_implementations_of_attention_that_have_a_meaning(implementation: st
         assert again.config._attn_implementation == implementation
         torch.testing.assert_close(again(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
         model.set_attn_implementation(implementation)
-        made = type(model)._from_config(model.config, attn_implementation=implementation)
-        assert made.config._attn_implementation == implementation
+        built = type(model)._from_config(model.config, attn_implementation=implementation)
+        assert built.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,5 +374,5 @@ def test_generated_sequences_with_hidden_states_and_from_embeddings(name: str) -
     assert [step[0].shape for step in recorded.hidden_states] == [(2, 9, DIM), (2, 1, DIM), (2, 1, DIM)]
     embedded = model.generate(inputs_embeds=model.get_input_embeddings()(ids), do_sample=False, max_new_tokens=3)
     assert torch.equal(embedded, recorded.sequences[:, 9:])
-    for kept in ({}, {"logits_to_keep": 0}):
-        assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=3, **kept), recorded.sequences)
+    for options in ({}, {"logits_to_keep": 0}):
+        assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=3, **options), recorded.sequences)

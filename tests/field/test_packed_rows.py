@@ -1,4 +1,4 @@
-"""Documents packed into one row, told apart as callers of transformers do: each equals itself alone."""
+"""Documents packed into one row, separated as callers of transformers do: every document computes as if alone."""
 
 from typing import Any
 
@@ -44,14 +44,14 @@ def packings() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_each_document_is_as_alone(kind: str, name: str) -> None:
+def test_every_document_computes_as_if_alone(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(1, 14)
     alone = torch.cat([model(part, use_cache=False).logits for part in text.split(LENGTHS, 1)], 1)
     leaking = model(text, use_cache=False).logits
     assert float((leaking - alone).abs().max()) > 1e-3
     for packing in packings():
-        found = model(text, use_cache=False, **packing).logits
-        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        actual = model(text, use_cache=False, **packing).logits
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4)
     # with a cache, cut inside a document, and with padding whose positions mean nothing
     where = positions(*LENGTHS)
     first = model(text[:, :7], position_ids=where[:, :7], use_cache=True)
@@ -60,8 +60,8 @@ def test_each_document_is_as_alone(kind: str, name: str) -> None:
     padded = torch.cat([text[:, :6], torch.zeros(1, 2, dtype=torch.int64), text[:, 6:]], 1)
     odd = torch.cat([where[:, :6], torch.tensor([[1, 0]]), where[:, 6:]], 1)
     mask = (padded > 0).long()
-    found = model(padded, attention_mask=mask, position_ids=odd).logits
-    torch.testing.assert_close(found[mask.bool()][None], alone, rtol=1e-4, atol=1e-4)
+    actual = model(padded, attention_mask=mask, position_ids=odd).logits
+    torch.testing.assert_close(actual[mask.bool()][None], alone, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -71,8 +71,8 @@ def test_flattened_batches_are_those_of_llama() -> None:
     batch = dict(collate(rows))
     batch.pop("labels")
     expected = llama()(**batch, use_cache=False).logits
-    found = converted("full")(**batch, use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    actual = converted("full")(**batch, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
@@ -120,7 +120,7 @@ def test_a_first_call_may_begin_anywhere(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["own", "converted"])
 @torch.no_grad()
-def test_generate_goes_on_in_the_last_document(kind: str) -> None:
+def test_generate_continues_the_last_document(kind: str) -> None:
     model, text = model_of(kind, "linear"), tokens(1, 14)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": None, "eos_token_id": None}
     alone = model.generate(text[:, 8:], **options)[:, 6:]
@@ -156,14 +156,14 @@ def test_encoders_keep_documents_apart(position: int) -> None:
     )
     for layers in (None, [1]):
         hf.convert(model, "full", layers=layers)
-        found = model(text, position_ids=where + position)[0]
-        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+        actual = model(text, position_ids=where + position)[0]
+        torch.testing.assert_close(actual, alone, rtol=1e-4, atol=1e-4)
         hf.revert(model)
     import longspan as ls
 
     mine = hf.LongspanForMaskedLM.wrap(
         ls.models.MaskedLM(
-            ls.EncoderConfig(vocab_size=VOCAB, dim=DIM, num_layers=1, num_heads=HEADS, mixers=[{"name": "full"}])
+            ls.EncoderConfig(vocab_size=VOCAB, dim=DIM, num_layers=1, num_heads=HEADS, mixers=({"name": "full"},))
         )
     ).eval()
     apart = torch.cat([mine(part).logits for part in text.split(LENGTHS, 1)], 1)
@@ -172,7 +172,7 @@ def test_encoders_keep_documents_apart(position: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["own", "converted"])
-def test_what_fits_nothing_is_an_error_of_one_line(kind: str) -> None:
+def test_inconsistent_layouts_raise_errors_of_one_line(kind: str) -> None:
     model, text = model_of(kind, "full"), tokens(2, 6)
     line = torch.arange(6)[None]
     cases: list[tuple[type[Exception], str, dict[str, Any]]] = [

@@ -19,17 +19,17 @@ def model_of(kind: str, name: str) -> Any:
 
 @pytest.mark.parametrize(("kind", "name"), OURS)
 @torch.no_grad()
-def test_before_in_between_and_alone(kind: str, name: str) -> None:
+def test_calls_of_padding_before_between_and_alone(kind: str, name: str) -> None:
     model, text = model_of(kind, name), tokens(2, 9)
     whole = model(text, use_cache=False).logits
     padding = torch.zeros(2, 5, dtype=torch.int64)
-    cache, found, mask = None, [], torch.zeros(2, 0, dtype=torch.int64)
+    cache, logits, mask = None, [], torch.zeros(2, 0, dtype=torch.int64)
     for part in (padding, text[:, :6], padding, text[:, 6:], padding):
         mask = torch.cat([mask, (part > 0).long()], 1)
         out = model(part, attention_mask=mask, use_cache=True, **({} if cache is None else {CACHE: cache}))
         cache = out[CACHE]
-        found.append(out.logits)
-    torch.testing.assert_close(torch.cat([found[1], found[3]], 1), whole, rtol=1e-4, atol=1e-4)
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat([logits[1], logits[3]], 1), whole, rtol=1e-4, atol=1e-4)
     # a document that ends in such a call: the next one begins with an empty past
     reset = torch.zeros(2, 5, dtype=torch.bool)
     reset[:, 2] = True
@@ -51,5 +51,5 @@ def test_prefill_in_chunks_with_padding_in_front(kind: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(text, attention_mask=torch.ones_like(text), **options)[:, 7:]
     for size in (3, 5, 8):
-        found = model.generate(padded, attention_mask=(padded > 0).long(), prefill_chunk_size=size, **options)
-        assert torch.equal(found[:, 15:], expected)
+        generated = model.generate(padded, attention_mask=(padded > 0).long(), prefill_chunk_size=size, **options)
+        assert torch.equal(generated[:, 15:], expected)

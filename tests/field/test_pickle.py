@@ -55,7 +55,7 @@ def train(model: Any, text: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_copies_say_what_the_model_says_and_go_their_own_way(kind: str, name: str) -> None:
+def test_copies_compute_what_the_model_does_and_change_independently(kind: str, name: str) -> None:
     model, text = make(kind, name), tokens(2, 11)
     loss = train(model, text)
     with torch.no_grad():
@@ -86,15 +86,15 @@ def test_copies_say_what_the_model_says_and_go_their_own_way(kind: str, name: st
 def test_copies_train_as_the_model_does(kind: str, name: str) -> None:
     model, text = make(kind, name), tokens(2, 11)
     twin = copy.deepcopy(model)
-    for each in (model, twin):
+    for network in (model, twin):
         torch.manual_seed(0)
-        train(each, text)
+        train(network, text)
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_nothing_of_a_graph_is_left_behind_a_step(kind: str, name: str) -> None:
+def test_no_graph_is_left_after_a_step(kind: str, name: str) -> None:
     class Mark:
         """Lives as long as a node of the graph."""
 
@@ -103,19 +103,20 @@ def test_nothing_of_a_graph_is_left_behind_a_step(kind: str, name: str) -> None:
     def leave_mark(module: Any, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
             mark = Mark()
-            output.grad_fn.metadata["mark"] = mark
+            metadata: Any = output.grad_fn.metadata
+            metadata["mark"] = mark
             marks.append(weakref.ref(mark))
 
     model, text = make(kind, name).train(), tokens(2, 11)
     for module in model.modules():
         module.register_forward_hook(leave_mark)
-    gc.freeze()  # what is there is no news, and a search of all of it takes half a second
+    gc.freeze()  # skip the objects that exist already: searching them takes half a second
     try:
         loss = model(text, labels=text).loss
         assert any(mark() is not None for mark in marks)
         del loss
         assert not any(mark() is not None for mark in marks)
-        assert not any(type(each) is torch.Tensor and each.grad_fn is not None for each in gc.get_objects())
+        assert not any(type(live) is torch.Tensor and live.grad_fn is not None for live in gc.get_objects())
     finally:
         gc.unfreeze()
     assert all(buffer.grad_fn is None for buffer in model.buffers())
@@ -127,17 +128,17 @@ def test_auxiliary_losses_train_while_the_loss_exists_and_are_read_afterwards(na
     loss = model(text, labels=text).loss
     extra = hf.penalties(model)
     assert len(extra) == 2
-    values = [float(each.detach()) for each in extra]
-    assert all(each.requires_grad for each in extra)
+    values = [float(penalty.detach()) for penalty in extra]
+    assert all(penalty.requires_grad for penalty in extra)
     del extra
     (loss * 0 + sum(hf.penalties(model))).backward()
     assert any(bool(p.grad.abs().sum() > 0) for p in model.parameters() if p.grad is not None)
     del loss
-    assert [float(each) for each in hf.penalties(model)] == values
-    assert not any(each.requires_grad for each in hf.penalties(model))
+    assert [float(penalty) for penalty in hf.penalties(model)] == values
+    assert not any(penalty.requires_grad for penalty in hf.penalties(model))
     with torch.no_grad():
         model(text)
-    assert not any(each.requires_grad for each in hf.penalties(model))
+    assert not any(penalty.requires_grad for penalty in hf.penalties(model))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +159,7 @@ def test_states_sessions_and_memories_copy(name: str) -> None:
         with torch.no_grad():
             cache = wrapped(text, use_cache=True).past_key_values
             twin = pickle.loads(pickle.dumps(cache))
-            ours, theirs = (wrapped(text[:, :2], past_key_values=each).logits for each in (cache, twin))
+            ours, theirs = (wrapped(text[:, :2], past_key_values=past).logits for past in (cache, twin))
         assert torch.equal(ours, theirs)
 
 
@@ -167,13 +168,13 @@ def test_a_bert_pickles() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=32)).eval()
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
-    for each in (model, gpt2):
-        hf.convert(each, "window", window=4)
-        twin = COPIES[1](each)
-        assert torch.equal(twin(tokens(1, 9))[0], each(tokens(1, 9))[0])
+    for network in (model, gpt2):
+        hf.convert(network, "window", window=4)
+        twin = COPIES[1](network)
+        assert torch.equal(twin(tokens(1, 9))[0], network(tokens(1, 9))[0])
 
 
-def test_classes_of_a_users_own_pickle() -> None:
+def test_classes_of_a_user_pickle() -> None:
     model = llama()
     attention = model.model.layers[0].self_attn
     attention.__class__ = Louder
@@ -196,12 +197,12 @@ def test_another_process_reads_them(tmp_path: Path) -> None:
     for model in models:
         train(model, text)
     with torch.no_grad():
-        found = [model(text).logits for model in models]
-    (tmp_path / "models.pickle").write_bytes(pickle.dumps((models, text, found)))
+        expected = [model(text).logits for model in models]
+    (tmp_path / "models.pickle").write_bytes(pickle.dumps((models, text, expected)))
     code = (
         "import pickle, sys, torch\n"
-        "models, text, found = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "for model, logits in zip(models, found, strict=True):\n"
+        "models, text, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
+        "for model, logits in zip(models, expected, strict=True):\n"
         "    torch.testing.assert_close(model(text).logits, logits)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "models.pickle")], check=True, timeout=300)

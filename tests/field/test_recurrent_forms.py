@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import longspan as ls
 
-from .models import DIM, FIELDS, HEADS, NAMES, VOCAB, own, tokens
+from .models import DIM, FIELDS, HEADS, NAMES, VOCAB, labeled, own, tokens
 
 SIZE, MEMORY = 6, 2
 
@@ -39,8 +39,8 @@ def gradients(model: ls.RecurrentMemory, ids: torch.Tensor, penalties: list[torc
     out, state = model(ids, penalties=penalties)
     loss = out.float().logsumexp(-1).sum()
     (loss + torch.stack(penalties).sum() if penalties else loss).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"out": out.detach(), **found, **{f"state.{k}": v.detach() for k, v in ls.state.tensors(state).items()}}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), **grads, **{f"state.{k}": v.detach() for k, v in ls.state.tensors(state).items()}}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,16 +48,16 @@ def test_diagonals_run_with_every_mechanism(name: str) -> None:
     """Outputs, states, gradients and auxiliary losses of the segment order; three full segments."""
     table = {"name": name, **FIELDS[name]} | ({"penalty": 0.1} if name == "adaptive_span" else {})
     ids = tokens(2, 3 * SIZE)
-    found = []
+    runs = []
     for diagonal in (False, True):
         model = recurrent(own(layers=2, mixers=(table,)), per_layer=True, diagonal=diagonal)
         penalties: list[torch.Tensor] = []
-        found.append(gradients(model, ids, penalties) | {"losses": sum(penalties, torch.zeros(()))})
+        runs.append(gradients(model, ids, penalties) | {"losses": sum(penalties, torch.zeros(()))})
         with torch.no_grad():
-            torch.testing.assert_close(model(ids)[0], found[-1]["out"], atol=1e-5, rtol=1e-5)
-    assert found[0].keys() == found[1].keys()
-    for key, value in found[0].items():
-        torch.testing.assert_close(found[1][key], value, atol=1e-5, rtol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(model(ids)[0], runs[-1]["out"], atol=1e-5, rtol=1e-5)
+    assert runs[0].keys() == runs[1].keys()
+    for key, value in runs[0].items():
+        torch.testing.assert_close(runs[1][key], value, atol=1e-5, rtol=1e-4, msg=labeled(key))
 
 
 @pytest.mark.parametrize("name", ["full", "infini", "associative"])
@@ -66,7 +66,12 @@ def test_mechanisms_that_run_in_batches_of_layers_do(name: str, monkeypatch: pyt
 
     calls = []
     diagonals = LayerMemory.diagonals
-    monkeypatch.setattr(LayerMemory, "diagonals", lambda *args: calls.append(1) or diagonals(*args))
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return diagonals(*args)
+
+    monkeypatch.setattr(LayerMemory, "diagonals", counted)
     model = recurrent(own(name, layers=2), per_layer=True, diagonal=True)
     model(tokens(2, 3 * SIZE))
     assert calls == [1]
@@ -99,7 +104,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_the_empty_state_has_the_type_and_the_device_that_are_named(form: str, dtype: torch.dtype) -> None:
+def test_the_empty_state_has_the_named_type_and_device(form: str, dtype: torch.dtype) -> None:
     for name in ("window", "linear", "bp"):
         model = recurrent(own(name), **FORMS[form])
         empty = model.init_state(3, dtype=dtype)

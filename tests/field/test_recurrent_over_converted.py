@@ -40,7 +40,7 @@ def test_no_list_no_losses_and_a_plain_model_has_none() -> None:
     assert model.draw == 0
 
 
-def test_spans_are_clamped_behind_a_step() -> None:
+def test_spans_are_clamped_after_a_step() -> None:
     model = memory("adaptive_span")
     for core in hf.cores(model.backbone).values():
         core.span.data.fill_(7.0)
@@ -48,7 +48,7 @@ def test_spans_are_clamped_behind_a_step() -> None:
     assert all(float(core.span.detach().max()) == 1 for core in hf.cores(model.backbone).values())
 
 
-def test_centroids_move_behind_a_step() -> None:
+def test_centroids_move_after_a_step() -> None:
     model = memory("routing")
     before = {name: value.clone() for name, value in hf.cores(model.backbone)[0].state_dict().items()}
     model(tokens(2, 10))

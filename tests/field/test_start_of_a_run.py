@@ -6,8 +6,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tests.cli.command import Command
 from tests.field.test_work_is_kept import recipe_of
 
 from longspan.errors import CheckpointError, LongspanError
@@ -20,7 +22,7 @@ CURRICULUM = {
 }
 
 
-def broken(folder: Path, way: str) -> dict:
+def broken(folder: Path, way: str) -> dict[str, Any]:
     recipe = recipe_of(folder)
     if way == "source":
         recipe["task"]["source"] = str(folder / "missing")
@@ -58,7 +60,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_start_that_fails_makes_nothing(folder, tmp_path, way):
+def test_a_start_that_fails_makes_nothing(folder: Path, tmp_path: Path, way: str) -> None:
     with pytest.raises(LongspanError):
         run(broken(folder, way), tmp_path / "runs" / "one", progress="none")
     assert listing(tmp_path) == {}
@@ -66,7 +68,7 @@ def test_a_start_that_fails_makes_nothing(folder, tmp_path, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_start_that_fails_leaves_a_folder_as_it_was(folder, tmp_path, way):
+def test_a_start_that_fails_leaves_a_folder_as_it_was(folder: Path, tmp_path: Path, way: str) -> None:
     (tmp_path / "tokenizer.json").write_text("of a start that failed long ago")
     (tmp_path / "notes.txt").write_text("mine")
     before = listing(tmp_path)
@@ -78,15 +80,15 @@ def test_a_start_that_fails_leaves_a_folder_as_it_was(folder, tmp_path, way):
 
 
 @pytest.mark.long
-def test_a_failed_start_does_not_stop_the_tour(longspan, folder, tmp_path):
-    # the second try said that the folder held something that was no run
+def test_a_failed_start_does_not_stop_the_tour(longspan: Command, folder: Path, tmp_path: Path) -> None:
+    # the second attempt once failed because the folder held files that were not a run
     arguments = ["quickstart", "-o", tmp_path, "--set", "train.steps=1", "--set"]
     for _ in range(2):
         assert "segment_length" in longspan(*arguments, "task.segment_length=77").err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trained_model_without_checkpoints_is_not_trained_over(folder, tmp_path):
+def test_a_trained_model_without_checkpoints_is_not_trained_over(folder: Path, tmp_path: Path) -> None:
     run(recipe_of(folder), tmp_path, progress="none")
     for path in (tmp_path / "checkpoints").iterdir():
         path.rename(tmp_path.with_name(f"{tmp_path.name}-{path.name}"))
@@ -97,18 +99,18 @@ def test_a_trained_model_without_checkpoints_is_not_trained_over(folder, tmp_pat
 
 
 class Waiting(Silent):
-    """Stays in its first step until it is let go."""
+    """Stays in its first step until `go` is set."""
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def step(self, line):
+    def step(self, line: dict[str, Any]) -> None:
         self.begun.set()
         assert self.go.wait(60)
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_folder_is_trained_in_once_at_a_time(folder, tmp_path, staged):
+def test_a_folder_is_trained_in_once_at_a_time(folder: Path, tmp_path: Path, staged: bool) -> None:
     recipe = CURRICULUM if staged else recipe_of(folder, log_every=1)
     waiting = Waiting()
     thread = threading.Thread(target=run, args=(recipe, tmp_path), kwargs={"progress": waiting})
@@ -138,7 +140,7 @@ run(json.loads(sys.argv[1]), sys.argv[2], progress=Slow())
 
 
 @pytest.mark.long
-def test_a_kill_releases_the_lock(folder, tmp_path):
+def test_a_kill_releases_the_lock(folder: Path, tmp_path: Path) -> None:
     import json
 
     recipe = recipe_of(folder, log_every=1)
@@ -147,6 +149,7 @@ def test_a_kill_releases_the_lock(folder, tmp_path):
         stdout=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == b"1\n"
         with pytest.raises(CheckpointError, match=rf"another process trains here \(process {process.pid} on "):
             run(recipe, tmp_path, progress="none")

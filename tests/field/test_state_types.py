@@ -65,8 +65,8 @@ class Reader:
         return torch.cat(outs, 1), state
 
 
-def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
-    """States made in this mode and moved to any type go on as they are; so do those made in fp32."""
+def check_continues(model: Any, mode: str, folder: Path, selects: bool) -> None:
+    """States made in this mode and moved to any type continue as they are; so do those made in fp32."""
     weights, autocast = MODES[mode]
     outside = Reader(copy.deepcopy(model), None)
     read = Reader(model.to(weights), autocast)
@@ -101,27 +101,29 @@ def check_goes_on(model: Any, mode: str, folder: Path, selects: bool) -> None:
 
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_state_goes_on_in_any_precision(form: str, mode: str, tmp_path: Path) -> None:
+def test_a_state_continues_in_any_precision(form: str, mode: str, tmp_path: Path) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
-    check_goes_on(model, mode, tmp_path, model.traits.selects)
+    check_continues(model, mode, tmp_path, model.traits.selects)
 
 
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_so_does_that_of_a_converted_model(name: str, mode: str, tmp_path: Path) -> None:
+def test_a_state_of_a_converted_model_continues_in_any_precision(name: str, mode: str, tmp_path: Path) -> None:
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name)).eval()
-    check_goes_on(model, mode, tmp_path, model.traits.selects)
+    check_continues(model, mode, tmp_path, model.traits.selects)
 
 
 @pytest.mark.parametrize("fields", [{}, {"accumulate": True, "max_summaries": 2}, {"per_layer": True, "memory_dim": 3}])
 @pytest.mark.parametrize("mode", QUICK_AND_LONG)
-def test_so_does_that_of_a_recurrent_memory(mode: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_state_of_a_recurrent_memory_continues_in_any_precision(
+    mode: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
     for name in ("window", "linear"):
         model = ls.RecurrentMemory(own(name), num_memory_tokens=2, segment_length=6, **fields).eval()
-        check_goes_on(model, mode, tmp_path, False)
+        check_continues(model, mode, tmp_path, False)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,7 +143,7 @@ def test_a_lowered_state_is_what_an_empty_one_of_that_type_would_be(form: str) -
 
 
 def test_gradients_pass_a_moved_state() -> None:
-    model = own("linear")
+    model: Any = own("linear")
     _, state = model(tokens(1, 5))
     out, _ = model(tokens(1, 3), ls.state.to(state, dtype=torch.float64))
     out.sum().backward()
@@ -150,15 +152,15 @@ def test_gradients_pass_a_moved_state() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sessions_go_on_when_their_model_is_lowered(name: str, tmp_path: Path) -> None:
+def test_sessions_continue_when_their_model_is_lowered(name: str, tmp_path: Path) -> None:
     model = own(name)
     session = ls.StreamSession(model)
     session.feed(tokens(1, CUT)[0])
     model.bfloat16()
-    for each in (session, session.fork()):
-        logits = each.feed(tokens(1, 3, seed=1)[0])
+    for reader in (session, session.fork()):
+        logits = reader.feed(tokens(1, 3, seed=1)[0])
         assert bool(logits.isfinite().all())
-        assert each.nbytes == model.state_nbytes(1, CUT + 3, torch.bfloat16)
+        assert reader.nbytes == model.state_nbytes(1, CUT + 3, torch.bfloat16)
     again = ls.StreamSession.load(model, session.save(tmp_path / "session"))
     assert torch.equal(again.feed([1]), session.feed([1]))
 
@@ -175,19 +177,20 @@ def test_a_stored_state_comes_in_the_types_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_an_empty_state_has_the_type_and_the_device_that_are_named(form: str) -> None:
+def test_an_empty_state_has_the_named_type_and_device(form: str) -> None:
     name, fields = FORMS[form]
     model = own(mixers=({"name": name, **fields},))
-    for each in (model, model.blocks[0].mixer):
+    modules: list[Any] = [model, model.blocks[0].mixer]
+    for module in modules:
         for dtype in (*TYPES, torch.float32):
-            named = each.init_state(3, device="meta", dtype=dtype)
-            assert types(named) == types(copy.deepcopy(each).to(dtype).init_state(3))
+            named = module.init_state(3, device="meta", dtype=dtype)
+            assert types(named) == types(copy.deepcopy(module).to(dtype).init_state(3))
             assert {tensor.device.type for tensor in ls.state.tensors(named).values()} == {"meta"}
-            assert ls.state.nbytes(named) == each.state_nbytes(3, 0, dtype)
+            assert ls.state.nbytes(named) == module.state_nbytes(3, 0, dtype)
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_so_has_that_of_a_converted_model(name: str) -> None:
+def test_an_empty_state_of_a_converted_model_has_the_named_type_and_device(name: str) -> None:
     from longspan.hf.decoder import ConvertedDecoder
 
     model = ConvertedDecoder(converted(name)).eval()

@@ -13,7 +13,7 @@ import longspan as ls
 
 from .models import CONVERTIBLE, FIELDS, NAMES, converted, own, tokens
 
-BOUNDED = {"num_features": 8, "kind": "bounded"}
+BOUNDED: dict[str, Any] = {"num_features": 8, "kind": "bounded"}
 COUNTING: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, FIELDS[name]) for name in NAMES},
     "performer, bounded": ("performer", BOUNDED),
@@ -59,13 +59,13 @@ def test_a_training_forward_changes_no_buffer(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*(name for name in CONVERTIBLE if name in ("lsh", "routing")), "performer, bounded"])
-def test_nor_does_one_of_a_converted_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_forward_of_a_converted_model_changes_no_buffer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "performer, bounded":
         monkeypatch.setitem(FIELDS, "performer", BOUNDED)
     check_untouched(converted(name.split(",")[0]))
 
 
-def performer(dtype: torch.dtype = torch.float32, **fields: Any) -> ls.mixers.Mixer:
+def performer(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     torch.manual_seed(0)
     return ls.mixers.build("performer", dim=16, num_heads=2, **BOUNDED, **fields).to(dtype)
 
@@ -81,7 +81,7 @@ def test_narrow_models_count_beyond_256_forwards() -> None:
             mixer.after_step(step, torch.Generator().manual_seed(0))
     for mixer in narrow:
         torch.testing.assert_close(mixer.core.bound.double(), control.core.bound, rtol=2e-2, atol=0)
-        assert torch.equal(mixer.core.projection.double(), control.core.projection), "drawn anew, and not rounded"
+        assert torch.equal(mixer.core.projection.double(), control.core.projection), "redrawn, and not rounded"
         assert float(mixer.core.pending_square[1]) == 0
 
 
@@ -93,18 +93,18 @@ def test_forwards_of_a_step_count_as_one_of_all_their_rows() -> None:
     whole(x, mask=mask)
     for row in range(8):
         parts(x[row : row + 1], mask=mask[row : row + 1])
-    for each in (parts, whole):
-        each.after_step(1, torch.Generator().manual_seed(0))
+    for mixer in (parts, whole):
+        mixer.after_step(1, torch.Generator().manual_seed(0))
     torch.testing.assert_close(parts.core.bound, whole.core.bound)
     q, k, _ = (t.double() for t in parts.projections(x))
     real_q, real_k = (t.transpose(1, 2)[mask].flatten(0, 1) * 8**-0.25 for t in (q, k))
     pairs = (real_q[:, None] + real_k[None]).square().sum(-1).mean()
-    wanted = ls.ops.bounded_constant(pairs, 8)
-    torch.testing.assert_close(parts.core.bound.double(), wanted.detach(), rtol=1e-5, atol=0)
+    expected_bound = ls.ops.bounded_constant(pairs, 8)
+    torch.testing.assert_close(parts.core.bound.double(), expected_bound.detach(), rtol=1e-5, atol=0)
 
 
 def test_an_overflow_is_no_measurement() -> None:
-    """Loss scaling steps over a forward with infinities; the bound outlives it."""
+    """Loss scaling steps over a forward with infinities; the bound survives it."""
     mixer = performer(redraw=1)
     before = mixer.core.bound.clone()
     mixer(torch.full((1, 3, 16), torch.inf))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.field.models import CONVERTIBLE, NAMES, VOCAB, converted, llama, own, tokens
+from tests.field.models import CONVERTIBLE, NAMES, VOCAB, converted, labeled, llama, own, tokens
 from torch import Tensor
 
 import longspan as ls
@@ -80,7 +80,7 @@ def evaluate_and_predict(kind: str, name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(predicted.predictions), logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(torch.as_tensor(predicted.label_ids), held_out["labels"])
     assert predicted.metrics["test_loss"] == pytest.approx(expected, abs=1e-4)
-    # rows without labels are read too: there is no loss, and no state among the predictions
+    # rows without labels can be predicted too: there is no loss, and no state among the predictions
     bare = trainer.predict([{"input_ids": row["input_ids"]} for row in rows(1)])
     torch.testing.assert_close(torch.as_tensor(bare.predictions), logits, rtol=1e-4, atol=1e-4)
     assert bare.label_ids is None
@@ -96,7 +96,7 @@ def test_converted_models_are_evaluated(name: str, tmp_path: Path) -> None:
     evaluate_and_predict("converted", name, tmp_path)
 
 
-def test_metrics_are_made_of_logits_alone(tmp_path: Path) -> None:
+def test_metrics_are_computed_from_logits_alone(tmp_path: Path) -> None:
     """`compute_metrics` gets what it gets of a Llama: logits (rows, length, vocabulary) and labels."""
     shapes = []
 
@@ -105,8 +105,8 @@ def test_metrics_are_made_of_logits_alone(tmp_path: Path) -> None:
         return {"loss_again": mean_loss(prediction.predictions, prediction.label_ids)}
 
     for model in (make("own", "full"), make("converted", "full"), llama()):
-        found = trainer_of(model, tmp_path, extra={"compute_metrics": metrics}).evaluate()
-        assert found["eval_loss_again"] == pytest.approx(found["eval_loss"], abs=1e-4)
+        scores = trainer_of(model, tmp_path, extra={"compute_metrics": metrics}).evaluate()
+        assert scores["eval_loss_again"] == pytest.approx(scores["eval_loss"], abs=1e-4)
     assert shapes == [((ROWS, LENGTH, VOCAB), (ROWS, LENGTH))] * 3
 
 
@@ -114,11 +114,11 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+class Watch(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
     """The weights of the model at every evaluation."""
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(kind: str, name: str, tmp_
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == 4
     for key, tensor in weights(whole.model).items():
-        torch.testing.assert_close(second.model.state_dict()[key], tensor, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(second.model.state_dict()[key], tensor, msg=labeled(key))
 
 
 @pytest.mark.parametrize("kind", ["own", "converted"])
@@ -214,13 +214,13 @@ def test_recomputed_activations_change_nothing(kind: str, tmp_path: Path) -> Non
     """The Trainer's switch for activation checkpointing, by the name that the version has for it."""
     fields = transformers.TrainingArguments.__dataclass_fields__
     switch = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-    found = []
+    trained = []
     for recompute in (False, True):
         trainer = trainer_of(make(kind, "infini"), tmp_path, eval_strategy="no", **{switch: recompute})
         trainer.train()
-        found.append(weights(trainer.model))
-    for key, tensor in found[0].items():
-        torch.testing.assert_close(found[1][key], tensor)
+        trained.append(weights(trainer.model))
+    for key, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][key], tensor)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -1,4 +1,4 @@
-"""The library's own trainers on a device that is no CPU: the same figures, saved and gone on with."""
+"""The library's own trainers on a device that is no CPU: the same figures, saved and resumed."""
 
 import contextlib
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from tests.emulated_device import emulated
 from tests.field.models import FIELDS
 
 from longspan.models import build_model
-from longspan.tasks import CopyConfig, CopyTask, MemoryConfig, MemoryTask
-from longspan.tasks.synthetic import PasskeyConfig, PasskeyTask
+from longspan.tasks import MemoryConfig, MemoryTask
+from longspan.tasks.synthetic import CopyConfig, CopyTask, PasskeyConfig, PasskeyTask
 from longspan.train import (
     CurriculumConfig,
     RetrievalConfig,
@@ -45,31 +45,31 @@ def recipe(source: Path, name: str, **fields: Any) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
-    """What a log says but for clocks."""
+    """The lines of a log without their times."""
     clocks = ("seconds", "memory", "tokens_per_second")
     return [{key: value for key, value in line.items() if key not in clocks} for line in read_log(folder / "log.jsonl")]
 
 
-def alike(one: Any, other: Any) -> None:
-    if isinstance(other, dict):
-        assert one.keys() == other.keys()
-        for key in other:
+def close(actual: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
             if key not in ("seconds", "tokens_per_second", "bytes_per_second"):
-                alike(one[key], other[key])
-    elif isinstance(other, list):
-        for mine, theirs in zip(one, other, strict=True):
-            alike(mine, theirs)
-    elif isinstance(other, float):
-        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+                close(actual[key], expected[key])
+    elif isinstance(expected, list):
+        for mine, theirs in zip(actual, expected, strict=True):
+            close(mine, theirs)
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-4)
     else:
-        assert one == other
+        assert actual == expected
 
 
 NAMES = ["window", "linear", *(pytest.param(name, marks=LONG) for name in ("performer", "lsh", "routing", "infini"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_on_a_device_is_that_on_the_cpu_and_goes_on(name: str, tmp_path: Path) -> None:
+def test_a_run_on_a_device_equals_that_on_the_cpu_and_resumes(name: str, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     fields = {"loss_chunk": 4} if name == "linear" else {}
@@ -77,13 +77,13 @@ def test_a_run_on_a_device_is_that_on_the_cpu_and_goes_on(name: str, tmp_path: P
     with emulated(float64=False) as device:
         there = recipe(corpus, name, device=device.device.type, **fields)
         run(there, tmp_path / "device", progress="none")
-        alike(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
+        close(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
         there["train"]["steps"] = 4
         assert run(there, tmp_path / "device", resume=True, progress="none").step == 4
 
 
 SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2}
-SMALL = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
+SMALL: dict[str, Any] = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
 
 
 Make = Callable[[Path, torch.device], StagedTrainer]
@@ -100,7 +100,7 @@ def recall(folder: Path, device: torch.device) -> StagedTrainer:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     memory = {"num_memory_tokens": 2, "segment_length": 96, "gate_noise": 0.0}
     model = build_model({**SIZES, "vocab_size": 512, "kind": "encoder", "classes": 6, "memory": memory})
-    config = CurriculumConfig(steps=2, tokens=400, short_segments=[64], **SMALL)
+    config = CurriculumConfig(steps=2, tokens=400, short_segments=(64,), **SMALL)
     task.prepare(folder)
     return RecallTrainer(model.to(device), task, config, folder, display=Silent())
 
@@ -115,14 +115,14 @@ def retrieval(folder: Path, device: torch.device) -> StagedTrainer:
 
 
 @pytest.mark.parametrize("make", [copying, pytest.param(recall, marks=LONG), pytest.param(retrieval, marks=LONG)])
-def test_a_curriculum_on_a_device_is_that_on_the_cpu(make: Make, tmp_path: Path) -> None:
-    for place in ("cpu", "device"):
-        folder = tmp_path / place
+def test_a_curriculum_on_a_device_equals_that_on_the_cpu(make: Make, tmp_path: Path) -> None:
+    for device_name in ("cpu", "device"):
+        folder = tmp_path / device_name
         folder.mkdir()
         torch.manual_seed(0)
-        with emulated(float64=False) if place == "device" else contextlib.nullcontext() as device:
+        with emulated(float64=False) if device_name == "device" else contextlib.nullcontext() as device:
             make(folder, torch.device("cpu") if device is None else device.device).fit()
-    alike(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
+    close(figures(tmp_path / "device"), figures(tmp_path / "cpu"))
 
 
 @LONG

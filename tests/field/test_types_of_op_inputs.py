@@ -75,27 +75,27 @@ def _slots() -> tuple[Tensor, Tensor]:
     return _numbers(1, 2, 4, 4, seed=7), _numbers(1, 2, 4, 4, seed=8)
 
 
-CASES = {name: (function, given) for name, function, given in _cases()}
+CASES = {name: (function, inputs) for name, function, inputs in _cases()}
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
 @pytest.mark.parametrize("name", CASES)
-def test_no_floating_point_numbers(name: str, dtype: torch.dtype) -> None:
-    function, given = CASES[name]
-    given = [t.abs() if dtype == torch.uint8 else t for t in given]
-    typed = [t.to(dtype) for t in given]
+def test_inputs_that_are_not_floating_point(name: str, dtype: torch.dtype) -> None:
+    function, inputs = CASES[name]
+    inputs = [t.abs() if dtype == torch.uint8 else t for t in inputs]
+    typed = [t.to(dtype) for t in inputs]
     expected = function(*(t.double() for t in typed)) if dtype != torch.complex64 else None
     try:
-        found = function(*typed)
+        actual = function(*typed)
     except ConfigError:
         return
     assert expected is not None, "complex numbers have no order"
-    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["entmax", "sparsemax"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_entmax_says_what_it_wants(name: str, dtype: torch.dtype) -> None:
+def test_entmax_names_the_types_it_takes(name: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match=r"scores is .*; expected a floating-point type"):
         CASES[name][0](torch.ones(2, 3).to(dtype))
 
@@ -104,17 +104,17 @@ def test_entmax_says_what_it_wants(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     """Small whole numbers are exact in every type."""
-    function, given = CASES[name]
+    function, inputs = CASES[name]
     if name in ("dpfp", "unit_vectors", "rotate", "elu_features", "favor_features", "attention_reconstruction"):
         pytest.skip("computes in the type of its input, or of its other inputs")
-    found, expected = function(*(t.to(dtype) for t in given)), function(*given)
-    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-2, atol=2e-2)
+    actual, expected = function(*(t.to(dtype) for t in inputs)), function(*inputs)
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("mixed", range(3))
-def test_one_of_three_is_whole_numbers(mixed: int) -> None:
+def test_one_of_three_inputs_is_of_integers(mixed: int) -> None:
     for function in (ops.full_attention, ops.linear_attention, CASES["window_attention"][0]):
-        given = [_numbers(1, 2, 9, 4, seed=seed) for seed in range(3)]
-        given[mixed] = given[mixed].long()
+        inputs = [_numbers(1, 2, 9, 4, seed=seed) for seed in range(3)]
+        inputs[mixed] = inputs[mixed].long()
         with pytest.raises(ConfigError, match="int64"):
-            function(*given)
+            function(*inputs)

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -27,11 +28,12 @@ def walk(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> list[str]:
     attend = flash.attend
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        names, frame = ["attend"], sys._getframe(1)
+        names = ["attend"]
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if Path(frame.f_code.co_filename).is_relative_to(PACKAGE):
                 names.append(frame.f_code.co_qualname)
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         frames.append(names[::-1])
         return attend(*args, **kwargs)
 

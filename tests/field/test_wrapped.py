@@ -1,4 +1,4 @@
-"""Models inside PEFT, torch.compile, data parallelism and the library's own faces are taken for what they are."""
+"""Models inside PEFT, torch.compile, data parallelism and the library's own wrappers are recognized."""
 
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ def adapted(model: Any, **options: Any) -> Any:
     return peft.get_peft_model(model, settings).eval()
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to rounding."""
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -83,9 +83,9 @@ def test_sessions_read_whatever_streams(name: str) -> None:
     wrapped = hf.LongspanForCausalLM.wrap(model)
     expected = ls.StreamSession(model).feed(text[0])
     targets = {"target_modules": ["q_proj"]} if hasattr(model.layers[0].mixer, "q_proj") else None
-    for each in (wrapped, torch.nn.DataParallel(wrapped), torch.compile(wrapped, backend="eager")):
-        close(ls.StreamSession(each).feed(text[0]), expected)
-        close(ls.StreamSession(each).feed(text[0]), wrapped(text).logits[0, -1])
+    for network in (wrapped, torch.nn.DataParallel(wrapped), torch.compile(wrapped, backend="eager")):
+        close(ls.StreamSession(network).feed(text[0]), expected)
+        close(ls.StreamSession(network).feed(text[0]), wrapped(text).logits[0, -1])
     if targets is not None:
         inside = adapted(hf.LongspanForCausalLM.wrap(own(name)))
         close(ls.StreamSession(inside).feed(text[0]), inside(text).logits[0, -1])
@@ -102,8 +102,8 @@ def greedy(model: Any, text: torch.Tensor, count: int) -> list[int]:
     """The likeliest tokens, from the whole text each time."""
     for _ in range(count):
         text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
-    found: list[int] = text[0, -count:].tolist()
-    return found
+    ids: list[int] = text[0, -count:].tolist()
+    return ids
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_sessions_over_memories_save_and_load(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_recurrent_memories_go_around_what_is_inside() -> None:
     text = tokens(2, 11)
-    fields = {"num_memory_tokens": 2, "segment_length": 4}
+    fields: dict[str, Any] = {"num_memory_tokens": 2, "segment_length": 4}
 
     def memory(backbone: Any) -> Any:
         torch.manual_seed(3)
@@ -129,8 +129,8 @@ def test_recurrent_memories_go_around_what_is_inside() -> None:
 
     plain = own("linear")
     expected = memory(plain)(text)[0]
-    for each in (hf.LongspanForCausalLM.wrap(plain), torch.nn.DataParallel(plain)):
-        assert torch.equal(memory(each)(text)[0], expected)
+    for network in (hf.LongspanForCausalLM.wrap(plain), torch.nn.DataParallel(plain)):
+        assert torch.equal(memory(network)(text)[0], expected)
     model = adapted(converted("linear"))
     expected = memory(model.get_base_model())(text)[0]
     assert torch.equal(memory(model)(text)[0], expected)
@@ -140,7 +140,8 @@ def test_recurrent_memories_go_around_what_is_inside() -> None:
 @torch.no_grad()
 def test_conversions_act_through_every_wrapper() -> None:
     text = tokens(2, 13)
-    for wrap in (torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
+    wrappers: list[Any] = [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")]
+    for wrap in wrappers:
         model = llama()
         before = model(text).logits
         outside = wrap(model)
@@ -152,7 +153,7 @@ def test_conversions_act_through_every_wrapper() -> None:
         assert torch.equal(model(text).logits, before)
 
 
-def test_what_cannot_be_read_is_said_in_a_line() -> None:
+def test_models_that_cannot_be_read_raise_an_error() -> None:
     transformers = pytest.importorskip("transformers")
     bert = transformers.BertModel(
         transformers.BertConfig(

@@ -101,7 +101,7 @@ class KeepsTheTypeOfThePast(Tiny):
 class Unmarked(NamedTuple):
     memory: Tensor
     total: Tensor
-    count: Tensor
+    seen: Tensor
 
 
 class AccumulatorsSink(TinySegments):
@@ -115,21 +115,23 @@ class AccumulatorsSink(TinySegments):
         return Unmarked(*super().init_state(*args, **keywords))
 
 
+def single_angles(mixer: Tiny, positions: Tensor) -> Tensor:
+    frequencies: Tensor = mixer.rope ** (-torch.arange(0, mixer.head_dim, 2) / mixer.head_dim)
+    return positions.float()[:, None] * frequencies
+
+
 class SingleAngles(Tiny):
     """Angles in fp32 in every model."""
 
     def angles(self, positions: Tensor) -> Tensor:
-        frequencies = self.rope ** (-torch.arange(0, self.head_dim, 2) / self.head_dim)
-        return positions.float()[:, None] * frequencies
+        return single_angles(self, positions)
 
 
 class AnglesOfTheModel(Tiny):
     """Angles in the dtype of the model: right in fp64, wrong in fp32."""
 
     def angles(self, positions: Tensor) -> Tensor:
-        return (
-            super().angles(positions) if self.q.weight.dtype == torch.float64 else SingleAngles.angles(self, positions)
-        )
+        return super().angles(positions) if self.q.weight.dtype == torch.float64 else single_angles(self, positions)
 
 
 class SinglePrecision(Tiny):
@@ -157,16 +159,16 @@ class OneDtype(TinySegments):
 
 
 class WritesInPlace(Tiny):
-    """The ring of the given state is turned in place."""
+    """The ring of the passed state is rotated in place."""
 
     def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
-        kept = super().keep(k, v, count)
+        keys = super().keep(k, v, count)
         with torch.no_grad():
-            self.given.copy_(kept.k)
-        return kept
+            self.past_keys.copy_(keys.k)
+        return keys
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
-        self.given = past.k
+        self.past_keys = past.k
         return super().document(x, past)
 
 
@@ -178,17 +180,18 @@ class OwnsInPlace(WritesInPlace):
 
 
 class CountsInPlace(Tiny):
-    """The count of the given state goes on counting."""
+    """The count of the passed state is incremented in place."""
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().document(x, past)
-        return y, new._replace(count=past.count.add_(len(x)))
+        return y, new._replace(seen=past.seen.add_(len(x)))
 
 
 class KeepsTheCallAlive(Tiny):
     """The state is a view of everything the call computed."""
 
     def join(self, rows: list[Keys]) -> Keys:
+        assert self.window is not None
         whole = Keys(*super().join(rows))
         long = torch.zeros(len(rows), self.kv_heads, 600 + self.window, self.head_dim, dtype=whole.k.dtype)
         long[:, :, : self.window - 1] = whole.k
@@ -199,7 +202,7 @@ class HoldsDeadColumns(Tiny):
     """A growing state that never shrinks below what it was."""
 
     def join(self, rows: list[Keys]) -> Keys:
-        most = 1 + max(int(row.count) for row in rows)
+        most = 1 + max(int(row.seen) for row in rows)
         return Keys(*(torch.cat(parts) for parts in zip(*(self.widened(row, most) for row in rows), strict=True)))
 
 
@@ -208,11 +211,11 @@ class PadsBehind(Tiny):
 
     def widened(self, row: Keys, columns: int) -> Keys:
         row = super().widened(row, columns)
-        surplus = columns - int(row.count)
-        return Keys(row.k.roll(-surplus, 2), row.v.roll(-surplus, 2), row.count)
+        surplus = columns - int(row.seen)
+        return Keys(row.k.roll(-surplus, 2), row.v.roll(-surplus, 2), row.seen)
 
     def filled(self, past: Keys) -> Keys:
-        return Keys(past.k[:, :, : int(past.count)], past.v[:, :, : int(past.count)], past.count)
+        return Keys(past.k[:, :, : int(past.seen)], past.v[:, :, : int(past.seen)], past.seen)
 
 
 # law 4 -------------------------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ class PaddingCounts(Tiny):
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().row(x, real, fresh, past)
-        return y, new._replace(count=new.count + (~real).sum() * (real.any()))
+        return y, new._replace(seen=new.seen + (~real).sum() * (real.any()))
 
 
 class PaddingNormalises(Tiny):
@@ -305,7 +308,7 @@ class ResetOnRealTokensOnly(Tiny):
 
 
 class NothingIsNaN(Tiny):
-    """A row with nothing to see divides by zero."""
+    """A row without visible keys divides by zero."""
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().row(x, real, fresh, past)
@@ -317,11 +320,11 @@ class BlankRowAges(Tiny):
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().row(x, real, fresh, past)
-        return y, new if real.any() else new._replace(count=new.count + 1)
+        return y, new if real.any() else new._replace(seen=new.seen + 1)
 
 
-class BothSidesLeak(Tiny):
-    """Bidirectional, but resets are not heard."""
+class BidirectionalLeak(Tiny):
+    """Bidirectional, but resets are ignored."""
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         return super().row(x, real, fresh if self.causal else torch.zeros_like(fresh), past)
@@ -356,14 +359,14 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+        x: Tensor = ctx.saved_tensors[0]
         return grad * (1 - x.tanh() ** 2) * 1.01
 
 
 class WrongBackward(Tiny):
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, past = super().document(x, past)
-        return Recomputed.apply(y), past
+        return Recomputed.apply(y), past  # type: ignore[no-untyped-call]
 
 
 class OneSegmentFurther(TinySegments):
@@ -423,14 +426,14 @@ class UnusedWhenShort(Tiny):
 
 
 class KeepsWeights(Tiny):
-    """What is made of a weight is made once."""
+    """A number computed from a weight is computed once."""
 
-    kept: Tensor | None = None
+    weight_sum: Tensor | None = None
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, past = super().document(x, past)
-        self.kept = self.o.weight.detach().square().sum() if self.kept is None else self.kept
-        return y * self.kept, past
+        self.weight_sum = self.o.weight.detach().square().sum() if self.weight_sum is None else self.weight_sum
+        return y * self.weight_sum, past
 
 
 class FivePercent(Tiny):

@@ -58,7 +58,7 @@ class GrowsWithAge(Tiny):
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().document(x, past)
-        return y * torch.exp(past.count.to(x.dtype) * 1e-4), new
+        return y * torch.exp(past.seen.to(x.dtype) * 1e-4), new
 
 
 class NoMaximum(Tiny):
@@ -67,9 +67,9 @@ class NoMaximum(Tiny):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        memory = k.shape[2] - q.shape[2]
+        memory, window = k.shape[2] - q.shape[2], self.window or 10**9
         distance = torch.arange(q.shape[2])[:, None] + memory - torch.arange(k.shape[2])
-        near = (distance >= 0 if self.causal else distance > -self.window) & (distance < self.window)
+        near = (distance >= 0 if self.causal else distance > -window) & (distance < window)
         weights = torch.exp(q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)) * near
         return weights @ v / weights.sum(-1, keepdim=True)
 
@@ -93,6 +93,8 @@ class DropsInEvaluation(Tiny):
 
 class WritesBuffer(Tiny):
     """Statistics that are used at once, in training."""
+
+    mean: Tensor
 
     def __init__(self, *fields: Any, **keywords: Any) -> None:
         super().__init__(*fields, **keywords)

@@ -81,8 +81,8 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (packing.check_blank_rows, m.LateReset, {}),
     (packing.check_blank_rows, m.NothingIsNaN, {}),
     (packing.check_blank_rows, m.BlankRowAges, {}),
-    (packing.check_both_sides, m.BothSidesLeak, {}),
-    (packing.check_both_sides, m.NothingIsNaN, {}),
+    (packing.check_bidirectional, m.BidirectionalLeak, {}),
+    (packing.check_bidirectional, m.NothingIsNaN, {}),
     (packing.check_padding_gradients, m.GradientOfPadding, {}),
     # 6
     (gradients.check_gradients_of_cuts, m.StopsAtCalls, {}),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from longspan import reference
 from longspan.errors import UnsupportedError
 
-from .tools import DIM, HEADS, documents, perturb
+from .tools import DIM, HEADS, Make, documents, perturb
 
 
 class Traits(NamedTuple):
@@ -37,7 +37,7 @@ SLOW = SimpleNamespace(window_attention=reference.window_attention, __all__=["wi
 class Keys(NamedTuple):
     k: Tensor  # (batch, kv_heads, columns, head_dim), rotated, newest last
     v: Tensor
-    count: Tensor  # (batch,) int64, tokens of the document so far
+    seen: Tensor  # (batch,) int64, tokens of the document so far
 
 
 class Rowwise(nn.Module):
@@ -52,17 +52,20 @@ class Rowwise(nn.Module):
         """(length, dim) after this past of batch 1."""
         raise NotImplementedError
 
+    def init_state(self, batch_size: int, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+        raise NotImplementedError
+
     def join(self, rows: list[Any]) -> Any:
         return type(rows[0])(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Any) -> tuple[Tensor, Any]:
         y = torch.zeros_like(x)
-        for number, places in enumerate(documents(real, fresh)):
+        for number, positions in enumerate(documents(real, fresh)):
             if number:
                 past = self.init_state(1)
-            if places:
-                out, past = self.document(x[places], past)
-                y = y.index_copy(0, torch.tensor(places), out.to(y.dtype))
+            if positions:
+                out, past = self.document(x[positions], past)
+                y = y.index_copy(0, torch.tensor(positions), out.to(y.dtype))
         return y, past
 
     def forward(
@@ -92,7 +95,8 @@ class Rowwise(nn.Module):
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype = torch.float32) -> int:
         state = self.init_state(1, dtype=dtype)
-        return batch_size * sum(t.numel() * t.element_size() for t in state)
+        nbytes: int = batch_size * sum(t.numel() * t.element_size() for t in state)
+        return nbytes
 
 
 class Tiny(Rowwise):
@@ -119,7 +123,8 @@ class Tiny(Rowwise):
 
     def angles(self, positions: Tensor) -> Tensor:
         frequencies = self.rope ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim)
-        return positions.double()[:, None] * frequencies
+        angles: Tensor = positions.double()[:, None] * frequencies
+        return angles
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         angles = self.angles(positions)
@@ -128,22 +133,24 @@ class Tiny(Rowwise):
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None]
+        heads: Tensor = x.unflatten(-1, (-1, self.head_dim)).transpose(0, 1)[None]
+        return heads
 
     def positions(self, length: int, past: Keys) -> Tensor:
-        return past.count + torch.arange(length)
+        return past.seen + torch.arange(length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.ops.window_attention(q, k, v, window=self.window or 10**9, causal=self.causal)
+        out: Tensor = self.ops.window_attention(q, k, v, window=self.window or 10**9, causal=self.causal)
+        return out
 
     def filled(self, past: Keys) -> Keys:
         """The columns of one row that hold tokens."""
-        first = past.k.shape[2] - min(int(past.count), past.k.shape[2])
-        return Keys(past.k[:, :, first:], past.v[:, :, first:], past.count)
+        first = past.k.shape[2] - min(int(past.seen), past.k.shape[2])
+        return Keys(past.k[:, :, first:], past.v[:, :, first:], past.seen)
 
     def taken_up(self, past: Keys, dtype: torch.dtype) -> Keys:
         """A past of another precision."""
-        return Keys(past.k.to(dtype), past.v.to(dtype), past.count)
+        return Keys(past.k.to(dtype), past.v.to(dtype), past.seen)
 
     def document(self, x: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         positions, old = self.positions(len(x), past), self.filled(past)
@@ -151,7 +158,7 @@ class Tiny(Rowwise):
         old = self.taken_up(old, k.dtype)
         k, v = torch.cat([old.k, k], 2), torch.cat([old.v, self.heads(self.v(x))], 2)
         out = self.attend(q, k, v)
-        return self.o(out[0].transpose(0, 1).flatten(1)), self.keep(k, v, past.count + len(x))
+        return self.o(out[0].transpose(0, 1).flatten(1)), self.keep(k, v, past.seen + len(x))
 
     def keep(self, k: Tensor, v: Tensor, count: Tensor) -> Keys:
         if self.window is not None:
@@ -162,14 +169,14 @@ class Tiny(Rowwise):
 
     def join(self, rows: list[Keys]) -> Keys:
         if self.window is None:
-            most = max(int(row.count) for row in rows)
+            most = max(int(row.seen) for row in rows)
             rows = [self.widened(row, most) for row in rows]
-        return super().join(rows)
+        return Keys(*super().join(rows))
 
     def widened(self, row: Keys, columns: int) -> Keys:
         row = self.filled(row)
         k, v = (nn.functional.pad(t, (0, 0, columns - t.shape[2], 0)) for t in row[:2])
-        return Keys(k, v, row.count)
+        return Keys(k, v, row.seen)
 
     def init_state(self, batch_size: int, *, device: str | None = None, dtype: torch.dtype | None = None) -> Keys:
         columns = 0 if self.window is None else self.window - 1
@@ -203,7 +210,7 @@ class Tiny(Rowwise):
 class Memory(NamedTuple):
     memory: Tensor  # (batch, dim) fp32 at least: decayed sum of the means of closed segments
     total: Tensor  # (batch, dim): sum of the open segment
-    count: Tensor  # (batch,)
+    seen: Tensor  # (batch,)
 
     def accumulators(self) -> tuple[str, ...]:
         return "memory", "total"
@@ -236,22 +243,22 @@ class TinySegments(Rowwise):
 
     def document(self, x: Tensor, past: Memory) -> tuple[Tensor, Memory]:
         kind = self.accumulator(x.dtype)
-        memory, total, first = past.memory.to(kind), past.total.to(kind), int(past.count)
+        memory, total, first = past.memory.to(kind), past.total.to(kind), int(past.seen)
         last = (first + len(x) - 1) // self.segment
         values, outs = self.v(x).to(memory.dtype), []
-        for place in range(len(x)):
-            position = first + place
+        for index in range(len(x)):
+            position = first + index
             if self.opened(position, first):
                 memory = self.cut(memory, position // self.segment, last)
                 size = 0
             else:
-                size = position % self.segment if place == 0 else size
-            total, size = total + values[place], size + 1
+                size = position % self.segment if index == 0 else size
+            total, size = total + values[index], size + 1
             outs.append(memory + total / size)
             if self.opened(position + 1, first):
                 memory, total = self.combine(memory, total / size), torch.zeros_like(total)
         seen = torch.cat(outs).to(x.dtype)
-        return self.o(torch.tanh(self.q(x)) * seen), Memory(memory, total, past.count + len(x))
+        return self.o(torch.tanh(self.q(x)) * seen), Memory(memory, total, past.seen + len(x))
 
     def init_state(self, batch_size: int, *, device: str | None = None, dtype: torch.dtype | None = None) -> Memory:
         dtype = self.accumulator(dtype or self.q.weight.dtype)
@@ -268,10 +275,10 @@ class TinySegments(Rowwise):
         raise UnsupportedError("the map is not kept")
 
 
-def maker(cls: type[nn.Module], **fields: object) -> object:
+def maker(cls: type[Any], **fields: Any) -> Make:
     """A `Make` of a small mixer: parameters are the same on every call."""
 
-    def make(*, causal: bool | None = None, dtype: torch.dtype = torch.float64, **keywords: object) -> nn.Module:
+    def make(*, causal: bool | None = None, dtype: torch.dtype = torch.float64, **keywords: Any) -> Any:
         torch.manual_seed(0)
         if issubclass(cls, TinySegments):
             if causal is False:

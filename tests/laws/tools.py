@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import longspan as ls
@@ -21,8 +21,8 @@ DIM, HEADS = 16, 4
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 # make(causal=None, dtype=float64, dim=DIM, kv_heads=2, rope=10000.0, dropout=0.0) -> the mixer in eval mode; causal
-# None: the causal form where it exists
-Make = Callable[..., nn.Module]
+# None: the causal form where it exists. Any, as the type of torch modules has none of what the contract adds
+Make = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Registered:
         kv_heads: int = 2,
         rope: float | None = 10000.0,
         dropout: float = 0.0,
-    ) -> nn.Module:
+    ) -> Any:
         torch.manual_seed(0)
         mixer = ls.mixers.build(
             self.name,
@@ -56,7 +56,7 @@ class Registered:
         return perturb(mixer).to(dtype).eval()
 
 
-def forms(make: Make) -> list[dict[str, bool]]:
+def forms(make: Make) -> list[dict[str, Any]]:
     """Keywords of `make` for every form that exists."""
     return [{}, {"causal": False}] if make().traits.bidirectional else [{}]
 
@@ -69,7 +69,7 @@ def inputs(
     return (scale * torch.randn(batch, length, dim, generator=generator)).to(dtype)
 
 
-def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
+def perturb(mixer: Any, noise: float = 0.1) -> Any:
     """Move every parameter a little, so that nothing is trivially zero, one or equal."""
     generator = torch.Generator().manual_seed(17)
     with torch.no_grad():
@@ -78,8 +78,8 @@ def perturb(mixer: nn.Module, noise: float = 0.1) -> nn.Module:
     return mixer
 
 
-def trains(mixer: nn.Module) -> bool:
-    """Some forms are for inference only, and say so when a gradient is asked for."""
+def trains(mixer: Any) -> bool:
+    """Some forms are for inference only, and raise UnsupportedError where a gradient is needed."""
     try:
         mixer(inputs(0, 1, 2, dtype=next(mixer.parameters()).dtype))
     except UnsupportedError:
@@ -95,7 +95,7 @@ class Interrupting(TorchFunctionMode):
         self.at, self.count = at, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # settings that contexts of torch put back on their way out are none of the call's own
+        # settings that contexts of torch put back on their way out are not calls of the mixer
         if not any(setting in getattr(func, "__name__", "") for setting in ("grad_enabled", "autocast")):
             self.count += 1
             if self.count == self.at:
@@ -114,10 +114,10 @@ def leaves(state: Any, prefix: str = "") -> dict[str, Tensor]:
         return {}  # a mixer that does not stream
     assert isinstance(state, tuple), f"a state is a NamedTuple of tensors, found {type(state).__name__} at {prefix!r}"
     names = getattr(state, "_fields", [str(i) for i in range(len(state))])
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, part in zip(names, state, strict=True):
-        found |= leaves(part, f"{prefix}.{name}" if prefix else name)
-    return found
+        tensors |= leaves(part, f"{prefix}.{name}" if prefix else name)
+    return tensors
 
 
 def map_state(state: Any, function: Callable[[str, Tensor], Tensor], prefix: str = "") -> Any:
@@ -144,7 +144,7 @@ def state_bytes(state: Any) -> int:
     return sum(t.numel() * t.element_size() for t in leaves(state).values())
 
 
-def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
+def growing_leaves(mixer: Any, dim: int = DIM) -> list[str]:
     """Names of the tensors that have no column in an empty state and get some as segments (or tokens) come."""
     with torch.no_grad():
         empty = leaves(mixer.init_state(1))
@@ -154,7 +154,7 @@ def growing_leaves(mixer: nn.Module, dim: int = DIM) -> list[str]:
     return [name for name, t in later.items() if t.shape != empty[name].shape]
 
 
-def columns_of(mixer: nn.Module, length: int) -> int:
+def columns_of(mixer: Any, length: int) -> int:
     """Columns that growing tensors hold after so many live tokens: one a token, unless the mixer evicts some."""
     counted = getattr(mixer, "state_columns", None)
     return length if counted is None else counted(length)
@@ -187,10 +187,10 @@ def same(a: Tensor, b: Tensor, what: str) -> None:
 
 def states_close(a: Any, b: Any, tolerance: float, what: str, *, newest: bool = False) -> None:
     """Every tensor of two states, counts exactly. `newest`: of more columns in a than in b, the newest."""
-    mine, other = leaves(a), leaves(b)
-    assert list(mine) == list(other), f"{what}: fields {list(mine)}, expected {list(other)}"
+    mine, reference = leaves(a), leaves(b)
+    assert list(mine) == list(reference), f"{what}: fields {list(mine)}, expected {list(reference)}"
     for name, t in mine.items():
-        u = other[name]
+        u = reference[name]
         if newest and t.dim() > 2 and t.shape[-2] > u.shape[-2]:
             t = t[..., t.shape[-2] - u.shape[-2] :, :]
         assert t.dtype == u.dtype, f"{what}, {name}: {t.dtype}, expected {u.dtype}"
@@ -198,10 +198,10 @@ def states_close(a: Any, b: Any, tolerance: float, what: str, *, newest: bool = 
 
 
 def states_same(a: Any, b: Any, what: str) -> None:
-    mine, other = leaves(a), leaves(b)
-    assert list(mine) == list(other), f"{what}: fields {list(mine)}, expected {list(other)}"
+    mine, reference = leaves(a), leaves(b)
+    assert list(mine) == list(reference), f"{what}: fields {list(mine)}, expected {list(reference)}"
     for name, t in mine.items():
-        same(t, other[name], f"{what}, {name}")
+        same(t, reference[name], f"{what}, {name}")
 
 
 # cases -------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
     rows = []
     for _ in range(BATCH):
         kind = draw(st.sampled_from(["random", "left", "right", "between", "whole", "blank"]))
-        place = torch.arange(length)
+        position = torch.arange(length)
         if kind == "random":
             generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
             rows.append(torch.rand(length, generator=generator) < 0.5)
@@ -249,11 +249,11 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
         a, b = sorted((draw(st.integers(0, length)), draw(st.integers(0, length))))
         rows.append(
             {
-                "whole": place >= 0,
-                "blank": place < 0,
-                "left": place >= a,
-                "right": place < b,
-                "between": (place < a) | (place >= b),
+                "whole": position >= 0,
+                "blank": position < 0,
+                "left": position >= a,
+                "right": position < b,
+                "between": (position < a) | (position >= b),
             }[kind]
         )
     return torch.stack(rows)
@@ -263,8 +263,8 @@ def masks(draw: st.DrawFn, length: int) -> Tensor:
 def resets(draw: st.DrawFn, length: int) -> Tensor:
     rows = torch.zeros(BATCH, length, dtype=torch.bool)
     for row in range(BATCH):
-        for place in draw(st.lists(st.integers(0, length - 1), max_size=3)):
-            rows[row, place] = True
+        for position in draw(st.lists(st.integers(0, length - 1), max_size=3)):
+            rows[row, position] = True
     return rows
 
 
@@ -291,7 +291,7 @@ def cases(
 
 
 def feed(
-    mixer: nn.Module,
+    mixer: Any,
     x: Tensor,
     cuts: Sequence[int],
     *,
@@ -301,12 +301,12 @@ def feed(
 ) -> tuple[Tensor, Any]:
     """The stream in calls of these lengths (in one where the mixer does not stream).
 
-    A call that needs no mask or no reset is given none.
+    A call that needs no mask or no reset gets none.
     """
     outputs, at = [], 0
     for size in cuts if mixer.traits.streams else [x.shape[1]]:
         now = slice(at, at + size)
-        keywords = {}
+        keywords: dict[str, Tensor] = {}
         if mask is not None and not mask[:, now].all():
             keywords["mask"] = mask[:, now]
         if reset is not None and reset[:, now].any():
@@ -320,27 +320,27 @@ def feed(
 
 
 def documents(real: Tensor, fresh: Tensor) -> Iterator[list[int]]:
-    """Places of the real tokens of one row, document by document; the first continues what was there before."""
-    places: list[int] = []
-    for place in range(len(real)):
-        if fresh[place]:
-            yield places
-            places = []
-        if real[place]:
-            places.append(place)
-    yield places
+    """Positions of the real tokens of one row, document by document; the first continues the carried one."""
+    positions: list[int] = []
+    for position in range(len(real)):
+        if fresh[position]:
+            yield positions
+            positions = []
+        if real[position]:
+            positions.append(position)
+    yield positions
 
 
-def alone(mixer: nn.Module, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
+def alone(mixer: Any, x: Tensor, real: Tensor, fresh: Tensor, state: Any = None) -> tuple[Tensor, list[Any]]:
     """Law 5's oracle: each row's documents alone, without mask or reset; outputs, and each row's final state."""
     rows, states = [], []
     for row in range(x.shape[0]):
         y, past = torch.zeros_like(x[row]), None if state is None else state_row(state, row)
-        for number, places in enumerate(documents(real[row], fresh[row])):
+        for number, positions in enumerate(documents(real[row], fresh[row])):
             past = past if number == 0 else None
-            if places:
-                out, past = mixer(x[row : row + 1, places], past)
-                y = y.index_copy(0, torch.tensor(places), out[0])
+            if positions:
+                out, past = mixer(x[row : row + 1, positions], past)
+                y = y.index_copy(0, torch.tensor(positions), out[0])
         rows.append(y)
         states.append(mixer.init_state(1) if past is None and mixer.traits.streams else past)
     return torch.stack(rows), states

@@ -57,7 +57,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS: dict[str, Callable[..., Any]] = {
+VERBS: dict[str, Callable[..., Any]] = {
     "train": train,
     "eval": evaluate,
     "stream": stream,
@@ -83,7 +83,7 @@ def unwrap(text: str) -> str:
     return "\n".join(lines).replace("[", r"\[")
 
 
-for name, verb in _VERBS.items():
+for name, verb in VERBS.items():
     app.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 _SHOW = (
@@ -92,8 +92,8 @@ _SHOW = (
 )
 show = typer.Typer(add_completion=False)
 app.add_typer(show, name="show", help=_SHOW)
-_SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support, "scaling": scaling}
-for name, verb in _SHOWN.items():
+SHOWN: dict[str, Callable[..., Any]] = {"patterns": patterns, "spans": spans, "support": support, "scaling": scaling}
+for name, verb in SHOWN.items():
     show.command(name, help=unwrap(verb.__doc__ or ""))(verb)
 
 

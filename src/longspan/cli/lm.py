@@ -196,7 +196,7 @@ def tables(figures: Figures) -> "list[Table]":
     first, gain = next(iter(figures.readings)), figures.gain
     columns = ("read", *KEYS.values(), f"{first} minus this")
     rows = [
-        (name, *(_figure(key, reading.figures[key]) for key in KEYS), interval(gain[name]) if name in gain else "")
+        (name, *(figure(key, reading.figures[key]) for key in KEYS), interval(gain[name]) if name in gain else "")
         for name, reading in figures.readings.items()
     ]
     pages = [
@@ -217,7 +217,8 @@ KEYS = {
 }
 
 
-def _figure(key: str, measured: "Interval") -> str:
+def figure(key: str, measured: "Interval") -> str:
+    """A measured value, with its interval where it has one, as the table shows it."""
     if key.startswith("bits"):
         return interval(measured)
     # all digits of what a weak model says of words would fill the table

@@ -40,7 +40,7 @@ class TrainingTable(Silent):
         """Print the title and the headings."""
         print(title.partition(": ")[2] or title, flush=True)
         if sys.stdout.isatty():
-            self._live = Live(self._draw(), console=console(), refresh_per_second=4)
+            self._live = Live(self.draw(), console=console(), refresh_per_second=4)
             self._live.start()
         else:
             print(self._aligned([name for name, _ in self.columns]), flush=True)
@@ -56,13 +56,13 @@ class TrainingTable(Silent):
             if time.monotonic() - self._pinned >= self.every:
                 self._pin()
         if self._live is not None:
-            self._live.update(self._draw())
+            self._live.update(self.draw())
 
     def evaluating(self, read: int, total: int) -> None:
         """Show the progress of an evaluation below the table."""
         self._evaluation = f"reading held-out documents: {read / max(total, 1):.0%}" if read < total else ""
         if self._live is not None:
-            self._live.update(self._draw())
+            self._live.update(self.draw())
 
     def _show_validation(self, text: str) -> None:
         if self._last:
@@ -88,13 +88,14 @@ class TrainingTable(Silent):
         if self._last:
             self._pin()
         if self._live is not None:
-            self._live.update(self._draw())
+            self._live.update(self.draw())
             self._live.stop()
 
     def _aligned(self, row: list[str]) -> str:
         return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(row, self.columns, strict=True)).rstrip()
 
-    def _draw(self) -> Group:
+    def draw(self) -> Group:
+        """The table at the current width of the terminal, with the newest step and the evaluation under way."""
         table = Table(box=None, pad_edge=False, header_style="dim")
         width = terminal_width(sys.stdout)
         shown = self._fitting(width)

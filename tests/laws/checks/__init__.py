@@ -5,9 +5,9 @@ it is run (`why_not`).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..tools import Make, inputs, trains
 from . import causality, contract, cost, definition, gradients, memory, packing, quiet, stream
@@ -48,7 +48,7 @@ CHECKS: dict[str, tuple[Callable[[Make], None], ...]] = {
         packing.check_ragged_calls,
         packing.check_long_rows,
         packing.check_blank_rows,
-        packing.check_both_sides,
+        packing.check_bidirectional,
         packing.check_padding_gradients,
     ),
     "6-gradients": (
@@ -88,7 +88,7 @@ STREAM_ONLY = {
 }
 
 
-# those of drawn examples
+# checks that draw examples
 DRAWN = (
     causality.check_causality,
     stream.check_cuts,
@@ -97,13 +97,13 @@ DRAWN = (
     packing.check_documents,
     packing.check_carried_state,
     packing.check_ragged_calls,
-    packing.check_both_sides,
+    packing.check_bidirectional,
     gradients.check_gradients_of_cuts,
 )
 GRADIENTS = {packing.check_padding_gradients, quiet.check_forward_changes_nothing, *CHECKS["6-gradients"]}
 
 
-def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
+def why_not(check: Callable[[Make], None], mixer: Any) -> str:
     """Why a check is not for a mixer; "" where it is."""
     traits = mixer.traits
     is_map = check is causality.check_map_is_causal
@@ -113,7 +113,7 @@ def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
         return "does not stream"
     if check in GRADIENTS and not trains(mixer):
         return "for inference alone"
-    if check is packing.check_both_sides and not traits.bidirectional:
+    if check is packing.check_bidirectional and not traits.bidirectional:
         return "has no bidirectional form"
     if check is memory.check_growing_columns and traits.bounded:
         return "its state does not grow"
@@ -127,7 +127,7 @@ def why_not(check: Callable[[Make], None], mixer: nn.Module) -> str:
 
 
 @torch.no_grad()
-def is_mean(mixer: nn.Module) -> bool:
+def is_mean(mixer: Any) -> bool:
     """Whether outputs are means of values."""
     total = mixer.attention_map(inputs(1, 2, 1).expand(2, 24, -1)).sum(-1)
     return bool((total - 1).abs().max() <= 1e-9)

@@ -1,9 +1,10 @@
 """Law 1: what comes later changes nothing before it, bit for bit."""
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from ..tools import BATCH, DIM, Case, Make, cases, inputs, same, trains
 
@@ -14,7 +15,7 @@ def check_causality(make: Make) -> None:
         drawn_changes(make(dtype=dtype), dtype)
 
 
-def drawn_changes(mixer: nn.Module, dtype: torch.dtype) -> None:
+def drawn_changes(mixer: Any, dtype: torch.dtype) -> None:
     assert mixer.traits.causal
     with torch.no_grad():
         past = mixer(inputs(1, BATCH, 11, dtype=dtype))[1] if mixer.traits.streams else None
@@ -22,12 +23,12 @@ def drawn_changes(mixer: nn.Module, dtype: torch.dtype) -> None:
     @given(case=cases(cut=False), at=st.integers(0, 29), carried=st.booleans())
     def law(case: Case, at: int, carried: bool) -> None:
         x, at = inputs(case.seed, BATCH, case.length, dtype=dtype), at % case.length
-        other = x.clone()
-        other[:, at:] = inputs(case.seed + 1, BATCH, case.length - at, dtype=dtype, scale=30.0)
+        altered = x.clone()
+        altered[:, at:] = inputs(case.seed + 1, BATCH, case.length - at, dtype=dtype, scale=30.0)
         state = past if carried else None
         with torch.no_grad():
             y = mixer(x, state, mask=case.mask, reset=case.reset)[0]
-            changed = mixer(other, state, mask=case.mask, reset=case.reset)[0]
+            changed = mixer(altered, state, mask=case.mask, reset=case.reset)[0]
         same(changed[:, :at], y[:, :at], f"outputs before {at}, contents changed from there on, {dtype}")
 
     law()
@@ -37,13 +38,13 @@ def check_causality_of_long_calls(make: Make) -> None:
     """The same over several tiles, in training too, where other code may run."""
     length = 700
     mixer = make(dtype=torch.float32)
-    x, other = inputs(1, 1, length, dtype=torch.float32), inputs(2, 1, length, dtype=torch.float32, scale=30.0)
+    x, altered = inputs(1, 1, length, dtype=torch.float32), inputs(2, 1, length, dtype=torch.float32, scale=30.0)
     for training in (False, True) if trains(mixer) else (False,):
         mixer.train(training)
         with torch.set_grad_enabled(training):
             y = mixer(x)[0].detach()
             for at in (1, 257, 512, 699) if not training else (300,):
-                changed = mixer(torch.cat([x[:, :at], other[:, at:]], 1))[0].detach()
+                changed = mixer(torch.cat([x[:, :at], altered[:, at:]], 1))[0].detach()
                 same(changed[:, :at], y[:, :at], f"outputs before {at} of {length}, training={training}")
 
 

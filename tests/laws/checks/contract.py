@@ -1,4 +1,4 @@
-"""The contract behind the laws: traits, forms and what is refused."""
+"""The contract behind the laws: traits, forms and refused arguments."""
 
 import torch
 
@@ -60,9 +60,9 @@ def check_forms(make: Make) -> None:
         raise AssertionError("traits.bidirectional is False, but causal=False is accepted")
     both = make(causal=False)
     assert not both.traits.streams, "causal=False, but traits.streams is True"
-    y, nothing = both(x)
+    y, no_state = both(x)
     assert y.shape == x.shape
-    assert nothing is None, "causal=False returns a state"
+    assert no_state is None, "causal=False returns a state"
     state = make()(x)[1] if traits.streams else (x,)
     try:
         both(x, state)

@@ -13,15 +13,17 @@ aten = torch.ops.aten
 def sdpa(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """2 per multiply-add, the full query x key rectangle."""
     (batch, heads, queries, width), keys = q, k[2]
-    return 2 * batch * heads * queries * keys * (width + v[-1])
+    flops: int = 2 * batch * heads * queries * keys * (width + v[-1])
+    return flops
 
 
 def added_product(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
     """(..., n, m) x (..., m, p): torch counts these as zero."""
-    total = 2 * a[-1]
+    total: int = 2 * a[-1]
     for size in a[:-1]:
         total *= size
-    return total * (b[-1] if len(b) > 1 else 1)
+    columns: int = b[-1] if len(b) > 1 else 1
+    return total * columns
 
 
 def product(a: Any, b: Any, *_: Any, **__: Any) -> int:

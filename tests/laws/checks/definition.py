@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import longspan
 
@@ -21,7 +21,8 @@ def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
     In the folders of mechanisms too, where an operation that is made of another calls it by its own name.
     """
     names = [n for n in slow.__all__ if callable(getattr(slow, n)) and hasattr(fast, n)]
-    ops, called = {n: getattr(fast, n) for n in names}, []
+    ops = {n: getattr(fast, n) for n in names}
+    called: list[str] = []
 
     def spy(name: str) -> Any:
         def call(*args: Any, **keywords: Any) -> Any:
@@ -43,13 +44,13 @@ def defined_by(fast: Any, slow: Any) -> Iterator[list[str]]:
             setattr(module, name, ops[name])
 
 
-def ready(make: Make, **keywords: Any) -> nn.Module:
+def ready(make: Make, **keywords: Any) -> Any:
     """A mixer in training mode, or in evaluation where its form is for inference."""
     mixer = make(**keywords)
     return mixer.train(trains(mixer))
 
 
-def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
+def answer(mixer: Any, x: Tensor, state: Any, keywords: dict[str, Any]) -> tuple[Tensor, Any, dict[str, Tensor]]:
     """Outputs, state and gradients of a weighted sum of the outputs (none where the form is for inference)."""
     if not mixer.training:
         with torch.no_grad():
@@ -62,7 +63,7 @@ def answer(mixer: nn.Module, x: Tensor, state: Any, keywords: dict[str, Any]) ->
     return y, end, {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, gradients, strict=True)}
 
 
-def compare(mixer: nn.Module, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any) -> None:
+def compare(mixer: Any, x: Tensor, fast: Any, slow: Any, *, state: Any = None, **keywords: Any) -> None:
     what = f"{tuple(x.shape)}, state {state is not None}, {sorted(keywords)}"
     y, end, gradients = answer(mixer, x, state, keywords)
     with defined_by(fast, slow) as called:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import longspan as ls
 
@@ -20,7 +20,8 @@ def check_reach(make: Make) -> None:
     mixer = make().train()
     horizon, segment = mixer.traits.horizon, mixer.traits.segment
     if horizon is None or len({(t.horizon, t.segment) for t in head_traits(mixer)}) > 1:
-        return reach_of_map(mixer)
+        reach_of_map(mixer)
+        return
     assert segment, "a horizon counts segments, so traits.segment must say how long they are"
     for extra in (0, 1):  # the last segment closed, or open
         last, open_tokens = horizon + 2, 0 if not extra else max(1, segment // 2)
@@ -34,10 +35,9 @@ def check_reach(make: Make) -> None:
             reached = number > last - horizon
             what = f"segment {number} of {last + 1} ({length} tokens), horizon {horizon}"
             assert (part > 0) == reached, f"gradient of {part:.3g} in {what}"
-    return None
 
 
-def head_traits(mixer: nn.Module) -> list[Any]:
+def head_traits(mixer: Any) -> list[Any]:
     """The traits of each head: heads of one mixer may differ in what gradients reach."""
     core = getattr(mixer, "core", None)
     return [mixer.traits] if core is None else list(core.head_traits())
@@ -48,10 +48,11 @@ def within_horizon(traits: Any, length: int) -> Tensor:
     if traits.horizon is None:
         return torch.ones(length, length, dtype=torch.bool)
     number = torch.arange(length) // traits.segment
-    return number[:, None] - number < traits.horizon
+    near: Tensor = number[:, None] - number < traits.horizon
+    return near
 
 
-def reach_of_map(mixer: nn.Module) -> None:
+def reach_of_map(mixer: Any) -> None:
     """The gradient of an output reaches exactly the tokens that a head attends to, within the horizon of that head.
 
     With a horizon of more than one segment that is so for the last segment of a call only.
@@ -89,13 +90,13 @@ def reach_of_map(mixer: nn.Module) -> None:
     assert not surplus, f"gradient beyond what a head may reach, (query, key) {surplus[:5]}, queries from {first} on"
 
 
-def gradients(mixer: nn.Module, x: Tensor, cuts: Sequence[int], **keywords: Tensor) -> dict[str, Tensor]:
+def gradients(mixer: Any, x: Tensor, cuts: Sequence[int], **keywords: Any) -> dict[str, Tensor]:
     x = x.clone().requires_grad_()
     y = feed(mixer, x, cuts, **keywords)[0]
     named = {"x": x} | dict(mixer.named_parameters())
     loss = (y * inputs(99, *y.shape[:2])).sum()
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, found, strict=True)}
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(named[n]) if g is None else g for n, g in zip(named, grads, strict=True)}
 
 
 def check_gradients_of_cuts(make: Make) -> None:
@@ -113,7 +114,7 @@ def check_gradients_of_cuts(make: Make) -> None:
         generator.manual_seed(seed)
         edges = [0, *sorted(torch.randint(0, length + 1, (parts - 1,), generator=generator).tolist()), length]
         cuts = [b - a for a, b in pairwise(edges)]
-        keywords = {}
+        keywords: dict[str, Tensor] = {}
         if packed:
             keywords["mask"] = torch.rand(2, length, generator=generator) < 0.8
             keywords["reset"] = torch.rand(2, length, generator=generator) < 0.1
@@ -151,7 +152,8 @@ def check_numeric_gradients(make: Make) -> None:
     reset[0, length // 2] = True
 
     def forward(x: Tensor, past: object, packed: bool) -> Tensor:
-        return mixer(x, past, mask=mask, reset=reset)[0] if packed else mixer(x, past)[0]
+        out: Tensor = mixer(x, past, mask=mask, reset=reset)[0] if packed else mixer(x, past)[0]
+        return out
 
     for past, packed in ((None, False), (None, True), (state, False), (state, True)):
         if past is None and packed and mixer.traits.streams:
@@ -183,7 +185,7 @@ def check_detach(make: Make) -> None:
 
 def check_every_parameter(make: Make) -> None:
     """Every parameter gets a gradient in every call, zero where the call did not need it: in the first tokens of a
-    document too, and where a stream goes on. Training in several processes waits for all of them.
+    document too, and where a stream continues. Training in several processes waits for all of them.
     """
     mixer = make().train()
     segment = mixer.traits.segment or 8

@@ -37,10 +37,10 @@ def check_bytes(make: Make) -> None:
         for batch, length in ((1, 0), (2, 0), (1, 1), (2, 17), (3, 64)):
             with torch.no_grad():
                 state = mixer(inputs(1, batch, length, dtype=dtype))[1] if length else mixer.init_state(batch)
-            expected, found = mixer.state_nbytes(batch, length, dtype), state_bytes(state)
-            assert expected == found, f"{batch} rows, {length} tokens, {dtype}: says {expected}, holds {found}"
+            expected, actual = mixer.state_nbytes(batch, length, dtype), state_bytes(state)
+            assert expected == actual, f"{batch} rows, {length} tokens, {dtype}: says {expected}, holds {actual}"
             assert isinstance(expected, int)
-            assert ls.state.nbytes(state) == found, "ls.state.nbytes differs from the bytes of the tensors"
+            assert ls.state.nbytes(state) == actual, "ls.state.nbytes differs from the bytes of the tensors"
         sizes = {name: t.dtype for name, t in leaves(mixer.init_state(1, dtype=dtype)).items()}
         assert sizes == {n: t.dtype for n, t in leaves(mixer.init_state(1)).items()}, "dtypes of init_state"
         assert sizes == {n: t.dtype for n, t in leaves(state).items()}, f"dtypes of a state, {dtype}"
@@ -55,8 +55,8 @@ def check_bytes(make: Make) -> None:
         with torch.no_grad():
             state = feed(mixer, x, case.cuts, mask=case.mask, reset=case.reset)[1]
         live = live_tokens(case.real, case.fresh)
-        expected, found = mixer.state_nbytes(BATCH, live, torch.float64), state_bytes(state)
-        assert expected == found, f"{live} live tokens: says {expected}, holds {found} bytes"
+        expected, actual = mixer.state_nbytes(BATCH, live, torch.float64), state_bytes(state)
+        assert expected == actual, f"{live} live tokens: says {expected}, holds {actual} bytes"
 
     law()
 
@@ -85,8 +85,8 @@ def check_capacity(make: Make) -> None:
         with torch.no_grad():
             state = mixer(inputs(1, 2, 600, dtype=torch.float32))[1]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves(state).values()}
-        kept, exact = sum(storages.values()), state_bytes(state)
-        assert kept <= 2 * exact, f"a state of {exact} bytes keeps {kept} bytes alive (a view of something longer)"
+        alive, exact = sum(storages.values()), state_bytes(state)
+        assert alive <= 2 * exact, f"a state of {exact} bytes keeps {alive} bytes alive (a view of something longer)"
 
 
 def check_growing_columns(make: Make) -> None:
@@ -105,67 +105,67 @@ def check_growing_columns(make: Make) -> None:
         short = mixer(x[:, 12:], first, reset=reset)[1]
         padding = torch.zeros_like(reset)
         emptied = mixer(x[:, 12:], first, reset=reset, mask=padding)[1]
-        kept = mixer(x[:, 12:], first, reset=reset & torch.tensor([True, False, True])[:, None], mask=padding)[1]
-    held = {length: columns_of(mixer, length) for length in (3, 6, 12, 20)}
+        masked = mixer(x[:, 12:], first, reset=reset & torch.tensor([True, False, True])[:, None], mask=padding)[1]
+    columns = {length: columns_of(mixer, length) for length in (3, 6, 12, 20)}
     for name in growing:
         before, after = leaves(first)[name], leaves(later)[name]
-        assert before.shape[-2] == held[12], f"{name}: {before.shape[-2]} columns of 12 tokens"
-        assert after.shape[-2] == held[20], f"{name}: {after.shape[-2]} columns of 20 tokens"
-        same(after[..., : held[12], :], before, f"{name}: columns of the first call, after the second")
+        assert before.shape[-2] == columns[12], f"{name}: {before.shape[-2]} columns of 12 tokens"
+        assert after.shape[-2] == columns[20], f"{name}: {after.shape[-2]} columns of 20 tokens"
+        same(after[..., : columns[12], :], before, f"{name}: columns of the first call, after the second")
         mine = leaves(ragged)[name]
-        assert mine.shape[-2] == held[12], f"{name}: {mine.shape[-2]} columns, rows of 12, 3 and 0 tokens"
-        newest = mine[1:2, ..., held[12] - held[3] :, :] - leaves(single)[name]
+        assert mine.shape[-2] == columns[12], f"{name}: {mine.shape[-2]} columns, rows of 12, 3 and 0 tokens"
+        newest = mine[1:2, ..., columns[12] - columns[3] :, :] - leaves(single)[name]
         difference = newest.abs().max().item() if newest.numel() else 0.0
         assert difference < 1e-9, f"{name}: the 3 tokens of a short row are not its newest columns"
-        assert leaves(short)[name].shape[-2] == held[6], (
+        assert leaves(short)[name].shape[-2] == columns[6], (
             f"{name}: {leaves(short)[name].shape[-2]} columns, 6 live tokens"
         )
         assert leaves(emptied)[name].shape[-2] == 0, f"{name}: columns after every row was reset on padding"
-        assert leaves(kept)[name].shape[-2] == held[12], (
+        assert leaves(masked)[name].shape[-2] == columns[12], (
             f"{name}: columns after two of three rows were reset on padding"
         )
 
 
 def check_given_state_is_kept(make: Make) -> None:
-    """The state a mixer is given is never written into: kept, forked and used twice, also in training."""
+    """The state that a mixer receives is never written into: stored, forked and used twice, also in training."""
     mixer, x = make(), inputs(1, BATCH, 60)
     with torch.no_grad():
         state = mixer(x[:, :21])[1]
         for dirty in (mixer.init_state(BATCH), state):
-            kept = copy_state(dirty)
+            snapshot = copy_state(dirty)
             mask = torch.arange(9)[None] < torch.tensor([9, 4, 0])[:, None]
             reset = torch.zeros(BATCH, 9, dtype=torch.bool)
             reset[0, 3] = True
             first, end = mixer(x[:, 21:30], dirty)
-            states_same(dirty, kept, "given state after one call")
+            states_same(dirty, snapshot, "given state after one call")
             saved = copy_state(end)
             mixer(x[:, 30:39], dirty, mask=mask, reset=reset)
             mixer(x[:, 40:41], dirty)
             mixer(x[:, 30:], end)
-            states_same(dirty, kept, "given state after three calls")
+            states_same(dirty, snapshot, "given state after three calls")
             states_same(end, saved, "state used by another call")
             again, last = mixer(x[:, 21:30], dirty)
             same(again, first, "outputs of the same call on the same state")
             states_same(last, end, "state returned by the same call on the same state")
     if not trains(mixer.train()):
         return
-    kept = copy_state(state)
+    snapshot = copy_state(state)
     y, end = mixer(x[:, 21:45].requires_grad_(), state)
     y.square().sum().backward()
-    states_same(state, kept, "given state after training on it")
+    states_same(state, snapshot, "given state after training on it")
 
 
 def check_interrupted_calls(make: Make) -> None:
-    """A call that owns its state and raises, wherever it does, leaves the state as it was and can be made again."""
+    """A call that owns its state and raises, wherever it does, leaves the state as it was and can be repeated."""
     mixer, x = make(), inputs(1, BATCH, 40)
     mask = torch.arange(5)[None] < torch.tensor([5, 3, 0])[:, None]
 
     def stream() -> Any:
         """A state as a session owns it: buffers with room, rings."""
         state = mixer(x[:, :21])[1]
-        for place in range(21, 24):
+        for position in range(21, 24):
             with ls.state.owned():
-                state = mixer(x[:, place : place + 1], state)[1]
+                state = mixer(x[:, position : position + 1], state)[1]
         return state
 
     with torch.no_grad():
@@ -176,11 +176,11 @@ def check_interrupted_calls(make: Make) -> None:
                 with Interrupting() as counting, ls.state.owned():
                     expected, end = mixer(now, twin, **keywords)
             for step in range(7):
-                place = 1 + step * (counting.count - 1) // 6
-                with contextlib.suppress(KeyboardInterrupt), Interrupting(place), ls.state.owned():
+                call_number = 1 + step * (counting.count - 1) // 6
+                with contextlib.suppress(KeyboardInterrupt), Interrupting(call_number), ls.state.owned():
                     mixer(now, state, **keywords)
-                    raise AssertionError(f"only {place} torch calls the second time, {counting.count} the first")
-                states_same(state, before, f"state after torch call {place} of {counting.count} raised")
+                    raise AssertionError(f"only {call_number} torch calls the second time, {counting.count} the first")
+                states_same(state, before, f"state after torch call {call_number} of {counting.count} raised")
             with ls.state.owned():
                 out, state = mixer(now, state, **keywords)
             close(out, expected, 1e-9, "outputs of the call made again")

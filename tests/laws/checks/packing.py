@@ -1,16 +1,17 @@
-"""Law 5: padding and packing change nothing: every document is as if it were alone."""
+"""Law 5: padding and packing change nothing: every document computes as if alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tools import BATCH, Case, Make, alone, cases, close, feed, inputs, same, state_row, states_close, states_same
 
 
-def hold_against_alone(mixer: nn.Module, x: Tensor, case: Case, state: Any = None) -> None:
+def hold_against_alone(mixer: Any, x: Tensor, case: Case, state: Any = None) -> None:
     """Outputs and final states of the calls against each document alone; zeros at padding, garbage in it."""
     garbage = inputs(case.seed + 1, BATCH, case.length, dtype=x.dtype, scale=100.0)
     dirty = torch.where(case.real[..., None], x, garbage)
@@ -61,8 +62,8 @@ def check_carried_state(make: Make) -> None:
     law()
 
 
-def ragged(calls: list[tuple[int, ...]], resets: list[tuple[int, int, int]] = (), left: bool = False) -> Case:
-    """Rows of these lengths in each call, padded to the longest; resets are (call, row, place), padding or not."""
+def ragged(calls: list[tuple[int, ...]], resets: Sequence[tuple[int, int, int]] = (), left: bool = False) -> Case:
+    """Rows of these lengths in each call, padded to the longest; resets are (call, row, position), padding or not."""
     widths = [max(1, *call) for call in calls]
     mask = torch.zeros(BATCH, sum(widths), dtype=torch.bool)
     reset, at = torch.zeros_like(mask), 0
@@ -70,9 +71,9 @@ def ragged(calls: list[tuple[int, ...]], resets: list[tuple[int, int, int]] = ()
         for row, length in enumerate(call):
             first = at + (width - length if left else 0)
             mask[row, first : first + length] = True
-        for which, row, place in resets:
+        for which, row, position in resets:
             if which == number:
-                reset[row, at + place] = True
+                reset[row, at + position] = True
         at += width
     return Case(11, at, mask, reset if resets else None, tuple(widths))
 
@@ -119,25 +120,25 @@ def check_long_rows(make: Make) -> None:
 def check_blank_rows(make: Make) -> None:
     """A row of nothing but padding gives zeros and keeps its state; a reset on its padding empties the state."""
     mixer, x = make(), inputs(1, BATCH, 33)
-    nothing = torch.zeros(BATCH, 6, dtype=torch.bool)
+    all_padding = torch.zeros(BATCH, 6, dtype=torch.bool)
     with torch.no_grad():
-        y, empty = mixer(x[:, :6], mask=nothing)
+        y, empty = mixer(x[:, :6], mask=all_padding)
         same(y, torch.zeros_like(y), "outputs of a batch of padding")
         states_same(empty, mixer.init_state(BATCH), "state of a batch of padding")
         state = mixer(x[:, :21])[1]
-        y, after = mixer(x[:, 21:27], state, mask=nothing)
+        y, after = mixer(x[:, 21:27], state, mask=all_padding)
         same(y, torch.zeros_like(y), "outputs of padding on a carried state")
         states_same(after, state, "state after a call of padding")
-        mask = nothing.clone()
+        mask = all_padding.clone()
         mask[1] = True
         y, after = mixer(x[:, 21:27], state, mask=mask)
         same(y[[0, 2]], torch.zeros_like(y[[0, 2]]), "outputs of blank rows beside a whole one")
         for row in (0, 2):
-            kept = state_row(after, row)
-            states_close(kept, state_row(state, row), 0.0, f"state of blank row {row}", newest=True)
-        reset = nothing.clone()
+            row_state = state_row(after, row)
+            states_close(row_state, state_row(state, row), 0.0, f"state of blank row {row}", newest=True)
+        reset = all_padding.clone()
         reset[:, 4] = True
-        emptied = mixer(x[:, 21:27], state, mask=nothing, reset=reset)[1]
+        emptied = mixer(x[:, 21:27], state, mask=all_padding, reset=reset)[1]
         states_same(emptied, mixer.init_state(BATCH), "state after a reset on padding")
         first = torch.ones(BATCH, 12, dtype=torch.bool)
         first[:, 0] = False
@@ -146,7 +147,7 @@ def check_blank_rows(make: Make) -> None:
         same(y[:, 0], torch.zeros_like(y[:, 0]), "output at masked position 0")
 
 
-def check_both_sides(make: Make) -> None:
+def check_bidirectional(make: Make) -> None:
     """The bidirectional form: padding and packing, and no row that sees nothing is NaN."""
     mixer = make(causal=False)
 
@@ -155,9 +156,9 @@ def check_both_sides(make: Make) -> None:
         hold_against_alone(mixer, inputs(case.seed, BATCH, case.length), case)
 
     law()
-    x, nothing = inputs(1, BATCH, 9), torch.zeros(BATCH, 9, dtype=torch.bool)
+    x, all_padding = inputs(1, BATCH, 9), torch.zeros(BATCH, 9, dtype=torch.bool)
     with torch.no_grad():
-        y = mixer(x, mask=nothing)[0]
+        y = mixer(x, mask=all_padding)[0]
         same(y, torch.zeros_like(y), "outputs of a batch of padding")
         if mixer.pairs(9) > make().pairs(9):
             moved = x.clone()
@@ -175,6 +176,7 @@ def check_padding_gradients(make: Make) -> None:
     y.square().sum().backward()
     for name, parameter in mixer.named_parameters():
         assert parameter.grad is None or torch.isfinite(parameter.grad).all(), f"gradient of {name} is not finite"
+    assert x.grad is not None
     assert torch.isfinite(x.grad).all(), "gradient of x is not finite"
     padding = x.grad[~case.real]
     same(padding, torch.zeros_like(padding), "gradient at padding")

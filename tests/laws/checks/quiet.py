@@ -1,9 +1,9 @@
-"""Law 8: finite, and quiet: nothing drawn, nothing kept, nothing mixed between rows."""
+"""Law 8: finite, and free of side effects: no random draws, no stored tensors, no mixing between rows."""
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..tools import (
     BATCH,
@@ -13,14 +13,13 @@ from ..tools import (
     feed,
     inputs,
     leaves,
-    map_state,
     same,
     state_row,
     states_close,
     states_same,
     trains,
 )
-from .stream import position_leaves
+from .stream import moved, position_leaves
 
 
 def check_rows_are_independent(make: Make) -> None:
@@ -36,17 +35,17 @@ def check_rows_are_independent(make: Make) -> None:
             with torch.no_grad():
                 y, state = feed(mixer, x, (34, 1, 15), **keywords)
             for row in range(BATCH):
-                other = inputs(2, BATCH, 50, dtype=dtype, scale=30.0)
-                other[row] = x[row]
+                altered = inputs(2, BATCH, 50, dtype=dtype, scale=30.0)
+                altered[row] = x[row]
                 with torch.no_grad():
-                    beside, end = feed(mixer, other, (34, 1, 15), **keywords)
+                    beside, end = feed(mixer, altered, (34, 1, 15), **keywords)
                 what = f"row {row} beside other rows, {sorted(keywords)}, {dtype}"
                 same(beside[row], y[row], f"outputs of {what}")
                 states_same(state_row(end, row), state_row(state, row), f"state of {what}")
 
 
 def check_batch_size(make: Make) -> None:
-    """Rows in a larger batch, in another order, are what they are alone."""
+    """Rows in a larger batch, in another order, compute as if alone."""
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         mixer, x = make(dtype=dtype), inputs(1, 7, 40, dtype=dtype)
         with torch.no_grad():
@@ -60,7 +59,7 @@ def check_batch_size(make: Make) -> None:
 
 
 def check_bf16_streams(make: Make) -> None:
-    """Thousands of bf16 tokens: finite, and near the same stream in fp64 (an accumulator in bf16 stands still)."""
+    """Thousands of bf16 tokens: finite, and near the same stream in fp64 (an accumulator in bf16 stops growing)."""
     rounded = make(dtype=torch.bfloat16)
     exact = make()
     with torch.no_grad():
@@ -90,7 +89,7 @@ def check_old_streams(make: Make) -> None:
             state = mixer(inputs(1, 2, 50, dim=32, dtype=dtype))[1]
             for distance in (1_008_000, 10_080_000, 1_008_000_000):
                 distance -= distance % (mixer.traits.segment or 1)
-                old = map_state(state, lambda name, t, d=distance, n=names: t + d if name in n else t)
+                old = moved(state, names, [], distance, 0)
                 y, end = feed(mixer, inputs(2, 2, 60, dim=32, dtype=dtype), (21, 39), state=old)
                 assert torch.isfinite(y).all(), f"outputs after {distance} tokens are not finite, {dtype}"
                 for name, t in leaves(end).items():
@@ -146,29 +145,29 @@ def check_draws_nothing(make: Make) -> None:
     for dropout in (0.0, 0.3):
         mixer = make(dropout=dropout)
         x = inputs(1, 2, 40)
-        first = None
+        runs = []
         for seed in (1, 2):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
             with torch.no_grad():
-                y, state = feed(mixer, x, (17, 1, 22))
+                runs.append(feed(mixer, x, (17, 1, 22)))
             assert torch.equal(torch.get_rng_state(), before), f"evaluation draws random numbers, dropout={dropout}"
-            first = first or (y, state)
-        same(y, first[0], f"outputs of the same stream, dropout={dropout}")
-        states_same(state, first[1], f"states of the same stream, dropout={dropout}")
+        (first, start), (second, end) = runs
+        same(second, first, f"outputs of the same stream, dropout={dropout}")
+        states_same(end, start, f"states of the same stream, dropout={dropout}")
 
 
-def attached(mixer: nn.Module) -> list[str]:
+def attached(mixer: Any) -> list[str]:
     """Names of tensors with a graph that hang on a module or in a list or dict of it."""
-    found = []
+    names = []
     for name, module in mixer.named_modules():
         for key, value in vars(module).items():
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            found += [f"{name}.{key}" for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
-    return found
+            names += [f"{name}.{key}" for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
+    return names
 
 
-def kept_numbers(mixer: nn.Module, training: bool) -> dict[str, Tensor]:
+def kept_numbers(mixer: Any, training: bool) -> dict[str, Tensor]:
     """Parameters and buffers; statistics that wait for after_step may change in training and are named pending."""
     named: dict[str, Any] = dict(mixer.named_parameters()) | dict(mixer.named_buffers())
     return {n: t.detach().clone() for n, t in named.items() if not (training and "pending" in n)}
@@ -181,7 +180,8 @@ def check_forward_changes_nothing(make: Make) -> None:
         before = kept_numbers(mixer, training)
         mask = torch.ones(2, 30, dtype=torch.bool)
         mask[0, :7] = False
-        for penalties in (None, []):
+        collected: list[Tensor] = []
+        for penalties in (None, collected):
             x = inputs(1, 2, 30).requires_grad_()
             y, state = mixer(x, mask=mask, penalties=penalties)
             if state is not None:
@@ -206,7 +206,8 @@ def check_empty_inputs(make: Make) -> None:
             for begun in (False, True)[: 1 + mixer.traits.streams]:
                 what = f"{shape}{'' if real else ', padding alone'}, training={training}, from init_state={begun}"
                 x = torch.zeros(shape, dtype=torch.float64, requires_grad=training)
-                mask, penalties = None if real else torch.zeros(shape[:2], dtype=torch.bool), []
+                mask = None if real else torch.zeros(shape[:2], dtype=torch.bool)
+                penalties: list[Tensor] = []
                 with torch.set_grad_enabled(training):
                     y, state = mixer(x, mixer.init_state(shape[0]) if begun else None, mask=mask, penalties=penalties)
                     total = y.sum() + sum(penalties)
@@ -218,5 +219,5 @@ def check_empty_inputs(make: Make) -> None:
                 if total.requires_grad:
                     total.backward()
                 for name, parameter in mixer.named_parameters():
-                    found = parameter.grad is None or torch.isfinite(parameter.grad).all()
-                    assert found, f"gradient of {name} of {what} is not finite"
+                    is_finite = parameter.grad is None or torch.isfinite(parameter.grad).all()
+                    assert is_finite, f"gradient of {name} of {what} is not finite"

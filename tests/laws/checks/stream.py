@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 import longspan as ls
 
@@ -39,7 +39,7 @@ def check_cuts(make: Make) -> None:
         drawn_cuts(make(dtype=torch.float32), torch.float32)
 
 
-def drawn_cuts(mixer: nn.Module, dtype: torch.dtype) -> None:
+def drawn_cuts(mixer: Any, dtype: torch.dtype) -> None:
     tolerance = TOLERANCE[dtype]
 
     @given(case=cases(), empty=st.booleans())
@@ -72,7 +72,7 @@ def check_token_by_token(make: Make) -> None:
 
 
 def check_saved_state(make: Make) -> None:
-    """A state saved to disk, loaded and given to a mixer built anew goes on as if nothing had happened."""
+    """A state that is saved, loaded and passed to a newly built mixer continues with identical results."""
     mixer, x = make(), inputs(5, BATCH, 40)
     mask = torch.ones(BATCH, 40, dtype=torch.bool)
     mask[1, 3:9] = mask[2, :20] = False
@@ -86,9 +86,9 @@ def check_saved_state(make: Make) -> None:
         assert type(loaded) is type(state)
         states_same(loaded, state, "loaded state")
         y, end = mixer(x[:, 23:], state, mask=mask[:, 23:])
-        mixer(inputs(6, BATCH, 5))  # something else in between
+        mixer(inputs(6, BATCH, 5))  # an unrelated call in between
         again, last = make()(x[:, 23:], loaded, mask=mask[:, 23:])
-    same_bits = "after loading, in a mixer built anew"
+    same_bits = "after loading, in a newly built mixer"
     close(again, y, 0.0, f"outputs {same_bits}")
     states_close(last, end, 0.0, f"final state {same_bits}")
 
@@ -98,7 +98,7 @@ def kinds(state: Any) -> dict[str, torch.dtype]:
 
 
 def check_moved_state(make: Make) -> None:
-    """A state that was moved to another type, or comes from another precision, goes on; accumulators stay wide."""
+    """A state that was moved to another type, or comes from another precision, continues; accumulators stay wide."""
     mixer, x = make(dtype=torch.float32), inputs(5, BATCH, 40, dtype=torch.float32)
     with torch.no_grad():
         state = mixer(x[:, :23])[1]
@@ -132,8 +132,8 @@ FAR = {"dim": 32, "rope": 3.0}  # slow decay: every frequency turns fast, so an 
 STEP = 201_600  # a position with many divisors, so that borders stay borders
 
 
-def position_leaves(mixer: nn.Module) -> list[str]:
-    """Names of the counts that say how many tokens a row has seen: found by feeding rows of 37 and 53."""
+def position_leaves(mixer: Any) -> list[str]:
+    """Names of the counts that say how many tokens a row has seen, by feeding rows of 37 and 53."""
     mask = torch.arange(53)[None] < torch.tensor([37, 53])[:, None]
     state = mixer(inputs(1, 2, 53, dim=32), mask=mask)[1]
     seen = torch.tensor([37, 53])
@@ -177,7 +177,7 @@ def check_far_positions(make: Make) -> None:
         # Where only distances matter, far away is like near by; where positions matter, near by differs as much.
         shifts = [shift - shift % (exact.traits.segment or 1) for shift in (STEP // 100, STEP // 50, STEP // 25)]
         near = [exact(y, moved(start, names, growing, shift, 0))[0][:, -16:] for shift in shifts]
-        spread = max((near[0] - other).abs().max().item() for other in near[1:])
+        spread = max((near[0] - shifted).abs().max().item() for shifted in near[1:])
         difference, limit = (there - near[0]).abs().max().item(), max(1e-7, 8 * spread)
         what = f"fp64 at position {distance} differs from position {shifts[0]} by {difference:.3g}"
         assert difference <= limit, f"{what}; up to position {shifts[-1]} by {spread:.3g} only"
@@ -188,14 +188,14 @@ def check_state_functions(make: Make) -> None:
     mixer = make()
     with torch.no_grad():
         state = mixer(inputs(1, BATCH, 13))[1]
-    kept = copy_state(state)
+    snapshot = copy_state(state)
     for name, function in (("clone", ls.state.clone), ("detach", ls.state.detach)):
-        result = function(state)
-        assert type(result) is type(state), f"{name} returns a {type(result).__name__}"
-        states_same(result, state, name)
+        actual = function(state)
+        assert type(actual) is type(state), f"{name} returns a {type(actual).__name__}"
+        states_same(actual, state, name)
     clone = ls.state.clone(state)
     map_state(clone, lambda _, t: t.zero_())
-    states_same(state, kept, "state after its clone was overwritten")
+    states_same(state, snapshot, "state after its clone was overwritten")
     assert set(ls.state.tensors(state)) == set(leaves(state))
     rows = ls.state.select(state, torch.tensor([2, 0, 2]))
     states_same(rows, map_state(state, lambda _, t: t[[2, 0, 2]]), "selected rows")

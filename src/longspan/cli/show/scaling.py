@@ -57,7 +57,7 @@ def scaling(
         data["laws"][name] = {key: getattr(law, key) for key in _OF_LAW}
         blocks += [Text(f"{said(law, key)} ({name})"), law_figure(name, law, rows, key, label)]
     if form != "none":
-        _joint(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
+        joint_law(form, rows, flops or 10 * max(row["C"] for row in rows), blocks, data)
     path = write_report(output, "longspan: scaling laws", [Section("Scaling laws", blocks)], data)
     for block in blocks:
         if isinstance(block, Text):
@@ -206,7 +206,7 @@ def law_figure(name: str, law: "Fit", rows: list[dict[str, Any]], key: str, labe
     )
 
 
-def _joint(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any], data: dict[str, Any]) -> None:
+def joint_law(form: str, rows: list[dict[str, Any]], flops: float, blocks: list[Any], data: dict[str, Any]) -> None:
     """The law in parameters and tokens, and what it says of a budget; a line where the runs are too few."""
     from longspan.cost.scaling import fit, optimal
     from longspan.report import Text
