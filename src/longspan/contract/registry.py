@@ -37,6 +37,7 @@ _CORES = {
 
 
 REGISTERED: dict[str, type[Core]] = {}
+"""Mechanisms that this program has registered, by name."""
 
 
 @functools.cache
