@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Outcome
+from tests.cli.command import Outcome
 from tests.cli.pages import without_pixels
 
 from longspan.config import read_toml

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cli.conftest import Outcome
+from tests.cli.command import Outcome
 from tests.cli.pages import without_pixels
 
 from longspan.config import read_toml
