@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.errors import UnsupportedError
-from longspan.host import uncompiled
+from longspan.host import eager, uncompiled
 from longspan.state import needs_grad
 
 __all__ = ["FirstOrder", "attached", "scaled_dot_product_attention"]
@@ -112,6 +112,7 @@ def _refused(gradient: Tensor, sources: Sequence[Tensor], what: str) -> Tensor:
     return gradient
 
 
+@eager
 def _first_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors on their way into a fused kernel, whose backward pass torch cannot differentiate."""
 
@@ -134,6 +135,5 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any
     cuda = torch.backends.cuda
     fused = cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
     if fused and needs_grad(q, k, v) and not torch._C._are_functorch_transforms_active():
-        guard = functools.partial(uncompiled, _first_order) if torch.compiler.is_dynamo_compiling() else _first_order
-        q, k, v = guard(q, k, v)
+        q, k, v = _first_order(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, **options)
