@@ -256,7 +256,7 @@ def _show(evaluations: "dict[str, Evaluation]", what: str, segment: int) -> None
 
 def whole_number(text: str) -> int:
     """A number of decimal digits; 0 for anything else."""
-    # isdigit alone holds of a raised 2 too, which is no number
+    # isdigit alone is also true for a superscript 2, which int() refuses
     return int(text) if text.isascii() and text.isdigit() else 0
 
 

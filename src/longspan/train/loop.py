@@ -110,7 +110,7 @@ class TrainingLoop:
             publish: called in the main process between the last checkpoint and the final evaluation.
 
         Raises:
-            DivergedError: the loss is no number any more; says at which step and what to go back to.
+            DivergedError: the loss is not finite; says at which step and what to go back to.
             CheckpointError: a checkpoint could not be saved; the last good one stands.
         """
         log = Log(self.folder / "log.jsonl", step=self.position.step) if self.group.main else None

@@ -128,7 +128,7 @@ def run(
         ConfigError: a recipe that does not fit itself, its task, or the run that is resumed.
         DataError: text that is missing or cannot be read.
         CheckpointError: no run to resume, a run already there, nothing sound to go on from, or nowhere to save.
-        DivergedError: the loss is no number any more.
+        DivergedError: the loss is not finite.
     """
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})

@@ -21,7 +21,7 @@ _DROPOUT, _AFTER_STEP = 1, 2
 
 
 class DivergedError(LongspanError):
-    """A loss or a gradient that is no number any more."""
+    """A loss or a gradient that is not finite."""
 
 
 class StepResult(NamedTuple):
