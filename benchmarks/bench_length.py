@@ -39,7 +39,7 @@ def at_once(name: str, length: int, threads: int, cpu_time: bool) -> None:
             return ops.favor_attention(q, k, v, projection)
         if name == "window":
             return ops.window_attention(q, k, v, window=512)
-        rule = {"update": "delta", "normaliser": "gamma"} if name != "infini" else {}
+        rule = {"update": "delta", "normalizer": "gamma"} if name != "infini" else {}
         return ops.infini_attention(q, k, v, torch.zeros(HEADS), segment=512, **rule)
 
     with torch.no_grad():
@@ -57,7 +57,7 @@ def stream(name: str, length: int, threads: int, cpu_time: bool) -> None:
     torch.set_num_threads(threads)
     clock = time.process_time if cpu_time else time.perf_counter
     torch.manual_seed(0)
-    fields = {"update": "delta", "normaliser": "gamma"} if name == "infini delta gamma" else {}
+    fields = {"update": "delta", "normalizer": "gamma"} if name == "infini delta gamma" else {}
     mixer = mixers.build(name.split()[0], dim=HEADS * DIM, num_heads=HEADS, **fields).eval()
     x, state, times = torch.randn(1, 4096, HEADS * DIM), None, []
     with torch.no_grad():

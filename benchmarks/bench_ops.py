@@ -63,7 +63,7 @@ CASES = (
     Case("entmax 1.5", "entmax_attention", {"alpha": 1.5}),
     Case("bp 8", "bp_attention", {"nearest": 8}),
     Case("infini 512", "infini_attention", {"segment": 512}),
-    Case("infini 512 delta gamma", "infini_attention", {"segment": 512, "update": "delta", "normaliser": "gamma"}),
+    Case("infini 512 delta gamma", "infini_attention", {"segment": 512, "update": "delta", "normalizer": "gamma"}),
 )
 FEATURES = 256
 LEVELS = 13
@@ -137,7 +137,7 @@ def routing(where: Any, inputs: list[Tensor], *, separate: bool = False, **setti
         k[0] if separate else q,
         v,
         centroids(q.shape[1], max(1, q.shape[2] // settings["window"]), q.shape[3]),
-        itself=separate,
+        include_self=separate,
         **settings,
     )
     return output

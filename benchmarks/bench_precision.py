@@ -17,13 +17,13 @@ from longspan import ops
 A_CALL, DIM = 1000, 8
 
 
-def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, float]:
+def differences(update: str, normalizer: str, segments: list[int]) -> dict[int, float]:
     """Relative error of the probe's output, by number of segments."""
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
 
     def read(tokens: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         k, v = (t.to(dtype) for t in tokens)
-        rule = {"segment": 1, "update": update, "normaliser": normaliser}
+        rule = {"segment": 1, "update": update, "normalizer": normalizer}
         out, after = ops.infini_attention(k, k, v, gate, state=states[dtype], **rule)
         if len(k[0, 0]) > 1:
             states[dtype] = after
@@ -39,7 +39,7 @@ def differences(update: str, normaliser: str, segments: list[int]) -> dict[int, 
         if done in segments:
             ours, exact = (read((probe, probe), dtype) for dtype in states)
             if not bool(ours.isfinite().all()):
-                raise SystemExit(f"{update}, {normaliser}: not finite after {done:,} segments")
+                raise SystemExit(f"{update}, {normalizer}: not finite after {done:,} segments")
             errors[done] = float((ours - exact).norm() / exact.norm())
     return errors
 
@@ -49,9 +49,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--segments", type=int, nargs="+", default=[1000, 100_000], help="multiples of 1,000")
     options = parser.parse_args()
-    for update, normaliser in itertools.product(("linear", "delta"), ("paper", "gamma")):
-        errors = differences(update, normaliser, options.segments)
-        print(f"{update:<7} {normaliser:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in errors.items()), flush=True)
+    for update, normalizer in itertools.product(("linear", "delta"), ("paper", "gamma")):
+        errors = differences(update, normalizer, options.segments)
+        print(f"{update:<7} {normalizer:<6}", "  ".join(f"{n:,}: {x:.1e}" for n, x in errors.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.errors import ConfigError
-from longspan.mixers import Core, Hidden, Rows, Shape, Traits
+from longspan.mixers import BatchLayout, Hidden, Mechanism, Shape, Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ ops = SimpleNamespace(leaky_attention=leaky_attention)
 reference = SimpleNamespace(leaky_attention=leaky_definition, __all__=["leaky_attention"])
 
 
-class LeakyCore(Core):
+class LeakyMechanism(Mechanism):
     """See the module."""
 
     Config = LeakyConfig
@@ -98,12 +98,12 @@ class LeakyCore(Core):
         k: Tensor,
         v: Tensor,
         state: LeakyState | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, LeakyState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         assert hidden is not None
         wide = torch.promote_types(q.dtype, torch.float32)
         before = self.init_state(rows.batch, q.device, q.dtype) if state is None else state
@@ -140,7 +140,7 @@ class LeakyCore(Core):
         return self.shape.num_heads * length * (length + 1) // 2
 
 
-class NotACore:
+class NotAMechanism:
     """A class that is no core, for an entry point that names it."""
 
     Config: Any = LeakyConfig

@@ -13,19 +13,19 @@ import longspan as ls
 from longspan.cli.app import run
 from longspan.cli.show.heads import find
 from longspan.cli.show.scaling import joint_law, read_run
-from longspan.contract.registry import core_class
+from longspan.contract.registry import mechanism_class
 from longspan.cost.scaling import Fit
 from longspan.errors import ConfigError
-from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
-from longspan.mechanisms.entmax.layer import EntmaxCore
-from longspan.mixers import Rows
+from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
+from longspan.mechanisms.entmax.layer import EntmaxMechanism
+from longspan.mixers import BatchLayout
 from longspan.mixers.probe import support_sizes
 from longspan.train import load_run
 
 MIXERS = """[
     {name = "adaptive_span", max_span = 20, ramp = 4, initial = 0.3},
     {name = "entmax", alpha_init = 1.7},
-    {name = "heads", parts = [
+    {name = "mixed_heads", mixers = [
         {name = "adaptive_span", num_heads = 1, max_span = 12, dynamic = true, ramp = 3},
         {name = "entmax", num_heads = 1, window = 9},
     ]},
@@ -72,7 +72,7 @@ def test_all_patterns_are_drawn(longspan: Command, tmp_path: Path) -> None:
     assert full["keys_per_query"] == [10.5] * 4
     assert window["keys_per_query"] == [(4 * 20 - 6) / 20] * 4
     assert window["heads_alike"] == [[1, 2, 3, 4]]
-    parts = next(pattern for pattern in report["patterns"] if pattern["name"] == "heads")
+    parts = next(pattern for pattern in report["patterns"] if pattern["name"] == "mixed_heads")
     assert parts["heads_alike"] == [[1, 2], [3, 4]]
     assert "<img" in (tmp_path / "report.html").read_text()
 
@@ -158,8 +158,8 @@ def test_supports_are_counted_correctly(fields: dict[str, Any], carried: int) ->
     expected = (mixer.attention_map(x) != 0).sum(-1)[:, :, carried:]
     state = mixer(x[:, :carried])[1] if carried else None
     q, k, v = mixer.projections(x[:, carried:])
-    rows = Rows(torch.full((2,), carried), 20)
-    assert isinstance(mixer.core, EntmaxCore)
+    rows = BatchLayout(torch.full((2,), carried), 20)
+    assert isinstance(mixer.core, EntmaxMechanism)
     with torch.no_grad():
         assert torch.equal(support_sizes(mixer.core, q, k, v, state, rows), expected)
     assert expected.max() > expected.min()
@@ -168,12 +168,12 @@ def test_supports_are_counted_correctly(fields: dict[str, Any], carried: int) ->
 def test_layers_are_found_in_any_model() -> None:
     table: dict[str, Any] = {"vocab_size": 9, "dim": 16, "num_layers": 3, "num_heads": 2}
     parts = [{"name": "full", "num_heads": 1}, {"name": "entmax", "num_heads": 1}]
-    config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "heads", "parts": parts}))
+    config = ls.DecoderConfig(**table, mixers=({"name": "adaptive_span"}, {"name": "mixed_heads", "mixers": parts}))
     model = ls.RecurrentMemory(ls.Decoder(config), num_memory_tokens=2, segment_length=8)
-    assert [(heads.layer, heads.first) for heads in find(model, AdaptiveSpanCore, "r", "a")] == [(1, 1), (3, 1)]
-    assert [(heads.layer, heads.first) for heads in find(model, EntmaxCore, "r", "e")] == [(2, 2)]
+    assert [(heads.layer, heads.first) for heads in find(model, AdaptiveSpanMechanism, "r", "a")] == [(1, 1), (3, 1)]
+    assert [(heads.layer, heads.first) for heads in find(model, EntmaxMechanism, "r", "e")] == [(2, 2)]
     with pytest.raises(ConfigError, match="r: no layer of this run is lsh; its layers are AdaptiveSpan, Entmax, Full"):
-        find(model, core_class("lsh"), "r", "lsh")
+        find(model, mechanism_class("lsh"), "r", "lsh")
 
 
 def test_scaling_laws_of_runs(longspan: Command, folder: Path, tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "memorizing": {"window": 4, "max_memories": 10, "k": 3},
     "transformer_xl": {"segment": 4, "mem_len": 4},
     "compressive": {"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2},
-    "heads": {
-        "parts": [{"name": "window", "num_heads": 1, "window": 4}, {"name": "full", "num_heads": 1}],
+    "mixed_heads": {
+        "mixers": [{"name": "window", "num_heads": 1, "window": 4}, {"name": "full", "num_heads": 1}],
     },
 }
 NAMES = ls.mixers.names()

@@ -29,8 +29,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "shared kv": {
         "mixers": (
             {
-                "name": "heads",
-                "parts": [
+                "name": "mixed_heads",
+                "mixers": [
                     {"name": "window", "num_heads": 1, "window": 4},
                     {"name": "compressive", "num_heads": 1, **FIELDS["compressive"]},
                 ],
@@ -38,7 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {
         )
     },
     "dilated": {"mixers": ({"name": "compressive", **FIELDS["compressive"], "compression": "dilated"},)},
-    "kv": {"mixers": ({"name": "transformer_xl", **FIELDS["transformer_xl"], "memory": "kv"},)},
+    "kv": {"mixers": ({"name": "transformer_xl", **FIELDS["transformer_xl"], "cache": "kv"},)},
     "reversible": {"reversible": True},
 }
 

@@ -50,10 +50,10 @@ def calls(model: Any, device: Device | None) -> list[Tensor]:
 
 def gradients(model: Any, device: Device | None) -> list[Tensor | None]:
     """Of a training step's loss, penalties included."""
-    penalties: list[Tensor] = []
+    aux_losses: list[Tensor] = []
     text = moved(tokens(2, 11), device)
-    out, _ = model.train()(text, None, penalties=penalties)
-    (out.square().mean() + sum(penalty.sum() for penalty in penalties)).backward()
+    out, _ = model.train()(text, None, aux_losses=aux_losses)
+    (out.square().mean() + sum(penalty.sum() for penalty in aux_losses)).backward()
     return [None if p.grad is None else p.grad.cpu() for p in model.parameters()]
 
 
@@ -142,10 +142,10 @@ def test_models_are_built_trained_and_read_under_a_default_device(name: str, dev
         optimizer = torch.optim.AdamW(model.parameter_groups(lr=1e-3, weight_decay=0.1))
         generators = torch.Generator(), device.generator()
         for step, generator in enumerate(generators, 1):
-            penalties: list[Tensor] = []
+            aux_losses: list[Tensor] = []
             text = tokens_there(device)
-            logits, _ = model(text, None, penalties=penalties)
-            (logits.square().mean() + sum(penalty.sum() for penalty in penalties)).backward()
+            logits, _ = model(text, None, aux_losses=aux_losses)
+            (logits.square().mean() + sum(penalty.sum() for penalty in aux_losses)).backward()
             optimizer.step()
             model.after_step(step, generator)
         session = ls.StreamSession(model)
@@ -162,7 +162,7 @@ def tokens_there(device: Device) -> Tensor:
 
 @pytest.mark.parametrize("name", ["performer", "lsh"])
 def test_a_generator_of_the_cpu_draws_the_same_for_every_device(name: str, device: Device) -> None:
-    mixers = ({"name": name, **FIELDS[name], "redraw": 1},)
+    mixers = ({"name": name, **FIELDS[name], "redraw_every": 1},)
     here, there = own(mixers=mixers), own(mixers=mixers).to(device.device)
     for model in (here, there):
         model.cores()[0].after_step(1, torch.Generator().manual_seed(3))

@@ -18,7 +18,7 @@ from longspan.files import write_tensors
 
 from .models import CONVERTIBLE, DIM, FIELDS, HEADS, NAMES, converted, own, tokens
 
-SHARED = {"lsh": {}, "routing": {"shared": True}}
+SHARED = {"lsh": {}, "routing": {"shared_qk": True}}
 LENGTHS = (1, 3, 13)  # no segment closes in the first two
 
 
@@ -40,9 +40,9 @@ def forms() -> list[Any]:
 @pytest.mark.parametrize("mixer", forms())
 def test_every_parameter_of_our_models_gets_a_gradient(mixer: dict[str, Any], length: int) -> None:
     model = own(num_heads=4, mixers=(mixer,)).train()
-    penalties: list[torch.Tensor] = []
-    logits = model(tokens(2, length), penalties=penalties)[0]
-    ls.mixers.with_penalties(logits.square().mean(), penalties).backward()
+    aux_losses: list[torch.Tensor] = []
+    logits = model(tokens(2, length), aux_losses=aux_losses)[0]
+    ls.mixers.with_aux_losses(logits.square().mean(), aux_losses).backward()
     assert not without_gradient(model)
 
 
@@ -97,7 +97,7 @@ def shared_llama(name: str) -> Any:
     from .models import llama
 
     model = llama()
-    hf.convert(model, name, **(FIELDS[name] | {"shared": True}))
+    hf.convert(model, name, **(FIELDS[name] | {"shared_qk": True}))
     return model
 
 
@@ -126,7 +126,7 @@ def test_every_parameter_of_heads_around_models_gets_a_gradient(kind: str) -> No
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_keys_have_no_projection(name: str, tmp_path: Path) -> None:
     model: Any = own(name)
-    rest = own(name, mixers=({"name": name, **FIELDS[name], "shared": False},))
+    rest = own(name, mixers=({"name": name, **FIELDS[name], "shared_qk": False},))
     named = {key for key, _ in model.named_parameters()}
     assert not any("k_proj" in key for key in named)
     assert rest.num_parameters() - model.num_parameters() == DIM * DIM

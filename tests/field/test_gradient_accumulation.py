@@ -155,7 +155,7 @@ def masked(name: str, **fields: Any) -> Any:
     return ls.MaskedLM(config)
 
 
-BIDIRECTIONAL = ["full", "window", "linear", "performer", "entmax", "bp", "lsh", "routing", "heads"]
+BIDIRECTIONAL = ["full", "window", "linear", "performer", "entmax", "bp", "lsh", "routing", "mixed_heads"]
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
@@ -217,7 +217,7 @@ def test_converted_models_with_auxiliary_losses(name: str, smoothing: float, tmp
     plain = torch.nn.functional.cross_entropy(
         out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=smoothing
     )
-    extra = torch.stack(hf.penalties(model)).sum()
+    extra = torch.stack(hf.aux_losses(model)).sum()
     assert extra.detach() > 1e-3
     torch.testing.assert_close(loss, plain + extra)
 

@@ -10,7 +10,7 @@ from longspan.errors import UnsupportedError
 from .models import FIELDS, VOCAB, llama, own, tokens
 
 accelerate = pytest.importorskip("accelerate")
-NAMES = ["adaptive_span", "routing", "compressive", "heads"]
+NAMES = ["adaptive_span", "routing", "compressive", "mixed_heads"]
 
 
 def hooked(model: Any) -> Any:
@@ -21,10 +21,10 @@ def hooked(model: Any) -> Any:
 
 
 def fields_of(name: str) -> dict[str, Any]:
-    if name != "heads":
+    if name != "mixed_heads":
         return FIELDS[name]
     return {
-        "parts": [
+        "mixers": [
             {"name": "adaptive_span", "num_heads": 1, **FIELDS["adaptive_span"]},
             {"name": "full", "num_heads": 1},
         ]

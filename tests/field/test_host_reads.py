@@ -110,7 +110,7 @@ def test_a_training_step_reads_no_more_than_that(name: str) -> None:
     model = own(name, layers=2).train()
     with emulated() as device:
         model.to(device.device)
-        model(tokens(2, 9).to(device.device), None, penalties=[])[0].sum().backward()
+        model(tokens(2, 9).to(device.device), None, aux_losses=[])[0].sum().backward()
         assert len(device.reads) <= 1, device.reads
 
 

@@ -23,7 +23,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {name: (name, FIELDS[name]) for n
     "adaptive_span dynamic": ("adaptive_span", {"max_span": 9, "ramp": 3, "dynamic": True}),
     "window blocks": ("window", {"window": 4, "blocks": True}),
     "performer relu": ("performer", {"num_features": 8, "kind": "relu"}),
-    "infini delta": ("infini", {"segment": 4, "update": "delta", "normaliser": "gamma"}),
+    "infini delta": ("infini", {"segment": 4, "update": "delta", "normalizer": "gamma"}),
     "linear dpfp": ("linear", {"feature": "dpfp"}),
 }
 

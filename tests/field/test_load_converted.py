@@ -21,7 +21,7 @@ SIZES = {"vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 2, "num_a
 def change(model: Any) -> Any:
     """Move every parameter of the mechanisms, as training would."""
     with torch.no_grad():
-        for core in hf.cores(model).values():
+        for core in hf.mechanisms(model).values():
             for parameter in core.parameters():
                 parameter.add_(0.3)
     return model
@@ -131,7 +131,7 @@ def test_types_and_devices(tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "fp32")
     narrow = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert narrow.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
-    assert {p.dtype for core in hf.cores(narrow).values() for p in core.parameters()} == {torch.float32}
+    assert {p.dtype for core in hf.mechanisms(narrow).values() for p in core.parameters()} == {torch.float32}
     assert narrow(text).logits.dtype == torch.bfloat16
     torch.testing.assert_close(narrow(text).logits.float(), model(text).logits, rtol=0.1, atol=0.02)
     # a model saved in bf16 loads in bf16, or in fp32 where the caller says so
@@ -141,7 +141,7 @@ def test_types_and_devices(tmp_path: Path) -> None:
     wide = hf.load(folder, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
     new = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    assert len(hf.cores(new)) == 2
+    assert len(hf.mechanisms(new)) == 2
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def test_the_original_class_is_not_built_by_a_converted_configuration(tmp_path: 
         transformers.LlamaForCausalLM.from_pretrained(tmp_path, config=config)
     with pytest.raises(ConfigError, match="AutoModelForCausalLM"):
         transformers.LlamaModel(model.config)
-    assert len(hf.cores(transformers.AutoModelForCausalLM.from_config(model.config))) == 1
+    assert len(hf.mechanisms(transformers.AutoModelForCausalLM.from_config(model.config))) == 1
     hf.revert(model)
     assert type(transformers.LlamaModel(model.config)).__name__ == "LlamaModel"
 
@@ -281,7 +281,7 @@ def test_folders_of_earlier_versions_load_converted_or_not_at_all(kind: str, tmp
     as_before(saved(model, tmp_path))
     auto = transformers.AutoModel if kind == "BertModel" else transformers.AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path)
-    assert len(hf.cores(again)) == 2
+    assert len(hf.mechanisms(again)) == 2
     assert torch.allclose(again(text)[0], expected, atol=1e-6)
     with pytest.raises(CheckpointError, match=r"import longspan\.hf"):
         type(model).from_pretrained(tmp_path)

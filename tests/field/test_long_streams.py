@@ -22,7 +22,7 @@ SUMS: dict[str, tuple[str, dict[str, Any]]] = {
     "performer relu": ("performer", {"num_features": 8, "kind": "relu"}),
     "infini": ("infini", {"segment": 4}),
     "infini delta": ("infini", {"segment": 4, "update": "delta"}),
-    "infini gamma": ("infini", {"segment": 4, "normaliser": "gamma"}),
+    "infini gamma": ("infini", {"segment": 4, "normalizer": "gamma"}),
 }
 BOUNDED = ["window", "linear", "performer", "infini", "associative", "bp", "lsh", "routing", "memorizing"]
 BOUNDED += ["gated_delta", "adaptive_span", "transformer_xl", "compressive"]

@@ -128,7 +128,7 @@ def test_hidden_states_keep_their_gradient(kind: str) -> None:
 def test_hidden_states_of_reversible_blocks_are_means_of_their_streams() -> None:
     model, ids = causal(reversible=True), tokens(2, 9)
     y1 = y2 = model.get_input_embeddings()(ids)
-    rows = ls.mixers.Rows(torch.zeros(2, dtype=torch.int64), 9)
+    rows = ls.mixers.BatchLayout(torch.zeros(2, dtype=torch.int64), 9)
     expected = [y1]
     for block in model.model.blocks:
         y1 = y1 + block.attend(y2, None, rows)[0]

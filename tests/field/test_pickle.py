@@ -46,7 +46,7 @@ def train(model: Any, text: torch.Tensor) -> torch.Tensor:
     """One training step with auxiliary losses; the model is then in evaluation mode. Returns the loss."""
     model.train()
     loss: torch.Tensor = model(text, labels=text).loss
-    extra = hf.penalties(model) if hasattr(model.config, "longspan") else []
+    extra = hf.aux_losses(model) if hasattr(model.config, "longspan") else []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     (loss + sum(extra)).backward()
     optimizer.step()
@@ -79,7 +79,7 @@ def test_copies_compute_what_the_model_does_and_change_independently(kind: str, 
             assert type(layers[0].self_attn) is type(llama().model.layers[0].self_attn)
             assert not hasattr(twins[1].config, "longspan")
             assert torch.equal(model(text).logits, changed)
-            assert hf.cores(model)
+            assert hf.mechanisms(model)
 
 
 @pytest.mark.parametrize(("kind", "name"), KINDS)
@@ -126,19 +126,19 @@ def test_no_graph_is_left_after_a_step(kind: str, name: str) -> None:
 def test_auxiliary_losses_train_while_the_loss_exists_and_are_read_afterwards(name: str) -> None:
     model, text = converted(name, layers=2).train(), tokens(2, 11)
     loss = model(text, labels=text).loss
-    extra = hf.penalties(model)
+    extra = hf.aux_losses(model)
     assert len(extra) == 2
     values = [float(penalty.detach()) for penalty in extra]
     assert all(penalty.requires_grad for penalty in extra)
     del extra
-    (loss * 0 + sum(hf.penalties(model))).backward()
+    (loss * 0 + sum(hf.aux_losses(model))).backward()
     assert any(bool(p.grad.abs().sum() > 0) for p in model.parameters() if p.grad is not None)
     del loss
-    assert [float(penalty) for penalty in hf.penalties(model)] == values
-    assert not any(penalty.requires_grad for penalty in hf.penalties(model))
+    assert [float(penalty) for penalty in hf.aux_losses(model)] == values
+    assert not any(penalty.requires_grad for penalty in hf.aux_losses(model))
     with torch.no_grad():
         model(text)
-    assert not any(penalty.requires_grad for penalty in hf.penalties(model))
+    assert not any(penalty.requires_grad for penalty in hf.aux_losses(model))
 
 
 @pytest.mark.parametrize("name", NAMES)

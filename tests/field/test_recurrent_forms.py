@@ -34,11 +34,11 @@ def encoder(**fields: Any) -> ls.Encoder:
 # diagonals ---------------------------------------------------------------------------------------------------
 
 
-def gradients(model: ls.RecurrentMemory, ids: torch.Tensor, penalties: list[torch.Tensor] | None) -> dict[str, Any]:
+def gradients(model: ls.RecurrentMemory, ids: torch.Tensor, aux_losses: list[torch.Tensor] | None) -> dict[str, Any]:
     model.zero_grad()
-    out, state = model(ids, penalties=penalties)
+    out, state = model(ids, aux_losses=aux_losses)
     loss = out.float().logsumexp(-1).sum()
-    (loss + torch.stack(penalties).sum() if penalties else loss).backward()
+    (loss + torch.stack(aux_losses).sum() if aux_losses else loss).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"out": out.detach(), **grads, **{f"state.{k}": v.detach() for k, v in ls.state.tensors(state).items()}}
 
@@ -51,8 +51,8 @@ def test_diagonals_run_with_every_mechanism(name: str) -> None:
     runs = []
     for diagonal in (False, True):
         model = recurrent(own(layers=2, mixers=(table,)), per_layer=True, diagonal=diagonal)
-        penalties: list[torch.Tensor] = []
-        runs.append(gradients(model, ids, penalties) | {"losses": sum(penalties, torch.zeros(()))})
+        aux_losses: list[torch.Tensor] = []
+        runs.append(gradients(model, ids, aux_losses) | {"losses": sum(aux_losses, torch.zeros(()))})
         with torch.no_grad():
             torch.testing.assert_close(model(ids)[0], runs[-1]["out"], atol=1e-5, rtol=1e-5)
     assert runs[0].keys() == runs[1].keys()

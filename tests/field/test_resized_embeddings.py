@@ -135,7 +135,7 @@ def test_converted_models(name: str, tmp_path: Path) -> None:
     again = hf.load(tmp_path)
     assert again.config.vocab_size == 64
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
-    if all(core.traits.streams for core in hf.cores(model).values()):
+    if all(core.traits.streams for core in hf.mechanisms(model).values()):
         decoder = ConvertedDecoder(again)
         assert decoder.vocab_size == 64
         torch.testing.assert_close(decoder(ids)[0], model(ids).logits)

@@ -14,15 +14,15 @@ from longspan.errors import CheckpointError
 
 from .models import CONVERTIBLE, FIELDS, NAMES, converted, own, tokens
 
-KEYS_VALUES = {"segment": 4, "mem_len": 4, "memory": "kv"}
+KEYS_VALUES = {"segment": 4, "mem_len": 4, "cache": "kv"}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, FIELDS[name]) for name in NAMES},
     "transformer_xl, kv": ("transformer_xl", KEYS_VALUES),
     "performer, relu": ("performer", {"num_features": 8, "kind": "relu"}),
     "compressive, most_used": ("compressive", FIELDS["compressive"] | {"compression": "most_used"}),
     "heads, mixed": (
-        "heads",
-        {"parts": [{"name": "infini", "num_heads": 1, "segment": 4}, {"name": "bp", "num_heads": 1, "k": 2}]},
+        "mixed_heads",
+        {"mixers": [{"name": "infini", "num_heads": 1, "segment": 4}, {"name": "bp", "num_heads": 1, "k": 2}]},
     ),
 }
 CUT, LENGTH = 9, 15

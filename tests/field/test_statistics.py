@@ -18,8 +18,8 @@ COUNTING: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, FIELDS[name]) for name in NAMES},
     "performer, bounded": ("performer", BOUNDED),
     "heads, bounded": (
-        "heads",
-        {"parts": [{"name": "performer", "num_heads": 1, **BOUNDED}, {"name": "full", "num_heads": 1}]},
+        "mixed_heads",
+        {"mixers": [{"name": "performer", "num_heads": 1, **BOUNDED}, {"name": "full", "num_heads": 1}]},
     ),
 }
 
@@ -72,8 +72,8 @@ def performer(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
 
 def test_narrow_models_count_beyond_256_forwards() -> None:
     """299 steps of vectors of length zero and one of long ones, whose share of the mean is a 300th."""
-    control = performer(torch.float64, redraw=300)
-    narrow = [performer(dtype, redraw=300) for dtype in (torch.bfloat16, torch.float16)]
+    control = performer(torch.float64, redraw_every=300)
+    narrow = [performer(dtype, redraw_every=300) for dtype in (torch.bfloat16, torch.float16)]
     for step in range(1, 301):
         x = torch.full((1, 1, 16), 8.0 if step == 300 else 0.0)
         for mixer in (control, *narrow):
@@ -87,7 +87,7 @@ def test_narrow_models_count_beyond_256_forwards() -> None:
 
 def test_forwards_of_a_step_count_as_one_of_all_their_rows() -> None:
     """Gradient accumulation: eight forwards of a row, padded differently, and one forward of eight rows."""
-    parts, whole = performer(redraw=1), performer(redraw=1)
+    parts, whole = performer(redraw_every=1), performer(redraw_every=1)
     x = torch.randn(8, 9, 16, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(9) < torch.arange(1, 9)[:, None]
     whole(x, mask=mask)
@@ -105,7 +105,7 @@ def test_forwards_of_a_step_count_as_one_of_all_their_rows() -> None:
 
 def test_an_overflow_is_no_measurement() -> None:
     """Loss scaling steps over a forward with infinities; the bound survives it."""
-    mixer = performer(redraw=1)
+    mixer = performer(redraw_every=1)
     before = mixer.core.bound.clone()
     mixer(torch.full((1, 3, 16), torch.inf))
     mixer.after_step(1)
@@ -115,7 +115,7 @@ def test_an_overflow_is_no_measurement() -> None:
 def test_a_model_saved_with_the_statistics_in_its_type_loads() -> None:
     stored = performer(torch.bfloat16).state_dict()
     stored |= {"core.pending_square": torch.tensor([24.0, 8.0], dtype=torch.bfloat16)}
-    mixer = performer(redraw=1)
+    mixer = performer(redraw_every=1)
     mixer.load_state_dict(stored)
     mixer.after_step(1)
     torch.testing.assert_close(mixer.core.bound, ls.ops.bounded_constant(torch.tensor(3.0), 8))
@@ -128,8 +128,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 folder = sys.argv[1]
 FIELDS = {{
-    "performer": dict({BOUNDED!r}, redraw=2),
-    "lsh": dict(bucket_size=2, num_hashes=2, num_buckets=4, redraw=2, shared=False),
+    "performer": dict({BOUNDED!r}, redraw_every=2),
+    "lsh": dict(bucket_size=2, num_hashes=2, num_buckets=4, redraw_every=2, shared_qk=False),
 }}
 
 def run(rank, world, name):

@@ -56,16 +56,16 @@ def test_adapters_before_and_after_converting_are_one(name: str, tmp_path: Path)
     except UnsupportedError as error:
         pytest.skip(str(error))
     torch.manual_seed(1)
-    has_state = any(core.state_dict() for core in hf.cores(converted(name)).values())
+    has_state = any(core.state_dict() for core in hf.mechanisms(converted(name)).values())
     second = adapted(converted(name), **({"modules_to_save": ["longspan"]} if has_state else {}))
     # which draws a mechanism begins with follows the random numbers; what it does with them is compared
     weights = {key: value for key, value in first.state_dict().items() if "lora_" in key or ".longspan." in key}
     assert not second.load_state_dict(weights, strict=False).unexpected_keys
     expected = first(text).logits
     close(second(text).logits, expected)
-    assert list(hf.cores(first)) == list(hf.cores(second)) == [0]
+    assert list(hf.mechanisms(first)) == list(hf.mechanisms(second)) == [0]
     # what the conversion added is saved with the adapters that were there before
-    for core in hf.cores(first).values():
+    for core in hf.mechanisms(first).values():
         for parameter in core.parameters():
             parameter.add_(0.25)
     expected = first(text).logits
@@ -91,7 +91,7 @@ def test_sessions_read_whatever_streams(name: str) -> None:
         close(ls.StreamSession(inside).feed(text[0]), inside(text).logits[0, -1])
     if name in CONVERTIBLE:
         changed = converted(name)
-        if all(core.traits.streams for core in hf.cores(changed).values()):
+        if all(core.traits.streams for core in hf.mechanisms(changed).values()):
             close(ls.StreamSession(changed).feed(text[0]), changed(text).logits[0, -1])
             session = ls.StreamSession(changed)
             session.feed(text[0])
@@ -146,8 +146,8 @@ def test_conversions_act_through_every_wrapper() -> None:
         before = model(text).logits
         outside = wrap(model)
         hf.convert(outside, "linear")
-        assert list(hf.cores(outside)) == [0]
-        assert hf.penalties(outside) == []
+        assert list(hf.mechanisms(outside)) == [0]
+        assert hf.aux_losses(outside) == []
         assert not torch.equal(model(text).logits, before)
         hf.revert(outside)
         assert torch.equal(model(text).logits, before)

@@ -48,7 +48,7 @@ PARTS = [{"name": "window", "num_heads": 2, "window": 64}, {"name": "full", "num
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), [("heads", {"parts": PARTS}), ("adaptive_span", {"max_span": 64, "initial": 1.0})]
+    ("name", "fields"), [("mixed_heads", {"mixers": PARTS}), ("adaptive_span", {"max_span": 64, "initial": 1.0})]
 )
 @torch.no_grad()
 def test_forms_that_see_all_give_the_original(name: str, fields: dict[str, Any]) -> None:
@@ -61,8 +61,8 @@ def test_forms_that_see_all_give_the_original(name: str, fields: dict[str, Any])
 def test_parts_of_heads_begin_as_they_do_alone() -> None:
     model = make("llama")
     parts = [{"name": "infini", "num_heads": 2, "segment": 8}, {"name": "routing", "num_heads": 2, "window": 4}]
-    hf.convert(model, "heads", parts=parts)
-    heads: Any = hf.cores(model)[0]
+    hf.convert(model, "mixed_heads", mixers=parts)
+    heads: Any = hf.mechanisms(model)[0]
     infini, routing = heads.cores
     assert infini.gate[0].item() == -4
     assert not routing.shared
@@ -129,7 +129,7 @@ def test_generate_is_that_of_one_row_without_cache(name: str, fields: dict[str, 
     model = make("llama")
     hf.convert(model, name, **fields)
     model = model.double()
-    if not next(iter(hf.cores(model).values())).traits.streams:
+    if not next(iter(hf.mechanisms(model).values())).traits.streams:
         pytest.skip("does not stream")
     for length in (1, 7):
         text = ids(2, length, seed=length)
@@ -185,7 +185,7 @@ def test_some_layers_keep_their_keys() -> None:
     original = make("llama").generate(text, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert torch.equal(generated, original)
     hf.convert(model, "linear", layers=[0])
-    assert [core.__class__.__name__ for core in hf.cores(model).values()] == ["LinearCore", "FullCore"]
+    assert [core.__class__.__name__ for core in hf.mechanisms(model).values()] == ["LinearMechanism", "FullMechanism"]
     assert model.config.longspan[1]["layers"] == [0]
 
 
@@ -233,7 +233,7 @@ def test_a_saved_conversion_loads_as_it_was(name: str, tmp_path: Path) -> None:
     model, text = make("llama"), ids(1, 30)
     hf.convert(model, name, layers=[1], **fields)
     with torch.no_grad():
-        for core in hf.cores(model).values():
+        for core in hf.mechanisms(model).values():
             for parameter in core.parameters():
                 parameter.add_(0.3)
     model = model.double()
@@ -294,22 +294,22 @@ def test_checkpointing_counts_forwards_and_penalties_once(shared: bool) -> None:
     runs: list[dict[str, torch.Tensor]] = []
     for recompute in (False, True):
         model, text = make("llama"), ids(2, 20)
-        hf.convert(model, "routing", num_clusters=3, window=4, commitment=0.5, shared=shared)
+        hf.convert(model, "routing", num_clusters=3, window=4, commitment=0.5, shared_qk=shared)
         model = model.double().train()
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loss = model(text, labels=text).loss
-        before = hf.penalties(model)
-        assert len(before) == len(hf.cores(model))
+        before = hf.aux_losses(model)
+        assert len(before) == len(hf.mechanisms(model))
         (loss + sum(before)).backward()
-        assert len(hf.penalties(model)) == len(before)
+        assert len(hf.aux_losses(model)) == len(before)
         hf.after_step(model, 1, torch.Generator().manual_seed(0))
         runs.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
         runs[-1] |= dict(model.named_buffers())
     assert runs[0].keys() == runs[1].keys()
     for key, tensor in runs[0].items():
         torch.testing.assert_close(runs[1][key], tensor, rtol=1e-10, atol=1e-12)
-        assert all(core.draw == 1 for core in hf.cores(model).values())
+        assert all(core.draw == 1 for core in hf.mechanisms(model).values())
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,11 @@ def test_gates_have_settings_of_their_own_and_adapters_save_them(tmp_path: Path)
     [
         ("transformer_xl", {}, "transformer_xl does not convert: it projects remembered hidden states"),
         ("compressive", {}, "compressive does not convert: it projects remembered hidden states"),
-        ("heads", {"parts": XL_SECOND}, r"heads does not convert: parts\[1\]: it projects remembered hidden states"),
+        (
+            "mixed_heads",
+            {"mixers": XL_SECOND},
+            r"mixed_heads does not convert: mixers\[1\]: it projects remembered hidden states",
+        ),
         ("gated_delta", {"expand_v": 2.0}, "takes values of 8 a head; those of this model have 4"),
         ("infinni", {}, "infini"),
         ("infini", {"segmnt": 4}, "segment"),
@@ -392,7 +396,10 @@ def test_impossible_conversions_are_named_in_one_line(name: str, options: dict[s
     ("name", "fields"),
     [
         ("leaky", {}),
-        ("heads", {"parts": [{"name": "window", "num_heads": 2, "window": 3}, {"name": "leaky", "num_heads": 2}]}),
+        (
+            "mixed_heads",
+            {"mixers": [{"name": "window", "num_heads": 2, "window": 3}, {"name": "leaky", "num_heads": 2}]},
+        ),
         ("adaptive_span", {"max_span": 6, "ramp": 3, "dynamic": True}),
     ],
 )
@@ -400,7 +407,7 @@ def test_impossible_conversions_are_named_in_one_line(name: str, options: dict[s
 def test_cores_receive_the_normalized_input_of_their_layer(
     monkeypatch: pytest.MonkeyPatch, kind: str, name: str, fields: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyCore})
+    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyMechanism})
     model, text = make(kind), ids(2, 20)
     report = hf.convert(model, name, **fields)
     model = model.double()
@@ -409,8 +416,8 @@ def test_cores_receive_the_normalized_input_of_their_layer(
     layer = model.base_model.layers[1] if kind == "llama" else model.base_model.h[1]
     norm = layer.input_layernorm if kind == "llama" else layer.ln_1
     norm.register_forward_hook(lambda _module, _inputs, output: read.append(output))
-    core: Any = hf.cores(model)[1]
-    core = core.cores[1] if name == "heads" else core
+    core: Any = hf.mechanisms(model)[1]
+    core = core.cores[1] if name == "mixed_heads" else core
     core.register_forward_pre_hook(lambda _core, _args, kwargs: received.append(kwargs["hidden"].x), with_kwargs=True)
     whole = model(text).logits
     assert torch.equal(received[0], read[0])
@@ -428,7 +435,7 @@ def test_cores_receive_the_normalized_input_of_their_layer(
 
 
 def test_values_of_another_width_do_not_convert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyCore})
+    monkeypatch.setattr(registry, "REGISTERED", {"leaky": outside.LeakyMechanism})
     with pytest.raises(UnsupportedError, match=r"leaky takes values of 6 a head; those of this model have 4$"):
         hf.convert(make("llama"), "leaky", value_dim=6)
 
@@ -462,7 +469,7 @@ def test_order_of_calls_is_checked() -> None:
 def test_mechanisms_change_between_steps_of_the_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = make("llama").float()
-    hf.convert(model, "performer", redraw=2)
+    hf.convert(model, "performer", redraw_every=2)
     data = [{"input_ids": row, "labels": row} for row in ids(1, 20).expand(8, -1)]
     options = transformers.TrainingArguments(
         output_dir=str(tmp_path),
@@ -475,4 +482,4 @@ def test_mechanisms_change_between_steps_of_the_trainer(tmp_path: Path) -> None:
         logging_strategy="no",
     )
     transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[hf.AfterStep()]).train()
-    assert [core.draw for core in hf.cores(model).values()] == [2, 2]
+    assert [core.draw for core in hf.mechanisms(model).values()] == [2, 2]

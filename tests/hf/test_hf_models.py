@@ -12,7 +12,7 @@ from tests.hf.test_convert import greedy
 
 import longspan as ls
 from longspan import mixers
-from longspan.contract.registry import core_class
+from longspan.contract.registry import mechanism_class
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.hf import (
     LongspanConfig,
@@ -27,7 +27,7 @@ TABLE: dict[str, Any] = {"dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_hea
 EXAMPLES = [
     pytest.param(name, fields, id=f"{name}-{number}", marks=pytest.mark.long if number else ())
     for name in mixers.names()
-    for number, fields in enumerate(core_class(name).examples)
+    for number, fields in enumerate(mechanism_class(name).examples)
 ]
 
 

@@ -86,7 +86,7 @@ def test_the_hash_matters_and_a_seed_is_taken_over() -> None:
     ours = hf.import_checkpoint(model)
     reseeded = hf.import_checkpoint(model.state_dict(), {**model.config.to_dict(), "hash_seed": 4})
     assert apart(model, reseeded, tokens) > 1e-2
-    assert all(block.mixer.core.config.redraw == 0 for block in ours.layers[1::2])
+    assert all(block.mixer.core.config.redraw_every == 0 for block in ours.layers[1::2])
     assert apart(model, ours, tokens) < 1e-4
 
 
@@ -106,7 +106,7 @@ def test_copied_rotations_of_each_layer_give_the_logits(monkeypatch: pytest.Monk
     hashed: list[Any] = [block.mixer.core for block in ours.layers if block.mixer.name == "lsh"]
     assert len(drawn) == len(hashed) == 2
     assert not torch.equal(hashed[0].rotations, hashed[1].rotations), "layers draw alike"
-    assert all(core.config.redraw == 1 for core in hashed)
+    assert all(core.config.redraw_every == 1 for core in hashed)
     for core, rotations in zip(hashed, drawn, strict=True):
         core.rotations.copy_(rotations.transpose(1, 2))
     with torch.no_grad():

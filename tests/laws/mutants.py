@@ -263,8 +263,8 @@ class PaddingCounts(Tiny):
         return y, new._replace(seen=new.seen + (~real).sum() * (real.any()))
 
 
-class PaddingNormalises(Tiny):
-    """Padding takes a share of a normaliser."""
+class PaddingNormalizes(Tiny):
+    """Padding takes a share of a normalizer."""
 
     def row(self, x: Tensor, real: Tensor, fresh: Tensor, past: Keys) -> tuple[Tensor, Keys]:
         y, new = super().row(x, real, fresh, past)

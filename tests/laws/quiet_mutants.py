@@ -126,9 +126,9 @@ class MeanOfNothing(Tiny):
 
     def forward(self, x: Tensor, state: Any = None, **keywords: Any) -> tuple[Tensor, Any]:
         y, state = super().forward(x, state, **keywords)
-        penalties, mask = keywords.get("penalties"), keywords.get("mask")
-        if penalties is not None:
-            penalties.append((y if mask is None else y[mask]).square().mean())
+        aux_losses, mask = keywords.get("aux_losses"), keywords.get("mask")
+        if aux_losses is not None:
+            aux_losses.append((y if mask is None else y[mask]).square().mean())
         return y, state
 
 

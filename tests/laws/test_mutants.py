@@ -70,7 +70,7 @@ BROKEN: list[tuple[Callable[[Make], None], type[nn.Module], dict[str, Any]]] = [
     (check_definition_of_long_calls, m.ColdKeys, {}),
     # 5
     (packing.check_padding, m.PaddingCounts, {}),
-    (packing.check_padding, m.PaddingNormalises, {}),
+    (packing.check_padding, m.PaddingNormalizes, {}),
     (packing.check_padding, m.PaddingSpeaks, {}),
     (packing.check_documents, m.ResetLeaks, {}),
     (packing.check_carried_state, m.ResetLeaks, {}),

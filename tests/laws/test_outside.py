@@ -15,8 +15,8 @@ from .tools import Make, Registered
 @pytest.mark.parametrize("check", [check for checks in CHECKS.values() for check in checks])
 def test_law(monkeypatch: pytest.MonkeyPatch, check: Callable[[Make], None]) -> None:
     monkeypatch.setattr(registry, "REGISTERED", {})
-    ls.mixers.register("leaky", outside.LeakyCore)
-    make = Registered("leaky", outside.LeakyCore.examples[-1])
+    ls.mixers.register("leaky", outside.LeakyMechanism)
+    make = Registered("leaky", outside.LeakyMechanism.examples[-1])
     if reason := why_not(check, make()):
         pytest.skip(reason)
     if check in CHECKS["4-definition"]:

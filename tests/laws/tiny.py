@@ -75,7 +75,7 @@ class Rowwise(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         if state is not None and not self.traits.streams:
             raise UnsupportedError("no state without causality")

@@ -9,7 +9,7 @@ import longspan as ls
 from longspan import mechanisms
 
 FOLDERS = sorted(path.parent.name for path in Path(mechanisms.__path__[0]).glob("*/layer.py"))
-MADE_OF_OTHERS = {"heads"}
+MADE_OF_OTHERS = {"mixed_heads"}
 
 
 def test_every_mechanism_has_a_folder() -> None:

@@ -43,23 +43,23 @@ def test_full_spans_are_a_window() -> None:
 
 def test_penalty_is_the_mean_span() -> None:
     mixer = build([0.0, 8.0, 16.0, 40.0], penalty=0.5)
-    penalties: list[Tensor] = []
-    mixer(drawn(9), penalties=penalties)
-    assert penalties[0].item() == pytest.approx(0.5 * 16.0)
-    (gradient,) = torch.autograd.grad(penalties[0], mixer.core.span)
+    aux_losses: list[Tensor] = []
+    mixer(drawn(9), aux_losses=aux_losses)
+    assert aux_losses[0].item() == pytest.approx(0.5 * 16.0)
+    (gradient,) = torch.autograd.grad(aux_losses[0], mixer.core.span)
     assert gradient[1:].tolist() == pytest.approx([0.5 * 64 / HEADS] * 3)
     dynamic = build(dynamic=True, penalty=1.0)
     dynamic_penalties: list[Tensor] = []
     mask = torch.arange(9) < torch.tensor([9, 4])[:, None]
-    dynamic(drawn(9), mask=mask, penalties=dynamic_penalties)
+    dynamic(drawn(9), mask=mask, aux_losses=dynamic_penalties)
     short = [p for row, n in ((0, 9), (1, 4)) for p in penalty_of(dynamic, drawn(9)[row : row + 1, :n])]
     torch.testing.assert_close(dynamic_penalties[0], (9 * short[0] + 4 * short[1]) / 13)
 
 
 def penalty_of(mixer: Any, x: Tensor) -> list[Tensor]:
-    penalties: list[Tensor] = []
-    mixer(x, penalties=penalties)
-    return penalties
+    aux_losses: list[Tensor] = []
+    mixer(x, aux_losses=aux_losses)
+    return aux_losses
 
 
 def test_after_step_clamps() -> None:
@@ -77,9 +77,9 @@ def test_spans_learn_as_far_as_they_are_needed() -> None:
     optimizer = torch.optim.Adam(mixer.parameters(), lr=0.01)
     for step in range(60):
         x = torch.randn(4, 64, DIM, dtype=torch.float64)
-        penalties: list[Tensor] = []
-        y = mixer(x, penalties=penalties)[0]
-        loss = (y[:, 20:] - x[:, :-20]).square().mean() + sum(penalties)
+        aux_losses: list[Tensor] = []
+        y = mixer(x, aux_losses=aux_losses)[0]
+        loss = (y[:, 20:] - x[:, :-20]).square().mean() + sum(aux_losses)
         optimizer.zero_grad()
         loss.backward()
         assert torch.isfinite(mixer.core.span.grad).all()

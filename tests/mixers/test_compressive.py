@@ -68,7 +68,7 @@ def test_it_is_the_algorithm_of_the_paper(compression: str, sizes: tuple[int, ..
     mixer = build(compression=compression, **fields)
     core, x = mixer.core, drawn(length, 1).requires_grad_()
     chosen = None if compression == "most_used" else lambda gone: compress(mixer, gone)
-    r = core.relative(core.reach, ls.mixers.Rows(torch.zeros(1), length))
+    r = core.relative(core.reach, ls.mixers.BatchLayout(torch.zeros(1), length))
     expected, memory = compressive_layer(
         x, mixer.projections, chosen, r, core.content_bias, core.position_bias, **fields
     )
@@ -133,12 +133,12 @@ def test_without_compressed_memory_it_is_transformer_xl(ratio: int, cuts: list[i
 
 def losses(mixer: Any, x: Tensor, calls: int = 1) -> tuple[Tensor, Tensor]:
     """The loss of a model, and the auxiliary one."""
-    penalties: list[Tensor] = []
+    aux_losses: list[Tensor] = []
     state, total = None, x.new_zeros(())
     for part in x.chunk(calls, 1):
-        y, state = mixer(part, state, penalties=penalties)
+        y, state = mixer(part, state, aux_losses=aux_losses)
         total = total + y.square().sum()
-    return total, torch.stack(penalties).sum()
+    return total, torch.stack(aux_losses).sum()
 
 
 @pytest.mark.parametrize("calls", [1, 3, 6])
@@ -161,30 +161,30 @@ def test_each_loss_reaches_its_own_parameters(compression: str, loss: str, calls
 def test_the_loss_is_that_of_the_segments_that_close() -> None:
     """No loss before vectors fill a group; then a mean, so that repeating a batch changes nothing."""
     mixer = build(segment=4, mem_len=4, compressed_len=4, ratio=2)
-    penalties: list[Tensor] = []
-    _, state = mixer(drawn(6), penalties=penalties)
-    assert not penalties, "nothing was compressed yet"
-    mixer(drawn(1), state, penalties=penalties)
-    assert not penalties, "no segment closed"
-    mixer(drawn(2), state, penalties=penalties)
-    assert len(penalties) == 1
+    aux_losses: list[Tensor] = []
+    _, state = mixer(drawn(6), aux_losses=aux_losses)
+    assert not aux_losses, "nothing was compressed yet"
+    mixer(drawn(1), state, aux_losses=aux_losses)
+    assert not aux_losses, "no segment closed"
+    mixer(drawn(2), state, aux_losses=aux_losses)
+    assert len(aux_losses) == 1
     x = drawn(21)
-    (one,) = penalties_of(mixer, x)
-    (twice,) = penalties_of(mixer, x.repeat(2, 1, 1))
+    (one,) = aux_losses_of(mixer, x)
+    (twice,) = aux_losses_of(mixer, x.repeat(2, 1, 1))
     torch.testing.assert_close(one, twice)
     with torch.no_grad():
-        assert not penalties_of(mixer, x), "nothing learns here"
+        assert not aux_losses_of(mixer, x), "nothing learns here"
     for fields in ({"compression": "mean"}, {"loss": "none"}, {"loss_weight": 0.0}, {"compressed_len": 0}):
         without_loss = build(**{"segment": 4, "mem_len": 4, "compressed_len": 4, "ratio": 2} | fields)
-        assert not penalties_of(without_loss, x)
+        assert not aux_losses_of(without_loss, x)
     heavier = build(segment=4, mem_len=4, compressed_len=4, ratio=2, loss_weight=3.0)
-    torch.testing.assert_close(penalties_of(heavier, x)[0], 3 * one)
+    torch.testing.assert_close(aux_losses_of(heavier, x)[0], 3 * one)
 
 
-def penalties_of(mixer: Any, x: Tensor, **keywords: Tensor) -> list[Tensor]:
-    penalties: list[Tensor] = []
-    mixer(x, penalties=penalties, **keywords)
-    return penalties
+def aux_losses_of(mixer: Any, x: Tensor, **keywords: Tensor) -> list[Tensor]:
+    aux_losses: list[Tensor] = []
+    mixer(x, aux_losses=aux_losses, **keywords)
+    return aux_losses
 
 
 def test_the_loss_of_padded_rows_is_that_of_the_rows_alone() -> None:
@@ -193,8 +193,8 @@ def test_the_loss_of_padded_rows_is_that_of_the_rows_alone() -> None:
         mixer, x = build(segment=4, mem_len=3, compressed_len=4, ratio=3, loss=loss), drawn(24, 3)
         lengths = (24, 13, 9)
         mask = torch.arange(24) < torch.tensor(lengths)[:, None]
-        (together,) = penalties_of(mixer, x, mask=mask)
-        alone = [penalties_of(mixer, x[row : row + 1, :n]) for row, n in enumerate(lengths)]
+        (together,) = aux_losses_of(mixer, x, mask=mask)
+        alone = [aux_losses_of(mixer, x[row : row + 1, :n]) for row, n in enumerate(lengths)]
         # segments that compress: from the second on (8 tokens, of which 5 have left the memory)
         closed = [n // 4 - 1 for n in lengths]
         slots = [(n // 4 * 4 - 3) // 3 for n in lengths]
@@ -206,7 +206,7 @@ def test_the_loss_of_padded_rows_is_that_of_the_rows_alone() -> None:
 def test_nothing_is_lost_at_ratio_one() -> None:
     for loss in ("attention", "auto_encoding"):
         mixer = build(noise=0.0, segment=4, mem_len=4, compressed_len=4, ratio=1, loss=loss)
-        assert penalties_of(mixer, drawn(20))[0].item() == pytest.approx(0.0, abs=1e-25)
+        assert aux_losses_of(mixer, drawn(20))[0].item() == pytest.approx(0.0, abs=1e-25)
 
 
 def test_first_in_first_out() -> None:
@@ -267,7 +267,7 @@ def test_the_compressor_learns() -> None:
     for _ in range(60):
         x = torch.randn(4, 64, 16, dtype=torch.float64, generator=generator)
         x[:, 1::2] *= 0.05
-        (loss,) = penalties_of(mixer, x)
+        (loss,) = aux_losses_of(mixer, x)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

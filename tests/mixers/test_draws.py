@@ -19,7 +19,7 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
 
     def build(redraw: int) -> ls.mixers.Mixer:
         torch.manual_seed(0)
-        return ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, redraw=redraw, **fields)
+        return ls.mixers.build(name, dim=16, num_heads=4, num_kv_heads=2, redraw_every=redraw, **fields)
 
     def drawn(mixer: Any) -> torch.Tensor:
         projection: torch.Tensor = mixer.core.get_buffer(buffer)

@@ -50,7 +50,7 @@ def test_sorted_does_not_stream_and_says_why() -> None:
 
 def test_mixed_with_a_causal_part_it_is_causal_in_values() -> None:
     parts = [{"name": "full", "num_heads": 2}, {"name": "lsh", "num_heads": 2, "selection": "sorted", **FIELDS}]
-    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    mixer = ls.mixers.build("mixed_heads", dim=16, num_heads=4, mixers=parts)
     assert not mixer.traits.causal
     assert mixer.traits.value_causal
     assert mixer(torch.randn(1, 9, 16))[1] is None
@@ -65,8 +65,8 @@ def test_a_state_is_smaller_than_a_cache_from_the_stated_length_on() -> None:
 
 
 def test_separate_keys_exist_and_are_read_only_where_configured() -> None:
-    assert build(shared=True).projections.k_proj is None
-    mixer, x = build(shared=False), torch.randn(1, 30, 16)
+    assert build(shared_qk=True).projections.k_proj is None
+    mixer, x = build(shared_qk=False), torch.randn(1, 30, 16)
     before = mixer(x)[0]
     with torch.no_grad():
         mixer.projections.k_proj.weight.neg_()

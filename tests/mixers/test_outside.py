@@ -12,7 +12,7 @@ from tests import outside
 import longspan as ls
 from longspan.cli.app import run
 from longspan.contract import registry
-from longspan.mixers import Core, probe
+from longspan.mixers import Mechanism, probe
 
 SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4, "num_kv_heads": 2}
 HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "window": 4}]
@@ -21,7 +21,7 @@ HALF = [{"name": "leaky", "num_heads": 2}, {"name": "window", "num_heads": 2, "w
 @pytest.fixture(autouse=True)
 def leaky(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "REGISTERED", {})
-    ls.mixers.register("leaky", outside.LeakyCore)
+    ls.mixers.register("leaky", outside.LeakyMechanism)
 
 
 def test_values_have_a_width_of_their_own() -> None:
@@ -42,17 +42,19 @@ def test_values_have_a_width_of_their_own() -> None:
 
 
 def test_parts_of_heads_share_one_width_of_values() -> None:
-    mixer = ls.mixers.build("heads", **SIZES, parts=HALF)
+    mixer = ls.mixers.build("mixed_heads", **SIZES, mixers=HALF)
     assert mixer.traits.receives_hidden
     parts = [{**HALF[0], "value_dim": 6}, HALF[1]]
-    with pytest.raises(ls.ConfigError, match=r"heads.parts\[1\]: values of 4, parts\[0\] of 6; the parts of a layer"):
-        ls.mixers.build("heads", **SIZES, parts=parts)
-    whole = ls.mixers.build("heads", **SIZES, parts=[{"name": "leaky", "num_heads": 2, "value_dim": 6}] * 2)
+    with pytest.raises(
+        ls.ConfigError, match=r"mixed_heads.mixers\[1\]: values of 4, parts\[0\] of 6; the parts of a layer"
+    ):
+        ls.mixers.build("mixed_heads", **SIZES, mixers=parts)
+    whole = ls.mixers.build("mixed_heads", **SIZES, mixers=[{"name": "leaky", "num_heads": 2, "value_dim": 6}] * 2)
     assert whole.traits.value_dim == 6
     assert whole(torch.randn(1, 5, 16))[0].shape == (1, 5, 16)
 
 
-@pytest.mark.parametrize("mixer", [{"name": "leaky", "value_dim": 6}, {"name": "heads", "parts": HALF}], ids=str)
+@pytest.mark.parametrize("mixer", [{"name": "leaky", "value_dim": 6}, {"name": "mixed_heads", "mixers": HALF}], ids=str)
 def test_it_trains_and_streams_in_a_model(mixer: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = ls.Decoder(ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=(mixer,)))
@@ -85,16 +87,16 @@ def test_what_it_reads_is_measured() -> None:
 
 
 def test_names_are_registered_once() -> None:
-    ls.mixers.register("leaky", outside.LeakyCore)  # the same again changes nothing
+    ls.mixers.register("leaky", outside.LeakyMechanism)  # the same again changes nothing
     assert ls.mixers.names()[-1] == "leaky"
-    assert ls.mixers.examples("leaky") == outside.LeakyCore.examples
-    for name, core in (("full", outside.LeakyCore), ("leaky", registry.core_class("full"))):
+    assert ls.mixers.examples("leaky") == outside.LeakyMechanism.examples
+    for name, core in (("full", outside.LeakyMechanism), ("leaky", registry.mechanism_class("full"))):
         with pytest.raises(ls.ConfigError, match=f"register: there is a mixer '{name}' already"):
             ls.mixers.register(name, core)
-    classes: list[Any] = [outside.NotACore, Core]
+    classes: list[Any] = [outside.NotAMechanism, Mechanism]
     for refused in classes:
         with pytest.raises(
-            ls.ConfigError, match=r"register 'new': .* is not a subclass of Core with a dataclass Config"
+            ls.ConfigError, match=r"register 'new': .* is not a subclass of Mechanism with a dataclass Config"
         ):
             ls.mixers.register("new", refused)
     assert "new" not in ls.mixers.names()
@@ -104,10 +106,10 @@ def test_names_are_registered_once() -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Entry points of mechanisms: one that works, one with a name that longspan has, two that are broken."""
     values = {
-        "forgetful": "tests.outside:LeakyCore",
-        "full": "tests.outside:LeakyCore",
+        "forgetful": "tests.outside:LeakyMechanism",
+        "full": "tests.outside:LeakyMechanism",
         "missing": "tests.outside:ThereIsNone",
-        "odd": "tests.outside:NotACore",
+        "odd": "tests.outside:NotAMechanism",
     }
     points = [EntryPoint(name, value, "longspan.mechanisms") for name, value in values.items()]
     groups: list[str] = []
@@ -127,8 +129,8 @@ def test_installed_packages_bring_mechanisms(installed: list[str]) -> None:
     assert not installed, "nobody looks for packages where longspan knows the name"
     assert ls.mixers.names()[-4:] == ["leaky", "forgetful", "missing", "odd"]
     mixer = ls.mixers.build("forgetful", **SIZES, value_dim=6)
-    assert isinstance(mixer.core, outside.LeakyCore)
-    assert not isinstance(ls.mixers.build("full", **SIZES).core, outside.LeakyCore)
+    assert isinstance(mixer.core, outside.LeakyMechanism)
+    assert not isinstance(ls.mixers.build("full", **SIZES).core, outside.LeakyMechanism)
     assert installed == ["longspan.mechanisms"]
 
 
@@ -137,7 +139,10 @@ def test_a_broken_package_is_one_line_and_breaks_no_other(
 ) -> None:
     for name, message in (
         ("missing", "mixer: mixer 'missing' of tests.outside:ThereIsNone does not load: AttributeError: "),
-        ("odd", "mixer: mixer 'odd' of tests.outside:NotACore: .* is not a subclass of Core with a dataclass Config"),
+        (
+            "odd",
+            "mixer: mixer 'odd' of tests.outside:NotAMechanism: .* is not a subclass of Mechanism with a dataclass",
+        ),
     ):
         with pytest.raises(ls.ConfigError, match=message) as caught:
             ls.mixers.build(name, **SIZES)

@@ -26,7 +26,7 @@ def test_the_projection_is_saved_with_the_model(tmp_path: Path) -> None:
 
 
 def test_the_bound_is_calibrated_by_training_and_used_at_the_next_redraw() -> None:
-    mixer, x = build(kind="bounded", redraw=2), 3 * torch.randn(2, 30, 16)
+    mixer, x = build(kind="bounded", redraw_every=2), 3 * torch.randn(2, 30, 16)
     bound = mixer.core.bound.clone()
     mixer.eval()
     mixer(x)

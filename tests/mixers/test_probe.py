@@ -42,7 +42,9 @@ def test_every_mechanism_is_measured(name: str, fields: dict[str, Any]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, mixer.parameters(), strict=True)), "the mixer stays as it is"
 
 
-@pytest.mark.parametrize("name", ["full", "sparse", "bp", "infini", "lsh", "transformer_xl", "performer", "heads"])
+@pytest.mark.parametrize(
+    "name", ["full", "sparse", "bp", "infini", "lsh", "transformer_xl", "performer", "mixed_heads"]
+)
 def test_it_is_the_attention_map(name: str) -> None:
     mixer = build(name, **ls.mixers.examples(name)[0]).double()
     # what the probe reads: hidden states whose last coordinate is zero

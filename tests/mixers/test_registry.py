@@ -27,12 +27,16 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ("full", {"dim": 18}, "dim = 18 is no multiple of num_heads = 4"),
         ("full", {"head_dim": 5, "rope": 1e4}, "needs a positive base and an even head_dim, which is 5"),
         ("full", {"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
-        ("heads", {"parts": [{"name": "full", "num_heads": 3}]}, "3 heads together, the layer has 4"),
-        ("heads", {"parts": [{"name": "ful", "num_heads": 4}]}, r"heads.parts\[0\]: unknown mixer 'ful'; did you mean"),
-        ("heads", {"parts": [{"num_heads": 4}]}, r"heads.parts\[0\]: needs a name and a num_heads"),
+        ("mixed_heads", {"mixers": [{"name": "full", "num_heads": 3}]}, "3 heads together, the layer has 4"),
         (
-            "heads",
-            {"num_kv_heads": 2, "parts": [{"name": "full", "num_heads": 1}, {"name": "full", "num_heads": 3}]},
+            "mixed_heads",
+            {"mixers": [{"name": "ful", "num_heads": 4}]},
+            r"mixed_heads.mixers\[0\]: unknown mixer 'ful'; did you mean",
+        ),
+        ("mixed_heads", {"mixers": [{"num_heads": 4}]}, r"mixed_heads.mixers\[0\]: needs a name and a num_heads"),
+        (
+            "mixed_heads",
+            {"num_kv_heads": 2, "mixers": [{"name": "full", "num_heads": 1}, {"name": "full", "num_heads": 3}]},
             "heads 1 to 4 cut through groups of 2",
         ),
     ],
@@ -69,7 +73,7 @@ def test_heads_equal_their_parts_alone() -> None:
         {"name": "window", "num_heads": 2, "window": 3},
         {"name": "transformer_xl", "num_heads": 2, "segment": 4, "mem_len": 4},
     ]
-    joint: Any = ls.mixers.build("heads", dim=16, num_heads=4, num_kv_heads=2, rope=1e4, parts=parts).double()
+    joint: Any = ls.mixers.build("mixed_heads", dim=16, num_heads=4, num_kv_heads=2, rope=1e4, mixers=parts).double()
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     expected = torch.zeros_like(x)
     for i, table in enumerate(parts):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import longspan as ls
-from longspan.contract.registry import core_class
+from longspan.contract.registry import mechanism_class
 from longspan.mechanisms.routing import kmeans
 from longspan.mechanisms.routing.kmeans import SAMPLES
 
@@ -45,7 +45,7 @@ def routed(mixer: Any, x: Tensor) -> list[Tensor]:
     """The routing vectors (tokens, head_dim) of every head with centroids."""
     q, k, _ = mixer.projections(x)
     core = mixer.core
-    assert isinstance(core, core_class("routing"))
+    assert isinstance(core, mechanism_class("routing"))
     if core.shared:
         parts = q[:, :, None]
     else:
@@ -78,7 +78,7 @@ def moved_by_hand(mixer: Any, batches: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("selection", ["strict", "balanced"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_step_moves_the_centroids_as_by_hand(shared: bool, selection: str) -> None:
-    mixer, x = started(shared=shared, selection=selection, decay=0.8), drawn(2, 30, seed=4)
+    mixer, x = started(shared_qk=shared, selection=selection, decay=0.8), drawn(2, 30, seed=4)
     expected = moved_by_hand(mixer, [x])
     before = centroids(mixer).clone()
     mixer(x)
@@ -112,9 +112,9 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
     assert torch.equal(centroids(mixer), before)
 
     def forward(x: Tensor) -> Tensor:
-        penalties: list[Tensor] = []
-        y: Tensor = mixer(x, penalties=penalties)[0]
-        return y.sum() + sum(penalties)
+        aux_losses: list[Tensor] = []
+        y: Tensor = mixer(x, aux_losses=aux_losses)[0]
+        return y.sum() + sum(aux_losses)
 
     x = x.requires_grad_()
     (exact,) = torch.autograd.grad(forward(x), x)
@@ -127,7 +127,7 @@ def test_evaluation_and_recomputation_add_nothing(selection: str) -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
-    mixer, x = build(shared=shared), 0.5 * drawn(3, 40) + drawn(1, 1, seed=1)  # tokens have much in common
+    mixer, x = build(shared_qk=shared), 0.5 * drawn(3, 40) + drawn(1, 1, seed=1)  # tokens have much in common
     generator = torch.Generator().manual_seed(0)
     random = F.normalize(torch.randn(centroids(mixer).shape, generator=generator), dim=-1).double()
     assert torch.equal(centroids(mixer), random)
@@ -143,7 +143,7 @@ def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
         near, far = ((vectors @ means.mT).max(-1).values.mean() for means in (mean, random_mean))
         assert 1 - near < 0.7 * (1 - far)
         assert len((vectors @ mean.mT).argmax(-1).unique()) == 4
-    again = build(shared=shared)
+    again = build(shared_qk=shared)
     again(x)
     again.after_step(1, torch.Generator().manual_seed(1))
     assert torch.equal(centroids(again), first_means)
@@ -164,7 +164,7 @@ def test_the_first_sample_is_filled_over_several_forwards() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_sample_has_real_vectors_of_every_kind(shared: bool) -> None:
-    mixer, x = build(shared=shared), drawn(2, 30)
+    mixer, x = build(shared_qk=shared), drawn(2, 30)
     mask = torch.arange(30) >= torch.tensor([[25], [28]])  # 7 tokens
     mixer(x, mask=mask)
     kinds = 1 if shared else 3  # two queries and a key share centroids
@@ -200,11 +200,11 @@ def test_the_first_batch_voids_states_and_later_ones_do_not() -> None:
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_commitment_is_a_penalty_that_moves_queries_and_keys_and_no_centroid(shared: bool) -> None:
-    mixer, x = started(shared=shared, commitment=0.5), drawn(2, 30, seed=4)
-    penalties: list[Tensor] = []
+    mixer, x = started(shared_qk=shared, commitment=0.5), drawn(2, 30, seed=4)
+    aux_losses: list[Tensor] = []
     mask = torch.arange(30) < torch.tensor([[30], [12]])
-    mixer(x, mask=mask, penalties=penalties)
-    (penalty,) = penalties
+    mixer(x, mask=mask, aux_losses=aux_losses)
+    (penalty,) = aux_losses
     expected = torch.zeros((), dtype=torch.float64)
     q, k, _ = mixer.projections(x)
     for part in (q,) if shared else (q, k):
@@ -220,9 +220,9 @@ def test_commitment_is_a_penalty_that_moves_queries_and_keys_and_no_centroid(sha
     assert shared or projections["k_proj.weight"].grad.abs().max() > 0
     assert projections["v_proj.weight"].grad is None
     assert not centroids(mixer).requires_grad
-    penalties = []
-    build(commitment=0.0)(x, penalties=penalties)
-    assert penalties == []
+    aux_losses = []
+    build(commitment=0.0)(x, aux_losses=aux_losses)
+    assert aux_losses == []
 
 
 def test_centroids_are_saved_with_a_model(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ folder = sys.argv[1]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 torch.manual_seed(0)
-fields = dict(num_clusters=4, window=5, shared=False, decay=0.1, reseed=0.7)
+fields = dict(num_clusters=4, window=5, shared_qk=False, decay=0.1, reseed=0.7)
 mixer = ls.mixers.build("routing", dim=16, num_heads=4, num_kv_heads=2, **fields).double()
 wrapped = torch.nn.parallel.DistributedDataParallel(mixer)
 for step in range(1, 5):
@@ -280,7 +280,7 @@ def test_two_processes_learn_the_centroids_of_one(tmp_path: Path) -> None:
         process.wait()
     assert process.returncode == 0, shown
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = build(shared=False, decay=0.1, reseed=0.7)
+    alone = build(shared_qk=False, decay=0.1, reseed=0.7)
     for step in range(1, 5):
         seen = centroids(alone).clone()
         for part in range(3):
@@ -301,7 +301,7 @@ def test_with_room_for_all_it_is_the_full_mixer() -> None:
     full = ls.mixers.build("full", dim=16, num_heads=4, num_kv_heads=2, rope=10000.0).double()
     x = drawn(2, 50)
     for fields in ({"selection": "strict", "num_clusters": 1}, {"selection": "balanced", "num_clusters": 3}):
-        mixer = build(shared=False, window=50, rope=10000.0, **{"num_clusters": 4} | fields)
+        mixer = build(shared_qk=False, window=50, rope=10000.0, **{"num_clusters": 4} | fields)
         mixer.projections.load_state_dict(full.projections.state_dict())
         torch.testing.assert_close(mixer(x)[0], full(x)[0], atol=1e-10, rtol=0)
 
@@ -313,11 +313,11 @@ def test_half_window_half_routing() -> None:
         {"name": "routing", "num_heads": 2, **FIELDS},
     ]
     torch.manual_seed(0)
-    mixer: Any = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts).double().train()
+    mixer: Any = ls.mixers.build("mixed_heads", dim=16, num_heads=4, mixers=parts).double().train()
     x = drawn(2, 60)
-    penalties: list[Tensor] = []
-    y, _ = mixer(x, penalties=penalties)
-    assert len(penalties) == 1
+    aux_losses: list[Tensor] = []
+    y, _ = mixer(x, aux_losses=aux_losses)
+    assert len(aux_losses) == 1
     mixer.after_step(1, torch.Generator().manual_seed(0))
     assert mixer.draw == 1
     mixer.eval()
@@ -333,13 +333,13 @@ def test_half_window_half_routing() -> None:
     near = ls.ops.window_attention(q[:, :2], k[:, :2], v[:, :2], window=8)
     means = mixer.core.cores[1].get_buffer("centroids")
     far = ls.reference.routing_attention(
-        q[:, 2:], F.normalize(q[:, 2:], dim=-1), v[:, 2:], means, window=5, itself=False, scale=1.0,
+        q[:, 2:], F.normalize(q[:, 2:], dim=-1), v[:, 2:], means, window=5, include_self=False, scale=1.0,
         clusters=(ls.reference.routing_clusters(q[:, 2:], means),) * 2,
     )  # fmt: skip
     torch.testing.assert_close(y, mixer.projections.output(torch.cat([near, far], 1)), atol=1e-9, rtol=0)
     assert mixer.traits.streams
     parts[1] |= {"selection": "balanced"}
-    mixed = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    mixed = ls.mixers.build("mixed_heads", dim=16, num_heads=4, mixers=parts)
     assert (mixed.traits.causal, mixed.traits.value_causal, mixed.traits.streams) == (False, True, False)
 
 

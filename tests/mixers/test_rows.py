@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import longspan as ls
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 
 
 def describe(offset: int, mask: list[bool], reset: list[bool]) -> tuple[list[int], list[int], int]:
@@ -32,12 +32,12 @@ def calls(draw: st.DrawFn) -> tuple[list[int], list[list[bool]], list[list[bool]
     return offsets, [draw(flags) for _ in range(batch)], [draw(rare) for _ in range(batch)]
 
 
-def make(call: tuple[list[int], list[list[bool]], list[list[bool]]]) -> Rows:
+def make(call: tuple[list[int], list[list[bool]], list[list[bool]]]) -> BatchLayout:
     offsets, masks, resets = call
     columns = len(masks[0])
     mask = torch.tensor(masks, dtype=torch.bool).view(len(offsets), columns)
     reset = torch.tensor(resets, dtype=torch.bool).view(len(offsets), columns)
-    return Rows(torch.tensor(offsets), columns, mask, reset)
+    return BatchLayout(torch.tensor(offsets), columns, mask, reset)
 
 
 @given(calls())
@@ -107,7 +107,7 @@ def test_segments_lie_where_positions_say(
 
 
 def test_nothing_is_copied_without_mask_reset_or_offset() -> None:
-    rows = Rows(torch.zeros(2, dtype=torch.int64), 8)
+    rows = BatchLayout(torch.zeros(2, dtype=torch.int64), 8)
     x = torch.randn(2, 8, 3)
     assert rows.gather(x) is x
     assert rows.scatter(x) is x
@@ -119,13 +119,13 @@ def test_nothing_is_copied_without_mask_reset_or_offset() -> None:
 def test_a_reset_of_an_empty_row_is_no_reset() -> None:
     reset = torch.zeros(2, 5, dtype=torch.bool)
     reset[:, 0] = True
-    assert Rows(torch.zeros(2, dtype=torch.int64), 5, None, reset).origin is None
-    assert Rows(torch.tensor([0, 3]), 5, None, reset).origin is not None
+    assert BatchLayout(torch.zeros(2, dtype=torch.int64), 5, None, reset).origin is None
+    assert BatchLayout(torch.tensor([0, 3]), 5, None, reset).origin is not None
 
 
 def test_wrong_masks_are_refused() -> None:
     offset = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ls.ConfigError, match=r"mask: expected a bool tensor of shape \(2, 5\), got float32"):
-        Rows(offset, 5, torch.ones(2, 5))
+        BatchLayout(offset, 5, torch.ones(2, 5))
     with pytest.raises(ls.ConfigError, match=r"reset: expected a bool tensor of shape \(2, 5\), got bool of shape"):
-        Rows(offset, 5, None, torch.ones(2, 4, dtype=torch.bool))
+        BatchLayout(offset, 5, None, torch.ones(2, 4, dtype=torch.bool))

@@ -15,7 +15,7 @@ def build(**fields: Any) -> Any:
 
 def test_memory_of_keys_and_values_gives_the_same_outputs() -> None:
     hidden = build(segment=4, mem_len=6)
-    projected = build(segment=4, mem_len=6, memory="kv")
+    projected = build(segment=4, mem_len=6, cache="kv")
     projected.load_state_dict(hidden.state_dict())
     x = torch.randn(2, 19, 16, dtype=torch.float64)
     mask, reset = torch.rand(2, 19) > 0.2, torch.rand(2, 19) < 0.1

@@ -32,42 +32,42 @@ def test_ops_equal_their_definitions_in_values_and_gradients(damped: bool) -> No
         return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_()
 
     x, values, strength, memory = draw(2, 3, 7, 4), draw(2, 3, 7, 6), draw(2, 3, 7), draw(2, 3, 24, 6)
-    normaliser = draw(2, 3, 24)
+    normalizer = draw(2, 3, 24)
     runs = []
     for kind in (ops, reference):
         phi = kind.dpfp(x, 3)
-        small = normaliser.square() / 50  # so that pairs overshoot
+        small = normalizer.square() / 50  # so that pairs overshoot
         after = kind.associative_write(phi, values, strength.sigmoid(), memory, small, damped=damped)
         read = kind.associative_read(kind.dpfp(x.flip(-2), 3), *after)
         total = read.square().sum() + after[1].sum()
-        runs.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normaliser])])
+        runs.append([read, *after, *torch.autograd.grad(total, [x, values, strength, memory, normalizer])])
     for actual, expected in zip(*runs, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 def test_a_key_written_again_replaces_its_value() -> None:
     key = reference.dpfp(torch.tensor([[[0.9, -0.3, 0.4, 0.2]]], dtype=torch.float64))
-    memory, normaliser = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
+    memory, normalizer = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
     one = torch.ones(1, 1, dtype=torch.float64)
     for value in ([1.0, 2.0], [-3.0, 5.0]):
         written = torch.tensor([[value]], dtype=torch.float64)
-        memory, normaliser = ops.associative_write(key, written, one, memory, normaliser)
-        torch.testing.assert_close(ops.associative_read(key, memory, normaliser), written, atol=1e-3, rtol=1e-3)
+        memory, normalizer = ops.associative_write(key, written, one, memory, normalizer)
+        torch.testing.assert_close(ops.associative_read(key, memory, normalizer), written, atol=1e-3, rtol=1e-3)
 
 
 def test_pairs_that_are_written_together_do_not_overshoot() -> None:
-    # seen in training: eight like keys, longer than those the normaliser has seen, made the memory grow to 1e23
+    # seen in training: eight like keys, longer than those the normalizer has seen, made the memory grow to 1e23
     generator = torch.Generator().manual_seed(0)
     key = reference.dpfp(torch.randn(1, 1, 4, generator=generator, dtype=torch.float64))
     largest = {}
     for damped in (False, True):
-        memory, normaliser = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
+        memory, normalizer = torch.zeros(1, 24, 2, dtype=torch.float64), torch.zeros(1, 24, dtype=torch.float64)
         half = torch.full((1, 8), 0.5, dtype=torch.float64)
         for step in range(200):
             phi = (0.2 if step == 0 else 1.0) * key.expand(1, 8, 24)
             value = torch.randn(1, 1, 2, generator=generator, dtype=torch.float64).clamp(-2, 2).expand(1, 8, 2)
-            memory, normaliser = ops.associative_write(phi, value, half, memory, normaliser, damped=damped)
-        largest[damped] = float(ops.associative_read(key, memory, normaliser).abs().max())
+            memory, normalizer = ops.associative_write(phi, value, half, memory, normalizer, damped=damped)
+        largest[damped] = float(ops.associative_read(key, memory, normalizer).abs().max())
     assert largest[True] <= 2
     assert largest[False] > 1e6
 
@@ -75,10 +75,10 @@ def test_pairs_that_are_written_together_do_not_overshoot() -> None:
 def test_a_pair_alone_is_not_damped() -> None:
     generator = torch.Generator().manual_seed(0)
     phi, memory = torch.rand(2, 1, 8, generator=generator), torch.rand(2, 8, 3, generator=generator)
-    normaliser = torch.rand(2, 8, generator=generator)
+    normalizer = torch.rand(2, 8, generator=generator)
     values, strength = torch.rand(2, 1, 3, generator=generator), torch.rand(2, 1, generator=generator)
     writes = [
-        ops.associative_write(phi, values, strength, memory, normaliser, damped=damped) for damped in (True, False)
+        ops.associative_write(phi, values, strength, memory, normalizer, damped=damped) for damped in (True, False)
     ]
     for actual, expected in zip(*writes, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -87,9 +87,9 @@ def test_a_pair_alone_is_not_damped() -> None:
 def test_zero_features_have_finite_gradients() -> None:
     # seen in training too: such a key wrote nothing, but its gradient was NaN
     phi = torch.zeros(1, 2, 8, requires_grad=True)
-    normaliser = torch.ones(1, 8, requires_grad=True)
+    normalizer = torch.ones(1, 8, requires_grad=True)
     after = ops.associative_write(
-        phi, torch.ones(1, 2, 3), torch.ones(1, 2), torch.zeros(1, 8, 3), normaliser, constant_gamma=False, damped=True
+        phi, torch.ones(1, 2, 3), torch.ones(1, 2), torch.zeros(1, 8, 3), normalizer, constant_gamma=False, damped=True
     )
     (after[0].sum() + after[1].square().sum()).backward()
     assert phi.grad is not None
@@ -106,20 +106,20 @@ def test_equals_the_plain_loop(kind: str) -> None:
     assert isinstance(cell, LayerMemory)
     assert state is not None
     memories = [torch.zeros(2, cell.features, 16, dtype=torch.float64) for _ in stack.blocks]
-    normalisers = [torch.zeros(2, cell.features, dtype=torch.float64) for _ in stack.blocks]
-    rows = ls.mixers.Rows(torch.zeros(2, dtype=torch.int64), 8)
+    normalizers = [torch.zeros(2, cell.features, dtype=torch.float64) for _ in stack.blocks]
+    rows = ls.mixers.BatchLayout(torch.zeros(2, dtype=torch.int64), 8)
     for first in (0, 5, 10):
         embedded = stack.embedding(tokens[:, first : first + 5])
         h = torch.cat([embedded, cell.tokens.weight.expand(2, -1, -1)], 1)
         for index, block in enumerate(stack.blocks):
             maps = cell.layer(index)
             phi = reference.dpfp(maps.query(h), 3)
-            h = h + reference.associative_read(phi, memories[index], normalisers[index])
+            h = h + reference.associative_read(phi, memories[index], normalizers[index])
             h = block(h, None, rows, False)[0]
             m = h[:, 5:]
             strength = maps.strength(m).sigmoid()[..., 0]
-            memories[index], normalisers[index] = reference.associative_write(
-                reference.dpfp(maps.key(m), 3), maps.value(m), strength, memories[index], normalisers[index]
+            memories[index], normalizers[index] = reference.associative_write(
+                reference.dpfp(maps.key(m), 3), maps.value(m), strength, memories[index], normalizers[index]
             )
         hidden = stack.norm(h[:, :5])
         expected = stack.logits(hidden) if kind == "decoder" else hidden
@@ -222,10 +222,10 @@ def test_replay_keeps_the_penalties_of_the_backbone() -> None:
             Penalised(backbone("encoder").config), num_memory_tokens=3, segment_length=5, replay=replay
         )
         torch.manual_seed(0)
-        penalties: list[torch.Tensor] = []
-        model.train()(text(2, 15), penalties=penalties)
-        torch.stack(penalties).sum().backward()
-        outcomes.append((len(penalties), model.memory.weight.grad is not None))
+        aux_losses: list[torch.Tensor] = []
+        model.train()(text(2, 15), aux_losses=aux_losses)
+        torch.stack(aux_losses).sum().backward()
+        outcomes.append((len(aux_losses), model.memory.weight.grad is not None))
     assert outcomes[0] == outcomes[1] == (3, True)
 
 

@@ -82,8 +82,8 @@ def test_checkpointing_gives_the_same_gradients(options: dict[str, Any]) -> None
     for checkpoint in (False, True):
         model = decoder(**options, checkpoint=checkpoint, dropout=0.1).double()
         torch.manual_seed(1)
-        penalties: list[Tensor] = []
-        logits, state = model(tokens(), penalties=penalties)
+        aux_losses: list[Tensor] = []
+        logits, state = model(tokens(), aux_losses=aux_losses)
         (logits.square().mean() + model(tokens(), state)[0].square().mean()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -257,7 +257,7 @@ def test_sparse_patterns_alternate_by_layer_and_by_head() -> None:
     parts = [{**sparse, "num_heads": 2, "part": part} for part in ("local", "summary")]
     for mixers in (
         tuple({**sparse, "part": part} for part in ("local", "summary")),
-        ({"name": "heads", "parts": parts},),
+        ({"name": "mixed_heads", "mixers": parts},),
     ):
         model = decoder(mixers=mixers, num_layers=2, positions="none").double().eval()
         text = tokens(1, 24)

@@ -54,7 +54,7 @@ def definition(model: RecurrentMemory, tokens: Tensor, borders: list[int]) -> Te
             new, out = hidden[:, :3], hidden[:, 3:]
         else:
             x = torch.cat([memory, embedded, memory], 1)
-            rows = ls.mixers.Rows(torch.zeros(1, dtype=torch.int64), x.shape[1])
+            rows = ls.mixers.BatchLayout(torch.zeros(1, dtype=torch.int64), x.shape[1])
             hidden = backbone.run(None, None, None, None, None, x)[0]
             assert rows.plain
             new, out = hidden[:, -3:], backbone.logits(hidden[:, 3:-3])

@@ -11,16 +11,16 @@ from torch import Tensor
 import longspan as ls
 from longspan import mixers
 from longspan.contract.replay import Choices
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.models import Head, StackState, load_model, save_model
 
 DYNAMIC: dict[str, Any] = {"name": "adaptive_span", "max_span": 6, "ramp": 3, "dynamic": True, "penalty": 0.1}
 FORMS: list[dict[str, Any]] = [
     *({"name": name, **mixers.examples(name)[0]} for name in mixers.names()),
     DYNAMIC,
-    {"name": "lsh", "bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "shared": False},
+    {"name": "lsh", "bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "shared_qk": False},
     {"name": "lsh", "bucket_size": 3, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
-    {"name": "infini", "segment": 4, "update": "delta", "normaliser": "gamma"},
+    {"name": "infini", "segment": 4, "update": "delta", "normalizer": "gamma"},
 ]
 
 
@@ -39,17 +39,17 @@ def by_definition(
     model: ls.Decoder,
     text: Tensor,
     state: StackState | None,
-    penalties: list[Tensor],
+    aux_losses: list[Tensor],
     mask: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, StackState | None]:
     """The two equations, with autograd."""
-    rows = Rows(ls.state.live(state, len(text)), text.shape[1], mask, reset)
+    rows = BatchLayout(ls.state.live(state, len(text)), text.shape[1], mask, reset)
     x1 = x2 = model.embed(rows.gather(text), rows)
     layer_states = []
     for i, block in enumerate(model.layers):
         before = None if state is None else state.layers[i]
-        y, after = block.mixer.mix(block.mixer_norm(x2), before, rows, penalties)
+        y, after = block.mixer.mix(block.mixer_norm(x2), before, rows, aux_losses)
         x1 = x1 + y
         x2 = x2 + block.ffn(block.ffn_norm(x1))
         layer_states.append(after)
@@ -62,15 +62,15 @@ def gradients(model: ls.Decoder, run: Any, seed: int = 5) -> tuple[list[Tensor],
     """Outputs, gradients and penalties of two calls, the second with the state of the first where there is one."""
     model.zero_grad()
     torch.manual_seed(seed)
-    penalties: list[Tensor] = []
+    aux_losses: list[Tensor] = []
     mask = torch.rand(2, 19, generator=torch.Generator().manual_seed(7)) < 0.7
     reset = torch.rand(2, 19, generator=torch.Generator().manual_seed(8)) < 0.15
-    first, state = run(tokens(), None, penalties)
-    second, _ = run(tokens(seed=4), state, penalties, mask=mask, reset=reset)
+    first, state = run(tokens(), None, aux_losses)
+    second, _ = run(tokens(seed=4), state, aux_losses, mask=mask, reset=reset)
     weights = torch.rand(2, 19, 31, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    ((first * weights).square().sum() + (second * weights).sum() + 3 * sum(penalties)).backward()
+    ((first * weights).square().sum() + (second * weights).sum() + 3 * sum(aux_losses)).backward()
     parameter_gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [first.detach(), second.detach()], parameter_gradients, [torch.as_tensor(p).detach() for p in penalties]
+    return [first.detach(), second.detach()], parameter_gradients, [torch.as_tensor(p).detach() for p in aux_losses]
 
 
 @pytest.mark.parametrize("table", FORMS, ids=str)
@@ -87,18 +87,20 @@ def test_gradients_of_both_streams_side_by_side() -> None:
 
 
 def check_gradients(model: ls.Decoder) -> None:
-    def call(text: Tensor, state: Any, penalties: list[Tensor], **rows: Any) -> Any:
-        return model(text, state, penalties=penalties, **rows)
+    def call(text: Tensor, state: Any, aux_losses: list[Tensor], **rows: Any) -> Any:
+        return model(text, state, aux_losses=aux_losses, **rows)
 
-    def defined(text: Tensor, state: Any, penalties: list[Tensor], **rows: Any) -> Any:
-        return by_definition(model, text, state, penalties, **rows)
+    def defined(text: Tensor, state: Any, aux_losses: list[Tensor], **rows: Any) -> Any:
+        return by_definition(model, text, state, aux_losses, **rows)
 
-    outputs, actual, penalties = gradients(model, call)
+    outputs, actual, aux_losses = gradients(model, call)
     after = torch.get_rng_state()
-    expected_outputs, expected, expected_penalties = gradients(model, defined)
+    expected_outputs, expected, expected_aux_losses = gradients(model, defined)
     assert torch.equal(torch.get_rng_state(), after), "recomputation moves torch's generator"
-    assert len(penalties) == len(expected_penalties)
-    torch.testing.assert_close([*outputs, *penalties], [*expected_outputs, *expected_penalties], atol=1e-12, rtol=1e-12)
+    assert len(aux_losses) == len(expected_aux_losses)
+    torch.testing.assert_close(
+        [*outputs, *aux_losses], [*expected_outputs, *expected_aux_losses], atol=1e-12, rtol=1e-12
+    )
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         scale = max(1.0, gradient.abs().max().item())
@@ -106,10 +108,10 @@ def check_gradients(model: ls.Decoder) -> None:
 
 
 def test_a_dynamic_span_has_a_penalty_per_layer() -> None:
-    penalties: list[Tensor] = []
-    decoder(DYNAMIC)(tokens(), penalties=penalties)
-    assert len(penalties) == 3
-    assert all(penalty.requires_grad for penalty in penalties)
+    aux_losses: list[Tensor] = []
+    decoder(DYNAMIC)(tokens(), aux_losses=aux_losses)
+    assert len(aux_losses) == 3
+    assert all(penalty.requires_grad for penalty in aux_losses)
 
 
 def test_an_encoder_passes_gradients_to_embeddings() -> None:
@@ -117,7 +119,7 @@ def test_an_encoder_passes_gradients_to_embeddings() -> None:
     model = ls.Encoder(ls.EncoderConfig(dim=24, num_layers=2, num_heads=4, reversible=True, init_std=0.3)).double()
     embedded = torch.randn(2, 9, 24, dtype=torch.float64, requires_grad=True)
     (actual,) = torch.autograd.grad(model(inputs_embeds=embedded).square().sum(), embedded)
-    rows = Rows(torch.zeros(2, dtype=torch.int64), 9)
+    rows = BatchLayout(torch.zeros(2, dtype=torch.int64), 9)
     x1 = x2 = embedded
     for block in model.layers:
         x1 = x1 + block.mixer.mix(block.mixer_norm(x2), None, rows)[0]
@@ -189,7 +191,7 @@ def test_buckets_are_stored_and_not_recomputed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_choices_come_back_in_their_order_and_type() -> None:
     choices, many = Choices(), torch.tensor([0, 70_000])
-    plain = Rows(torch.zeros(1, dtype=torch.int64), 3)
+    plain = BatchLayout(torch.zeros(1, dtype=torch.int64), 3)
     assert torch.equal(plain.choose(lambda: many, below=2), many), "no pass records"
     rows = plain.with_choices(choices)
 
@@ -219,9 +221,9 @@ def test_statistics_count_a_step_once() -> None:
         for reversible in (False, True):
             torch.manual_seed(0)
             model = decoder(mixer, num_layers=1, reversible=reversible).train()
-            penalties: list[Tensor] = []
-            loss = model(tokens(), penalties=penalties)[0].square().sum()
-            (loss + sum(penalties)).backward()
+            aux_losses: list[Tensor] = []
+            loss = model(tokens(), aux_losses=aux_losses)[0].square().sum()
+            (loss + sum(aux_losses)).backward()
             block: Any = model.blocks[0]
             counts.append(counted(block.mixer.core).clone())
         assert float(counts[0].abs().sum()) > 0

@@ -26,7 +26,7 @@ def agree(name: str, tensors: list[Tensor], *, tolerance: float = 1e-9, **keywor
     if not slow.requires_grad or not slow.numel():
         assert not fast.requires_grad or not fast.numel()
         return
-    leaves = [*tensors, *(keywords.get("stale") or ())]
+    leaves = [*tensors, *(keywords.get("detached_kv") or ())]
     weight = drawn(*slow.shape, seed=3)
     gradients = [torch.autograd.grad(out, leaves, weight, allow_unused=True) for out in (fast, slow)]
     for mine, theirs in zip(*gradients, strict=True):
@@ -58,14 +58,14 @@ def attention_inputs(
 SIZES = [(4, 4, 4, 2), (16, 5, 40, 3), (5, 12, 3, 4), (64, 64, 64, 2), (8, 0, 3, 3), (4, 6, 0, 2), (32, 100, 50, 1)]
 
 
-@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("detached_kv", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("length", "segments"), [(0, 0), (1, 0), (2, 3), (63, 0), (63, 40), (150, 7)])
-def test_attention(length: int, segments: int, sizes: tuple[int, ...], stale: bool) -> None:
+def test_attention(length: int, segments: int, sizes: tuple[int, ...], detached_kv: bool) -> None:
     names = dict(zip(("segment", "mem_len", "compressed_len", "ratio"), sizes, strict=True))
     tensors = attention_inputs(length, segments * sizes[0], names, 2, surplus=segments % 2)
-    stale_memory = tuple(t.clone().requires_grad_() for t in tensors[1:3]) if stale else None
-    agree("compressive_attention", tensors, position=segments * sizes[0], stale=stale_memory, **names)
+    detached_memory = tuple(t.clone().requires_grad_() for t in tensors[1:3]) if detached_kv else None
+    agree("compressive_attention", tensors, position=segments * sizes[0], detached_kv=detached_memory, **names)
 
 
 @pytest.mark.parametrize(("kv_heads", "in_parts"), [(1, False), (4, True)])

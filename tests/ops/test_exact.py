@@ -116,9 +116,11 @@ def test_hidden_contents_change_no_bit(name: str, keywords: dict[str, Any]) -> N
 
 def test_stale_gets_all_gradients_of_the_past_and_only_those() -> None:
     q, k, v = (t.clone().requires_grad_() for t in drawn(96, 32))
-    stale = tuple(t.detach().clone().requires_grad_() for t in (k, v))
-    out = relative_attention(q, k, v, *extras("relative_attention", 64), window=32, segment=32, border=32, stale=stale)
-    dk, dv, old_k, old_v = torch.autograd.grad(out[:, :, 64:].square().sum(), (k, v, *stale))
+    detached_kv = tuple(t.detach().clone().requires_grad_() for t in (k, v))
+    out = relative_attention(
+        q, k, v, *extras("relative_attention", 64), window=32, segment=32, segment_start=32, detached_kv=detached_kv
+    )
+    dk, dv, old_k, old_v = torch.autograd.grad(out[:, :, 64:].square().sum(), (k, v, *detached_kv))
     for own, old in ((dk, old_k), (dv, old_v)):
         assert own[:, :, 96:].any()
         assert not own[:, :, :96].any()

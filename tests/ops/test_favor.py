@@ -69,7 +69,7 @@ def test_directions_are_haar_and_norms_are_those_of_normal_rows() -> None:
     torch.testing.assert_close(gram, torch.eye(8, dtype=FP64), atol=1e-5, rtol=0)
     assert rows.mean(0).abs().max() < 5 / math.sqrt(len(rows)), "signs: no direction is preferred"
     assert abs(float(rows.square().sum(1).mean()) - 8) < 0.3
-    fixed = ops.orthogonal_projection(20, 8, generator=random, regularised=True)
+    fixed = ops.orthogonal_projection(20, 8, generator=random, regularized=True)
     torch.testing.assert_close(fixed.norm(dim=1), torch.full((20,), 8**0.5), atol=1e-5, rtol=0)
 
 

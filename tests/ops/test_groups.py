@@ -23,23 +23,23 @@ def drawn_groups(columns: int, count: int, *, heads: int = 1, batch: int = 2, se
 
 
 @pytest.mark.parametrize("heads", [1, HEADS])
-@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("count", "window"), [(1, 5), (3, 1), (7, 20), (40, 4), (5, 500)])
 @pytest.mark.parametrize(("length", "memory"), [(1, 0), (2, 5), (63, 0), (200, 0), (70, 90), (1, 40)])
-def test_definition(length: int, memory: int, count: int, window: int, itself: bool, heads: int) -> None:
+def test_definition(length: int, memory: int, count: int, window: int, include_self: bool, heads: int) -> None:
     groups = drawn_groups(memory + length, count, heads=heads)
     qkv = inputs(length, memory)
-    keywords: dict[str, Any] = {"num_groups": count, "window": window, "itself": itself}
+    keywords: dict[str, Any] = {"num_groups": count, "window": window, "include_self": include_self}
     agree("group_attention", qkv, groups=groups, **keywords)
     agree("group_attention", qkv, groups=groups[:1], **keywords, **ragged(length, memory))
 
 
 @pytest.mark.parametrize("heads", [1, HEADS])
-@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("length", [1, 63, 200])
-def test_bidirectional(length: int, itself: bool, heads: int) -> None:
+def test_bidirectional(length: int, include_self: bool, heads: int) -> None:
     groups = drawn_groups(length, 6, heads=heads)
-    keywords: dict[str, Any] = {"num_groups": 6, "window": 9, "itself": itself, "causal": False}
+    keywords: dict[str, Any] = {"num_groups": 6, "window": 9, "include_self": include_self, "causal": False}
     agree("group_attention", inputs(length, 0), groups=groups, **keywords)
     agree("group_attention", inputs(length, 0), groups=groups, lengths=torch.tensor([length, length // 3]), **keywords)
     with pytest.raises(ls.ConfigError, match="older keys"):

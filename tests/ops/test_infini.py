@@ -18,12 +18,12 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 @pytest.mark.parametrize("bptt", [None, 2])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("normaliser", ["paper", "gamma"])
+@pytest.mark.parametrize("normalizer", ["paper", "gamma"])
 @pytest.mark.parametrize("update", ["linear", "delta"])
 @pytest.mark.parametrize("length", [3, 8, 30, 64])
-def test_equals_its_definition(length: int, update: Any, normaliser: Any, packed: bool, bptt: int | None) -> None:
+def test_equals_its_definition(length: int, update: Any, normalizer: Any, packed: bool, bptt: int | None) -> None:
     segment, gate = 8, draw(0, 4)
-    more: dict[str, Any] = {"update": update, "normaliser": normaliser, "bptt_segments": bptt}
+    more: dict[str, Any] = {"update": update, "normalizer": normalizer, "bptt_segments": bptt}
     state = ops.SegmentMemory(draw(1, 2, 2, 5, 5), draw(2, 2, 2, 5).abs() + 1, torch.tensor([3, 1]))
     if packed:
         real, begins = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, -(-length // segment), dtype=torch.bool)
@@ -60,20 +60,20 @@ def test_groups_of_segments_give_what_one_at_a_time_gives(monkeypatch: pytest.Mo
     torch.testing.assert_close(apart_end.values, end.values, atol=1e-12, rtol=0)
 
 
-def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
+def recall(update: Any, normalizer: Any, values: list[float]) -> list[float]:
     """What a key reads after every write, where it is written with one value per segment."""
     key = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=FP64).expand(1, 1, 1, 4)
     gate, state, reads = torch.full((1,), 1e9), None, []
     for value in values:
         v = torch.full((1, 1, 1, 4), value, dtype=FP64)
-        _, state = ops.infini_attention(key, key, v, gate, segment=1, update=update, normaliser=normaliser, state=state)
-        out, _ = ops.infini_attention(key, key, v, gate, segment=1, update=update, normaliser=normaliser, state=state)
+        _, state = ops.infini_attention(key, key, v, gate, segment=1, update=update, normalizer=normalizer, state=state)
+        out, _ = ops.infini_attention(key, key, v, gate, segment=1, update=update, normalizer=normalizer, state=state)
         reads.append(float(out[0, 0, 0, 0]))
     return reads
 
 
 @pytest.mark.parametrize(
-    ("update", "normaliser", "same", "changed"),
+    ("update", "normalizer", "same", "changed"),
     [
         ("linear", "paper", [1, 1, 1], [1, 1.5]),
         ("delta", "paper", [1, 0.5, 0.5], [1, 1.0]),
@@ -82,15 +82,15 @@ def recall(update: Any, normaliser: Any, values: list[float]) -> list[float]:
     ],
 )
 def test_a_key_written_again_reads_what_its_rule_says(
-    update: str, normaliser: str, same: list[float], changed: list[float]
+    update: str, normalizer: str, same: list[float], changed: list[float]
 ) -> None:
     """Written with the value 1 three times; then 1 overwritten by 2.
 
     The paper's delta rule halves a value that is written twice. Gamma belongs to the delta rule: with the
     linear rule, values add up.
     """
-    assert recall(update, normaliser, [1.0, 1.0, 1.0]) == pytest.approx(same, abs=1e-9)
-    assert recall(update, normaliser, [1.0, 2.0]) == pytest.approx(changed, abs=1e-9)
+    assert recall(update, normalizer, [1.0, 1.0, 1.0]) == pytest.approx(same, abs=1e-9)
+    assert recall(update, normalizer, [1.0, 2.0]) == pytest.approx(changed, abs=1e-9)
 
 
 def test_what_is_read_of_a_linear_memory_lies_between_the_values_written() -> None:
@@ -131,16 +131,16 @@ def test_gates_have_their_own_parameter_group_and_can_move() -> None:
 
 
 @pytest.mark.parametrize(
-    ("update", "normaliser", "calls"),
+    ("update", "normalizer", "calls"),
     [("linear", "paper", 100), ("linear", "gamma", 1), ("delta", "paper", 1), ("delta", "gamma", 1)],
 )
-def test_many_segments_of_bf16_input_stay_exact(update: Any, normaliser: Any, calls: int) -> None:
+def test_many_segments_of_bf16_input_stay_exact(update: Any, normalizer: Any, calls: int) -> None:
     """One token per segment, 1,000 per call; products in fp32 against fp64 on the same rounded inputs, within 1 %.
 
     benchmarks/bench_precision.py reads 100,000 segments in every form, which takes minutes.
     """
     generator, gate = torch.Generator().manual_seed(0), torch.full((1,), 1e9)
-    rule = {"segment": 1, "update": update, "normaliser": normaliser}
+    rule = {"segment": 1, "update": update, "normalizer": normalizer}
     probe = torch.randn(1, 1, 1, 8, generator=generator).bfloat16()
     outputs, states = {}, {dtype: ops.empty_memory(1, 1, 8, 8, None, dtype) for dtype in (torch.bfloat16, FP64)}
     for _ in range(calls):

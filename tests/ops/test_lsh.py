@@ -238,7 +238,7 @@ def test_cost(length: int, causal: bool, shared: bool, selection: str) -> None:
     shape = {"bucket_size": 40, "causal": causal, "selection": selection}
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         lsh_attention(q, v, k=None if shared else k, rotations=turn, **shape)
-    entries = lsh_cost(length, **shape, num_hashes=2, num_buckets=8, shared=shared)
+    entries = lsh_cost(length, **shape, num_hashes=2, num_buckets=8, shared_qk=shared)
     hashes = length * 2 * 4 * (1 if shared else 2)
     assert close(counter.get_total_flops(), 2 * 16 * (4 * entries + 2 * hashes))
 

@@ -81,8 +81,8 @@ def test_definition(
     length: int, kv_heads: int, count: int, window: int, causal: bool, shared: bool, selection: str
 ) -> None:
     arguments = tensors(length, kv_heads, shared=shared) | {"centroids": drawn_centroids(count)}
-    for itself in (True, False):
-        form = {"window": window, "causal": causal, "selection": selection, "itself": itself}
+    for include_self in (True, False):
+        form = {"window": window, "causal": causal, "selection": selection, "include_self": include_self}
         for rows in ({}, documents(length)):
             agree(arguments, **form, **rows)
 
@@ -94,17 +94,21 @@ def test_a_thousand_tokens(causal: bool, shared: bool, selection: str) -> None:
     arguments = {name: t[:1] for name, t in tensors(1000, 2, shared=shared).items()}
     arguments["k"] = arguments["q"] if shared else arguments["k"]
     agree(
-        arguments | {"centroids": drawn_centroids(9)}, window=70, causal=causal, selection=selection, itself=not shared
+        arguments | {"centroids": drawn_centroids(9)},
+        window=70,
+        causal=causal,
+        selection=selection,
+        include_self=not shared,
     )
 
 
-@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize(("count", "window"), SIZES)
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (2, 2), (70, 2)])
-def test_rings(length: int, kv_heads: int, count: int, window: int, itself: bool) -> None:
+def test_rings(length: int, kv_heads: int, count: int, window: int, include_self: bool) -> None:
     arguments = tensors(length, kv_heads, shared=False) | {"rings": drawn_rings(count, window, kv_heads)}
     for rows in ({}, documents(length)):
-        agree(arguments | {"centroids": drawn_centroids(count)}, window=window, itself=itself, **rows)
+        agree(arguments | {"centroids": drawn_centroids(count)}, window=window, include_self=include_self, **rows)
 
 
 def test_routes_and_clusters_stand_for_q_and_k() -> None:
@@ -152,18 +156,18 @@ def test_shared_keys_with_room_for_all_are_full_attention_without_self(length: i
     for causal in (True, False):
         seen = not_itself.tril() if causal else not_itself
         seen = seen | (torch.eye(length, dtype=torch.bool) & ~seen.any(-1, keepdim=True))
-        form = {"window": length, "causal": causal, "selection": selection, "itself": False}
+        form = {"window": length, "causal": causal, "selection": selection, "include_self": False}
         actual = routing_attention(q, q, v, drawn_centroids(1), **form)
         torch.testing.assert_close(actual, attend(q, q, v, seen), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
-def test_strict_with_shared_clusters_is_attention_in_groups(causal: bool, itself: bool) -> None:
+def test_strict_with_shared_clusters_is_attention_in_groups(causal: bool, include_self: bool) -> None:
     q, k, v = (t.detach() for t in inputs(300, 0))
     clusters = ops.routing_clusters(q, drawn_centroids(7))
-    window = 20 if itself or causal else 19  # per side: the group counts the query in
-    form = {"causal": causal, "itself": itself}
+    window = 20 if include_self or causal else 19  # per side: the group counts the query in
+    form = {"causal": causal, "include_self": include_self}
     actual = routing_attention(q, k, v, drawn_centroids(7), window=window, clusters=(clusters, clusters), **form)
     expected = group_attention(q, k, v, clusters, num_groups=7, window=20, **form)
     sees_no_key = (expected == 0).all(-1, keepdim=True)  # in the group form, which leaves the query itself out
@@ -191,7 +195,7 @@ def test_equal_tokens_are_taken_from_the_front() -> None:
     q = q[:, :, torch.arange(120) % 5]
     arguments = {"q": q.requires_grad_(), "k": q, "v": v.requires_grad_(), "centroids": drawn_centroids(3)}
     for rows in ({}, documents(120)):
-        agree(arguments, window=17, selection="balanced", itself=False, **rows)
+        agree(arguments, window=17, selection="balanced", include_self=False, **rows)
 
 
 def test_balanced_clusters_share_and_skip_tokens() -> None:
@@ -228,7 +232,7 @@ def test_the_future_changes_no_bit(count: int, shared: bool, dtype: torch.dtype)
             outs = []
             for q, k, v in (qkv, changed):
                 q = q.clone().requires_grad_(train)
-                outs.append(routing_attention(q, q if shared else k, v, centroids, window=9, itself=not shared))
+                outs.append(routing_attention(q, q if shared else k, v, centroids, window=9, include_self=not shared))
             assert torch.equal(outs[0][:, :, :at], outs[1][:, :, :at]), at
 
 
@@ -265,7 +269,7 @@ def test_cost(length: int, causal: bool, shared: bool, selection: str) -> None:
     form = {"window": 80, "causal": causal, "selection": selection}
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         routing_attention(q, q if shared else k, v, drawn_centroids(8, heads=2, dim=16).float(), **form)
-    entries = routing_cost(length, **form, num_clusters=8, shared=shared)
+    entries = routing_cost(length, **form, num_clusters=8, shared_qk=shared)
     routed = length * 8 * (1 if shared else 2)
     assert close(counter.get_total_flops(), 2 * 16 * (4 * entries + 2 * routed))
 

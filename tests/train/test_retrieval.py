@@ -105,7 +105,7 @@ def test_a_heavier_memory_is_that_of_a_text_read_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "mixer", [{"name": "infini", "update": "delta"}, {"name": "infini", "normaliser": "gamma"}, {"name": "linear"}]
+    "mixer", [{"name": "infini", "update": "delta"}, {"name": "infini", "normalizer": "gamma"}, {"name": "linear"}]
 )
 def test_memories_that_are_not_sums_cannot_be_made_heavier(mixer: dict[str, Any]) -> None:
     model = model_of(mixer)

@@ -376,10 +376,10 @@ def test_penalties_are_added_to_the_loss(
 ) -> None:
     forward = Decoder.forward
 
-    def with_penalty(self: Any, *args: Any, penalties: list[Tensor] | None = None, **kwargs: Any) -> Any:
-        if penalties is not None:
-            penalties.append(1e3 * self.embedding.weight.square().mean())
-        return forward(self, *args, penalties=penalties, **kwargs)
+    def with_penalty(self: Any, *args: Any, aux_losses: list[Tensor] | None = None, **kwargs: Any) -> Any:
+        if aux_losses is not None:
+            aux_losses.append(1e3 * self.embedding.weight.square().mean())
+        return forward(self, *args, aux_losses=aux_losses, **kwargs)
 
     monkeypatch.setattr("longspan.models.Decoder.forward", with_penalty)
     norms = []

@@ -30,7 +30,7 @@ def fasta(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def recipe(fasta: Path) -> dict[str, Any]:
     """A recipe that trains in seconds."""
-    mixer = {"name": "performer", "kind": "relu", "num_features": 16, "redraw": 4}
+    mixer = {"name": "performer", "kind": "relu", "num_features": 16, "redraw_every": 4}
     shape = {"kind": "masked_lm", "dim": 32, "num_layers": 2, "num_heads": 4, "rope_theta": 100.0}
     train = {"steps": 12, "lanes": 4, "segment_length": 64, "carry": False, "lr": 1e-2, "warmup": 10, "threads": 1}
     return {
@@ -42,7 +42,7 @@ def recipe(fasta: Path) -> dict[str, Any]:
 
 def test_a_masked_model_learns_from_neighboring_residues(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"]["steps"] = 300
-    recipe["model"]["mixers"][0]["redraw"] = 0
+    recipe["model"]["mixers"][0]["redraw_every"] = 0
     recipe["train"]["lanes"] = 8
     summary = run(recipe, tmp_path, progress="none").evaluation
     assert summary is not None

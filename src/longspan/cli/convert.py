@@ -55,13 +55,13 @@ def convert(
     """
     check_output_folder(output, "--output")
     from longspan.config import from_dict, override
-    from longspan.contract.registry import core_class
+    from longspan.contract.registry import mechanism_class
 
     initial: dict[str, Any] = {"segment": segment} if segment else {}
     fields = functools.reduce(override, set_ or [], initial)
     numbers = _numbers(layers)
     # check everything else first: loading weights may take minutes
-    from_dict(core_class(to, "convert").Config, fields, f"convert to {to}")
+    from_dict(mechanism_class(to, "convert").Config, fields, f"convert to {to}")
     _check_output(model, output)
     from longspan import hf
     from longspan.hf.decoder import open_pretrained

@@ -74,10 +74,10 @@ def _list(names: list[str]) -> None:
 
 def _explain(name: str) -> None:
     from longspan.config import to_dict
-    from longspan.contract.registry import core_class
+    from longspan.contract.registry import mechanism_class
     from longspan.report import Table, si_bytes
 
-    core = core_class(name)
+    core = mechanism_class(name)
     mixer = _build(name)
     traits = mixer.traits
     out = console()

@@ -15,7 +15,7 @@ from longspan import state as states
 from longspan.contract.gradients import with_gradients
 from longspan.contract.maps import collected, place_of
 from longspan.contract.projections import Projections
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError, UnsupportedError
 
 
@@ -105,7 +105,7 @@ class ParameterGroup(NamedTuple):
 def optimizer_groups(
     parameters: Iterable[nn.Parameter],
     decaying: Iterable[Any],
-    cores: Iterable["Core"],
+    cores: Iterable["Mechanism"],
     *,
     lr: float,
     weight_decay: float,
@@ -139,7 +139,7 @@ def optimizer_groups(
     return [group for group in groups if group["params"]]
 
 
-class Core(nn.Module):
+class Mechanism(nn.Module):
     """A mechanism itself: q, k, v before positions in, the attended values and the next state out.
 
     A subclass sets `Config` (a frozen keyword-only dataclass whose every field has a default) and `examples`, and
@@ -185,10 +185,10 @@ class Core(nn.Module):
         k: Tensor,
         v: Tensor,
         state: Any,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """Attend.
 
@@ -199,7 +199,7 @@ class Core(nn.Module):
             state: what the last call returned; None = empty past.
             rows: lengths, documents and positions of this call.
             hidden: given where `traits.receives_hidden`.
-            penalties: a list to which auxiliary losses are appended.
+            aux_losses: a list to which auxiliary losses are appended.
 
         Returns:
             (B, heads, N, value_dim), arbitrary behind a row's real tokens, and the next state.
@@ -212,17 +212,17 @@ class Core(nn.Module):
         k: Tensor,
         v: Tensor,
         state: Any,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """What layers call: `forward` with the state in the types of this call, and a gradient for every parameter.
 
         torch.compile is to leave it alone, as tiles depend on values that the host has read.
         """
         state = self.fit(state, k, hidden)
-        out, state = self(q, k, v, state, rows, hidden=hidden, penalties=collected(penalties, self))
+        out, state = self(q, k, v, state, rows, hidden=hidden, aux_losses=collected(aux_losses, self))
         if torch.is_grad_enabled():
             out = with_gradients(out, [*self.parameters(), *(() if out.numel() else (q, k, v))])
         return out, state
@@ -278,7 +278,7 @@ class Core(nn.Module):
         """Parameters with optimiser settings of their own."""
         return []
 
-    def rotate(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
         """q and k turned by RoPE to their positions, or as they are where the model has no RoPE."""
         base, dtype = self.shape.rope, q.dtype
         if base is None or not rows.length:
@@ -298,7 +298,7 @@ class Mixer(nn.Module):
         state: what the last call returned, or `init_state`; None = empty past (no keys, not zero keys).
         mask: (batch, length) bool, True = real token. Padding changes nothing and gets y = 0.
         reset: (batch, length) bool, True = a new document starts here; on padding it acts on the next real token.
-        penalties: a list to which auxiliary losses are appended.
+        aux_losses: a list to which auxiliary losses are appended.
 
     Returns of a call:
         y (batch, length, dim) and the next state (None where the mixer does not stream).
@@ -308,7 +308,7 @@ class Mixer(nn.Module):
         UnsupportedError: a state given to a mixer that does not stream.
     """
 
-    def __init__(self, name: str, core: Core, projections: Projections, dropout: float = 0.0) -> None:
+    def __init__(self, name: str, core: Mechanism, projections: Projections, dropout: float = 0.0) -> None:
         super().__init__()
         self.name, self.core, self.projections = name, core, projections
         self.dropout = nn.Dropout(dropout)
@@ -335,15 +335,15 @@ class Mixer(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """See the class."""
         if x.ndim != 3 or x.shape[-1] != self.shape.dim:
             raise ConfigError(f"{self.name}: x is {tuple(x.shape)}, expected (batch, length, {self.shape.dim})")
         offset = self._offset(x, state)
-        rows = Rows(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
+        rows = BatchLayout(offset, x.shape[1], mask, reset, reads=self.core.layout_inputs(state))
         with states.all_or_nothing():
-            y, state = self.mix(rows.gather(x), state, rows, penalties)
+            y, state = self.mix(rows.gather(x), state, rows, aux_losses)
             return rows.scatter(y), state
 
     def _offset(self, x: Tensor, state: Any) -> Tensor:
@@ -357,7 +357,9 @@ class Mixer(nn.Module):
     def _hidden(self, x: Tensor) -> Hidden | None:
         return Hidden(x, self.projections.keys_values) if self.traits.receives_hidden else None
 
-    def mix(self, x: Tensor, state: Any, rows: Rows, penalties: list[Tensor] | None = None) -> tuple[Tensor, Any]:
+    def mix(
+        self, x: Tensor, state: Any, rows: BatchLayout, aux_losses: list[Tensor] | None = None
+    ) -> tuple[Tensor, Any]:
         """The layer on contiguous rows: what a model calls, so that gathering is done once for all layers.
 
         Args:
@@ -372,7 +374,7 @@ class Mixer(nn.Module):
         hidden = self._hidden(x)
         compiling = torch.compiler.is_dynamo_compiling()
         run = functools.partial(host.uncompiled, self.core.run) if compiling else self.core.run
-        out, state = run(q, k, v, state, rows, hidden=hidden, penalties=penalties)
+        out, state = run(q, k, v, state, rows, hidden=hidden, aux_losses=aux_losses)
         y: Tensor = self.dropout(self.projections.output(out))
         return y, state if self.traits.streams else None
 
@@ -400,7 +402,7 @@ class Mixer(nn.Module):
         return self.core.state_nbytes(batch_size, length, dtype) if self.traits.streams else 0
 
     def state_columns(self, length: int) -> int:
-        """Columns of a state's growing tensors after `length` live tokens; see `Core.state_columns`."""
+        """Columns of a state's growing tensors after `length` live tokens; see `Mechanism.state_columns`."""
         return self.core.state_columns(length)
 
     def flops(self, length: int, *, batch_size: int = 1) -> int:
@@ -431,7 +433,7 @@ class Mixer(nn.Module):
         """
         if not self.traits.linear_in_values:
             raise UnsupportedError(f"{self.name}: its output is not a map times the values")
-        rows = Rows(self._offset(x, None), x.shape[1])
+        rows = BatchLayout(self._offset(x, None), x.shape[1])
         q, k, v = self.projections(x)
         hidden = self._hidden(x)
         length, width = x.shape[1], v.shape[-1]
@@ -453,12 +455,12 @@ def sum_nbytes(batch_size: int, dtype: torch.dtype, floats: int, counts: int = 1
     return batch_size * (floats * dtype.itemsize + counts * 8)
 
 
-def with_penalties(loss: Tensor, penalties: list[Tensor] | None, calls: int = 1) -> Tensor:
+def with_aux_losses(loss: Tensor, aux_losses: list[Tensor] | None, calls: int = 1) -> Tensor:
     """A loss and the auxiliary ones that `calls` calls have appended: their sum, over so many."""
-    return loss + torch.stack(penalties).sum() / calls if penalties else loss
+    return loss + torch.stack(aux_losses).sum() / calls if aux_losses else loss
 
 
-def why_no_stream(cores: Sequence[Core]) -> str:
+def why_no_stream(cores: Sequence[Mechanism]) -> str:
     """Which layer of a model is the first that does not stream, and why; "" where all of them do."""
     for index, core in enumerate(cores):
         if not core.traits.streams:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from longspan import host, ops
-from longspan.contract.base import Core, sum_nbytes
-from longspan.contract.rows import Rows
+from longspan.contract.base import Mechanism, sum_nbytes
+from longspan.contract.rows import BatchLayout
 from longspan.state import append
 
 
@@ -35,7 +35,7 @@ def join(state: HasKeys | None, k: Tensor, v: Tensor, *, grows: bool) -> tuple[T
     return torch.cat([state.k, k], 2), torch.cat([state.v, v], 2), state.k.shape[2]
 
 
-def visible(rows: Rows, memory: int) -> dict[str, Any]:
+def visible(rows: BatchLayout, memory: int) -> dict[str, Any]:
     """Which keys the tokens of a call see behind `memory` older ones: keywords that attention operations take."""
     return {
         "lengths": rows.lengths,
@@ -44,7 +44,7 @@ def visible(rows: Rows, memory: int) -> dict[str, Any]:
     }
 
 
-def first_of_segment(rows: Rows, segment: int, back: int, memory: int) -> Tensor:
+def first_of_segment(rows: BatchLayout, segment: int, back: int, memory: int) -> Tensor:
     """(batch, length) first visible key column, behind `memory` older ones, of tokens that see their own segment of
     `segment` positions and the `back` positions before it, within their document."""
 
@@ -61,7 +61,7 @@ def carry(
     state: HasKeys | None,
     k: Tensor,
     v: Tensor,
-    rows: Rows,
+    rows: BatchLayout,
     capacity: int | None,
     joined: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def carry(
 
 
 def rotate_by_column(
-    q: Tensor, k: Tensor, base: float | tuple[float, ...], rows: Rows, period: int | None = None
+    q: Tensor, k: Tensor, base: float | tuple[float, ...], rows: BatchLayout, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """q and k turned by RoPE to key columns modulo `period`, of which q has the last: only differences count."""
     columns, dim, dtype = k.shape[2], q.shape[-1], q.dtype
@@ -127,7 +127,7 @@ class JoinedKeys(NamedTuple):
     next_state: KeyValueState | None
 
 
-class KeyValueCore(Core):
+class KeyValueMechanism(Mechanism):
     """A core that attends to the keys of the call and of the state, and carries them as they are.
 
     A subclass sets `capacity`, and writes `forward` (with `joined`), `entries`, `traits` and `pairs`.
@@ -142,7 +142,7 @@ class KeyValueCore(Core):
     def entries(self, length: int) -> int:
         """Score entries computed for a query head, from an empty past."""
 
-    def joined(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows) -> JoinedKeys:
+    def joined(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout) -> JoinedKeys:
         """What a call attends with, from the arguments of `forward`."""
         q, k = self.rotate(q, k, rows)
         keys, values, memory = join(state, k, v, grows=self.capacity is None)

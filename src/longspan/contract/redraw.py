@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longspan import state as states
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism
 from longspan.errors import UnsupportedError
 
 
-class DrawnCore(BoundedCore):
+class DrawnMechanism(BoundedMechanism):
     """A core that counts its draws in a buffer; its states record the count in a field `drawn` (batch,) int64.
 
     What is drawn and what is counted stay in fp32 at least, whatever the model is: a sum in bf16 ends at 256, and a
@@ -53,7 +53,7 @@ class DrawnCore(BoundedCore):
         own: dict[Hashable, Tensor] = {(self, "draws"): self.draws}
         return own if state is None else {**own, (self, "drawn"): state.drawn}
 
-    def check_draw(self, state: Any, rows: Rows) -> None:
+    def check_draw(self, state: Any, rows: BatchLayout) -> None:
         """Refuse a state of another draw; an empty row is of any.
 
         Raises:
@@ -67,7 +67,7 @@ class DrawnCore(BoundedCore):
                 f"{name}: the state was made with another draw of the {drawing}; start the stream anew"
             )
 
-    def drawn_of(self, rows: Rows) -> Tensor:
+    def drawn_of(self, rows: BatchLayout) -> Tensor:
         """(batch,) the field `drawn` of the next state."""
         return self.draws.expand(rows.batch).masked_fill(rows.live == 0, 0)
 

@@ -11,66 +11,66 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from longspan.config import from_dict, nearest
-from longspan.contract.base import Core, Mixer, Shape
+from longspan.contract.base import Mechanism, Mixer, Shape
 from longspan.contract.projections import Projections
 from longspan.errors import ConfigError
 
-_CORES = {
-    "full": "longspan.mechanisms.full.layer:FullCore",
-    "window": "longspan.mechanisms.window.layer:WindowCore",
-    "linear": "longspan.mechanisms.linear.layer:LinearCore",
-    "gated_delta": "longspan.mechanisms.gated_delta.layer:GatedDeltaCore",
-    "performer": "longspan.mechanisms.performer.layer:PerformerCore",
-    "infini": "longspan.mechanisms.infini.layer:InfiniCore",
-    "associative": "longspan.mechanisms.associative.layer:AssociativeCore",
-    "sparse": "longspan.mechanisms.sparse.layer:SparseCore",
-    "adaptive_span": "longspan.mechanisms.adaptive_span.layer:AdaptiveSpanCore",
-    "entmax": "longspan.mechanisms.entmax.layer:EntmaxCore",
-    "bp": "longspan.mechanisms.bp.layer:BPCore",
-    "lsh": "longspan.mechanisms.lsh.layer:LSHCore",
-    "routing": "longspan.mechanisms.routing.layer:RoutingCore",
-    "memorizing": "longspan.mechanisms.memorizing.layer:MemorizingCore",
-    "transformer_xl": "longspan.mechanisms.transformer_xl.layer:TransformerXLCore",
-    "compressive": "longspan.mechanisms.compressive.layer:CompressiveCore",
-    "heads": "longspan.mechanisms.heads.layer:HeadsCore",
+_MECHANISMS = {
+    "full": "longspan.mechanisms.full.layer:FullMechanism",
+    "window": "longspan.mechanisms.window.layer:WindowMechanism",
+    "linear": "longspan.mechanisms.linear.layer:LinearMechanism",
+    "gated_delta": "longspan.mechanisms.gated_delta.layer:GatedDeltaMechanism",
+    "performer": "longspan.mechanisms.performer.layer:PerformerMechanism",
+    "infini": "longspan.mechanisms.infini.layer:InfiniMechanism",
+    "associative": "longspan.mechanisms.associative.layer:AssociativeMechanism",
+    "sparse": "longspan.mechanisms.sparse.layer:SparseMechanism",
+    "adaptive_span": "longspan.mechanisms.adaptive_span.layer:AdaptiveSpanMechanism",
+    "entmax": "longspan.mechanisms.entmax.layer:EntmaxMechanism",
+    "bp": "longspan.mechanisms.bp.layer:BPMechanism",
+    "lsh": "longspan.mechanisms.lsh.layer:LSHMechanism",
+    "routing": "longspan.mechanisms.routing.layer:RoutingMechanism",
+    "memorizing": "longspan.mechanisms.memorizing.layer:MemorizingMechanism",
+    "transformer_xl": "longspan.mechanisms.transformer_xl.layer:TransformerXLMechanism",
+    "compressive": "longspan.mechanisms.compressive.layer:CompressiveMechanism",
+    "mixed_heads": "longspan.mechanisms.mixed_heads.layer:MixedHeadsMechanism",
 }
 
 
-REGISTERED: dict[str, type[Core]] = {}
+REGISTERED: dict[str, type[Mechanism]] = {}
 """Mechanisms that this program has registered, by name."""
 
 
 @functools.cache
 def installed() -> dict[str, EntryPoint]:
     """Entry points of installed packages by name, not loaded yet; names of longspan's own are left out."""
-    return {point.name: point for point in entry_points(group="longspan.mechanisms") if point.name not in _CORES}
+    return {point.name: point for point in entry_points(group="longspan.mechanisms") if point.name not in _MECHANISMS}
 
 
 def names() -> list[str]:
     """The names that `build` knows; none of an installed package is loaded for it."""
-    return list(dict.fromkeys([*_CORES, *REGISTERED, *sorted(installed())]))
+    return list(dict.fromkeys([*_MECHANISMS, *REGISTERED, *sorted(installed())]))
 
 
-def register(name: str, core_class: type[Core]) -> None:
+def register(name: str, mechanism_class: type[Mechanism]) -> None:
     """Make a mechanism known by a new name, as if it were longspan's own, for as long as the program runs.
 
     Raises:
-        ConfigError: the name is taken, or the class is no subclass of `Core` whose `Config` is a dataclass.
+        ConfigError: the name is taken, or the class is no subclass of `Mechanism` whose `Config` is a dataclass.
     """
-    if name in _CORES or REGISTERED.get(name, core_class) is not core_class:
+    if name in _MECHANISMS or REGISTERED.get(name, mechanism_class) is not mechanism_class:
         raise ConfigError(f"register: there is a mixer {name!r} already")
-    REGISTERED[name] = _checked(core_class, f"register {name!r}")
+    REGISTERED[name] = _checked(mechanism_class, f"register {name!r}")
 
 
-def core_class(name: str, where: str = "mixer") -> type[Core]:
+def mechanism_class(name: str, where: str = "mixer") -> type[Mechanism]:
     """The class behind a name.
 
     Raises:
         ConfigError: no mechanism of that name (names the nearest), or one of an installed package that fails to load.
     """
-    if name in _CORES:
-        module, _, attribute = _CORES[name].partition(":")
-        builtin: type[Core] = getattr(importlib.import_module(module), attribute)
+    if name in _MECHANISMS:
+        module, _, attribute = _MECHANISMS[name].partition(":")
+        builtin: type[Mechanism] = getattr(importlib.import_module(module), attribute)
         return builtin
     if name in REGISTERED:
         return REGISTERED[name]
@@ -85,25 +85,25 @@ def core_class(name: str, where: str = "mixer") -> type[Core]:
     return _checked(loaded, origin)
 
 
-def _checked(loaded: Any, where: str) -> type[Core]:
+def _checked(loaded: Any, where: str) -> type[Mechanism]:
     """A class that is a mechanism, or an error."""
     if not (
         isinstance(loaded, type)
-        and issubclass(loaded, Core)
+        and issubclass(loaded, Mechanism)
         and dataclasses.is_dataclass(getattr(loaded, "Config", None))
     ):
-        raise ConfigError(f"{where}: {loaded!r} is not a subclass of Core with a dataclass Config")
+        raise ConfigError(f"{where}: {loaded!r} is not a subclass of Mechanism with a dataclass Config")
     return loaded
 
 
 def examples(name: str) -> tuple[dict[str, Any], ...]:
     """Small field sets that show every form of a mechanism (for 4 heads)."""
-    return core_class(name).examples
+    return mechanism_class(name).examples
 
 
-def build_core(name: str, shape: Shape, fields: dict[str, Any], where: str = "mixer") -> Core:
+def build_mechanism(name: str, shape: Shape, fields: dict[str, Any], where: str = "mixer") -> Mechanism:
     """A core by name, its fields checked."""
-    cls = core_class(name, where)
+    cls = mechanism_class(name, where)
     config: Any = from_dict(cls.Config, fields, name if where == "mixer" else f"{where} ({name})")
     return cls(shape, config)
 
@@ -153,7 +153,7 @@ def build(
     if not 0 <= dropout < 1:
         raise ConfigError(f"{name}: dropout = {dropout}: must be in [0, 1)")
     shape = Shape(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, causal=causal, rope=rope)
-    core = build_core(name, shape, fields)
+    core = build_mechanism(name, shape, fields)
     traits = core.traits
     projections = Projections(
         dim, num_heads, num_kv_heads, head_dim, bias, keys=traits.uses_keys, value_dim=traits.value_dim

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from longspan import state as states
 from longspan.contract.base import Shape
 from longspan.contract.maps import is_plain
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism
 
 NO_CONVERSION = (
     "it projects remembered hidden states again and scores positions by weights of its own, for which the weights of a "
@@ -37,7 +37,7 @@ def _sinusoid(distances: int, dim: int, dtype: str) -> Any:
     return np.concatenate([np.sin(angles), np.cos(angles)], 1)[:, :dim].astype(dtype)
 
 
-def carry_hidden(old: Tensor | None, x: Tensor, rows: Rows, capacity: int, segment: int) -> Tensor:
+def carry_hidden(old: Tensor | None, x: Tensor, rows: BatchLayout, capacity: int, segment: int) -> Tensor:
     """(batch, capacity, dim) hidden states of the next state; those before the open segment are cut off the graph.
 
     Args:
@@ -57,7 +57,7 @@ def carry_hidden(old: Tensor | None, x: Tensor, rows: Rows, capacity: int, segme
     return torch.where(is_open[..., None], carried, carried.detach())
 
 
-class RelativeCore(BoundedCore):
+class RelativeMechanism(BoundedMechanism):
     """A core whose scores have position terms.
 
     A subclass sets `reach` and, where distances are clamped, `clamp`.
@@ -76,7 +76,7 @@ class RelativeCore(BoundedCore):
         self.content_bias = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim).normal_(0, 0.02))
         self.position_bias = nn.Parameter(torch.empty(shape.num_heads, shape.head_dim).normal_(0, 0.02))
 
-    def relative(self, distances: int, rows: Rows) -> Tensor:
+    def relative(self, distances: int, rows: BatchLayout) -> Tensor:
         """(heads, distances, head_dim): the projected sinusoids, made in every call, as weights may change."""
         r: Tensor = self.r_proj(self._sinusoids(distances, rows))
         return self._spread(r.unflatten(-1, (self.shape.num_heads, self.shape.head_dim)).transpose(0, 1), distances, 1)
@@ -94,7 +94,7 @@ class RelativeCore(BoundedCore):
         width = shape.num_heads * shape.head_dim
         return q.shape[0] * (width + shape.num_heads * count) * shape.dim < count * width * (shape.dim + q.shape[0])
 
-    def position_scores(self, q: Tensor, distances: int, rows: Rows) -> Tensor:
+    def position_scores(self, q: Tensor, distances: int, rows: BatchLayout) -> Tensor:
         """(batch, heads, length, distances): (q + w) . r_t = ((q + w) W_r) . R_t; see `folds`."""
         heads, weight = self.shape.num_heads, self.r_proj.weight
         with torch.autocast(q.device.type, enabled=False):
@@ -107,7 +107,7 @@ class RelativeCore(BoundedCore):
         """How many of so many distances differ."""
         return min(distances, self.clamp + 1) if self.clamp else distances
 
-    def _sinusoids(self, distances: int, rows: Rows) -> Tensor:
+    def _sinusoids(self, distances: int, rows: BatchLayout) -> Tensor:
         """(different distances, dim), shared by the layers of a call."""
         count, dim = self.different_distances(distances), self.shape.dim
         # of the biases: an adapter or a quantized map may hide its weight or hold it in another type

@@ -2,10 +2,10 @@
 
 Reversible blocks recompute a layer from inputs that are reconstructed by subtraction, the same up to rounding only. A
 choice that depends on data (a bucket, a cluster, a top-k) may fall the other way there, and the gradient would be that
-of another function. So such blocks hand a `Choices` down with the layout of the call (`Rows.with_choices`), and cores
-make their choices through `Rows.choose`: it records them in the forward pass and gives them back in its recomputation.
-`lsh` and the strict form of `routing` do; what `memorizing`, "balanced" routing and "most_used" compression select
-inside their operations is selected again, so there a tie within rounding may fall the other way.
+of another function. So such blocks hand a `Choices` down with the layout of the call (`BatchLayout.with_choices`), and
+cores make their choices through `BatchLayout.choose`: it records them in the forward pass and gives them back in its
+recomputation. `lsh` and the strict form of `routing` do; what `memorizing`, "balanced" routing and "most_used"
+compression select inside their operations is selected again, so there a tie within rounding may fall the other way.
 
 Recorded choices are what the memory of reversible blocks still has of the depth: num_hashes x heads small integers a
 token for `lsh`, nothing for mixers that choose nothing. Kitaev et al. 2020 leave it open; their code and others record

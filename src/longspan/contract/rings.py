@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan import ops
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.state import may_overwrite, needs_grad
 
 
@@ -20,7 +20,7 @@ class RingState(NamedTuple):
     live: Tensor  # (batch,) live tokens
 
 
-def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: Rows) -> ops.LSHRings:
+def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows: BatchLayout) -> ops.LSHRings:
     """The rings after a call with keys and values (batch, the rings' heads, length, head_dim) in buckets (batch, the
     rings' heads, rounds, length); written in place where the caller has given them up.
     """

@@ -2,8 +2,8 @@
 
 The *position* of a token is the number of real tokens of its row since the row's last reset; padding has none. A call
 brings `x` (batch, columns, ...) with an optional mask (True = real token) and resets (True = a new document starts
-here), and a state that says how many live tokens each row already has. `Rows` gathers every row's real tokens to the
-front, so that mechanisms see contiguous rows, and knows for each token the column where its document starts.
+here), and a state that says how many live tokens each row already has. `BatchLayout` gathers every row's real tokens
+to the front, so that mechanisms see contiguous rows, and knows for each token the column where its document starts.
 
 Legend: B batch, N gathered columns (the most real tokens of any row), M columns of older keys in a state (newest
 last); a *key column* counts older keys first: the token in column t stands at key column M + t.
@@ -25,7 +25,7 @@ from longspan.host import Array
 T = TypeVar("T")
 
 
-class Rows:
+class BatchLayout:
     """The layout of one call.
 
     Attributes:
@@ -41,7 +41,7 @@ class Rows:
         shapes_only: there are no values (meta or fake tensors with a state): the call is laid out for its shapes alone.
 
     The host reads masks, resets, offsets and what else decides the layout (`reads`) once, when the call is laid out;
-    whatever layers ask of `Rows` needs no device afterwards.
+    whatever layers ask of `BatchLayout` needs no device afterwards.
 
     Args:
         offset: live tokens before the call.
@@ -153,7 +153,7 @@ class Rows:
         """A part of a state (B, ...) with `value` in rows whose last reset lies behind their last real token."""
         return t if self.emptied is None else t.masked_fill(self.emptied.view(-1, *(1,) * (t.ndim - 1)), value)
 
-    def with_choices(self, choices: Choices) -> "Rows":
+    def with_choices(self, choices: Choices) -> "BatchLayout":
         """The same layout for one layer whose discrete choices are recorded or replayed."""
         rows = copy.copy(self)
         rows.choices = choices
@@ -329,9 +329,9 @@ class Rows:
         return torch.cat(parts, -2)
 
     @host.eager
-    def segments(self, size: int) -> "Segments":
+    def segments(self, size: int) -> "SegmentLayout":
         """This call's tokens laid out over whole segments of `size` positions; made once and shared by all layers."""
-        return self.cached(("segments", size), lambda: Segments(self, size))
+        return self.cached(("segments", size), lambda: SegmentLayout(self, size))
 
 
 def _columns(t: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
@@ -344,7 +344,7 @@ def _columns(t: Tensor, index: Tensor, real: Tensor | None = None) -> Tensor:
     return picked if real is None else picked.masked_fill(~real.view(shape), 0)
 
 
-class Segments:
+class SegmentLayout:
     """Tokens spread over whole segments: every document begins at a segment border, holes fill what is left.
 
     The open segment's tokens from the state come first, so that column 0 is a border for every row. Because holes only
@@ -359,7 +359,7 @@ class Segments:
         real_read: its values on the host.
     """
 
-    def __init__(self, rows: Rows, size: int) -> None:
+    def __init__(self, rows: BatchLayout, size: int) -> None:
         self.rows, self.size = rows, size
         self.open = rows.opened(size)
         opened = rows.offsets % size

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from longspan import host, ops
 from longspan.contract.kv_cache import carry, join, rotate_by_column
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore, pairs_within
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism, pairs_within
 
 
 class SegmentState(NamedTuple):
     """The memory, and the keys of the open segment."""
 
-    values: Tensor  # (batch, kv_heads, features, head_dim), of `SegmentCore.memory_dtype`
+    values: Tensor  # (batch, kv_heads, features, head_dim), of `SegmentMechanism.memory_dtype`
     keys: Tensor  # (batch, kv_heads, features), the same
     # (batch, kv_heads, segment - 1, head_dim), before positions, newest last; the open segment's are among them
     k: Tensor
@@ -36,7 +36,7 @@ Local = tuple[Tensor, Tensor] | None
 Operation = Callable[..., tuple[Tensor, ops.SegmentMemory]]
 
 
-class SegmentCore(BoundedCore):
+class SegmentMechanism(BoundedMechanism):
     """A core whose memory is read within a segment and written when it closes.
 
     A subclass sets `segment` and `features`, and writes `operations` and `memory_cost`.
@@ -60,9 +60,9 @@ class SegmentCore(BoundedCore):
         """Multiply-adds of the memory of one kv head and its queries, and local score entries of one query head."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: SegmentState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, SegmentState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         segment, before = self.segment, None
         if state is not None:
             dtype = self.memory_dtype(k.device, k.dtype)
@@ -95,7 +95,7 @@ class SegmentCore(BoundedCore):
         memory_values, memory_keys = rows.clear_reset(memory.values), rows.clear_reset(memory.keys)
         return out, self.State(memory_values, memory_keys, *carry(state, k, v, rows, segment - 1), rows.live)
 
-    def _turned(self, q: Tensor, k: Tensor, rows: Rows, period: int | None) -> Local:
+    def _turned(self, q: Tensor, k: Tensor, rows: BatchLayout, period: int | None) -> Local:
         """q and k with RoPE, where the model has it, by columns (modulo `period`)."""
         if self.shape.rope is None or not q.shape[2]:
             return None

@@ -3,10 +3,10 @@
 import torch
 
 from longspan import state as states
-from longspan.contract.base import Core
+from longspan.contract.base import Mechanism
 
 
-class BoundedCore(Core):
+class BoundedMechanism(Mechanism):
     """A core whose state is as large at any length as it is for an empty past."""
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:

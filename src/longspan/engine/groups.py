@@ -341,7 +341,7 @@ def group_attention(
     num_groups: int,
     window: int,
     causal: bool = True,
-    itself: bool = True,
+    include_self: bool = True,
     scale: float | None = None,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
@@ -350,7 +350,8 @@ def group_attention(
     """Attention to the last `window` members of the query's own group.
 
     With the rank of a column among the real columns of its group: causal, rank_i - window < rank_j <= rank_i; without
-    `itself` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `itself` but not 0.
+    `include_self` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `include_self`
+    but not 0.
 
     Args:
         q: (batch, heads, length, head_dim).
@@ -361,7 +362,7 @@ def group_attention(
         num_groups: how many groups there may be: a constant, as shapes depend on it.
         window: see above.
         causal: see above; the bidirectional form takes no older keys.
-        itself: whether a query sees its own key.
+        include_self: whether a query sees its own key.
         scale: factor of the scores; default head_dim ** -0.5.
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
         start: (batch, length) first visible key column of each query; None = no limit. Causal only.
@@ -393,19 +394,21 @@ def group_attention(
         group = group.masked_fill(column < (memory - memory_lengths)[:, None, None], num_groups)
     of_keys = group[:, :, None]
     of_queries = of_keys[..., memory:] if memory else of_keys
-    reach = group_reach(min(window, columns), causal=causal, itself=itself)
+    reach = group_reach(min(window, columns), causal=causal, include_self=include_self)
     schedules = nearest_members(of_queries, of_keys, num_groups, reach, first_column=start)
     out, lse = attend_blocks(q, (k,), (v,), schedules, default_scale(q, scale))
     return out.masked_fill(sees_none(lse)[..., None], 0)
 
 
-def group_reach(window: int, *, causal: bool, itself: bool) -> Reach:
+def group_reach(window: int, *, causal: bool, include_self: bool) -> Reach:
     """What `group_attention` lets a query see."""
-    before = window if causal and not itself else window - 1
-    return Reach(before, None if causal else before, itself)
+    before = window if causal and not include_self else window - 1
+    return Reach(before, None if causal else before, include_self)
 
 
-def group_attention_cost(length: int, *, num_groups: int, window: int, causal: bool = True, itself: bool = True) -> int:
+def group_attention_cost(
+    length: int, *, num_groups: int, window: int, causal: bool = True, include_self: bool = True
+) -> int:
     """Score entries computed per head by `group_attention` without older keys: the sum of its tiles.
 
     Args:
@@ -413,7 +416,7 @@ def group_attention_cost(length: int, *, num_groups: int, window: int, causal: b
         num_groups: see `group_attention`.
         window: see `group_attention`.
         causal: see `group_attention`.
-        itself: see `group_attention`.
+        include_self: see `group_attention`.
     """
-    reach = group_reach(min(window, length), causal=causal, itself=itself)
+    reach = group_reach(min(window, length), causal=causal, include_self=include_self)
     return nearest_entries(length, num_groups, reach, shared=True)

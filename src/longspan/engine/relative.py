@@ -32,8 +32,8 @@ def relative_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
-    border: int | Tensor | None = None,
-    stale: tuple[Tensor, Tensor] | None = None,
+    segment_start: int | Tensor | None = None,
+    detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, linear in the length where a window is given.
 
@@ -52,29 +52,31 @@ def relative_attention(
         lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
         start: (batch, length) first visible key column of each query; None = no limit.
         memory_lengths: (batch,) how many of the older keys are real, newest last; None = all.
-        border: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key columns.
-        stale: (k, v) of the same values as k and v. Pairs whose key lies before the border of their query send their
+        segment_start: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key
+            columns.
+        detached_kv: (k, v) of the same values as k and v. Pairs whose key lies before `segment_start` of their query
+            send their
             gradients here and not to k and v: memory across a segment border is read, not trained through.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
     """
-    _check(q, k, r, content_bias, position_bias, window, segment, border, stale)
+    _check(q, k, r, content_bias, position_bias, window, segment, segment_start, detached_kv)
     segment = None if window is None else segment
     keep = None if window is None else (window - 1 if segment is None else window)
     call = read_call(q, k, v, causal=True, keep=keep, lengths=lengths, start=start, memory_lengths=memory_lengths)
     scale = default_scale(q, scale)
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
-    older: tuple[Tensor, ...] = () if stale is None or border is None else stale
+    older: tuple[Tensor, ...] = () if detached_kv is None or segment_start is None else detached_kv
     if is_decode(call, r, content_bias, position_bias, *older):
         with flash.full_precision(q.device):
             moved = call.q + position_bias.to(q.dtype)[:, None]
             return _decode(call, torch.matmul(moved, r[:, : call.k.shape[2]].to(q.dtype).mT), content_bias, scale)
-    if isinstance(border, Tensor):
-        dropped, read = call.dropped, host.values(border)
-        border = host.remember(border - dropped, None if read is None else read - dropped)
-    cut = border if older and isinstance(border, int) else None
+    if isinstance(segment_start, Tensor):
+        dropped, read = call.dropped, host.values(segment_start)
+        segment_start = host.remember(segment_start - dropped, None if read is None else read - dropped)
+    cut = segment_start if older and isinstance(segment_start, int) else None
     size = q.shape[2], call.memory, window, segment
     forward, backward = _plan(FORWARD_TILE, *size), _plan(BACKWARD_TILE, *size, cut=cut)
     tiles = Round(forward, backward, call.visibility, partial(RelativeScores, scale=scale))
@@ -85,7 +87,7 @@ def relative_attention(
         content,
         call.k,
         call.v,
-        Schedule((tiles,), scale, border if older else None),
+        Schedule((tiles,), scale, segment_start if older else None),
         position,
         farthest_first(r, distances),
         detached=detached,
@@ -125,19 +127,19 @@ def _check(
     position_bias: Tensor,
     window: int | None,
     segment: int | None,
-    border: int | Tensor | None,
-    stale: tuple[Tensor, Tensor] | None,
+    segment_start: int | Tensor | None,
+    detached_kv: tuple[Tensor, Tensor] | None,
 ) -> None:
     heads, dim = q.shape[1], q.shape[-1]
     if r.ndim != 3 or r.shape[0] != heads or r.shape[2] != dim or r.shape[1] < 1:
         raise ConfigError(f"r must be (heads, distances, head_dim) = ({heads}, >= 1, {dim}), got {tuple(r.shape)}")
     if content_bias.shape != (heads, dim) or position_bias.shape != (heads, dim):
         raise ConfigError(f"content_bias and position_bias must be (heads, head_dim) = ({heads}, {dim})")
-    if stale is not None and (stale[0].shape != k.shape or stale[1].shape[:3] != k.shape[:3]):
-        raise ConfigError("stale must be (k, v) of the shapes of k and v")
+    if detached_kv is not None and (detached_kv[0].shape != k.shape or detached_kv[1].shape[:3] != k.shape[:3]):
+        raise ConfigError("detached_kv must be (k, v) of the shapes of k and v")
     if window is not None:
         check_positive("window", window + (segment is not None))
-    for name, value in (("segment", segment), ("border", border)):
+    for name, value in (("segment", segment), ("segment_start", segment_start)):
         if isinstance(value, int):
             check_positive(name, value)
 

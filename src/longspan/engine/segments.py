@@ -21,7 +21,7 @@ class SegmentMemory(NamedTuple):
 
     Attributes:
         values: (batch, kv_heads, features, head_dim).
-        keys: (batch, kv_heads, features), their normaliser.
+        keys: (batch, kv_heads, features), their normalizer.
         written: (batch,) int64, segments written since the document began; 0: the memory is empty.
     """
 
@@ -41,7 +41,7 @@ class Rule(Protocol):
         """Rows of the memory."""
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Of values and normaliser, for these values."""
+        """Of values and normalizer, for these values."""
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
         """q and inside (batch, heads, size, dim) to the output of a segment."""

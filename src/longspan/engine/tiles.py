@@ -62,14 +62,14 @@ class Plan(NamedTuple):
 
     Where a plan says no more, d = memory + i - c for query i and key column c.
 
-    Without `itself` they may not where d = 0.
+    Without `include_self` they may not where d = 0.
     """
 
     runs: tuple[Run, ...]
     memory: int
     nearest: int | None
     farthest: int | None
-    itself: bool = True
+    include_self: bool = True
 
     def pairs(self) -> int:
         """Score entries computed per head: the sum over tiles of queries x keys."""
@@ -270,7 +270,7 @@ class Bands:
         plan, offset = self.plan, run.offset
         early = plan.nearest is not None and offset - run.keys + 1 < plan.nearest
         late = plan.farthest is not None and offset + run.queries - 1 > plan.farthest
-        return None if plan.itself and not early and not late else self.by_distance(run)
+        return None if plan.include_self and not early and not late else self.by_distance(run)
 
     def _added(self, distance: Tensor) -> Tensor:
         hidden = plan_hides(self.plan, distance)
@@ -284,7 +284,7 @@ def plan_hides(plan: Plan, distance: Tensor) -> Tensor:
         hidden |= distance < plan.nearest
     if plan.farthest is not None:
         hidden |= distance > plan.farthest
-    if not plan.itself:
+    if not plan.include_self:
         hidden |= distance == 0
     return hidden
 

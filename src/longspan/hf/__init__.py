@@ -15,7 +15,7 @@ except ImportError as error:
 
 from longspan.hf.cache import StateCache, StateLayer
 from longspan.hf.config import LongspanConfig
-from longspan.hf.convert import Report, after_step, convert, cores, parameter_groups, penalties, revert
+from longspan.hf.convert import Report, after_step, aux_losses, convert, mechanisms, parameter_groups, revert
 from longspan.hf.decoder import ConvertedDecoder
 from longspan.hf.import_checkpoint import import_checkpoint
 from longspan.hf.loading import load, register
@@ -38,12 +38,12 @@ __all__ = [
     "StateLayer",
     "TrainerLoss",
     "after_step",
+    "aux_losses",
     "convert",
-    "cores",
     "import_checkpoint",
     "load",
+    "mechanisms",
     "parameter_groups",
-    "penalties",
     "revert",
 ]
 

@@ -16,7 +16,7 @@ from longspan.hf.cache import CACHE, CACHE_NAMES, StateCache, own_cache, take_ca
 from longspan.hf.families import AttentionModules, find
 from longspan.hf.keywords import PASSED_ON, known_keywords, settle_keywords
 from longspan.hf.positions import PACKING, Documents, Past, documents
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 
 _OWN_KEYWORDS = ("mask", "reset")
 
@@ -30,7 +30,7 @@ class Call:
         before: the state of each converted layer, by its index.
         after: the same behind the call, filled by the layers.
         devices: where each layer worked on its state.
-        penalties: auxiliary losses.
+        aux_losses: auxiliary losses.
         graph: a graph is built.
         shift: as in `StateCache`, behind the call.
         first_columns: (batch, length) the column, earlier calls counted, at which the document of each token begins;
@@ -38,11 +38,11 @@ class Call:
         offloading: states wait on the CPU while their layer does not run.
     """
 
-    rows: Rows
+    rows: BatchLayout
     before: dict[int, Any]
     after: dict[int, Any] = field(default_factory=dict)
     devices: dict[int, torch.device] = field(default_factory=dict)
-    penalties: list[Tensor] = field(default_factory=list)
+    aux_losses: list[Tensor] = field(default_factory=list)
     graph: bool = field(default_factory=torch.is_grad_enabled)
     shift: Tensor | None = None
     first_columns: Tensor | None = None
@@ -163,7 +163,7 @@ def _lay_out(
     reads: dict[Hashable, Tensor] = {}
     for index, core in modules.cores.items():
         reads |= core.layout_inputs(before.get(index))
-    rows = Rows(live, inputs.shape[1], packed.mask, packed.reset, reads=reads)
+    rows = BatchLayout(live, inputs.shape[1], packed.mask, packed.reset, reads=reads)
     whole = len(modules.cores) == len(modules.attentions)
     if packed.positions is not None:
         keywords["position_ids"] = packed.positions
@@ -184,7 +184,7 @@ def _lay_out(
     return call, packed.mask
 
 
-def _count(rows: Rows, shift: Tensor | None) -> Tensor:
+def _count(rows: BatchLayout, shift: Tensor | None) -> Tensor:
     """Positions (batch, columns) by the rows; documents from before the call go on as the caller counted them."""
     positions = rows.positions.expand(rows.batch, -1)
     if shift is not None:

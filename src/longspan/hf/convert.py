@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from longspan import host
 from longspan import state as states
 from longspan.config import to_dict
-from longspan.contract.base import Core, Hidden
+from longspan.contract.base import Hidden, Mechanism
 from longspan.contract.maps import place_of
-from longspan.contract.registry import build_core, core_class
+from longspan.contract.registry import build_mechanism, mechanism_class
 from longspan.errors import ConfigError, UnsupportedError
+from longspan.hf.aux_losses import LastAuxLosses
 from longspan.hf.cache import on_device, take_cache
 from longspan.hf.calls import Call, check_caches, prepare_call
 from longspan.hf.converted_config import CORE, mark, unmark
 from longspan.hf.families import Family, find
-from longspan.hf.penalties import LastPenalties
 from longspan.hf.resting import Resting, put_aside, wake
 from longspan.models.backbone import groups_of
 from longspan.models.wrappers import inside, unwrapped
@@ -58,7 +58,7 @@ class Report:
 class Converted(Resting):
     """Stands before the class of a converted attention module; see `convert`."""
 
-    longspan: Core
+    longspan: Mechanism
     longspan_family: Family
     longspan_index: int
 
@@ -80,12 +80,12 @@ class Converted(Resting):
         q, k, v = self.longspan_family.project(self, x, traits.uses_keys)
         hidden = Hidden(x, self.longspan_keys_values) if traits.receives_hidden else None
         # what is made again in a backward pass was appended already
-        penalties: list[Tensor] = [] if states.recomputing() else longspan_call.penalties
-        known = len(penalties)
+        aux_losses: list[Tensor] = [] if states.recomputing() else longspan_call.aux_losses
+        known = len(aux_losses)
         before = on_device(longspan_call.before.get(index), hidden_states.device)
-        out, next_state = self.longspan.run(q, k, v, before, rows, hidden=hidden, penalties=penalties)
+        out, next_state = self.longspan.run(q, k, v, before, rows, hidden=hidden, aux_losses=aux_losses)
         if longspan_call.graph and not torch.is_grad_enabled() and self.longspan.training:
-            _check_reentry(self.longspan, len(penalties) > known)
+            _check_reentry(self.longspan, len(aux_losses) > known)
         longspan_call.finish(index, next_state, hidden_states.device)
         # gates and projections may be of another precision than the model
         y = self.longspan_family.output(self, out.to(hidden_states.dtype))
@@ -98,7 +98,7 @@ class Converted(Resting):
         return k[:, part], v[:, part]
 
 
-def _check_reentry(core: Core, penalised: bool) -> None:
+def _check_reentry(core: Mechanism, penalised: bool) -> None:
     """Refuse what trains without a graph inside a call that has one.
 
     Raises:
@@ -119,9 +119,9 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
             GPT-2, BERT and those built alike (`longspan.hf.families`). Changed in place; `revert` undoes it.
         name: of the mixer. Those whose traits are not `convertible` (`transformer_xl`) cannot be used.
         layers: which; negative ones count from the end; None = all.
-        fields: of the mixer; some begin elsewhere than in a new model (`Core.conversion_fields`). The gates of `infini`
-            and `memorizing` begin at -4, so that a text of one segment gives the original logits and a longer one
-            nearly those of local attention; `lsh` and `routing` use the model's keys.
+        fields: of the mixer; some begin elsewhere than in a new model (`Mechanism.conversion_fields`). The gates of
+            `infini` and `memorizing` begin at -4, so that a text of one segment gives the original logits and a longer
+            one nearly those of local attention; `lsh` and `routing` use the model's keys.
 
     Returns:
         What was done.
@@ -139,7 +139,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     cores = {}
     for index in chosen:
         attention = modules.attentions[index]
-        core = build_core(name, modules.family.shape(model, attention), dict(fields), f"convert to {name}")
+        core = build_mechanism(name, modules.family.shape(model, attention), dict(fields), f"convert to {name}")
         _check_fit(name, core, modules.family, model.config.model_type)
         cores[index] = core.to(place_of(attention).device)
     for index, core in cores.items():
@@ -168,7 +168,7 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     return report
 
 
-def _check_fit(name: str, core: Core, family: Family, model_type: str) -> None:
+def _check_fit(name: str, core: Mechanism, family: Family, model_type: str) -> None:
     """Refuse a mechanism that a pretrained model of this family cannot hold.
 
     Raises:
@@ -207,11 +207,11 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields with what conversions begin from, in the parts of `heads` too."""
-    merged = core_class(name, "convert").conversion_fields | fields
-    if isinstance(merged.get("parts"), list | tuple):
-        merged["parts"] = [
+    merged = mechanism_class(name, "convert").conversion_fields | fields
+    if isinstance(merged.get("mixers"), list | tuple):
+        merged["mixers"] = [
             _defaults(part["name"], part) if isinstance(part, dict) and isinstance(part.get("name"), str) else part
-            for part in merged["parts"]
+            for part in merged["mixers"]
         ]
     return merged
 
@@ -237,7 +237,7 @@ def revert(model: Any) -> None:
     unmark(model.config)
 
 
-def cores(model: Any) -> dict[int, Core]:
+def mechanisms(model: Any) -> dict[int, Mechanism]:
     """The cores of a converted model, by layer; empty where it is not converted."""
     return find(unwrapped(model)).cores
 
@@ -281,22 +281,22 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     if cache is not None:
         call.advance(cache)
         cache.end()
-    base.__dict__["longspan_penalties"] = LastPenalties(call.penalties, output[0])
+    base.__dict__["longspan_penalties"] = LastAuxLosses(call.aux_losses, output[0])
 
 
-def penalties(model: Any) -> list[Tensor]:
+def aux_losses(model: Any) -> list[Tensor]:
     """Auxiliary losses of a converted model's last call (spans, commitment), to be added to the loss.
 
     They can be trained through while the call's output, or a loss made of it, exists; later their values are left.
     """
     inner = unwrapped(model)
-    last: LastPenalties | None = find(inner).family.base(inner).__dict__.get("longspan_penalties")
+    last: LastAuxLosses | None = find(inner).family.base(inner).__dict__.get("longspan_penalties")
     return [] if last is None else last.read()
 
 
 def after_step(model: Any, step: int, generator: torch.Generator | None = None) -> None:
     """Call after each optimiser step (1, 2, ...): clamps, redraws, statistics of every converted layer."""
-    for core in cores(model).values():
+    for core in mechanisms(model).values():
         core.after_step(step, generator)
 
 
@@ -307,4 +307,4 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> lis
         model: converted, perhaps inside PEFT; parameters that need no gradient are left out.
         lr, weight_decay: of the run.
     """
-    return groups_of(model, cores(model).values(), lr=lr, weight_decay=weight_decay)
+    return groups_of(model, mechanisms(model).values(), lr=lr, weight_decay=weight_decay)

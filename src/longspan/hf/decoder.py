@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from longspan.contract.base import Core, Traits, merge_traits, why_no_stream
+from longspan.contract.base import Mechanism, Traits, merge_traits, why_no_stream
 from longspan.contract.maps import place_of
 from longspan.errors import CheckpointError, ConfigError, DataError, UnsupportedError
 from longspan.hf.cache import CACHE, StateCache, StateLayer
-from longspan.hf.convert import after_step, cores, parameter_groups
-from longspan.hf.convert import penalties as last_penalties
+from longspan.hf.convert import after_step, mechanisms, parameter_groups
+from longspan.hf.convert import aux_losses as last_aux_losses
 from longspan.hf.families import find
 from longspan.hf.loading import load
 from longspan.hf.modeling import LongspanForCausalLM, LongspanPreTrainedModel
@@ -29,7 +29,7 @@ class CallOptions(TypedDict, total=False):
 
     mask: Tensor | None
     reset: Tensor | None
-    penalties: list[Tensor] | None
+    aux_losses: list[Tensor] | None
 
 
 class ConvertedDecoder(nn.Module):
@@ -46,7 +46,7 @@ class ConvertedDecoder(nn.Module):
         super().__init__()
         # adapters of PEFT act inside the model of transformers
         model = self.inner = unwrapped(model)
-        layers, modules = cores(model), find(model)
+        layers, modules = mechanisms(model), find(model)
         if unconverted := len(modules.attentions) - len(layers):
             raise UnsupportedError(f"{unconverted} layers of this model still keep every key; convert all of them")
         if not self.traits.streams:
@@ -55,9 +55,9 @@ class ConvertedDecoder(nn.Module):
             raise UnsupportedError("this model sees both sides of every token and does not stream")
 
     @property
-    def layers(self) -> list[Core]:
+    def layers(self) -> list[Mechanism]:
         """The cores, in order."""
-        return list(cores(self.inner).values())
+        return list(mechanisms(self.inner).values())
 
     @property
     def traits(self) -> Traits:
@@ -153,12 +153,12 @@ class ConvertedDecoder(nn.Module):
         columns = int(before.live.max())
         for slot, layer_state in zip(slots, before.layers, strict=True):
             slot.state, slot.columns, slot.is_initialized = layer_state, columns, True
-        mask, penalties = call.get("mask"), call.get("penalties")
+        mask, aux_losses = call.get("mask"), call.get("aux_losses")
         options |= {"attention_mask": None if mask is None else mask.long(), "reset": call.get("reset"), CACHE: cache}
         with all_or_nothing():
             out = model(tokens, use_cache=True, **options)
-            if penalties is not None:
-                penalties.extend(last_penalties(self.inner))
+            if aux_losses is not None:
+                aux_losses.extend(last_aux_losses(self.inner))
             next_states = tuple(slot.state for slot in slots)
             return out, StackState(next_states, next_states[0].live)
 
@@ -176,7 +176,7 @@ def open_for_streams(model: Any) -> Any:
     head: Any = model.get_output_embeddings
     if isinstance(model, LongspanPreTrainedModel) or head() is None:
         raise UnsupportedError(f"StreamSession predicts the next token; {type(model).__name__} has no such head")
-    if not cores(model):
+    if not mechanisms(model):
         raise UnsupportedError(
             f"this {type(model).__name__} keeps every key; convert it first: longspan.hf.convert(model, MIXER)"
         )

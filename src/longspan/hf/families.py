@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.contract.base import Core, Shape
+from longspan.contract.base import Mechanism, Shape
 from longspan.errors import UnsupportedError
 
 
@@ -202,7 +202,7 @@ class AttentionModules:
     attentions: list[Any]
 
     @property
-    def cores(self) -> dict[int, Core]:
+    def cores(self) -> dict[int, Mechanism]:
         """The mechanisms of converted attention modules, by layer."""
         return {
             index: attention.longspan

@@ -17,11 +17,11 @@ _IGNORED = -100
 _PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
-def with_auxiliary(loss: Tensor, penalties: list[Tensor] | None, share: Tensor | float) -> Tensor:
+def with_auxiliary(loss: Tensor, aux_losses: list[Tensor] | None, share: Tensor | float) -> Tensor:
     """A loss and the auxiliary ones of its call, of which only a share counts."""
-    if not penalties:
+    if not aux_losses:
         return loss
-    auxiliary = torch.stack(penalties).sum()
+    auxiliary = torch.stack(aux_losses).sum()
     return loss + (auxiliary * (share.to(auxiliary.device) if isinstance(share, Tensor) else share)).to(loss.device)
 
 

@@ -27,7 +27,7 @@ from longspan.hf.outputs import (
     take_options,
 )
 from longspan.hf.positions import PACKING, Documents, Past, documents
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.models import Decoder, RecurrentMemory, build_model, describe_model
 from longspan.models.tables import as_kind
 from longspan.state import all_or_nothing
@@ -171,7 +171,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                 "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
                 "leave position_ids out, or begin at 0 (padding goes by attention_mask)"
             )
-        penalties: list[Tensor] | None = [] if self.training else None
+        aux_losses: list[Tensor] | None = [] if self.training else None
         if isinstance(self.model, RecurrentMemory):
             if input_ids is None:
                 raise UnsupportedError("a recurrent memory keeps the tokens of its open segment: give input_ids")
@@ -180,22 +180,22 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
                     "output_hidden_states: a recurrent memory runs its layers once a segment, memory tokens included; "
                     "model.model.hidden(tokens) gives the last hidden states"
                 )
-            call: dict[str, Any] = {"mask": packed.mask, "reset": packed.reset, "penalties": penalties}
+            call: dict[str, Any] = {"mask": packed.mask, "reset": packed.reset, "aux_losses": aux_losses}
             (h, seen), state, rows = self.model.run(input_ids, state, **call, flush=self._flush, traces=None)
             h, layers = h if seen is None else h.masked_fill(~seen, 0), None
         else:
             layer_inputs: list[Tensor] | None = [] if hidden_states else None
             with all_or_nothing():
                 h, state, rows = self.model.run(
-                    input_ids, state, packed.mask, packed.reset, penalties, inputs_embeds, inputs=layer_inputs
+                    input_ids, state, packed.mask, packed.reset, aux_losses, inputs_embeds, inputs=layer_inputs
                 )
             layers = None if layer_inputs is None else tuple(rows.scatter(hidden) for hidden in (*layer_inputs, h))
-        if penalties and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
+        if aux_losses and labels is None and "num_items_in_batch" in keywords and not self.auxiliary_is_read:
             _LOGGER.warning_once(
                 "the Trainer took the labels away (label smoothing, or compute_loss_func), so the auxiliary losses of "
                 "mixers are not trained; pass compute_loss_func=longspan.hf.TrainerLoss(model, label_smoothing=...)"
             )
-        return _Read(packed, h, state, rows, layers, penalties)
+        return _Read(packed, h, state, rows, layers, aux_losses)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute blocks in the backward pass (always without re-entry)."""
@@ -226,15 +226,15 @@ class _Read(NamedTuple):
         state: the next one.
         rows: where the real tokens are.
         layers: (B, N, dim) hidden states before each layer and at the end, zeros at padding; None = not wanted.
-        penalties: auxiliary losses; None where the model does not train.
+        aux_losses: auxiliary losses; None where the model does not train.
     """
 
     documents: Documents
     hidden: Tensor
     state: Any
-    rows: Rows
+    rows: BatchLayout
     layers: tuple[Tensor, ...] | None
-    penalties: list[Tensor] | None
+    aux_losses: list[Tensor] | None
 
 
 def _inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -321,19 +321,21 @@ class LongspanForCausalLM(LongspanPreTrainedModel, StateGeneration, GenerationMi
             logits = self._logits(read.rows.scatter(read.hidden)[:, columns], real)
         else:
             logits = read.rows.scatter(self._logits(read.hidden))
-            loss = self._loss(logits, labels, read.penalties, kwargs)
+            loss = self._loss(logits, labels, read.aux_losses, kwargs)
             logits = logits[:, columns]
         returned: dict[str, Any] = {CACHE: carried} if returns_cache else {}
         output = LongspanCausalOutput(
-            loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(read.penalties), **returned
+            loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(read.aux_losses), **returned
         )
         return output.to_tuple() if options.as_tuple else output
 
-    def _loss(self, logits: Tensor, labels: Tensor, penalties: list[Tensor] | None, keywords: dict[str, Any]) -> Tensor:
+    def _loss(
+        self, logits: Tensor, labels: Tensor, aux_losses: list[Tensor] | None, keywords: dict[str, Any]
+    ) -> Tensor:
         """Of the next tokens, with the auxiliary losses of the mixers."""
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **keywords)
         scored = next_labels(labels, keywords.get("shift_labels"))
-        return with_auxiliary(loss, penalties, share_of_step(scored, **counting(keywords)))
+        return with_auxiliary(loss, aux_losses, share_of_step(scored, **counting(keywords)))
 
     def _logits(self, h: Tensor, real: Tensor | None = None) -> Tensor:
         """Hidden states (B, N, dim) to logits, zeros where `real` (B, N) is False."""
@@ -379,14 +381,14 @@ class _WholeTexts(LongspanPreTrainedModel):  # type: ignore[no-untyped-call]
         options = take_options(kwargs, self.config)
         packing = {"attention_mask": attention_mask, "mask": mask, "reset": reset, "position_ids": position_ids}
         read = self._read(input_ids, inputs_embeds, packing, kwargs, labels=labels, hidden_states=options.hidden_states)
-        logits, loss, penalties = self._logits(read.hidden, read.rows), None, read.penalties
+        logits, loss, aux_losses = self._logits(read.hidden, read.rows), None, read.aux_losses
         if labels is not None:
             loss = self._loss(logits, labels, kwargs)
-            loss = with_auxiliary(loss, penalties, share_of_step(labels, **counting(kwargs)))
-        output = self.output_class(loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(penalties))
+            loss = with_auxiliary(loss, aux_losses, share_of_step(labels, **counting(kwargs)))
+        output = self.output_class(loss=loss, logits=logits, hidden_states=read.layers, aux_loss=auxiliary(aux_losses))
         return output.to_tuple() if options.as_tuple else output
 
-    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
+    def _logits(self, h: Tensor, rows: BatchLayout) -> Tensor:
         """Of hidden states (B, N, dim), gathered."""
         raise NotImplementedError
 
@@ -401,7 +403,7 @@ class LongspanForMaskedLM(_WholeTexts):  # type: ignore[no-untyped-call]
     loss_kind = "ForMaskedLM"
     output_class = LongspanMaskedOutput
 
-    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
+    def _logits(self, h: Tensor, rows: BatchLayout) -> Tensor:
         return rows.scatter(self.model.logits(h))
 
     def _loss(self, logits: Tensor, labels: Tensor, keywords: dict[str, Any]) -> Tensor:
@@ -427,7 +429,7 @@ class LongspanForSequenceClassification(_WholeTexts):  # type: ignore[no-untyped
         nn.init.normal_(self.score.weight, std=0.02)
         nn.init.zeros_(self.score.bias)
 
-    def _logits(self, h: Tensor, rows: Rows) -> Tensor:
+    def _logits(self, h: Tensor, rows: BatchLayout) -> Tensor:
         pooled = self._pooled(h, rows)
         if isinstance(self._stack, Decoder):
             pooled = with_gradients(pooled, self._stack.output_parameters())  # nothing makes logits of tokens
@@ -437,7 +439,7 @@ class LongspanForSequenceClassification(_WholeTexts):  # type: ignore[no-untyped
     def _loss(self, logits: Tensor, labels: Tensor, keywords: dict[str, Any]) -> Tensor:
         return classification_loss(self.loss_function, logits, labels, self.config, **counting(keywords))
 
-    def _pooled(self, h: Tensor, rows: Rows) -> Tensor:
+    def _pooled(self, h: Tensor, rows: BatchLayout) -> Tensor:
         """What the head reads (batch, hidden_dim); zeros where a row has no real token."""
         columns, count = torch.arange(h.shape[1], device=h.device), rows.real_tokens()[:, None]
         inside = columns == count - 1 if self._stack.causal else columns < count

@@ -73,6 +73,6 @@ def kept_columns(logits_to_keep: int | Tensor) -> slice | Tensor:
     return logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
 
 
-def auxiliary(penalties: list[Tensor] | None) -> Tensor | None:
+def auxiliary(aux_losses: list[Tensor] | None) -> Tensor | None:
     """The sum of what mixers appended in a call; None where there is nothing."""
-    return torch.stack(penalties).sum() if penalties else None
+    return torch.stack(aux_losses).sum() if aux_losses else None

@@ -31,7 +31,7 @@ class PublishedConfig:
         if dropped:
             warnings.warn(
                 f"{self.where}: {', '.join(dropped)} is not taken over, as no mixer drops attention weights: the same "
-                "model in evaluation, less regularised in training",
+                "model in evaluation, less regularized in training",
                 stacklevel=2,
             )
 

@@ -121,7 +121,7 @@ def _mixer(table: PublishedConfig, kind: str, index: int) -> dict[str, Any]:
         "num_hashes": 1,
         "num_buckets": _buckets(table),
         "selection": "sorted",
-        "redraw": 1 if table.config.get("hash_seed") is None else 0,  # drawn anew in every call
+        "redraw_every": 1 if table.config.get("hash_seed") is None else 0,  # drawn anew in every call
         "seed": index,
     }
 

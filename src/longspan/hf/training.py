@@ -10,8 +10,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longspan.errors import ConfigError, DataError, UnsupportedError
-from longspan.hf.convert import after_step, cores
-from longspan.hf.convert import penalties as last_penalties
+from longspan.hf.convert import after_step, mechanisms
+from longspan.hf.convert import aux_losses as last_aux_losses
 from longspan.hf.losses import classification_loss, next_labels, share_of_step
 from longspan.hf.modeling import LongspanPreTrainedModel
 from longspan.hf.outputs import auxiliary
@@ -37,7 +37,7 @@ class AfterStep(TrainerCallback):
         inner = unwrapped(model)
         if isinstance(inner, LongspanPreTrainedModel):
             inner.model.after_step(state.global_step, generator)
-        elif cores(inner):
+        elif mechanisms(inner):
             after_step(inner, state.global_step, generator)
 
 
@@ -86,7 +86,7 @@ class TrainerLoss:
         if not inner.training:
             return loss
         own = isinstance(inner, LongspanPreTrainedModel)
-        extra = outputs.get("aux_loss") if own else auxiliary(last_penalties(inner))
+        extra = outputs.get("aux_loss") if own else auxiliary(last_aux_losses(inner))
         return loss if extra is None else loss + extra * share_of_step(scored, num_items_in_batch)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longspan.errors import CheckpointError, ConfigError, UnsupportedError
 from longspan.hf.published import PublishedConfig, Renaming
-from longspan.mechanisms.transformer_xl.layer import TransformerXLCore, TransformerXLState
+from longspan.mechanisms.transformer_xl.layer import TransformerXLMechanism, TransformerXLState
 from longspan.models import Decoder, DecoderConfig, StackState, load_weights
 
 _WHERE = "import_checkpoint: transfo-xl"
@@ -66,7 +66,7 @@ def zero_memory(model: Decoder, batch_size: int = 1) -> StackState:
     cores = model.cores()
     layers: list[TransformerXLState] = []
     for block, core in zip(model.layers, cores, strict=True):
-        if not isinstance(core, TransformerXLCore) or core.config.memory != "hidden":
+        if not isinstance(core, TransformerXLMechanism) or core.config.cache != "hidden":
             raise UnsupportedError("zero_memory: every layer must be transformer_xl with memory = 'hidden'")
         empty = block.mixer.init_state(batch_size)
         # a pre-norm block's memory holds what its norm makes of the zeros

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from longspan.contract.base import Core, Hidden, Mixer, ParameterGroup, Shape, Traits, with_penalties
+from longspan.contract.base import Hidden, Mechanism, Mixer, ParameterGroup, Shape, Traits, with_aux_losses
 from longspan.contract.projections import Projections
 from longspan.contract.registry import build, examples, names, register
-from longspan.contract.rows import Rows, Segments
+from longspan.contract.rows import BatchLayout, SegmentLayout
 from longspan.lazy import submodules_of
 
 if TYPE_CHECKING:
@@ -14,13 +14,13 @@ else:
     __getattr__ = submodules_of(__name__)
 
 __all__ = [
-    "Core",
+    "BatchLayout",
     "Hidden",
+    "Mechanism",
     "Mixer",
     "ParameterGroup",
     "Projections",
-    "Rows",
-    "Segments",
+    "SegmentLayout",
     "Shape",
     "Traits",
     "build",
@@ -28,5 +28,5 @@ __all__ = [
     "names",
     "probe",
     "register",
-    "with_penalties",
+    "with_aux_losses",
 ]

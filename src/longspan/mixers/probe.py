@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan.contract.base import Core, Mixer
-from longspan.contract.rows import Rows
+from longspan.contract.base import Mechanism, Mixer
+from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
-from longspan.mechanisms.entmax.layer import EntmaxCore
+from longspan.mechanisms.entmax.layer import EntmaxMechanism
 
 # sequences that are run at once
 _ROWS = 32
@@ -76,7 +76,7 @@ def _blind(mixer: Mixer) -> Mixer:
             projections.v_proj.bias.zero_()
     projections.v_proj.weight[:, -1] = 1
     for module in core.modules():
-        if isinstance(module, Core) and module.traits.receives_hidden and module.traits.convertible:
+        if isinstance(module, Mechanism) and module.traits.receives_hidden and module.traits.convertible:
             module.register_forward_pre_hook(_blind_hidden, with_kwargs=True)
     return probed
 
@@ -89,7 +89,7 @@ def _blind_hidden(core: nn.Module, arguments: Any, keywords: dict[str, Any]) -> 
 
 
 @torch.no_grad()
-def support_sizes(core: EntmaxCore, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: Rows) -> Tensor:
+def support_sizes(core: EntmaxMechanism, q: Tensor, k: Tensor, v: Tensor, state: Any, rows: BatchLayout) -> Tensor:
     """(batch, heads, length) how many keys get a weight that is not zero, in one call of a layer of entmax.
 
     The layer runs with unit vectors in the place of values, so that its outputs are its weights; arguments are those of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan import host
-from longspan.contract.base import Core, optimizer_groups
+from longspan.contract.base import Mechanism, optimizer_groups
 from longspan.contract.maps import is_hooked, place_of
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.decoder import Decoder
@@ -31,7 +31,7 @@ class Ran(NamedTuple):
     state: Any
 
 
-def groups_of(module: nn.Module, cores: Iterable[Core], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def groups_of(module: nn.Module, cores: Iterable[Mechanism], *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for a torch optimiser, of a foreign model: weights of its maps decay; embeddings, norms and biases do not;
     mechanisms of this library have their own.
 
@@ -103,11 +103,11 @@ class OwnBackbone:
         state: Any,
         mask: Tensor | None,
         reset: Tensor | None,
-        penalties: list[Tensor] | None,
+        aux_losses: list[Tensor] | None,
         around: Around | None = None,
     ) -> Ran:
         """Embeddings (batch, length, dim) with a mask and resets to hidden states."""
-        hidden, next_state, rows = self.stack.run(None, state, mask, reset, penalties, inputs, around)
+        hidden, next_state, rows = self.stack.run(None, state, mask, reset, aux_losses, inputs, around)
         if next_state is not None:  # the next segment need not ask a device
             next_state = next_state._replace(live=host.remember(next_state.live.view_as(next_state.live), rows.lives))
         return Ran(rows.scatter(hidden), next_state)
@@ -201,7 +201,7 @@ class HuggingFaceBackbone:
         state: Any,
         mask: Tensor | None,
         reset: Tensor | None,
-        penalties: list[Tensor] | None,
+        aux_losses: list[Tensor] | None,
         around: Around | None = None,
     ) -> Ran:
         """See `OwnBackbone`; `state` and `reset` mean nothing here."""
@@ -213,9 +213,9 @@ class HuggingFaceBackbone:
             extras["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
         with _hooked(self.layers, around):
             out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
-        if penalties is not None:
+        if aux_losses is not None:
             runs = [part.__dict__.get("longspan_penalties") for part in self.module.modules()]
-            penalties.extend(loss for run in runs if run is not None for loss in run.read())
+            aux_losses.extend(loss for run in runs if run is not None for loss in run.read())
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)
 

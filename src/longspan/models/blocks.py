@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import mixers
 from longspan.errors import ConfigError
-from longspan.mixers import Mixer, Rows
+from longspan.mixers import BatchLayout, Mixer
 from longspan.models.config import StackConfig
 
 
@@ -95,25 +95,25 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(config)
 
     def forward(
-        self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
+        self, h: Tensor, state: Any, rows: BatchLayout, collect_aux_losses: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """h (B, N, dim) and the layer's state to the next of both, and the auxiliary losses of the layer."""
-        penalties: list[Tensor] = []
+        aux_losses: list[Tensor] = []
         x = h if self.post else self.mixer_norm(h)
-        y, state = self.mixer.mix(x, state, rows, penalties if collect_penalties else None)
+        y, state = self.mixer.mix(x, state, rows, aux_losses if collect_aux_losses else None)
         h = h + y
         if self.post:
             h = self.mixer_norm(h)
-            return self.ffn_norm(h + self.ffn(h)), state, penalties
-        return h + self.feed(h), state, penalties
+            return self.ffn_norm(h + self.ffn(h)), state, aux_losses
+        return h + self.feed(h), state, aux_losses
 
     def attend(
-        self, h: Tensor, state: Any, rows: Rows, collect_penalties: bool = False
+        self, h: Tensor, state: Any, rows: BatchLayout, collect_aux_losses: bool = False
     ) -> tuple[Tensor, Any, list[Tensor]]:
         """What a pre-norm block's mixer adds to the residual, the layer's next state, and its auxiliary losses."""
-        penalties: list[Tensor] = []
-        y, state = self.mixer.mix(self.mixer_norm(h), state, rows, penalties if collect_penalties else None)
-        return y, state, penalties
+        aux_losses: list[Tensor] = []
+        y, state = self.mixer.mix(self.mixer_norm(h), state, rows, aux_losses if collect_aux_losses else None)
+        return y, state, aux_losses
 
     def feed(self, h: Tensor) -> Tensor:
         """What a pre-norm block's feed-forward adds to the residual."""

@@ -47,7 +47,7 @@ class RecurrentClassifier(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         flush: bool = False,
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
@@ -55,7 +55,7 @@ class RecurrentClassifier(nn.Module):
         traces = [] if traces is None else traces
         earlier = len(traces)
         _, next_state, _ = self.recurrent.run(
-            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
+            tokens, state, mask=mask, reset=reset, aux_losses=aux_losses, flush=flush, traces=traces
         )
         new_traces = traces[earlier:]
         answer = torch.zeros(tokens.shape[0], self.num_classes, device=tokens.device, dtype=place_of(self).dtype)

@@ -233,7 +233,7 @@ class RecurrentConfig:
         replay: keep only the memories in the forward pass and recompute segment by segment in the backward pass
             (memory replay, Memformer, Wu et al. 2020, algorithm 1): the same gradients, one segment's activations.
         gate_noise: scale of the logistic noise on the gate in training, see `GatedUpdate`.
-        gate_penalty: weight of the auxiliary loss on open gates (mean of max(logit, 0)), given to `penalties`.
+        gate_penalty: weight of the auxiliary loss on open gates (mean of max(logit, 0)), given to `aux_losses`.
         per_layer: an associative memory in every layer in place of one memory for all (ARMT), see
             `longspan.models.layer_memory`; `update`, `accumulate` and the gate mean nothing then.
         memory_dim: width of keys and queries of `per_layer`.

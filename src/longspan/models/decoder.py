@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longspan.contract.maps import is_hooked, table_of
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from longspan.models.config import DecoderConfig
 from longspan.models.head import AdaptiveHead, CalledHead, Head, head_of
@@ -22,7 +22,7 @@ class Decoder(Stack):
         state: what the last call returned; None = empty past.
         mask: (batch, length) bool, True = real token.
         reset: (batch, length) bool, True = a new document starts here.
-        penalties: a list to which auxiliary losses are appended.
+        aux_losses: a list to which auxiliary losses are appended.
         inputs_embeds: (batch, length, dim) in place of tokens.
 
     Returns of a call:
@@ -53,18 +53,18 @@ class Decoder(Stack):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
-        give: Literal["logits", "last", "hidden", "head"] = "logits",
+        output: Literal["logits", "last", "hidden", "head"] = "logits",
     ) -> Any:
-        """See the class; `give` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
-        if give == "head":
+        """See the class; `output` is for `last`, `hidden` and `head`, which are calls too so that hooks see them."""
+        if output == "head":
             return self._head()
         with all_or_nothing():
-            h, next_state, rows = self.run(tokens, state, mask, reset, penalties, inputs_embeds)
-            if give == "hidden":
+            h, next_state, rows = self.run(tokens, state, mask, reset, aux_losses, inputs_embeds)
+            if output == "hidden":
                 return rows.scatter(h), next_state
-            if give == "last":
+            if output == "last":
                 return self._head().logits(last_of_each_row(h, rows)), next_state
             return rows.scatter(self._head().logits(h)), next_state
 
@@ -74,7 +74,7 @@ class Decoder(Stack):
 
     def head(self) -> Head | CalledHead | AdaptiveHead:
         """The output layer: the embedding's weights where they are tied."""
-        return cast("Head | CalledHead | AdaptiveHead", self(give="head")) if is_hooked(self) else self._head()
+        return cast("Head | CalledHead | AdaptiveHead", self(output="head")) if is_hooked(self) else self._head()
 
     def output_parameters(self) -> list[nn.Parameter]:
         """See `Stack`."""
@@ -90,13 +90,13 @@ class Decoder(Stack):
 
     def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
         """Like a call, but what logits are made of: hidden states (batch, length, hidden_dim), zeros at padding."""
-        return cast("tuple[Tensor, StackState | None]", self(tokens, state, give="hidden", **call))
+        return cast("tuple[Tensor, StackState | None]", self(tokens, state, output="hidden", **call))
 
     def last(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, StackState | None]:
         """Like a call, but only the logits (batch, vocab_size) of each row's last real token: those of the others are
         never computed. Zeros where a row has no real token in this call.
         """
-        return cast("tuple[Tensor, StackState | None]", self(tokens, state, give="last", **call))
+        return cast("tuple[Tensor, StackState | None]", self(tokens, state, output="last", **call))
 
     def embed_flops(self, positions: int) -> int:
         """See `Stack`."""
@@ -109,7 +109,7 @@ class Decoder(Stack):
         return 2 * positions * self.config.hidden_dim * self.config.vocab_size
 
 
-def last_of_each_row(h: Tensor, rows: Rows) -> Tensor:
+def last_of_each_row(h: Tensor, rows: BatchLayout) -> Tensor:
     """h (B, N, dim) to (B, dim): the last real token of each row, zeros where there is none."""
     if not rows.length:
         return h.new_zeros(h.shape[0], h.shape[-1])

@@ -25,9 +25,9 @@ class Encoder(Stack):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """See the class."""
-        h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
+        h, _, rows = self.run(tokens, None, mask, reset, aux_losses, inputs_embeds)
         return rows.scatter(h)

@@ -1,7 +1,7 @@
 """One segment of the Associative Recurrent Memory Transformer: a memory in every layer, written by the delta rule.
 
 Rodkin et al. 2024, section 3. Memory tokens, the same learned ones for every segment, stand behind the segment. For a
-layer with the memory A (features, dim) and the normaliser z (features), phi = DPFP (`longspan.ops.dpfp`):
+layer with the memory A (features, dim) and the normalizer z (features), phi = DPFP (`longspan.ops.dpfp`):
 
     before the layer, for every token x:    x <- x + phi(W_q x) A / (phi(W_q x) . z + 1e-5)
     after it, for its memory tokens m:      k = phi(W_k m), v = W_v m, beta = sigmoid(W_b m), written by
@@ -27,7 +27,7 @@ from longspan import host, ops
 from longspan.contract.maps import table_of
 from longspan.errors import UnsupportedError
 from longspan.host import Array
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.models.backbone import Backbone, OwnBackbone
 from longspan.models.config import RecurrentConfig
 from longspan.models.memory_update import PaperUpdate
@@ -57,14 +57,14 @@ class Associative(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.strength.bias)
 
-    def read(self, x: Tensor, memory: Tensor, normaliser: Tensor) -> Tensor:
+    def read(self, x: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
         """x (..., n, dim) with what is remembered about it added."""
-        return x + ops.associative_read(ops.dpfp(self.query(x), self.nu), memory, normaliser).to(x.dtype)
+        return x + ops.associative_read(ops.dpfp(self.query(x), self.nu), memory, normalizer).to(x.dtype)
 
-    def write(self, m: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory and normaliser after memory tokens m (..., n, dim)."""
+    def write(self, m: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory and normalizer after memory tokens m (..., n, dim)."""
         phi, strength = ops.dpfp(self.key(m), self.nu), self.strength(m).sigmoid()[..., 0]
-        return ops.associative_write(phi, self.value(m), strength, memory, normaliser)
+        return ops.associative_write(phi, self.value(m), strength, memory, normalizer)
 
     def forward(self, what: str, *given: Tensor) -> Any:
         """`read` or `write` as a call, for `functional_call`."""
@@ -76,18 +76,18 @@ class _Around:
 
     def __init__(self, owner: "LayerMemory", carried: Carried, segment: Segment) -> None:
         self.owner, self.closed = owner, segment.closed
-        self.memory, self.normaliser = carried.memory, carried.mass
+        self.memory, self.normalizer = carried.memory, carried.mass
         first = segment.ids.shape[1]
         self.place = slice(first, first + owner.config.num_memory_tokens)
         self.written: list[tuple[Tensor, Tensor]] = []
 
     def before(self, index: int, h: Tensor) -> Tensor:
         """The input of a layer."""
-        return self.owner.layer(index).read(h, self.memory[:, index], self.normaliser[:, index])
+        return self.owner.layer(index).read(h, self.memory[:, index], self.normalizer[:, index])
 
     def after(self, index: int, h: Tensor) -> None:
         """The output of a layer (batch, columns, dim), memory tokens where `place` says."""
-        before = self.memory[:, index], self.normaliser[:, index]
+        before = self.memory[:, index], self.normalizer[:, index]
         after = self.owner.layer(index).write(h[:, self.place], *before)
         self.written.append(
             (where_rows(self.closed, after[0], before[0]), where_rows(self.closed, after[1], before[1]))
@@ -122,7 +122,7 @@ class LayerMemory(nn.Module):
         return cast(Associative, self.maps[index])
 
     def empty(self, batch: int, like: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Memories (batch, layers, features, dim) and normalisers (batch, layers, features) of an empty past."""
+        """Memories (batch, layers, features, dim) and normalizers (batch, layers, features) of an empty past."""
         weight = self._tokens()
         dtype = torch.promote_types(weight.dtype if like is None else like.dtype, torch.float32)
         memory = torch.zeros(batch, self.layers, self.features, self.dim, dtype=dtype, device=weight.device)
@@ -134,7 +134,7 @@ class LayerMemory(nn.Module):
         return memory.to(dtype), mass.to(dtype)
 
     def state_nbytes(self, batch_size: int, itemsize: int) -> int:
-        """Bytes of memories and normalisers: fp32 at least."""
+        """Bytes of memories and normalizers: fp32 at least."""
         return batch_size * self.layers * self.features * (self.dim + 1) * max(itemsize, 4)
 
     def widths(self, causal: bool, written: int) -> tuple[int, int]:
@@ -148,18 +148,18 @@ class LayerMemory(nn.Module):
         write = count * (self.dim * (memory + self.dim + 1) + self.features * (2 * self.dim + 2))
         return 2 * batch_size * self.layers * (read + write)
 
-    def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
+    def step(self, backbone: Backbone, segment: Segment, carried: Carried, aux_losses: list[Tensor] | None) -> Stepped:
         """Read, run and write one segment."""
         text = backbone.embed(segment.ids)
         write = self._tokens().to(text.dtype).expand(text.shape[0], -1, -1)
         around = _Around(self, carried, segment)
         inputs, mask, reset = assemble(backbone, segment, [], text, write, carried.backbone)
-        ran = backbone.run(inputs, carried.backbone, mask, reset, penalties, around)
-        memory, normaliser = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
+        ran = backbone.run(inputs, carried.backbone, mask, reset, aux_losses, around)
+        memory, normalizer = (torch.stack(parts, 1) for parts in zip(*around.written, strict=True))
         state = None if host.every(segment.closed) else ran.state
         hidden = ran.hidden[:, : text.shape[1]]
         trace = Trace(ran.hidden[:, around.place], last_real(hidden, segment), None, segment.closed, segment.shown)
-        return Stepped(hidden, Carried(memory, normaliser, counted(carried.written, segment), state), trace)
+        return Stepped(hidden, Carried(memory, normalizer, counted(carried.written, segment), state), trace)
 
     def can_batch(self, backbone: Backbone, segments: list[Segment], penalised: bool = False) -> bool:
         """Whether these segments can run along diagonals: our own layers, all alike, full segments, one document; and
@@ -192,12 +192,12 @@ class LayerMemory(nn.Module):
         block, maps = (copy.deepcopy(module).eval() for module in (backbone.stack.blocks[0], self.layer(0)))
         width = size + self.config.num_memory_tokens
         h = self.tokens.weight.detach().new_zeros(2, 1, width, self.dim).requires_grad_(torch.is_grad_enabled())
-        memory, normaliser = (torch.stack([t[:, 0], t[:, 0]]) for t in self.empty(1))
-        rows = Rows(torch.zeros(1, dtype=torch.int64, device=h.device), width)
+        memory, normalizer = (torch.stack([t[:, 0], t[:, 0]]) for t in self.empty(1))
+        rows = BatchLayout(torch.zeros(1, dtype=torch.int64, device=h.device), width)
         if penalised and block(h[0].detach(), None, rows, True)[2]:
             return False
         weights = (_stacked([block] * 2), _stacked([maps] * 2))
-        out = _batched(_cell(block, maps, rows, size), weights, h, memory, normaliser)
+        out = _batched(_cell(block, maps, rows, size), weights, h, memory, normalizer)
         if h.requires_grad:
             torch.autograd.grad(torch.stack([t.float().sum() for t in out]).sum(), h)
         return True
@@ -217,9 +217,9 @@ class LayerMemory(nn.Module):
         weights, maps = _stacked(blocks), _stacked(list(self.maps))
         count, layers, (batch, size) = len(segments), self.layers, segments[0].ids.shape
         device = segments[0].ids.device
-        rows = Rows(torch.zeros(batch, dtype=torch.int64, device=device), size + self.config.num_memory_tokens)
+        rows = BatchLayout(torch.zeros(batch, dtype=torch.int64, device=device), size + self.config.num_memory_tokens)
         cell = _cell(blocks[0], self.layer(0), rows, size)
-        memories, normalisers = list(carried.memory.unbind(1)), list(carried.mass.unbind(1))
+        memories, normalizers = list(carried.memory.unbind(1)), list(carried.mass.unbind(1))
         inner: dict[int, Tensor] = {}
         done: list[Tensor] = []
         for diagonal in range(count + layers - 1):
@@ -229,34 +229,34 @@ class LayerMemory(nn.Module):
                 write = self._tokens().to(text.dtype).expand(batch, -1, -1)
                 inner[0] = stack.place(torch.cat([text, write], 1), rows)
             for layer in active:
-                here = Carried(memories[layer], normalisers[layer], carried.written, None)
-                memories[layer], normalisers[layer], *_ = cut_graph(here, left[diagonal - layer], horizon)
+                here = Carried(memories[layer], normalizers[layer], carried.written, None)
+                memories[layer], normalizers[layer], *_ = cut_graph(here, left[diagonal - layer], horizon)
             pick = slice(active.start, active.stop)
             parts = tuple({name: t[pick] for name, t in group.items()} for group in (weights, maps))
-            args = [torch.stack([by_layer[layer] for layer in active]) for by_layer in (inner, memories, normalisers)]
-            h, memory, normaliser = _batched(cell, parts, *args)
+            args = [torch.stack([by_layer[layer] for layer in active]) for by_layer in (inner, memories, normalizers)]
+            h, memory, normalizer = _batched(cell, parts, *args)
             for number, layer in enumerate(active):
-                inner[layer + 1], memories[layer], normalisers[layer] = h[number], memory[number], normaliser[number]
+                inner[layer + 1], memories[layer], normalizers[layer] = h[number], memory[number], normalizer[number]
             if active.stop == layers:
                 done.append(stack.norm(inner[layers]))
         traces = [
             Trace(h[:, size:], h[:, size - 1], None, s.closed, s.shown) for h, s in zip(done, segments, strict=True)
         ]
-        end = Carried(torch.stack(memories, 1), torch.stack(normalisers, 1), carried.written + count, None)
+        end = Carried(torch.stack(memories, 1), torch.stack(normalizers, 1), carried.written + count, None)
         return [h[:, :size] for h in done], end, traces
 
 
 Cell = Callable[[Any, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
-def _cell(template: nn.Module, maps: nn.Module, rows: Rows, size: int) -> Cell:
-    """One layer of one segment, with weights given: ((of the block, of the maps), h, memory, normaliser)."""
+def _cell(template: nn.Module, maps: nn.Module, rows: BatchLayout, size: int) -> Cell:
+    """One layer of one segment, with weights given: ((of the block, of the maps), h, memory, normalizer)."""
 
-    def cell(parts: Any, h: Tensor, memory: Tensor, normaliser: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cell(parts: Any, h: Tensor, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, own = parts
-        h = functional_call(maps, own, ("read", h, memory, normaliser))
+        h = functional_call(maps, own, ("read", h, memory, normalizer))
         h = functional_call(template, weight, (h, None, rows, False))[0]
-        return h, *functional_call(maps, own, ("write", h[:, size:], memory, normaliser))
+        return h, *functional_call(maps, own, ("write", h[:, size:], memory, normalizer))
 
     return cell
 

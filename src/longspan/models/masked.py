@@ -55,18 +55,18 @@ class MaskedLM(Stack):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         inputs_embeds: Tensor | None = None,
-        give: Literal["logits", "hidden", "head"] = "logits",
+        output: Literal["logits", "hidden", "head"] = "logits",
     ) -> Any:
-        """See the class; `give` is for `hidden` and `head`, which are calls too so that hooks see them."""
-        if give == "head":
+        """See the class; `output` is for `hidden` and `head`, which are calls too so that hooks see them."""
+        if output == "head":
             return self._head()
         if state is not None:
             raise UnsupportedError("a masked language model sees the future and does not stream; call it without state")
-        h, _, rows = self.run(tokens, None, mask, reset, penalties, inputs_embeds)
+        h, _, rows = self.run(tokens, None, mask, reset, aux_losses, inputs_embeds)
         h = self._transformed(h)
-        return rows.scatter(h if give == "hidden" else self._head().logits(h)), None
+        return rows.scatter(h if output == "hidden" else self._head().logits(h)), None
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) to logits (..., vocab_size)."""
@@ -77,7 +77,7 @@ class MaskedLM(Stack):
 
     def head(self) -> Head | CalledHead:
         """The output layer, behind the map, gelu and norm that `hidden` ends with."""
-        return cast("Head | CalledHead", self(give="head")) if is_hooked(self) else self._head()
+        return cast("Head | CalledHead", self(output="head")) if is_hooked(self) else self._head()
 
     def _head(self) -> Head | CalledHead:
         if self.output is None:
@@ -86,7 +86,7 @@ class MaskedLM(Stack):
 
     def hidden(self, tokens: Tensor, state: StackState | None = None, **call: Any) -> tuple[Tensor, None]:
         """Like a call, but what logits are made of: (batch, length, dim), zeros at padding."""
-        return cast("tuple[Tensor, None]", self(tokens, state, give="hidden", **call))
+        return cast("tuple[Tensor, None]", self(tokens, state, output="hidden", **call))
 
     def output_flops(self, positions: int) -> int:
         """See `Stack`."""

@@ -32,7 +32,7 @@ from longspan.config import from_dict
 from longspan.contract.gradients import with_gradients
 from longspan.contract.maps import place_of, table_of
 from longspan.errors import UnsupportedError
-from longspan.mixers import Rows, Traits
+from longspan.mixers import BatchLayout, Traits
 from longspan.models.backbone import Backbone, wrap_backbone
 from longspan.models.config import RecurrentConfig
 from longspan.models.decoder import Decoder, last_of_each_row
@@ -50,7 +50,7 @@ class RecurrentState(NamedTuple):
     Attributes:
         memory: (batch, columns, dim): the memory tokens; with `accumulate` all summaries, newest last; with
             `per_layer` (batch, layers, features, dim).
-        mass: (batch, num_memory_tokens) fp32, the evidence behind each memory token; with `per_layer` the normalisers
+        mass: (batch, num_memory_tokens) fp32, the evidence behind each memory token; with `per_layer` the normalizers
             (batch, layers, features).
         written: (batch,) int64, segments closed since the last reset.
         tokens: (batch, segment_length - 1) int64, ids of the last tokens, newest last; the open segment is among them.
@@ -165,13 +165,13 @@ class RecurrentMemory(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         flush: bool = False,
         traces: list[Trace] | None = None,
     ) -> tuple[Tensor, RecurrentState | None]:
         """See the class."""
         (hidden, seen), next_state, rows = self.run(
-            tokens, state, mask=mask, reset=reset, penalties=penalties, flush=flush, traces=traces
+            tokens, state, mask=mask, reset=reset, aux_losses=aux_losses, flush=flush, traces=traces
         )
         out = self.adapter.output(hidden)
         return rows.scatter(out if seen is None else out.masked_fill(~seen, 0)), next_state
@@ -195,25 +195,25 @@ class RecurrentMemory(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         flush: bool = False,
         traces: list[Trace] | None = None,
-    ) -> tuple[tuple[Tensor, Tensor | None], RecurrentState | None, Rows]:
+    ) -> tuple[tuple[Tensor, Tensor | None], RecurrentState | None, BatchLayout]:
         """A call up to the hidden states: ((B, N, dim) hidden, (B, N, 1) bool shown), the next state, the rows."""
         stream = self.config.alignment == "left"
         with states.all_or_nothing():
             size = self._size(state)
             offset = states.live(state, tokens.shape[0], tokens.device)
-            rows = Rows(offset, tokens.shape[1], mask, reset, reads=_reads(state))
+            rows = BatchLayout(offset, tokens.shape[1], mask, reset, reads=_reads(state))
             ids = rows.gather(tokens)
             layout = lay_out(rows, size, self.config.alignment)
             old = None if state is None or not stream else state.tokens
             flushed = flush or self.adapter.causal
             segments = cut_segments(layout, rows, ids, old, stream=stream, flush=flushed, ended=self._varies)
-            shown, carried, new_traces = self._all(segments, self._carried(state, rows), penalties)
+            shown, carried, new_traces = self._all(segments, self._carried(state, rows), aux_losses)
             if traces is not None:
                 traces += new_traces
-            self._penalise(new_traces, penalties)
+            self._penalise(new_traces, aux_losses)
             next_state = self._next(state, carried, ids, rows)
             if not segments:
                 hidden = carried.memory.new_zeros(*ids.shape, self.adapter.dim, dtype=place_of(self).dtype)
@@ -234,7 +234,7 @@ class RecurrentMemory(nn.Module):
         return self.adapter.output(last_of_each_row(hidden, rows)), next_state
 
     def _all(
-        self, segments: list[Segment], carried: Carried, penalties: list[Tensor] | None
+        self, segments: list[Segment], carried: Carried, aux_losses: list[Tensor] | None
     ) -> tuple[list[Tensor], Carried, list[Trace]]:
         """Segment after segment, or along diagonals: hidden states, what is carried on, what the memory did."""
         if not segments:
@@ -242,7 +242,11 @@ class RecurrentMemory(nn.Module):
         active = np.stack([host.known(segment.fresh).any(1) | host.known(segment.closed) for segment in segments])
         left, horizon = active[::-1].cumsum(0)[::-1], self.config.bptt_segments
         cell, diagonal = self.cell, self.config.diagonal
-        if diagonal and isinstance(cell, LayerMemory) and cell.can_batch(self.adapter, segments, penalties is not None):
+        if (
+            diagonal
+            and isinstance(cell, LayerMemory)
+            and cell.can_batch(self.adapter, segments, aux_losses is not None)
+        ):
             return cell.diagonals(self.adapter, segments, self._begin(segments[0], carried), left, horizon)
         shown: list[Tensor] = []
         traces: list[Trace] = []
@@ -253,18 +257,18 @@ class RecurrentMemory(nn.Module):
                 continue
             if not index and not host.some(segment.resumed):
                 carried = carried._replace(backbone=None)  # nothing of an open segment is in it
-            hidden, carried, trace = cell.step(self.adapter, segment, carried, penalties)
+            hidden, carried, trace = cell.step(self.adapter, segment, carried, aux_losses)
             shown.append(hidden)
             traces.append(trace)
         return shown, carried, traces
 
-    def _penalise(self, traces: list[Trace], penalties: list[Tensor] | None) -> None:
-        if penalties is None or not self.config.gate_penalty:
+    def _penalise(self, traces: list[Trace], aux_losses: list[Tensor] | None) -> None:
+        if aux_losses is None or not self.config.gate_penalty:
             return
         for trace in traces:
             if trace.logits is not None:
                 opened = trace.logits.clamp(min=0).mean(1).masked_fill(~trace.closed, 0)
-                penalties.append(self.config.gate_penalty * opened.mean() / len(traces))
+                aux_losses.append(self.config.gate_penalty * opened.mean() / len(traces))
 
     @contextlib.contextmanager
     def segments_of(self, size: int) -> Iterator[None]:
@@ -297,7 +301,7 @@ class RecurrentMemory(nn.Module):
         written = host.derive(lambda before, begin: before * ~begin, carried.written, begins)
         return carried.put(begins, *self.cell.empty(len(begins), carried.memory))._replace(written=written)
 
-    def _carried(self, state: RecurrentState | None, rows: Rows) -> Carried:
+    def _carried(self, state: RecurrentState | None, rows: BatchLayout) -> Carried:
         """What the call begins with; its counts know their values."""
         if state is None:
             memory, mass = self.cell.empty(rows.batch)
@@ -319,7 +323,9 @@ class RecurrentMemory(nn.Module):
         backbone = self.adapter.init_state(batch_size, device=device, dtype=dtype)
         return RecurrentState(memory.to(zeros.device), mass.to(zeros.device), zeros, tokens, backbone, zeros.clone())
 
-    def _next(self, state: RecurrentState | None, carried: Carried, ids: Tensor, rows: Rows) -> RecurrentState | None:
+    def _next(
+        self, state: RecurrentState | None, carried: Carried, ids: Tensor, rows: BatchLayout
+    ) -> RecurrentState | None:
         if self.config.alignment == "right" or self._varies:
             return None
         width = self.config.segment_length - 1

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from longspan import state as states
 from longspan.contract.replay import Choices
 from longspan.engine.first_order import FirstOrder
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.models.blocks import Block
 
 
@@ -37,8 +37,8 @@ def run_reversible(
     blocks: Sequence[Block],
     h: Tensor,
     before: Sequence[Any] | None,
-    rows: Rows,
-    penalties: list[Tensor] | None,
+    rows: BatchLayout,
+    aux_losses: list[Tensor] | None,
     streams: Literal["mean", "both"] = "mean",
     inputs: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Any]]:
@@ -49,7 +49,7 @@ def run_reversible(
         h: (B, N, dim), gathered embeddings: both streams begin with them.
         before: one state a layer; None = empty past.
         rows: the layout of the call.
-        penalties: a list to which auxiliary losses are appended; None = they are not wanted.
+        aux_losses: a list to which auxiliary losses are appended; None = they are not wanted.
         streams: what of them is returned: their mean, or both side by side, y1 first.
         inputs: what each block begins with is appended in the same form; activations are then stored, as they are
             outputs.
@@ -57,7 +57,7 @@ def run_reversible(
     Returns:
         Hidden states (B, N, dim or 2 dim) and the next state of each layer.
     """
-    call = _Call(blocks, before, rows, penalties is not None, h.dtype)
+    call = _Call(blocks, before, rows, aux_losses is not None, h.dtype)
     y1 = y2 = h if h.element_size() >= 4 else h.float()
     inputs_of_layers = [t for layer in call.layers for t in layer.given]
     if inputs is None and states.needs_grad(h, *inputs_of_layers):
@@ -73,8 +73,8 @@ def run_reversible(
             y2 = y2 + layer.block.feed(y1.to(h.dtype))
             next_states.append(after)
             losses += added
-    if penalties is not None:
-        penalties += losses
+    if aux_losses is not None:
+        aux_losses += losses
     return _joined(y1, y2, streams).to(h.dtype), next_states
 
 
@@ -177,7 +177,12 @@ class _Call:
     """One call of all blocks: what `_TwoStreams` needs beside tensors."""
 
     def __init__(
-        self, blocks: Sequence[Block], before: Sequence[Any] | None, rows: Rows, collect: bool, dtype: torch.dtype
+        self,
+        blocks: Sequence[Block],
+        before: Sequence[Any] | None,
+        rows: BatchLayout,
+        collect: bool,
+        dtype: torch.dtype,
     ) -> None:
         self.rows, self.collect, self.dtype = rows, collect, dtype
         self.layers = [_Layer(block, None if before is None else before[i]) for i, block in enumerate(blocks)]

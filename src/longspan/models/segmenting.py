@@ -9,7 +9,7 @@ from torch import Tensor
 from longspan import host
 from longspan.errors import UnsupportedError
 from longspan.host import Array
-from longspan.mixers import Rows, Segments
+from longspan.mixers import BatchLayout, SegmentLayout
 
 
 class Segment(NamedTuple):
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
     whole: bool
 
 
-def lay_out(rows: Rows, size: int, alignment: str) -> Segments:
+def lay_out(rows: BatchLayout, size: int, alignment: str) -> SegmentLayout:
     """Places of a call's tokens in whole segments: a document's first (or, aligned right, last) token is at a border.
 
     Raises:
@@ -48,11 +48,11 @@ def lay_out(rows: Rows, size: int, alignment: str) -> Segments:
     if rows.origin is not None:
         raise UnsupportedError("RecurrentMemory: right alignment takes one text a row; resets need alignment='left'")
     real = host.put(np.arange(rows.length) < rows.lengths_read[:, None], rows.device)
-    return Segments(Rows(host.put(-rows.lengths_read % size, rows.device), rows.length, real), size)
+    return SegmentLayout(BatchLayout(host.put(-rows.lengths_read % size, rows.device), rows.length, real), size)
 
 
 def cut_segments(
-    layout: Segments, rows: Rows, ids: Tensor, old: Tensor | None, *, stream: bool, flush: bool, ended: bool
+    layout: SegmentLayout, rows: BatchLayout, ids: Tensor, old: Tensor | None, *, stream: bool, flush: bool, ended: bool
 ) -> list[Segment]:
     """The segments of a call.
 

@@ -12,7 +12,7 @@ from longspan import state as states
 from longspan.contract.base import merge_traits, optimizer_groups, why_no_stream
 from longspan.contract.maps import place_of
 from longspan.errors import ConfigError, DataError, UnsupportedError
-from longspan.mixers import Core, Rows, Traits
+from longspan.mixers import BatchLayout, Mechanism, Traits
 from longspan.models.blocks import Block, make_norm
 from longspan.models.config import StackConfig
 from longspan.models.positions import make_positions
@@ -98,11 +98,11 @@ class Stack(nn.Module):
         """Which layer is the first that does not stream, and why; "" where all of them do."""
         return why_no_stream(self.cores())
 
-    def embed(self, tokens: Tensor, rows: Rows) -> Tensor:
+    def embed(self, tokens: Tensor, rows: BatchLayout) -> Tensor:
         """Token ids (B, N), gathered, to embeddings (B, N, dim) with learned positions where the model has them."""
         return self.place(self.embedding(tokens), rows)
 
-    def place(self, h: Tensor, rows: Rows) -> Tensor:
+    def place(self, h: Tensor, rows: BatchLayout) -> Tensor:
         """Embeddings (B, N, dim) scaled, with learned positions where the model has them."""
         if self.config.scale_embeddings:
             h = h * self.config.dim**0.5
@@ -122,11 +122,11 @@ class Stack(nn.Module):
         state: StackState | None,
         mask: Tensor | None,
         reset: Tensor | None,
-        penalties: list[Tensor] | None,
+        aux_losses: list[Tensor] | None,
         inputs_embeds: Tensor | None = None,
         around: "Around | None" = None,
         inputs: list[Tensor] | None = None,
-    ) -> tuple[Tensor, StackState | None, Rows]:
+    ) -> tuple[Tensor, StackState | None, BatchLayout]:
         """All layers on gathered rows; `around` acts before and after each. The input of each layer (B, N, dim),
         gathered, is appended to `inputs`, where there is such a list.
 
@@ -141,7 +141,7 @@ class Stack(nn.Module):
         if self.config.reversible:
             if around is not None:
                 raise UnsupportedError("a memory in every layer (per_layer) does not go around reversible blocks")
-            h, next_states = run_reversible(self.layers, h, layers, rows, penalties, self.config.streams, inputs)
+            h, next_states = run_reversible(self.layers, h, layers, rows, aux_losses, self.config.streams, inputs)
         else:
             next_states = []
             recomputes = self.config.checkpoint and self.training and torch.is_grad_enabled()
@@ -150,13 +150,13 @@ class Stack(nn.Module):
                     h = around.before(index, h)
                 if inputs is not None:
                     inputs.append(h)
-                call = h, None if layers is None else layers[index], rows, penalties is not None
+                call = h, None if layers is None else layers[index], rows, aux_losses is not None
                 h, after, losses = checkpoint(block, *call, use_reentrant=False) if recomputes else block(*call)
                 if around is not None:
                     around.after(index, rows.scatter(h))
                 next_states.append(after)
-                if penalties is not None:
-                    penalties.extend(losses)
+                if aux_losses is not None:
+                    aux_losses.extend(losses)
         return self.norm(h), StackState(tuple(next_states), rows.live) if streams else None, rows
 
     def _begin(
@@ -166,7 +166,7 @@ class Stack(nn.Module):
         mask: Tensor | None,
         reset: Tensor | None,
         inputs_embeds: Tensor | None,
-    ) -> tuple[Tensor, Rows]:
+    ) -> tuple[Tensor, BatchLayout]:
         """What enters the first layer, gathered, and the layout of the call."""
         inputs = tokens if inputs_embeds is None else inputs_embeds
         if inputs is None or (tokens is not None and inputs_embeds is not None):
@@ -179,7 +179,7 @@ class Stack(nn.Module):
         reads: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores()):
             reads |= core.layout_inputs(None if state is None else state.layers[index])
-        rows = Rows(offset, inputs.shape[1], mask, reset, reads=reads)
+        rows = BatchLayout(offset, inputs.shape[1], mask, reset, reads=reads)
         gathered = rows.gather(inputs)
         if tokens is None:
             return self.place(gathered, rows), rows
@@ -265,6 +265,6 @@ class Stack(nn.Module):
         linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         return optimizer_groups(self.parameters(), linear, self.cores(), lr=lr, weight_decay=weight_decay)
 
-    def cores(self) -> list[Core]:
+    def cores(self) -> list[Mechanism]:
         """The mechanisms of all layers."""
         return [block.mixer.core for block in self.layers]

@@ -41,7 +41,7 @@ class Carried(NamedTuple):
 
     Attributes:
         memory: (batch, ...) what is remembered.
-        mass: (batch, ...) fp32, the evidence (token memory) or normaliser (layer memory) behind it.
+        mass: (batch, ...) fp32, the evidence (token memory) or normalizer (layer memory) behind it.
         written: (batch,) int64, segments closed since the last reset.
         backbone: the backbone's state of the open segment, else None.
     """
@@ -185,20 +185,20 @@ class TokenMemory(nn.Module):
         """Of the memory itself: it has no matrix products of its own."""
         return 0
 
-    def step(self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None) -> Stepped:
+    def step(self, backbone: Backbone, segment: Segment, carried: Carried, aux_losses: list[Tensor] | None) -> Stepped:
         """Read, run and write one segment."""
 
         def run(memory: Tensor) -> tuple[Tensor, Tensor, Any, list[Tensor]]:
             losses: list[Tensor] = []
             before = carried._replace(memory=memory)
-            return *self._run(backbone, segment, before, None if penalties is None else losses), losses
+            return *self._run(backbone, segment, before, None if aux_losses is None else losses), losses
 
         if self.config.replay and self.training and torch.is_grad_enabled():
             hidden, new, state, losses = checkpoint(run, carried.memory, use_reentrant=False)
         else:
             hidden, new, state, losses = run(carried.memory)
-        if penalties is not None:
-            penalties += losses
+        if aux_losses is not None:
+            aux_losses += losses
         new = new.to(carried.memory.dtype)  # under autocast the backbone's may be narrower
         if self.config.accumulate:
             older = carried.memory[:, self.config.num_memory_tokens :]
@@ -212,7 +212,7 @@ class TokenMemory(nn.Module):
         return Stepped(hidden, after.put(segment.closed, memory, mass), trace)
 
     def _run(
-        self, backbone: Backbone, segment: Segment, carried: Carried, penalties: list[Tensor] | None
+        self, backbone: Backbone, segment: Segment, carried: Carried, aux_losses: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Any]:
         """Hidden states of the segment (B, size, dim), the new memory (B, memory tokens, dim), the backbone's state."""
         memory, tokens = carried.memory, self.config.num_memory_tokens
@@ -226,7 +226,7 @@ class TokenMemory(nn.Module):
         if self.config.accumulate and not backbone.causal:
             front.append((write, np.ones(write.shape[:2], bool)))
         inputs, mask, reset = assemble(backbone, segment, front, text, back, carried.backbone)
-        ran = backbone.run(inputs, carried.backbone, mask, reset, penalties)
+        ran = backbone.run(inputs, carried.backbone, mask, reset, aux_losses)
         first = sum(embeddings.shape[1] for embeddings, _ in front)
         last = first + text.shape[1]
         new = ran.hidden[:, last : last + tokens] if backbone.causal else ran.hidden[:, first - tokens : first]

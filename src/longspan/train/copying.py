@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longspan.config import check_least
 from longspan.errors import ConfigError
-from longspan.mixers import with_penalties
+from longspan.mixers import with_aux_losses
 from longspan.tasks.synthetic import CopyTask
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
 
@@ -106,11 +106,11 @@ class CopyingTrainer(StagedTrainer):
         config, word = self.config, self.stages.word
         rows = max(1, min(config.rows, config.tokens // (2 * word + 1)))
         tokens = draw_words(self.task, rows, word, (config.seed, self.position.step)).to(self.device)
-        penalties: list[Tensor] = []
-        hidden, _ = self.model.hidden(tokens[:, :-1], penalties=penalties)
+        aux_losses: list[Tensor] = []
+        hidden, _ = self.model.hidden(tokens[:, :-1], aux_losses=aux_losses)
         logits, targets = self.model.logits(hidden[:, word + 1 :]), tokens[:, word + 2 :]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        with_penalties(loss, penalties).backward()
+        with_aux_losses(loss, aux_losses).backward()
         right = float((logits.argmax(-1) == targets).float().mean())
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.count(right, config.accuracy))
 

@@ -9,7 +9,7 @@ import torch
 
 from longspan import mixers, tasks
 from longspan.config import from_dict, override, to_dict
-from longspan.contract.registry import core_class
+from longspan.contract.registry import mechanism_class
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import read_json, read_object
 from longspan.models import build_model, describe_model, load_model, load_weights
@@ -213,7 +213,7 @@ def _with_defaults(table: Any) -> Any:
     table = {key: _with_defaults(value) for key, value in table.items()}
     if table.get("name") not in mixers.names():
         return table
-    config = core_class(table["name"]).Config
+    config = mechanism_class(table["name"]).Config
     known = {field.name for field in dataclasses.fields(config)}
     return {**table, **to_dict(from_dict(config, {key: value for key, value in table.items() if key in known}))}
 

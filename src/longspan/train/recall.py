@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.config import check_shares
 from longspan.errors import ConfigError
-from longspan.mixers import with_penalties
+from longspan.mixers import with_aux_losses
 from longspan.models import Trace
 from longspan.tasks import MemoryTask
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
@@ -188,11 +188,11 @@ class RecallTrainer(StagedTrainer):
         """Add the gradient of a batch; its loss on answers and its accuracy."""
         batch = Samples(*(tensor.to(self.device) for tensor in batch))
         traces: list[Trace] = []
-        penalties: list[Tensor] = []
+        aux_losses: list[Tensor] = []
         with self.model.recurrent.segments_of(size):
-            logits, _ = self.model(batch.tokens, traces=traces, penalties=penalties)
+            logits, _ = self.model(batch.tokens, traces=traces, aux_losses=aux_losses)
             loss = F.cross_entropy(logits, batch.answers)
             closed, opened = gate_losses(traces, batch, self.config)
             total = loss + self.stages.penalty * closed + self.config.gate_open * opened
-            with_penalties(total, penalties).backward()
+            with_aux_losses(total, aux_losses).backward()
         return float(loss.detach()), float((logits.argmax(1) == batch.answers).float().mean())

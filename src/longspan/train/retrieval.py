@@ -3,7 +3,7 @@
 First a short text that tells the number several times, every one of them graded: finding it again is learnt from many
 places at once (with a single question the loss stays where it begins). Then fewer, then longer texts up to the task's
 length, and last a memory that is heavier than the text: where a memory only adds up what it reads (`infini` with the
-linear update and the paper's normaliser), having read the same filler `repeats` times is the memory times
+linear update and the paper's normalizer), having read the same filler `repeats` times is the memory times
 `repeats`, exactly; so a text of a few segments teaches what a million tokens of filler do to a memory.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from longspan.config import check_least, check_shares
 from longspan.errors import ConfigError
-from longspan.mechanisms.infini.layer import InfiniCore
-from longspan.mechanisms.window.layer import WindowCore
-from longspan.mixers import with_penalties
+from longspan.mechanisms.infini.layer import InfiniMechanism
+from longspan.mechanisms.window.layer import WindowMechanism
+from longspan.mixers import with_aux_losses
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
@@ -123,12 +123,12 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
     layers = []
     for block, memory in zip(model.layers, state.layers, strict=True):
         core = block.mixer.core
-        if isinstance(core, InfiniCore) and core.adds:
+        if isinstance(core, InfiniMechanism) and core.adds:
             memory = memory._replace(values=memory.values * times, keys=memory.keys * times)
-        elif not isinstance(core, WindowCore):
+        elif not isinstance(core, WindowMechanism):
             raise ConfigError(
                 f"train.repeats: the memory of {type(core).__name__} is not a sum over what it has read; "
-                "set train.repeats = 1, or use infini with update linear and normaliser paper"
+                "set train.repeats = 1, or use infini with update linear and normalizer paper"
             )
         layers.append(memory)
     return state._replace(layers=tuple(layers))
@@ -154,13 +154,13 @@ class RetrievalTrainer(StagedTrainer):
         tokens, graded = draw_texts(self.task, rows, length, mentions, (config.seed, step), at_end=config.at_end)
         tokens, graded = tokens.to(self.device), graded.to(self.device)
         state = self._filled(rows, repeats, step) if repeats > 1 else None
-        penalties: list[Tensor] = []
-        logits, _ = self.model(tokens[:, :-1], state, penalties=penalties)
+        aux_losses: list[Tensor] = []
+        logits, _ = self.model(tokens[:, :-1], state, aux_losses=aux_losses)
         targets = tokens[:, 1:]
         total = loss = F.cross_entropy(logits[graded], targets[graded])
         if config.text:
             total = loss + config.text * F.cross_entropy(logits[:, ::4].flatten(0, 1), targets[:, ::4].flatten())
-        with_penalties(total, penalties).backward()
+        with_aux_losses(total, aux_losses).backward()
         digits = self.task.config.digits
         right = float((logits[:, -digits:].argmax(-1) == targets[:, -digits:]).float().mean())
         return Outcome(float(loss.detach()), right, rows, targets.numel(), self.stages.add(right))

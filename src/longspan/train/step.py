@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from longspan import state as states
 from longspan.errors import ConfigError, LongspanError
-from longspan.mixers import with_penalties
+from longspan.mixers import with_aux_losses
 from longspan.train.config import TrainConfig
 from longspan.train.distributed import Group
 from longspan.train.lanes import Batch
@@ -149,10 +149,10 @@ class Stepper(Optimization):
         calls = len(batches) * config.accumulation * group.world_size
         nats = 0.0
         for index, state in enumerate(self.carried):
-            losses, penalties = list[Tensor](), list[Tensor]()
+            losses, aux_losses = list[Tensor](), list[Tensor]()
             for batch in batches:
                 part = batch.at(slice(index * rows, (index + 1) * rows)).to(group.device)
-                layout = {"mask": part.mask, "reset": part.reset, "penalties": penalties}
+                layout = {"mask": part.mask, "reset": part.reset, "aux_losses": aux_losses}
                 with self._autocast():
                     if self.by_head:
                         hidden, state = self.model.hidden(part.tokens, state, **layout)
@@ -164,7 +164,7 @@ class Stepper(Optimization):
                 losses.append(loss)
                 state = state if self.carry else None
             total = torch.stack(losses).sum()
-            with_penalties(total / max(tokens, 1.0), penalties, calls).backward()
+            with_aux_losses(total / max(tokens, 1.0), aux_losses, calls).backward()
             # contiguous, as a state that was loaded is: the last bit of a matrix product may depend on strides
             self.carried[index] = None if state is None else states.clone(states.detach(state))
             nats += float(total.detach())

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.mechanisms.entmax.layer import EntmaxCore
-from longspan.mixers import Core
+from longspan.mechanisms.entmax.layer import EntmaxMechanism
+from longspan.mixers import Mechanism
 from longspan.mixers.probe import support_sizes
 from longspan.tasks import Documents
 from longspan.train.evaluate import Evaluation, Progress, evaluate_text
@@ -19,7 +19,7 @@ _BATCH = 8
 def watch_layers(
     model: Any,
     documents: Documents,
-    cores: Sequence[Core],
+    cores: Sequence[Mechanism],
     watch: Callable[..., None],
     *,
     chunk: int,
@@ -64,7 +64,7 @@ class Support:
 def head_supports(
     model: Any,
     documents: Documents,
-    cores: Sequence[EntmaxCore],
+    cores: Sequence[EntmaxMechanism],
     *,
     chunk: int,
     unit: str = "byte",
@@ -76,7 +76,7 @@ def head_supports(
         zeros = torch.zeros(core.shape.num_heads, dtype=torch.float64)
         counted[id(core)] = Support(zeros, zeros.clone())
 
-    def watch(core: EntmaxCore, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
+    def watch(core: EntmaxMechanism, given: tuple[Any, ...], _keywords: dict[str, Any], _out: Any) -> None:
         support, real = counted[id(core)], given[4].real_columns()
         for totals, q in ((support.kept, given[0]), (support.seen, torch.zeros_like(given[0]))):
             # with a query of zeros all scores are equal, and every key that is seen has a weight

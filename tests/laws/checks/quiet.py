@@ -181,14 +181,14 @@ def check_forward_changes_nothing(make: Make) -> None:
         mask = torch.ones(2, 30, dtype=torch.bool)
         mask[0, :7] = False
         collected: list[Tensor] = []
-        for penalties in (None, collected):
+        for aux_losses in (None, collected):
             x = inputs(1, 2, 30).requires_grad_()
-            y, state = mixer(x, mask=mask, penalties=penalties)
+            y, state = mixer(x, mask=mask, aux_losses=aux_losses)
             if state is not None:
-                y = y + mixer(x, state, penalties=penalties)[0]
+                y = y + mixer(x, state, aux_losses=aux_losses)[0]
             assert not attached(mixer), f"forward leaves tensors on the module: {attached(mixer)}"
-            loss = y.square().sum() + sum(penalties or [])
-            for penalty in penalties or []:
+            loss = y.square().sum() + sum(aux_losses or [])
+            for penalty in aux_losses or []:
                 assert penalty.dim() == 0, "an auxiliary loss is a scalar"
                 assert torch.isfinite(penalty)
             loss.backward()
@@ -207,10 +207,10 @@ def check_empty_inputs(make: Make) -> None:
                 what = f"{shape}{'' if real else ', padding alone'}, training={training}, from init_state={begun}"
                 x = torch.zeros(shape, dtype=torch.float64, requires_grad=training)
                 mask = None if real else torch.zeros(shape[:2], dtype=torch.bool)
-                penalties: list[Tensor] = []
+                aux_losses: list[Tensor] = []
                 with torch.set_grad_enabled(training):
-                    y, state = mixer(x, mixer.init_state(shape[0]) if begun else None, mask=mask, penalties=penalties)
-                    total = y.sum() + sum(penalties)
+                    y, state = mixer(x, mixer.init_state(shape[0]) if begun else None, mask=mask, aux_losses=aux_losses)
+                    total = y.sum() + sum(aux_losses)
                 assert y.shape == x.shape, f"outputs of {what} are {tuple(y.shape)}"
                 assert not y.any(), f"outputs of {what} are not zero"
                 assert torch.isfinite(total), f"penalties of {what} are not finite"

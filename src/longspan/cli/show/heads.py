@@ -8,9 +8,9 @@ from longspan.errors import ConfigError
 from longspan.report.heads import Heads
 
 if TYPE_CHECKING:
-    from longspan.mixers import Core
+    from longspan.mixers import Mechanism
 
-C = TypeVar("C", bound="Core")
+C = TypeVar("C", bound="Mechanism")
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,22 @@ def find(model: Any, kind: type[C], run: str, name: str) -> list[Found[C]]:
     Raises:
         ConfigError: there is none.
     """
-    from longspan.mechanisms.heads.layer import HeadsCore
-    from longspan.mixers import Core
+    from longspan.mechanisms.mixed_heads.layer import MixedHeadsMechanism
+    from longspan.mixers import Mechanism
 
     matches: list[Found[C]] = []
     parts: set[int] = set()
     layer, core_names = 0, set()
     for module in model.modules():
-        if not isinstance(module, Core) or id(module) in parts:
+        if not isinstance(module, Mechanism) or id(module) in parts:
             continue
         layer += 1
-        inside: Sequence[tuple[Core, int]] = [(module, 1)]
-        if isinstance(module, HeadsCore):
+        inside: Sequence[tuple[Mechanism, int]] = [(module, 1)]
+        if isinstance(module, MixedHeadsMechanism):
             parts |= {id(part) for part in module.modules()}
             inside = [(core, heads.start + 1) for core, heads in zip(module.cores, module.queries, strict=True)]
         matches += [Found(layer, first, core) for core, first in inside if isinstance(core, kind)]
-        core_names |= {type(core).__name__.removesuffix("Core") for core, _ in inside}
+        core_names |= {type(core).__name__.removesuffix("Mechanism") for core, _ in inside}
     if not matches:
         raise ConfigError(
             f"{run}: no layer of this run is {name}; its layers are {', '.join(sorted(core_names)) or 'none'}"

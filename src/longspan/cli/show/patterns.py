@@ -100,13 +100,13 @@ def patterns(
 
 def _chosen(names: list[str] | None) -> list[str]:
     """Names that there are; of all, those that load."""
-    from longspan.contract.registry import core_class
+    from longspan.contract.registry import mechanism_class
     from longspan.contract.registry import names as all_names
 
     chosen = []
     for name in dict.fromkeys(names or all_names()):
         try:
-            core_class(name)
+            mechanism_class(name)
         except ConfigError as error:
             if names:
                 raise
@@ -177,8 +177,8 @@ def _alike(weights: "Tensor") -> list[list[int]]:
 
 def _words(fields: dict[str, Any]) -> str:
     """Fields as they are given on the command line; parts side by side with a bar between."""
-    if "parts" in fields:
-        parts = [dict(part) for part in fields["parts"]]
+    if "mixers" in fields:
+        parts = [dict(part) for part in fields["mixers"]]
         return " | ".join(
             f"{part.pop('num_heads')} {part.pop('name')}({_words(part)})".replace("()", "") for part in parts
         )

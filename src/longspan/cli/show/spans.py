@@ -11,7 +11,7 @@ from longspan.cli.runs import open_any_run
 
 if TYPE_CHECKING:
     from longspan.cli.show.heads import Found
-    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
+    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
     from longspan.report import Block
 
 
@@ -36,12 +36,12 @@ def spans(
       longspan show spans runs/spans
     """
     from longspan.cli.show.heads import find
-    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanCore
+    from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
 
     model, task = open_any_run(run, device=device, dtype=dtype)
-    mechanisms = find(model, AdaptiveSpanCore, run, "adaptive_span")
+    mechanisms = find(model, AdaptiveSpanMechanism, run, "adaptive_span")
     dynamic = [mechanism for mechanism in mechanisms if mechanism.core.config.dynamic]
     read = _dynamic_spans(model, task, run, dynamic, tokens) if dynamic else {}
     rows = [(mechanism, read.get(id(mechanism.core), mechanism.core.spans)) for mechanism in mechanisms]
@@ -78,7 +78,7 @@ def spans(
 
 
 def _dynamic_spans(
-    model: Any, task: Any, run: str, mechanisms: "list[Found[AdaptiveSpanCore]]", tokens: int
+    model: Any, task: Any, run: str, mechanisms: "list[Found[AdaptiveSpanMechanism]]", tokens: int
 ) -> dict[int, list[float]]:
     """Mean dynamic spans of each head over held-back documents, by id of the core."""
     import torch
@@ -91,7 +91,7 @@ def _dynamic_spans(
     }
     counts = dict.fromkeys(totals, 0)
 
-    def watch(core: "AdaptiveSpanCore", arguments: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
+    def watch(core: "AdaptiveSpanMechanism", arguments: tuple[Any, ...], keywords: dict[str, Any], _out: Any) -> None:
         real = arguments[4].real_columns()
         totals[id(core)] += (core.token_spans(keywords["hidden"]) * real[:, None]).sum((0, 2)).cpu().double()
         counts[id(core)] += int(real.sum())

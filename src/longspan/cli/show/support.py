@@ -38,13 +38,13 @@ def support(
     """
     from longspan.cli.show.heads import find
     from longspan.cli.show.reading import chosen
-    from longspan.mechanisms.entmax.layer import EntmaxCore
+    from longspan.mechanisms.entmax.layer import EntmaxMechanism
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
     from longspan.train.watching import head_supports
 
     model, task = open_any_run(run, device=device, dtype=dtype)
-    mechanisms = find(model, EntmaxCore, run, "entmax")
+    mechanisms = find(model, EntmaxMechanism, run, "entmax")
     documents, chunk = chosen(model, task, run, tokens=tokens, head=head)
     cores = [mechanism.core for mechanism in mechanisms]
     with reading_progress("counting keys") as show:

@@ -15,7 +15,7 @@ def group_attention(
     num_groups: int,
     window: int,
     causal: bool = True,
-    itself: bool = True,
+    include_self: bool = True,
     scale: float | None = None,
     lengths: Tensor | None = None,
     start: Tensor | None = None,
@@ -24,7 +24,8 @@ def group_attention(
     """Attention to the last `window` members of the query's own group.
 
     With the rank of a column among the real columns of its group: causal, rank_i - window < rank_j <= rank_i; without
-    `itself` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `itself` but not 0.
+    `include_self` rank_i - window <= rank_j < rank_i. Not causal: |rank_i - rank_j| < window, without `include_self`
+    but not 0.
 
     Args:
         q: (batch, heads, length, head_dim).
@@ -34,7 +35,7 @@ def group_attention(
         num_groups: ids are below it.
         window: see above.
         causal: see above.
-        itself: whether a query sees its own key.
+        include_self: whether a query sees its own key.
         scale: default head_dim ** -0.5.
         lengths: see `visible_keys`.
         start: see `visible_keys`.
@@ -53,8 +54,8 @@ def group_attention(
     rank = (same & earlier & real[:, None, None]).sum(-1)
     distance = rank[..., :, None] - rank[..., None, :]
     if not causal:
-        near = (distance.abs() < window) & (itself | (distance != 0))
-    elif itself:
+        near = (distance.abs() < window) & (include_self | (distance != 0))
+    elif include_self:
         near = (distance >= 0) & (distance < window)
     else:
         near = (distance > 0) & (distance <= window)

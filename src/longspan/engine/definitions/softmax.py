@@ -135,8 +135,8 @@ def relative_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
-    border: int | Tensor | None = None,
-    stale: tuple[Tensor, Tensor] | None = None,
+    segment_start: int | Tensor | None = None,
+    detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Transformer-XL's attention (Dai et al. 2019, section 3.3), causal, its four terms written out.
 
@@ -155,8 +155,10 @@ def relative_attention(
         lengths: see `visible_keys`.
         start: see `visible_keys`.
         memory_lengths: see `visible_keys`.
-        border: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key columns.
-        stale: (k, v) of the same values as k and v. Pairs whose key lies before the border of their query send their
+        segment_start: where the segment of a query begins: an int S (query column i // S * S), or (batch, length) key
+            columns.
+        detached_kv: (k, v) of the same values as k and v. Pairs whose key lies before `segment_start` of their query
+            send their
             gradients here and not to k and v: memory across a segment border is read, not trained through.
     """
     visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
@@ -175,15 +177,15 @@ def relative_attention(
     def content(keys: Tensor) -> Tensor:
         return torch.einsum("bhid,bhjd->bhij", q, keys) + torch.einsum("hd,bhjd->bhj", content_bias, keys)[:, :, None]
 
-    if stale is None or border is None:
+    if detached_kv is None or segment_start is None:
         scores = scale * (content(k) + term_b + term_d)
         return masked_softmax(scores, visible[:, None]) @ v
-    first = i // border * border + memory if isinstance(border, int) else border[:, :, None]
+    first = i // segment_start * segment_start + memory if isinstance(segment_start, int) else segment_start[:, :, None]
     own = (j + memory >= first).expand(visible.shape)[:, None]
-    stale_k, stale_v = (t.repeat_interleave(group, 1) for t in stale)
-    scores = scale * (torch.where(own, content(k), content(stale_k)) + term_b + term_d)
+    detached_k, detached_v = (t.repeat_interleave(group, 1) for t in detached_kv)
+    scores = scale * (torch.where(own, content(k), content(detached_k)) + term_b + term_d)
     weights = masked_softmax(scores, visible[:, None])
-    return weights.masked_fill(~own, 0.0) @ v + weights.masked_fill(own, 0.0) @ stale_v
+    return weights.masked_fill(~own, 0.0) @ v + weights.masked_fill(own, 0.0) @ detached_v
 
 
 def relative_decode(

@@ -56,7 +56,7 @@ class PersistentSpans(nn.Module):
         *,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, None]:
         """Logits (batch, length, vocabulary) of tokens (batch, length), one text per row; padding is never seen."""
         count = tokens.shape[1]

@@ -57,7 +57,7 @@ def _measure(folder: Path, plan: None, say: Say) -> Outcome:
     shape: dict[str, Any] = {"dim": setting.dim, "num_heads": setting.num_heads, "rope": None}
     layers = {
         "transformer_xl": mixers.build(
-            "transformer_xl", **shape, segment=setting.segment, mem_len=setting.segment, memory="kv"
+            "transformer_xl", **shape, segment=setting.segment, mem_len=setting.segment, cache="kv"
         ),
         "infini": mixers.build("infini", **shape, segment=setting.segment),
     }

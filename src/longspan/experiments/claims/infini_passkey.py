@@ -14,15 +14,15 @@ from longspan.tasks.synthetic import DEPTHS, PasskeyTask
 from longspan.train import evaluate_depths, load_run, wilson
 
 # the recipe unchanged, and fields that differ from it; names are keys of saved records
-MAIN = "linear update, paper's normaliser"
+MAIN = "linear update, paper's normalizer"
 VARIANTS: dict[str, tuple[str, ...]] = {
     MAIN: (),
     "the same, memory never made heavier": ("train.repeats=1",),
     "the same, gates at the model's learning rate": ("model.mixers.1.gate_lr=3e-3",),
-    "linear update, gamma normaliser": ("model.mixers.1.normaliser=gamma", "train.repeats=1"),
-    "delta update, paper's normaliser": ("model.mixers.1.update=delta", "train.repeats=1"),
-    "delta update, gamma normaliser": (
-        *("model.mixers.1.update=delta", "model.mixers.1.normaliser=gamma"),
+    "linear update, gamma normalizer": ("model.mixers.1.normalizer=gamma", "train.repeats=1"),
+    "delta update, paper's normalizer": ("model.mixers.1.update=delta", "train.repeats=1"),
+    "delta update, gamma normalizer": (
+        *("model.mixers.1.update=delta", "model.mixers.1.normalizer=gamma"),
         "train.repeats=1",
     ),
 }
@@ -126,7 +126,7 @@ def _paper(name: str, length: int) -> str:
     """Accuracy in the paper's table 3, fine-tuned, start / middle / end."""
     if name == MAIN:
         return {131_072: "100/100/100", 524_288: "97/99/100", 1_048_576: "96/94/100"}.get(length, "100/100/100")
-    return "100/100/99 to 100/100/100" if name == "delta update, paper's normaliser" else ""
+    return "100/100/99 to 100/100/100" if name == "delta update, paper's normalizer" else ""
 
 
 def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
@@ -152,7 +152,7 @@ def _picture(by_variant: dict[str, list[dict[str, Any]]]) -> Picture:
         xscale="log2",
         xticks=[record["length"] for record in next(iter(by_variant.values()))],
         ylim=(0, 1.16),
-        alt="Share of pass keys retrieved against the length of the text, by update and normaliser.",
+        alt="Share of pass keys retrieved against the length of the text, by update and normalizer.",
     )
 
 

@@ -11,7 +11,7 @@ from longspan.experiments.claims.base import Claim, Figure, Outcome, Say
 from longspan.experiments.claims.rmt import train_once
 from longspan.experiments.claims.runs import trained_seconds
 from longspan.experiments.figures import heat_figure, picture_of
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.tasks import MemoryTask
 from longspan.train import load_run
 
@@ -23,7 +23,7 @@ def attention_maps(model: Any, tokens: Tensor, memory: Tensor) -> Tensor:
     recurrent = model.recurrent
     stack = recurrent.backbone
     x = torch.cat([memory, stack.embedding(tokens)], 1)
-    rows = Rows(torch.zeros(1, dtype=torch.int64), x.shape[1])
+    rows = BatchLayout(torch.zeros(1, dtype=torch.int64), x.shape[1])
     h = stack.place(x, rows)
     for block in stack.layers[:-1]:
         h, _, _ = block(h, None, rows, False)

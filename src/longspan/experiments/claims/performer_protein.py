@@ -32,8 +32,8 @@ from longspan.train import Evaluation, evaluate_text, load_run
 
 MIXERS: dict[str, dict[str, Any]] = {
     "exact": {"name": "full"},
-    "softmax features": {"name": "performer", "kind": "positive", "num_features": 64, "redraw": 100},
-    "ReLU features": {"name": "performer", "kind": "relu", "num_features": 64, "redraw": 0},
+    "softmax features": {"name": "performer", "kind": "positive", "num_features": 64, "redraw_every": 100},
+    "ReLU features": {"name": "performer", "kind": "relu", "num_features": 64, "redraw_every": 0},
 }
 PAIRS = ("DE", "FY")
 # similar amino acids are neighbors, so that BLOSUM62 has blocks along its diagonal

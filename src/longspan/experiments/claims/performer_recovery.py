@@ -80,7 +80,7 @@ def converted(model: Any, features: int, seed: int) -> Any:
     from longspan import hf
 
     twin = copy.deepcopy(model)
-    hf.convert(twin, "performer", num_features=features, redraw=0, seed=seed)
+    hf.convert(twin, "performer", num_features=features, redraw_every=0, seed=seed)
     return twin
 
 

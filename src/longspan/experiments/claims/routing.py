@@ -50,8 +50,8 @@ def mixer_of(name: str) -> dict[str, Any]:
     if name == LOCAL:
         return {"name": "window", "window": equal_window()}
     mixer: dict[str, Any] = recipe_of("routing")["model"]["mixers"][0]
-    local, routed = mixer["parts"]
-    return {**mixer, "parts": [local, {**routed, "selection": "balanced"}]} if name == BALANCED else mixer
+    local, routed = mixer["mixers"]
+    return {**mixer, "mixers": [local, {**routed, "selection": "balanced"}]} if name == BALANCED else mixer
 
 
 def flops(mixer: Mapping[str, Any]) -> int:
@@ -85,7 +85,7 @@ def _recorded_in(choices: Choices) -> Callable[..., tuple[Any, ...]]:
 def usage(model: Any, documents: Documents) -> list[list[float]]:
     """Share of tokens per cluster, largest first, for every routed head of every layer."""
     counts: list[np.ndarray[Any, Any]] = []
-    clusters = recipe_of("routing")["model"]["mixers"][0]["parts"][1]["num_clusters"]
+    clusters = recipe_of("routing")["model"]["mixers"][0]["mixers"][1]["num_clusters"]
     for document in documents.items:
         tokens = torch.from_numpy(np.asarray(document.cut(0, min(len(document), PIECE)).tokens)).long()
         choices = Choices()

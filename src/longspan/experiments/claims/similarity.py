@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.mixers import Rows
+from longspan.mixers import BatchLayout
 from longspan.tasks.base import Array
 from longspan.tasks.protein import AMINO_ACIDS, FIRST, VOCABULARY
 
@@ -63,7 +63,7 @@ def attention_between(model: Any, tokens: Tensor) -> Array:
         (layers * heads, 20, 20) fp64: from the amino acid of the row to that of the column.
     """
     kinds = torch.nn.functional.one_hot(tokens, len(VOCABULARY))[:, FIRST : FIRST + len(AMINO_ACIDS)].float()
-    rows = Rows(torch.zeros(1, dtype=torch.int64), len(tokens))
+    rows = BatchLayout(torch.zeros(1, dtype=torch.int64), len(tokens))
     h, sums = model.embed(tokens[None], rows), []
     for block in model.layers:
         weights = block.mixer.attention_map(block.mixer_norm(h))[0]

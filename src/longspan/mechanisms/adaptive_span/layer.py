@@ -13,8 +13,8 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
 from longspan.contract.kv_cache import carry, join, visible
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore, pairs_within
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError
 from longspan.host import Array
@@ -30,8 +30,8 @@ class AdaptiveSpanConfig:
         include_self: a token sees itself; the paper leaves it out.
         dynamic: spans depend on the token, not on the head alone.
         initial: z' to begin with, in [0, 1]; dynamic spans begin at sigmoid(-4) as in the paper.
-        penalty: coefficient of the mean span in tokens, appended to `penalties`; the paper takes 2e-6, and 0.5e-6 where
-            max_span is 8192.
+        penalty: coefficient of the mean span in tokens, appended to `aux_losses`; the paper takes 2e-6, and 0.5e-6
+            where max_span is 8192.
         persistent: learned keys and values of every kv head beside the text.
     """
 
@@ -59,7 +59,7 @@ class AdaptiveSpanState(NamedTuple):
     live: Tensor  # (batch,) live tokens
 
 
-class AdaptiveSpanCore(BoundedCore):
+class AdaptiveSpanMechanism(BoundedMechanism):
     """See the package."""
 
     Config = AdaptiveSpanConfig
@@ -136,19 +136,19 @@ class AdaptiveSpanCore(BoundedCore):
         k: Tensor,
         v: Tensor,
         state: AdaptiveSpanState | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, AdaptiveSpanState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k = self.rotate(q, k, rows)
         known = rows.read(self.layout_inputs(state))
         shares, columns = known.get((self, "span")), known.get((self, "held"))
         spans = None if shares is None else self.config.max_span * shares.clip(0, 1)
         span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._tokens(), spans)
-        if penalties is not None and self.config.penalty:
-            penalties.append(self.config.penalty * self._mean(span, rows))
+        if aux_losses is not None and self.config.penalty:
+            aux_losses.append(self.config.penalty * self._mean(span, rows))
         keys, values, memory = join(state, k, v, grows=False)
         seen = visible(rows, memory)
         if state is not None and memory:
@@ -179,7 +179,7 @@ class AdaptiveSpanCore(BoundedCore):
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT
 
-    def _mean(self, span: Tensor, rows: Rows) -> Tensor:
+    def _mean(self, span: Tensor, rows: BatchLayout) -> Tensor:
         """The mean span of the layer, over real tokens where they differ."""
         if span.ndim == 1:
             return span.mean()

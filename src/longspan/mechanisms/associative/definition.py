@@ -16,10 +16,10 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
     return torch.stack(entries, -1)
 
 
-def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tensor:
+def associative_read(phi_q: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
     """phi_q A / (phi_q . z + 1e-5) with every sum written out."""
     upper = (phi_q[..., :, :, None] * memory[..., None, :, :]).sum(-2)
-    lower = (phi_q * normaliser[..., None, :]).sum(-1)
+    lower = (phi_q * normalizer[..., None, :]).sum(-1)
     return upper / (lower + 1e-5)[..., None]
 
 
@@ -28,17 +28,17 @@ def associative_write(
     values: Tensor,
     strength: Tensor,
     memory: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
     *,
     constant_gamma: bool = True,
     damped: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Every pair reads the memory as it was before the segment; their changes are added."""
-    changed, counted = memory, normaliser
+    changed, counted = memory, normalizer
     keys = [phi_k[..., i, :] for i in range(phi_k.shape[-2])]
     for k in keys:
         size = (k * k).sum(-1)
-        overlap = (k * normaliser).sum(-1) / size.clamp(min=1e-10)
+        overlap = (k * normalizer).sum(-1) / size.clamp(min=1e-10)
         gamma = torch.where(size < 1e-10, torch.ones_like(size), (1 - overlap).clamp(0, 1))
         gamma = gamma.detach() if constant_gamma else gamma
         counted = counted + gamma[..., None] * k
@@ -49,7 +49,7 @@ def associative_write(
             most = torch.maximum(most, pull / ((key * counted).sum(-1) + 1e-5))
         strength = strength / most[..., None]
     for i, k in enumerate(keys):
-        stored = associative_read(k[..., None, :], memory, normaliser)[..., 0, :]
+        stored = associative_read(k[..., None, :], memory, normalizer)[..., 0, :]
         changed = changed + strength[..., i, None, None] * k[..., :, None] * (values[..., i, :] - stored)[..., None, :]
     return changed, counted
 

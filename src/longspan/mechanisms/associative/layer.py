@@ -11,7 +11,7 @@ from torch import nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.segments import Operation, SegmentCore
+from longspan.contract.segments import Operation, SegmentMechanism
 from longspan.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ class AssociativeConfig:
         check_least(self, "associative", least)
 
 
-class AssociativeCore(SegmentCore):
+class AssociativeMechanism(SegmentMechanism):
     """See the package."""
 
     Config = AssociativeConfig
@@ -79,7 +79,7 @@ class AssociativeCore(SegmentCore):
         return ops.AssociativeMaps(self.tokens, self.query, self.key, self.value, self.strength, self.config.nu)
 
     def operations(self) -> tuple[Operation, Operation]:
-        """See `SegmentCore`."""
+        """See `SegmentMechanism`."""
         fields: dict[str, Any] = {
             "maps": self.maps,
             "segment": self.segment,
@@ -88,7 +88,7 @@ class AssociativeCore(SegmentCore):
         return partial(ops.associative_attention, **fields), partial(ops.associative_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """See `SegmentCore`."""
+        """See `SegmentMechanism`."""
         return ops.associative_cost(
             length,
             segment=self.segment,

@@ -1,6 +1,6 @@
-"""Associative memory written by the delta rule (ARMT, Rodkin et al. 2024, section 3): a matrix and its normaliser.
+"""Associative memory written by the delta rule (ARMT, Rodkin et al. 2024, section 3): a matrix and its normalizer.
 
-Shapes: memory (batch, ..., features, dim), normaliser (batch, ..., features), keys and queries (batch, ..., n,
+Shapes: memory (batch, ..., features, dim), normalizer (batch, ..., features), keys and queries (batch, ..., n,
 features), values (batch, ..., n, dim).
 """
 
@@ -30,14 +30,14 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
     return torch.cat([r * r.roll(j, -1) for j in range(1, nu + 1)], -1)
 
 
-def associative_read(phi_q: Tensor, memory: Tensor, normaliser: Tensor) -> Tensor:
-    """What the memory A answers: phi_q A / (phi_q . z + 1e-5), z its normaliser; zeros where nothing was written.
+def associative_read(phi_q: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
+    """What the memory A answers: phi_q A / (phi_q . z + 1e-5), z its normalizer; zeros where nothing was written.
 
     Shapes are those of the module; the answers (batch, ..., n, dim) have the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
     with flash.full_precision(phi_q.device):
-        return (phi_q @ memory) / ((phi_q @ normaliser[..., None]) + EPSILON)
+        return (phi_q @ memory) / ((phi_q @ normalizer[..., None]) + EPSILON)
 
 
 def associative_write(
@@ -45,7 +45,7 @@ def associative_write(
     values: Tensor,
     strength: Tensor,
     memory: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
     *,
     constant_gamma: bool = True,
     damped: bool = False,
@@ -56,35 +56,35 @@ def associative_write(
         A <- A + sum strength phi_k (v - v')
         z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1), 1 where |phi_k|^2 < 1e-10
 
-    so that a key written again replaces its value and adds nothing to the normaliser. All pairs correct the same A at
+    so that a key written again replaces its value and adds nothing to the normalizer. All pairs correct the same A at
     once: where n of them ask alike and z has seen such keys less often than n beta / 2 times, or shorter ones, the
     correction is more than twice what is wrong, and A grows without bound over segments. `damped` divides every beta by
 
-        max(1, max_i sum_j beta_j phi_i . phi_j / (phi_i . z'))      z': the normaliser after the write
+        max(1, max_i sum_j beta_j phi_i . phi_j / (phi_i . z'))      z': the normalizer after the write
 
     so that together they never correct more than what is wrong; a pair alone is not changed by it.
 
     Args:
-        phi_k, values, memory, normaliser: see the module.
-        strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normaliser apart.
+        phi_k, values, memory, normalizer: see the module.
+        strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normalizer apart.
         constant_gamma: gamma is not differentiated, as in ARMT.
         damped: see above; ARMT's are not.
 
     Returns:
-        Memory and normaliser, new tensors.
+        Memory and normalizer, new tensors.
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
     with flash.full_precision(phi_k.device):
-        known = (phi_k @ normaliser[..., None])[..., 0]
+        known = (phi_k @ normalizer[..., None])[..., 0]
         size = phi_k.square().sum(-1)
         # zero features have no direction: without the mask the gradient of 0 / 0 is not finite
         gamma = torch.where(size < SMALL, 1, 1 - known / size.clamp(min=SMALL)).clamp(0, 1)
         gamma = gamma.detach() if constant_gamma else gamma
-        after = normaliser + (gamma[..., None] * phi_k).sum(-2)
+        after = normalizer + (gamma[..., None] * phi_k).sum(-2)
         if damped:
             together = (phi_k @ phi_k.mT @ strength[..., None]) / (phi_k @ after[..., None] + EPSILON)
             strength = strength / together.amax((-2, -1)).clamp(min=1)[..., None]
-        change = strength[..., None] * (values - associative_read(phi_k, memory, normaliser))
+        change = strength[..., None] * (values - associative_read(phi_k, memory, normalizer))
         return memory + phi_k.mT @ change, after
 
 
@@ -118,7 +118,7 @@ class AssociativeRule(NamedTuple):
         return 2 * self.maps.key.shape[1] * self.maps.nu
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Fp32 at least: the delta rule corrects, and the normaliser counts no key twice, so that neither runs away."""
+        """Fp32 at least: the delta rule corrects, and the normalizer counts no key twice, so that neither runs away."""
         return torch.promote_types(v.dtype, torch.float32)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from longspan import ops
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism
 from longspan.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ class BPState(ops.TreeNodes):
         return "open_k", "open_v", "open_mass"
 
 
-class BPCore(BoundedCore):
+class BPMechanism(BoundedMechanism):
     """See the package."""
 
     Config = BPConfig
@@ -68,9 +68,9 @@ class BPCore(BoundedCore):
         return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: BPState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: BPState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, BPState | None]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         out, nodes = ops.bp_attention(
             q,
             k,

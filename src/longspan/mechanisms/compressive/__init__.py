@@ -11,7 +11,7 @@ Memory holds hidden states, projected again at each use, so that W_k and W_v go 
 pass a segment border (horizon 1). Segment borders are positions and compression happens there only. Vectors that left
 the memory and do not fill a group yet (ratio - 1 at most) wait, seen by nobody; so any segment goes with any ratio.
 
-The loss of the model never reaches f_c. f_c learns from an auxiliary loss, appended to `penalties` by calls that close
+The loss of the model never reaches f_c. f_c learns from an auxiliary loss, appended to `aux_losses` by calls that close
 a segment: attention reconstruction, || attend(h, old) - attend(h, f_c(old)) ||^2 for the queries of the segment (those
 of this call), content only, or auto-encoding, || old - g(f_c(old)) ||^2; both as means. Its gradients reach f_c (and g)
 only. The parameters are an optimiser group of their own, "compressor".

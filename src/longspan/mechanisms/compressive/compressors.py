@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.contract.maps import CalledParameters
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.engine.first_order import FirstOrder
 from longspan.mechanisms.compressive.operation import CallSegments, CompressiveSizes
 
@@ -142,7 +142,9 @@ class SlotLayout(NamedTuple):
     carried: Tensor  # (batch, compressed_len) in the same list: those of the next state
 
 
-def slot_layout(rows: Rows, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int) -> SlotLayout:
+def slot_layout(
+    rows: BatchLayout, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int
+) -> SlotLayout:
     """The layout of a call, for a state of `capacity` hidden states; `context`: see `Compressor`."""
     old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
     closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
@@ -223,13 +225,13 @@ class UsageLayout(NamedTuple):
         usage = F.pad(usage, (0, columns - usage.shape[1])) + received
         return usage * (self.segment / self.queries.to(usage.dtype))
 
-    def carry(self, usage: Tensor, rows: Rows) -> Tensor:
+    def carry(self, usage: Tensor, rows: BatchLayout) -> Tensor:
         """(batch, capacity) usage that the next state holds, of what `add` returned."""
         capacity = self.carried.shape[1]
         return rows.carry(usage[:, :capacity, None], usage[:, capacity:, None], capacity)[..., 0] * self.carried
 
 
-def usage_layout(rows: Rows, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
+def usage_layout(rows: BatchLayout, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
     """The layout of a call within the open segment of every row; arguments as of `slot_layout`."""
     opened = (rows.offsets % sizes.segment)[:, None]
     closes = opened + rows.lengths_read[:, None] == sizes.segment

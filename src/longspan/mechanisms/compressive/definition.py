@@ -40,12 +40,12 @@ def compressive_attention(
     compressed_len: int,
     ratio: int,
     position: int = 0,
-    stale: tuple[Tensor, Tensor] | None = None,
+    detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `longspan.ops.compressive_attention`, every pair of a query and a key, or a slot, by its distance."""
     length, memory, slots = q.shape[2], k.shape[2] - q.shape[2], slots_k.shape[2]
-    stale_k, stale_v = (k, v) if stale is None else stale
-    keys, values = torch.cat([slots_k, stale_k, k], 2), torch.cat([slots_v, stale_v, v], 2)
+    detached_k, detached_v = (k, v) if detached_kv is None else detached_kv
+    keys, values = torch.cat([slots_k, detached_k, k], 2), torch.cat([slots_v, detached_v, v], 2)
     i = torch.arange(position, position + length, device=q.device)[:, None]
     j = torch.arange(position - memory, position + length, device=q.device)[None, :]
     begin = i // segment * segment

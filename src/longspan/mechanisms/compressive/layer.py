@@ -12,8 +12,8 @@ from longspan import host, ops
 from longspan import state as states
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.contract.relative import NO_CONVERSION, RelativeCore, carry_hidden
-from longspan.contract.rows import Rows
+from longspan.contract.relative import NO_CONVERSION, RelativeMechanism, carry_hidden
+from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
 from longspan.host import Array
 from longspan.mechanisms.compressive.compressors import (
@@ -88,16 +88,16 @@ class CompressiveState(NamedTuple):
 class Inputs(NamedTuple):
     """Arguments of a call, or of one segment of it."""
 
-    q: Tensor  # q, k, v: see `Core.forward`
+    q: Tensor  # q, k, v: see `Mechanism.forward`
     k: Tensor
     v: Tensor
     x: Tensor  # (batch, length, dim), the hidden states they are projections of
     project: Project  # hidden states to keys and values
     r: Tensor | None  # (heads, distances, head_dim), projected distances; None where they are folded into the query
-    penalties: list[Tensor] | None  # gets what the compressor learns from; None where it does not learn
+    aux_losses: list[Tensor] | None  # gets what the compressor learns from; None where it does not learn
 
 
-class CompressiveCore(RelativeCore):
+class CompressiveMechanism(RelativeMechanism):
     """See the package."""
 
     Config = CompressiveConfig
@@ -151,18 +151,18 @@ class CompressiveCore(RelativeCore):
         k: Tensor,
         v: Tensor,
         state: CompressiveState | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, CompressiveState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         assert hidden is not None, "compressive projects hidden states"
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
         folds = one_segment and not self.counts_usage and self.folds(q, distances, k, v)
         r = None if folds else self.relative(distances, rows)
-        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, penalties if self._learns(rows) else None)
+        inputs = Inputs(q, k, v, hidden.x, hidden.project, r, aux_losses if self._learns(rows) else None)
         if state is None:
             state = self.init_state(rows.batch, q.device, hidden.x.dtype)
         if one_segment:
@@ -171,12 +171,12 @@ class CompressiveCore(RelativeCore):
             return self._segment_by_segment(inputs, state, rows)
         return self._all_segments(inputs, state, rows)
 
-    def _learns(self, rows: Rows) -> bool:
+    def _learns(self, rows: BatchLayout) -> bool:
         config = self.config
         has_loss = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
         return has_loss and config.compressed_len > 0 and rows.learns
 
-    def _distances(self, rows: Rows) -> int:
+    def _distances(self, rows: BatchLayout) -> int:
         """Distances that pairs of the call have at most."""
         if not rows.plain:
             return self.reach
@@ -184,7 +184,9 @@ class CompressiveCore(RelativeCore):
         _, tokens, visible = self._document(first + rows.length, first)
         return int((tokens + visible).max(initial=1))
 
-    def _within_segment(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+    def _within_segment(
+        self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
+    ) -> tuple[Tensor, CompressiveState]:
         """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
         q, k, v, segment = inputs.q, inputs.k, inputs.v, self.config.segment
         past, memory_lengths = self._past(state, rows)
@@ -209,7 +211,7 @@ class CompressiveCore(RelativeCore):
             usage = self._usage_layout(rows).carry(usage, rows)
         return out, CompressiveState(self._carry_hidden(state, inputs.x, rows), compressed, usage, rows.live)
 
-    def _past(self, state: CompressiveState, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+    def _past(self, state: CompressiveState, rows: BatchLayout) -> tuple[Tensor | None, Tensor | None]:
         """Hidden states (batch, columns, dim) that the call sees besides its own; how many are real, newest last."""
         sizes, low, high = self.sizes, *rows.offset_range
         if low == high:
@@ -232,7 +234,9 @@ class CompressiveCore(RelativeCore):
         joined = torch.cat([state.compressed, state.hidden], 1)
         return joined.gather(1, column[..., None].expand(-1, -1, joined.shape[2])), count
 
-    def _all_segments(self, inputs: Inputs, state: CompressiveState, rows: Rows) -> tuple[Tensor, CompressiveState]:
+    def _all_segments(
+        self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
+    ) -> tuple[Tensor, CompressiveState]:
         """Any call, all segments at once: its slots are made of hidden states alone, before anything is attended."""
         q, k, v, x, project, r, _ = inputs
         assert r is not None, "only a call within the open segment folds queries"
@@ -241,25 +245,25 @@ class CompressiveCore(RelativeCore):
         visible = project(pick(slots, slot_layout.visible))
         segments = self._segments(rows)
         memory = int((segments.opened + self.sizes.visible(segments.border)[1] - segments.column).max(initial=0))
-        past, stale = state.hidden[:, self.capacity - memory :], None
+        past, detached_kv = state.hidden[:, self.capacity - memory :], None
         if torch.is_grad_enabled():
-            stale = project(torch.cat([past, x], 1).detach())
-        if stale is None or past.requires_grad:
+            detached_kv = project(torch.cat([past, x], 1).detach())
+        if detached_kv is None or past.requires_grad:
             past_k, past_v = project(past)
         else:
-            past_k, past_v = (t[:, :, :memory] for t in stale)
-        k, v, learns = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), stale is not None
+            past_k, past_v = (t[:, :, :memory] for t in detached_kv)
+        k, v, learns = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2), detached_kv is not None
         layout = rows.cached(
             ("compressive attention", self.sizes, k.shape[1:], learns),
-            lambda: attention_layout(segments, self.sizes, q, k, visible[0], stale=learns),
+            lambda: attention_layout(segments, self.sizes, q, k, visible[0], detached_kv=learns),
         )
         biases = r, self.content_bias, self.position_bias
-        out = attend_segments(layout, q, k, v, visible, biases, stale)
+        out = attend_segments(layout, q, k, v, visible, biases, detached_kv)
         compressed = pick(slots, slot_layout.carried)
         return out, CompressiveState(self._carry_hidden(state, x, rows), compressed, state.usage, rows.live)
 
     def _segment_by_segment(
-        self, inputs: Inputs, state: CompressiveState, rows: Rows
+        self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
     ) -> tuple[Tensor, CompressiveState]:
         """Any call of "most_used", which compresses by the attention of a whole segment before the next one begins."""
         layout, outs = rows.segments(self.config.segment), []
@@ -275,7 +279,7 @@ class CompressiveCore(RelativeCore):
         hidden, compressed, usage = (rows.clear_reset(t) for t in state[:3])
         return layout.collect(torch.cat(outs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
 
-    def _parts(self, rows: Rows) -> list[tuple[slice, Tensor | None, Rows]]:
+    def _parts(self, rows: BatchLayout) -> list[tuple[slice, Tensor | None, BatchLayout]]:
         """Of each segment of all rows: its columns, (batch,) rows in which a document begins or None, its layout."""
         segment, live, parts = self.config.segment, rows.offsets, []
         layout = rows.segments(segment)
@@ -283,22 +287,22 @@ class CompressiveCore(RelativeCore):
         for first in range(0, layout.columns, segment):
             columns = slice(first, first + segment)
             begins, real = positions[:, first] == 1, positions[:, columns] > 0
-            part = Rows(host.put(np.where(begins, 0, live), rows.device), segment, host.put(real, rows.device))
+            part = BatchLayout(host.put(np.where(begins, 0, live), rows.device), segment, host.put(real, rows.device))
             parts.append((columns, host.put(begins, rows.device) if begins.any() else None, part))
             live = part.lives
         return parts
 
     # -- compression -----------------------------------------------------------------------------------------------
 
-    def _segments(self, rows: Rows) -> CallSegments:
+    def _segments(self, rows: BatchLayout) -> CallSegments:
         key = "compressive segments", self.sizes
         return rows.cached(key, lambda: call_segments(rows.positions_read, rows.lengths_read, self.sizes))
 
-    def _slot_layout(self, rows: Rows) -> SlotLayout:
+    def _slot_layout(self, rows: BatchLayout) -> SlotLayout:
         sizes = self.sizes, self.compressor.context, self.capacity
         return rows.cached(("compressive slots", *sizes), lambda: slot_layout(rows, self._segments(rows), *sizes))
 
-    def _usage_layout(self, rows: Rows) -> UsageLayout:
+    def _usage_layout(self, rows: BatchLayout) -> UsageLayout:
         sizes = self.sizes, self.capacity
         return rows.cached(("compressive usage", *sizes), lambda: usage_layout(rows, *sizes))
 
@@ -312,16 +316,16 @@ class CompressiveCore(RelativeCore):
             columns = column_list(usage[:, : self.capacity], usage[:, self.capacity :])
             new = self.compressor(old, pick(columns, layout.vectors), layout.groups)
         else:
-            with torch.set_grad_enabled(inputs.penalties is not None):
+            with torch.set_grad_enabled(inputs.aux_losses is not None):
                 new = self.compressor(old).to(old.dtype)
-        if inputs.penalties is not None:
+        if inputs.aux_losses is not None:
             queries = pick(inputs.q.transpose(1, 2).flatten(0, 1), layout.queries).transpose(1, 2)
             old = old[:, self.compressor.context :]
             loss = auxiliary_loss(self.compressor, self.config.loss, old, new, queries, layout, inputs.project)
-            inputs.penalties.append(self.config.loss_weight * loss)
+            inputs.aux_losses.append(self.config.loss_weight * loss)
         return column_list(state.compressed, new.detach())
 
-    def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: Rows) -> Tensor:
+    def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: BatchLayout) -> Tensor:
         return carry_hidden(state.hidden, x, rows, self.capacity, self.config.segment)
 
     # -- what it costs ---------------------------------------------------------------------------------------------
@@ -337,7 +341,7 @@ class CompressiveCore(RelativeCore):
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
 
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
-        """See `Core.fit`; what is carried are hidden states."""
+        """See `Mechanism.fit`; what is carried are hidden states."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:

@@ -104,12 +104,12 @@ def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) ->
 
 
 def attention_layout(
-    segments: CallSegments, sizes: CompressiveSizes, q: Tensor, k: Tensor, slots_k: Tensor, *, stale: bool
+    segments: CallSegments, sizes: CompressiveSizes, q: Tensor, k: Tensor, slots_k: Tensor, *, detached_kv: bool
 ) -> AttentionLayout:
     """Where the queries and keys of each segment stand in the tensors of `attend_segments`, by the shapes of these.
 
-    The newest slot is the last that a row makes before its last segment, in the row where these are most. `stale`:
-    tokens seen from later segments are a list of their own.
+    The newest slot is the last that a row makes before its last segment, in the row where these are most.
+    `detached_kv`: tokens seen from later segments are a list of their own.
     """
     batch, length, columns, slots = q.shape[0], q.shape[2], k.shape[2], slots_k.shape[2]
     visible_slots, visible_memory = sizes.visible(segments.border)
@@ -118,7 +118,7 @@ def attention_layout(
         raise ConfigError(f"{slots} slots: the last segment sees more than these")
     keys_before = visible_slots + visible_memory + segments.opened
     first_slot, first_token = 1, 1 + batch * slots
-    first_stale = first_token + batch * columns if stale else first_token
+    first_detached = first_token + batch * columns if detached_kv else first_token
     output, batches, queries_before = np.zeros(batch * length, np.int64), [], 0
     for members in _batches(segments.tokens, keys_before, BATCH_ENTRIES // max(1, k.shape[1] * k.shape[3])):
         row, column, tokens, opened = (field[members, None] for field in segments[:4])
@@ -127,7 +127,7 @@ def attention_layout(
         # the number of a key among those of its segment, oldest first; negative where others of the batch have more
         number = np.arange(-before.max(), len(query)) + before
         token = row * columns + columns - length + column + number - before
-        keys = token + np.where(number < before - opened, first_stale, first_token)
+        keys = token + np.where(number < before - opened, first_detached, first_token)
         keys = np.where(number < slots_before, first_slot + row * slots + end - slots_before + number, keys)
         keys[(number < 0) | (number >= before + tokens)] = 0
         queries, real = row * length + column + np.minimum(query, tokens - 1), query < tokens
@@ -156,18 +156,18 @@ def attend_segments(
     v: Tensor,
     slots: tuple[Tensor, Tensor],
     positions: tuple[Tensor, Tensor, Tensor],
-    stale: tuple[Tensor, Tensor] | None = None,
+    detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`compressive_attention` of rows that may be laid out unlike each other, arbitrary behind a row's real tokens.
 
     Args:
         layout: see `attention_layout`.
-        q, k, v, stale: as of `compressive_attention`; `slots` and `positions` are its slots_k and slots_v, and its r
-            and biases.
+        q, k, v, detached_kv: as of `compressive_attention`; `slots` and `positions` are its slots_k and slots_v, and
+            its r and biases.
     """
     if not layout.batches:
         return q.new_zeros(*q.shape[:3], v.shape[3])
-    sources = [slots, (k, v)] if stale is None else [slots, (k, v), stale]
+    sources = [slots, (k, v)] if detached_kv is None else [slots, (k, v), detached_kv]
     keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
     queries, outs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
@@ -196,7 +196,7 @@ def compressive_attention(
     compressed_len: int,
     ratio: int,
     position: int = 0,
-    stale: tuple[Tensor, Tensor] | None = None,
+    detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
 
@@ -219,7 +219,8 @@ def compressive_attention(
         compressed_len: most slots that a token sees.
         ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
         position: of query 0.
-        stale: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients here.
+        detached_kv: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients
+            here.
 
     Returns:
         (batch, heads, length, head_dim).
@@ -232,8 +233,8 @@ def compressive_attention(
     if position % segment or memory < min(mem_len, position):
         raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
     segments = call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes)
-    layout = attention_layout(segments, sizes, q, k, slots_k, stale=stale is not None)
-    return attend_segments(layout, q, k, v, (slots_k, slots_v), (r, content_bias, position_bias), stale)
+    layout = attention_layout(segments, sizes, q, k, slots_k, detached_kv=detached_kv is not None)
+    return attend_segments(layout, q, k, v, (slots_k, slots_v), (r, content_bias, position_bias), detached_kv)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from longspan import host, ops
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.kv_cache import KeyValueCore, KeyValueState, visible
-from longspan.contract.rows import Rows
+from longspan.contract.kv_cache import KeyValueMechanism, KeyValueState, visible
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 
@@ -37,7 +37,7 @@ class EntmaxConfig:
             raise ConfigError(f"entmax.alpha_init = {self.alpha_init}: must be in [1, 2]")
 
 
-class EntmaxCore(KeyValueCore):
+class EntmaxMechanism(KeyValueMechanism):
     """See the package."""
 
     Config = EntmaxConfig
@@ -70,9 +70,9 @@ class EntmaxCore(KeyValueCore):
         self.alpha_minus_one.clamp_(0.0, 1.0)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         read = rows.read(self.layout_inputs(None))[self, "alpha"]
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
@@ -84,7 +84,7 @@ class EntmaxCore(KeyValueCore):
         return {(self, "alpha"): self.alpha_minus_one}
 
     def entries(self, length: int) -> int:
-        """See `KeyValueCore`."""
+        """See `KeyValueMechanism`."""
         return ops.entmax_cost(length, causal=self.shape.causal, window=self.config.window)
 
     def pairs(self, length: int) -> int:

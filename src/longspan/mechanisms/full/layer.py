@@ -8,8 +8,8 @@ from torch import Tensor
 
 from longspan import ops
 from longspan.contract.base import Traits
-from longspan.contract.kv_cache import KeyValueCore, KeyValueState, visible
-from longspan.contract.rows import Rows
+from longspan.contract.kv_cache import KeyValueMechanism, KeyValueState, visible
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 
 
@@ -18,7 +18,7 @@ class FullConfig:
     """Full attention has no fields."""
 
 
-class FullCore(KeyValueCore):
+class FullMechanism(KeyValueMechanism):
     """See the package."""
 
     Config = FullConfig
@@ -29,14 +29,14 @@ class FullCore(KeyValueCore):
         return Traits(streams=self.shape.causal)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         return ops.full_attention(q, k, v, causal=self.shape.causal, **visible(rows, memory)), next_state
 
     def entries(self, length: int) -> int:
-        """See `KeyValueCore`."""
+        """See `KeyValueMechanism`."""
         return ops.full_cost(length, causal=self.shape.causal)
 
     def pairs(self, length: int) -> int:

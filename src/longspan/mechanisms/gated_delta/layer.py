@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Hidden, ParameterGroup, Shape, Traits
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore, pairs_within
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.errors import ConfigError
 from longspan.mechanisms.gated_delta.operation import gated_delta_cost
 
@@ -54,7 +54,7 @@ class GatedDeltaState(NamedTuple):
         return ("memory",)
 
 
-class GatedDeltaCore(BoundedCore):
+class GatedDeltaMechanism(BoundedMechanism):
     """See the package."""
 
     Config = GatedDeltaConfig
@@ -100,12 +100,12 @@ class GatedDeltaCore(BoundedCore):
         k: Tensor,
         v: Tensor,
         state: GatedDeltaState | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
         **unused: Any,
     ) -> tuple[Tensor, GatedDeltaState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         assert hidden is not None, "gates are made of hidden states"
         columns = self.config.conv_size - 1
         past = (None, None, None) if state is None else (state.q, state.k, state.v)

@@ -19,7 +19,7 @@ def infini_attention(
     *,
     segment: int,
     update: str = "linear",
-    normaliser: str = "paper",
+    normalizer: str = "paper",
     state: Any = None,
     local: Any = None,
     real: Tensor | None = None,
@@ -32,7 +32,7 @@ def infini_attention(
         k,
         v,
         partial(_mix, gate=gate),
-        partial(_write, update=update, normaliser=normaliser),
+        partial(_write, update=update, normalizer=normalizer),
         features=k.shape[3],
         segment=segment,
         state=state,
@@ -51,7 +51,7 @@ def infini_open(
     *,
     segment: int,
     update: str = "linear",
-    normaliser: str = "paper",
+    normalizer: str = "paper",
     state: Any = None,
     local: Any = None,
     lengths: Tensor | None = None,
@@ -75,7 +75,7 @@ def infini_open(
         out = _mix(q[row, :, :count], memory, inside, gate=gate)
         outs.append(torch.cat([out, out.new_zeros(q.shape[1], q.shape[2] - count, v.shape[-1])], 1))
         if closes is not None and bool(closes[row]):
-            written = _write(k[row, :, part], v[row, :, part], memory, update=update, normaliser=normaliser)
+            written = _write(k[row, :, part], v[row, :, part], memory, update=update, normalizer=normalizer)
             memory = SegmentMemory(*written, memory.written + 1)
         memories.append(memory)
     return torch.stack(outs), stacked(memories)
@@ -93,7 +93,7 @@ def _mix(q: Tensor, memory: SegmentMemory, inside: Tensor, *, gate: Tensor) -> T
     return share * upper / lower + (1 - share) * inside
 
 
-def _write(k: Tensor, v: Tensor, memory: SegmentMemory, *, update: str, normaliser: str) -> tuple[Tensor, Tensor]:
+def _write(k: Tensor, v: Tensor, memory: SegmentMemory, *, update: str, normalizer: str) -> tuple[Tensor, Tensor]:
     """Every pair against the memory as it was before the segment."""
     phi = elu_features(k)
     known = (phi * memory.keys[:, None]).sum(-1)
@@ -101,6 +101,6 @@ def _write(k: Tensor, v: Tensor, memory: SegmentMemory, *, update: str, normalis
         stored = phi @ memory.values
         v = v - torch.where(known[..., None] == 0, 0, stored / torch.where(known == 0, 1, known)[..., None])
     counted = phi
-    if normaliser == "gamma":
+    if normalizer == "gamma":
         counted = phi * (1 - known / (phi * phi).sum(-1)).clamp(0, 1)[..., None]
     return memory.values + torch.einsum("hnd,hne->hde", phi, v), memory.keys + counted.sum(1)

@@ -11,7 +11,7 @@ from torch import nn
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
-from longspan.contract.segments import Operation, SegmentCore, SegmentState
+from longspan.contract.segments import Operation, SegmentMechanism, SegmentState
 from longspan.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class InfiniConfig:
     Attributes:
         segment: positions of a segment.
         update: "linear" adds what a segment says, "delta" what it says anew.
-        normaliser: "paper", or "gamma", which counts a key that is known only once.
+        normalizer: "paper", or "gamma", which counts a key that is known only once.
         gate_init: of the gates before the sigmoid; -4 is strongly local.
         gate_lr: learning rate of the gates.
         bptt_segments: gradients reach so many segments back through the memory; None = all.
@@ -30,7 +30,7 @@ class InfiniConfig:
 
     segment: int = 512
     update: Literal["linear", "delta"] = "linear"
-    normaliser: Literal["paper", "gamma"] = "paper"
+    normalizer: Literal["paper", "gamma"] = "paper"
     gate_init: float = 0.0
     gate_lr: float = 0.01
     bptt_segments: int | None = None
@@ -47,7 +47,7 @@ class InfiniState(SegmentState):
         return "values", "keys"
 
 
-class InfiniCore(SegmentCore):
+class InfiniMechanism(SegmentMechanism):
     """See the package."""
 
     State = InfiniState
@@ -56,9 +56,9 @@ class InfiniCore(SegmentCore):
     conversion_fields: ClassVar[dict[str, Any]] = {"gate_init": -4.0}
     examples = (
         {"segment": 4},
-        {"segment": 4, "update": "delta", "normaliser": "gamma"},
+        {"segment": 4, "update": "delta", "normalizer": "gamma"},
         {"segment": 3, "update": "delta", "bptt_segments": 2},
-        {"segment": 4, "normaliser": "gamma", "gate_init": -1.0},
+        {"segment": 4, "normalizer": "gamma", "gate_init": -1.0},
     )
 
     def __init__(self, shape: Shape, config: InfiniConfig) -> None:
@@ -70,14 +70,14 @@ class InfiniCore(SegmentCore):
         self.rule: dict[str, Any] = {
             "segment": config.segment,
             "update": config.update,
-            "normaliser": config.normaliser,
+            "normalizer": config.normalizer,
             "bptt_segments": config.bptt_segments,
         }
 
     @property
     def adds(self) -> bool:
         """The memory is a sum over the segments read."""
-        return self.config.update == "linear" and self.config.normaliser == "paper"
+        return self.config.update == "linear" and self.config.normalizer == "paper"
 
     @functools.cached_property
     def traits(self) -> Traits:
@@ -94,12 +94,12 @@ class InfiniCore(SegmentCore):
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
     def operations(self) -> tuple[Operation, Operation]:
-        """See `SegmentCore`."""
+        """See `SegmentMechanism`."""
         fields = {"gate": self.gate, **self.rule}
         return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """See `SegmentCore`."""
+        """See `SegmentMechanism`."""
         return ops.infini_cost(
             length,
             segment=self.segment,

@@ -1,15 +1,15 @@
 """Infini-attention: local attention in segments, and a compressive memory of those before (Munkhdalai et al. 2024).
 
-Per head, with sigma = elu + 1, memory M (d x d) and normaliser z (d) over the closed segments (section 2.1):
+Per head, with sigma = elu + 1, memory M (d x d) and normalizer z (d) over the closed segments (section 2.1):
 
     A_mem = sigma(q) M / (sigma(q) . z)            read, before the segment is written
     out   = g A_mem + (1 - g) A_local,  g = sigmoid(gate)        A_local alone while the memory is empty
     linear:  M <- M + sigma(k)^T v                 written when the segment closes
     delta:   M <- M + sigma(k)^T (v - sigma(k) M / (sigma(k) . z))
-    z <- z + sum sigma(k)                          normaliser "paper"
+    z <- z + sum sigma(k)                          normalizer "paper"
     z <- z + sum gamma sigma(k), gamma = clip(1 - sigma(k) . z / |sigma(k)|^2, 0, 1)      "gamma"
 
-The gamma is ARMT's (Rodkin et al. 2024), differentiated here: with the paper's normaliser a key written again with the
+The gamma is ARMT's (Rodkin et al. 2024), differentiated here: with the paper's normalizer a key written again with the
 delta rule reads back half its value, as z grows and M does not. Keys and queries reach the memory before positions are
 applied.
 """
@@ -45,7 +45,7 @@ def infini_attention(
     *,
     segment: int,
     update: Literal["linear", "delta"] = "linear",
-    normaliser: Literal["paper", "gamma"] = "paper",
+    normalizer: Literal["paper", "gamma"] = "paper",
     state: SegmentMemory | None = None,
     local: tuple[Tensor, Tensor] | None = None,
     real: Tensor | None = None,
@@ -60,7 +60,7 @@ def infini_attention(
         v: like k.
         gate: (heads,) before the sigmoid.
         segment: columns of a segment.
-        update, normaliser: see the module.
+        update, normalizer: see the module.
         state: the memory of the segments before; None = empty.
         local: q and k with their positions, for the attention inside segments; None = as they are.
         real: (batch, length) bool, columns that hold a token, in each segment at its front; None = all.
@@ -70,7 +70,7 @@ def infini_attention(
     Returns:
         (batch, heads, length, head_dim) in v's dtype, and the memory after all segments that are full.
     """
-    rule, layout = InfiniRule(gate, update, normaliser, q.shape[3]), Layout(segment, real, begins, bptt_segments)
+    rule, layout = InfiniRule(gate, update, normalizer, q.shape[3]), Layout(segment, real, begins, bptt_segments)
     whole = q.shape[2] // segment * segment
     if not rule.adds or layout != Layout(segment) or whole <= segment:
         return attend_segments(q, k, v, rule, layout, state=state, local=local)
@@ -92,7 +92,7 @@ def infini_open(
     *,
     segment: int,
     update: Literal["linear", "delta"] = "linear",
-    normaliser: Literal["paper", "gamma"] = "paper",
+    normalizer: Literal["paper", "gamma"] = "paper",
     state: SegmentMemory | None = None,
     local: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
@@ -106,7 +106,7 @@ def infini_open(
         q: (batch, heads, length, head_dim), before positions.
         k: (batch, kv_heads, older + length, head_dim), the first ones older keys of the open segment.
         v: like k.
-        gate, segment, update, normaliser, state, bptt_segments: as in `infini_attention`.
+        gate, segment, update, normalizer, state, bptt_segments: as in `infini_attention`.
         local: q and k with their positions.
         lengths: (batch,) real tokens of each row, at the front; None = all.
         memory_lengths: (batch,) how many older keys belong to the open segment, newest last; None = all.
@@ -119,7 +119,7 @@ def infini_open(
         q,
         k,
         v,
-        InfiniRule(gate, update, normaliser, q.shape[3]),
+        InfiniRule(gate, update, normalizer, q.shape[3]),
         Layout(segment, horizon=bptt_segments),
         state=state,
         local=local,
@@ -134,13 +134,13 @@ class InfiniRule(NamedTuple):
 
     gate: Tensor
     update: str
-    normaliser: str
+    normalizer: str
     features: int
 
     @property
     def adds(self) -> bool:
         """Segments only add to the memory, so their sums can be made at once."""
-        return self.update == "linear" and self.normaliser == "paper"
+        return self.update == "linear" and self.normalizer == "paper"
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
         """Both are sums over the stream."""
@@ -161,7 +161,7 @@ class InfiniRule(NamedTuple):
             known = (phi @ memory.keys[..., None].to(phi.dtype))[..., 0]
             if self.update == "delta":
                 v = v - (phi @ memory.values.to(phi.dtype)) / known.clamp(min=smallest(phi.dtype))[..., None]
-            if self.normaliser == "gamma":
+            if self.normalizer == "gamma":
                 gamma = (1 - known / phi.square().sum(-1).clamp(min=smallest(phi.dtype))).clamp(0, 1)
                 counted = phi * gamma[..., None]
         wide = self.memory_dtype(v)
@@ -219,7 +219,7 @@ def infini_cost(length: int, *, segment: int, head_dim: int, group: int, delta: 
     """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
 
     Of `length` tokens from an empty past, with `group` query heads a kv head; `delta`: the update is "delta"; `adds`:
-    linear update and the paper's normaliser.
+    linear update and the paper's normalizer.
     """
     write = segment * head_dim * head_dim * (2 if delta else 1) + (0 if adds else segment * head_dim)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0

@@ -10,8 +10,8 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore, pairs_within
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism, pairs_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class LinearState(NamedTuple):
         return "values", "keys"
 
 
-class LinearCore(BoundedCore):
+class LinearMechanism(BoundedMechanism):
     """See the package."""
 
     Config = LinearConfig
@@ -67,9 +67,9 @@ class LinearCore(BoundedCore):
         return ops.dpfp(x, self.config.nu) if self.config.feature == "dpfp" else ops.elu_features(x, queries=queries)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, LinearState | None]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k = self.rotate(q, k, rows)
         dtype = torch.promote_types(q.dtype, torch.float32)
         before = None

@@ -4,7 +4,7 @@
     out_i = softmax over the keys j of the union of the rounds of q_i . k_j, v_j;  k_j = q_j / |q_j|
 
 Source: Kitaev et al. 2020, "Reformer: The Efficient Transformer", section 2. Queries and keys are shared: the key
-projection of the layer is left aside; with `shared=False` (pretrained models) keys are hashed too and logits are
+projection of the layer is left aside; with `shared_qk=False` (pretrained models) keys are hashed too and logits are
 q . k / sqrt(head_dim). A token sees itself only where it sees nothing else. RoPE, where the model has it, acts before
 the hash.
 The paper's reversible layers and its code's axial positions are parts of models, not of this mixer.
@@ -24,6 +24,6 @@ in fp32 smaller than a KV cache of as many kv heads from 16,641 tokens on (num_h
 tokens, and 8 bytes a token for its position). Every forward returns one, so choose `num_buckets` no larger than needed:
 it is a constant, never derived from an input; buckets of 2 * bucket_size tokens at the usual length lose nothing.
 
-Rotations are drawn by a generator of their own, saved with the model, and drawn anew every `redraw` optimiser steps in
-`after_step` (the paper: every step), which voids carried states: a state records the number of its draw.
+Rotations are drawn by a generator of their own, saved with the model, and drawn anew every `redraw_every` optimiser
+steps in `after_step` (the paper: every step), which voids carried states: a state records the number of its draw.
 """

@@ -95,8 +95,8 @@ def lsh_attention(
         near = (before & _last(before, bucket_size)) | (after & _last(after.flip(-1), bucket_size).flip(-1))
         seen = near.any(2)
     alone = ~seen.any(-1) & visible[:, 0].diagonal(dim1=-2, dim2=-1)
-    itself = torch.eye(length, dtype=torch.bool, device=q.device) & alone[..., None]
-    seen = torch.cat([seen[..., : seen.shape[-1] - length], seen[..., seen.shape[-1] - length :] | itself], -1)
+    include_self = torch.eye(length, dtype=torch.bool, device=q.device) & alone[..., None]
+    seen = torch.cat([seen[..., : seen.shape[-1] - length], seen[..., seen.shape[-1] - length :] | include_self], -1)
     if k is None:
         keys, scale = F.normalize(keys, dim=-1), 1.0 if scale is None else scale
     return attend(q, keys, values, seen, scale)

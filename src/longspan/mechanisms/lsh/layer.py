@@ -10,9 +10,9 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.redraw import DrawnCore
+from longspan.contract.redraw import DrawnMechanism
 from longspan.contract.rings import RingState, empty_rings, next_rings
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
 
 
@@ -25,9 +25,9 @@ class LSHConfig:
         num_hashes: rounds. The paper trains with 2 to 8 and evaluates with 8.
         num_buckets: an even number; about the usual length / bucket_size / 2, whatever the input.
         selection: "strict", or "sorted" as in the paper; None = strict where causal, else sorted.
-        shared: keys are normalised queries, as in the paper; False uses the layer's keys.
-        redraw: optimiser steps between two draws of the rotations; 0 = never. What a training run carries from step to
-            step is dropped with every draw, so with `train.carry` take 0 or many steps.
+        shared_qk: keys are normalised queries, as in the paper; False uses the layer's keys.
+        redraw_every: optimiser steps between two draws of the rotations; 0 = never. What a training run carries from
+            step to step is dropped with every draw, so with `train.carry` take 0 or many steps.
         seed: of the first draw.
     """
 
@@ -35,12 +35,12 @@ class LSHConfig:
     num_hashes: int = 2
     num_buckets: int = 64
     selection: Literal["strict", "sorted"] | None = None
-    shared: bool = True
-    redraw: int = 1
+    shared_qk: bool = True
+    redraw_every: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, "lsh", {"bucket_size": 1, "num_hashes": 1, "num_buckets": 2, "redraw": 0})
+        check_least(self, "lsh", {"bucket_size": 1, "num_hashes": 1, "num_buckets": 2, "redraw_every": 0})
         if self.num_buckets % 2:
             raise ConfigError(
                 f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
@@ -50,18 +50,18 @@ class LSHConfig:
 _NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
 
 
-class LSHCore(DrawnCore):
+class LSHMechanism(DrawnMechanism):
     """See the package."""
 
     Config = LSHConfig
     config: LSHConfig
-    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared_qk": False}
     examples = (
         {"bucket_size": 2, "num_hashes": 2, "num_buckets": 4, "selection": "strict"},
         {"bucket_size": 3, "num_hashes": 1, "num_buckets": 6},
-        {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared": False},
+        {"bucket_size": 2, "num_hashes": 3, "num_buckets": 4, "selection": "strict", "shared_qk": False},
         {"bucket_size": 4, "num_hashes": 2, "num_buckets": 4, "selection": "sorted"},
-        {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared": False},
+        {"bucket_size": 3, "num_hashes": 3, "num_buckets": 6, "selection": "sorted", "shared_qk": False},
     )
     what = "lsh: rotations"
     wide = ("rotations",)
@@ -70,7 +70,7 @@ class LSHCore(DrawnCore):
     def __init__(self, shape: Shape, config: LSHConfig) -> None:
         super().__init__(shape, config)
         self.strict = (config.selection or ("strict" if shape.causal else "sorted")) == "strict"
-        self.hashed_heads = shape.num_heads if config.shared else shape.num_kv_heads
+        self.hashed_heads = shape.num_heads if config.shared_qk else shape.num_kv_heads
         """Heads with rotations, and in a state rings, of their own."""
         self.register_buffer("rotations", self._drawn(torch.Generator().manual_seed(config.seed)))
         self._count_draws()
@@ -93,23 +93,23 @@ class LSHCore(DrawnCore):
             no_stream_reason=_NO_STREAM,
             bounded=self.strict,
             selects=True,
-            uses_keys=not self.config.shared,
+            uses_keys=not self.config.shared_qk,
         )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: RingState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: RingState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, RingState | None]:
-        """See `Core.forward`.
+        """See `Mechanism.forward`.
 
         Raises:
             UnsupportedError: the state is of another draw of the rotations.
         """
-        q, k = self.rotate(q, k[:, :0] if self.config.shared else k, rows)
+        q, k = self.rotate(q, k[:, :0] if self.config.shared_qk else k, rows)
         rings = None
         if state is not None:
             self.check_draw(state, rows)
             rings = ops.LSHRings(state.k, state.v, state.position)
-        shared = self.config.shared
+        shared = self.config.shared_qk
         rotations = self.rotations.repeat_interleave(self.shape.num_heads // self.hashed_heads, 0)
         count = self.config.num_buckets
         query_buckets = rows.choose(lambda: ops.lsh_buckets(q, rotations), below=count)
@@ -137,8 +137,8 @@ class LSHCore(DrawnCore):
         return out, RingState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Draw the rotations anew every `redraw` steps."""
-        self.redraw_at(step, self.config.redraw, self.rotations, lambda: self._drawn(generator))
+        """Draw the rotations anew every `redraw_every` steps."""
+        self.redraw_at(step, self.config.redraw_every, self.rotations, lambda: self._drawn(generator))
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
         """Full capacity, nothing live."""
@@ -155,10 +155,10 @@ class LSHCore(DrawnCore):
             num_buckets=config.num_buckets,
             num_hashes=config.num_hashes,
             causal=shape.causal,
-            shared=config.shared,
+            shared_qk=config.shared_qk,
             selection="strict" if self.strict else "sorted",
         )
-        hashed = shape.num_heads + (0 if config.shared else shape.num_kv_heads)
+        hashed = shape.num_heads + (0 if config.shared_qk else shape.num_kv_heads)
         hashes = hashed * length * config.num_hashes * config.num_buckets // 2
         return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * hashes)
 

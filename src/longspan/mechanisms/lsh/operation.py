@@ -272,7 +272,7 @@ def lsh_cost(
     num_buckets: int,
     num_hashes: int,
     causal: bool = True,
-    shared: bool = True,
+    shared_qk: bool = True,
     selection: str = "strict",
 ) -> int:
     """Score entries computed per head by `lsh_attention` for one document without rings: the sum of its tiles.
@@ -285,7 +285,7 @@ def lsh_cost(
         num_buckets: see `lsh_attention`.
         num_hashes: rounds.
         causal: see `lsh_attention`.
-        shared: whether keys are the queries.
+        shared_qk: whether keys are the queries.
         selection: see `lsh_attention`.
     """
     if length < 1:
@@ -294,4 +294,4 @@ def lsh_cost(
         height = min(bucket_size, TILE)
         tiles = chunks_of(length, 1, bucket_size) * -(-bucket_size // height)
         return num_hashes * tiles * height * 2 * bucket_size
-    return num_hashes * nearest_entries(length, num_buckets, _reach(bucket_size, causal), shared=shared)
+    return num_hashes * nearest_entries(length, num_buckets, _reach(bucket_size, causal), shared=shared_qk)

@@ -15,5 +15,5 @@ takes q and k as they are (the paper normalises them there too), so that a close
 pretrained model keeps what it knows.
 
 The search is exact, by blocks (`operation`). A store on disk, exact or with faiss, may take the place of
-the one in the state: see `MemorizingCore.attach` and `memory_store`.
+the one in the state: see `MemorizingMechanism.attach` and `memory_store`.
 """

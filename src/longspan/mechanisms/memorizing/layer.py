@@ -15,8 +15,8 @@ from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import ParameterGroup, Shape, Traits
 from longspan.contract.kv_cache import carry, join, pick_columns, rotate_by_column, visible
-from longspan.contract.rows import Rows
-from longspan.contract.sizes import BoundedCore, pairs_within
+from longspan.contract.rows import BatchLayout
+from longspan.contract.sizes import BoundedMechanism, pairs_within
 from longspan.engine import flash
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.mechanisms.memorizing.memory_store import MemoryStore, read_store
@@ -63,7 +63,7 @@ class MemorizingState(NamedTuple):
     live: Tensor  # (batch,) live tokens
 
 
-class MemorizingCore(BoundedCore):
+class MemorizingMechanism(BoundedMechanism):
     """See the package."""
 
     Config = MemorizingConfig
@@ -129,9 +129,9 @@ class MemorizingCore(BoundedCore):
         self.attached = ()
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: MemorizingState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: MemorizingState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, MemorizingState]:
-        """See `Core.forward`.
+        """See `Mechanism.forward`.
 
         Raises:
             UnsupportedError: gradients are wanted while a store is attached.
@@ -152,12 +152,14 @@ class MemorizingCore(BoundedCore):
         store = self._next(state, pairs, k, rows)
         return out, MemorizingState(*store, *carry(state, k, v, rows, window - 1), rows.live)
 
-    def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: Rows) -> Tensor:
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: BatchLayout) -> Tensor:
         if self.shape.rope is not None and rows.length:
             q, k = rotate_by_column(q, k, self.shape.rope, rows)
         return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, near))
 
-    def _retrieve(self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: Rows, older: int | None = None) -> Tensor:
+    def _retrieve(
+        self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: BatchLayout, older: int | None = None
+    ) -> Tensor:
         """k and v: `_pairs`, of which `older` are no tokens of the call; or, for a call in the open segment of every
         row, the store alone."""
         window, most = self.config.window, self.config.max_memories
@@ -179,7 +181,7 @@ class MemorizingCore(BoundedCore):
             q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
         )
 
-    def _pairs(self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _pairs(self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
         """Store, open segment and call side by side, newest last, with nothing between them in any row; keys of norm 1.
 
         Out of the graph.
@@ -205,7 +207,7 @@ class MemorizingCore(BoundedCore):
         )
 
     def _next(
-        self, state: MemorizingState | None, pairs: tuple[Tensor, Tensor] | None, k: Tensor, rows: Rows
+        self, state: MemorizingState | None, pairs: tuple[Tensor, Tensor] | None, k: Tensor, rows: BatchLayout
     ) -> tuple[Tensor, Tensor]:
         """The store after the call: the last pairs of closed segments, as it was where none closed."""
         window, most = self.config.window, self.config.max_memories
@@ -223,7 +225,7 @@ class MemorizingCore(BoundedCore):
         index = host.put(np.where(column < (end - closed)[:, None], -1, column), rows.device)
         return pick_columns(pairs[0], index), pick_columns(pairs[1], index)
 
-    def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: Rows) -> Tensor:
+    def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: BatchLayout) -> Tensor:
         """Each segment reads the store of its row, then is written there if it closes; k, v with `near` older columns.
 
         Raises:

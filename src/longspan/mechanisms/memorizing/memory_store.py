@@ -1,7 +1,7 @@
 """Stores of keys and values on disk, for `memorizing`, searched exactly or with faiss.
 
     store = MemoryStore("notes", kv_heads=8, head_dim=64, capacity=10_000_000)    # or index="faiss"
-    core.attach(store)                                                            # see MemorizingCore.attach
+    core.attach(store)                                                            # see MemorizingMechanism.attach
     with torch.no_grad():
         y, state = mixer(x)                                                       # writes and searches the store
     store.close()                                                                 # later: write=False

@@ -10,8 +10,8 @@ from torch import Tensor
 from longspan import ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.redraw import DrawnCore, processes, summed
-from longspan.contract.rows import Rows
+from longspan.contract.redraw import DrawnMechanism, processes, summed
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 from longspan.state import recomputing
@@ -25,23 +25,23 @@ class PerformerConfig:
         num_features: rows of the projection.
         kind: "positive", "hyperbolic", "trigonometric" (for comparison only), "bounded" (FAVOR++) or a generalised
             kernel: "relu", "abs", "exp", "sigmoid", "tanh", "gelu", "cos", "sin", "square", "elu", "identity".
-        regularised: rows of norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
-        redraw: optimiser steps between two draws of the projection; 0 = never. What a training run carries from step
-            to step is dropped with every draw.
+        regularized: rows of norm sqrt(head_dim) (SMREG) instead of chi-distributed norms.
+        redraw_every: optimiser steps between two draws of the projection; 0 = never. What a training run carries from
+            step to step is dropped with every draw.
         seed: of the first draw.
     """
 
     num_features: int = 256
     kind: str = "positive"
-    regularised: bool = False
-    redraw: int = 1000
+    regularized: bool = False
+    redraw_every: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         known = [*ops.SOFTMAX_KINDS, *ops.KERNELS]
         if self.kind not in known:
             raise ConfigError(f"performer.kind = {self.kind!r} is not one of {', '.join(known)}")
-        check_least(self, "performer", {"num_features": 1, "redraw": 0})
+        check_least(self, "performer", {"num_features": 1, "redraw_every": 0})
 
 
 class PerformerState(NamedTuple):
@@ -62,14 +62,14 @@ class PerformerState(NamedTuple):
         return "values", "keys"
 
 
-class PerformerCore(DrawnCore):
+class PerformerMechanism(DrawnMechanism):
     """See the package."""
 
     Config = PerformerConfig
     config: PerformerConfig
     examples = (
         {"num_features": 6},
-        {"num_features": 4, "kind": "hyperbolic", "regularised": True},
+        {"num_features": 4, "kind": "hyperbolic", "regularized": True},
         {"num_features": 6, "kind": "bounded"},
         {"num_features": 6, "kind": "relu"},
     )
@@ -85,7 +85,7 @@ class PerformerCore(DrawnCore):
         super().__init__(shape, config)
         self.features = ops.num_features_of(config.num_features, config.kind)
         # the bound of FAVOR++ is measured where a redraw will want it
-        self.measures = config.kind == "bounded" and config.redraw > 0
+        self.measures = config.kind == "bounded" and config.redraw_every > 0
         generator = torch.Generator().manual_seed(config.seed)
         self.register_buffer("projection", self._drawn(generator))
         self._count_draws()
@@ -98,7 +98,7 @@ class PerformerCore(DrawnCore):
 
     def _drawn(self, generator: torch.Generator | None) -> Tensor:
         return ops.orthogonal_projection(
-            self.config.num_features, self.shape.head_dim, generator=generator, regularised=self.config.regularised
+            self.config.num_features, self.shape.head_dim, generator=generator, regularized=self.config.regularized
         )
 
     @functools.cached_property
@@ -107,9 +107,9 @@ class PerformerCore(DrawnCore):
         return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: PerformerState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, PerformerState | None]:
-        """See `Core.forward`.
+        """See `Mechanism.forward`.
 
         Raises:
             UnsupportedError: the state is of another draw of the projection.
@@ -145,7 +145,7 @@ class PerformerCore(DrawnCore):
         return self.config.kind in ops.SOFTMAX_KINDS
 
     @torch.no_grad()
-    def _measure(self, q: Tensor, k: Tensor, rows: Rows) -> None:
+    def _measure(self, q: Tensor, k: Tensor, rows: BatchLayout) -> None:
         """Add this call's queries and keys to what `after_step` makes the mean of |x + y|^2 of: (2, 2 + head_dim), for
         either how many, the sum of their squares, their sum."""
         if recomputing():
@@ -158,10 +158,10 @@ class PerformerCore(DrawnCore):
         self.pending = counted if self.pending is None else self.pending + counted
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Apply what was measured, and every `redraw` steps draw the projection, and FAVOR++'s bound with it, anew."""
+        """Apply what was measured; every `redraw_every` steps draw a new projection, and FAVOR++'s bound with it."""
         if self.measures:
             self._apply_measured()
-        if not self.redraw_at(step, self.config.redraw, self.projection, lambda: self._drawn(generator)):
+        if not self.redraw_at(step, self.config.redraw_every, self.projection, lambda: self._drawn(generator)):
             return
         if self.config.kind == "bounded" and float(self.pending_square[1]) > 0:
             square = self.pending_square[0] / self.pending_square[1]

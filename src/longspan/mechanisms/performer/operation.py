@@ -136,7 +136,7 @@ def num_features_of(rows: int, kind: str) -> int:
 
 
 def orthogonal_projection(
-    num_features: int, dim: int, *, generator: torch.Generator | None, regularised: bool = False
+    num_features: int, dim: int, *, generator: torch.Generator | None, regularized: bool = False
 ) -> Tensor:
     """(num_features, dim) fp32: blocks of orthogonal directions, each Haar distributed, with the norms of normal rows.
 
@@ -149,7 +149,7 @@ def orthogonal_projection(
         num_features: rows; whole blocks of `dim` and a part of one.
         dim: of queries and keys.
         generator: draws, on any device; None = torch's.
-        regularised: norms sqrt(dim) in place of chi-distributed ones: biased low, less variance (SMREG).
+        regularized: norms sqrt(dim) in place of chi-distributed ones: biased low, less variance (SMREG).
     """
     blocks = []
     for first in range(0, num_features, dim):
@@ -159,7 +159,7 @@ def orthogonal_projection(
         blocks.append(q.mT[: min(dim, num_features - first)])
     directions = torch.cat(blocks)
     norms = host.normal(num_features, dim, generator=generator, dtype=torch.float64).norm(dim=-1)
-    if regularised:
+    if regularized:
         norms = torch.full_like(norms, dim**0.5)
     projections: Tensor = (directions * norms[:, None]).to(torch.get_default_device(), torch.float32)
     return projections

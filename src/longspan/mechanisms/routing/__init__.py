@@ -6,7 +6,7 @@
 Source: Roy et al. 2021, "Efficient Content-Based Sparse Attention with Routing Transformers", section 4. Where causal,
 keys are queries (`shared`), k_j = q_j / |q_j|, logits q_i . k_j, and a token sees itself only where it sees nothing
 else, as in `lsh`; the paper scales its queries to one length too, which fixes the temperature that is learned here.
-With `shared=False` (pretrained models) keys are clustered too, logits are q . k / sqrt(head_dim), and a token always
+With `shared_qk=False` (pretrained models) keys are clustered too, logits are q . k / sqrt(head_dim), and a token always
 sees itself. Clusters know content alone: RoPE, where the model has it, turns queries and keys behind the routing. The
 paper gives half of its heads to local attention: `heads` with `window` parts.
 
@@ -37,7 +37,7 @@ what the step has seen, and s and n to what these clusters had there; that voids
 token stays in the ring that it entered. A cluster whose n falls below `reseed` of an even share begins anew at a vector
 of the step's sample, drawn in proportion to 1 - cos to the nearest centroid (k-means++), with s = mu n and n an even
 share. Nor does that void states: the ring of a dead cluster holds few tokens, which newer ones push out.
-`penalties` gets commitment * |x - mu_c(x)|^2, the mean over tokens and heads, which draws queries and keys to their
+`aux_losses` gets commitment * |x - mu_c(x)|^2, the mean over tokens and heads, which draws queries and keys to their
 centroids.
 
 Two deviations from the paper. It prints mu <- decay mu + (1 - decay) / 2 (sums of the members), whose rate grows with

@@ -36,7 +36,7 @@ def balanced_attention(
     *,
     window: int,
     causal: bool,
-    itself: bool,
+    include_self: bool,
     scale: float,
     real: Tensor | None,
     start: Tensor | None,
@@ -53,7 +53,7 @@ def balanced_attention(
     documents = _documents(q, window, real, start)
     of_queries = _lists(near[0], documents, window)  # (batch, heads, clusters, taken)
     of_keys = of_queries if near[1] is near[0] else _lists(near[1], documents, window)
-    schedule = _schedule(of_queries, of_keys, documents, causal=causal, itself=itself)
+    schedule = _schedule(of_queries, of_keys, documents, causal=causal, include_self=include_self)
 
     def index(column: Tensor, heads_of_x: int) -> Tensor:
         row = torch.arange(batch * heads, device=q.device) // (heads // heads_of_x)
@@ -131,7 +131,7 @@ def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
 
 
 def _schedule(
-    of_queries: Tensor, of_keys: Tensor, documents: Documents, *, causal: bool, itself: bool
+    of_queries: Tensor, of_keys: Tensor, documents: Documents, *, causal: bool, include_self: bool
 ) -> BlockSchedule:
     """Every list (batch, heads, clusters, taken) is one block of keys and, if its scores are few, one tile of queries.
 
@@ -150,10 +150,10 @@ def _schedule(
         return torch.searchsorted(sorted_keys, column.contiguous()) + row * size
 
     own = None
-    if not causal and not itself:
+    if not causal and not include_self:
         index = torch.searchsorted(sorted_keys, column.contiguous()).clamp(max=size - 1)
         own = torch.where(sorted_keys.gather(1, index) == column, row * size + index, -1).flatten().int()
-    stop = slot_from(column + 1 if causal and itself else column if causal else at_queries(documents.end))
+    stop = slot_from(column + 1 if causal and include_self else column if causal else at_queries(documents.end))
     height = _height(size)
     tiles = -(-size // height)
     query = F.pad(slot.masked_fill(absent, -1), (0, tiles * height - size), value=-1)

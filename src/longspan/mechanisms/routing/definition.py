@@ -32,7 +32,7 @@ def routing_attention(
     window: int,
     causal: bool = True,
     selection: Literal["strict", "balanced"] = "strict",
-    itself: bool = True,
+    include_self: bool = True,
     scale: float | None = None,
     routes: tuple[Tensor, Tensor] | None = None,
     clusters: tuple[Tensor, Tensor] | None = None,
@@ -43,12 +43,12 @@ def routing_attention(
     """Softmax attention to keys of the query's cluster, in its document.
 
         "strict": itself, and the last window - 1 keys j < i in the cluster of the query; not causal: the nearest
-            window - 1 on either side. Without `itself`: the last window keys j < i (the nearest window on either side),
-            and itself only where there are none.
+            window - 1 on either side. Without `include_self`: the last window keys j < i (the nearest window on either
+            side), and itself only where there are none.
         "balanced": in every document each cluster takes the `window` queries and the `window` keys nearest to its
             centroid (the first ones of equals). In each cluster that took it a query sees the keys taken with j <= i
-            (all of them where not causal), without `itself` none of its own; the output is the mean over the clusters
-            in which it sees a key. A query that sees none anywhere sees itself.
+            (all of them where not causal), without `include_self` none of its own; the output is the mean over the
+            clusters in which it sees a key. A query that sees none anywhere sees itself.
 
     Args:
         q: (batch, heads, length, head_dim).
@@ -58,7 +58,7 @@ def routing_attention(
         window: see above.
         causal: see above.
         selection: see above.
-        itself: see above.
+        include_self: see above.
         scale: default head_dim ** -0.5.
         routes: what is compared with the centroids in the place of q and k, heads or kv_heads both; None = q and k
             scaled to length one.
@@ -80,14 +80,14 @@ def routing_attention(
         for number in range(centroids.shape[1]):
             mean = centroids[:, number, :, None]  # (heads, head_dim, 1)
             queries, keys = (_taken((t @ mean)[..., 0], document, window) for t in (query_routes, key_routes))
-            seen = visible & queries[..., :, None] & keys[..., None, :] & (itself | ~eye)
+            seen = visible & queries[..., :, None] & keys[..., None, :] & (include_self | ~eye)
             total = total + attend(q, k, v, seen, scale)
             count = count + seen.any(-1, keepdim=True)
         return torch.where(count > 0, total / count.clamp(min=1), attend(q, k, v, own.expand(-1, heads, -1, -1), scale))
     if clusters is None:
         clusters = routing_clusters(query_routes, centroids), routing_clusters(key_routes, centroids)
     query_clusters, key_clusters = (t.repeat_interleave(heads // t.shape[1], 1) for t in clusters)
-    before = window - 1 if itself else window
+    before = window - 1 if include_self else window
     but_itself = visible & ~eye & (query_clusters[..., :, None] == key_clusters[..., None, :])
     if rings is not None:
         old_k, old_v, position = (t.repeat_interleave(heads // t.shape[1], 1) for t in rings)
@@ -98,7 +98,7 @@ def routing_attention(
     else:
         left, right = but_itself.tril(), but_itself.triu()
         seen = (left & _last(left, before)) | (right & _last(right.flip(-1), before).flip(-1))
-    own = own & (itself | ~seen.any(-1, keepdim=True))
+    own = own & (include_self | ~seen.any(-1, keepdim=True))
     return attend(q, k, v, seen | F.pad(own, (seen.shape[-1] - length, 0)), scale)
 
 

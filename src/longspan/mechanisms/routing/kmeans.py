@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan import host
-from longspan.contract.redraw import DrawnCore, processes, share_first, summed
+from longspan.contract.redraw import DrawnMechanism, processes, share_first, summed
 
 SAMPLES = 8  # vectors a cluster that a step keeps: where centroids begin, and begin again
 ROUNDS = 10  # of k-means over them
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
     filled: Tensor  # (SAMPLES * clusters,) int64, 1 where there is a vector
 
 
-class ClusteredCore(DrawnCore):
+class ClusteredMechanism(DrawnMechanism):
     """A core with centroids (heads, clusters, head_dim) of length one, one set for each of its `routed_heads`.
 
     The centroids and their moving sums are buffers, in fp32 at least: in bf16 a small step rounds to none. Traits of

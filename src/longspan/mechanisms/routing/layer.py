@@ -12,8 +12,8 @@ from longspan import ops
 from longspan.config import check_least, check_shares
 from longspan.contract.base import Shape, Traits
 from longspan.contract.rings import RingState, empty_rings, next_rings
-from longspan.contract.rows import Rows
-from longspan.mechanisms.routing.kmeans import ClusteredCore
+from longspan.contract.rows import BatchLayout
+from longspan.mechanisms.routing.kmeans import ClusteredMechanism
 from longspan.state import recomputing
 
 
@@ -25,7 +25,8 @@ class RoutingConfig:
         num_clusters: about the usual length / window, whatever the input; the paper takes 8 to 48.
         window: tokens that a token sees ("strict") or a cluster takes ("balanced"); the paper takes 256 to 512.
         selection: "strict", or "balanced" as in the paper; None = strict where causal, else balanced.
-        shared: keys are normalised queries; False uses the layer's keys; None = shared where causal, as in the paper.
+        shared_qk: keys are normalised queries; False uses the layer's keys; None = shared where causal, as in the
+            paper.
         decay: of the moving sums, a step; the paper takes 0.999.
         reseed: share of an even cluster below which a cluster begins anew elsewhere; 0 = never, as in the paper.
         commitment: coefficient of the loss that draws queries and keys to their centroids.
@@ -35,7 +36,7 @@ class RoutingConfig:
     num_clusters: int = 16
     window: int = 256
     selection: Literal["strict", "balanced"] | None = None
-    shared: bool | None = None
+    shared_qk: bool | None = None
     decay: float = 0.9
     reseed: float = 0.1
     commitment: float = 1e-4
@@ -49,24 +50,24 @@ class RoutingConfig:
 _NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
 
 
-class RoutingCore(ClusteredCore):
+class RoutingMechanism(ClusteredMechanism):
     """See the package."""
 
     Config = RoutingConfig
     config: RoutingConfig
-    conversion_fields: ClassVar[dict[str, Any]] = {"shared": False}
+    conversion_fields: ClassVar[dict[str, Any]] = {"shared_qk": False}
     examples = (
         {"num_clusters": 3, "window": 4},
-        {"num_clusters": 2, "window": 3, "selection": "strict", "shared": False},
-        {"num_clusters": 4, "window": 6, "selection": "balanced", "shared": True},
-        {"num_clusters": 3, "window": 5, "selection": "balanced", "shared": False},
+        {"num_clusters": 2, "window": 3, "selection": "strict", "shared_qk": False},
+        {"num_clusters": 4, "window": 6, "selection": "balanced", "shared_qk": True},
+        {"num_clusters": 3, "window": 5, "selection": "balanced", "shared_qk": False},
     )
     what = "routing: centroids"
 
     def __init__(self, shape: Shape, config: RoutingConfig) -> None:
         super().__init__(shape, config)
         self.strict = (config.selection or ("strict" if shape.causal else "balanced")) == "strict"
-        self.shared = shape.causal if config.shared is None else config.shared
+        self.shared = shape.causal if config.shared_qk is None else config.shared_qk
         # those with centroids, and in a state rings, of their own
         routed = shape.num_heads if self.shared else shape.num_kv_heads
         self._begin_clusters(routed, config.num_clusters, shape.head_dim)
@@ -94,19 +95,19 @@ class RoutingCore(ClusteredCore):
         k: Tensor,
         v: Tensor,
         state: RingState | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
-        penalties: list[Tensor] | None = None,
+        aux_losses: list[Tensor] | None = None,
         **unused: Any,
     ) -> tuple[Tensor, RingState | None]:
-        """See `Core.forward`.
+        """See `Mechanism.forward`.
 
         Raises:
             UnsupportedError: the state is older than the centroids.
         """
         if state is not None:
             self.check_draw(state, rows)
-        committed = penalties is not None and self.config.commitment > 0
+        committed = aux_losses is not None and self.config.commitment > 0
         learns = self.training and rows.learns
         with torch.set_grad_enabled(committed and torch.is_grad_enabled()):
             routes = self._unit(q, k)
@@ -116,8 +117,8 @@ class RoutingCore(ClusteredCore):
         if clusters is not None and learns and not recomputing():
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
             self.see(self._clustered(routes, clusters), rows.real_columns(), bool(begun))
-        if clusters is not None and penalties is not None and committed:
-            penalties.append(self.config.commitment * self._distance(routes, clusters, rows))
+        if clusters is not None and aux_losses is not None and committed:
+            aux_losses.append(self.config.commitment * self._distance(routes, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
         if self.shared:
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -131,7 +132,7 @@ class RoutingCore(ClusteredCore):
             window=self.config.window,
             causal=self.shape.causal,
             selection="strict" if self.strict else "balanced",
-            itself=not self.shared,
+            include_self=not self.shared,
             scale=1.0 if self.shared else None,
             routes=routes,
             clusters=clusters,
@@ -154,7 +155,7 @@ class RoutingCore(ClusteredCore):
         unit = F.normalize(q.to(dtype), dim=-1)
         return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
 
-    def _clusters(self, queries: Tensor, keys: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _clusters(self, queries: Tensor, keys: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
         count = self.config.num_clusters
         of_queries = rows.choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
         if self.shared:
@@ -166,7 +167,7 @@ class RoutingCore(ClusteredCore):
         pairs = list(zip(routes, clusters, strict=True))
         return pairs[:1] if self.shared else pairs
 
-    def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: Rows) -> Tensor:
+    def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: BatchLayout) -> Tensor:
         """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
         real = rows.real_columns()
         total = routes[0].new_zeros(())
@@ -176,7 +177,7 @@ class RoutingCore(ClusteredCore):
             total = total + square.sum() / (real.sum() * vectors.shape[1]).clamp(min=1)
         return total
 
-    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: Rows) -> RingState:
+    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: BatchLayout) -> RingState:
         state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
         rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
         ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
@@ -196,8 +197,8 @@ class RoutingCore(ClusteredCore):
             window=config.window,
             causal=shape.causal,
             selection="strict" if self.strict else "balanced",
-            itself=not self.shared,
-            shared=self.shared,
+            include_self=not self.shared,
+            shared_qk=self.shared,
         )
         keys = 0 if self.shared else shape.num_kv_heads if self.strict else shape.num_heads
         routed = (shape.num_heads + keys) * length * config.num_clusters

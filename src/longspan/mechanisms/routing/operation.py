@@ -58,7 +58,7 @@ def routing_attention(
     window: int,
     causal: bool = True,
     selection: Literal["strict", "balanced"] = "strict",
-    itself: bool = True,
+    include_self: bool = True,
     scale: float | None = None,
     routes: tuple[Tensor, Tensor] | None = None,
     clusters: tuple[Tensor, Tensor] | None = None,
@@ -69,12 +69,12 @@ def routing_attention(
     """Softmax attention to keys of the query's cluster, in its document.
 
         "strict": itself, and the last window - 1 keys j < i in the cluster of the query; not causal: the nearest
-            window - 1 on either side. Without `itself`: the last window keys j < i (the nearest window on either side),
-            and itself only where there are none.
+            window - 1 on either side. Without `include_self`: the last window keys j < i (the nearest window on either
+            side), and itself only where there are none.
         "balanced": in every document each cluster takes the `window` queries and the `window` keys nearest to its
             centroid (the first ones of equals). In each cluster that took it a query sees the keys taken with j <= i
-            (all of them where not causal), without `itself` none of its own; the output is the mean over the clusters
-            in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value that an
+            (all of them where not causal), without `include_self` none of its own; the output is the mean over the
+            clusters in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value that an
             earlier one sees, but they do change which ones it sees.
 
     Args:
@@ -85,7 +85,7 @@ def routing_attention(
         window: see above.
         causal: see above.
         selection: see above.
-        itself: see above.
+        include_self: see above.
         scale: factor of the logits; default head_dim ** -0.5.
         routes: what is compared with the centroids in the place of q and k (shaped like them, heads or kv_heads both);
             None = q and k scaled to length one. Given, "balanced" takes them as they are. One tensor twice: queries and
@@ -120,13 +120,13 @@ def routing_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if selection == "balanced":
         near = _nearness(routes, centroids, dtype)
-        form: dict[str, Any] = {"window": window, "causal": causal, "itself": itself, "scale": scale}
+        form: dict[str, Any] = {"window": window, "causal": causal, "include_self": include_self, "scale": scale}
         return zero_padding(balanced_attention(q, k, v, near, **form, real=real, start=start), real, target)
     if clusters is None:
         of_queries = routing_clusters(routes[0], centroids)
         clusters = of_queries, of_queries if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
     ring = None if rings is None else LSHRings(*(t[:, :, None] for t in rings))
-    out = _strict(q, k, v, clusters, centroids.shape[1], window, causal, itself, scale, ring, real, start)
+    out = _strict(q, k, v, clusters, centroids.shape[1], window, causal, include_self, scale, ring, real, start)
     return zero_padding(out, real, target)
 
 
@@ -138,7 +138,7 @@ def _strict(
     count: int,
     window: int,
     causal: bool,
-    itself: bool,
+    include_self: bool,
     scale: float,
     rings: LSHRings | None,
     real: Tensor | None,
@@ -146,10 +146,10 @@ def _strict(
 ) -> Tensor:
     """The "strict" selection of `count` clusters, in the working dtype; rings of one round."""
     heads, shared = q.shape[1], clusters[0] is clusters[1] and rings is None
-    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
+    reach = strict_reach(window, causal=causal, include_self=include_self, shared=shared)
     of_queries = by_heads(clusters[0], heads)[:, :, None]
     if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
-        continues, own_key = None if start is None else start[:, 0] < 0, k if itself else None
+        continues, own_key = None if start is None else start[:, 0] < 0, k if include_self else None
         return attend_token(
             q, v, rings, of_queries, scale=scale, own_key=own_key, newest=reach.before, continues=continues
         )
@@ -165,17 +165,17 @@ def _strict(
     keys, values = behind_rings(rings, k, v, heads)
     out, lse = attend_blocks(q, keys, values, schedules, scale)
     own_value = by_heads(v, heads)
-    if itself and not shared:  # the query's own key may be in another cluster
+    if include_self and not shared:  # the query's own key may be in another cluster
         own_score = (q * by_heads(k, heads)).sum(-1) * scale
         total = torch.logaddexp(lse, own_score)
         return out * (lse - total).exp()[..., None] + own_value * (own_score - total).exp()[..., None]
     return torch.where(sees_none(lse)[..., None], own_value, out)
 
 
-def strict_reach(window: int, *, causal: bool, itself: bool, shared: bool) -> Reach:
+def strict_reach(window: int, *, causal: bool, include_self: bool, shared: bool) -> Reach:
     """What "strict" lets a query see of its cluster; its own key only where that is in it for sure."""
-    before = window - 1 if itself else window
-    return Reach(before, None if causal else before, itself and shared)
+    before = window - 1 if include_self else window
+    return Reach(before, None if causal else before, include_self and shared)
 
 
 def _nearness(routes: tuple[Tensor, Tensor], centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -218,8 +218,8 @@ def routing_cost(
     window: int,
     causal: bool = True,
     selection: str = "strict",
-    itself: bool = True,
-    shared: bool = True,
+    include_self: bool = True,
+    shared_qk: bool = True,
 ) -> int:
     """Score entries computed per head by `routing_attention` for one document without rings: the sum of its tiles.
 
@@ -231,12 +231,12 @@ def routing_cost(
         window: see `routing_attention`.
         causal: see `routing_attention`.
         selection: see `routing_attention`.
-        itself: see `routing_attention`.
-        shared: whether queries and keys share their clusters.
+        include_self: see `routing_attention`.
+        shared_qk: whether queries and keys share their clusters.
     """
     if length < 1:
         return 0
     if selection == "balanced":
         return num_clusters * balanced_entries(min(window, length))
-    reach = strict_reach(window, causal=causal, itself=itself, shared=shared)
-    return nearest_entries(length, num_clusters, reach, shared=shared)
+    reach = strict_reach(window, causal=causal, include_self=include_self, shared=shared_qk)
+    return nearest_entries(length, num_clusters, reach, shared=shared_qk)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from longspan import host, ops
 from longspan.config import check_least
-from longspan.contract.base import Core, Shape, Traits, sum_nbytes
+from longspan.contract.base import Mechanism, Shape, Traits, sum_nbytes
 from longspan.contract.kv_cache import carry, join, pick_columns, visible
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError
 from longspan.state import append
@@ -69,7 +69,7 @@ class SparseState(NamedTuple):
     live: Tensor  # (batch,) live tokens
 
 
-class SparseCore(Core):
+class SparseMechanism(Mechanism):
     """See the package."""
 
     Config = SparseConfig
@@ -108,9 +108,9 @@ class SparseCore(Core):
         return Traits(bidirectional=False, bounded=self.config.part == "local", segment=segment)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, SparseState]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k = self.rotate(q, k, rows)
         stride, empty = self.config.stride, k.new_zeros(*k.shape[:2], 0, k.shape[3])
         if not self.fixed:
@@ -129,7 +129,7 @@ class SparseCore(Core):
 
     # -- fixed -----------------------------------------------------------------------------------------------------
 
-    def _alike(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+    def _alike(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout) -> Tensor:
         """A call that begins at one place of the block in all rows, at its border or to stay inside: the summary
         columns, the open block and the call side by side."""
         live = rows.offset_range[0]
@@ -140,7 +140,7 @@ class SparseCore(Core):
             v = torch.cat([state.summary_v[:, :, first:], state.v[:, :, cut:], v], 2)
         return ops.sparse_attention(q, k, v, **self.fields, open_block=opened, lengths=rows.lengths)
 
-    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+    def _inside(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout) -> Tensor:
         """A call within the open block of every row, each at a place of its own."""
         assert state is not None
         stride, summary, summaries = self.config.stride, self.num_summaries, state.summary_k.shape[2]
@@ -156,7 +156,7 @@ class SparseCore(Core):
             q, k, v, **self.fields, open_block=opened, lengths=rows.lengths, memory_lengths=counts
         )
 
-    def _spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: Rows) -> Tensor:
+    def _spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout) -> Tensor:
         """Any other call, laid out over whole blocks, with the open block's tokens in front."""
         stride, summary = self.config.stride, self.num_summaries
         layout, memory = rows.segments(stride), 0
@@ -175,7 +175,7 @@ class SparseCore(Core):
         seen: dict[str, Any] = {"lengths": lengths, "start": start, "memory_lengths": memory_lengths}
         return layout.collect(ops.sparse_attention(layout.spread(q), keys, values, **self.fields, **seen))
 
-    def _first_key(self, rows: Rows, memory: int) -> Tensor:
+    def _first_key(self, rows: BatchLayout, memory: int) -> Tensor:
         """(batch, columns) first visible key column of every column of the layout, behind `memory` summary columns."""
         layout = rows.segments(self.config.stride)
         # a document began where its position was 0; one that began before the call sees everything
@@ -185,7 +185,7 @@ class SparseCore(Core):
         assert column is not None
         return host.put(layout.spread_read(np.where(origin < 0, 0, memory + column - rows.positions_read)), rows.device)
 
-    def _summaries(self, state: SparseState | None, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _summaries(self, state: SparseState | None, k: Tensor, v: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
         """The summary columns of all closed blocks after the call."""
         if state is None:
             state = self.init_state(rows.batch, k.device, k.dtype)
@@ -215,7 +215,7 @@ class SparseCore(Core):
         parts = [tokens[:, head, :, end - self.num_summaries : end] for head, end in enumerate(ends)]
         return torch.stack(parts, 1).flatten(2, 3)
 
-    def _summary_columns(self, rows: Rows, summaries: int, carried: int) -> Tensor:
+    def _summary_columns(self, rows: BatchLayout, summaries: int, carried: int) -> Tensor:
         """(batch, kv_heads, columns) of [summary columns, carried tokens, the call], negative where there is none."""
         stride, device = self.config.stride, rows.device
         closed = rows.live // stride

@@ -196,8 +196,8 @@ def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale
     else:
         last = stride - torch.tensor(pattern.offsets, device=call.q.device)
         last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
-        itself = in_block == in_block[..., memory:].mT
-        seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | itself
+        include_self = in_block == in_block[..., memory:].mT
+        seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | include_self
     return call.finish(_masked(call, seen, scale))
 
 

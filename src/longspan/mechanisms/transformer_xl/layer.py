@@ -12,8 +12,8 @@ from longspan import state as states
 from longspan.config import check_least
 from longspan.contract.base import Hidden, Shape, Traits
 from longspan.contract.kv_cache import KeyValueState, carry, first_of_segment
-from longspan.contract.relative import NO_CONVERSION, RelativeCore, carry_hidden
-from longspan.contract.rows import Rows
+from longspan.contract.relative import NO_CONVERSION, RelativeMechanism, carry_hidden
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 from longspan.errors import ConfigError, UnsupportedError
 
@@ -28,7 +28,7 @@ class TransformerXLConfig:
         same_length: True: every token sees exactly mem_len keys, itself included (0 <= i - j < mem_len). False: it
             sees its segment so far and the mem_len positions before the segment.
         clamp_len: distances beyond it count as it (the paper's evaluation uses this); 0 = no clamp.
-        memory: "hidden" carries hidden states (trainable); "kv" carries keys and values: the same outputs with less
+        cache: "hidden" carries hidden states (trainable); "kv" carries keys and values: the same outputs with less
             work a step, for inference only.
     """
 
@@ -36,7 +36,7 @@ class TransformerXLConfig:
     mem_len: int = 512
     same_length: bool = False
     clamp_len: int = 0
-    memory: Literal["hidden", "kv"] = "hidden"
+    cache: Literal["hidden", "kv"] = "hidden"
 
     def __post_init__(self) -> None:
         least = {"segment": 1, "mem_len": 1 if self.same_length else 0, "clamp_len": 0}
@@ -55,7 +55,7 @@ class TransformerXLState(NamedTuple):
 State = TransformerXLState | KeyValueState
 
 
-class TransformerXLCore(RelativeCore):
+class TransformerXLMechanism(RelativeMechanism):
     """See the package."""
 
     Config = TransformerXLConfig
@@ -64,7 +64,7 @@ class TransformerXLCore(RelativeCore):
         {"segment": 4, "mem_len": 4},
         {"segment": 3, "mem_len": 5, "clamp_len": 4},
         {"segment": 4, "mem_len": 6, "same_length": True},
-        {"segment": 4, "mem_len": 6, "memory": "kv"},
+        {"segment": 4, "mem_len": 6, "cache": "kv"},
     )
 
     def __init__(self, shape: Shape, config: TransformerXLConfig) -> None:
@@ -93,27 +93,29 @@ class TransformerXLCore(RelativeCore):
         k: Tensor,
         v: Tensor,
         state: State | None,
-        rows: Rows,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
         **unused: Any,
     ) -> tuple[Tensor, State]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         assert hidden is not None, "transformer_xl projects hidden states"
-        if self.config.memory == "kv" and torch.is_grad_enabled() and k.requires_grad:
+        if self.config.cache == "kv" and torch.is_grad_enabled() and k.requires_grad:
             raise UnsupportedError(
                 "transformer_xl: memory='kv' is for inference (torch.no_grad()); train with 'hidden'"
             )
         past, old_k, old_v = self._past(state, hidden, rows)
         memory = 0 if old_k is None else old_k.shape[2]
         own_k, own_v = _behind(old_k, k), _behind(old_v, v)
-        stale, border, segment = None, None, self.config.segment
+        detached_kv, segment_start, segment = None, None, self.config.segment
         if torch.is_grad_enabled() and not (rows.plain and rows.inside(segment)):
             fresh_k, fresh_v = hidden.project(hidden.x.detach())
             if past is not None and past.requires_grad:
                 old_k, old_v = hidden.project(past.detach())
-            stale = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
-            border = segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
+            detached_kv = _behind(old_k, fresh_k), _behind(old_v, fresh_v)
+            segment_start = (
+                segment if rows.aligned(segment) else host.expand(rows.segment_start(segment, memory), rows.batch)
+            )
         distances = max(1, min(self.reach, memory + rows.length))
         seen = {"lengths": rows.lengths, "memory_lengths": rows.memory_lengths(memory), **self._visible(rows, memory)}
         if self.folds(q, distances, own_k, own_v):
@@ -121,11 +123,13 @@ class TransformerXLCore(RelativeCore):
             out = ops.relative_decode(q, own_k, own_v, scores, self.content_bias, **seen)
         else:
             r, biases = self.relative(distances, rows), (self.content_bias, self.position_bias)
-            out = ops.relative_attention(q, own_k, own_v, r, *biases, border=border, stale=stale, **seen)
+            out = ops.relative_attention(
+                q, own_k, own_v, r, *biases, segment_start=segment_start, detached_kv=detached_kv, **seen
+            )
         return out, self._next(state, k, v, hidden.x, rows)
 
     def _past(
-        self, state: State | None, hidden: Hidden, rows: Rows
+        self, state: State | None, hidden: Hidden, rows: BatchLayout
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Hidden states (where carried), keys and values of the columns of the state that this call can see."""
         columns = self.capacity
@@ -138,7 +142,7 @@ class TransformerXLCore(RelativeCore):
         past = state.hidden[:, -columns:]
         return past, *hidden.project(past)
 
-    def _visible(self, rows: Rows, memory: int) -> dict[str, Any]:
+    def _visible(self, rows: BatchLayout, memory: int) -> dict[str, Any]:
         """The keywords of the operation that say which keys a token sees."""
         config = self.config
         if config.same_length:
@@ -150,8 +154,8 @@ class TransformerXLCore(RelativeCore):
         start = first_of_segment(rows, config.segment, config.mem_len, memory)
         return {"window": self.reach, "start": start}
 
-    def _next(self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: Rows) -> State:
-        if self.config.memory == "kv":
+    def _next(self, state: Any, k: Tensor, v: Tensor, x: Tensor, rows: BatchLayout) -> State:
+        if self.config.cache == "kv":
             return KeyValueState(*carry(state, k, v, rows, self.capacity), rows.live)
         past = None if state is None else state.hidden
         return TransformerXLState(carry_hidden(past, x, rows, self.capacity, self.config.segment), rows.live)
@@ -159,15 +163,15 @@ class TransformerXLCore(RelativeCore):
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> State:
         """Full capacity, nothing live."""
         shape, live = self.shape, torch.zeros(batch_size, dtype=torch.int64, device=device)
-        if self.config.memory == "kv":
+        if self.config.cache == "kv":
             k = torch.zeros(batch_size, shape.num_kv_heads, self.capacity, shape.head_dim, device=device, dtype=dtype)
             return KeyValueState(k, k.clone(), live)
         hidden = torch.zeros(batch_size, self.capacity, shape.dim, device=device, dtype=dtype)
         return TransformerXLState(hidden, live)
 
     def fit(self, state: Any, k: Tensor, hidden: Hidden | None = None) -> Any:
-        """See `Core.fit`; what is carried are hidden states, or keys and values."""
-        return states.fit(state, k.dtype if hidden is None or self.config.memory == "kv" else hidden.x.dtype)
+        """See `Mechanism.fit`; what is carried are hidden states, or keys and values."""
+        return states.fit(state, k.dtype if hidden is None or self.config.cache == "kv" else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
         """Content and position products, and one projection of the distances for the whole batch."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from longspan import host, ops
 from longspan.config import check_least
 from longspan.contract.base import Shape, Traits
-from longspan.contract.kv_cache import KeyValueCore, KeyValueState, first_of_segment, visible
-from longspan.contract.rows import Rows
+from longspan.contract.kv_cache import KeyValueMechanism, KeyValueState, first_of_segment, visible
+from longspan.contract.rows import BatchLayout
 from longspan.contract.sizes import pairs_within
 
 
@@ -31,7 +31,7 @@ class WindowConfig:
         check_least(self, "window", {"window": 1})
 
 
-class WindowCore(KeyValueCore):
+class WindowMechanism(KeyValueMechanism):
     """See the package."""
 
     Config = WindowConfig
@@ -49,9 +49,9 @@ class WindowCore(KeyValueCore):
         return Traits(streams=self.shape.causal, bounded=True, segment=segment)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: Rows, **unused: Any
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
-        """See `Core.forward`."""
+        """See `Mechanism.forward`."""
         q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         window, blocks, causal = self.config.window, self.config.blocks, self.shape.causal
         seen = visible(rows, memory)
@@ -63,7 +63,7 @@ class WindowCore(KeyValueCore):
             window, blocks = 2 * window, False
         return ops.window_attention(q, k, v, window=window, causal=causal, blocks=blocks, **seen), next_state
 
-    def _blocks_of_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+    def _blocks_of_documents(self, q: Tensor, k: Tensor, v: Tensor, rows: BatchLayout) -> Tensor:
         """Bidirectional: every document has its own blocks; a hole belongs to no document."""
         layout, origin = rows.segments(self.config.window), rows.first_visible(0)
         begins = None if origin is None else host.values(origin)
@@ -74,7 +74,7 @@ class WindowCore(KeyValueCore):
         return layout.collect(out)
 
     def entries(self, length: int) -> int:
-        """See `KeyValueCore`."""
+        """See `KeyValueMechanism`."""
         return ops.window_cost(length, window=self.config.window, causal=self.shape.causal, blocks=self.config.blocks)
 
     def pairs(self, length: int) -> int:

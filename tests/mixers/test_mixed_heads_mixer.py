@@ -26,20 +26,20 @@ def decoder(*mixers: dict[str, Any]) -> ls.Decoder:
         ([BALANCED, SORTED], rf"heads: parts\[0\]: {BECAUSE}"),
         ([WINDOW, SORTED], r"heads: parts\[1\]: the sorted selection changes"),
         (
-            [WINDOW, {"name": "heads", "num_heads": 2, "parts": [BALANCED]}],
+            [WINDOW, {"name": "mixed_heads", "num_heads": 2, "mixers": [BALANCED]}],
             rf"heads: parts\[1\]: parts\[0\]: {BECAUSE}",
         ),
     ],
     ids=["balanced", "first of two", "sorted", "nested"],
 )
 def test_a_part_that_does_not_stream_says_why(parts: list[dict[str, Any]], says: str) -> None:
-    mixer = ls.mixers.build("heads", dim=16, num_heads=4, parts=parts)
+    mixer = ls.mixers.build("mixed_heads", dim=16, num_heads=4, mixers=parts)
     with pytest.raises(UnsupportedError, match=rf"^{says}.*so it has no state$"):
         mixer.init_state(1)
     plain = ls.mixers.build("window", dim=16, num_heads=4)
     with pytest.raises(UnsupportedError, match=rf"^{says}.*call it with state=None$"):
         mixer(torch.zeros(1, 3, 16), plain.init_state(1))
-    both = ls.mixers.build("heads", dim=16, num_heads=4, causal=False, parts=[WINDOW, SORTED])
+    both = ls.mixers.build("mixed_heads", dim=16, num_heads=4, causal=False, mixers=[WINDOW, SORTED])
     with pytest.raises(UnsupportedError, match=r"^heads: a bidirectional mixer sees the future"):
         both.init_state(1)
 
@@ -47,7 +47,10 @@ def test_a_part_that_does_not_stream_says_why(parts: list[dict[str, Any]], says:
 def test_a_model_names_the_layer_and_the_reason() -> None:
     window = {"name": "window", "window": 4}
     for mixers, says in (
-        ((window, {"name": "heads", "parts": [WINDOW, BALANCED]}), rf"layer 1 \(of 0 to 2\): parts\[1\]: {BECAUSE}"),
+        (
+            (window, {"name": "mixed_heads", "mixers": [WINDOW, BALANCED]}),
+            rf"layer 1 \(of 0 to 2\): parts\[1\]: {BECAUSE}",
+        ),
         ((SORTED | {"num_heads": 4},), r"layer 0 \(of 0 to 2\): the sorted selection changes"),
     ):
         table = [{key: value for key, value in spec.items() if key != "num_heads"} for spec in mixers]

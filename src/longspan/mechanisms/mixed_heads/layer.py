@@ -1,4 +1,4 @@
-"""`heads` as a layer; see the package."""
+"""`mixed_heads` as a layer; see the package."""
 
 import functools
 from collections.abc import Hashable
@@ -9,75 +9,75 @@ import torch
 from torch import Tensor, nn
 
 from longspan.contract import registry
-from longspan.contract.base import Core, Hidden, ParameterGroup, Shape, Traits, merge_traits
+from longspan.contract.base import Hidden, Mechanism, ParameterGroup, Shape, Traits, merge_traits
 from longspan.contract.maps import collected
-from longspan.contract.rows import Rows
+from longspan.contract.rows import BatchLayout
 from longspan.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadsConfig:
-    """Fields of `heads`.
+class MixedHeadsConfig:
+    """Fields of `mixed_heads`.
 
     Attributes:
-        parts: tables, each with the `name` of a mechanism, its `num_heads` and its own fields. The heads must add up to
-            the layer's, and no part may cut through a group of query heads that share a kv head, unless it lies within
-            one. Empty = half window, half full.
+        mixers: tables, each with the `name` of a mechanism, its `num_heads` and its own fields. The heads must add up
+            to the layer's, and no part may cut through a group of query heads that share a kv head, unless it lies
+            within one. Empty = half window, half full.
     """
 
-    parts: tuple[dict[str, Any], ...] = ()
+    mixers: tuple[dict[str, Any], ...] = ()
 
 
-class HeadsState(NamedTuple):
+class MixedHeadsState(NamedTuple):
     """The states of all parts."""
 
     parts: tuple[Any, ...]  # one state a part
     live: Tensor  # (batch,) live tokens
 
 
-class HeadsCore(Core):
+class MixedHeadsMechanism(Mechanism):
     """See the package."""
 
-    Config = HeadsConfig
-    config: HeadsConfig
+    Config = MixedHeadsConfig
+    config: MixedHeadsConfig
     examples = (
-        {"parts": [{"name": "window", "num_heads": 2, "window": 4}, {"name": "full", "num_heads": 2}]},
+        {"mixers": [{"name": "window", "num_heads": 2, "window": 4}, {"name": "full", "num_heads": 2}]},
         {
-            "parts": [
+            "mixers": [
                 {"name": "window", "num_heads": 2, "window": 3, "blocks": True},
                 {"name": "transformer_xl", "num_heads": 2, "segment": 4, "mem_len": 5},
             ]
         },
     )
 
-    def __init__(self, shape: Shape, config: HeadsConfig) -> None:
+    def __init__(self, shape: Shape, config: MixedHeadsConfig) -> None:
         super().__init__(shape, config)
         half = shape.num_heads // 2
-        tables = config.parts or (
+        tables = config.mixers or (
             {"name": "window", "num_heads": shape.num_heads - half},
             {"name": "full", "num_heads": half},
         )
         self.queries: list[slice] = []
         self.keys: list[slice] = []
-        cores: list[Core] = []
+        cores: list[Mechanism] = []
         first = 0
         for i, table in enumerate(tables):
-            where = f"heads.parts[{i}]"
+            where = f"mixed_heads.mixers[{i}]"
             fields = {key: value for key, value in table.items() if key not in ("name", "num_heads")}
             count = table.get("num_heads")
             if not isinstance(count, int) or count < 1 or "name" not in table:
                 raise ConfigError(f"{where}: needs a name and a num_heads of at least 1, got {table!r}")
             keys = self._kv_heads(first, first + count, where)
             part = replace(shape, num_heads=count, num_kv_heads=keys.stop - keys.start)
-            cores.append(registry.build_core(table["name"], part, fields, where))
+            cores.append(registry.build_mechanism(table["name"], part, fields, where))
             if cores[-1].value_dim != cores[0].value_dim:
-                widths = f"values of {cores[-1].value_dim}, parts[0] of {cores[0].value_dim}"
+                widths = f"values of {cores[-1].value_dim}, mixers[0] of {cores[0].value_dim}"
                 raise ConfigError(f"{where}: {widths}; the parts of a layer share one width")
             self.queries.append(slice(first, first + count))
             self.keys.append(keys)
             first += count
         if first != shape.num_heads:
-            raise ConfigError(f"heads: the parts have {first} heads together, the layer has {shape.num_heads}")
+            raise ConfigError(f"mixed_heads: the parts have {first} heads together, the layer has {shape.num_heads}")
         self.parts = nn.ModuleList(cores)
 
     def _kv_heads(self, first: int, last: int, where: str) -> slice:
@@ -89,14 +89,14 @@ class HeadsCore(Core):
         raise ConfigError(f"{where}: heads {first} to {last} cut through groups of {group} that share a kv head")
 
     @property
-    def cores(self) -> list[Core]:
+    def cores(self) -> list[Mechanism]:
         """The mechanisms, in the order of their heads."""
-        return [core for core in self.parts if isinstance(core, Core)]
+        return [core for core in self.parts if isinstance(core, Mechanism)]
 
     @functools.cached_property
     def traits(self) -> Traits:
         """See `merge_traits`; reasons say of which part they are."""
-        return merge_traits([_labeled(core.traits, f"parts[{i}]: ") for i, core in enumerate(self.cores)])
+        return merge_traits([_labeled(core.traits, f"mixers[{i}]: ") for i, core in enumerate(self.cores)])
 
     def head_traits(self) -> list[Traits]:
         """The traits of the part that each head belongs to."""
@@ -107,13 +107,13 @@ class HeadsCore(Core):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        state: HeadsState | None,
-        rows: Rows,
+        state: MixedHeadsState | None,
+        rows: BatchLayout,
         *,
         hidden: Hidden | None = None,
-        penalties: list[Tensor] | None = None,
-    ) -> tuple[Tensor, HeadsState]:
-        """See `Core.forward`."""
+        aux_losses: list[Tensor] | None = None,
+    ) -> tuple[Tensor, MixedHeadsState]:
+        """See `Mechanism.forward`."""
         outs, nexts = [], []
         for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
             part = None
@@ -121,30 +121,30 @@ class HeadsCore(Core):
                 part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
             before = None if state is None else state.parts[i]
             out, after = core(
-                q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, penalties=collected(penalties, core)
+                q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, aux_losses=collected(aux_losses, core)
             )
             outs.append(out)
             nexts.append(after)
-        return torch.cat(outs, 1), HeadsState(tuple(nexts), rows.live)
+        return torch.cat(outs, 1), MixedHeadsState(tuple(nexts), rows.live)
 
-    def layout_inputs(self, state: HeadsState | None) -> dict[Hashable, Tensor]:
+    def layout_inputs(self, state: MixedHeadsState | None) -> dict[Hashable, Tensor]:
         """Those of all parts."""
         inputs: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores):
             inputs |= core.layout_inputs(None if state is None else state.parts[index])
         return inputs
 
-    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> HeadsState:
+    def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MixedHeadsState:
         """The empty states of all parts."""
         parts = tuple(core.init_state(batch_size, device, dtype) for core in self.cores)
-        return HeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
+        return MixedHeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
-    def fit(self, state: HeadsState | None, k: Tensor, hidden: Hidden | None = None) -> HeadsState | None:
-        """See `Core.fit`."""
+    def fit(self, state: MixedHeadsState | None, k: Tensor, hidden: Hidden | None = None) -> MixedHeadsState | None:
+        """See `Mechanism.fit`."""
         if state is None:
             return None
         pairs = zip(self.cores, state.parts, strict=True)
-        return HeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
+        return MixedHeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
         """The sum over the parts, and one count a row."""

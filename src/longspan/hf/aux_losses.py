@@ -11,7 +11,7 @@ class _Losses(list[Tensor]):
     """A list that can be referred to weakly."""
 
 
-class LastPenalties:
+class LastAuxLosses:
     """The auxiliary losses of one call.
 
     Their graph hangs on the graph of the call's output: while a loss made of that output exists, so do they; when it
@@ -44,4 +44,4 @@ class LastPenalties:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy has values alone: the graph is that of the model it was made with."""
-        return LastPenalties, (self.values, None)
+        return LastAuxLosses, (self.values, None)
