@@ -243,7 +243,7 @@ def test_a_run_of_pass_keys_is_evaluated_by_length(longspan: Command, tmp_path: 
         name = "passkey"
         length = 400
         [train]
-        curriculum = "retrieval"
+        curriculum = "passkey"
         steps = 2
         """
     )

@@ -34,7 +34,7 @@ def test_rmt_counts_every_seed_and_resumes(monkeypatch: pytest.MonkeyPatch, tmp_
     assert "of 6 (" in outcome.figures[0].ours
     assert "of 2 (" in outcome.figures[1].ours
     assert [len(records) for records in outcome.data["detect"].values()] == [2, 1]
-    monkeypatch.setattr(rmt, "evaluate_answers", None)
+    monkeypatch.setattr(rmt, "evaluate_memory", None)
     assert rmt.RMT.run(tmp_path, "small", lines.append).data == outcome.data, "a second call measures nothing"
 
 
@@ -87,7 +87,7 @@ def test_infini_passkey_counts_by_depth_and_resumes(monkeypatch: pytest.MonkeyPa
     assert len(outcome.figures) == 5
     assert [[record["n"] for record in records] for records in outcome.data.values()] == [[4, 1], [4, 1]]
     assert outcome.pictures[0].light[:4] == b"\x89PNG"
-    monkeypatch.setattr(infini_passkey, "evaluate_depths", None)
+    monkeypatch.setattr(infini_passkey, "evaluate_passkey", None)
     assert infini_passkey.INFINI_PASSKEY.run(tmp_path, "small", print).data == outcome.data, (
         "a second call measures nothing"
     )

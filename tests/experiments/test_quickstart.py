@@ -13,7 +13,7 @@ from longspan.experiments import claims
 from longspan.experiments.quickstart import measure
 from longspan.experiments.tour import Clock
 from longspan.files import read_json
-from longspan.train import Answers, find_recipe, resolve
+from longspan.train import MemoryEvaluation, find_recipe, resolve
 
 SMALL = [
     *("model.dim=16", "model.num_heads=2", "task.vocab_size=512", "task.segment_length=96"),
@@ -70,7 +70,9 @@ def test_the_quickstart_rejects_other_recipes(longspan: Callable[..., Outcome], 
 def answers(
     kind: str, segments: int, right: int, wrong: int, resident: int = 100, seconds: float = 1.0
 ) -> measure.Reading:
-    measured = Answers(kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong))
+    measured = MemoryEvaluation(
+        kind, segments, segments * 499, [True] * right + [False] * wrong, [False] * (right + wrong)
+    )
     measured.seconds, measured.resident = seconds * segments, resident
     return measure.Reading(segments, {kind: measured})
 

@@ -22,7 +22,7 @@ import longspan as ls
 from longspan.cli.console import StatusLine, column_widths, print_table, reading_progress
 from longspan.experiments.training_table import TrainingTable
 from longspan.report import Table
-from longspan.train import Silent, progress, run
+from longspan.train import Display, progress, run
 
 WIDTHS = [50, 80, 120]
 
@@ -151,7 +151,7 @@ def test_the_table_of_a_tour_fits_the_terminal(monkeypatch: pytest.MonkeyPatch, 
     assert "reading held-out documents: 50%" in file.getvalue()
 
 
-class Counting(Silent):
+class Counting(Display):
     def __init__(self) -> None:
         self.read: list[tuple[int, int]] = []
 
@@ -169,7 +169,7 @@ def test_the_final_evaluation_says_how_far_it_is(folder: Path, tmp_path: Path) -
 
 
 def test_plain_lines_tell_of_a_long_evaluation(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = progress.Plain(interval=0.0)
+    plain = progress.PlainDisplay(interval=0.0)
     plain.evaluating(50, 200)
     assert capsys.readouterr().err == "evaluating  25% of 200 held-back tokens\n"
 

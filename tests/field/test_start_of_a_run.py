@@ -13,12 +13,12 @@ from tests.cli.command import Command
 from tests.field.test_work_is_kept import recipe_of
 
 from longspan.errors import CheckpointError, LongspanError
-from longspan.train import Silent, load_run, run
+from longspan.train import Display, load_run, run
 
 CURRICULUM = {
     "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "mixers": [{"name": "infini", "segment": 32}]},
     "task": {"name": "passkey", "length": 400},
-    "train": {"curriculum": "retrieval", "steps": 2, "tokens": 800, "log_every": 1},
+    "train": {"curriculum": "passkey", "steps": 2, "tokens": 800, "log_every": 1},
 }
 
 
@@ -98,7 +98,7 @@ def test_a_trained_model_without_checkpoints_is_not_trained_over(folder: Path, t
     assert listing(tmp_path) == before
 
 
-class Waiting(Silent):
+class Waiting(Display):
     """Stays in its first step until `go` is set."""
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ def test_a_folder_is_trained_in_once_at_a_time(folder: Path, tmp_path: Path, sta
 
 SCRIPT = """
 import json, sys, time
-from longspan.train import Silent, run
-class Slow(Silent):
+from longspan.train import Display, run
+class Slow(Display):
     def step(self, line):
         print(line["step"], flush=True)
         time.sleep(60)

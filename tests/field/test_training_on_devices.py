@@ -14,18 +14,18 @@ from longspan.models import build_model
 from longspan.tasks import MemoryConfig, MemoryTask
 from longspan.tasks.synthetic import CopyConfig, CopyTask, PasskeyConfig, PasskeyTask
 from longspan.train import (
-    CurriculumConfig,
-    RetrievalConfig,
-    Silent,
-    evaluate_answers,
-    evaluate_depths,
+    Display,
+    MemoryCurriculumConfig,
+    PasskeyCurriculumConfig,
+    evaluate_memory,
+    evaluate_passkey,
     read_log,
     run,
 )
-from longspan.train.copying import CopyingConfig, CopyingTrainer
-from longspan.train.recall import RecallTrainer
-from longspan.train.retrieval import RetrievalTrainer
-from longspan.train.staged import StagedTrainer
+from longspan.train.copy_curriculum import CopyCurriculumConfig, CopyTrainer
+from longspan.train.curriculum import CurriculumTrainer
+from longspan.train.memory_curriculum import MemoryTrainer
+from longspan.train.passkey_curriculum import PasskeyTrainer
 
 LONG = pytest.mark.long
 TEXT = "we the people of a more perfect union establish justice and so on and on. "
@@ -86,32 +86,32 @@ SIZES = {"dim": 16, "num_layers": 1, "num_heads": 2}
 SMALL: dict[str, Any] = {"lr": 1e-3, "log_every": 1, "checkpoint_every": 1}
 
 
-Make = Callable[[Path, torch.device], StagedTrainer]
+Make = Callable[[Path, torch.device], CurriculumTrainer]
 
 
-def copying(folder: Path, device: torch.device) -> StagedTrainer:
+def copying(folder: Path, device: torch.device) -> CurriculumTrainer:
     task = CopyTask(CopyConfig(word=7, symbols=7))
     model = build_model({**SIZES, "vocab_size": 8, "mixers": [{"name": "linear"}]})
-    config = CopyingConfig(steps=2, rows=2, tokens=60, **SMALL)
-    return CopyingTrainer(model.to(device), task, config, folder, display=Silent())
+    config = CopyCurriculumConfig(steps=2, rows=2, tokens=60, **SMALL)
+    return CopyTrainer(model.to(device), task, config, folder, display=Display())
 
 
-def recall(folder: Path, device: torch.device) -> StagedTrainer:
+def recall(folder: Path, device: torch.device) -> CurriculumTrainer:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     memory = {"num_memory_tokens": 2, "segment_length": 96, "gate_noise": 0.0}
     model = build_model({**SIZES, "vocab_size": 512, "kind": "encoder", "classes": 6, "memory": memory})
-    config = CurriculumConfig(steps=2, tokens=400, short_segments=(64,), **SMALL)
+    config = MemoryCurriculumConfig(steps=2, tokens=400, short_segments=(64,), **SMALL)
     task.prepare(folder)
-    return RecallTrainer(model.to(device), task, config, folder, display=Silent())
+    return MemoryTrainer(model.to(device), task, config, folder, display=Display())
 
 
-def retrieval(folder: Path, device: torch.device) -> StagedTrainer:
+def retrieval(folder: Path, device: torch.device) -> CurriculumTrainer:
     task = PasskeyTask(PasskeyConfig(length=300))
     mixers = [{"name": "window", "window": 8}, {"name": "infini", "segment": 64}]
     model = build_model({**SIZES, "num_layers": 2, "vocab_size": 256, "mixers": mixers})
-    config = RetrievalConfig(steps=2, tokens=600, patience=1, mentions=0, first_length=300, repeats=9, **SMALL)
+    config = PasskeyCurriculumConfig(steps=2, tokens=600, patience=1, mentions=0, first_length=300, repeats=9, **SMALL)
     task.prepare(folder)
-    return RetrievalTrainer(model.to(device), task, config, folder, display=Silent())
+    return PasskeyTrainer(model.to(device), task, config, folder, display=Display())
 
 
 @pytest.mark.parametrize("make", [copying, pytest.param(recall, marks=LONG), pytest.param(retrieval, marks=LONG)])
@@ -131,8 +131,8 @@ def test_answers_and_depths_are_read_on_the_device(tmp_path: Path) -> None:
     answers, depths = recall(tmp_path, cpu), retrieval(tmp_path, cpu)
 
     def read() -> tuple[list[bool], dict[int, list[bool]]]:
-        right = evaluate_answers(answers.model, answers.task, segments=2, count=2, split="train")["detect"].right
-        return right, evaluate_depths(depths.model, depths.task, depths=(0, 100), count=1).contained
+        right = evaluate_memory(answers.model, answers.task, segments=2, count=2, split="train")["detect"].right
+        return right, evaluate_passkey(depths.model, depths.task, depths=(0, 100), count=1).contained
 
     expected = read()
     with emulated(float64=False) as device:

@@ -16,7 +16,7 @@ from tests.cli.command import Command
 
 from longspan.errors import CheckpointError
 from longspan.files import read_tensors, write_json, write_text
-from longspan.train import Silent, evaluate_text, load_run, read_log, run
+from longspan.train import Display, evaluate_text, load_run, read_log, run
 from longspan.train import checkpoint as checkpoints
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -42,7 +42,7 @@ def recipe_of(folder: Path, **train: object) -> dict[str, Any]:
     }
 
 
-class Signals(Silent):
+class Signals(Display):
     """Sends itself a signal when an evaluation begins."""
 
     def __init__(self, number: int, times: int = 1) -> None:
@@ -123,7 +123,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(folder: Path, tmp_path:
 
 
 def test_a_curriculum_is_saved_when_the_terminal_is_closed(tmp_path: Path) -> None:
-    class Closed(Silent):
+    class Closed(Display):
         def step(self, line: dict[str, Any]) -> None:
             if line["step"] == 2:
                 os.kill(os.getpid(), signal.SIGHUP)
@@ -131,7 +131,7 @@ def test_a_curriculum_is_saved_when_the_terminal_is_closed(tmp_path: Path) -> No
     recipe = {
         "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "mixers": [{"name": "infini", "segment": 32}]},
         "task": {"name": "passkey", "length": 400},
-        "train": {"curriculum": "retrieval", "steps": 5, "log_every": 1, "checkpoint_every": 0, "tokens": 800},
+        "train": {"curriculum": "passkey", "steps": 5, "log_every": 1, "checkpoint_every": 0, "tokens": 800},
     }
     outcome = run(recipe, tmp_path, progress=Closed())
     assert (outcome.interrupted, outcome.step) == (True, 2)

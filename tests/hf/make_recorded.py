@@ -35,7 +35,7 @@ SETTINGS = {
         "pre_lnorm": True,
         "proj_share_all_but_first": False,
     },
-    "factorised": {"cutoffs": [9], "div_val": 1, "d_embed": 5, "mem_len": 5, "clamp_len": 4, "same_length": False},
+    "factorized": {"cutoffs": [9], "div_val": 1, "d_embed": 5, "mem_len": 5, "clamp_len": 4, "same_length": False},
     "one_cluster": {"cutoffs": [], "div_val": 2, "mem_len": 2, "clamp_len": 0, "same_length": False, "pre_lnorm": True},
     "untied": {"cutoffs": [4], "div_val": 4, "mem_len": 4, "clamp_len": 5, "tie_word_embeddings": False},
     "no_memory": {"cutoffs": [5, 12], "div_val": 1, "mem_len": 0, "clamp_len": 0, "same_length": False},

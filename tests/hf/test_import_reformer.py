@@ -190,7 +190,7 @@ def test_weights_of_earlier_versions_import() -> None:
     ("more", "says"),
     [
         ({"num_hashes": 2}, "num_hashes = 2: transformers looks back across rounds .* no duplicate correction"),
-        ({"num_buckets": [4, 8]}, r"num_buckets = \[4, 8\] is a factorised hash.*looks back.*no duplicate correction"),
+        ({"num_buckets": [4, 8]}, r"num_buckets = \[4, 8\] is a factorized hash.*looks back.*no duplicate correction"),
         ({"num_buckets": None}, "num_buckets is not set"),
         ({"lsh_num_chunks_before": 2}, "lsh_num_chunks_before, _after = 2, 0: only"),
         ({"local_num_chunks_before": 0}, "local_num_chunks_before, _after = 0, 0: only"),

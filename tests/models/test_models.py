@@ -20,11 +20,11 @@ OPTIONS: list[dict[str, Any]] = [
     {"activation": "relu", "norm_position": "post", "scale_embeddings": True, "mixers": (XL,)},
     {"positions": "learned", "max_positions": 64, "tie_embeddings": False},
     {
-        "positions": "factorised",
+        "positions": "factorized",
         "position_shape": (5, 4, 3),
         "mixers": ({"name": "sparse", "stride": 4, "summary": 1},),
     },
-    {"positions": "factorised", "position_shape": (5, 12), "position_dims": (9, 15), "mixers": (WINDOW,)},
+    {"positions": "factorized", "position_shape": (5, 12), "position_dims": (9, 15), "mixers": (WINDOW,)},
     {"positions": "none", "num_kv_heads": 1, "head_dim": 6, "mixers": (WINDOW,)},
     {"adaptive_cutoffs": (5, 12), "adaptive_div": 2.0, "output_bias": True, "bias": True, "mixer_bias": False},
     {"adaptive_cutoffs": (9,), "tie_embeddings": False, "final_norm": False, "mixers": (WINDOW,)},
@@ -201,7 +201,7 @@ def test_sparse_initialization_starts_at_the_uniform_loss() -> None:
 
 
 def test_factorized_positions_are_sums_of_coordinates() -> None:
-    model = decoder(positions="factorised", position_shape=(3, 5, 2))
+    model = decoder(positions="factorized", position_shape=(3, 5, 2))
     positions: Any = model.position_embedding
     tables = [table.weight for table in positions.tables]
     assert [len(table) for table in tables] == [3, 5, 2]
@@ -211,11 +211,11 @@ def test_factorized_positions_are_sums_of_coordinates() -> None:
     with pytest.raises(ls.errors.UnsupportedError, match="past the learned positions"):
         model(tokens(1, 31))
     with pytest.raises(ls.ConfigError, match="position_shape"):
-        decoder(positions="factorised")
+        decoder(positions="factorized")
 
 
 def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
-    model = decoder(positions="factorised", position_shape=(3, 5, 2), position_dims=(4, 10, 2), dim=16)
+    model = decoder(positions="factorized", position_shape=(3, 5, 2), position_dims=(4, 10, 2), dim=16)
     positions: Any = model.position_embedding
     tables = [table.weight for table in positions.tables]
     assert [tuple(table.shape) for table in tables] == [(3, 4), (5, 10), (2, 2)]
@@ -230,7 +230,7 @@ def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
     loaded = ls.models.load_model(ls.models.save_model(model, tmp_path))
     assert loaded.config == model.config
     torch.testing.assert_close(loaded(tokens(1, 30))[0], model.eval()(tokens(1, 30))[0])
-    sparse = {"init": "sparse", "tie_embeddings": False, "dim": 96, "positions": "factorised"}
+    sparse = {"init": "sparse", "tie_embeddings": False, "dim": 96, "positions": "factorized"}
     for widths, count in (((), 2), ((32, 64), 1)):
         positions = decoder(**sparse, position_shape=(200, 300), position_dims=widths).position_embedding
         assert positions.tables[1].weight.std().item() == pytest.approx(0.125 / (96 * count) ** 0.5, rel=0.05)
@@ -242,13 +242,13 @@ def test_axial_positions_are_concatenated_coordinates(tmp_path: Path) -> None:
         ({"position_dims": (8, 9)}, r"\[8, 9\]: needs a width .* of the 2 sizes .* dim = 16 together"),
         ({"position_dims": (16,)}, r"\[16\]: needs a width"),
         ({"position_dims": (16, 0)}, r"\[16, 0\]: needs a width of at least 1"),
-        ({"position_dims": (8, 8), "positions": "rope"}, "only of positions = 'factorised', here 'rope'"),
+        ({"position_dims": (8, 8), "positions": "rope"}, "only of positions = 'factorized', here 'rope'"),
     ],
     ids=str,
 )
 def test_position_widths_that_do_not_fit_are_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ls.ConfigError, match=says):
-        decoder(**{"positions": "factorised", "position_shape": (6, 5), "dim": 16, **fields})
+        decoder(**{"positions": "factorized", "position_shape": (6, 5), "dim": 16, **fields})
 
 
 def test_sparse_patterns_alternate_by_layer_and_by_head() -> None:

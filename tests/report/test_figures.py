@@ -102,7 +102,7 @@ def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels()
     image = cells(figure)
     weak = sum(abs(a - b) for a, b in zip(image[1][0], to_rgba(DARK.ground), strict=True))
     assert weak > 0.3, "small weights are visible"
-    assert image[1][1] == pytest.approx(to_rgba(DARK.colours[0]), abs=0.01), "the heaviest of its row"
+    assert image[1][1] == pytest.approx(to_rgba(DARK.colors[0]), abs=0.01), "the heaviest of its row"
     assert image[2][0] == pytest.approx(to_rgba(DARK.grid)), "an earlier key that is not read"
     assert image[0][2] == pytest.approx(to_rgba(DARK.ground)), "a later key"
     bidirectional = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK)

@@ -225,12 +225,12 @@ def test_the_full_recipe_fits_itself() -> None:
 
     model = resolve(read_toml(find_recipe("sparse-tiles.toml")))["model"]
     assert list(model["position_shape"]) == [64, 64, 3]
-    positions = {"positions": "factorised", "position_shape": [10, 20]}
+    positions = {"positions": "factorized", "position_shape": [10, 20]}
     assert list(resolve({"model": positions, "task": {"name": "music"}})["model"]["position_shape"]) == [10, 20]
-    table = {"model": {"positions": "factorised"}, "task": {"name": "music", "width": 100, "max_bytes": 950}}
+    table = {"model": {"positions": "factorized"}, "task": {"name": "music", "width": 100, "max_bytes": 950}}
     assert list(resolve(table)["model"]["position_shape"]) == [10, 100]
     with pytest.raises(ConfigError, match="position_shape"):
-        resolve({"model": {"positions": "factorised"}, "task": {"name": "text"}})
+        resolve({"model": {"positions": "factorized"}, "task": {"name": "text"}})
 
 
 @missing("skimage")

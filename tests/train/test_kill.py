@@ -15,7 +15,7 @@ import pytest
 from tests.train.conftest import Losses
 
 from longspan.errors import CheckpointError
-from longspan.train import Silent, load_run, run
+from longspan.train import Display, load_run, run
 from longspan.train import checkpoint as checkpoints
 
 SCRIPT = """
@@ -121,7 +121,7 @@ def test_a_full_disk_stops_the_run_and_the_last_good_checkpoint_stays(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise full
 
-    class FillsUp(Silent):
+    class FillsUp(Display):
         def step(self, line: dict[str, Any]) -> None:
             if line["step"] == 7:
                 patch.setattr(target, refuse)

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from longspan.process import resident_bytes
-from longspan.train import Live, Plain, Silent
+from longspan.train import Display, LiveDisplay, PlainDisplay
 from longspan.train.log import Log, read_log
 from longspan.train.progress import describe, make
 
@@ -60,7 +60,7 @@ def test_a_log_line_is_described_in_words() -> None:
 
 
 def test_plain_lines_are_few_but_evaluations_are_all_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Plain(interval=1000)
+    display = PlainDisplay(interval=1000)
     display.start("title")
     for step in range(1, 5):
         display.step({**LINE, "step": step})
@@ -76,7 +76,7 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pyte
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     monkeypatch.setattr("longspan.train.progress.Console", lambda stderr: console)
-    display = Live()
+    display = LiveDisplay()
     display.start("title [not markup]")
     display.step(LINE)
     display.step({"step": 21, "unit": "byte", "fraction": 0.5, "validation": {"bits_per_byte": 2.0}})
@@ -91,12 +91,12 @@ def test_the_live_line_keeps_figures_that_a_line_does_not_hold(monkeypatch: pyte
 
 
 def test_displays_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = Silent()
+    own = Display()
     assert make(own) is own
-    assert type(make("none")) is Silent
-    assert isinstance(make("live"), Live)
+    assert type(make("none")) is Display
+    assert isinstance(make("live"), LiveDisplay)
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    assert isinstance(make("auto"), Plain)
+    assert isinstance(make("auto"), PlainDisplay)
 
 
 def test_resident_memory_is_that_of_this_process() -> None:

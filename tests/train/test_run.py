@@ -20,11 +20,11 @@ from longspan import train
 from longspan.config import read_toml
 from longspan.errors import CheckpointError, ConfigError, DataError
 from longspan.models import Decoder
-from longspan.train import DivergedError, Result, Silent, load_run, read_log, run
+from longspan.train import Display, DivergedError, Result, load_run, read_log, run
 from longspan.train.step import Stepper
 
 
-class Recorder(Silent):
+class Recorder(Display):
     """Records what it is shown, and may call `action` at a step."""
 
     def __init__(self, at: int | None = None, action: Callable[[], None] | None = None) -> None:

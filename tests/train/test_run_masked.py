@@ -10,7 +10,7 @@ import torch
 from longspan.models import EncoderConfig, MaskedLM
 from longspan.tasks import Documents, ProteinConfig, ProteinTask
 from longspan.tasks.protein import AMINO_ACIDS
-from longspan.train import Silent, evaluate_text, load_run, run, share_bootstrap, token_nats
+from longspan.train import Display, evaluate_text, load_run, run, share_bootstrap, token_nats
 from longspan.train.lanes import windows
 
 
@@ -52,7 +52,7 @@ def test_a_masked_model_learns_from_neighboring_residues(recipe: dict[str, Any],
     assert again.summary() == pytest.approx(summary, rel=1e-4)
 
 
-class StopAt(Silent):
+class StopAt(Display):
     """Stops a run at a step, as a kill would."""
 
     def __init__(self, step: int) -> None:

@@ -270,14 +270,14 @@ def _numbers(option: str, text: str, example: str) -> list[int]:
 def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
     """Ask for numbers in texts of each length, and print the table."""
     from longspan.tasks.synthetic import DEPTHS
-    from longspan.train import evaluate_depths, wilson
+    from longspan.train import evaluate_passkey, wilson
 
     records, rows = [], []
     for length in _numbers("--lengths", options.lengths, "5000,131072"):
         longer = type(task)(dataclasses.replace(task.config, length=length))
         with reading_progress(f"asking in {length:,} bytes") as progress:
             count = -(-options.count // len(DEPTHS))
-            record = evaluate_depths(model, longer, depths=DEPTHS, count=count, progress=progress).record()
+            record = evaluate_passkey(model, longer, depths=DEPTHS, count=count, progress=progress).record()
         records.append(record)
         right, questions = record["k"], record["n"]
         share = interval(wilson(right, questions), 3)
@@ -288,12 +288,12 @@ def _eval_passkeys(model: Any, task: Any, options: EvaluateOptions) -> None:
 
 def _eval_memory(model: Any, task: Any, options: EvaluateOptions) -> None:
     """Ask after each number of segments, and print the table."""
-    from longspan.train import evaluate_answers
+    from longspan.train import evaluate_memory
 
     kind, records, rows = task.config.kind, [], []
     for number in _numbers("--segments", options.segments, "1,16,256"):
         with reading_progress(f"asking after {number:,} segments") as progress:
-            answers = evaluate_answers(
+            answers = evaluate_memory(
                 model, task, segments=number, count=options.count, kinds=(kind,), progress=progress
             )
         record = answers[kind].record()

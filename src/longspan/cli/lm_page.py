@@ -141,7 +141,7 @@ def _middle(bucket: "Bucket") -> float:
     return math.sqrt(bucket.first * bucket.last)
 
 
-def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, colour: int) -> "Series":
+def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, color: int) -> "Series":
     from longspan.report.figures import Series
 
     bands = not any(math.isnan(point.low) for point in values)
@@ -152,7 +152,7 @@ def _series(x: Sequence[float], values: "Sequence[Interval]", label: str, colour
         high=[point.high for point in values] if bands else None,
         label=label,
         kind="marked",
-        colour=colour,
+        color=color,
     )
 
 

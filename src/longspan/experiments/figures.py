@@ -40,7 +40,7 @@ def heat_figure(
         figure = Figure(figsize=(6.6, 1.4 + 0.34 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
-        colors = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colours[0]])
+        colors = LinearSegmentedColormap.from_list("shares", [theme.ground, theme.colors[0]])
         axes.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_xticks(range(len(columns)), list(columns))
@@ -80,7 +80,7 @@ def matrix_figure(
     with matplotlib.rc_context(theme.settings()):
         figure = Figure(figsize=(3.3 * columns, 3.45 * lines), layout="constrained")
         FigureCanvasAgg(figure)
-        colors = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colours[0]])
+        colors = LinearSegmentedColormap.from_list("values", [theme.ground, theme.colors[0]])
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1)
             axes.imshow(panel.values, cmap=colors)
@@ -92,7 +92,7 @@ def matrix_figure(
             axes.grid(visible=False)
             for row, column in (field for pair in marked for field in (pair, pair[::-1])):
                 corner = (column - 0.5, row - 0.5)
-                frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colours[1], linewidth=1.4, clip_on=False)
+                frame = Rectangle(corner, 1, 1, fill=False, edgecolor=theme.colors[1], linewidth=1.4, clip_on=False)
                 # in front of the axis, which is next to the last row
                 frame.set_zorder(5)
                 axes.add_patch(frame)

@@ -17,7 +17,7 @@ from longspan.version import __version__
 
 if TYPE_CHECKING:
     from longspan.experiments.checks import Check
-    from longspan.train import Silent
+    from longspan.train import Display
 
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Where the run, the figures and the page go.")
@@ -35,7 +35,7 @@ def say_step(number: int, count: int, text: str) -> None:
     console().print(text, markup=False)
 
 
-def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, display: "Silent") -> None:
+def train_or_reuse(recipe: Mapping[str, Any], folder: Path, *, reuse: bool, display: "Display") -> None:
     """Train from scratch, replacing an earlier run in the folder; with `reuse` keep that run.
 
     Raises:

@@ -12,14 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from longspan.cli.console import console, terminal_width
-from longspan.train import Silent
+from longspan.train import Display
 
 Columns = Sequence[tuple[str, int]]
 TEXT = (("step", 7), ("bits/byte", 10), ("held-out", 10), ("tokens/s", 9), ("memory", 9), ("left", 6))
 RECALL = (("step", 7), ("correct", 7), ("segments", 9), ("tokens each", 12), *TEXT[3:])
 
 
-class TrainingTable(Silent):
+class TrainingTable(Display):
     """A display for `longspan.train.run`.
 
     Args:

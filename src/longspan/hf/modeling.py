@@ -166,7 +166,7 @@ class LongspanPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         if past is None:
             past = Past(torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device), 0, None)
         packed = documents(inputs, past, packing)
-        if packed.ahead and getattr(self._stack.config, "positions", None) in ("learned", "factorised"):
+        if packed.ahead and getattr(self._stack.config, "positions", None) in ("learned", "factorized"):
             raise UnsupportedError(
                 "position_ids begin behind 0, but the learned positions of this model count the tokens of a document; "
                 "leave position_ids out, or begin at 0 (padding goes by attention_mask)"

@@ -3,7 +3,7 @@
     local layer      `window` with blocks: the own chunk and the one before, logits q . k / sqrt(head_dim)
     LSH layer        `lsh`, selection "sorted", shared: keys q / |q|, logits q . k, itself only where nothing else is
     reversible       two streams, both of them into the last norm and an output layer of 2 dim
-    axial positions  factorised, with `position_dims`: a vector for each coordinate, side by side
+    axial positions  factorized, with `position_dims`: a vector for each coordinate, side by side
 
 The same function, up to rounding, of the same rotations: transformers draws them anew in every call, in evaluation too,
 unless its configuration has a `hash_seed`; then they are drawn here as they are there and kept. Lengths up to a chunk
@@ -43,7 +43,7 @@ def import_reformer(weights: Mapping[str, Tensor], config: Mapping[str, Any]) ->
 
     Raises:
         ConfigError: the configuration lacks something.
-        UnsupportedError: more than one round of hashes, a factorised hash, an unknown number of buckets, chunks that
+        UnsupportedError: more than one round of hashes, a factorized hash, an unknown number of buckets, chunks that
             see other than themselves and the one before, an encoder, an activation that is neither relu nor gelu.
         CheckpointError: weights that are missing, left over, or of other shapes.
     """
@@ -100,7 +100,7 @@ def _axial(table: PublishedConfig) -> dict[str, Any]:
         raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {list(widths)} does not add up to hidden_size = {dim}")
     if len(widths) != len(shape):
         raise ConfigError(f"{_WHERE}: axial_pos_embds_dim = {list(widths)} is not one for each of axial_pos_shape")
-    return {"positions": "factorised", "position_shape": shape, "position_dims": widths}
+    return {"positions": "factorized", "position_shape": shape, "position_dims": widths}
 
 
 def _mixer(table: PublishedConfig, kind: str, index: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _buckets(table: PublishedConfig) -> int:
         buckets = buckets[0]
     if isinstance(buckets, (list, tuple)):
         raise UnsupportedError(
-            f"{_WHERE}: num_buckets = {list(buckets)} is a factorised hash, of several that are not drawn here (and "
+            f"{_WHERE}: num_buckets = {list(buckets)} is a factorized hash, of several that are not drawn here (and "
             f"with more rounds transformers {_DIFFERENCES}); a config with one even number imports the same weights"
         )
     if buckets is None:

@@ -29,7 +29,7 @@ class StackConfig:
         norm_eps: added to the variance.
         final_norm: a norm over what leaves the last block; None = where norm_position is "pre". Pre-norm models of the
             Transformer-XL code have none.
-        positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`), "factorised"
+        positions: "rope" (applied inside the mixers that want it), "learned" (a table of `max_positions`), "factorized"
             (one learned vector for each coordinate in `position_shape`: their sum, or with `position_dims` all side by
             side) or "none".
         rope_theta: base of RoPE.
@@ -74,7 +74,7 @@ class StackConfig:
     norm_position: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
     final_norm: bool | None = None
-    positions: Literal["rope", "learned", "factorised", "none"] = "rope"
+    positions: Literal["rope", "learned", "factorized", "none"] = "rope"
     rope_theta: float = 10000.0
     max_positions: int = 0
     position_shape: tuple[int, ...] = ()
@@ -117,13 +117,13 @@ class StackConfig:
         shape, widths = self.position_shape, self.position_dims
         if self.positions == "learned" and self.max_positions < 1:
             raise ConfigError(f"{where}.max_positions = {self.max_positions}: learned positions need a table size")
-        if self.positions == "factorised" and (not shape or min(shape) < 1):
+        if self.positions == "factorized" and (not shape or min(shape) < 1):
             raise ConfigError(
-                f"{where}.position_shape = {shape}: factorised positions need sizes of at least 1, for "
+                f"{where}.position_shape = {shape}: factorized positions need sizes of at least 1, for "
                 "example [32, 32, 3]"
             )
-        if widths and self.positions != "factorised":
-            raise ConfigError(f"{where}.position_dims: only of positions = 'factorised', here {self.positions!r}")
+        if widths and self.positions != "factorized":
+            raise ConfigError(f"{where}.position_dims: only of positions = 'factorized', here {self.positions!r}")
         if widths and (len(widths) != len(shape) or min(widths) < 1 or sum(widths) != self.dim):
             raise ConfigError(
                 f"{where}.position_dims = {list(widths)}: needs a width of at least 1 for each of the {len(shape)} "
@@ -132,8 +132,8 @@ class StackConfig:
 
     @property
     def num_positions(self) -> int:
-        """Positions that the learned or factorised tables have."""
-        return math.prod(self.position_shape) if self.positions == "factorised" else self.max_positions
+        """Positions that the learned or factorized tables have."""
+        return math.prod(self.position_shape) if self.positions == "factorized" else self.max_positions
 
     @property
     def hidden_dim(self) -> int:
@@ -160,7 +160,7 @@ class DecoderConfig(StackConfig):
         adaptive_div: each cluster's tables are narrower than those of the cluster before by this factor. 1: all are
             alike, and the embeddings are one table.
         embedding_dim: width of the (first cluster's) embeddings; None = dim. Where it is given there is a linear map
-            between it and dim; without cutoffs these are the factorised embeddings of Lan et al. 2020 (section 3.1).
+            between it and dim; without cutoffs these are the factorized embeddings of Lan et al. 2020 (section 3.1).
             With clusters of several widths each has a map in any case.
         tie_projections: with `tie_embeddings` the output layer uses these maps too: of "all" clusters, of the "rare"
             ones (all but the first), or of "none".

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from longspan.models.config import StackConfig
 
 
-class FactorisedPositions(nn.Module):
+class FactorizedPositions(nn.Module):
     """A learned vector for each coordinate (row, column, channel): their sum, or all of them side by side.
 
     Source: the sum, Child et al. 2019, section 5.3. Side by side they are the axial positions of Reformer (Kitaev et
@@ -42,6 +42,6 @@ def make_positions(config: StackConfig) -> nn.Module | None:
     """The configured table of positions, or None."""
     if config.positions == "learned":
         return nn.Embedding(config.max_positions, config.dim)
-    if config.positions == "factorised":
-        return FactorisedPositions(config.position_shape, config.dim, config.position_dims)
+    if config.positions == "factorized":
+        return FactorizedPositions(config.position_shape, config.dim, config.position_dims)
     return None

@@ -49,7 +49,7 @@ class Series:
         high: their upper ends.
         kind: "line"; "marked" joins the points and shows them; "points" shows them alone; "faint" is a thin line behind
             the others.
-        colour: number of the theme's colour; None: the series' own number.
+        color: number of the theme's color; None: the series' own number.
     """
 
     x: Sequence[float]
@@ -58,7 +58,7 @@ class Series:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     kind: Literal["line", "marked", "points", "faint"] = "line"
-    colour: int | None = None
+    color: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def line_figure(
         yscale: of the y axis.
         ylim: of the y axis; None: as the data want it.
         xticks: where ticks stand, with what is written there if that is no number; None: as matplotlib puts them.
-        theme: colours.
+        theme: colors.
         size: inches.
 
     Returns:
@@ -111,8 +111,8 @@ def line_figure(
             axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=1.0)
             axes.minorticks_off()
         for number, line in enumerate(series):
-            colour = theme.colours[(number if line.colour is None else line.colour) % len(theme.colours)]
-            _draw(axes, line, colour, front=len(series) - number)
+            color = theme.colors[(number if line.color is None else line.color) % len(theme.colors)]
+            _draw(axes, line, color, front=len(series) - number)
         axes.set_yscale(yscale)
         axes.margins(x=0.02)
         for mark in marks:
@@ -159,9 +159,9 @@ def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: 
 
     Args:
         panels: square matrices of what a key weighs in the output of a query, zero where it is not read. What is read
-            has at least a third of the full colour, which the heaviest key of a row has.
+            has at least a third of the full color, which the heaviest key of a row has.
         both_sides: later keys are tinted as unread ones; else they stay blank, as no query could read them.
-        theme: colours.
+        theme: colors.
     """
     # laid out in pixels, every cell a whole number of them: fine patterns would shimmer else
     longest = max(len(panel.values) for panel in panels)
@@ -197,11 +197,11 @@ def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: 
 
 
 def _shades(values: Sequence[Sequence[float]], theme: Theme, both_sides: bool) -> Any:
-    """(rows, columns, 4) colours of a pattern."""
+    """(rows, columns, 4) colors of a pattern."""
     weights = np.asarray(values, dtype=np.float64)
     heaviest = weights.max(-1, keepdims=True)
     shades = 1 / 3 + 2 / 3 * np.sqrt(weights / np.where(heaviest > 0, heaviest, 1))
-    image = LinearSegmentedColormap.from_list("read", [theme.ground, theme.colours[0]])(shades)
+    image = LinearSegmentedColormap.from_list("read", [theme.ground, theme.colors[0]])(shades)
     image[weights == 0] = to_rgba(theme.grid)
     if not both_sides:
         image[np.triu(weights == 0, 1)] = to_rgba(theme.ground)
@@ -221,12 +221,12 @@ class PlainNumbers(Formatter):
         return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
-def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
+def _draw(axes: Axes, series: Series, color: str, front: int) -> None:
     faint = series.kind == "faint"
     axes.plot(
         series.x,
         series.y,
-        color=colour,
+        color=color,
         label=series.label or None,
         linewidth=0.9 if faint else None,
         alpha=0.55 if faint else None,
@@ -237,9 +237,9 @@ def _draw(axes: Axes, series: Series, colour: str, front: int) -> None:
     if series.low is None or series.high is None:
         return
     if series.kind == "points":
-        axes.vlines(series.x, series.low, series.high, color=colour, alpha=0.5, linewidth=2.5, zorder=2)
+        axes.vlines(series.x, series.low, series.high, color=color, alpha=0.5, linewidth=2.5, zorder=2)
     else:
-        axes.fill_between(series.x, series.low, series.high, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.18, linewidth=0, zorder=2)
 
 
 def _mark(axes: Axes, mark: Mark, theme: Theme) -> None:

@@ -1,4 +1,4 @@
-"""How figures look: two themes that follow the page, colours that colour-blind readers can tell apart."""
+"""How figures look: two themes that follow the page, colors that color-blind readers can tell apart."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ PIXELS_PER_INCH = 160
 
 @dataclass(frozen=True, kw_only=True)
 class Theme:
-    """Colours of a figure.
+    """Colors of a figure.
 
     Attributes:
         name: "light" or "dark".
@@ -16,7 +16,7 @@ class Theme:
         ink: titles and lines that matter.
         faint: tick labels and axis labels.
         grid: of the grid and the axis.
-        colours: of the series, in order.
+        colors: of the series, in order.
     """
 
     name: str
@@ -24,7 +24,7 @@ class Theme:
     ink: str
     faint: str
     grid: str
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
 
     def settings(self) -> Any:
         """The matplotlib settings of this theme (a dict by name), for `rc_context`."""
@@ -65,7 +65,7 @@ LIGHT = Theme(
     ink="#1d2430",
     faint="#566072",
     grid="#dfe3ea",
-    colours=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    colors=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
 )
 # the same hues, light enough for a dark ground
 DARK = Theme(
@@ -74,5 +74,5 @@ DARK = Theme(
     ink="#e8ebf0",
     faint="#a3adbd",
     grid="#2c3442",
-    colours=("#56b4e9", "#f08a4b", "#2fc69a", "#e3a0c8", "#f0c04f", "#9fc9f2"),
+    colors=("#56b4e9", "#f08a4b", "#2fc69a", "#e3a0c8", "#f0c04f", "#9fc9f2"),
 )

@@ -1,7 +1,7 @@
 """Bytes that are no text: tiles of photographs and tunes in ABC notation (Child et al. 2019, sections 7.2 and 7.3).
 
 A document is a tile or a tune, its bytes are predicted one after the other, and bits per byte are what the paper calls
-bits per dimension or per byte. Both know coordinates of a place, for `model.positions = "factorised"`: row, column and
+bits per dimension or per byte. Both know coordinates of a place, for `model.positions = "factorized"`: row, column and
 channel of a tile; of a tune the row and column in a matrix of `width` columns, as the paper does for text and audio
 with the stride as the width. A recipe that leaves `model.position_shape` out gets them.
 
@@ -28,7 +28,7 @@ from longspan.tasks.tokenizers import Bytes
 
 CHANNELS = 3
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-# photographs in colour that scikit-image ships, one of each scene
+# photographs in color that scikit-image ships, one of each scene
 IMAGES = (
     "astronaut.png",
     "chelsea.png",

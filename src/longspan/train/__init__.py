@@ -1,44 +1,44 @@
 """Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
 
-from longspan.train.answers import Answers, evaluate_answers, wilson
 from longspan.train.config import TrainConfig
-from longspan.train.depths import Depths, evaluate_depths
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
 from longspan.train.log import read_log
 from longspan.train.loop import Result
 from longspan.train.loss import chunked_next_token_loss, next_token_loss, token_nats
+from longspan.train.memory_curriculum import MemoryCurriculum, MemoryCurriculumConfig
+from longspan.train.memory_evaluation import MemoryEvaluation, evaluate_memory, wilson
 from longspan.train.opening import load_run, open_run
-from longspan.train.progress import Live, Plain, Silent
-from longspan.train.recall import Curriculum, CurriculumConfig
+from longspan.train.passkey_curriculum import PasskeyCurriculumConfig
+from longspan.train.passkey_evaluation import PasskeyEvaluation, evaluate_passkey
+from longspan.train.progress import Display, LiveDisplay, PlainDisplay
 from longspan.train.recipes import find_recipe, locate_recipe, recipe_names
-from longspan.train.retrieval import RetrievalConfig
 from longspan.train.run import resolve, run
 from longspan.train.statistics import Interval, bootstrap, paired_bootstrap, share_bootstrap
 from longspan.train.step import DivergedError
 from longspan.train.trainer import Trainer
 
 __all__ = [
-    "Answers",
     "Batch",
-    "Curriculum",
-    "CurriculumConfig",
-    "Depths",
+    "Display",
     "DivergedError",
     "Evaluation",
     "Interval",
     "Lanes",
-    "Live",
-    "Plain",
+    "LiveDisplay",
+    "MemoryCurriculum",
+    "MemoryCurriculumConfig",
+    "MemoryEvaluation",
+    "PasskeyCurriculumConfig",
+    "PasskeyEvaluation",
+    "PlainDisplay",
     "Result",
-    "RetrievalConfig",
-    "Silent",
     "TrainConfig",
     "Trainer",
     "bootstrap",
     "chunked_next_token_loss",
-    "evaluate_answers",
-    "evaluate_depths",
+    "evaluate_memory",
+    "evaluate_passkey",
     "evaluate_text",
     "find_recipe",
     "first_places",

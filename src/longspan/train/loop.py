@@ -13,7 +13,7 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train.checkpoint import Checkpoint, Position
 from longspan.train.distributed import Group
 from longspan.train.log import Log
-from longspan.train.progress import Silent
+from longspan.train.progress import Display
 from longspan.train.signals import on_interrupt
 from longspan.train.step import DivergedError, Optimization
 
@@ -55,9 +55,9 @@ class TrainingLoop:
     data: Any
     """where the run is in its data, with `state_dict` and `load_state_dict`"""
 
-    def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Silent) -> None:
+    def __init__(self, model: Any, task: Any, config: Any, folder: Path, *, group: Group, display: Display) -> None:
         self.model, self.task, self.config, self.folder, self.group = model, task, config, folder, group
-        self.display = display if group.main else Silent()
+        self.display = display if group.main else Display()
         self.position = Position()
         self._saved_step: int | None = None
         self._stop = False

@@ -20,7 +20,7 @@ from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.checkpoint import Checkpoint
 from longspan.train.distributed import choose_device
-from longspan.train.progress import Silent
+from longspan.train.progress import Display
 
 TABLES = ("model", "task", "train")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -97,7 +97,7 @@ def is_memory_run(folder: str | Path) -> bool:
 
 def is_passkey_run(folder: str | Path) -> bool:
     """Whether a folder holds a model that was trained along a curriculum of pass keys."""
-    return recipe_table(folder, "train").get("curriculum") == "retrieval"
+    return recipe_table(folder, "train").get("curriculum") in ("passkey", "retrieval")
 
 
 def _open_pretrained(folder: str | Path, dtype: str) -> tuple[Any, Task, str]:
@@ -135,7 +135,7 @@ def load_run(folder: str | Path) -> tuple[Any, Task]:
     elif (folder / "model").is_dir():
         model = load_model(folder / "model")
     else:
-        checkpoint = newest_sound(folder / "checkpoints", Silent())
+        checkpoint = newest_sound(folder / "checkpoints", Display())
         if checkpoint is None:
             raise CheckpointError(f"{folder}: this run has no checkpoint yet")
         model = checkpoint.model
@@ -157,7 +157,7 @@ def stored_recipe(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def newest_sound(folder: Path, display: Silent) -> Checkpoint | None:
+def newest_sound(folder: Path, display: Display) -> Checkpoint | None:
     """The newest checkpoint that can be read; each damaged one before it is named. None where there is none at all."""
     problem: CheckpointError | None = None
     for path in checkpoints.found(folder):

@@ -14,7 +14,7 @@ from rich.text import Text
 from longspan.errors import ConfigError
 
 
-class Silent:
+class Display:
     """Shows nothing; the base of the others, and what a caller's own display may override."""
 
     def start(self, title: str) -> None:
@@ -34,7 +34,7 @@ class Silent:
         """The run is over."""
 
 
-class Plain(Silent):
+class PlainDisplay(Display):
     """Lines on standard error, at most one every `interval` seconds."""
 
     def __init__(self, interval: float = 5.0) -> None:
@@ -66,7 +66,7 @@ class Plain(Silent):
         print(text, file=sys.stderr, flush=True)
 
 
-class Live(Silent):
+class LiveDisplay(Display):
     """One line that is redrawn, by rich; what a narrow terminal has no room for is left out."""
 
     def __init__(self) -> None:
@@ -165,17 +165,17 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def make(progress: "str | Silent") -> Silent:
+def make(progress: "str | Display") -> Display:
     """A display by name: `"auto"` (live on a terminal, else plain), `"live"`, `"plain"`, `"none"`, or one of your own.
 
     Raises:
         ConfigError: no such name.
     """
-    if isinstance(progress, Silent):
+    if isinstance(progress, Display):
         return progress
     if progress == "auto":
         progress = "live" if sys.stderr.isatty() else "plain"
-    known: dict[str, type[Silent]] = {"live": Live, "plain": Plain, "none": Silent}
+    known: dict[str, type[Display]] = {"live": LiveDisplay, "plain": PlainDisplay, "none": Display}
     if progress not in known:
         raise ConfigError(f"progress = {progress!r} is not one of 'auto', 'live', 'plain', 'none'")
     return known[progress]()

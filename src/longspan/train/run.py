@@ -26,27 +26,27 @@ from longspan.models import build_model, resolve_model
 from longspan.train import checkpoint as checkpoints
 from longspan.train import folders, pretrained
 from longspan.train.config import TrainConfig
-from longspan.train.copying import CopyingConfig, CopyingTrainer
+from longspan.train.copy_curriculum import CopyCurriculumConfig, CopyTrainer
+from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer
 from longspan.train.distributed import Group, choose_device, join_group
 from longspan.train.lock import Start, reserved
 from longspan.train.loop import Result, TrainingLoop
+from longspan.train.memory_curriculum import MemoryCurriculumConfig, MemoryTrainer
 from longspan.train.opening import TABLES, newest_sound, stored_recipe
-from longspan.train.progress import Silent, make
-from longspan.train.recall import CurriculumConfig, RecallTrainer
-from longspan.train.retrieval import RetrievalConfig, RetrievalTrainer
-from longspan.train.staged import StagedConfig, StagedTrainer
+from longspan.train.passkey_curriculum import PasskeyCurriculumConfig, PasskeyTrainer
+from longspan.train.progress import Display, make
 from longspan.train.trainer import Trainer
 from longspan.version import __version__
 
-_CURRICULA: dict[str, tuple[type[StagedConfig], tuple[str, ...]]] = {
-    "retrieval": (RetrievalConfig, ("passkey", "needle")),
-    "copy": (CopyingConfig, ("copy",)),
+_CURRICULA: dict[str, tuple[type[CurriculumConfig], tuple[str, ...]]] = {
+    "passkey": (PasskeyCurriculumConfig, ("passkey", "needle")),
+    "copy": (CopyCurriculumConfig, ("copy",)),
 }
 """What `train.curriculum` names, and the tasks that it is for."""
-_TRAINERS: dict[type[StagedConfig], type[StagedTrainer]] = {
-    CurriculumConfig: RecallTrainer,
-    RetrievalConfig: RetrievalTrainer,
-    CopyingConfig: CopyingTrainer,
+_TRAINERS: dict[type[CurriculumConfig], type[CurriculumTrainer]] = {
+    MemoryCurriculumConfig: MemoryTrainer,
+    PasskeyCurriculumConfig: PasskeyTrainer,
+    CopyCurriculumConfig: CopyTrainer,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 # what may change when a run goes on; the rest would make it another run
@@ -84,9 +84,9 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _placed(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model's table; factorised positions without a shape take the coordinates of the task's documents."""
+    """The model's table; factorized positions without a shape take the coordinates of the task's documents."""
     model: Mapping[str, Any] = recipe.get("model", {})
-    if model.get("positions") != "factorised" or model.get("position_shape"):
+    if model.get("positions") != "factorized" or model.get("position_shape"):
         return model
     shape = getattr(tasks.build(recipe.get("task", {})), "position_shape", None)
     return model if shape is None else {**model, "position_shape": list(shape)}
@@ -96,7 +96,7 @@ def _train_config(recipe: Mapping[str, Any]) -> type[Any]:
     """Of a classifier on a memory task its curriculum, of tasks that have one theirs where it is named, else usual."""
     name, table = recipe.get("task", {}).get("name"), recipe.get("train", {})
     if name == "memory" and "classes" in recipe.get("model", {}):
-        return CurriculumConfig
+        return MemoryCurriculumConfig
     if "curriculum" in table:
         of_task = next((config for config, known in _CURRICULA.values() if name in known), None)
         config, known = _CURRICULA.get(table["curriculum"], (of_task, (name,)))
@@ -113,7 +113,7 @@ def run(
     folder: str | Path,
     *,
     resume: bool = False,
-    progress: str | Silent = "auto",
+    progress: str | Display = "auto",
 ) -> Result:
     """Train what a recipe says, in a folder; under torchrun every process calls it.
 
@@ -133,13 +133,13 @@ def run(
     folder, display = Path(folder), make(progress)
     resolved = _resumed_recipe(folder, recipe or {}) if resume else resolve(recipe or {})
     config = from_dict(_train_config(resolved), resolved["train"], "train")
-    staged = isinstance(config, StagedConfig)
+    staged = isinstance(config, CurriculumConfig)
     group = join_group("cpu" if staged else config.device)
     with _caller_undisturbed(group, config.threads):
         # a curriculum is trained in one process
         group = Group(device=choose_device(config.device)) if staged else group
         with _reserved(folder, resume, group) as start:
-            return _train(resolved, config, folder, resume, group, display if group.main else Silent(), start)
+            return _train(resolved, config, folder, resume, group, display if group.main else Display(), start)
 
 
 @contextlib.contextmanager
@@ -160,7 +160,7 @@ def _reserved(folder: Path, resume: bool, group: Group) -> Iterator[Start]:
 
 
 def _train(
-    resolved: dict[str, Any], config: Any, folder: Path, resume: bool, group: Group, display: Silent, start: Start
+    resolved: dict[str, Any], config: Any, folder: Path, resume: bool, group: Group, display: Display, start: Start
 ) -> Result:
     if group.main and pretrained.is_pretrained(resolved):
         pretrained.write_tokenizer(resolved["model"], folder)
@@ -175,7 +175,7 @@ def _train(
         raise ConfigError(
             f"model.vocab_size = {known}, but the task has {task.vocab_size} token ids; leave it out to follow the task"
         )
-    if isinstance(config, StagedConfig):
+    if isinstance(config, CurriculumConfig):
         _check_staged(resolved, config)
     checkpoint = newest_sound(folder / "checkpoints", display) if resume else None
     if resume and checkpoint is None:
@@ -212,7 +212,7 @@ def _train(
     return result
 
 
-def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, display: Silent) -> TrainingLoop:
+def _trainer(model: Any, task: Any, config: Any, folder: Path, group: Group, display: Display) -> TrainingLoop:
     """What trains by this configuration, its model on the device of the group."""
     if isinstance(config, TrainConfig):
         group.share_parameters(model.to(group.device, DTYPES[config.dtype]))
@@ -232,9 +232,9 @@ def _begin(folder: Path, resolved: dict[str, Any], start: Start) -> None:
         folders.remove(folder / "model")
 
 
-def _check_staged(resolved: dict[str, Any], config: StagedConfig) -> None:
+def _check_staged(resolved: dict[str, Any], config: CurriculumConfig) -> None:
     """What a recipe's tables must agree on."""
-    if isinstance(config, (RetrievalConfig, CopyingConfig)):
+    if isinstance(config, (PasskeyCurriculumConfig, CopyCurriculumConfig)):
         if resolved["model"]["kind"] != "decoder" or "memory" in resolved["model"]:
             raise ConfigError(f"train.curriculum = {config.curriculum!r} trains a decoder without a table model.memory")
         return

@@ -13,7 +13,7 @@ from longspan.train.evaluate import EvaluationStopped, evaluate_text, first_plac
 from longspan.train.lanes import Lanes
 from longspan.train.log import Log, read_log
 from longspan.train.loop import TrainingLoop
-from longspan.train.progress import Silent
+from longspan.train.progress import Display
 from longspan.train.step import Stepper, StepResult
 
 
@@ -24,7 +24,7 @@ class Trainer(TrainingLoop):
     remedies = 'a lower train.lr, a longer train.warmup, a smaller train.clip or train.dtype = "float32"'
 
     def __init__(
-        self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Silent
+        self, model: Any, task: Task, config: TrainConfig, folder: Path, *, group: Group, display: Display
     ) -> None:
         super().__init__(model, task, config, folder, group=group, display=display)
         self.stepper = self.optimization = Stepper(model, config, group)

@@ -22,7 +22,7 @@ _HEADS, _HEAD_DIM = 4, 16
 _LONGEST = 512
 _LEAD = (
     "Queries down, keys across. Measured on the mechanisms themselves: the value of one key after the other is "
-    "changed, and a cell is coloured where that changes the output of the query. Darker is heavier in its row; grey is "
+    "changed, and a cell is colored where that changes the output of the query. Darker is heavier in its row; grey is "
     "not read. Keys are counted as the mean over the queries."
 )
 

@@ -84,7 +84,7 @@ def _dynamic_spans(
     import torch
 
     from longspan.cli.show.reading import chosen
-    from longspan.train.watching import watch_layers
+    from longspan.train.layer_hooks import watch_layers
 
     totals = {
         id(mechanism.core): torch.zeros(mechanism.core.shape.num_heads, dtype=torch.float64) for mechanism in mechanisms

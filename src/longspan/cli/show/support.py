@@ -41,7 +41,7 @@ def support(
     from longspan.mechanisms.entmax.layer import EntmaxMechanism
     from longspan.report import Section, Text, number, write_report
     from longspan.report.heads import head_figure, head_table
-    from longspan.train.watching import head_supports
+    from longspan.train.layer_hooks import head_supports
 
     model, task = open_any_run(run, device=device, dtype=dtype)
     mechanisms = find(model, EntmaxMechanism, run, "entmax")

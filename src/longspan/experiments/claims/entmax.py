@@ -33,7 +33,7 @@ from longspan.experiments.claims.runs import measure_once
 from longspan.report.heads import Heads, head_figure
 from longspan.tasks.base import heads
 from longspan.train import load_run
-from longspan.train.watching import head_supports
+from longspan.train.layer_hooks import head_supports
 
 SOFTMAX, LEARNED = "softmax", "entmax"
 # rules of the verdict, set before any training

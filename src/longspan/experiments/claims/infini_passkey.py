@@ -11,7 +11,7 @@ from longspan.experiments.figures import picture_of
 from longspan.report import Picture
 from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train import evaluate_depths, load_run, wilson
+from longspan.train import evaluate_passkey, load_run, wilson
 
 # the recipe unchanged, and fields that differ from it; names are keys of saved records
 MAIN = "linear update, paper's normalizer"
@@ -66,7 +66,7 @@ def ask_once(folder: Path, length: int, depths: tuple[int, ...], count: int) -> 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
         config = dataclasses.replace(cast(PasskeyTask, task).config, length=length)
-        return evaluate_depths(model, PasskeyTask(config), depths=depths, count=count).record()
+        return evaluate_passkey(model, PasskeyTask(config), depths=depths, count=count).record()
 
     return measure_once(folder / f"found-{length}-{len(depths)}x{count}.json", measure)
 

@@ -15,7 +15,7 @@ from longspan.report import Picture
 from longspan.report.figures import Mark, line_figure
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, Interval, evaluate_answers, load_run
+from longspan.train import Interval, MemoryEvaluation, evaluate_memory, load_run
 
 BATCH = 32
 KINDS: tuple[Kind, ...] = ("memorize", "detect", "reasoning")
@@ -57,7 +57,7 @@ def ask_once(folder: Path, kind: Kind, segments: int, count: int, seed: int) -> 
 
     def measure() -> dict[str, Any]:
         model, task = load_run(folder)
-        answers = evaluate_answers(
+        answers = evaluate_memory(
             model, cast(MemoryTask, task), segments=segments, count=count, kinds=(kind,), batch=BATCH, seed=seed
         )
         return answers[kind].record()
@@ -103,7 +103,7 @@ def intervals(records: list[dict[str, Any]]) -> Interval:
     value = seeds_interval(right)
     if value.low < value.high:
         return value
-    answers = Answers("", 1, 1, [answer for part in right for answer in part], [])
+    answers = MemoryEvaluation("", 1, 1, [answer for part in right for answer in part], [])
     return answers.interval()
 
 

@@ -185,9 +185,9 @@ def _picture(shares: list[list[float]]) -> Picture:
     count = len(shares[0])
     ranks = list(range(1, count + 1))
     mean = np.mean(shares, axis=0).tolist()
-    series = [Series(x=ranks, y=mean, label="mean", kind="marked", colour=0)]
+    series = [Series(x=ranks, y=mean, label="mean", kind="marked", color=0)]
     series += [
-        Series(x=ranks, y=head, label="" if index else "one head", kind="faint", colour=1)
+        Series(x=ranks, y=head, label="" if index else "one head", kind="faint", color=1)
         for index, head in enumerate(shares)
     ]
     return picture_of(

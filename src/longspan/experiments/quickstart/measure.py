@@ -9,7 +9,7 @@ from longspan.experiments.tour import Clock
 from longspan.report import si_bytes
 from longspan.tasks import MemoryTask
 from longspan.tasks.memory import Kind
-from longspan.train import Answers, evaluate_answers
+from longspan.train import MemoryEvaluation, evaluate_memory
 
 LENGTHS = (1, 4, 16, 64, 256, 1024, 4096)
 ACCURACY, SURE = 0.95, 256
@@ -25,7 +25,7 @@ class Reading:
     """Answers by kind of question, after texts of one number of segments."""
 
     segments: int
-    answers: dict[str, Answers]
+    answers: dict[str, MemoryEvaluation]
 
     @property
     def tokens(self) -> int:
@@ -73,7 +73,7 @@ def ask(model: Any, task: MemoryTask, questions: list[tuple[int, int]]) -> list[
 
         reading = Reading(
             segments,
-            evaluate_answers(
+            evaluate_memory(
                 model,
                 task,
                 segments=segments,

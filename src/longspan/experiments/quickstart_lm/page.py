@@ -81,7 +81,7 @@ def _stream_blocks(plan: Plan, streamed: Streamed) -> list[Picture | Text]:
     bits = [
         Series(x=position, y=_running_mean(records), label="all bytes so far"),
         Series(
-            x=position, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", colour=0
+            x=position, y=[record["bits_per_byte"] for record in records], label="each block", kind="faint", color=0
         ),
     ]
     blocks: list[Picture | Text] = [

@@ -74,8 +74,8 @@ def routing_attention(
         "balanced": in every document each cluster takes the `window` queries and the `window` keys nearest to its
             centroid (the first ones of equals). In each cluster that took it a query sees the keys taken with j <= i
             (all of them where not causal), without `include_self` none of its own; the output is the mean over the
-            clusters in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value that an
-            earlier one sees, but they do change which ones it sees.
+            clusters in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value
+            that an earlier one sees, but they do change which ones it sees.
 
     Args:
         q: (batch, heads, length, head_dim).

@@ -46,7 +46,7 @@ def sparse_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Sparse Transformer's factorised patterns (Child et al. 2019, section 4.3), causal; both factors in one softmax.
+    """Sparse Transformer's factorized patterns (Child et al. 2019, section 4.3), causal; both factors in one softmax.
 
     "strided": local is i - stride <= j <= i, summary is (i - j) % stride == 0; older keys are the last ones, all of
     them. "fixed": with the places i % stride and j % stride in blocks of `stride`, local is j // stride == i // stride,

@@ -22,7 +22,7 @@ CHUNK = 4096
 
 
 @dataclass
-class Depths:
+class PasskeyEvaluation:
     """What was found at one length.
 
     Attributes:
@@ -70,7 +70,7 @@ class Depths:
 
 
 @torch.no_grad()
-def evaluate_depths(
+def evaluate_passkey(
     model: Decoder,
     task: PasskeyTask,
     *,
@@ -78,7 +78,7 @@ def evaluate_depths(
     count: int = 4,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
-) -> Depths:
+) -> PasskeyEvaluation:
     """Ask for numbers told at each depth, in texts as long as the task's `length`; texts of a task with the same filler
     in every sample share what they have read.
 
@@ -91,7 +91,7 @@ def evaluate_depths(
         progress: called with the share that is done.
     """
     model.eval()
-    measured, started = Depths(task.config.length), time.perf_counter()
+    measured, started = PasskeyEvaluation(task.config.length), time.perf_counter()
     ordered = sorted(set(depths))
     samples = [task.parts(np.random.default_rng([seed, index, 3]), "validation") for index in range(count)]
     shared = len({part.filler for part in samples}) == 1
@@ -107,7 +107,7 @@ def evaluate_depths(
 
 
 def _prefixes(
-    model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], measured: Depths
+    model: Decoder, task: PasskeyTask, part: Passkey, depths: Sequence[int], measured: PasskeyEvaluation
 ) -> Iterator[tuple[int, StackState]]:
     """Each depth, and the state after all that stands before the number there."""
     done, begin = 0, torch.tensor([[task.tokenizer.begin]])
@@ -121,7 +121,7 @@ def _prefixes(
 
 
 def _ask(
-    model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, measured: Depths
+    model: Decoder, task: PasskeyTask, group: list[Passkey], depth: int, state: StackState, measured: PasskeyEvaluation
 ) -> None:
     """Read what follows the state, a row for each sample, and generate the answers."""
     rows = states.select(state, torch.zeros(len(group), dtype=torch.int64, device=state.live.device))

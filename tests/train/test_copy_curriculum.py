@@ -10,7 +10,7 @@ from longspan.config import override
 from longspan.errors import ConfigError
 from longspan.tasks.synthetic import CopyConfig, CopyTask
 from longspan.train import load_run, read_log, run
-from longspan.train.copying import Copying, CopyingConfig, draw_words
+from longspan.train.copy_curriculum import CopyCurriculumConfig, Copying, draw_words
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -28,7 +28,7 @@ RECIPE: dict[str, Any] = {
 
 
 def test_stages_are_longer_words() -> None:
-    copying = Copying(CopyingConfig(window=2), 511)
+    copying = Copying(CopyCurriculumConfig(window=2), 511)
     words = [copying.word]
     for right in (1.0, 0.5, 1.0, 1.0, 0.95, 0.9, 1.0, 1.0):
         copying.count(right, copying.config.accuracy)
@@ -37,7 +37,7 @@ def test_stages_are_longer_words() -> None:
     again = Copying(copying.config, 511)
     again.load_state_dict(copying.state_dict())
     assert again == copying
-    assert Copying(CopyingConfig(), 7).word == 7
+    assert Copying(CopyCurriculumConfig(), 7).word == 7
 
 
 def test_a_step_reads_words_written_twice() -> None:
@@ -86,10 +86,8 @@ def test_too_few_learned_positions_are_refused_before_training(tmp_path: Path) -
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="for the task copy there is only 'copy'"):
         run(override(RECIPE, "train.curriculum=copying"), tmp_path)
-    with pytest.raises(
-        ConfigError, match="= 'retrieval': 'retrieval' for passkey and needle only, 'copy' for copy only"
-    ):
-        run(override(RECIPE, "train.curriculum=retrieval"), tmp_path)
+    with pytest.raises(ConfigError, match="= 'passkey': 'passkey' for passkey and needle only, 'copy' for copy only"):
+        run(override(RECIPE, "train.curriculum=passkey"), tmp_path)
     with pytest.raises(ConfigError, match="trains a decoder"):
         run(override(RECIPE, "model.kind=encoder"), tmp_path)
     with pytest.raises(ConfigError, match="the task is 'associate'"):

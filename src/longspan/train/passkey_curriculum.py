@@ -25,12 +25,12 @@ from longspan.mechanisms.window.layer import WindowMechanism
 from longspan.mixers import with_aux_losses
 from longspan.models import Decoder, StackState
 from longspan.tasks.synthetic import DEPTHS, PasskeyTask
-from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
+from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrievalConfig(StagedConfig):
-    """The `[train]` table of a recipe of `passkey` or `needle` with `curriculum = "retrieval"`; see `StagedConfig`.
+class PasskeyCurriculumConfig(CurriculumConfig):
+    """The `[train]` table of a recipe of `passkey` or `needle` with `curriculum = "passkey"`; see `CurriculumConfig`.
 
     Attributes:
         curriculum: names this table.
@@ -42,7 +42,7 @@ class RetrievalConfig(StagedConfig):
         at_end: share of texts that tell the number right before the question, where it is not in the memory yet.
     """
 
-    curriculum: str = "retrieval"
+    curriculum: str = "passkey"
     tokens: int = 4096
     window: int = 20
     lr: float = 3e-3
@@ -62,12 +62,12 @@ class RetrievalConfig(StagedConfig):
         check_shares(self, "train", ["at_end"])
         if self.growth <= 1:
             raise ConfigError(f"train.growth = {self.growth}: more than 1")
-        if self.curriculum != "retrieval":
-            raise ConfigError(f"train.curriculum = {self.curriculum!r}: there is only 'retrieval'")
+        if self.curriculum != "passkey":
+            raise ConfigError(f"train.curriculum = {self.curriculum!r}: there is only 'passkey'")
 
 
 @dataclass
-class Retrieval(Stages):
+class PasskeyCurriculum(Stages):
     """Where a run is in its curriculum; see `Stages`.
 
     Attributes:
@@ -134,17 +134,17 @@ def repeated(model: Decoder, state: StackState, times: float) -> StackState:
     return state._replace(layers=tuple(layers))
 
 
-class RetrievalTrainer(StagedTrainer):
+class PasskeyTrainer(CurriculumTrainer):
     """Trains a `Decoder` that streams on a `PasskeyTask`; arguments as of the base."""
 
-    config: RetrievalConfig
-    stages: Retrieval
+    config: PasskeyCurriculumConfig
+    stages: PasskeyCurriculum
 
-    def first_stage(self) -> Retrieval:
+    def first_stage(self) -> PasskeyCurriculum:
         """See the base."""
         if self.config.repeats > 1:
             repeated(self.model, self.model.init_state(1), 2.0)  # refuses memories that do more than add
-        return Retrieval(self.config, self.task.config.length)
+        return PasskeyCurriculum(self.config, self.task.config.length)
 
     def read(self) -> Outcome:
         """See the base."""

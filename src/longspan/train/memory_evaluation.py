@@ -22,7 +22,7 @@ from longspan.train.statistics import Interval
 
 
 @dataclass
-class Answers:
+class MemoryEvaluation:
     """What was found at one number of segments.
 
     Attributes:
@@ -96,7 +96,7 @@ def wilson(right: int, count: int) -> Interval:
 
 
 @torch.no_grad()
-def evaluate_answers(
+def evaluate_memory(
     model: RecurrentClassifier,
     task: MemoryTask,
     *,
@@ -107,7 +107,7 @@ def evaluate_answers(
     batch: int = 16,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
-) -> dict[str, Answers]:
+) -> dict[str, MemoryEvaluation]:
     """Read `count` samples of each kind, and see what is answered.
 
     Args:
@@ -126,7 +126,7 @@ def evaluate_answers(
     model.eval()
     rows = [(kind, index) for index in range(count) for kind in kinds]
     tokens, numbers = segments * task.config.segment_length, ("memorize", "detect", "reasoning")
-    by_kind: dict[str, Answers] = {kind: Answers(kind, segments, tokens, [], []) for kind in kinds}
+    by_kind: dict[str, MemoryEvaluation] = {kind: MemoryEvaluation(kind, segments, tokens, [], []) for kind in kinds}
     task.noise(split)
     started, most = time.perf_counter(), 0
     for first in range(0, len(rows), batch):
@@ -145,7 +145,7 @@ def evaluate_answers(
 
 
 def _read(
-    model: RecurrentClassifier, samples: list[MemorySample], answers: list[Answers]
+    model: RecurrentClassifier, samples: list[MemorySample], answers: list[MemoryEvaluation]
 ) -> Iterator[tuple[float, int]]:
     """Read samples side by side and add to their answers; yields, now and then, the share done and resident bytes."""
     count = samples[0].segments

@@ -19,12 +19,12 @@ from longspan.config import check_least
 from longspan.errors import ConfigError
 from longspan.mixers import with_aux_losses
 from longspan.tasks.synthetic import CopyTask
-from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
+from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyingConfig(StagedConfig):
-    """The `[train]` table of a recipe of `copy` with `curriculum = "copy"`; see `StagedConfig`.
+class CopyCurriculumConfig(CurriculumConfig):
+    """The `[train]` table of a recipe of `copy` with `curriculum = "copy"`; see `CurriculumConfig`.
 
     `frontier` says nothing here: the same place belongs to another one in words of other lengths, so every batch is of
     the length reached.
@@ -84,17 +84,17 @@ class Copying(Stages):
         return f"{self.word:,} symbols", ""
 
 
-class CopyingTrainer(StagedTrainer):
+class CopyTrainer(CurriculumTrainer):
     """Trains a causal `Decoder` on a `CopyTask`; arguments as of the base."""
 
-    config: CopyingConfig
+    config: CopyCurriculumConfig
     stages: Copying
 
     def first_stage(self) -> Copying:
         """See the base."""
         word, model = self.task.config.word, self.model.config
         known, read = model.num_positions, 2 * word + 1
-        if model.positions in ("learned", "factorised") and known < read:
+        if model.positions in ("learned", "factorized") and known < read:
             raise ConfigError(
                 f"train.curriculum = 'copy': the model has {known:,} learned positions, and words of {word:,} symbols "
                 f"make texts of {read:,}; raise them, or lower task.word"

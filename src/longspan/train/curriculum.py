@@ -18,12 +18,12 @@ from longspan.contract.maps import place_of
 from longspan.train.config import RunConfig
 from longspan.train.distributed import Group
 from longspan.train.loop import TrainingLoop
-from longspan.train.progress import Silent
+from longspan.train.progress import Display
 from longspan.train.step import DivergedError, Optimization
 
 
 @dataclass(frozen=True, kw_only=True)
-class StagedConfig(RunConfig):
+class CurriculumConfig(RunConfig):
     """Fields that the `[train]` tables of all curricula share; more of them in `RunConfig`.
 
     Attributes:
@@ -135,15 +135,15 @@ class Outcome:
         return {"loss": self.loss * self.rows, "right": self.right * self.rows, "rows": self.rows}
 
 
-class StagedTrainer(TrainingLoop):
+class CurriculumTrainer(TrainingLoop):
     """Trains a model along a curriculum, in one process; a subclass says what a step reads and what is asked of it.
     Arguments as of the base; the task knows the longest text that is trained on.
     """
 
-    config: StagedConfig
+    config: CurriculumConfig
     stages: Stages
 
-    def __init__(self, model: Any, task: Any, config: StagedConfig, folder: Path, *, display: Silent) -> None:
+    def __init__(self, model: Any, task: Any, config: CurriculumConfig, folder: Path, *, display: Display) -> None:
         super().__init__(model, task, config, folder, group=Group(), display=display)
         self.stages = self.data = self.first_stage()
         self.optimization = Optimization(model, config, self.group)

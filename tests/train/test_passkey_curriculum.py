@@ -11,9 +11,9 @@ from longspan import state as states
 from longspan.errors import CheckpointError, ConfigError
 from longspan.models import Decoder, DecoderConfig
 from longspan.tasks.synthetic import HEAD, NeedleTask, PasskeyConfig, PasskeyTask
-from longspan.train import RetrievalConfig, evaluate_depths, load_run, read_log, run
-from longspan.train.depths import read
-from longspan.train.retrieval import Retrieval, draw_texts, repeated
+from longspan.train import PasskeyCurriculumConfig, evaluate_passkey, load_run, read_log, run
+from longspan.train.passkey_curriculum import PasskeyCurriculum, draw_texts, repeated
+from longspan.train.passkey_evaluation import read
 
 RECIPE: dict[str, Any] = {
     "model": {
@@ -24,7 +24,7 @@ RECIPE: dict[str, Any] = {
     },
     "task": {"name": "passkey", "length": 600},
     "train": {
-        "curriculum": "retrieval",
+        "curriculum": "passkey",
         "steps": 8,
         "tokens": 800,
         "patience": 1,
@@ -57,11 +57,11 @@ def test_a_run_goes_through_its_stages_and_resumes_bit_for_bit(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="resume it"):
         run(RECIPE, tmp_path / "whole", progress="none")
 
-    from longspan.train.retrieval import RetrievalTrainer
+    from longspan.train.passkey_curriculum import PasskeyTrainer
 
-    plain, count = RetrievalTrainer.read, 0
+    plain, count = PasskeyTrainer.read, 0
 
-    def dies(self: RetrievalTrainer) -> Any:
+    def dies(self: PasskeyTrainer) -> Any:
         nonlocal count
         count += 1
         if count == 8:
@@ -69,7 +69,7 @@ def test_a_run_goes_through_its_stages_and_resumes_bit_for_bit(tmp_path: Path) -
         return plain(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RetrievalTrainer, "read", dies)
+        patch.setattr(PasskeyTrainer, "read", dies)
         with pytest.raises(KeyboardInterrupt):
             run(RECIPE, tmp_path / "killed", progress="none")
     run(None, tmp_path / "killed", resume=True, progress="none")
@@ -78,11 +78,11 @@ def test_a_run_goes_through_its_stages_and_resumes_bit_for_bit(tmp_path: Path) -
 
 
 def test_a_stage_ends_when_it_is_learnt() -> None:
-    stages = Retrieval(RetrievalConfig(window=3, mentions=1, repeats=5), 600)
+    stages = PasskeyCurriculum(PasskeyCurriculumConfig(window=3, mentions=1, repeats=5), 600)
     assert not any([stages.add(0.99), stages.add(0.5), stages.add(0.99), stages.add(0.99)])
     assert stages.add(0.99)
     assert stages.mentions == 0
-    again = Retrieval(RetrievalConfig(window=3, mentions=1, repeats=5), 600)
+    again = PasskeyCurriculum(PasskeyCurriculumConfig(window=3, mentions=1, repeats=5), 600)
     again.load_state_dict(stages.state_dict())
     assert again.state_dict() == stages.state_dict()
     for _ in range(9):
@@ -137,7 +137,7 @@ def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTas
     task = kind(PasskeyConfig(length=700, digits=3))
     said: list[Any] = []
 
-    import longspan.train.depths as depths
+    import longspan.train.passkey_evaluation as depths
 
     def record(number: list[int], answer: list[int]) -> tuple[float, bool]:
         said.append((number, answer))
@@ -145,7 +145,7 @@ def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTas
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depths, "score", record)
-        evaluation = evaluate_depths(model, task, depths=(0, 40, 100), count=2, seed=4)
+        evaluation = evaluate_passkey(model, task, depths=(0, 40, 100), count=2, seed=4)
     assert {depth: len(answers) for depth, answers in evaluation.contained.items()} == {0: 2, 40: 2, 100: 2}
     expected = []
     samples = [task.parts(np.random.default_rng([4, index, 3]), "validation") for index in range(2)]
@@ -164,7 +164,7 @@ def test_answers_at_depths_equal_those_of_texts_read_whole(kind: type[PasskeyTas
 
 def test_reading_in_chunks_equals_reading_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of({"name": "infini", "segment": 32}).eval()
-    monkeypatch.setattr("longspan.train.depths.CHUNK", 64)
+    monkeypatch.setattr("longspan.train.passkey_evaluation.CHUNK", 64)
     text = torch.randint(0, 256, (1, 300))
     cut = read(model, text[:, 50:], read(model, text[:, :50], model.init_state(1)))
     _, whole = model(text)
@@ -177,7 +177,7 @@ def test_reading_in_chunks_equals_reading_at_once(monkeypatch: pytest.MonkeyPatc
     [
         ({"train": {**RECIPE["train"], "mentions": -1}}, "mentions"),
         ({"train": {**RECIPE["train"], "growth": 1.0}}, "more than 1"),
-        ({"train": {**RECIPE["train"], "curriculum": "other"}}, "only 'retrieval'"),
+        ({"train": {**RECIPE["train"], "curriculum": "other"}}, "only 'passkey'"),
         ({"task": {"name": "copy"}}, "passkey and needle only"),
         ({"model": {**RECIPE["model"], "kind": "encoder"}}, "decoder"),
     ],

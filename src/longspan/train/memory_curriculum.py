@@ -19,12 +19,12 @@ from longspan.errors import ConfigError
 from longspan.mixers import with_aux_losses
 from longspan.models import Trace
 from longspan.tasks import MemoryTask
-from longspan.train.staged import Outcome, StagedConfig, StagedTrainer, Stages
+from longspan.train.curriculum import CurriculumConfig, CurriculumTrainer, Outcome, Stages
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig(StagedConfig):
-    """The `[train]` table of a recipe of the memory task; more of its fields in `StagedConfig`.
+class MemoryCurriculumConfig(CurriculumConfig):
+    """The `[train]` table of a recipe of the memory task; more of its fields in `CurriculumConfig`.
 
     Attributes:
         short_segments: lengths of segments before the task's own.
@@ -63,7 +63,7 @@ class CurriculumConfig(StagedConfig):
 
 
 @dataclass
-class Curriculum(Stages):
+class MemoryCurriculum(Stages):
     """Where a run is in its curriculum; see `Stages`.
 
     Attributes:
@@ -146,7 +146,7 @@ def draw_samples(task: MemoryTask, segments: int, rows: int, size: int, seed: tu
     return Samples(torch.from_numpy(tokens), torch.tensor([sample.answer for sample in drawn]), ~fact, whole)
 
 
-def gate_losses(traces: list[Trace], batch: Samples, config: CurriculumConfig) -> tuple[Tensor, Tensor]:
+def gate_losses(traces: list[Trace], batch: Samples, config: MemoryCurriculumConfig) -> tuple[Tensor, Tensor]:
     """What is asked of the gates, the last segment's apart, as nothing is read after it: the mean of softplus(logit +
     margin) where no fact stands, and of softplus(evidence - largest logit) where a whole one does; else zeros.
     """
@@ -161,15 +161,15 @@ def gate_losses(traces: list[Trace], batch: Samples, config: CurriculumConfig) -
     return closed, opened
 
 
-class RecallTrainer(StagedTrainer):
+class MemoryTrainer(CurriculumTrainer):
     """Trains a `RecurrentClassifier` on a `MemoryTask`; arguments as of the base."""
 
-    config: CurriculumConfig
-    stages: Curriculum
+    config: MemoryCurriculumConfig
+    stages: MemoryCurriculum
 
-    def first_stage(self) -> Curriculum:
+    def first_stage(self) -> MemoryCurriculum:
         """See the base."""
-        return Curriculum(self.config, self.task.config.segment_length)
+        return MemoryCurriculum(self.config, self.task.config.segment_length)
 
     def read(self) -> Outcome:
         """See the base."""

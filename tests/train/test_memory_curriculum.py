@@ -10,16 +10,16 @@ from longspan.errors import CheckpointError, ConfigError
 from longspan.experiments.claims.rmt import seeds_interval
 from longspan.tasks import MemoryConfig, MemoryTask
 from longspan.train import (
-    Curriculum,
-    CurriculumConfig,
-    Silent,
-    evaluate_answers,
+    Display,
+    MemoryCurriculum,
+    MemoryCurriculumConfig,
+    evaluate_memory,
     load_run,
     read_log,
     run,
     wilson,
 )
-from longspan.train.recall import draw_samples, gate_losses
+from longspan.train.memory_curriculum import draw_samples, gate_losses
 
 pytestmark = pytest.mark.usefixtures("brief_texts")
 RECIPE: dict[str, Any] = {
@@ -61,7 +61,7 @@ def test_a_lengthened_run_begins_as_a_longer_one(finished: Path, tmp_path: Path)
 
 
 def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> None:
-    class Dies(Silent):
+    class Dies(Display):
         def step(self, line: dict[str, Any]) -> None:
             if line["step"] == 4:
                 raise RuntimeError("killed")
@@ -77,8 +77,8 @@ def test_a_killed_run_resumes_bit_for_bit(finished: Path, tmp_path: Path) -> Non
 
 
 def test_the_curriculum_lengthens_then_multiplies() -> None:
-    config = CurriculumConfig(short_segments=(64, 1000), window=2, max_segments=3, gate_ramp=0.5)
-    curriculum = Curriculum(config, 499)
+    config = MemoryCurriculumConfig(short_segments=(64, 1000), window=2, max_segments=3, gate_ramp=0.5)
+    curriculum = MemoryCurriculum(config, 499)
     assert (curriculum.length, curriculum.segments) == (64, 2)
     for _ in range(2):
         curriculum.add(2, 1.0)
@@ -86,14 +86,14 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
     assert curriculum.penalty == 1.0
     curriculum.add(1, 0.1)
     assert curriculum.penalty == pytest.approx(0.95), "a low accuracy must lower the penalty on open gates"
-    low = Curriculum(config, 499)
+    low = MemoryCurriculum(config, 499)
     for _ in range(100):
         low.add(2, 0.1)
     assert low.penalty == pytest.approx(0.1), "the penalty has a floor: a gate that is always open keeps accuracy low"
     for _ in range(2):
         curriculum.add(2, 0.96)
     assert curriculum.segments == 3
-    again = Curriculum(config, 499)
+    again = MemoryCurriculum(config, 499)
     again.load_state_dict(curriculum.state_dict())
     assert again.state_dict() == curriculum.state_dict()
     rows = [curriculum.draw(step) for step in range(50)]
@@ -105,7 +105,7 @@ def test_the_curriculum_lengthens_then_multiplies() -> None:
 def test_the_gate_losses_open_gates_at_whole_facts_only() -> None:
     task = MemoryTask(MemoryConfig(vocab_size=512, segment_length=96))
     batch = draw_samples(task, 3, 16, 96, (0,))
-    config = CurriculumConfig()
+    config = MemoryCurriculumConfig()
     from longspan.models import Trace
 
     closed_rows = torch.ones(16, dtype=torch.bool)
@@ -125,8 +125,8 @@ def test_the_gate_losses_open_gates_at_whole_facts_only() -> None:
 def test_answers_do_not_depend_on_the_batch_and_know_what_they_read(finished: Path) -> None:
     model, task = load_run(finished)
     assert isinstance(task, MemoryTask)
-    batched = evaluate_answers(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
-    singly = evaluate_answers(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
+    batched = evaluate_memory(model, task, segments=5, count=6, kinds=("memorize", "detect"), batch=12, seed=1)
+    singly = evaluate_memory(model, task, segments=5, count=6, kinds=("detect",), batch=1, seed=1)
     assert batched["detect"].right == singly["detect"].right
     record = batched["detect"].record()
     assert record["n"] == 6
@@ -148,7 +148,7 @@ def test_right_answers_are_counted_as_right(finished: Path) -> None:
             calls.append(1)
             return torch.nn.functional.one_hot(torch.tensor(answers), 6), None
 
-    evaluated = evaluate_answers(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
+    evaluated = evaluate_memory(Knows(), task, segments=2, count=4, batch=4)["detect"]  # type: ignore[arg-type]
     assert evaluated.right == [True] * 4
     assert len(calls) == 2
 
