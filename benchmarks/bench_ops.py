@@ -108,7 +108,7 @@ def call(case: Case, where: Any, inputs: list[Tensor]) -> Tensor:
     settings.pop("alpha", None)
     if case.stale:
         *inputs, stale_k, stale_v = inputs
-        settings["stale"] = (stale_k, stale_v)
+        settings["detached_kv"] = (stale_k, stale_v)
     if case.op == "lsh_attention":
         return lsh(where, inputs, **settings)
     if case.op == "routing_attention":

@@ -28,7 +28,7 @@ TINY = claim.Plan(
 def parts(mixers: list[Any]) -> Iterator[str]:
     for mixer in mixers:
         yield mixer["name"]
-        yield from parts(mixer.get("parts", []))
+        yield from parts(mixer.get("mixers", []))
 
 
 def test_every_mechanism_has_a_recipe_of_the_same_size() -> None:

@@ -22,12 +22,12 @@ def decoder(*mixers: dict[str, Any]) -> ls.Decoder:
 @pytest.mark.parametrize(
     ("parts", "says"),
     [
-        ([WINDOW, BALANCED], rf"heads: parts\[1\]: {BECAUSE}"),
-        ([BALANCED, SORTED], rf"heads: parts\[0\]: {BECAUSE}"),
-        ([WINDOW, SORTED], r"heads: parts\[1\]: the sorted selection changes"),
+        ([WINDOW, BALANCED], rf"mixed_heads: mixers\[1\]: {BECAUSE}"),
+        ([BALANCED, SORTED], rf"mixed_heads: mixers\[0\]: {BECAUSE}"),
+        ([WINDOW, SORTED], r"mixed_heads: mixers\[1\]: the sorted selection changes"),
         (
             [WINDOW, {"name": "mixed_heads", "num_heads": 2, "mixers": [BALANCED]}],
-            rf"heads: parts\[1\]: parts\[0\]: {BECAUSE}",
+            rf"mixed_heads: mixers\[1\]: mixers\[0\]: {BECAUSE}",
         ),
     ],
     ids=["balanced", "first of two", "sorted", "nested"],
@@ -40,7 +40,7 @@ def test_a_part_that_does_not_stream_says_why(parts: list[dict[str, Any]], says:
     with pytest.raises(UnsupportedError, match=rf"^{says}.*call it with state=None$"):
         mixer(torch.zeros(1, 3, 16), plain.init_state(1))
     both = ls.mixers.build("mixed_heads", dim=16, num_heads=4, causal=False, mixers=[WINDOW, SORTED])
-    with pytest.raises(UnsupportedError, match=r"^heads: a bidirectional mixer sees the future"):
+    with pytest.raises(UnsupportedError, match=r"^mixed_heads: a bidirectional mixer sees the future"):
         both.init_state(1)
 
 
@@ -49,7 +49,7 @@ def test_a_model_names_the_layer_and_the_reason() -> None:
     for mixers, says in (
         (
             (window, {"name": "mixed_heads", "mixers": [WINDOW, BALANCED]}),
-            rf"layer 1 \(of 0 to 2\): parts\[1\]: {BECAUSE}",
+            rf"layer 1 \(of 0 to 2\): mixers\[1\]: {BECAUSE}",
         ),
         ((SORTED | {"num_heads": 4},), r"layer 0 \(of 0 to 2\): the sorted selection changes"),
     ):

@@ -16,7 +16,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", list(FIELDS))
 def test_a_session_that_writes_its_rings_in_place_equals_one_pass(name: str, shared: bool) -> None:
-    mixers = ({"name": name, "shared": shared, **FIELDS[name]},)
+    mixers = ({"name": name, "shared_qk": shared, **FIELDS[name]},)
     config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=2, num_heads=4, mixers=mixers)
     torch.manual_seed(0)
     model = ls.Decoder(config).double().eval()

@@ -55,7 +55,7 @@ def agree(name: str, operands: list[Tensor], **keywords: Any) -> None:
     with torch.no_grad():
         torch.testing.assert_close(getattr(ops, name)(*operands, **keywords), slow.detach(), atol=1e-9, rtol=0)
     weight = torch.randn(slow.shape, dtype=slow.dtype, generator=torch.Generator().manual_seed(3))
-    leaves = [*operands, *(keywords.get("stale") or ())]
+    leaves = [*operands, *(keywords.get("detached_kv") or ())]
     if slow.numel() and slow.requires_grad:
         for a, b in zip(
             torch.autograd.grad(fast, leaves, weight, allow_unused=True),
@@ -125,14 +125,27 @@ def test_memory_is_read_without_gradients(length: int, memory: int, border: int 
     if isinstance(border, str):
         where = (torch.arange(length) // 20 * 20 + memory - 5).expand(2, -1)
     for keywords in ({"window": 40, "segment": 24}, {"window": 33}, {}, {"window": 33, **ragged(length, memory)}):
-        agree("relative_attention", [q, k, v, *relative_inputs(memory + length)], border=where, stale=stale, **keywords)
+        agree(
+            "relative_attention",
+            [q, k, v, *relative_inputs(memory + length)],
+            segment_start=where,
+            detached_kv=stale,
+            **keywords,
+        )
 
 
 def test_a_thousand_tokens() -> None:
     agree("full_attention", inputs(1000, 0, batch=1))
     agree("window_attention", inputs(1000, 63, batch=1), window=100)
     operands = [*inputs(1000, 50, batch=1), *relative_inputs(200)]
-    agree("relative_attention", operands, window=100, segment=100, border=100, stale=(operands[1], operands[2]))
+    agree(
+        "relative_attention",
+        operands,
+        window=100,
+        segment=100,
+        segment_start=100,
+        detached_kv=(operands[1], operands[2]),
+    )
 
 
 def test_nothing_visible_gives_zeros() -> None:

@@ -40,7 +40,7 @@ def drawn_rings(rounds: int, buckets: int, size: int, heads: int) -> ops.LSHRing
     empty = ops.LSHRings(zeros, zeros, torch.full(shape, -1))
     is_real = torch.arange(40) < torch.tensor([[40], [11]])
     v = inputs(40, 0, kv_heads=heads, seed=5)[1]
-    rings = ops.push_rings(empty, k.detach(), v.detach(), chosen, torch.arange(40)[None], kept=is_real)
+    rings = ops.push_rings(empty, k.detach(), v.detach(), chosen, torch.arange(40)[None], in_last_document=is_real)
     return ops.LSHRings(rings.k.requires_grad_(), rings.v.requires_grad_(), rings.position)
 
 

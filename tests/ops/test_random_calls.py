@@ -44,7 +44,7 @@ def calls(draw: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
             where = (memory + torch.arange(length) - torch.randint(0, 70, (batch, length), generator=generator)).sort()[
                 0
             ]
-            keywords["border"] = where if border == "rows" else border
+            keywords["segment_start"] = where if border == "rows" else border
             tensors |= {"stale_k": tensors["k"].clone(), "stale_v": tensors["v"].clone()}
     if draw(st.booleans()):
         keywords["lengths"] = torch.randint(0, length + 1, (batch,), generator=generator)
@@ -59,7 +59,7 @@ def outputs_and_gradients(op: Any, tensors: dict[str, Tensor], keywords: dict[st
     leaves = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
     arguments = dict(leaves)
     if "stale_k" in arguments:
-        keywords = keywords | {"stale": (arguments.pop("stale_k"), arguments.pop("stale_v"))}
+        keywords = keywords | {"detached_kv": (arguments.pop("stale_k"), arguments.pop("stale_v"))}
     out = op(**arguments, **keywords)
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(out, list(leaves.values()), weight, allow_unused=True)

@@ -41,7 +41,7 @@ def drawn_rings(count: int, window: int, heads: int) -> tuple[Tensor, Tensor, Te
     zeros = torch.zeros(*shape, DIM, dtype=torch.float64)
     empty = ops.LSHRings(zeros, zeros, torch.full(shape, -1))
     is_real = torch.arange(40) < torch.tensor([[40], [11]])
-    rings = ops.push_rings(empty, k.detach(), v.detach(), chosen, torch.arange(40)[None], kept=is_real)
+    rings = ops.push_rings(empty, k.detach(), v.detach(), chosen, torch.arange(40)[None], in_last_document=is_real)
     old_k, old_v, position = (t[:, :, 0] for t in rings)
     return old_k.requires_grad_(), old_v.requires_grad_(), position
 

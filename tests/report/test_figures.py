@@ -105,7 +105,7 @@ def test_a_pattern_colors_keys_that_are_read_unread_and_hidden_in_whole_pixels()
     assert image[1][1] == pytest.approx(to_rgba(DARK.colors[0]), abs=0.01), "the heaviest of its row"
     assert image[2][0] == pytest.approx(to_rgba(DARK.grid)), "an earlier key that is not read"
     assert image[0][2] == pytest.approx(to_rgba(DARK.ground)), "a later key"
-    bidirectional = pattern_figure([Panel("t", weights)], both_sides=True, theme=DARK)
+    bidirectional = pattern_figure([Panel("t", weights)], bidirectional=True, theme=DARK)
     assert cells(bidirectional)[0][2] == pytest.approx(to_rgba(DARK.grid))
     box = first.get_window_extent()
     assert box.width % 3 == pytest.approx(0, abs=1e-6)

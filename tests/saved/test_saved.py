@@ -3,6 +3,7 @@
 import json
 import shutil
 import tomllib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.saved.make_saved import READ, tokens
 
 import longspan as ls
 from longspan.files import read_tensors
+from longspan.renames import RenamedWarning
 from longspan.train import resolve, run
 
 FOLDER = Path(__file__).parent / "0.1"
@@ -58,4 +60,6 @@ def test_a_recipe_resolves(path: Path) -> None:
     recipe = tomllib.loads(path.read_text())
     if recipe.get("kind") == "pretrained":
         pytest.skip("needs a pretrained model")
-    assert resolve(recipe)["model"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RenamedWarning)
+        assert resolve(recipe)["model"]

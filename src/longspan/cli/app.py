@@ -5,12 +5,14 @@ import inspect
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from longspan.cli.console import any_encoding
+from longspan import renames
+from longspan.cli.console import any_encoding, say
 from longspan.cli.convert import convert
 from longspan.cli.evaluate import evaluate
 from longspan.cli.generate import generate
@@ -125,10 +127,23 @@ def _everything(
 
 def start(arguments: Sequence[str] | None = None) -> NoReturn:
     """See `longspan.cli.main`."""
+    warnings.simplefilter("always", renames.RenamedWarning)
+    warnings.showwarning = _show_warning
     if not sys.stderr.isatty():
         # bars of other libraries, which are drawn over themselves, would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Old names get a line of their own, without the place in the code that met them."""
+    if issubclass(category, renames.RenamedWarning):
+        say(f"warning: {message}")
+    else:
+        _python_shows(message, category, *where, **options)
+
+
+_python_shows = warnings.showwarning
 
 
 def run(arguments: Sequence[str]) -> int:

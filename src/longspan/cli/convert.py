@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan import renames
 from longspan.cli.console import console, print_command, say
 from longspan.cli.options import DeviceOption, DtypeOption
 from longspan.cli.outputs import check_output_folder
@@ -61,6 +62,8 @@ def convert(
     fields = functools.reduce(override, set_ or [], initial)
     numbers = _numbers(layers)
     # check everything else first: loading weights may take minutes
+    to = renames.mixer(to)
+    fields = renames.fields(to, fields)
     from_dict(mechanism_class(to, "convert").Config, fields, f"convert to {to}")
     _check_output(model, output)
     from longspan import hf

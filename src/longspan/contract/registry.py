@@ -10,6 +10,7 @@ import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from longspan import renames
 from longspan.config import from_dict, nearest
 from longspan.contract.base import Mechanism, Mixer, Shape
 from longspan.contract.projections import Projections
@@ -68,6 +69,7 @@ def mechanism_class(name: str, where: str = "mixer") -> type[Mechanism]:
     Raises:
         ConfigError: no mechanism of that name (names the nearest), or one of an installed package that fails to load.
     """
+    name = renames.mixer(name)
     if name in _MECHANISMS:
         module, _, attribute = _MECHANISMS[name].partition(":")
         builtin: type[Mechanism] = getattr(importlib.import_module(module), attribute)
@@ -93,6 +95,7 @@ def _checked(loaded: Any, where: str) -> type[Mechanism]:
         and dataclasses.is_dataclass(getattr(loaded, "Config", None))
     ):
         raise ConfigError(f"{where}: {loaded!r} is not a subclass of Mechanism with a dataclass Config")
+    renames.with_current_keyword(loaded, "forward", {"penalties": "aux_losses"})
     return loaded
 
 
@@ -103,7 +106,9 @@ def examples(name: str) -> tuple[dict[str, Any], ...]:
 
 def build_mechanism(name: str, shape: Shape, fields: dict[str, Any], where: str = "mixer") -> Mechanism:
     """A core by name, its fields checked."""
+    name = renames.mixer(name)
     cls = mechanism_class(name, where)
+    fields = renames.fields(name, fields)
     config: Any = from_dict(cls.Config, fields, name if where == "mixer" else f"{where} ({name})")
     return cls(shape, config)
 
@@ -139,6 +144,7 @@ def build(
     Raises:
         ConfigError: unknown name or field (with the nearest), or sizes that do not fit.
     """
+    name = renames.mixer(name)
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     for label, value in (("dim", dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
         if not isinstance(value, int) or value < 1:

@@ -27,13 +27,15 @@ def next_rings(rings: ops.LSHRings, k: Tensor, v: Tensor, buckets: Tensor, rows:
     if rows.length == 1 and rows.plain and rows.emptied is None and not needs_grad(k, v, *rings):
         owned = may_overwrite(k, v, *rings)
         return ops.push_token(rings, k, v, buckets, rows.positions, in_place=owned)
-    last_document = goes_on = None
+    last_document = continues = None
     if rows.lengths is not None or rows.origin is not None or rows.emptied is not None:
         tokens = rows.real_tokens()
         column = torch.arange(rows.length, device=rows.device)
         last_document = (column < tokens[:, None]) & (column >= (tokens - rows.live)[:, None])
-        goes_on = rows.live == rows.offset + tokens
-    return ops.push_rings(rings, k, v, buckets, rows.positions, kept=last_document, goes_on=goes_on)
+        continues = rows.live == rows.offset + tokens
+    return ops.push_rings(
+        rings, k, v, buckets, rows.positions, in_last_document=last_document, continues_document=continues
+    )
 
 
 def empty_rings(

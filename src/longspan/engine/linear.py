@@ -142,7 +142,7 @@ def feature_attention(
             # columns behind a row's real tokens belong to the document of the last one
             start = join_tail(start, lengths, real)
         if not causal:
-            return _both_sides(q, k, values, features, real, start).to(v.dtype), None
+            return _bidirectional(q, k, values, features, real, start).to(v.dtype), None
         sums = state or empty_sums(v.shape[0], v.shape[1], num_features, v.shape[3], v.device, dtype)
         wide = sums_dtype(v.device)
         sums = LinearSums(sums.values.to(wide), sums.keys.to(wide), sums.maximum.to(dtype))
@@ -392,7 +392,7 @@ def _scaled_sums(
     return torch.stack(entering, 2), torch.stack(units, 2), end
 
 
-def _both_sides(
+def _bidirectional(
     q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tensor | None, start: Tensor | None
 ) -> Tensor:
     """Every token of a document sees all of it."""
@@ -456,7 +456,7 @@ def _by_document(q: Tensor, k: Tensor, v: Tensor, features: Features, real: Tens
     def apart(t: Tensor) -> Tensor:
         return t.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
 
-    out = _both_sides(apart(q), apart(k), apart(v), features, inside, None)
+    out = _bidirectional(apart(q), apart(k), apart(v), features, inside, None)
     return out.transpose(1, 2)[number, place].transpose(1, 2)
 
 

@@ -36,8 +36,8 @@ def push_rings(
     buckets: Tensor,
     position: Tensor,
     *,
-    kept: Tensor | None = None,
-    goes_on: Tensor | None = None,
+    in_last_document: Tensor | None = None,
+    continues_document: Tensor | None = None,
 ) -> LSHRings:
     """The rings after a call, new tensors.
 
@@ -47,16 +47,16 @@ def push_rings(
         v: like k.
         buckets: (batch, the rings' heads, rounds, length).
         position: (batch or 1, length).
-        kept: (batch, length) bool, tokens that are real and of the row's last document; None = all.
-        goes_on: (batch,) bool, rows whose last document began before the call; None = all.
+        in_last_document: (batch, length) bool, tokens that are real and of the row's last document; None = all.
+        continues_document: (batch,) bool, rows whose last document began before the call; None = all.
     """
     batch, heads, rounds, count, width, dim = rings.k.shape
     length, device = k.shape[2], k.device
     old_bucket = torch.arange(count, device=device).repeat_interleave(width).expand(batch, heads, rounds, -1)
     dropped = rings.position.flatten(3) < 0
-    if goes_on is not None:
-        dropped = dropped | ~goes_on[:, None, None, None]
-    new_bucket = buckets if kept is None else buckets.masked_fill(~kept[:, None, None], count)
+    if continues_document is not None:
+        dropped = dropped | ~continues_document[:, None, None, None]
+    new_bucket = buckets if in_last_document is None else buckets.masked_fill(~in_last_document[:, None, None], count)
     bucket = torch.cat([old_bucket.masked_fill(dropped, count), new_bucket], 3).flatten(0, 2)
     size = torch.zeros(len(bucket), count + 1, dtype=torch.int64, device=device)
     size.scatter_add_(1, bucket, torch.ones_like(bucket))

@@ -34,7 +34,7 @@ class LastAuxLosses:
             self._losses = lambda: graph
             return
         metadata: Any = node.metadata
-        metadata["longspan_penalties"] = graph
+        metadata["longspan_aux_losses"] = graph
         self._losses = weakref.ref(graph)
 
     def read(self) -> list[Tensor]:

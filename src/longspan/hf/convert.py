@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longspan import host
+from longspan import host, renames
 from longspan import state as states
 from longspan.config import to_dict
 from longspan.contract.base import Hidden, Mechanism
@@ -133,7 +133,8 @@ def convert(model: Any, name: str, *, layers: Iterable[int] | None = None, **fie
     outside, model = model, unwrapped(model)
     modules = find(model)
     chosen = _layers(layers, len(modules.attentions))
-    fields = _defaults(name, fields)
+    name = renames.mixer(name)
+    fields = _defaults(name, renames.fields(name, fields))
     if taken := [index for index in chosen if index in modules.cores]:
         raise ConfigError(f"convert: layer {taken[0]} is converted already; longspan.hf.revert(model) first")
     cores = {}
@@ -206,7 +207,7 @@ def _save_with_adapters(model: Any, attentions: list[Any]) -> None:
 
 
 def _defaults(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields with what conversions begin from, in the parts of `heads` too."""
+    """Fields with what conversions begin from, in the parts of `mixed_heads` too."""
     merged = mechanism_class(name, "convert").conversion_fields | fields
     if isinstance(merged.get("mixers"), list | tuple):
         merged["mixers"] = [
@@ -281,7 +282,7 @@ def _after(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     if cache is not None:
         call.advance(cache)
         cache.end()
-    base.__dict__["longspan_penalties"] = LastAuxLosses(call.aux_losses, output[0])
+    base.__dict__["longspan_aux_losses"] = LastAuxLosses(call.aux_losses, output[0])
 
 
 def aux_losses(model: Any) -> list[Tensor]:
@@ -290,7 +291,7 @@ def aux_losses(model: Any) -> list[Tensor]:
     They can be trained through while the call's output, or a loss made of it, exists; later their values are left.
     """
     inner = unwrapped(model)
-    last: LastAuxLosses | None = find(inner).family.base(inner).__dict__.get("longspan_penalties")
+    last: LastAuxLosses | None = find(inner).family.base(inner).__dict__.get("longspan_aux_losses")
     return [] if last is None else last.read()
 
 

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers.models.auto import auto_factory, modeling_auto
 
+from longspan import renames
 from longspan.errors import CheckpointError
 from longspan.hf.convert import convert
 from longspan.hf.converted_config import CONVERTED, CORE, unmark
@@ -92,8 +93,9 @@ def _original(config: Any) -> Any:
 
 def _convert_again(model: Any, config: Any) -> None:
     """Repeat the conversions that a configuration records."""
-    for record in config.longspan:
-        convert(model, record["mixer"], layers=record["layers"], **record["fields"])
+    with renames.reading_saved():
+        for record in config.longspan:
+            convert(model, record["mixer"], layers=record["layers"], **record["fields"])
 
 
 def _take_up(model: Any, folder: Any, options: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ from longspan.contract.projections import Projections
 from longspan.contract.registry import build, examples, names, register
 from longspan.contract.rows import BatchLayout, SegmentLayout
 from longspan.lazy import submodules_of
+from longspan.renames import accept_old_keywords, old_names
 
 if TYPE_CHECKING:
     from longspan.mixers import probe
 else:
-    __getattr__ = submodules_of(__name__)
+    accept_old_keywords(globals())
+    __getattr__ = old_names(__name__, globals(), submodules_of(__name__))
 
 __all__ = [
     "BatchLayout",

@@ -1,5 +1,7 @@
 """The library's own models: one stack for all mixers."""
 
+from typing import TYPE_CHECKING
+
 from longspan.models.classifier import RecurrentClassifier
 from longspan.models.config import DecoderConfig, EncoderConfig, RecurrentConfig, StackConfig
 from longspan.models.decoder import Decoder
@@ -11,6 +13,7 @@ from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.stack import Stack, StackState
 from longspan.models.tables import build_model, describe_model, resolve_model
 from longspan.models.token_memory import Trace
+from longspan.renames import accept_old_keywords
 
 __all__ = [
     "AdaptiveHead",
@@ -37,3 +40,6 @@ __all__ = [
     "resolve_model",
     "save_model",
 ]
+
+if not TYPE_CHECKING:
+    accept_old_keywords(globals())

@@ -214,7 +214,7 @@ class HuggingFaceBackbone:
         with _hooked(self.layers, around):
             out = self.module(inputs_embeds=inputs, attention_mask=seen.long(), output_hidden_states=True, **extras)
         if aux_losses is not None:
-            runs = [part.__dict__.get("longspan_penalties") for part in self.module.modules()]
+            runs = [part.__dict__.get("longspan_aux_losses") for part in self.module.modules()]
             aux_losses.extend(loss for run in runs if run is not None for loss in run.read())
         hidden: Tensor = out.hidden_states[-1]
         return Ran(hidden.masked_fill(~seen[..., None], 0), None)

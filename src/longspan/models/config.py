@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from longspan import renames
 from longspan.errors import ConfigError
 
 
@@ -101,6 +102,7 @@ class StackConfig:
         for i, mixer in enumerate(self.mixers):
             if not isinstance(mixer, dict) or not isinstance(mixer.get("name"), str):
                 raise ConfigError(f"{where}.mixers[{i}] = {mixer!r}: expected a table with a name")
+        object.__setattr__(self, "positions", renames.value("model.positions", self.positions))
         self._check_positions(where)
         if self.ffn_chunk < 0:
             raise ConfigError(f"{where}.ffn_chunk = {self.ffn_chunk}: tokens at once, or 0 for all")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from longspan import renames
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import data_digest, read_json, read_object, read_tensors, write_json, write_tensors
 from longspan.models.tables import build_model, describe_model
@@ -54,7 +55,8 @@ def load_model(folder: str | Path) -> Any:
     described = read_json(folder / "config.json")
     written = data_digest(described)
     try:
-        model = build_model(described, str(folder / "config.json"))
+        with renames.reading_saved():
+            model = build_model(described, str(folder / "config.json"))
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not a model's configuration: {error}") from None
     weights, header = read_tensors(folder / "model.safetensors")
@@ -126,7 +128,7 @@ def accepted_hashes(model: torch.nn.Module) -> tuple[str, ...]:
 def _digest(model: torch.nn.Module, unused: dict[str, torch.Tensor]) -> str:
     described = {k: v for k, v in describe_model(model).items() if k not in ("checkpoint", "dropout", "ffn_chunk")}
     described = {k: v for k, v in described.items() if k not in _LATER or v != _LATER[k]}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(renames.recorded(described), sort_keys=True).encode())
     for name, tensor in sorted({**model.state_dict(), **unused}.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from longspan import renames
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import ConfigError, UnsupportedError
 from longspan.models.classifier import RecurrentClassifier
@@ -45,6 +46,7 @@ def resolve_model(table: Mapping[str, Any], where: str = "model") -> dict[str, A
     if kind not in _KINDS:
         raise ConfigError(f"{where}.kind = {kind!r} is no kind of model{nearest(str(kind), _KINDS)}")
     fields = {key: value for key, value in table.items() if key not in ("kind", "memory", "classes")}
+    fields = renames.model(fields)
     resolved: dict[str, Any] = {"kind": kind, **to_dict(from_dict(_KINDS[kind][1], fields, where))}
     if "vocab_size" not in fields:
         del resolved["vocab_size"]

@@ -4,6 +4,8 @@ Each is the twin of the definition of the same name in `longspan.reference`. The
 entries that a forward call really computes.
 """
 
+from typing import TYPE_CHECKING
+
 from longspan.engine.block_sparse import block_sparse_attention
 from longspan.engine.groups import group_attention, group_attention_cost
 from longspan.engine.linear import EMPTY, LinearSums
@@ -51,6 +53,7 @@ from longspan.mechanisms.routing.operation import routing_attention, routing_clu
 from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
 from longspan.mechanisms.transformer_xl.operation import relative_attention, relative_cost, relative_decode
 from longspan.mechanisms.window.operation import window_attention, window_cost
+from longspan.renames import accept_old_keywords
 
 __all__ = [
     "EMPTY",
@@ -127,3 +130,6 @@ __all__ = [
     "window_attention",
     "window_cost",
 ]
+
+if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone
+    accept_old_keywords(globals())

@@ -3,6 +3,8 @@
 Start here to understand a mechanism: each definition is the paper's equation on the whole (query, key) matrix.
 """
 
+from typing import TYPE_CHECKING
+
 from longspan.engine.definitions.block_sparse import block_sparse_attention
 from longspan.engine.definitions.groups import group_attention
 from longspan.engine.definitions.rotary import rotary_table, rotate
@@ -22,6 +24,7 @@ from longspan.mechanisms.routing.definition import routing_attention, routing_cl
 from longspan.mechanisms.sparse.definition import sparse_attention
 from longspan.mechanisms.transformer_xl.definition import relative_attention, relative_decode
 from longspan.mechanisms.window.definition import window_attention
+from longspan.renames import accept_old_keywords
 
 __all__ = [
     "adaptive_span_attention",
@@ -57,3 +60,6 @@ __all__ = [
     "sparse_attention",
     "window_attention",
 ]
+
+if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone
+    accept_old_keywords(globals())

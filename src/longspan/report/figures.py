@@ -154,13 +154,13 @@ class Panel:
     values: Sequence[Sequence[float]]
 
 
-def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: Theme = LIGHT) -> Figure:
+def pattern_figure(panels: Sequence[Panel], *, bidirectional: bool = False, theme: Theme = LIGHT) -> Figure:
     """Which keys queries read, as attention patterns are drawn in papers: queries down, keys across.
 
     Args:
         panels: square matrices of what a key weighs in the output of a query, zero where it is not read. What is read
             has at least a third of the full color, which the heaviest key of a row has.
-        both_sides: later keys are tinted as unread ones; else they stay blank, as no query could read them.
+        bidirectional: later keys are tinted as unread ones; else they stay blank, as no query could read them.
         theme: colors.
     """
     # laid out in pixels, every cell a whole number of them: fine patterns would shimmer else
@@ -183,7 +183,7 @@ def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: 
             row, column = divmod(number, columns)
             corner = left + column * (side + left), height - sum(heads[: row + 1]) - row * (side + bottom) - side
             axes = figure.add_axes((corner[0] / width, corner[1] / height, side / width, side / height))
-            axes.imshow(_shades(panel.values, theme, both_sides), interpolation="nearest")
+            axes.imshow(_shades(panel.values, theme, bidirectional), interpolation="nearest")
             axes.set_title(titles[number], fontsize=7.5, fontweight="normal", linespacing=1.25, pad=5)
             last = len(panel.values) - 1
             for axis, name in ((axes.xaxis, "key"), (axes.yaxis, "query")):
@@ -196,14 +196,14 @@ def pattern_figure(panels: Sequence[Panel], *, both_sides: bool = False, theme: 
     return figure
 
 
-def _shades(values: Sequence[Sequence[float]], theme: Theme, both_sides: bool) -> Any:
+def _shades(values: Sequence[Sequence[float]], theme: Theme, bidirectional: bool) -> Any:
     """(rows, columns, 4) colors of a pattern."""
     weights = np.asarray(values, dtype=np.float64)
     heaviest = weights.max(-1, keepdims=True)
     shades = 1 / 3 + 2 / 3 * np.sqrt(weights / np.where(heaviest > 0, heaviest, 1))
     image = LinearSegmentedColormap.from_list("read", [theme.ground, theme.colors[0]])(shades)
     image[weights == 0] = to_rgba(theme.grid)
-    if not both_sides:
+    if not bidirectional:
         image[np.triu(weights == 0, 1)] = to_rgba(theme.ground)
     return image
 

@@ -1,5 +1,8 @@
 """Training on segments of long documents: lanes, truncated backpropagation through time, checkpoints, evaluation."""
 
+from typing import TYPE_CHECKING
+
+from longspan.renames import old_names
 from longspan.train.config import TrainConfig
 from longspan.train.evaluate import Evaluation, evaluate_text, first_places
 from longspan.train.lanes import Batch, Lanes
@@ -55,3 +58,6 @@ __all__ = [
     "token_nats",
     "wilson",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__, globals())

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from longspan import tasks
+from longspan import renames, tasks
 from longspan.config import from_dict, nearest, to_dict
 from longspan.errors import CheckpointError, ConfigError
 from longspan.files import write_json
@@ -65,6 +65,7 @@ def resolve(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown table or field (with the nearest name), or a value that does not fit.
     """
+    recipe = renames.recipe(recipe)
     for name in recipe:
         if name not in (*TABLES, "about", "longspan"):
             raise ConfigError(f"recipe: unknown table {name!r}{nearest(name, [*TABLES, 'about'])}")
@@ -248,7 +249,9 @@ def _check_staged(resolved: dict[str, Any], config: CurriculumConfig) -> None:
 
 def _resumed_recipe(folder: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The stored recipe with what may change taken from `recipe`."""
-    stored = stored_recipe(folder)
+    with renames.reading_saved():
+        stored = renames.recipe(stored_recipe(folder))
+    recipe = renames.recipe(recipe)
     merged = {**stored, **recipe, **{name: {**stored[name], **recipe.get(name, {})} for name in TABLES}}
     resolved = resolve(merged)
     for name in TABLES:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan import renames
 from longspan.cli.console import console, print_table, say
 from longspan.cli.options import PageOption
 from longspan.errors import ConfigError
@@ -44,9 +45,10 @@ def patterns(
     length: Annotated[
         int, typer.Option("--length", "-n", min=1, max=_LONGEST, help="Tokens of the sequence that is drawn.")
     ] = 64,
-    both_sides: Annotated[
-        bool, typer.Option("--both-sides", help="Draw the form that sees later tokens too, where there is one.")
+    bidirectional: Annotated[
+        bool, typer.Option("--bidirectional", help="Draw the bidirectional form, where there is one.")
     ] = False,
+    both_sides: Annotated[bool, typer.Option("--both-sides", hidden=True)] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of weights and inputs, where what is seen depends on them.")] = 0,
     output: PageOption = Path("out/patterns"),
 ) -> None:
@@ -62,12 +64,15 @@ def patterns(
       longspan show patterns
       longspan show patterns sparse bp --length 128
       longspan show patterns sparse --set pattern=strided --set stride=16 --length 256
-      longspan show patterns window --set window=9 --both-sides
+      longspan show patterns window --set window=9 --bidirectional
     """
     from longspan.config import override
     from longspan.mixers import examples
     from longspan.report import write_report
 
+    if both_sides:
+        renames.warn("--both-sides", "--bidirectional")
+    bidirectional = bidirectional or both_sides
     chosen = _chosen(names)
     if set_ and len(chosen) != 1:
         raise ConfigError(f"--set {set_[0]!r}: name the one mechanism that has this field")
@@ -75,7 +80,8 @@ def patterns(
     rows, sections = [], []
     for name in chosen:
         forms = [
-            (fields, _build(name, fields, both_sides, seed)) for fields in ([chosen_fields] if set_ else examples(name))
+            (fields, _build(name, fields, bidirectional, seed))
+            for fields in ([chosen_fields] if set_ else examples(name))
         ]
         drawn = [(fields, mixer) for fields, mixer in forms if mixer is not None]
         if drawn:
@@ -83,14 +89,14 @@ def patterns(
             sections.append(section)
             rows += records
         elif names:
-            raise ConfigError(f"{name}: sees no later tokens in any form; leave --both-sides out")
+            raise ConfigError(f"{name}: has no bidirectional form; leave --bidirectional out")
     if not sections:
-        raise ConfigError("--both-sides: none of these mechanisms sees later tokens")
+        raise ConfigError("--bidirectional: none of these mechanisms has a bidirectional form")
     path = write_report(
         output,
         "longspan: which keys a query reads",
         sections,
-        {"length": length, "both_sides": both_sides, "seed": seed, "patterns": rows},
+        {"length": length, "bidirectional": bidirectional, "seed": seed, "patterns": rows},
         lead=_LEAD,
         footer="made by longspan show patterns",
     )
@@ -116,17 +122,20 @@ def _chosen(names: list[str] | None) -> list[str]:
     return chosen
 
 
-def _build(name: str, fields: dict[str, Any], both_sides: bool, seed: int) -> "Mixer | None":
-    """A layer to be drawn; None where it has no form of both sides."""
+def _build(name: str, fields: dict[str, Any], bidirectional: bool, seed: int) -> "Mixer | None":
+    """A layer to be drawn; None where it has no bidirectional form."""
     import torch
 
     from longspan import mixers as registry
 
-    if both_sides and not registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, **fields).traits.bidirectional:
+    if (
+        bidirectional
+        and not registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, **fields).traits.bidirectional
+    ):
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mixer = registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, causal=not both_sides, **fields)
+        mixer = registry.build(name, dim=_HEADS * _HEAD_DIM, num_heads=_HEADS, causal=not bidirectional, **fields)
         with torch.no_grad():
             # some memories say nothing until they are trained; what they read is to be seen all the same
             for parameter in mixer.core.parameters():
@@ -154,10 +163,10 @@ def _section(
             panels.append(Panel(title, weights[heads[0] - 1].tolist()))
         rows.append({"name": name, "fields": fields, "keys_per_query": keys, "heads_alike": alike})
     mixers = [mixer for _, mixer in forms]
-    both_sides = not mixers[0].causal
+    bidirectional = not mixers[0].causal
     figure = picture(
         name,
-        lambda theme: pattern_figure(panels, both_sides=both_sides, theme=theme),
+        lambda theme: pattern_figure(panels, bidirectional=bidirectional, theme=theme),
         alt=f"Attention patterns of {name}: {'; '.join(panel.title.replace(chr(10), ', ') for panel in panels)}",
     )
     about = mixers[0].core.about().partition("\n\n")[0]
