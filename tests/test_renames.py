@@ -109,7 +109,7 @@ def test_mechanisms_take_old_fields(name: str) -> None:
         if field != "parts":
             assert getattr(mixer.core.config, new) == old[field]
     with pytest.raises(ls.ConfigError, match="unknown field"):
-        ls.mixers.build(name, **SIZES, **{next(iter(old)) + "x": 1})
+        ls.mixers.build(name, **SIZES | {next(iter(old)) + "x": 1})
 
 
 def test_the_mixer_heads_is_mixed_heads() -> None:

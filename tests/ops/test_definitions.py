@@ -118,9 +118,9 @@ def test_relative(length: int, memory: int, shape: dict[str, int]) -> None:
 @pytest.mark.parametrize("border", [1, 16, 24, "rows"])
 @pytest.mark.parametrize(("length", "memory"), [(1, 9), (63, 36), (150, 73)])
 def test_memory_is_read_without_gradients(length: int, memory: int, border: int | str) -> None:
-    """Pairs across a border send their gradients to `stale` alone, exactly."""
+    """Pairs across a border send their gradients to `detached_kv` alone, exactly."""
     q, k, v = inputs(length, memory)
-    stale = tuple(t.detach().clone().requires_grad_() for t in (k, v))
+    detached_kv = tuple(t.detach().clone().requires_grad_() for t in (k, v))
     where: Any = border
     if isinstance(border, str):
         where = (torch.arange(length) // 20 * 20 + memory - 5).expand(2, -1)
@@ -129,7 +129,7 @@ def test_memory_is_read_without_gradients(length: int, memory: int, border: int 
             "relative_attention",
             [q, k, v, *relative_inputs(memory + length)],
             segment_start=where,
-            detached_kv=stale,
+            detached_kv=detached_kv,
             **keywords,
         )
 
