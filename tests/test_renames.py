@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +181,14 @@ def test_saved_files_do_not_warn() -> None:
         mixer = ls.mixers.build("infini", **SIZES, normaliser="gamma")
     config: Any = mixer.core.config
     assert config.normalizer == "gamma"
+
+
+def test_the_migration_notes_name_every_old_and_new_name() -> None:
+    notes = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+    pairs = [(f"{module}.{old}", f"{module}.{new}") for module, names in NAMES.items() for old, new in names.items()]
+    pairs += [pair for names in (*KEYWORDS.values(), *FIELDS.values(), renames.MIXERS) for pair in names.items()]
+    for old, new in pairs:
+        assert f"`{old}`" in notes
+        assert f"`{new}`" in notes
+    for values in renames.VALUES.values():
+        assert all(f'"{name}"' in notes for pair in values.items() for name in pair)
