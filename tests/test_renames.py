@@ -98,6 +98,15 @@ def test_models_and_mixers_take_old_keywords() -> None:
         model(tokens, **old, aux_losses=[])
 
 
+def test_the_number_of_redraws_has_its_old_name() -> None:
+    mixer: Any = ls.mixers.build("performer", **SIZES)
+    model: Any = ls.Decoder(ls.DecoderConfig(vocab_size=7, dim=16, num_heads=4))
+    memory: Any = ls.RecurrentMemory(model, num_memory_tokens=2, segment_length=4)
+    for owner in (mixer, mixer.core, model, memory):
+        with pytest.warns(RenamedWarning, match=r"\.draw is now redraw_count"):
+            assert owner.draw == owner.redraw_count == 0
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_mechanisms_take_old_fields(name: str) -> None:
     old = OLD_FIELDS[name]
@@ -186,7 +195,11 @@ def test_saved_files_do_not_warn() -> None:
 def test_the_migration_notes_name_every_old_and_new_name() -> None:
     notes = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
     pairs = [(f"{module}.{old}", f"{module}.{new}") for module, names in NAMES.items() for old, new in names.items()]
-    pairs += [pair for names in (*KEYWORDS.values(), *FIELDS.values(), renames.MIXERS) for pair in names.items()]
+    pairs += [
+        pair
+        for names in (*KEYWORDS.values(), *FIELDS.values(), *renames.ATTRIBUTES.values(), renames.MIXERS)
+        for pair in names.items()
+    ]
     for old, new in pairs:
         assert f"`{old}`" in notes
         assert f"`{new}`" in notes

@@ -74,6 +74,10 @@ KEYWORDS: dict[str, dict[str, str]] = {
 }
 """By function of `longspan.ops` and `longspan.reference`, of `longspan.mixers`, or by method: old to new keywords."""
 
+_REDRAWN = ("Mechanism", "Mixer", "Stack", "RecurrentMemory", "RecurrentClassifier", "ConvertedDecoder")
+ATTRIBUTES: dict[str, dict[str, str]] = {name: {"draw": "redraw_count"} for name in _REDRAWN}
+"""By class: old to new attributes."""
+
 MIXERS = {"heads": "mixed_heads"}
 """Old to new names of mechanisms."""
 
@@ -214,21 +218,31 @@ def recorded(given: Any) -> Any:
     return old
 
 
-def accept_old_keywords(namespace: Any, names: Mapping[str, Mapping[str, str]] = KEYWORDS) -> None:
-    """Let the functions, or the methods of classes, of a namespace take their old keywords too.
+def accept_old_names(namespace: Any) -> None:
+    """Let the functions and classes of a namespace take their old keywords, and give their old attributes, too.
 
     Args:
-        namespace: `globals()` of a module, changed in place; classes in it get other methods, which their subclasses
-            inherit.
-        names: see `KEYWORDS`; what the namespace does not have is passed over.
+        namespace: `globals()` of a module, changed in place; classes in it get other methods and more properties, which
+            their subclasses inherit. Entries of `KEYWORDS` and `ATTRIBUTES` that it does not have are passed over.
     """
-    for path, new_of_old in names.items():
+    for name, new_of_old in ATTRIBUTES.items():
+        for old, new in new_of_old.items() if isinstance(namespace.get(name), type) else ():
+            setattr(namespace[name], old, _old_attribute(name, old, new))
+    for path, new_of_old in KEYWORDS.items():
         owner, _, method = path.rpartition(".")
         if not owner and path in namespace:
             namespace[path] = _with_old_keywords(namespace[path], new_of_old, path)
         elif isinstance(namespace.get(owner), type):
             cls = namespace[owner]
             setattr(cls, method, _with_old_keywords(getattr(cls, method), new_of_old, path))
+
+
+def _old_attribute(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warn(f"{owner}.{old}", new)
+        return getattr(self, new)
+
+    return property(read, doc=f"Old name of `{new}`.")
 
 
 def _with_old_keywords(function: Callable[..., Any], new_of_old: Mapping[str, str], where: str) -> Callable[..., Any]:

@@ -247,7 +247,7 @@ class StreamSession:
         header = {
             "version": __version__,
             "model": model_hash(self.model),
-            "draw": self.model.draw,
+            "draw": self.model.redraw_count,
             "position": self.position,
             "chunk": self.chunk,
         }
@@ -264,7 +264,7 @@ class StreamSession:
         model = session.model
         state, header = states.load(path, like=session._state)
         weights, draws = accepted_hashes(model), "draw number of the random projections"
-        for key, ours, what in (("model", weights, "weights or configuration"), ("draw", (model.draw,), draws)):
+        for key, ours, what in (("model", weights, "weights or configuration"), ("draw", (model.redraw_count,), draws)):
             if (theirs := header.get(key)) not in ours:
                 raise CheckpointError(f"{path}: the state of another model: {what}: {theirs} there, {ours[0]} here")
         session._settle(state, int(header["position"]))

@@ -166,7 +166,7 @@ def test_a_generator_of_the_cpu_draws_the_same_for_every_device(name: str, devic
     here, there = own(mixers=mixers), own(mixers=mixers).to(device.device)
     for model in (here, there):
         model.cores()[0].after_step(1, torch.Generator().manual_seed(3))
-        assert model.cores()[0].draw == 1
+        assert model.cores()[0].redraw_count == 1
     buffer = "projection" if name == "performer" else "rotations"
     close(getattr(there.cores()[0], buffer), getattr(here.cores()[0], buffer))
 

@@ -37,7 +37,7 @@ def test_no_list_no_losses_and_a_plain_model_has_none() -> None:
     model(tokens(1, 5), aux_losses=aux_losses)
     model.after_step(1)
     assert aux_losses == []
-    assert model.draw == 0
+    assert model.redraw_count == 0
 
 
 def test_spans_are_clamped_after_a_step() -> None:
@@ -61,9 +61,9 @@ def test_a_redraw_is_counted() -> None:
     inner = llama(layers=2)
     hf.convert(inner, "performer", num_features=8, redraw_every=1)
     model = ls.RecurrentMemory(inner, num_memory_tokens=2, segment_length=5)
-    before = model.draw
+    before = model.redraw_count
     model.after_step(1, torch.Generator().manual_seed(0))
-    assert model.draw == before + 2
+    assert model.redraw_count == before + 2
 
 
 def test_groups_of_the_mixers_are_their_own() -> None:

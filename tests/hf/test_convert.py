@@ -309,7 +309,7 @@ def test_checkpointing_counts_forwards_and_penalties_once(shared: bool) -> None:
     assert runs[0].keys() == runs[1].keys()
     for key, tensor in runs[0].items():
         torch.testing.assert_close(runs[1][key], tensor, rtol=1e-10, atol=1e-12)
-        assert all(core.draw == 1 for core in hf.mechanisms(model).values())
+        assert all(core.redraw_count == 1 for core in hf.mechanisms(model).values())
 
 
 @pytest.mark.parametrize(
@@ -482,4 +482,4 @@ def test_mechanisms_change_between_steps_of_the_trainer(tmp_path: Path) -> None:
         logging_strategy="no",
     )
     transformers.Trainer(model=model, args=options, train_dataset=data, callbacks=[hf.AfterStep()]).train()
-    assert [core.draw for core in hf.mechanisms(model).values()] == [2, 2]
+    assert [core.redraw_count for core in hf.mechanisms(model).values()] == [2, 2]

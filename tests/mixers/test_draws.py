@@ -30,10 +30,10 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
     before, generator = drawn(mixer).clone(), torch.Generator().manual_seed(3)
     mixer.after_step(1, generator)
     assert torch.equal(drawn(mixer), before)
-    assert mixer.draw == 0
+    assert mixer.redraw_count == 0
     mixer.after_step(2, generator)
     assert not torch.equal(drawn(mixer), before)
-    assert mixer.draw == 1
+    assert mixer.redraw_count == 1
     with pytest.raises(ls.UnsupportedError, match=f"{name}: .* another draw of the {buffer}"):
         mixer(x, state)
     mixer(x, mixer.init_state(1))  # an empty state fits every draw
@@ -42,4 +42,4 @@ def test_redraws_in_after_step_and_voids_states(name: str) -> None:
     assert torch.equal(drawn(again), drawn(mixer))
     never = build(0)
     never.after_step(1)
-    assert never.draw == 0
+    assert never.redraw_count == 0

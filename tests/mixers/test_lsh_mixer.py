@@ -27,7 +27,7 @@ def test_rotations_come_from_a_seed_of_their_own_and_are_saved(tmp_path: Path) -
     ls.save_model(model, tmp_path)
     again, tokens = ls.load_model(tmp_path), torch.randint(11, (1, 40))
     assert torch.equal(again(tokens)[0], model(tokens)[0])
-    assert again.draw == 1
+    assert again.redraw_count == 1
 
 
 def test_sorted_does_not_stream_and_says_why() -> None:

@@ -18,11 +18,11 @@ def test_the_projection_is_saved_with_the_model(tmp_path: Path) -> None:
     config = ls.DecoderConfig(vocab_size=11, dim=16, num_layers=1, num_heads=2, mixers=({"name": "performer"},))
     model = ls.Decoder(config).eval()
     model.after_step(1000, torch.Generator().manual_seed(5))
-    assert model.draw == 1
+    assert model.redraw_count == 1
     ls.save_model(model, tmp_path)
     again, tokens = ls.load_model(tmp_path), torch.randint(11, (1, 20))
     assert torch.equal(again(tokens)[0], model(tokens)[0])
-    assert again.draw == 1
+    assert again.redraw_count == 1
 
 
 def test_the_bound_is_calibrated_by_training_and_used_at_the_next_redraw() -> None:

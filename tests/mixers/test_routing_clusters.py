@@ -84,7 +84,7 @@ def test_clusters_without_members_come_back_where_members_are() -> None:
     clusters = ls.ops.routing_clusters(modes(99)[0], centroids(mixer))
     for head in clusters[0]:
         assert len({(int(c), int(m)) for c, m in zip(head, modes(99)[1], strict=True)}) == 4, "one cluster a direction"
-    assert mixer.draw == 1, "no draw: states stay valid"
+    assert mixer.redraw_count == 1, "no draw: states stay valid"
     again = collapsed(decay=0.9)
     torch.manual_seed(5)
     assert learn(again, 60) == busy

@@ -133,10 +133,10 @@ def test_the_first_batch_sets_the_centroids(shared: bool) -> None:
     assert torch.equal(centroids(mixer), random)
     mixer.after_step(1)
     assert torch.equal(centroids(mixer), random), "nothing was seen yet"
-    assert mixer.draw == 0
+    assert mixer.redraw_count == 0
     mixer(x)
     mixer.after_step(2, torch.Generator().manual_seed(1))
-    assert mixer.draw == 1
+    assert mixer.redraw_count == 1
     first_means = centroids(mixer)
     torch.testing.assert_close(first_means.norm(dim=-1), torch.ones(first_means.shape[:2]).double())
     for vectors, mean, random_mean in zip(routed(mixer, x), first_means, random, strict=True):
@@ -236,7 +236,7 @@ def test_centroids_are_saved_with_a_model(tmp_path: Path) -> None:
     assert torch.equal(again(tokens)[0], model.eval()(tokens)[0])
     for name, buffer in model.named_buffers():
         assert torch.equal(dict(again.named_buffers())[name], buffer), name
-    assert again.draw == model.draw == 2
+    assert again.redraw_count == model.redraw_count == 2
     twin = build()
     mixer = started()
     twin.load_state_dict(mixer.state_dict())
@@ -319,7 +319,7 @@ def test_half_window_half_routing() -> None:
     y, _ = mixer(x, aux_losses=aux_losses)
     assert len(aux_losses) == 1
     mixer.after_step(1, torch.Generator().manual_seed(0))
-    assert mixer.draw == 1
+    assert mixer.redraw_count == 1
     mixer.eval()
     y, end = mixer(x)
     state: Any = None

@@ -270,7 +270,7 @@ class Mechanism(nn.Module):
         return "a bidirectional mixer sees the future and does not stream"
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """How often random projections were redrawn; a state of another draw is void."""
         return 0
 
@@ -418,9 +418,9 @@ class Mixer(nn.Module):
         self.core.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """How often random projections were redrawn; a state of another draw is void."""
-        return self.core.draw
+        return self.core.redraw_count
 
     @torch.no_grad()
     def attention_map(self, x: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class DrawnMechanism(BoundedMechanism):
         return True
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """How often the projection was drawn anew."""
         return int(self.draws)
 

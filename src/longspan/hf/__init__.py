@@ -22,9 +22,10 @@ from longspan.hf.loading import load, register
 from longspan.hf.modeling import LongspanForCausalLM, LongspanForMaskedLM, LongspanForSequenceClassification
 from longspan.hf.training import AfterStep, TrainerLoss
 from longspan.lazy import submodules_of
-from longspan.renames import old_names
+from longspan.renames import accept_old_names, old_names
 
 if not TYPE_CHECKING:  # a checker of types shall see misspelled names
+    accept_old_names(globals())
     __getattr__ = old_names(__name__, globals(), submodules_of(__name__))
 
 __all__ = [

@@ -74,9 +74,9 @@ class ConvertedDecoder(nn.Module):
         return int(self.inner.config.vocab_size)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """Changes whenever a layer redraws its projections."""
-        return sum(core.draw for core in self.layers)
+        return sum(core.redraw_count for core in self.layers)
 
     def describe(self) -> dict[str, Any]:
         """Plain data that tells this model from others."""

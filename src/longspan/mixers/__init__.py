@@ -7,12 +7,12 @@ from longspan.contract.projections import Projections
 from longspan.contract.registry import build, examples, names, register
 from longspan.contract.rows import BatchLayout, SegmentLayout
 from longspan.lazy import submodules_of
-from longspan.renames import accept_old_keywords, old_names
+from longspan.renames import accept_old_names, old_names
 
 if TYPE_CHECKING:
     from longspan.mixers import probe
 else:
-    accept_old_keywords(globals())
+    accept_old_names(globals())
     __getattr__ = old_names(__name__, globals(), submodules_of(__name__))
 
 __all__ = [

@@ -13,7 +13,7 @@ from longspan.models.recurrent import RecurrentMemory, RecurrentState
 from longspan.models.stack import Stack, StackState
 from longspan.models.tables import build_model, describe_model, resolve_model
 from longspan.models.token_memory import Trace
-from longspan.renames import accept_old_keywords
+from longspan.renames import accept_old_names
 
 __all__ = [
     "AdaptiveHead",
@@ -42,4 +42,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    accept_old_keywords(globals())
+    accept_old_names(globals())

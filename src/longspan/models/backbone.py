@@ -80,9 +80,9 @@ class OwnBackbone:
         return self.stack.vocab_size
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """Changes whenever the model redraws its random projections."""
-        return self.stack.draw
+        return self.stack.redraw_count
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (batch, length), which must be of the vocabulary, to embeddings (batch, length, dim)."""
@@ -260,9 +260,9 @@ class HuggingFaceBackbone:
             core.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """See `OwnBackbone`."""
-        return sum(core.draw for core in self.cores())
+        return sum(core.redraw_count for core in self.cores())
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """See `OwnBackbone`."""

@@ -95,9 +95,9 @@ class RecurrentClassifier(nn.Module):
         self.recurrent.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """See `RecurrentMemory`."""
-        return self.recurrent.draw
+        return self.recurrent.redraw_count
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """See `RecurrentMemory`; the head belongs to those that decay."""

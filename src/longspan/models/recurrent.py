@@ -394,9 +394,9 @@ class RecurrentMemory(nn.Module):
         self.adapter.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """Changes whenever the backbone redraws its random projections, which voids carried states."""
-        return self.adapter.draw
+        return self.adapter.redraw_count
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for a torch optimiser: the backbone's, and the memory's without weight decay."""

@@ -254,9 +254,9 @@ class Stack(nn.Module):
             block.mixer.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """Changes whenever a layer redraws its random projections, which voids carried states."""
-        return sum(block.mixer.draw for block in self.layers)
+        return sum(block.mixer.redraw_count for block in self.layers)
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for a torch optimiser: weights of linear maps decay; embeddings, norms and vectors do not; groups that

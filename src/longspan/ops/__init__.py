@@ -53,7 +53,7 @@ from longspan.mechanisms.routing.operation import routing_attention, routing_clu
 from longspan.mechanisms.sparse.operation import sparse_attention, sparse_cost
 from longspan.mechanisms.transformer_xl.operation import relative_attention, relative_cost, relative_decode
 from longspan.mechanisms.window.operation import window_attention, window_cost
-from longspan.renames import accept_old_keywords
+from longspan.renames import accept_old_names
 
 __all__ = [
     "EMPTY",
@@ -132,4 +132,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone
-    accept_old_keywords(globals())
+    accept_old_names(globals())

@@ -24,7 +24,7 @@ from longspan.mechanisms.routing.definition import routing_attention, routing_cl
 from longspan.mechanisms.sparse.definition import sparse_attention
 from longspan.mechanisms.transformer_xl.definition import relative_attention, relative_decode
 from longspan.mechanisms.window.definition import window_attention
-from longspan.renames import accept_old_keywords
+from longspan.renames import accept_old_names
 
 __all__ = [
     "adaptive_span_attention",
@@ -62,4 +62,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # a checker of types shall see today's signatures alone
-    accept_old_keywords(globals())
+    accept_old_names(globals())

@@ -164,9 +164,9 @@ class MixedHeadsMechanism(Mechanism):
             core.after_step(step, generator)
 
     @property
-    def draw(self) -> int:
+    def redraw_count(self) -> int:
         """The sum of the parts' draws: it changes whenever one of them does."""
-        return sum(core.draw for core in self.cores)
+        return sum(core.redraw_count for core in self.cores)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Those of all parts."""
