@@ -17,6 +17,7 @@ class Check:
         value: the measured value, as text.
         bar: the required value, as text.
         passed: whether the value meets the bar.
+        undecided: whether the sample is too small to tell, so that the check neither passes nor fails.
         fatal: whether a failure fails the quickstart; False for times, which other processes can disturb.
     """
 
@@ -24,12 +25,20 @@ class Check:
     value: str
     bar: str
     passed: bool
+    undecided: bool = False
     fatal: bool = True
 
     @property
     def verdict(self) -> str:
-        """ "pass", "FAIL", or "missed" if a failure is not fatal."""
+        """ "pass", "FAIL", "missed" if a failure is not fatal, or "n too small" if the sample does not tell."""
+        if self.undecided:
+            return "n too small"
         return "pass" if self.passed else "FAIL" if self.fatal else "missed"
+
+    @property
+    def failed(self) -> bool:
+        """Whether this check alone fails the quickstart."""
+        return self.fatal and not self.passed and not self.undecided
 
     def record(self) -> dict[str, Any]:
         """All fields and the verdict, as plain data."""
@@ -60,5 +69,5 @@ def check_table(checks: Sequence[Check], caption: str = "") -> Table:
         columns=("Check", "Measured", "Bar", "Result"),
         rows=[(check.name, check.value, check.bar, check.verdict) for check in checks],
         caption=caption,
-        state=["pass" if check.passed else "fail" if check.fatal else "note" for check in checks],
+        state=["pass" if check.passed else "fail" if check.failed else "note" for check in checks],
     )

@@ -61,7 +61,7 @@ def finish(checks: "list[Check]", path: Path) -> int:
 
     print()
     print_table(check_table(checks))
-    failed = [check.name for check in checks if check.fatal and not check.passed]
+    failed = [check.name for check in checks if check.failed]
     print(f"The page, with figures and all numbers: {path}", flush=True)
     if failed:
         say(f"longspan: {len(failed)} check{'s' if len(failed) > 1 else ''} failed: {'; '.join(failed)}")

@@ -4,7 +4,7 @@ Knows nothing of models or runs: numbers and words go in, files come out. Figure
 which loads matplotlib; this package itself does not.
 """
 
-from longspan.report.page import Block, Code, Picture, Quote, Section, Text, page, write_report
+from longspan.report.page import Block, Code, Passage, Picture, Quote, Section, Text, page, write_report
 from longspan.report.style import DARK, LIGHT, Theme
 from longspan.report.tables import Table, number, si_bytes
 
@@ -13,6 +13,7 @@ __all__ = [
     "LIGHT",
     "Block",
     "Code",
+    "Passage",
     "Picture",
     "Quote",
     "Section",

@@ -40,6 +40,18 @@ class Quote:
     kind: ClassVar[str] = "quote"
 
 
+@dataclass(frozen=True)
+class Passage:
+    """Text with some of its pieces marked.
+
+    Attributes:
+        pieces: the text in order, each piece with whether it is marked.
+    """
+
+    pieces: Sequence[tuple[str, bool]]
+    kind: ClassVar[str] = "passage"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Picture:
     """A figure in both themes.
@@ -60,7 +72,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Block: TypeAlias = Text | Code | Quote | Picture | Table
+Block: TypeAlias = Text | Code | Quote | Passage | Picture | Table
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """The page of the quickstart: checks, figures, numbers, and next commands."""
 
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longspan.contract.maps import place_of
 from longspan.experiments.checks import Check, check_table
 from longspan.experiments.figures import interval_series, picture_of
 from longspan.experiments.quickstart.measure import SURE, Reading
 from longspan.experiments.tour import Clock, machine_facts
 from longspan.files import read_json
 from longspan.models import Encoder
-from longspan.report import Code, Picture, Quote, Section, Table, Text, write_report
+from longspan.report import Code, Passage, Picture, Section, Table, Text, write_report
 from longspan.report.figures import Mark, Series, line_figure
 from longspan.tasks import MemoryTask
+from longspan.tasks.memory import PLACES
 from longspan.train import read_log
 
 TITLE = "longspan: a question answered over two million tokens"
@@ -31,7 +34,7 @@ def write(
     most = recipe["train"]["max_segments"]
     sections = [
         Section("Checks", [check_table(checks)]),
-        Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(task, readings)]),
+        Section("Accuracy", [_accuracy(readings, most), _table(readings), *_example(model, task, readings)]),
         Section("Constant memory, constant speed", _constant(readings)),
         Section("What a dense Transformer would do", _flops(model, task)),
         Section("Training", [_training(log)]),
@@ -105,20 +108,32 @@ def _table(readings: list[Reading]) -> Table:
     return Table(columns=columns, rows=rows, right=tuple(range(len(columns))))
 
 
-def _example(task: MemoryTask, readings: list[Reading]) -> list[Quote | Text]:
+def _example(model: Any, task: MemoryTask, readings: list[Reading]) -> list[Passage | Text]:
+    """A sample of one segment with its facts and its question marked, the right answer, and the model's."""
     kind = next(iter(readings[-1].answers))
     sample = task.sample("test", 1, [0], kind=kind)  # type: ignore[arg-type]
     (segment,) = list(sample)
     text = task.tokenizer.decode(segment.tokens).decode("utf-8", "replace")
-    *before, question = text.rpartition(sample.what.question)[:2]
+    model.eval()
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(segment.tokens)[None].to(place_of(model).device), None)
+    chosen = PLACES[int(logits[0].argmax())]
     return [
         Text(
-            "A sample of one segment and its question (underlined). Noise consists of sentences from held-out speeches "
-            "and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment border, so that "
-            "no segment contains all of it."
+            "A sample of one segment, with the fact and the question marked. Noise consists of sentences from held-out "
+            "speeches and the King James Bible, drawn one by one; a fact may be anywhere, also across a segment "
+            "border, so that no segment contains all of it."
         ),
-        Quote("".join(before), question),
+        Passage(mark_all(text, [*sample.what.facts, sample.what.question])),
+        Text(f"The right answer: {PLACES[sample.answer]}. The model's answer: {chosen}."),
     ]
+
+
+def mark_all(text: str, passages: Sequence[str]) -> list[tuple[str, bool]]:
+    """Split `text` into pieces, each with whether it is one of `passages`; those that do not occur are ignored."""
+    pattern = "|".join(re.escape(passage) for passage in sorted(passages, key=len, reverse=True))
+    pieces = re.split(f"({pattern})", text)
+    return [(piece, index % 2 == 1) for index, piece in enumerate(pieces) if piece]
 
 
 def _constant(readings: list[Reading]) -> list[Picture | Text]:
