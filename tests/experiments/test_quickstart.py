@@ -87,7 +87,6 @@ def test_checks_compare_intervals_with_their_bars() -> None:
     short, far = answers("detect", 16, 128, 0), answers("detect", 4096, 4, 0)
     # 159 of 160: from 0.966; 4 of 4 may come from 0.51
     assert verdicts_of(short, answers("detect", 256, 31, 1), far) == {"the bar": "pass", "the goal": "n too small"}
-    # all 96 of 96 right, but of 100 more 94 only: the interval of all holds the bar
     assert verdicts_of(answers("detect", 16, 94, 6), far)["the bar"] == "n too small"
     assert verdicts_of(answers("detect", 16, 80, 20), far)["the bar"] == "FAIL"
     # one length below the bar fails, however good the others are
