@@ -1,6 +1,7 @@
 """The folder of a mechanism holds its definition, its operation and its layer."""
 
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_folder_has_a_definition_and_an_operation_of_the_same_names(name: str)
     shared = [
         public
         for public in ls.reference.__all__
-        if getattr(ls.reference, public) is getattr(definition, public, None)
-        and getattr(ls.ops, public) is getattr(operation, public, None)
+        if inspect.unwrap(getattr(ls.reference, public)) is getattr(definition, public, None)
+        and inspect.unwrap(getattr(ls.ops, public)) is getattr(operation, public, None)
     ]
     assert shared

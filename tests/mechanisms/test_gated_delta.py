@@ -184,11 +184,11 @@ def test_second_derivatives_are_refused() -> None:
 def test_wrong_shapes_raise_one_clear_line() -> None:
     q, k, v, log_decay, strength, _ = inputs(10)
     for wrong in ([q[:, :3], k, v, log_decay, strength], [q, k, v[:, :, :9], log_decay, strength]):
-        with pytest.raises(ConfigError, match="do not fit"):
+        with pytest.raises(ConfigError, match="shapes do not match"):
             ops.gated_delta_attention(*wrong)
-    with pytest.raises(ConfigError, match=r"expected \(2, 2, 10\)"):
+    with pytest.raises(ConfigError, match=r"expected \(batch, kv_heads, length\) = \(2, 2, 10\)"):
         ops.gated_delta_attention(q, k, v, log_decay[:, :1], strength)
-    with pytest.raises(ConfigError, match="do not fit"):
+    with pytest.raises(ConfigError, match="shapes do not match"):
         ops.short_convolution(q, draw(0, 4, 5, 4), past=q[:, :, :2])
 
 
@@ -266,7 +266,7 @@ def test_a_hundred_thousand_tokens_under_autocast_stay_finite() -> None:
     [
         ({"conv_size": 0}, "gated_delta.conv_size = 0: must be at least 1"),
         ({"norm_eps": 0.0}, "gated_delta.norm_eps = 0.0: must be positive"),
-        ({"expand_v": 0.7}, "head_dim = 6 times expand_v = 0.7"),
+        ({"expand_v": 0.7}, r"gated_delta.expand_v = 0.7: expand_v \* head_dim"),
         ({"causal": False}, "no bidirectional form"),
     ],
 )

@@ -180,17 +180,17 @@ def test_a_store_that_does_not_fit_the_state_is_refused(tmp_path: Path) -> None:
     mixer, x = build(), drawn(1, 1, 12)
     _, before = mixer(x[:, :8])
     mixer.core.attach(store_at(tmp_path / "a"))
-    with pytest.raises(ConfigError, match="0 pairs written, the state has closed 8"):
+    with pytest.raises(ConfigError, match="0 pairs written, but the state has read 8"):
         mixer(x[:, 8:], before)
     _, state = mixer(x[:, :8])
     mixer(x[:, 8:], state)
-    with pytest.raises(ConfigError, match="12 pairs written, the state has closed 8"):
+    with pytest.raises(ConfigError, match="12 pairs written, but the state has read 8"):
         mixer(x[:, 8:], state)
-    with pytest.raises(ConfigError, match="1 stores attached, the call has 2 rows"):
+    with pytest.raises(ConfigError, match="1 stores attached, the call has 2 rows; attach one per row"):
         mixer(drawn(1, 2, 5))
     with torch.enable_grad(), pytest.raises(UnsupportedError, match="inference"):
         mixer(x)
-    with pytest.raises(ConfigError, match="holds 1 kv heads of 4, the layer has 2 of 4"):
+    with pytest.raises(ConfigError, match="the store has kv_heads = 1 and head_dim = 4, the layer 2 and 4"):
         mixer.core.attach(store_at(tmp_path / "b", kv_heads=1))
 
 

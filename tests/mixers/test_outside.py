@@ -45,9 +45,7 @@ def test_parts_of_heads_share_one_width_of_values() -> None:
     mixer = ls.mixers.build("mixed_heads", **SIZES, mixers=HALF)
     assert mixer.traits.receives_hidden
     parts = [{**HALF[0], "value_dim": 6}, HALF[1]]
-    with pytest.raises(
-        ls.ConfigError, match=r"mixed_heads.mixers\[1\]: values of 4, mixers\[0\] of 6; the parts of a layer"
-    ):
+    with pytest.raises(ls.ConfigError, match=r"mixed_heads.mixers\[1\]: the width of values is 4, in mixers\[0\] 6;"):
         ls.mixers.build("mixed_heads", **SIZES, mixers=parts)
     whole = ls.mixers.build("mixed_heads", **SIZES, mixers=[{"name": "leaky", "num_heads": 2, "value_dim": 6}] * 2)
     assert whole.traits.value_dim == 6

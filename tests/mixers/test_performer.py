@@ -49,7 +49,7 @@ def test_the_bound_is_calibrated_by_training_and_used_at_the_next_redraw() -> No
 
 
 def test_wrong_fields_are_named() -> None:
-    with pytest.raises(ls.ConfigError, match="not one of positive"):
+    with pytest.raises(ls.ConfigError, match="unknown kind; known: positive"):
         build(kind="softmax")
     with pytest.raises(ls.ConfigError, match="at least 1"):
         build(num_features=0)

@@ -27,13 +27,17 @@ SIZES: dict[str, Any] = {"dim": 16, "num_heads": 4}
         ("full", {"dim": 18}, "dim = 18 is no multiple of num_heads = 4"),
         ("full", {"head_dim": 5, "rope": 1e4}, "needs a positive base and an even head_dim, which is 5"),
         ("full", {"dropout": 1.0}, r"dropout = 1.0: must be in \[0, 1\)"),
-        ("mixed_heads", {"mixers": [{"name": "full", "num_heads": 3}]}, "3 heads together, the layer has 4"),
+        ("mixed_heads", {"mixers": [{"name": "full", "num_heads": 3}]}, "num_heads add up to 3, the layer has 4"),
         (
             "mixed_heads",
             {"mixers": [{"name": "ful", "num_heads": 4}]},
             r"mixed_heads.mixers\[0\]: unknown mixer 'ful'; did you mean",
         ),
-        ("mixed_heads", {"mixers": [{"num_heads": 4}]}, r"mixed_heads.mixers\[0\]: needs a name and a num_heads"),
+        (
+            "mixed_heads",
+            {"mixers": [{"num_heads": 4}]},
+            r"mixed_heads.mixers\[0\] = \{'num_heads': 4\}: needs a name and a num_heads",
+        ),
         (
             "mixed_heads",
             {"num_kv_heads": 2, "mixers": [{"name": "full", "num_heads": 1}, {"name": "full", "num_heads": 3}]},

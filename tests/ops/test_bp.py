@@ -240,11 +240,11 @@ def test_gradients_of_all_inputs_equal_finite_differences() -> None:
 def test_refusals() -> None:
     q, k, u = draw(0, 1, 4, 5, 6), draw(1, 1, 2, 5, 6), draw(2, 3, 2, 6)
     state = bp_attention(q, k, k, u, nearest=2)[1]
-    with pytest.raises(ConfigError, match="older tokens come as a state"):
+    with pytest.raises(ConfigError, match="pass earlier tokens as `state`"):
         bp_attention(q[:, :, 1:], k, k, u, nearest=2)
-    with pytest.raises(ConfigError, match="only the causal form"):
+    with pytest.raises(ConfigError, match="the bidirectional form takes no state"):
         bp_attention(q, k, k, u, nearest=2, causal=False, state=state)
-    with pytest.raises(ConfigError, match=r"relative \(3, 6\) must be"):
+    with pytest.raises(ConfigError, match=r"relative has shape \(3, 6\); expected"):
         bp_attention(q, k, k, u, draw(3, 3, 6), nearest=2)
     with pytest.raises(ConfigError, match="queries"):
         bp_attention(q, k, k, u[:, :1], nearest=2)

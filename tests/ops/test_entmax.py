@@ -358,9 +358,9 @@ def test_nothing_visible_and_no_tokens_give_zeros() -> None:
 
 def test_wrong_arguments_raise_one_clear_line() -> None:
     q, k, v, alpha = heads(0, 6)
-    with pytest.raises(ls.ConfigError, match=r"alpha must be in \[1, 2\], got 1.0 to 2.5"):
+    with pytest.raises(ls.ConfigError, match=r"alpha has values from 1.0 to 2.5; must be in \[1, 2\]"):
         entmax_attention(q, k, v, alpha.detach().clamp(max=1.5) * 0 + torch.tensor([1.0, 2.5, 1.0, 1.0]))
-    with pytest.raises(ls.ConfigError, match=r"alpha must be \(heads,\) = \(4,\), got \(3,\)"):
+    with pytest.raises(ls.ConfigError, match=r"alpha has shape \(3,\); expected \(heads,\) = \(4,\)"):
         entmax_attention(q, k, v, alpha[:3])
     with pytest.raises(ls.ConfigError, match="window must be at least 1"):
         entmax_attention(q, k, v, alpha, window=0)

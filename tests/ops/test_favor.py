@@ -126,7 +126,7 @@ def test_kernels_are_what_they_are_called_and_unknown_ones_are_refused() -> None
         assert scale is None
     with pytest.raises(ConfigError, match="known: positive"):
         ops.favor_features(x, projection, kind="softmax")
-    with pytest.raises(ConfigError, match="needs its bound"):
+    with pytest.raises(ConfigError, match="bound is missing"):
         ops.favor_features(x, projection, kind="bounded")
 
 

@@ -261,8 +261,8 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
     [
         ({"bucket_size": 0}, "bucket_size must be at least 1"),
         ({"selection": "sortd"}, "selection = 'sortd': expected one of strict, sorted"),
-        ({"rotations": rotations(1, 4, heads=3)}, r"rotations are \(3, 1, 8, 2\), expected \(heads = 4"),
-        ({"k": torch.zeros(2, 2, 7, 8)}, "earlier tokens come as rings"),
+        ({"rotations": rotations(1, 4, heads=3)}, r"rotations have shape \(3, 1, 8, 2\); expected \(heads = 4"),
+        ({"k": torch.zeros(2, 2, 7, 8)}, "pass earlier tokens as `rings`"),
     ],
 )
 def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:

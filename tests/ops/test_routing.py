@@ -292,8 +292,8 @@ def test_no_buffer_is_quadratic(train: bool, shared: bool, selection: str) -> No
     [
         ({"window": 0}, "window must be at least 1"),
         ({"selection": "topk"}, "selection = 'topk': expected one of strict, balanced"),
-        ({"centroids": drawn_centroids(3, heads=3)}, r"centroids are \(3, 3, 8\), expected \(heads = 4"),
-        ({"k": torch.zeros(2, 2, 7, 8), "v": torch.zeros(2, 2, 7, 8)}, "earlier tokens come as rings"),
+        ({"centroids": drawn_centroids(3, heads=3)}, r"centroids have shape \(3, 3, 8\); expected \(heads = 4"),
+        ({"k": torch.zeros(2, 2, 7, 8), "v": torch.zeros(2, 2, 7, 8)}, "pass earlier tokens as `rings`"),
     ],
 )
 def test_wrong_arguments_raise_one_clear_line(change: dict[str, Any], message: str) -> None:

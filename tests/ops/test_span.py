@@ -106,7 +106,7 @@ def test_only_inputs_and_outputs_are_kept() -> None:
 
 def test_wrong_spans_raise_one_clear_line() -> None:
     qkv = inputs(6, 0)
-    with pytest.raises(ls.ConfigError, match="span is"):
+    with pytest.raises(ls.ConfigError, match="span has shape"):
         adaptive_span_attention(*qkv, torch.zeros(3), ramp=2)
     with pytest.raises(ls.ConfigError, match="ramp"):
         adaptive_span_attention(*qkv, torch.zeros(HEADS), ramp=0)

@@ -1,1 +1,1 @@
-"""Mechanisms, one folder each: definition, operation and layer side by side."""
+"""Attention mechanisms, one folder each: definition (oracle), operation (fast function) and layer (module)."""

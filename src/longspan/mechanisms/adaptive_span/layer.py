@@ -1,4 +1,4 @@
-"""`adaptive_span` as a layer; see the package."""
+"""`adaptive_span` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from collections.abc import Hashable
@@ -22,17 +22,17 @@ from longspan.host import Array
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveSpanConfig:
-    """Fields of `adaptive_span`.
+    """Configuration of `adaptive_span`.
 
     Attributes:
-        max_span: most keys that a token sees, the paper's S.
-        ramp: tokens over which a weight falls from 1 to 0, the paper's R; also the least that a head sees.
-        include_self: a token sees itself; the paper leaves it out.
-        dynamic: spans depend on the token, not on the head alone.
-        initial: z' to begin with, in [0, 1]; dynamic spans begin at sigmoid(-4) as in the paper.
-        penalty: coefficient of the mean span in tokens, appended to `aux_losses`; the paper takes 2e-6, and 0.5e-6
-            where max_span is 8192.
-        persistent: learned keys and values of every kv head beside the text.
+        max_span: maximum number of keys that a token sees (the paper's S).
+        ramp: number of tokens over which a weight falls from 1 to 0 (the paper's R); also the minimum that a head sees.
+        include_self: if True, a token sees itself; the paper excludes it.
+        dynamic: if True, every token has its own span, computed from its hidden state; else one span per head.
+        initial: initial z' (span / max_span) in [0, 1]; dynamic spans start at sigmoid(-4) instead, as in the paper.
+        penalty: coefficient of the auxiliary loss, the mean span in tokens; the paper uses 2e-6, and 0.5e-6 where
+            max_span is 8192.
+        persistent: number of learned key-value pairs per kv head that every token sees in addition to the text.
     """
 
     max_span: int = 1024
@@ -46,21 +46,21 @@ class AdaptiveSpanConfig:
     def __post_init__(self) -> None:
         check_least(self, "adaptive_span", {"max_span": 1, "ramp": 1, "persistent": 0, "penalty": 0})
         if not 0 <= self.initial <= 1:
-            raise ConfigError(f"adaptive_span.initial = {self.initial}: a share of max_span, must be in [0, 1]")
+            raise ConfigError(f"adaptive_span.initial = {self.initial}: must be in [0, 1], a fraction of max_span")
 
 
 class AdaptiveSpanState(NamedTuple):
-    """The keys and values that the farthest-looking head may still see."""
+    """KV cache of the tokens that the head with the longest span may still see."""
 
-    # (batch, kv_heads, columns, head_dim), turned by RoPE, newest last; columns = the farthest distance of any head
+    # (batch, kv_heads, columns, head_dim), after RoPE, newest last; columns = the farthest distance any head sees
     k: Tensor
     v: Tensor  # like k
-    held: Tensor  # (batch,) how many columns hold a token: fewer than `live` where spans have grown since
-    live: Tensor  # (batch,) live tokens
+    held: Tensor  # (batch,) number of columns that hold a token: fewer than `live` if spans have grown
+    live: Tensor  # (batch,) tokens since the last reset
 
 
 class AdaptiveSpanMechanism(BoundedMechanism):
-    """See the package."""
+    """Adaptive Span attention without projections: holds the learned spans, takes q, k, v and a KV cache."""
 
     Config = AdaptiveSpanConfig
     config: AdaptiveSpanConfig
@@ -74,7 +74,9 @@ class AdaptiveSpanMechanism(BoundedMechanism):
     def __init__(self, shape: Shape, config: AdaptiveSpanConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("adaptive_span: a span reaches back from its token; there is no bidirectional form")
+            raise ConfigError(
+                "adaptive_span: spans reach back only; there is no bidirectional form, build it with causal=True"
+            )
         heads, size = shape.num_heads, (shape.num_kv_heads, config.persistent, shape.head_dim)
         if config.dynamic:
             self.span_weight = nn.Parameter(torch.empty(heads, shape.dim).normal_(0, 0.02))
@@ -87,10 +89,10 @@ class AdaptiveSpanMechanism(BoundedMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded by the spans.
+        """Capability flags: causal only; the state is bounded by the spans.
 
-        Dynamic ones are read off the hidden states and hide keys as the data have it, so weights may be zero
-        (`sparse`). Persistent values are added whatever the values of the text.
+        Dynamic spans are computed from hidden states and may hide keys, so weights may be zero (`sparse`). With
+        persistent values the output is not linear in the values of the text.
         """
         dynamic = self.config.dynamic
         return Traits(
@@ -103,30 +105,36 @@ class AdaptiveSpanMechanism(BoundedMechanism):
 
     @property
     def spans(self) -> list[float]:
-        """Each head's span in tokens; max_span where spans are dynamic, or not at hand outside a call (offloaded)."""
+        """Span of each head in tokens; max_span if spans are dynamic or their values are not available (offloaded
+        parameters).
+        """
         if self.config.dynamic or self.span.is_meta:
             return [float(self.config.max_span)] * self.shape.num_heads
-        tokens: list[float] = self._tokens().detach().tolist()
+        tokens: list[float] = self._spans_in_tokens().detach().tolist()
         return tokens
 
     @property
     def capacity(self) -> int:
-        """Older keys that some head can see."""
+        """Number of cached keys that the head with the longest span can see."""
         return self._capacity(None if self.config.dynamic else np.asarray(self.spans))
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """The spans: how far back keys are read and kept. How many keys the state has."""
+        """Tensors whose values determine the layout of a call: the spans, and the number of cached tokens in the
+        state.
+        """
         spans: dict[Hashable, Tensor] = {} if self.config.dynamic else {(self, "span"): self.span}
         return spans if state is None else {**spans, (self, "held"): state.held}
 
     def _capacity(self, spans: Array | None) -> int:
-        """Older keys that some head can see, all that one may ever see where the spans are not known."""
+        """Return the number of cached keys that some head can see; the maximum for any span where `spans` is None."""
         config = self.config
         reach = [float(config.max_span)] if spans is None else spans.tolist()
         return max(0, ops.span_reach(reach, config.ramp, config.max_span, config.include_self))
 
-    def _tokens(self) -> Tensor:
-        """(heads,) spans in tokens, fp32 at least: whole tokens of a long span are lost in half precision."""
+    def _spans_in_tokens(self) -> Tensor:
+        """Return the spans in tokens (heads,), in fp32 or wider: half precision cannot resolve single tokens of a
+        long span.
+        """
         dtype = torch.promote_types(self.span.dtype, torch.float32)
         return self.config.max_span * self.span.to(dtype).clamp(0, 1)
 
@@ -141,14 +149,23 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, AdaptiveSpanState]:
-        """See `Mechanism.forward`."""
+        """Return attention outputs (batch, heads, length, head_dim) within the learned spans, and the next KV cache.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE.
+            state: KV cache of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+            hidden: the layer's input, needed for dynamic spans only.
+            aux_losses: list to which the auxiliary loss on the mean span is appended; None = do not compute it.
+        """
         q, k = self.rotate(q, k, rows)
         known = rows.read(self.layout_inputs(state))
         shares, columns = known.get((self, "span")), known.get((self, "held"))
         spans = None if shares is None else self.config.max_span * shares.clip(0, 1)
-        span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._tokens(), spans)
+        span = self.token_spans(hidden) if self.config.dynamic else host.remember(self._spans_in_tokens(), spans)
         if aux_losses is not None and self.config.penalty:
-            aux_losses.append(self.config.penalty * self._mean(span, rows))
+            aux_losses.append(self.config.penalty * self._mean_span(span, rows))
         keys, values, memory = join(state, k, v, grows=False)
         seen = visible(rows, memory)
         if state is not None and memory:
@@ -172,42 +189,46 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return out, AdaptiveSpanState(*carried, held=count.clamp(max=capacity), live=rows.live)
 
     def token_spans(self, hidden: Hidden | None) -> Tensor:
-        """(batch, heads, length) dynamic spans in tokens, fp32 at least."""
-        assert hidden is not None, "dynamic spans are read off the hidden states"
+        """Return the dynamic spans (batch, heads, length) in tokens, in fp32 or wider, computed from the hidden
+        states.
+        """
+        assert hidden is not None, "dynamic spans are computed from hidden states"
         with flash.full_precision(hidden.x.device):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
             logits = hidden.x.to(dtype) @ self.span_weight.to(dtype).mT + self.span_bias.to(dtype)
         return self.config.max_span * logits.sigmoid().mT
 
-    def _mean(self, span: Tensor, rows: BatchLayout) -> Tensor:
-        """The mean span of the layer, over real tokens where they differ."""
+    def _mean_span(self, span: Tensor, rows: BatchLayout) -> Tensor:
+        """Return the mean span of the layer in tokens; dynamic spans are averaged over real tokens."""
         if span.ndim == 1:
             return span.mean()
         real = rows.real_columns()
         return (span.mean(1) * real).sum() / real.sum().clamp(min=1)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Clamp z' to [0, 1]: the optimiser knows no bounds."""
+        """Clamp z' to [0, 1] after an optimizer step, because the optimizer knows no bounds."""
         if not self.config.dynamic:
             with torch.no_grad():
                 self.span.clamp_(0, 1)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Spans and persistent vectors take no weight decay."""
+        """Optimizer group of spans and persistent vectors: no weight decay."""
         return [ParameterGroup("spans", list(self.parameters()), weight_decay=0.0)]
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> AdaptiveSpanState:
-        """Full capacity for the present spans, nothing live."""
+        """Return the empty state of `batch_size` rows, with the cache capacity that the current spans need."""
         shape = batch_size, self.shape.num_kv_heads, self.capacity, self.shape.head_dim
         k = torch.zeros(shape, device=device, dtype=dtype)
         live = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AdaptiveSpanState(k, k.clone(), live, live.clone())
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Two products of every query with the keys of its tile, the persistent ones, and the product for the spans."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: scores and outputs, persistent keys, dynamic
+        spans.
+        """
         shape, config = self.shape, self.config
         spans = self.spans
-        if config.dynamic:  # computed as far as max_span, wherever they end
+        if config.dynamic:  # computed up to max_span, wherever they end
             spans = [float(config.max_span + config.ramp)] * shape.num_heads
         entries = ops.adaptive_span_cost(
             length, spans, ramp=config.ramp, window=config.max_span, include_self=config.include_self
@@ -217,7 +238,10 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return batch_size * total
 
     def pairs(self, length: int) -> int:
-        """Pairs of text within the spans and max_span; those of max_span where spans are dynamic: an upper bound."""
+        """Count the attended (query, key) pairs of `length` tokens within spans and max_span, summed over query heads.
+
+        With dynamic spans this is an upper bound: the pairs within max_span.
+        """
         config, total = self.config, 0
         nearest = 0 if config.include_self else 1
         for span in self.spans:

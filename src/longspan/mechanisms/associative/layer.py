@@ -1,4 +1,4 @@
-"""`associative` as a layer; see the package."""
+"""`associative` as a module without projections of q, k, v; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class AssociativeConfig:
-    """Fields of `associative`.
+    """Configuration of `associative`.
 
     Attributes:
-        segment: positions of a segment.
-        num_memory_tokens: pairs that a segment writes, a kv head.
-        memory_dim: width of keys and queries before the feature map.
-        nu: of DPFP; the memory has 2 nu memory_dim rows.
-        bptt_segments: gradients reach so many segments back through the memory; None = all.
+        segment: segment length in positions.
+        num_memory_tokens: number of key-value pairs written per segment and kv head.
+        memory_dim: width of memory keys and queries before the feature map.
+        nu: number of shifted products in the DPFP feature map; the memory has 2 * nu * memory_dim rows.
+        bptt_segments: number of segments through which gradients flow back in the memory; None = all.
     """
 
     segment: int = 512
@@ -39,7 +39,9 @@ class AssociativeConfig:
 
 
 class AssociativeMechanism(SegmentMechanism):
-    """See the package."""
+    """Associative memory without projections of q, k, v: takes the memory and the keys of the incomplete segment as
+    state.
+    """
 
     Config = AssociativeConfig
     config: AssociativeConfig
@@ -51,7 +53,9 @@ class AssociativeMechanism(SegmentMechanism):
     def __init__(self, shape: Shape, config: AssociativeConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("associative: the memory is of the past; there is no bidirectional form")
+            raise ConfigError(
+                "associative: the memory is causal; there is no bidirectional form, build it with causal=True"
+            )
         self.segment, self.features = config.segment, 2 * config.memory_dim * config.nu
         dim, std = shape.head_dim, shape.head_dim**-0.5
         self.tokens = nn.Parameter(torch.randn(shape.num_kv_heads, config.num_memory_tokens, dim))
@@ -62,7 +66,9 @@ class AssociativeMechanism(SegmentMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded; causal only; features of a query and of a key may have no place in common."""
+        """Capability flags: causal only, constant-size state, segments; `sparse`, as query and key features may not
+        overlap.
+        """
         config = self.config
         return Traits(
             bidirectional=False,
@@ -75,11 +81,13 @@ class AssociativeMechanism(SegmentMechanism):
 
     @property
     def maps(self) -> ops.AssociativeMaps:
-        """The weights, as the operation wants them."""
+        """The weights of the memory, packed as `ops.associative_attention` takes them."""
         return ops.AssociativeMaps(self.tokens, self.query, self.key, self.value, self.strength, self.config.nu)
 
     def operations(self) -> tuple[Operation, Operation]:
-        """See `SegmentMechanism`."""
+        """Return `ops.associative_attention` and `ops.associative_open` (for incomplete segments), bound to this
+        config.
+        """
         fields: dict[str, Any] = {
             "maps": self.maps,
             "segment": self.segment,
@@ -88,7 +96,9 @@ class AssociativeMechanism(SegmentMechanism):
         return partial(ops.associative_attention, **fields), partial(ops.associative_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """See `SegmentMechanism`."""
+        """Count, for `length` tokens, the memory's multiply-adds per kv head and the local score entries per query
+        head.
+        """
         return ops.associative_cost(
             length,
             segment=self.segment,

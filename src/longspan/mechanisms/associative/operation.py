@@ -15,15 +15,21 @@ from longspan.engine.segments import Layout, SegmentMemory, attend_open, attend_
 
 EPSILON = 1e-5
 SMALL = 1e-10
-"""square of features below which a key counts as new whatever it shares with others"""
+"""A key whose squared feature norm is below this counts as new, whatever it shares with other keys."""
 
 
 def dpfp(x: Tensor, nu: int = 3) -> Tensor:
-    """Deterministic parameter-free projection (Schlag et al. 2021, section 5.3), non-negative and sparse.
+    """Return deterministic parameter-free projection features (Schlag et al. 2021, section 5.3), non-negative and
+    sparse.
 
-    With r = [relu(x), relu(-x)]: the products of r with itself rolled by 1 ... nu places, side by side.
+    With r = [relu(x), relu(-x)], these are the products of r with itself shifted by 1 ... nu positions, concatenated.
 
-    Of x (..., d), they are (..., 2 d nu).
+    Args:
+        x: (..., d).
+        nu: number of shifts.
+
+    Returns:
+        (..., 2 d nu).
     """
     check_floating(x=x)
     r = torch.cat([x.relu(), (-x).relu()], -1)
@@ -31,9 +37,15 @@ def dpfp(x: Tensor, nu: int = 3) -> Tensor:
 
 
 def associative_read(phi_q: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
-    """What the memory A answers: phi_q A / (phi_q . z + 1e-5), z its normalizer; zeros where nothing was written.
+    """Return the memory's answers phi_q A / (phi_q . z + 1e-5); zeros where nothing was written.
 
-    Shapes are those of the module; the answers (batch, ..., n, dim) have the memory's dtype.
+    Args:
+        phi_q: query features (batch, ..., n, features).
+        memory: A (batch, ..., features, dim).
+        normalizer: z (batch, ..., features).
+
+    Returns:
+        (batch, ..., n, dim) in the memory's dtype.
     """
     phi_q = phi_q.to(memory.dtype)
     with flash.full_precision(phi_q.device):
@@ -50,53 +62,57 @@ def associative_write(
     constant_gamma: bool = True,
     damped: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """All n pairs written at once by the delta rule.
+    """Write n key-value pairs into the memory at once by the delta rule; return the new memory and normalizer.
 
         v' = phi_k A / (phi_k . z + 1e-5)      what is stored under the key
         A <- A + sum strength phi_k (v - v')
         z <- z + sum gamma phi_k,  gamma = clip(1 - phi_k . z / |phi_k|^2, 0, 1), 1 where |phi_k|^2 < 1e-10
 
-    so that a key written again replaces its value and adds nothing to the normalizer. All pairs correct the same A at
-    once: where n of them ask alike and z has seen such keys less often than n beta / 2 times, or shorter ones, the
-    correction is more than twice what is wrong, and A grows without bound over segments. `damped` divides every beta by
+    So a key that is written again replaces its value and adds nothing to the normalizer. All pairs correct the same A
+    at once. If n of them have similar keys, and z has seen such keys less often than n beta / 2 times (or has seen
+    shorter ones), the correction is more than twice the error, and A grows without bound over segments. `damped`
+    divides every beta by
 
         max(1, max_i sum_j beta_j phi_i . phi_j / (phi_i . z'))      z': the normalizer after the write
 
-    so that together they never correct more than what is wrong; a pair alone is not changed by it.
+    so that together they never correct more than the error. It does not change the write of a single pair.
 
     Args:
-        phi_k, values, memory, normalizer: see the module.
-        strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, the normalizer apart.
-        constant_gamma: gamma is not differentiated, as in ARMT.
-        damped: see above; ARMT's are not.
+        phi_k: key features (batch, ..., n, features).
+        values: (batch, ..., n, dim).
+        strength: beta (batch, ..., n) in [0, 1]; 0 writes nothing, but still updates the normalizer.
+        memory: A (batch, ..., features, dim).
+        normalizer: z (batch, ..., features).
+        constant_gamma: no gradient flows through gamma, as in ARMT.
+        damped: limit the joint correction as described above; ARMT does not.
 
     Returns:
-        Memory and normalizer, new tensors.
+        New tensors: memory (batch, ..., features, dim) and normalizer (batch, ..., features).
     """
     phi_k, values, strength = (t.to(memory.dtype) for t in (phi_k, values, strength))
     with flash.full_precision(phi_k.device):
         known = (phi_k @ normalizer[..., None])[..., 0]
         size = phi_k.square().sum(-1)
-        # zero features have no direction: without the mask the gradient of 0 / 0 is not finite
+        # without the mask, zero features would give the gradient of 0 / 0, which is not finite
         gamma = torch.where(size < SMALL, 1, 1 - known / size.clamp(min=SMALL)).clamp(0, 1)
         gamma = gamma.detach() if constant_gamma else gamma
-        after = normalizer + (gamma[..., None] * phi_k).sum(-2)
+        next_normalizer = normalizer + (gamma[..., None] * phi_k).sum(-2)
         if damped:
-            together = (phi_k @ phi_k.mT @ strength[..., None]) / (phi_k @ after[..., None] + EPSILON)
-            strength = strength / together.amax((-2, -1)).clamp(min=1)[..., None]
+            joint_correction = (phi_k @ phi_k.mT @ strength[..., None]) / (phi_k @ next_normalizer[..., None] + EPSILON)
+            strength = strength / joint_correction.amax((-2, -1)).clamp(min=1)[..., None]
         change = strength[..., None] * (values - associative_read(phi_k, memory, normalizer))
-        return memory + phi_k.mT @ change, after
+        return memory + phi_k.mT @ change, next_normalizer
 
 
 class AssociativeMaps(NamedTuple):
-    """The weights of an associative memory in a layer.
+    """The weights of the associative memory of one layer.
 
     Attributes:
-        tokens: (kv_heads, num_memory_tokens, head_dim), what the closed segment is asked.
-        query, key: (head_dim, memory_dim).
-        value: (head_dim, head_dim).
-        strength: (head_dim,).
-        nu: of the feature map.
+        tokens: (kv_heads, num_memory_tokens, head_dim), memory queries that attend to a complete segment.
+        query, key: (head_dim, memory_dim), projections of queries and keys into the memory.
+        value: (head_dim, head_dim), projection of values into the memory.
+        strength: (head_dim,), projection to the write strength before its sigmoid.
+        nu: number of shifts in the DPFP feature map.
     """
 
     tokens: Tensor
@@ -108,21 +124,28 @@ class AssociativeMaps(NamedTuple):
 
 
 class AssociativeRule(NamedTuple):
-    """Memory queries attend to the closed segment; what they find is written by the delta rule, and added when read."""
+    """Reads and writes the associative memory of a layer: memory queries summarize a segment, the delta rule writes
+    it.
+    """
 
     maps: AssociativeMaps
 
     @property
     def features(self) -> int:
-        """Rows of the memory."""
+        """Number of rows (features) of the memory."""
         return 2 * self.maps.key.shape[1] * self.maps.nu
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Fp32 at least: the delta rule corrects, and the normalizer counts no key twice, so that neither runs away."""
+        """Return the dtype of the memory for values v: fp32 or wider.
+
+        fp64 is not needed: the delta rule corrects errors and the normalizer counts no key twice, so neither drifts.
+        """
         return torch.promote_types(v.dtype, torch.float32)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
-        """The local attention, and what the memory answers to each query."""
+        """Return one segment's outputs: local attention `inside` plus the memory's answers to q, (batch, heads,
+        size, head_dim).
+        """
         batch, heads, size, dim = q.shape
         kv_heads = memory.values.shape[1]
         rows = q.to(memory.values.dtype).reshape(batch, kv_heads, heads // kv_heads * size, dim)
@@ -131,16 +154,18 @@ class AssociativeRule(NamedTuple):
         return inside + answers.view(batch, heads, size, inside.shape[-1]).to(inside.dtype)
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
-        """A full segment."""
+        """Return the memory's values and normalizer after one complete segment, k and v (batch, kv_heads, size,
+        head_dim).
+        """
         dtype = memory.values.dtype
         k, v = k.to(dtype), v.to(dtype)
         tokens, _, key, value, strength = (t.to(dtype) for t in self.maps[:5])
         weights = (tokens @ k.mT * k.shape[3] ** -0.5).softmax(-1)
-        heard_k, heard_v = weights @ k, weights @ v
-        beta = (heard_k @ strength).sigmoid()
-        phi = dpfp(heard_k @ key, self.maps.nu)
+        attended_k, attended_v = weights @ k, weights @ v
+        beta = (attended_k @ strength).sigmoid()
+        phi = dpfp(attended_k @ key, self.maps.nu)
         return associative_write(
-            phi, heard_v @ value, beta, memory.values, memory.keys, constant_gamma=False, damped=True
+            phi, attended_v @ value, beta, memory.values, memory.keys, constant_gamma=False, damped=True
         )
 
 
@@ -157,7 +182,23 @@ def associative_attention(
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Causal attention inside segments, and an associative memory of those before; arguments as `infini_attention`."""
+    """Run causal attention inside segments plus an associative memory of earlier segments; return outputs and next
+    memory.
+
+    Args:
+        q: (batch, heads, length, head_dim), before RoPE; column 0 is the first of a segment.
+        k, v: (batch, kv_heads, length, head_dim), before RoPE.
+        maps: the memory's weights.
+        segment: segment length in columns.
+        state: memory of the segments before; None = empty.
+        local: q and k with RoPE, for the attention inside segments; None = q and k themselves.
+        real: (batch, length) bool, columns that hold a token, first in each segment; None = all.
+        begins: (batch, segments) bool, segments at which a document begins; None = none.
+        bptt_segments: number of segments through which gradients flow back, a row's last one included; None = all.
+
+    Returns:
+        Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after all complete segments.
+    """
     layout = Layout(segment, real, begins, bptt_segments)
     return attend_segments(q, k, v, AssociativeRule(maps), layout, state=state, local=local)
 
@@ -176,7 +217,20 @@ def associative_open(
     closes: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """The same within the open segment of every row; arguments as `infini_open`."""
+    """Run `associative_attention` on a call that stays inside the incomplete segment of every row, as in decoding.
+
+    Args:
+        q: (batch, heads, length, head_dim), before RoPE.
+        k, v: (batch, kv_heads, earlier + length, head_dim); the first columns are earlier tokens of the segment.
+        maps, segment, state, bptt_segments: as in `associative_attention`.
+        local: q and k with RoPE; None = q and k themselves.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all.
+        memory_lengths: (batch,) number of earlier keys that belong to the segment, newest last; None = all.
+        closes: (batch,) bool, rows whose segment is complete after this call, so that it is written; None = none.
+
+    Returns:
+        Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after the call.
+    """
     return attend_open(
         q,
         k,
@@ -194,9 +248,9 @@ def associative_open(
 def associative_cost(
     length: int, *, segment: int, head_dim: int, group: int, tokens: int, memory_dim: int, nu: int
 ) -> tuple[int, int]:
-    """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
+    """Count the memory's multiply-adds per kv head (query heads included) and the local score entries per query head.
 
-    Of `length` tokens from an empty past, with `group` query heads a kv head; see `AssociativeMaps`.
+    For `length` tokens from an empty state, with `group` query heads per kv head and `tokens` memory queries.
     """
     features = 2 * memory_dim * nu
     read = group * length * (head_dim * memory_dim + features * (head_dim + 1)) if length > segment else 0

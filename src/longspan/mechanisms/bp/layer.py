@@ -1,4 +1,4 @@
-"""`bp` as a layer; see the package."""
+"""`bp` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BPConfig:
-    """Fields of `bp`.
+    """Configuration of `bp`.
 
     Attributes:
-        k: spans of a level that a token sees. The paper takes 64 for character language models, 4 for
+        k: number of spans per level that a token sees. The paper uses 64 for character language models, 4 for
             classification and translation.
-        max_level: the highest level, of spans of 2^max_level tokens, at most 24; some k 2^(max_level + 1) earlier
-            tokens are seen. Levels that a call is too short for cost next to nothing.
+        max_level: highest level, whose spans have 2^max_level tokens, at most 24; a token sees about k 2^(max_level +
+            1) earlier tokens. Levels whose spans are longer than the text cost almost nothing.
     """
 
     k: int = 16
@@ -36,17 +36,17 @@ class BPConfig:
 
 
 class BPState(ops.TreeNodes):
-    """The spans that later tokens may still see."""
+    """State of `bp`: the spans that later tokens may still see, and running sums of incomplete spans."""
 
     __slots__ = ()
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
         return "open_k", "open_v", "open_mass"
 
 
 class BPMechanism(BoundedMechanism):
-    """See the package."""
+    """BP-Transformer attention without projections: takes q, k, v and a state of spans."""
 
     Config = BPConfig
     config: BPConfig
@@ -60,17 +60,27 @@ class BPMechanism(BoundedMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded by the highest level."""
+        """Capability flags: constant-size state, limited by the highest level; streams when causal."""
         return Traits(streams=self.shape.causal, bounded=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Queries of spans and relative positions take no weight decay."""
+        """Optimizer group of span queries and relative positions: no weight decay."""
         return [ParameterGroup("tree", list(self.parameters()), weight_decay=0.0)]
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: BPState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, BPState | None]:
-        """See `Mechanism.forward`."""
+        """Return attention outputs (batch, heads, length, head_dim) over tokens and spans, and the next state.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE.
+            state: spans of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+
+        Returns:
+            The outputs and the next state; the state is None for a bidirectional instance.
+        """
         out, nodes = ops.bp_attention(
             q,
             k,
@@ -89,7 +99,7 @@ class BPMechanism(BoundedMechanism):
         return out, BPState(*(rows.clear_reset(t) for t in nodes))._replace(live=rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> BPState:
-        """Full capacity, nothing live."""
+        """Return the empty state of `batch_size` rows, with slots for all spans (zeros)."""
         config, shape = self.config, self.shape
         nodes = ops.empty_nodes(
             batch_size, shape.num_kv_heads, shape.head_dim, config.k, config.max_level, device, dtype
@@ -97,13 +107,15 @@ class BPMechanism(BoundedMechanism):
         return BPState(*nodes)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Scores and values of every chunk's columns, the relative term, and the nodes."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: scores and outputs, relative term, computing
+        spans.
+        """
         shape, config = self.shape, self.config
         query, node = ops.bp_cost(length, nearest=config.k, levels=config.max_level, causal=shape.causal)
         return 2 * batch_size * shape.head_dim * (shape.num_heads * query + shape.num_kv_heads * node)
 
     def pairs(self, length: int) -> int:
-        """Pairs of a token and one that it sees, alone or within a span."""
+        """Count the (query, key token) pairs of `length` tokens, directly or within a span, summed over query heads."""
         config = self.config
         one = ops.bp_pairs(length, nearest=config.k, levels=config.max_level, causal=self.shape.causal)
         return self.shape.num_heads * one

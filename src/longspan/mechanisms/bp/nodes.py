@@ -1,7 +1,8 @@
-"""The nodes of BP-Transformer's tree: their keys and values, made of tokens and carried in a state, and a table of all.
+"""Nodes (spans) of BP-Transformer's tree: computing their keys and values, carrying them in a state, and indexing them.
 
-Every level has a query of its own, so a node is a softmax over its tokens. Those inside a chunk are made at once; of a
-larger node every chunk makes a share, and the shares are joined by their sums of weights.
+A node's key and value are softmax means over its tokens, with one learned query per level. Nodes that fit into a chunk
+of tokens are computed at once. For a larger node every chunk computes a partial mean; the partial means are then
+combined by their sums of weights.
 """
 
 from typing import NamedTuple
@@ -15,20 +16,20 @@ from longspan.engine.tiles import HIDDEN
 from longspan.mechanisms.bp.tree import Chunks, Layout, Tree
 
 ENTRIES = 1 << 18
-"""Weights of one block of chunks over all its heads: they stay in cache."""
+"""Softmax weights computed at a time, over all heads of a block of chunks, so that they stay in cache."""
 
 
 class TreeNodes(NamedTuple):
-    """What BP attention carries.
+    """State of BP attention: nodes (spans) of the tokens so far.
 
     Attributes:
-        k: (batch, kv_heads, slots, head_dim), finished nodes, level by level, in a level the newest last; zeros where a
-            row has fewer.
-        v: like k.
-        open_k: (batch, kv_heads, levels, head_dim), fp32 at least, the open node of each level above the tokens: the
-            weighted mean of its keys so far; zeros where nothing is open.
-        open_v: like open_k.
-        open_mass: (batch, kv_heads, levels), the logarithm of the sum of its weights.
+        k: (batch, kv_heads, slots, head_dim), keys of complete nodes, level by level, newest last within a level; zeros
+            where a row has fewer.
+        v: (batch, kv_heads, slots, head_dim), values of complete nodes.
+        open_k: (batch, kv_heads, levels, head_dim), fp32 or wider, weighted mean of the keys so far in the incomplete
+            node of each level above the tokens; zeros where there is none.
+        open_v: (batch, kv_heads, levels, head_dim), weighted mean of its values so far.
+        open_mass: (batch, kv_heads, levels), logarithm of the sum of its weights.
         live: (batch,) int64, tokens since the document began.
     """
 
@@ -41,7 +42,9 @@ class TreeNodes(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """Weighted means of keys and values (..., kv_heads, head_dim), and the log of the weights' sum (..., kv_heads)."""
+    """Weighted means of keys and values (..., kv_heads, head_dim), and the log of the sum of weights (...,
+    kv_heads).
+    """
 
     k: Tensor
     v: Tensor
@@ -49,19 +52,20 @@ class Nodes(NamedTuple):
 
 
 class NodeTable(NamedTuple):
-    """Rows of a table of nodes: those of the state, then chunk by chunk its tokens, its nodes and its larger nodes.
+    """Index of a table of nodes: first the state's nodes, then for each chunk its tokens, inner nodes and larger nodes.
 
-    A node that is larger than a chunk lies in the last of its chunks in the call. Tensors have an entry per level.
+    A node larger than a chunk is stored with the last of its chunks in the call. Tensor fields have one entry per
+    level.
 
     Attributes:
-        tile: tokens of a chunk.
-        slots: rows of the state.
-        width: rows of a chunk.
-        inside: how many of them are tokens and nodes inside the chunk.
-        size: rows.
-        per_chunk: rows of a level in a chunk, 1 for larger nodes.
-        first: the first of them.
-        slots_end: the row behind the newest node of a level in the state.
+        tile: tokens per chunk.
+        slots: rows of the state's nodes.
+        width: rows per chunk.
+        inside: rows per chunk that are tokens and nodes inside the chunk.
+        size: total number of rows.
+        per_chunk: rows of a level per chunk, 1 for larger nodes.
+        first: first row of a level within a chunk.
+        slots_end: row after the newest node of a level in the state.
     """
 
     tile: int
@@ -74,11 +78,14 @@ class NodeTable(NamedTuple):
     slots_end: Tensor
 
     def column(self, level: Tensor, node: Tensor) -> Tensor:
-        """The row of a node within its chunk."""
+        """Return the row of node `node` of level `level` within its chunk."""
         return self.first[level] + (node & (self.per_chunk[level] - 1))
 
     def find(self, seen_from: Chunks, level: Tensor, node: Tensor) -> Tensor:
-        """The row of a node of a chunk's document; some row where there is no such node. All arguments broadcast."""
+        """Return the table row of a node in the document of chunk `seen_from`; all arguments broadcast.
+
+        The result is an arbitrary valid row where no such node exists.
+        """
         shift = self.tile.bit_length() - 1
         ahead = ((((node + 1) << level) - 1) >> shift) - (seen_from.begin >> shift)
         chunk = torch.minimum(seen_from.number + ahead, seen_from.last).clamp(min=0)
@@ -87,14 +94,19 @@ class NodeTable(NamedTuple):
         return torch.where((older > 0) & (node >= 0), (self.slots_end[level] - older).clamp(min=0), row)
 
     def join(self, state: Tensor | None, tokens: Tensor, inside: Tensor, larger: Tensor) -> Tensor:
-        """Keys or values, all (batch, chunks, rows, kv_heads, head_dim) but the state's, as (batch, size, ...)."""
+        """Concatenate the keys (or values) of all nodes into the table (batch, size, kv_heads, head_dim).
+
+        Args:
+            state: (batch, kv_heads, slots, head_dim); None = no state.
+            tokens, inside, larger: (batch, chunks, rows, kv_heads, head_dim).
+        """
         table = torch.cat([tokens, inside.to(tokens.dtype), larger.to(tokens.dtype)], 2).flatten(1, 2)
         return table if state is None else torch.cat([state.transpose(1, 2), table], 1)
 
 
 @host.table
 def make_table(tree: Tree, levels: int, tile: int, count: int, with_state: bool, device: torch.device) -> NodeTable:
-    """The table of `count` chunks and levels 0 .. `levels`."""
+    """Build the index for `count` chunks of `tile` tokens and levels 0 .. `levels`."""
     per_chunk = [max(1, tile >> level) for level in range(levels + 1)]
     capacities = [tree.capacity(level) for level in range(levels + 1)]
     slots = tree.slots if with_state else 0
@@ -120,17 +132,18 @@ def pool(
     layout: Layout,
     state: TreeNodes | None,
 ) -> tuple[Nodes, Nodes]:
-    """The nodes inside each chunk, and the larger ones in the last of their chunks, (batch, chunks, rows, ...).
+    """Compute the nodes inside each chunk, and the larger nodes (stored with their last chunk), (batch, chunks, rows,
+    ...).
 
     Args:
-        k: (batch, chunks, tile, kv_heads, head_dim), what nodes are means of.
-        v: like k.
-        content: like k, what the weights are made of.
+        k: (batch, chunks, tile, kv_heads, head_dim), keys that nodes are means of.
+        v: (batch, chunks, tile, kv_heads, head_dim), values that nodes are means of.
+        content: (batch, chunks, tile, kv_heads, head_dim), keys from which the weights are computed.
         queries: (levels, kv_heads, head_dim).
-        scale: of the logits.
-        table: where the nodes will lie.
-        layout: of the call.
-        state: whose open nodes the first chunk continues.
+        scale: factor of the logits.
+        table: index of the nodes.
+        layout: chunks of the call.
+        state: nodes so far; the first chunk continues its incomplete nodes. None = empty.
     """
     batch, tile, device = len(k), table.tile, k.device
     dtype = torch.promote_types(torch.promote_types(k.dtype, queries.dtype), torch.float32)
@@ -150,27 +163,27 @@ def pool(
         nodes = Nodes(*(torch.cat([one[:, None], t[:, 1:]], 1) for one, t in zip(first, nodes, strict=True)))
     parts = (t.tensor_split([table.inside - tile], 2) for t in nodes)
     inside, larger = (Nodes(*part) for part in zip(*parts, strict=True))
-    return inside, _join_shares(larger, layout)
+    return inside, _join_partial_means(larger, layout)
 
 
 def _means(tokens: tuple[Tensor, ...], query: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Softmax means of tokens, (chunks, rows, kv_heads, head_dim) of keys and values, and the log of the weights' sum.
+    """Return softmax means of keys and values (chunks, rows, kv_heads, head_dim), and the log of the sum of weights.
 
     Args:
         tokens: keys and values (chunks, tile, kv_heads, head_dim), logits (chunks, tile, kv_heads, levels).
-        query: (rows,) which of the levels a row takes.
-        mask: (rows, tile), added to its logits.
+        query: (rows,) level index whose logits each row uses.
+        mask: (rows, tile), added to the logits: hides tokens outside the row's node.
     """
     keys, values, logits = tokens
     rows = logits.permute(0, 2, 3, 1).index_select(2, query).add_(mask)
     weights = rows.softmax(-1)
     k, v = ((weights @ t.transpose(1, 2)).transpose(1, 2) for t in (keys, values))
-    # the largest weight is one over the sum
+    # the largest weight is 1 / sum, in units of the largest exponential
     return k, v, (rows.amax(-1) - weights.amax(-1).log()).transpose(1, 2)
 
 
 def _resume(nodes: Nodes, layout: Layout, level: Tensor, node: Tensor, state: TreeNodes) -> Nodes:
-    """The first chunk's nodes (batch, rows, ...) with what the state has open."""
+    """Merge the state's incomplete nodes into the nodes of the first chunk, (batch, rows, ...)."""
     live = state.live[:, None]
     number = (live & (layout.tile - 1)) >> level
     continues = ((live & ((1 << level) - 1)) > 0) & (number == node) & (layout.chunks.before[:, :1] > 0)
@@ -181,11 +194,13 @@ def _resume(nodes: Nodes, layout: Layout, level: Tensor, node: Tensor, state: Tr
     return Nodes(torch.lerp(nodes.k, k, share), torch.lerp(nodes.v, v, share), total)
 
 
-def _join_shares(shares: Nodes, layout: Layout) -> Nodes:
-    """Nodes larger than a chunk, each in the last of its chunks, of the chunks' shares (batch, chunks, levels, ...)."""
-    mass, chunks = shares.mass, layout.chunks
+def _join_partial_means(partial_means: Nodes, layout: Layout) -> Nodes:
+    """Combine partial means of nodes larger than a chunk (batch, chunks, levels, ...), stored with each node's last
+    chunk.
+    """
+    mass, chunks = partial_means.mass, layout.chunks
     if not mass.shape[2] or mass.shape[1] == 1:
-        return shares
+        return partial_means
     size = 2 << torch.arange(mass.shape[2], device=mass.device)
     number = chunks.begin[..., None] // layout.tile
     target = torch.minimum(chunks.number[..., None] + size - 1 - number % size, chunks.last[..., None])
@@ -193,15 +208,17 @@ def _join_shares(shares: Nodes, layout: Layout) -> Nodes:
     top = torch.full_like(mass, HIDDEN).scatter_reduce(1, target, mass.detach(), "amax")
     weight = (mass - top.gather(1, target)).exp()
     total = torch.zeros_like(weight).scatter_add(1, target, weight).clamp(min=1e-30)
-    wide = target[..., None].expand(shares.k.shape)
-    k, v = (torch.zeros_like(t).scatter_add(1, wide, weight[..., None] * t) / total[..., None] for t in shares[:2])
+    wide = target[..., None].expand(partial_means.k.shape)
+    k, v = (
+        torch.zeros_like(t).scatter_add(1, wide, weight[..., None] * t) / total[..., None] for t in partial_means[:2]
+    )
     return Nodes(k, v, top + total.log())
 
 
 def nodes_after(
     tree: Tree, table: NodeTable, layout: Layout, inside: Nodes, larger: Nodes, keys: Tensor, values: Tensor
 ) -> TreeNodes:
-    """The state after a call, of its nodes and its tables (batch, rows, kv_heads, head_dim)."""
+    """Return the state after a call, gathered from the tables of keys and values (batch, rows, kv_heads, head_dim)."""
     rows, device = torch.arange(len(keys), device=keys.device)[:, None], keys.device
     final = Chunks(*(t.gather(1, layout.final) for t in layout.chunks))
     slot = torch.arange(tree.slots, device=device)

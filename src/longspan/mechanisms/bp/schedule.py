@@ -1,4 +1,4 @@
-"""Which nodes each tile of queries reads in BP-Transformer, and which of them each query sees."""
+"""Which nodes (spans) each tile of queries reads in BP-Transformer, and which of them each query sees."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,16 @@ from longspan.mechanisms.bp.tree import Chunks, Layout, Tree
 
 
 class Schedule(NamedTuple):
-    """What tiles of queries read, and what each query sees. A part is a side and a level: side * levels + level.
+    """What tiles of queries read, and what each query sees. A part is a (side, level) pair: side * levels + level.
 
     Attributes:
-        rows: (tiles, K) rows of the table of keys and values.
-        part: (K,) of the node.
-        distance: (K,) int32, from the nearest node of the part that any query of the tile sees.
-        entry: (K,) the relative position of the nearest node of the part.
-        skipped: (tiles or tiles of a row, tile, parts) int32, nodes of the tile that are too near for the query.
-        in_view: like skipped, nodes that the query sees.
+        rows: (tiles, K) table rows of the keys and values that a tile reads.
+        part: (K,) part of each column.
+        distance: (K,) int32, distance from the nearest node of the part that any query of the tile sees.
+        entry: (K,) relative position of the nearest node of the part.
+        skipped: (tiles or tiles per row, tile, parts) int32, number of the tile's nodes that are too near for the
+            query.
+        in_view: (tiles or tiles per row, tile, parts) int32, number of nodes that the query sees.
     """
 
     rows: Tensor
@@ -30,7 +31,9 @@ class Schedule(NamedTuple):
     in_view: Tensor
 
     def visible(self, tiles: slice) -> tuple[Tensor, Tensor]:
-        """(tiles, tile, K) which columns a query sees, and their relative positions, 0 where it does not."""
+        """Return (tiles, tile, K): which columns each query sees (bool), and their relative positions (0 where
+        hidden).
+        """
         index = torch.arange(tiles.start, tiles.stop, device=self.part.device) % len(self.in_view)
         part = self.part.expand(len(index), self.in_view.shape[1], -1)  # gather is faster than index_select here
         skipped, count = (t[index].gather(2, part) for t in (self.skipped, self.in_view))
@@ -41,7 +44,7 @@ class Schedule(NamedTuple):
 
 @host.table
 def make_columns(tree: Tree, tile: int, highest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Part and distance of what a tile of `tile` positions reads of levels 0 .. `highest`, see `Schedule`."""
+    """Return part and distance of every column that a tile of `tile` positions reads, for levels 0 .. `highest`."""
     columns = [
         (side * (highest + 1) + level, distance)
         for side in range(tree.sides)
@@ -53,14 +56,14 @@ def make_columns(tree: Tree, tile: int, highest: int, device: torch.device) -> t
 
 
 def make_schedule(tree: Tree, table: NodeTable, layout: Layout, highest: int, batch: int) -> Schedule:
-    """The schedule of a call over `batch` rows, for levels 0 .. `highest`."""
+    """Build the schedule of a call over `batch` rows, for levels 0 .. `highest`."""
     chunks = Chunks(*(t[..., None] for t in layout.chunks))
     part, distance = make_columns(tree, layout.tile, highest, chunks.begin.device)
     positions = chunks.begin + torch.arange(layout.tile, device=part.device)
     nearest, count = (t.flatten(-2) for t in tree.view(positions, chunks.end, highest))
     of_tile = nearest.amax(2, keepdim=True)
     node = of_tile[:, :, 0].index_select(2, part) - distance
-    node = torch.where(part > highest, -1 - node, node)  # the right side
+    node = torch.where(part > highest, -1 - node, node)  # on the right side
     rows = table.find(chunks, part % (highest + 1), node)
     rows = rows + table.size * torch.arange(batch, device=part.device)[:, None, None]
     return Schedule(

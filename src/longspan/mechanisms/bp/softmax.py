@@ -1,4 +1,4 @@
-"""Softmax attention of tiles of queries to the rows of a table that a schedule names, with relative positions."""
+"""Softmax attention of tiles of queries to the table rows named by a schedule, with relative positions."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from longspan.engine import Schedule as Tiles
 from longspan.engine.tiles import HIDDEN, Run, make_open_plan
 from longspan.mechanisms.bp.schedule import Schedule
 
-FORWARD_ENTRIES = 1 << 20  # scores of one kernel call over all its heads
+FORWARD_ENTRIES = 1 << 20  # scores per kernel call, over all heads
 
 
 def attend_schedule(
@@ -22,19 +22,18 @@ def attend_schedule(
     schedule: Schedule,
     scale: float,
 ) -> Tensor:
-    """Attention to table rows.
+    """Return softmax attention of tiles of queries to the rows of a table.
 
     Args:
         q: (tiles, tile, heads, head_dim).
-        bare: q before positions, for the relative term; None = q.
-        keys: (rows, kv_heads, head_dim).
-        values: like keys.
-        relative: (entries, head_dim); None where there is no relative term.
+        bare: q before RoPE, for the relative term; None = q.
+        keys, values: the table, (rows, kv_heads, head_dim).
+        relative: (entries, head_dim); None = no relative term.
         schedule: which rows a tile reads, and which of them its queries see.
-        scale: of all scores.
+        scale: factor of all scores.
 
     Returns:
-        Like q, in its dtype.
+        (tiles, tile, heads, head_dim) in q's dtype.
     """
     q, width = q.transpose(1, 2), schedule.rows.shape[1]
     plan = make_open_plan(q.shape[2], q.shape[2], 0, width)
@@ -46,9 +45,9 @@ def attend_schedule(
 
 
 class TreeScores(Scores):
-    """Hides the nodes that a query does not see, and adds scale * bare . relative of the others.
+    """Scores of BP attention: hides nodes that a query does not see, adds scale * bare . relative to the others.
 
-    The schedule's tensors are bare (tiles, heads, tile, head_dim) and relative (entries, head_dim), or none.
+    The schedule's extra tensors are bare (tiles, heads, tile, head_dim) and relative (entries, head_dim), or none.
     """
 
     def __init__(self, inputs: RoundInputs, *, schedule: Schedule, scale: float) -> None:
@@ -56,11 +55,13 @@ class TreeScores(Scores):
         self.schedule, self.scale = schedule, scale
 
     def tiles_at_once(self, run: Run, heads: int) -> int:
-        """See `Scores`."""
+        """Return how many tiles to compute in one kernel call for `heads` heads."""
         return max(1, FORWARD_ENTRIES // (heads * run.queries * run.keys))
 
     def added(self, tile: Tile) -> Tensor:
-        """See `Scores`."""
+        """Return what is added to a tile's scores: the relative term, or a large negative number where a node is
+        hidden.
+        """
         first, count = tile.block.row, tile.block.rows
         visible, self.entry = (t[:, :, None] for t in self.schedule.visible(slice(first, first + count)))
         if not self.tensors:
@@ -72,7 +73,7 @@ class TreeScores(Scores):
         return bias.masked_fill_(~visible, HIDDEN).transpose(1, 2)
 
     def backward(self, tile: Tile, slopes: Tensor) -> None:
-        """See `Scores`."""
+        """Add the gradients of bare queries and relative positions from a tile's score gradients `slopes`."""
         assert self.gradients is not None
         (bare, relative), (dbare, drelative) = self.tensors, self.gradients
         queries, rows = tile.queries(bare).transpose(1, 2), tile.block.rows

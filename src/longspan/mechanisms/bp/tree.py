@@ -1,12 +1,13 @@
-"""The tree of BP-Transformer: which nodes a position sees, and how the tokens of a call lie in chunks.
+"""The tree of BP-Transformer: which nodes (spans) a position sees, and how a call is split into chunks.
 
-Positions count from the start of a document; node m of level l spans the positions m 2^l .. (m + 1) 2^l - 1, level 0
-are the tokens. Position i sees, of level l on its left, the nodes from 2 L(l + 1) to L(l) - 1, where
+Positions count from the start of a document; node m of level l covers the positions m 2^l .. (m + 1) 2^l - 1; level 0
+are the tokens. On its left, position i sees of level l the nodes from 2 L(l + 1) to L(l) - 1, where
 
     L(l) = ((i + k + 2^(l - 1) - 1) >> l) - k,   L(0) = i
 
 and k is the number of nodes per level; the view ends k nodes into the highest level. The right side is the mirror
-image: node m is what node -1 - m is to position -1 - i. That is the walk of `definition` in closed form.
+image: node m is to position i what node -1 - m is to position -1 - i. This is the walk of `bp/definition.py` in closed
+form.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from longspan import host
 
 
 class Tree(NamedTuple):
-    """`nearest` (the paper's k) nodes per level, levels 0 .. `levels`."""
+    """Shape of the tree: `nearest` (the paper's k) nodes per level, levels 0 .. `levels`."""
 
     nearest: int
     levels: int
@@ -28,11 +29,11 @@ class Tree(NamedTuple):
 
     @property
     def sides(self) -> int:
-        """1: the left one, 2: left and right."""
+        """Number of sides a query sees: 1 (left) if causal, else 2 (left and right)."""
         return 1 if self.causal else 2
 
     def capacity(self, level: int) -> int:
-        """Finished nodes of a level that a later position may still see, or does not see yet."""
+        """Return how many complete nodes of a level a state holds: those that some later position may see."""
         k = self.nearest
         if level == self.levels:
             return 2 * k - ((k + (1 << level) - 1) >> level)
@@ -40,25 +41,27 @@ class Tree(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Finished nodes in a state."""
+        """Number of complete nodes in a state."""
         return sum(self.capacity(level) for level in range(self.levels + 1))
 
     @property
     def entries(self) -> int:
-        """Relative positions: itself, then by side, level and place, nearest first."""
+        """Number of relative positions: the token itself, then by side, level and rank, nearest first."""
         return 1 + self.sides * (self.levels + 1) * (self.nearest + 1)
 
     def trim_relative(self, relative: Tensor, highest: int) -> Tensor:
-        """The rows of (entries, head_dim) that belong to levels 0 .. `highest`."""
+        """Return the rows of `relative` (entries, head_dim) that belong to levels 0 .. `highest`."""
         by_level = relative[1:].view(self.sides, self.levels + 1, -1)
         return torch.cat([relative[:1], by_level[:, : highest + 1].reshape(-1, relative.shape[1])])
 
     def border(self, position: Any, level: Any) -> Any:
-        """L(level), the first node that is not to the left of all lower levels' nodes; of numbers or tensors."""
+        """Return L(level), the first node that is not fully left of all nodes of lower levels; for numbers or
+        tensors.
+        """
         return ((position + self.nearest + (((1 << level) + 1) >> 1) - 1) >> level) - self.nearest
 
     def highest_level(self, positions: int) -> int:
-        """The highest level that any position of a document of so many tokens sees."""
+        """Return the highest level that any position of a document of `positions` tokens sees."""
         levels = range(1, self.levels + 1)
         seen = [level for level in levels if self.border(positions - 1, level) > 0]
         if not self.causal:
@@ -66,16 +69,17 @@ class Tree(NamedTuple):
         return max(seen, default=0)
 
     def view(self, position: Tensor, end: Tensor, highest: int) -> tuple[Tensor, Tensor]:
-        """The nodes that positions see, for every side and level 0 .. `highest`; on the right node m counts as -1 - m.
+        """Return the nodes that positions see, per side and level 0 .. `highest`; on the right, node m is numbered -1 -
+        m.
 
         Args:
             position: (...) positions in their documents.
-            end: (...) tokens in these documents.
-            highest: level.
+            end: (...) number of tokens of these documents.
+            highest: highest level.
 
         Returns:
-            (..., sides, levels) the nearest node, and how many from there on: itself is the nearest left one of level
-            0.
+            Two tensors (..., sides, levels): the nearest node, and the number of nodes from there on. On the left at
+                level 0 the nearest node is the token itself.
         """
         sides = slice(None, self.sides)
         position = torch.stack([position, -1 - position], -1)[..., sides, None]
@@ -90,14 +94,14 @@ class Tree(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """Chunks of consecutive positions of one document, as fields of the same shape.
+    """Chunks of consecutive positions of one document; all fields have the same shape.
 
     Attributes:
-        number: of the chunk in its row.
-        begin: position of the first column, a multiple of the tile.
+        number: index of the chunk in its row.
+        begin: position of the first column, a multiple of the chunk size.
         before: tokens of the document before the call.
         end: tokens of the document up to the end of the call.
-        last: the document's last chunk in the call.
+        last: index of the document's last chunk in the call.
     """
 
     number: Tensor
@@ -108,16 +112,18 @@ class Chunks(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A call in C chunks of `tile` positions per row, every document at a border; R rows, or 1 where all are alike.
+    """A call split into C chunks of `tile` positions per row, every document starting at a chunk boundary.
+
+    R is the number of rows, or 1 where all rows are laid out alike.
 
     Attributes:
-        tile: positions of a chunk, a power of two.
-        front: columns before the first token where tokens are contiguous and all rows alike, else None.
-        source: (R, C * tile) the token in each column, -1 in holes.
-        column: (R, length) the column of each token.
-        chunks: (R, C) each.
-        final: (R, 1) the chunk of a row's last token; 0 where it has none.
-        longest: the most tokens of any document up to the end of the call.
+        tile: positions per chunk, a power of two.
+        front: columns before the first token, where tokens are contiguous and all rows alike; else None.
+        source: (R, C * tile) token in each column, -1 where there is none.
+        column: (R, length) column of each token.
+        chunks: the chunks, (R, C) per field.
+        final: (R, 1) chunk of a row's last token; 0 for an empty row.
+        longest: largest number of tokens of any document up to the end of the call.
     """
 
     tile: int
@@ -129,19 +135,21 @@ class Layout(NamedTuple):
     longest: int
 
     def spread(self, x: Tensor) -> Tensor:
-        """(batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), zeros in holes."""
+        """Move tokens into chunks: (batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), zeros
+        elsewhere.
+        """
         x = x.transpose(1, 2)
         size = self.source.shape[1]
         if self.front is None:
-            holes = (self.source < 0)[..., None, None]
+            gaps = (self.source < 0)[..., None, None]
             x = x.gather(1, self.source.clamp(min=0)[..., None, None].expand(-1, -1, *x.shape[2:]))
-            x = x.masked_fill(holes, 0)
+            x = x.masked_fill(gaps, 0)
         elif size != x.shape[1]:
             x = F.pad(x, (0, 0, 0, 0, self.front, size - self.front - x.shape[1]))
         return x.reshape(len(x), -1, self.tile, *x.shape[2:])
 
     def collect(self, x: Tensor, length: int) -> Tensor:
-        """(batch, C * tile, heads, head_dim) back to (batch, heads, length, head_dim)."""
+        """Invert `spread`: (batch, C * tile, heads, head_dim) back to (batch, heads, length, head_dim)."""
         if self.front is not None:
             x = x[:, self.front : self.front + length]
         else:
@@ -150,31 +158,32 @@ class Layout(NamedTuple):
 
 
 def make_layout(length: int, tile: int, *, lengths: Tensor | None, start: Tensor | None, offset: Tensor) -> Layout:
-    """Lay out a call on the host.
+    """Split a call into chunks; computed on the host.
 
     Args:
         length: columns of the call, at least 1.
-        tile: positions of a chunk.
-        lengths: (batch,) real tokens of each row; None = all.
-        start: (batch, length) the column at which a token's document starts, negative where before the call, or None.
+        tile: positions per chunk.
+        lengths: (batch,) number of real tokens of each row; None = all.
+        start: (batch, length) column at which each token's document starts, negative if before the call; None = no
+            document starts inside the call.
         offset: (batch,) tokens of each row's document before the call.
     """
     count, starts, before = host.read([lengths, start, offset])
     if before is None or (count is None) != (lengths is None) or (starts is None) != (start is None):
-        count = starts = None  # without values (fake tensors) as if all rows were alike
+        count = starts = None  # without values (fake tensors): as if all rows were alike
         before = np.zeros(1, np.int64)
     alike = count is None and starts is None and bool((before == before[0]).all())
     before = before[:1, None] if alike else before[:, None]
     token = np.arange(length)
     real = token < (np.full_like(before, length) if count is None else count[:, None])
     starts = np.broadcast_to(-before, real.shape) if starts is None else np.where(starts < 0, -before, starts)
-    # token -1 is the newest one before the call
+    # token -1 is the newest token before the call
     position = np.concatenate([before - 1, token - starts], 1)
-    holes = np.where((starts == token) & real, -(position[:, :-1] + 1) % tile, 0)
-    column = np.where(real, before % tile + token + holes.cumsum(1), -1)
+    gaps = np.where((starts == token) & real, -(position[:, :-1] + 1) % tile, 0)
+    column = np.where(real, before % tile + token + gaps.cumsum(1), -1)
     chunk = np.arange(max(1, -(-(int(column.max()) + 1) // tile)))
     source = np.full((len(before), len(chunk) * tile + 1), -1)
-    np.put_along_axis(source, column, np.broadcast_to(token, column.shape), 1)  # padding goes to the last column
+    np.put_along_axis(source, column, np.broadcast_to(token, column.shape), 1)  # padding goes into an extra last column
     source = source[:, :-1]
     newest = source.reshape(len(before), len(chunk), tile).max(2) + 1
     begin = np.take_along_axis(position, newest, 1).clip(0) // tile * tile

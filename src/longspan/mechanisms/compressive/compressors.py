@@ -1,10 +1,10 @@
-"""Compression functions of the Compressive Transformer (Rae et al. 2019, section 3.2), and what they learn from.
+"""Compression functions of the Compressive Transformer (Rae et al. 2019, section 3.2) and their auxiliary losses.
 
-A group of `ratio` vectors becomes one slot. "mean" and "max" pool it. "conv" is a convolution of `ratio` taps at a
-stride of `ratio`. "dilated" is a stack of convolutions of two taps at dilations 1, 2, 4, ..., each with a residual,
-y = (a + b) / 2 + W gelu([a, b]), read at the end of each group; it sees the last 2 ** layers vectors, at least two
-groups (the paper gives no sizes). "most_used" keeps, of the vectors that leave the memory together, those with the most
-attention. The convolutions begin as means (the paper says nothing of their start).
+A group of `ratio` vectors becomes one slot. "mean" and "max" pool it. "conv" is a convolution with `ratio` taps and
+stride `ratio`. "dilated" is a stack of convolutions with two taps and dilations 1, 2, 4, ..., each with a residual, y =
+(a + b) / 2 + W gelu([a, b]), read at the end of each group; it sees the last 2 ** layers vectors, at least two groups
+(the paper gives no sizes). "most_used" keeps, of the vectors that leave the memory together, those that got the most
+attention. Convolutions are initialized as means (the paper does not specify it).
 """
 
 from collections.abc import Callable
@@ -25,11 +25,17 @@ Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Compressor(nn.Module):
-    """Groups of `ratio` vectors to slots; `how` is a name of the module's docstring.
+    """Compresses groups of `ratio` vectors into one slot each.
+
+    Args:
+        how: compression function, "mean", "max", "conv", "dilated" or "most_used"; see the module docstring.
+        dim: width of the vectors.
+        ratio: vectors per slot.
+        decode: also create the decoder for the auto-encoding loss (for functions with parameters).
 
     Attributes:
-        context: vectors before a group that its slot depends on.
-        learns: the function has parameters; with `decode` also the decoder of the auto-encoding loss.
+        context: number of vectors before a group that its slot depends on.
+        learns: whether the function has parameters.
     """
 
     def __init__(self, how: str, dim: int, ratio: int, decode: bool = False) -> None:
@@ -38,16 +44,17 @@ class Compressor(nn.Module):
         layers = (2 * ratio - 1).bit_length() if how == "dilated" else 0
         self.context = 2**layers - ratio if layers else 0
         self.learns = how in ("conv", "dilated")
-        # parameters and no `nn.Linear`: models draw the weights of those anew
+        # plain parameters, because models reinitialize the weights of `nn.Linear`
         self.layers = CalledParameters(torch.zeros(dim, 2 * dim) for _ in range(layers))
         self.conv = nn.Parameter(torch.eye(dim).repeat(1, ratio) / ratio) if how == "conv" else None
         self.decoder = nn.Parameter(torch.eye(dim).repeat(ratio, 1)) if decode and self.learns else None
 
     def unused_weights(self) -> list[str]:
-        """Names that earlier versions saved, of weights that nothing used: where there are no slots."""
+        """Names of unused weights that earlier versions saved for functions without parameters."""
         return [] if self.learns else ["conv", "decoder", *(f"layers.{index}" for index in range(64))]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the parameters, ignoring unused weights saved by earlier versions."""
         for name in self.unused_weights():
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -55,16 +62,16 @@ class Compressor(nn.Module):
     def forward(
         self, vectors: Tensor, usage: Tensor | None = None, groups: Tensor | None = None, *, decode: bool = False
     ) -> Tensor:
-        """Compress.
+        """Compress groups of vectors into slots, or decode slots.
 
         Args:
-            vectors: (batch, context + slots * ratio, dim).
-            usage: (batch, slots * ratio) attention each vector got; of "most_used" only.
-            groups: (batch,) how many groups are real, the first ones; of "most_used" only.
-            decode: turn it round, slots (batch, slots, dim) to what the auto-encoder makes of them.
+            vectors: (batch, context + slots * ratio, dim), or slots (batch, slots, dim) with `decode`.
+            usage: (batch, slots * ratio) attention that each vector got; "most_used" only.
+            groups: (batch,) number of real groups, which come first; "most_used" only.
+            decode: decode slots with the auto-encoder's decoder instead.
 
         Returns:
-            (batch, slots, dim), or (batch, slots * ratio, dim) where `decode`.
+            Slots (batch, slots, dim), or reconstructed vectors (batch, slots * ratio, dim) with `decode`.
         """
         if decode:
             assert self.decoder is not None, "built without a decoder"
@@ -85,7 +92,10 @@ class Compressor(nn.Module):
         return pooled
 
     def _most_used(self, vectors: Tensor, usage: Tensor, groups: Tensor) -> Tensor:
-        """The `groups` most used of a row's first groups * ratio vectors, in their order; of equal ones the first."""
+        """Select the `groups` most used of a row's first groups * ratio vectors, in their order; ties go to the first.
+
+        vectors is (batch, slots * ratio, dim), the result (batch, slots, dim).
+        """
         slots, column = vectors.shape[1] // self.ratio, torch.arange(vectors.shape[1], device=vectors.device)
         real = column < (groups * self.ratio)[:, None]
         order = usage.masked_fill(~real, -1.0).argsort(dim=1, descending=True, stable=True)
@@ -94,7 +104,7 @@ class Compressor(nn.Module):
         return vectors.gather(1, chosen[..., None].expand(-1, -1, vectors.shape[2]))
 
     def flops(self, slots: int) -> int:
-        """Of one row's compression to so many slots."""
+        """Count the FLOPs of compressing one row into `slots` slots."""
         if self.how == "conv":
             return 2 * slots * self.ratio * self.dim**2
         evaluated: int = 2 ** len(self.layers) - 1
@@ -102,13 +112,13 @@ class Compressor(nn.Module):
 
 
 class Frozen(FirstOrder):
-    """A projection to keys and values through which gradients reach its input and not its parameters."""
+    """Autograd function: a projection to keys and values whose gradients reach its input but not its parameters."""
 
     what = "the loss of a compressor"
 
     @staticmethod
     def forward(ctx: Any, project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`project(x)`, its graph kept apart."""
+        """Return `project(x)` (keys, values), recorded in a separate graph."""
         with torch.enable_grad():
             inner = x.detach().requires_grad_()
             k, v = project(inner)
@@ -118,34 +128,46 @@ class Frozen(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], *grads: Tensor) -> tuple[None, Tensor]:
-        """The gradient of x alone."""
+        """Return the gradient of x only."""
         x, *projected = ctx.inner
         return None, torch.autograd.grad(projected, x, grads, retain_graph=True)[0]
 
 
 def frozen(project: Project, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of x whose gradients reach x and not the parameters of `project`."""
+    """Return keys and values of x, whose gradients reach x but not the parameters of `project`."""
     projected: tuple[Tensor, Tensor] = Frozen.apply(project, x)
     return projected
 
 
 class SlotLayout(NamedTuple):
-    """What a call compresses and where the new slots stand; *closing* are the segments at whose end slots are made."""
+    """What a call compresses, and where the new slots are stored.
 
-    # (closing, context + most slots * ratio) in the list of zeros, the state's hidden states, the call's
+    A *closing* segment is one that is completed in the call, so that slots are made at its end. Indices refer to
+    concatenated lists whose entry 0 is a zero vector.
+    """
+
+    # (closing, context + most slots * ratio) index into [zero, the state's hidden states, the call's]
     vectors: Tensor
-    groups: Tensor  # (closing,) how many slots of each are real, the first ones
-    queries: Tensor  # (closing, most tokens) the call's tokens in each, flattened over the batch
-    lengths: Tensor  # (closing,) how many of these are real, the first ones
-    # (batch, columns) in the list of zeros, the state's slots, the new ones: what the call's segments see
+    groups: Tensor  # (closing,) number of real slots of each segment, which come first
+    queries: Tensor  # (closing, most tokens) the call's tokens in each segment, flattened over the batch
+    lengths: Tensor  # (closing,) number of real tokens of each segment, which come first
+    # (batch, columns) slots that the call's segments see, index into [zero, the state's slots, new slots]
     visible: Tensor
-    carried: Tensor  # (batch, compressed_len) in the same list: those of the next state
+    carried: Tensor  # (batch, compressed_len) slots of the next state, index into the same list
 
 
 def slot_layout(
     rows: BatchLayout, segments: CallSegments, sizes: CompressiveSizes, context: int, capacity: int
 ) -> SlotLayout:
-    """The layout of a call, for a state of `capacity` hidden states; `context`: see `Compressor`."""
+    """Compute the slot layout of a call on the host.
+
+    Args:
+        rows: batch layout of the call.
+        segments: segments of the call.
+        sizes: sizes of segment and memories.
+        context: `Compressor.context`.
+        capacity: number of hidden states in the state.
+    """
     old_slots, compressed_len = rows.batch * sizes.compressed_len, sizes.compressed_len
     closing = CallSegments(*(field[segments.new_slots > 0, None] for field in segments))
     group = np.arange(closing.new_slots.max(initial=0))
@@ -156,7 +178,7 @@ def slot_layout(
     vectors = np.where(column < 0, in_state, 1 + rows.batch * capacity + closing.row * rows.length + column)
     vectors[(position < 0) | (position >= closing.border + sizes.segment)] = 0
     query = np.minimum(np.arange(closing.tokens.max(initial=0)), closing.tokens - 1)
-    # the slots of a row: those of the state, then the new ones
+    # slots of a row: those of the state, then the new ones
     new_slots = np.zeros(rows.batch, np.int64)
     np.add.at(new_slots, segments.row, segments.new_slots)
     slots = np.zeros((rows.batch, compressed_len + new_slots.max(initial=0)), np.int64)
@@ -181,44 +203,48 @@ def slot_layout(
 def auxiliary_loss(
     compressor: Compressor, kind: str, old: Tensor, new: Tensor, q: Tensor, layout: SlotLayout, project: Project
 ) -> Tensor:
-    """What a compressor learns from in one call: a mean squared error, whose gradients reach its parameters alone.
+    """Return the loss from which a compressor learns in one call: a mean squared error with gradients for it only.
 
     Args:
-        compressor: see above.
-        kind: "attention" (of the queries) or "auto_encoding" (of the vectors).
-        old: (closing, slots * ratio, dim), what left the memory.
-        new: (closing, slots, dim), what the compressor made of it.
+        compressor: the compression function.
+        kind: "attention" (reconstruct the attention of queries) or "auto_encoding" (reconstruct the vectors).
+        old: (closing, slots * ratio, dim), vectors that left the memory.
+        new: (closing, slots, dim), slots made of them.
         q: (closing, heads, length, head_dim), queries of the segments.
-        layout: of the call.
-        project: the layer's hidden states to keys and values.
+        layout: slot layout of the call.
+        project: maps hidden states to keys and values.
     """
     groups, lengths = layout.groups, layout.lengths
     if kind == "auto_encoding":
         dtype = torch.promote_types(old.dtype, torch.float32)
-        lost: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
+        error: Tensor = (compressor(new, decode=True).to(dtype) - old).square().mean(2)
         real = torch.arange(old.shape[1], device=old.device) < (groups * compressor.ratio)[:, None]
-        return (lost * real).sum() / real.sum().clamp(min=1)
+        return (error * real).sum() / real.sum().clamp(min=1)
     with torch.no_grad():
         k, v = project(old)
-    lost = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
-    return lost.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
+    error = ops.attention_reconstruction(q.detach(), k, v, *frozen(project, new), groups=groups, lengths=lengths)
+    return error.sum() / (lengths * (groups > 0)).sum().clamp(min=1)
 
 
 class UsageLayout(NamedTuple):
-    """How "most_used" counts the attention of vectors: those of the state (capacity), then the call's."""
+    """How "most_used" counts the attention that vectors get: those of the state (capacity), then those of the call."""
 
-    visible: Tensor  # (batch, capacity + length) bool, in the memory or the open segment
-    # (batch, capacity + length) how many of the segment's queries see a vector, where it ends; else all
+    visible: Tensor  # (batch, capacity + length) bool, in the memory or the current segment
+    # (batch, capacity + length) number of the segment's queries that see a vector, if it ends; else its length
     queries: Tensor
-    # (batch, capacity) bool, whose count the next state holds: not those of slots already made, and none of the memory
-    # where a segment opens
+    # (batch, capacity) bool, vectors whose count the next state keeps: not those already compressed, and none of the
+    # memory when a new segment starts
     carried: Tensor
-    segment: int  # its positions
+    segment: int  # segment length
 
     def add(self, usage: Tensor, received: Tensor) -> Tensor:
-        """(batch, capacity + length) usage with this call's; where a segment ends the mean over queries, times all.
+        """Return usage plus this call's attention, (batch, capacity + length).
 
-        `usage` (batch, capacity) is the state's, `received` what `ops.attention_usage` gives.
+        Where a segment ends, the counts become the mean over the queries that saw the vector, times the segment length.
+
+        Args:
+            usage: (batch, capacity), counts of the state.
+            received: (batch, columns), attention of this call, from `ops.attention_usage`.
         """
         columns = self.visible.shape[1]
         received = F.pad(received, (columns - received.shape[1], 0)) * self.visible
@@ -226,16 +252,18 @@ class UsageLayout(NamedTuple):
         return usage * (self.segment / self.queries.to(usage.dtype))
 
     def carry(self, usage: Tensor, rows: BatchLayout) -> Tensor:
-        """(batch, capacity) usage that the next state holds, of what `add` returned."""
+        """Return the counts (batch, capacity) of the next state, from the result of `add`."""
         capacity = self.carried.shape[1]
         return rows.carry(usage[:, :capacity, None], usage[:, capacity:, None], capacity)[..., 0] * self.carried
 
 
 def usage_layout(rows: BatchLayout, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
-    """The layout of a call within the open segment of every row; arguments as of `slot_layout`."""
+    """Compute the usage layout of a call inside the incomplete segment of every row; see `slot_layout` for the
+    arguments.
+    """
     opened = (rows.offsets % sizes.segment)[:, None]
     closes = opened + rows.lengths_read[:, None] == sizes.segment
-    rank = np.arange(-capacity, rows.length) + opened  # in the open segment, negative before it
+    rank = np.arange(-capacity, rows.length) + opened  # position in the current segment, negative before it
     memory = sizes.visible(rows.offsets[:, None] - opened)[1]
     averaged = closes & (rank >= 0) & (rank < sizes.segment)
     live = rows.lives[:, None]

@@ -1,4 +1,4 @@
-"""`compressive` as a layer; see the package."""
+"""`compressive` as a module without q, k, v projections; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -38,17 +38,19 @@ from longspan.mechanisms.compressive.operation import (
 
 @dataclass(frozen=True, kw_only=True)
 class CompressiveConfig:
-    """Fields of `compressive`.
+    """Configuration of `compressive`.
 
     Attributes:
-        segment: positions of a segment.
-        mem_len: positions before its segment that a token sees as they are.
-        compressed_len: slots before them that it sees.
-        ratio: vectors compressed to one slot.
-        compression: "mean", "max", "conv", "dilated" or "most_used"; see `compressors`.
-        loss: what a compression with parameters learns from: "attention" (the paper's best), "auto_encoding" or "none".
-        loss_weight: of that loss.
-        compressor_lr: learning rate of the compression's parameters; None = the run's.
+        segment: segment length in positions.
+        mem_len: number of positions before its segment that a token sees uncompressed.
+        compressed_len: number of compressed slots before them that a token sees.
+        ratio: number of vectors compressed into one slot.
+        compression: compression function: "mean", "max", "conv", "dilated" or "most_used" (the vectors that got the
+            most attention).
+        loss: auxiliary loss that trains a compression function with parameters: "attention" (the paper's best),
+            "auto_encoding" or "none".
+        loss_weight: weight of that loss.
+        compressor_lr: learning rate of the compression function's parameters; None = that of the run.
     """
 
     segment: int = 512
@@ -65,40 +67,42 @@ class CompressiveConfig:
             self, "compressive", {"segment": 1, "mem_len": 0, "compressed_len": 0, "ratio": 1, "loss_weight": 0}
         )
         if self.compressor_lr is not None and self.compressor_lr <= 0:
-            raise ConfigError(f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or left out")
+            raise ConfigError(
+                f"compressive.compressor_lr = {self.compressor_lr}: must be positive, or None for the run's rate"
+            )
 
 
 class CompressiveState(NamedTuple):
-    """Memory."""
+    """Memories of the Compressive Transformer: recent hidden states and compressed slots."""
 
-    # (batch, columns, dim), newest last: the open segment, the memory before it, and before that what waits for its
-    # group (or gives a compression its context). Columns beyond `live` are zero and masked.
+    # (batch, columns, dim), newest last: the incomplete segment, the memory before it, and before that vectors that
+    # wait to fill a group (or are context of the compression). Unused columns are zero and masked.
     hidden: Tensor
     compressed: Tensor  # (batch, compressed_len, dim), newest last
-    # (batch, columns) fp32 at least: of "most_used", the attention each vector of `hidden` got since the segment
-    # opened, of waiting ones when they left the memory; otherwise (batch, 0)
+    # (batch, columns) fp32 or wider, "most_used" only: attention that each vector of `hidden` got since the segment
+    # began (waiting vectors: until they left the memory); otherwise (batch, 0)
     usage: Tensor
-    live: Tensor  # (batch,) live tokens
+    live: Tensor  # (batch,) tokens since the last reset
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
         return ("usage",)
 
 
 class Inputs(NamedTuple):
     """Arguments of a call, or of one segment of it."""
 
-    q: Tensor  # q, k, v: see `Mechanism.forward`
+    q: Tensor  # q, k, v: (batch, heads or kv_heads, length, head_dim)
     k: Tensor
     v: Tensor
-    x: Tensor  # (batch, length, dim), the hidden states they are projections of
+    x: Tensor  # (batch, length, dim), the hidden states that q, k, v are projections of
     project: Project  # hidden states to keys and values
-    r: Tensor | None  # (heads, distances, head_dim), projected distances; None where they are folded into the query
-    aux_losses: list[Tensor] | None  # gets what the compressor learns from; None where it does not learn
+    r: Tensor | None  # (heads, distances, head_dim), projected distances; None = project the queries instead
+    aux_losses: list[Tensor] | None  # receives the compressor's auxiliary loss; None = it does not learn
 
 
 class CompressiveMechanism(RelativeMechanism):
-    """See the package."""
+    """Compressive Transformer attention without q, k, v projections: relative positions, memory, compressed memory."""
 
     Config = CompressiveConfig
     config: CompressiveConfig
@@ -114,8 +118,10 @@ class CompressiveMechanism(RelativeMechanism):
     def __init__(self, shape: Shape, config: CompressiveConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("compressive: recurrence over segments is causal; there is no bidirectional form")
-        # with no slots nothing is compressed, and a function without parameters stands for what would do it
+            raise ConfigError(
+                "compressive: recurrence is causal; there is no bidirectional form, build it with causal=True"
+            )
+        # without slots nothing is compressed, so use a function without parameters
         how = config.compression if config.compressed_len else "mean"
         self.compressor = Compressor(how, shape.dim, config.ratio, decode=config.loss == "auto_encoding")
         self.sizes = CompressiveSizes(config.segment, config.mem_len, config.compressed_len, config.ratio)
@@ -126,7 +132,11 @@ class CompressiveMechanism(RelativeMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded; gradients stay inside the segment; "most_used" selects; slots are made of hidden states."""
+        """Capability flags: causal only, constant-size state, needs hidden states, gradients stay inside the segment.
+
+        "most_used" selects by the data. The output is not linear in the values, because slots are made of hidden
+        states.
+        """
         return Traits(
             bidirectional=False,
             bounded=True,
@@ -139,7 +149,9 @@ class CompressiveMechanism(RelativeMechanism):
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The compression's parameters."""
+        """Optimizer group of the compression function's parameters, with learning rate `compressor_lr`; empty if it
+        has none.
+        """
         parameters = list(self.compressor.parameters())
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
 
@@ -156,7 +168,17 @@ class CompressiveMechanism(RelativeMechanism):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, CompressiveState]:
-        """See `Mechanism.forward`."""
+        """Return attention outputs (batch, heads, length, head_dim) over slots, memory and segment, and the next
+        memories.
+
+        Args:
+            q: (batch, heads, length, head_dim).
+            k, v: (batch, kv_heads, length, head_dim).
+            state: memories of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+            hidden: the layer's input (batch, length, dim) and its projection to keys and values.
+            aux_losses: list to which the compressor's auxiliary loss is appended; None = do not compute it.
+        """
         assert hidden is not None, "compressive projects hidden states"
         distances = self._distances(rows)
         one_segment = rows.inside(self.config.segment) or not rows.batch
@@ -172,12 +194,13 @@ class CompressiveMechanism(RelativeMechanism):
         return self._all_segments(inputs, state, rows)
 
     def _learns(self, rows: BatchLayout) -> bool:
+        """Whether the compressor gets an auxiliary loss in this call."""
         config = self.config
         has_loss = self.compressor.learns and config.loss != "none" and config.loss_weight > 0
         return has_loss and config.compressed_len > 0 and rows.learns
 
     def _distances(self, rows: BatchLayout) -> int:
-        """Distances that pairs of the call have at most."""
+        """Return the number of distances that (query, key) pairs of the call can have."""
         if not rows.plain:
             return self.reach
         first = rows.offset_range[0]
@@ -187,7 +210,10 @@ class CompressiveMechanism(RelativeMechanism):
     def _within_segment(
         self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
     ) -> tuple[Tensor, CompressiveState]:
-        """A call within the open segment of every row, to its end at most: a token of a stream, or a whole segment."""
+        """Compute a call that stays inside the incomplete segment of every row and may complete it.
+
+        Used for single tokens of a stream and for whole segments. Returns outputs and the next state.
+        """
         q, k, v, segment = inputs.q, inputs.k, inputs.v, self.config.segment
         past, memory_lengths = self._past(state, rows)
         if past is not None:
@@ -212,7 +238,10 @@ class CompressiveMechanism(RelativeMechanism):
         return out, CompressiveState(self._carry_hidden(state, inputs.x, rows), compressed, usage, rows.live)
 
     def _past(self, state: CompressiveState, rows: BatchLayout) -> tuple[Tensor | None, Tensor | None]:
-        """Hidden states (batch, columns, dim) that the call sees besides its own; how many are real, newest last."""
+        """Return the hidden states (batch, columns, dim) that the call sees besides its own, and how many are real.
+
+        They are slots, memory and incomplete segment, newest last. The counts are (batch,), None = all real.
+        """
         sizes, low, high = self.sizes, *rows.offset_range
         if low == high:
             opened = low % sizes.segment
@@ -223,6 +252,9 @@ class CompressiveMechanism(RelativeMechanism):
             return (past if past.shape[1] else None), None
 
         def layout() -> tuple[Tensor, Tensor]:
+            """Return the columns of [slots, hidden states] that each row sees, (batch, columns), and the counts
+            (batch,).
+            """
             opened = rows.offsets % sizes.segment
             slots, memory = sizes.visible(rows.offsets - opened)
             count, near = slots + memory + opened, (memory + opened)[:, None]
@@ -237,9 +269,12 @@ class CompressiveMechanism(RelativeMechanism):
     def _all_segments(
         self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
     ) -> tuple[Tensor, CompressiveState]:
-        """Any call, all segments at once: its slots are made of hidden states alone, before anything is attended."""
+        """Compute any call with all segments at once; return outputs and the next state.
+
+        This is possible because slots are made of hidden states only, so they are known before attention is computed.
+        """
         q, k, v, x, project, r, _ = inputs
-        assert r is not None, "only a call within the open segment folds queries"
+        assert r is not None, "only a call inside the incomplete segment projects queries instead of distances"
         slot_layout = self._slot_layout(rows)
         slots = self._compress(inputs, state, None, slot_layout)
         visible = project(pick(slots, slot_layout.visible))
@@ -265,22 +300,29 @@ class CompressiveMechanism(RelativeMechanism):
     def _segment_by_segment(
         self, inputs: Inputs, state: CompressiveState, rows: BatchLayout
     ) -> tuple[Tensor, CompressiveState]:
-        """Any call of "most_used", which compresses by the attention of a whole segment before the next one begins."""
-        layout, outs = rows.segments(self.config.segment), []
+        """Compute a call of "most_used" one segment after another; return outputs and the next state.
+
+        Compression depends on the attention of a whole segment and must be done before the next segment begins.
+        """
+        layout, outputs = rows.segments(self.config.segment), []
         spread = [layout.spread(t) for t in (inputs.q, inputs.k, inputs.v, inputs.x)]
-        for columns, begins, part in rows.cached(("compressive parts", self.sizes), lambda: self._parts(rows)):
+        for columns, begins, part in rows.cached(
+            ("compressive parts", self.sizes), lambda: self._segment_layouts(rows)
+        ):
             if begins is not None:
                 emptied = [t.masked_fill(begins.view(-1, *(1,) * (t.ndim - 1)), 0) for t in state]
                 state = CompressiveState(*emptied)
             q, k, v = (part.gather(t[:, :, columns].transpose(1, 2)).transpose(1, 2) for t in spread[:3])
             inner = inputs._replace(q=q, k=k, v=v, x=part.gather(spread[3][:, columns]))
             out, state = self._within_segment(inner, state, part)
-            outs.append(part.scatter(out.transpose(1, 2)).transpose(1, 2))
+            outputs.append(part.scatter(out.transpose(1, 2)).transpose(1, 2))
         hidden, compressed, usage = (rows.clear_reset(t) for t in state[:3])
-        return layout.collect(torch.cat(outs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
+        return layout.collect(torch.cat(outputs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
 
-    def _parts(self, rows: BatchLayout) -> list[tuple[slice, Tensor | None, BatchLayout]]:
-        """Of each segment of all rows: its columns, (batch,) rows in which a document begins or None, its layout."""
+    def _segment_layouts(self, rows: BatchLayout) -> list[tuple[slice, Tensor | None, BatchLayout]]:
+        """Return for each segment of all rows: its columns, the rows (batch,) in which a document begins or None,
+        its layout.
+        """
         segment, live, parts = self.config.segment, rows.offsets, []
         layout = rows.segments(segment)
         positions = layout.spread_positions()
@@ -295,19 +337,26 @@ class CompressiveMechanism(RelativeMechanism):
     # -- compression -----------------------------------------------------------------------------------------------
 
     def _segments(self, rows: BatchLayout) -> CallSegments:
+        """Return the segments of the call, computed once for all layers."""
         key = "compressive segments", self.sizes
         return rows.cached(key, lambda: call_segments(rows.positions_read, rows.lengths_read, self.sizes))
 
     def _slot_layout(self, rows: BatchLayout) -> SlotLayout:
+        """Return the slot layout of the call, computed once for all layers."""
         sizes = self.sizes, self.compressor.context, self.capacity
         return rows.cached(("compressive slots", *sizes), lambda: slot_layout(rows, self._segments(rows), *sizes))
 
     def _usage_layout(self, rows: BatchLayout) -> UsageLayout:
+        """Return the usage layout of the call, computed once for all layers."""
         sizes = self.sizes, self.capacity
         return rows.cached(("compressive usage", *sizes), lambda: usage_layout(rows, *sizes))
 
     def _compress(self, inputs: Inputs, state: CompressiveState, usage: Tensor | None, layout: SlotLayout) -> Tensor:
-        """Zeros, the slots of the state, and those made of the segments that end: a list (slots, dim)."""
+        """Return a list (slots, dim) of a zero vector, the state's slots, and the slots made of segments that end in
+        the call.
+
+        Appends the compressor's auxiliary loss to `inputs.penalties` unless it is None.
+        """
         if not len(layout.groups):
             return column_list(state.compressed)
         old = pick(column_list(state.hidden, inputs.x).detach(), layout.vectors)
@@ -326,14 +375,18 @@ class CompressiveMechanism(RelativeMechanism):
         return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: BatchLayout) -> Tensor:
+        """Return the hidden states of the next state, (batch, capacity, dim), detached before the incomplete
+        segment.
+        """
         return carry_hidden(state.hidden, x, rows, self.capacity, self.config.segment)
 
-    # -- what it costs ---------------------------------------------------------------------------------------------
+    # -- state and cost ---------------------------------------------------------------------------------------------
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> CompressiveState:
-        """Full capacity, nothing live."""
+        """Return the empty state of `batch_size` rows, at full capacity (zeros)."""
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            """Return a zero tensor (batch_size, *shape)."""
             return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
 
         usage = zeros(self.capacity if self.counts_usage else 0, dtype=torch.promote_types(dtype, torch.float32))
@@ -341,11 +394,14 @@ class CompressiveMechanism(RelativeMechanism):
         return CompressiveState(hidden, compressed, usage, zeros(dtype=torch.int64))
 
     def fit(self, state: CompressiveState | None, k: Tensor, hidden: Hidden | None = None) -> CompressiveState | None:
-        """See `Mechanism.fit`; what is carried are hidden states."""
+        """Return the state in the dtype of this call's hidden states."""
         return states.fit(state, k.dtype if hidden is None else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Attention of every segment, memory projected again, compression, the distances; no auxiliary loss."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows, without the auxiliary loss.
+
+        Covers attention of every segment, projecting the memory again, compression, and the projected distances.
+        """
         shape, sizes = self.shape, self.sizes
         width, projection = shape.num_heads * shape.head_dim, 4 * shape.dim * shape.num_kv_heads * shape.head_dim
         border, tokens, visible = self._document(length)
@@ -362,13 +418,16 @@ class CompressiveMechanism(RelativeMechanism):
         return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
 
     def _document(self, length: int, first: int = 0) -> tuple[Array, Array, Array]:
-        """Of each segment of a document, that of token `first` and later ones: the border at which it begins, its
-        tokens, the keys that it sees before it."""
+        """Return for each segment of a document, from the one of token `first` on: its start, its tokens, the keys
+        before it.
+
+        The keys are those that the segment sees before its own tokens (slots and memory).
+        """
         segment = self.config.segment
         border = np.arange(first - first % segment, length, segment)
         return border, np.minimum(segment, length - border), sum(self.sizes.visible(border))
 
     def pairs(self, length: int) -> int:
-        """Pairs of the definition, a head: a token, and the slots and positions that it sees."""
+        """Count the attended pairs of a query and a token or slot, for `length` tokens, summed over query heads."""
         _, tokens, visible = self._document(length)
         return self.shape.num_heads * int((tokens * (tokens + 1) // 2 + tokens * visible).sum())

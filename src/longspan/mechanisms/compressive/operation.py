@@ -1,8 +1,9 @@
-"""The Compressive Transformer (Rae et al. 2019): attention over slots, memory and segment; usage; lost attention.
+"""Compressive Transformer (Rae et al. 2019): attention over slots, memory and segment; attention usage; reconstruction
+loss.
 
-Every query of a segment sees the same slots and the same memory, so a segment is a small call of `relative_attention`.
-Its keys (slots, memory, the segment so far) are copied side by side by an index made of positions alone, and segments
-of about one size are one batch, whichever row, document or fill of the memory they are of.
+All queries of a segment see the same slots and the same memory, so a segment is a small call of `relative_attention`.
+Its keys (slots, memory, the segment so far) are gathered by an index that depends on positions only, and segments of
+similar size form one batch, whichever row or document they belong to and however full their memory is.
 """
 
 from collections.abc import Iterator
@@ -23,12 +24,12 @@ from longspan.engine.tiles import make_blocks, make_plan
 from longspan.errors import ConfigError
 from longspan.host import Array
 
-BATCH_ENTRIES = 1 << 24  # numbers of keys that are copied for one batch of segments
-QUERIES, KEYS = 64, 128  # segments whose counts round up to the same multiples of these are one batch
+BATCH_ENTRIES = 1 << 24  # limit of the key entries gathered for one batch of segments
+QUERIES, KEYS = 64, 128  # segments whose counts round up to the same multiples form one batch
 
 
 class CompressiveSizes(NamedTuple):
-    """Positions of a segment and of the memory, most slots that are seen, vectors in a slot."""
+    """Sizes of the Compressive Transformer: segment length, memory length, visible slots, vectors per slot."""
 
     segment: int
     mem_len: int
@@ -36,30 +37,33 @@ class CompressiveSizes(NamedTuple):
     ratio: int
 
     def closed_slots(self, border: Any) -> Any:
-        """Slots made in a document when a segment ends at position `border`, an int or an array."""
+        """Return how many slots a document has when a segment ends at position `border` (an int or an array)."""
         return np.maximum(border - self.mem_len, 0) // self.ratio * (self.compressed_len > 0)
 
     def visible(self, border: Any) -> tuple[Any, Any]:
-        """Slots and positions of memory that a segment which begins at `border` sees."""
+        """Return how many slots and how many memory positions a segment that begins at `border` sees."""
         return np.minimum(self.closed_slots(border), self.compressed_len), np.minimum(border, self.mem_len)
 
 
 class CallSegments(NamedTuple):
-    """The segments of a call: arrays on the host, one entry per row and segment, in the order of rows and time."""
+    """The segments of a call: host arrays with one entry per segment, ordered by row and time."""
 
-    row: Array  # of the batch
-    column: Array  # of the call, at which its first token stands
-    tokens: Array  # in this call
-    opened: Array  # tokens before this call
-    border: Array  # position at which it begins
-    new_slots: Array  # slots that are made at its end; 0 where it does not end in this call
-    new_slots_before: Array  # those made in this call at the ends of earlier segments of the same row
+    row: Array  # batch row
+    column: Array  # column of its first token in the call
+    tokens: Array  # number of its tokens in this call
+    opened: Array  # number of its tokens before this call
+    border: Array  # position of its first token in the document
+    new_slots: Array  # number of slots made at its end; 0 if it does not end in this call
+    new_slots_before: Array  # number of slots made in this call by earlier segments of the same row
 
 
 def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> CallSegments:
-    """Cut the rows of a call where a segment or a document begins.
+    """Split the rows of a call at segment and document boundaries.
 
-    Given the position of each token in its document, (batch or 1, length), and the real tokens of each row, (batch,).
+    Args:
+        positions: (batch or 1, length), position of each token in its document.
+        lengths: (batch,), number of real tokens of each row.
+        sizes: sizes of segment and memories.
     """
     column = np.arange(positions.shape[1])
     positions = np.broadcast_to(positions, (len(lengths), len(column)))
@@ -72,29 +76,31 @@ def call_segments(positions: Array, lengths: Array, sizes: CompressiveSizes) -> 
     new_slots = sizes.closed_slots(border + sizes.segment) - sizes.closed_slots(border)
     new_slots = np.where(opened + tokens == sizes.segment, new_slots, 0)
     before = new_slots.cumsum() - new_slots
-    before -= before[np.searchsorted(row, row)]  # what earlier rows make
+    before -= before[np.searchsorted(row, row)]  # subtract the slots of earlier rows
     return CallSegments(row, first, tokens, opened, border, new_slots, before)
 
 
 class SegmentBatch(NamedTuple):
-    """Segments that are attended together."""
+    """Segments whose attention is computed together."""
 
-    queries: Tensor  # (segments, most tokens) tokens of the call, flattened over the batch
-    # (segments, columns) in the list of zeros, all slots, all tokens, and tokens as later segments see them
+    queries: Tensor  # (segments, most tokens) index of the queries in the call, flattened over the batch
+    # (segments, columns) index into [zero, all slots, all tokens, detached tokens as later segments see them]
     keys: Tensor
-    lengths: Tensor  # (segments,) real queries
-    memory_lengths: Tensor  # (segments,) real keys before the first query, newest last
+    lengths: Tensor  # (segments,) number of real queries
+    memory_lengths: Tensor  # (segments,) number of real keys before the first query, newest last
 
 
 class AttentionLayout(NamedTuple):
-    """The batches of a call, and (batch * length,) where each token stands among all their queries in turn."""
+    """The batches of segments of a call, and for each token (batch * length,) its index among all their queries."""
 
     batches: list[SegmentBatch]
     output: Tensor
 
 
 def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) -> Iterator[Array]:
-    """Which segments are one batch, by their tokens and by their keys before these; about `most_keys` keys in each."""
+    """Yield groups of segments with similar numbers of tokens and earlier keys, each with at most about `most_keys`
+    keys.
+    """
     size = -(-tokens // QUERIES) * (keys_before.max(initial=0) + KEYS) + -(-keys_before // KEYS)
     for value in np.unique(size):
         members = np.flatnonzero(size == value)
@@ -106,16 +112,21 @@ def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) ->
 def attention_layout(
     segments: CallSegments, sizes: CompressiveSizes, q: Tensor, k: Tensor, slots_k: Tensor, *, detached_kv: bool
 ) -> AttentionLayout:
-    """Where the queries and keys of each segment stand in the tensors of `attend_segments`, by the shapes of these.
+    """Compute where queries and keys of each segment are in the tensors of `attend_segments`, from the shapes of these.
 
-    The newest slot is the last that a row makes before its last segment, in the row where these are most.
-    `detached_kv`: tokens seen from later segments are a list of their own.
+    The newest slot in `slots_k` is the last one made before any row's last segment. `detached_kv`: tokens seen from
+    later segments come from a separate, detached list.
+
+    Raises:
+        ConfigError: fewer slots than the last segment sees.
     """
     batch, length, columns, slots = q.shape[0], q.shape[2], k.shape[2], slots_k.shape[2]
     visible_slots, visible_memory = sizes.visible(segments.border)
     slots_end = slots - segments.new_slots_before.max(initial=0) + segments.new_slots_before
     if (slots_end < visible_slots).any():
-        raise ConfigError(f"{slots} slots: the last segment sees more than these")
+        raise ConfigError(
+            f"compressive_attention: slots_k has {slots} slots, but the last segment sees more; pass all of them"
+        )
     keys_before = visible_slots + visible_memory + segments.opened
     first_slot, first_token = 1, 1 + batch * slots
     first_detached = first_token + batch * columns if detached_kv else first_token
@@ -124,7 +135,7 @@ def attention_layout(
         row, column, tokens, opened = (field[members, None] for field in segments[:4])
         before, slots_before, end = (t[members, None] for t in (keys_before, visible_slots, slots_end))
         query = np.arange(tokens.max())
-        # the number of a key among those of its segment, oldest first; negative where others of the batch have more
+        # index of a key among those of its segment, oldest first; negative where other segments have more keys
         number = np.arange(-before.max(), len(query)) + before
         token = row * columns + columns - length + column + number - before
         keys = token + np.where(number < before - opened, first_detached, first_token)
@@ -138,13 +149,15 @@ def attention_layout(
 
 
 def column_list(*tensors: Tensor) -> Tensor:
-    """All columns of tensors (batch, columns, ...) as one list (count, ...), which begins with zeros."""
+    """Concatenate all columns of tensors (batch, columns, ...) into one list (count, ...) that begins with a zero
+    entry.
+    """
     zeros = tensors[0].new_zeros(1, *tensors[0].shape[2:])
     return torch.cat([zeros, *(t.flatten(0, 1) for t in tensors)])
 
 
 def pick(columns: Tensor, index: Tensor) -> Tensor:
-    """The entries of a list (count, ...) by an index: (*index.shape, ...)."""
+    """Select entries of a list (count, ...) by an index tensor: (*index.shape, ...)."""
     picked: Tensor = columns.index_select(0, index.flatten()).unflatten(0, index.shape)
     return picked
 
@@ -158,26 +171,31 @@ def attend_segments(
     positions: tuple[Tensor, Tensor, Tensor],
     detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`compressive_attention` of rows that may be laid out unlike each other, arbitrary behind a row's real tokens.
+    """Compute `compressive_attention` for rows with different layouts; return (batch, heads, length, head_dim).
+
+    The result is arbitrary at padding.
 
     Args:
-        layout: see `attention_layout`.
-        q, k, v, detached_kv: as of `compressive_attention`; `slots` and `positions` are its slots_k and slots_v, and
-            its r and biases.
+        layout: from `attention_layout`.
+        q: (batch, heads, length, head_dim).
+        k, v: (batch, kv_heads, memory + length, head_dim).
+        slots: keys and values of the slots (batch, kv_heads, slots, head_dim).
+        positions: r, content_bias and position_bias of `compressive_attention`.
+        detached_kv: k and v detached, used for keys before the query's segment; None = k and v themselves.
     """
     if not layout.batches:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     sources = [slots, (k, v)] if detached_kv is None else [slots, (k, v), detached_kv]
     keys, values = (column_list(*(t.transpose(1, 2) for t in tensors)) for tensors in zip(*sources, strict=True))
-    queries, outs = q.transpose(1, 2).flatten(0, 1), []
+    queries, outputs = q.transpose(1, 2).flatten(0, 1), []
     for batch in layout.batches:
-        own_q = pick(queries, batch.queries).transpose(1, 2)
+        batch_q = pick(queries, batch.queries).transpose(1, 2)
         seen_k, seen_v = (pick(t, batch.keys).transpose(1, 2) for t in (keys, values))
         out = relative_attention(
-            own_q, seen_k, seen_v, *positions, lengths=batch.lengths, memory_lengths=batch.memory_lengths
+            batch_q, seen_k, seen_v, *positions, lengths=batch.lengths, memory_lengths=batch.memory_lengths
         )
-        outs.append(out.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(outs).index_select(0, layout.output)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(outputs).index_select(0, layout.output)
     return out.view(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
@@ -198,47 +216,51 @@ def compressive_attention(
     position: int = 0,
     detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """A segment's tokens see the last slots closed before it, the `mem_len` positions before it, and itself so far.
+    """Return attention of each segment to its last slots, the `mem_len` positions before it, and itself so far.
 
     score(i, j) = (q_i . k_j + q_i . r_t + content_bias . k_j + position_bias . r_t) / sqrt(head_dim)
 
     t = i - j for a token j; t = i - b + mem_len + g for the g-th newest slot (1, 2, ...) of a segment that begins at b.
 
     Args:
-        q: (batch, heads, length, head_dim); column 0 stands at `position`, a segment border.
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys, at
-            least min(mem_len, position).
-        v: like k.
-        slots_k: (batch, kv_heads, slots, head_dim): the slots closed before the last segment, newest last.
-        slots_v: like slots_k.
-        r: (heads, distances, head_dim), r[:, t] for distance t; distances not below the farthest seen + 1.
+        q: (batch, heads, length, head_dim); column 0 is at `position`, a segment boundary.
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are earlier keys,
+            at least min(mem_len, position).
+        v: (batch, kv_heads, memory + length, head_dim).
+        slots_k, slots_v: (batch, kv_heads, slots, head_dim), slots made before the last segment, newest last.
+        r: (heads, distances, head_dim), r[:, t] for distance t; must cover the largest distance that occurs.
         content_bias: (heads, head_dim), the paper's u.
         position_bias: (heads, head_dim), the paper's v.
-        segment: positions of a segment.
-        mem_len: positions before its segment that a token sees.
-        compressed_len: most slots that a token sees.
-        ratio: vectors in a slot; at the border b, max(0, b - mem_len) // ratio slots are closed.
-        position: of query 0.
-        detached_kv: (k, v) of the same values as k and v. Keys before the segment of their query send their gradients
+        segment: segment length in positions.
+        mem_len: number of positions before its segment that a token sees.
+        compressed_len: maximum number of slots that a token sees.
+        ratio: vectors per slot; at segment boundary b there are max(0, b - mem_len) // ratio slots.
+        position: position of query 0.
+        detached_kv: (k, v) with the same values as k and v; keys before their query's segment send their gradients
             here.
 
     Returns:
         (batch, heads, length, head_dim).
 
     Raises:
-        ConfigError: older keys or slots are missing.
+        ConfigError: `position` is not a segment boundary, or earlier keys or slots are missing.
     """
     batch, _, length, _ = q.shape
     memory, sizes = k.shape[2] - length, CompressiveSizes(segment, mem_len, compressed_len, ratio)
     if position % segment or memory < min(mem_len, position):
-        raise ConfigError(f"position {position}: must be a border, with {min(mem_len, position)} older keys before it")
+        raise ConfigError(
+            f"compressive_attention: position = {position} with {memory} earlier keys: must be a multiple of segment = "
+            f"{segment}, with at least {min(mem_len, position)} earlier keys in k and v"
+        )
     segments = call_segments(np.arange(position, position + length)[None], np.full(batch, length), sizes)
     layout = attention_layout(segments, sizes, q, k, slots_k, detached_kv=detached_kv is not None)
     return attend_segments(layout, q, k, v, (slots_k, slots_v), (r, content_bias, position_bias), detached_kv)
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
-    """Entries computed per head by `compressive_attention` of `length` tokens: content scores, position scores."""
+    """Count the content and position score entries per query head that `compressive_attention` computes for `length`
+    tokens.
+    """
     border = np.arange(0, length, segment)
     tokens = np.minimum(segment, length - border)
     keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
@@ -262,14 +284,20 @@ def attention_usage(
     lengths: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """How much attention each key gets in `relative_attention` without a window: its weights, summed over the queries.
+    """Return how much attention each key gets in `relative_attention` without a window: weights summed over queries.
 
     Args:
-        q, k, r, content_bias, position_bias, scale, memory_lengths: as of `relative_attention`.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries are not counted.
+        q: (batch, heads, length, head_dim).
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads.
+        r: (heads, distances, head_dim), r[:, t] for distance t.
+        content_bias, position_bias: (heads, head_dim).
+        scale: factor of the scores; None = head_dim ** -0.5.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all. Later queries are not
+            counted.
+        memory_lengths: (batch,) number of valid earlier keys, newest last; None = all.
 
     Returns:
-        (batch, memory + length), the mean over the heads of sums over the real queries, fp32 at least; no gradient.
+        (batch, memory + length), sums over real queries averaged over heads, in fp32 or wider; no gradient.
     """
     call = read_call(q, k, k, causal=True, keep=None, lengths=lengths, start=None, memory_lengths=memory_lengths)
     dtype = flash.working_dtype(q, k)
@@ -283,7 +311,7 @@ def attention_usage(
     with flash.full_precision(q.device):
         relative = position, farthest_first(r, k.shape[2]).to(dtype)
         scores = RelativeScores(RoundInputs(plan, call.visibility, relative, None, q), scale=scale)
-        for run in plan.runs:  # keys grow with every tile, so a run is one tile
+        for run in plan.runs:  # the number of keys grows with every tile, so a run has one tile
             for block in make_blocks(run, q.shape[0], scores.tiles_at_once(run, heads.stop)):
                 scores.open(run, block.rows, heads)
                 bias = scores.added(Tile(run, block, heads))
@@ -307,41 +335,48 @@ def attention_reconstruction(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention-reconstruction loss (Rae et al. 2019, algorithm 2): what queries lose when slots stand for vectors.
+    """Return the attention-reconstruction loss per row (Rae et al. 2019, algorithm 2): the error of slots in place of
+    vectors.
 
     mean over queries, heads and dims of (attend(q, k, v) - attend(q, slots_k, slots_v)) ** 2, content only: no
-    positions, no order. Gradients are for the slots; the caller cuts those of the others.
+    positions, not causal. Gradients flow to all inputs; the caller detaches those that should not learn.
 
     Args:
         q: (batch, heads, length, head_dim).
-        k, v: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: what the slots stand for.
+        k, v: (batch, kv_heads, slots * ratio, head_dim), kv_heads dividing heads: the vectors that the slots replace.
         slots_k, slots_v: (batch, kv_heads, slots, head_dim).
-        groups: (batch,) how many slots are real, the first ones, each with its `ratio` vectors; None = all.
-        lengths: (batch,) how many queries are real, the first ones; None = all.
-        scale: default head_dim ** -0.5.
+        groups: (batch,) number of real slots, which come first, each with its `ratio` vectors; None = all.
+        lengths: (batch,) number of real queries, which come first; None = all.
+        scale: factor of the scores; None = head_dim ** -0.5.
 
     Returns:
-        (batch,) sums over a row's real queries of the means over heads and dims; 0 where a row has no real slot.
+        (batch,) sums over a row's real queries of means over heads and dims; 0 where a row has no real slot.
+
+    Raises:
+        ConfigError: the number of vectors is not a multiple of the number of slots.
     """
     check_floating(q=q, k=k, v=v, slots_k=slots_k, slots_v=slots_v)
     slots = slots_k.shape[2]
     if not slots or k.shape[2] % slots:
-        raise ConfigError(f"{k.shape[2]} vectors do not make {slots} groups of one size")
+        raise ConfigError(
+            f"attention_reconstruction: k has {k.shape[2]} vectors: must be a multiple of the {slots} slots, at least 1"
+        )
     scale, ratio = default_scale(q, scale), k.shape[2] // slots
-    # grouped heads become queries of one kv head, so no key is repeated
-    folded = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    # query heads of a group become queries of their kv head, so no key is repeated
+    grouped_q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
 
     def attend(keys: Tensor, values: Tensor, per_group: int) -> Tensor:
+        """Return attention of the grouped queries to the real keys; `per_group` keys form a group."""
         seen = None
         if groups is not None:
-            # a row without groups sees all, so that it is no NaN before it is dropped
+            # a row without groups sees all keys, to avoid NaN before its result is dropped
             seen = torch.arange(keys.shape[2], device=q.device) // per_group < groups[:, None]
             seen = (seen | (groups == 0)[:, None])[:, None, None]
-        return scaled_dot_product_attention(folded, keys, values, attn_mask=seen, scale=scale)
+        return scaled_dot_product_attention(grouped_q, keys, values, attn_mask=seen, scale=scale)
 
-    lost = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square()
-    lost = lost.view(q.shape).mean((1, 3), dtype=torch.promote_types(q.dtype, torch.float32))
+    error = (attend(k, v, ratio) - attend(slots_k, slots_v, 1)).square()
+    error = error.view(q.shape).mean((1, 3), dtype=torch.promote_types(q.dtype, torch.float32))
     if lengths is not None:
-        lost = lost.masked_fill(torch.arange(q.shape[2], device=q.device) >= lengths[:, None], 0.0)
-    total = lost.sum(1)
+        error = error.masked_fill(torch.arange(q.shape[2], device=q.device) >= lengths[:, None], 0.0)
+    total = error.sum(1)
     return total if groups is None else total.masked_fill(groups == 0, 0.0)

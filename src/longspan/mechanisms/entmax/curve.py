@@ -1,16 +1,16 @@
-"""The threshold of alpha-entmax: weights as a function of it, and the root that makes a row of them sum to one.
+"""The threshold of alpha-entmax: weights as a function of the threshold, and a root finder that makes them sum to one.
 
 With a = alpha - 1, scores z and a threshold t, the weights are
 
     p = [1 + a (z - t)]_+ ^ (1 / a) = exp(log1p(a (z - t)) / a),     a = 0: p = exp(z - t), the softmax
 
-and t, which lies between max(z) and max(z) + (1 - n^-a) / a, goes over into the log-sum-exp as a goes to 0. Here all is
-in units of a: x = a (z - max(z)) (a = 0: x = z - max(z)), y = x - t, and w = p^(2 - alpha) = -dp/dt.
+The threshold t lies between max(z) and max(z) + (1 - n^-a) / a and becomes the log-sum-exp as a goes to 0. The code
+works in units of a: x = a (z - max(z)) (a = 0: x = z - max(z)), y = x - t, and w = p^(2 - alpha) = -dp/dt.
 
-S(t) = sum p falls and is convex. If S were C (T - t)^(1/b), S / D * (1 - S^-b) / b were the whole way to S = 1, where
-D = sum w. With b = a this is Newton's step on the 1/a-norm of [1 + y]_+, which never goes too far; b from the last two
-points converges much faster where few of many nearly equal scores survive, and is kept between the bounds found so
-far. The number of steps is fixed: it may depend on parameters, not on what a row contains.
+S(t) = sum p is decreasing and convex. If S were C (T - t)^(1/b), the step S / D * (1 - S^-b) / b with D = sum w would
+reach S = 1 exactly. With b = a this is Newton's step on the 1/a-norm of [1 + y]_+, which never overshoots. Estimating b
+from the last two points converges much faster where few of many nearly equal scores survive; the step is then clamped
+to the bounds found so far. The number of steps is fixed: it may depend on parameters, not on what a row contains.
 """
 
 import math
@@ -21,65 +21,72 @@ import torch
 from torch import Tensor
 
 LOG2E = 1 / math.log(2)
-TINY = 1e-6  # an exponent b nearer to zero than this is as good as this
-SERIES = {torch.float32: 5e-3, torch.float64: 1e-4}  # below: the slope in alpha by its series, cancellation else
+TINY = 1e-6  # lower limit of |b|; smaller exponents make no difference
+SERIES = {torch.float32: 5e-3, torch.float64: 1e-4}  # below: use the series of d log p / d alpha, against cancellation
 
 Weigh = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def num_steps(a: float, dtype: torch.dtype) -> int:
-    """Steps after which every row tried has its threshold to rounding, with one to spare; fewer near the softmax."""
-    few = 3 if a <= 0.06 else 4 if a <= 0.21 else 6 if a <= 0.75 else 8
-    return few + 1 if dtype == torch.float32 else few + 3
+    """Return the number of root-finding steps that gives every tested row its threshold to rounding, plus one to spare.
+
+    Fewer steps are needed near the softmax (a = 0).
+    """
+    base = 3 if a <= 0.06 else 4 if a <= 0.21 else 6 if a <= 0.75 else 8
+    return base + 1 if dtype == torch.float32 else base + 3
 
 
 def solve(weigh: Weigh, rows: Tensor, keys: int, a: float | Tensor, steps: int) -> Tensor:
-    """The threshold of every row, in units of a above its maximum, to rounding.
+    """Return the threshold of every row (..., 1), to rounding, in units of a above the row's maximum.
 
-    `weigh` gives (p, w) of all rows at thresholds t (..., 1) and is evaluated `steps` times. `rows` (..., 1) are zeros,
-    one a row of so many keys; a = alpha - 1 is a number or broadcastable to them.
+    Args:
+        weigh: returns (p, w) of all rows for thresholds t (..., 1); it is called `steps` times.
+        rows: zeros (..., 1), one per row.
+        keys: number of keys of a row.
+        a: alpha - 1, a number or a tensor broadcastable to `rows`.
+        steps: number of steps, from `num_steps`.
     """
     unit: Any
-    most: Any
+    largest_b: Any
     if isinstance(a, Tensor):
-        unit, most = torch.where(a > 0, a, 1.0), a.clamp(min=TINY)
+        unit, largest_b = torch.where(a > 0, a, 1.0), a.clamp(min=TINY)
         high = torch.where(a > 0, -torch.expm1(-a * math.log(keys)), math.log(keys)).expand_as(rows)
     else:
-        unit, most = a or 1.0, max(a, TINY)
+        unit, largest_b = a or 1.0, max(a, TINY)
         high = torch.full_like(rows, -math.expm1(-a * math.log(keys)) if a else math.log(keys))
     t = low = rows
-    bend = most + rows
-    before = None
+    b = largest_b + rows
+    previous = None
     for _ in range(steps):
         p, w = weigh(t)
-        total, fall = p.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
-        logs, way = torch.log(total), total / fall * unit
-        low = torch.maximum(low, t - way * torch.expm1(-most * logs) / most)
+        total, slope = p.sum(-1, keepdim=True), w.sum(-1, keepdim=True)
+        logs, newton_step = torch.log(total), total / slope * unit
+        low = torch.maximum(low, t - newton_step * torch.expm1(-largest_b * logs) / largest_b)
         high = torch.where(total < 1, t, high)
-        if before is not None:
-            change = logs - before[0]
-            estimate = 1 - (torch.log(fall) - before[1]) / change
-            bend = torch.where(change.abs() > TINY, estimate, bend)
-            bend = torch.minimum(bend, most) if isinstance(most, Tensor) else bend.clamp_(max=most)
-            bend = bend.clamp_(min=-1.0)
-            bend = bend.masked_fill_(bend.abs() < TINY, TINY)
-        before = logs, torch.log(fall)
-        step = way * torch.expm1(-bend * logs) / bend
+        if previous is not None:
+            change = logs - previous[0]
+            estimate = 1 - (torch.log(slope) - previous[1]) / change
+            b = torch.where(change.abs() > TINY, estimate, b)
+            b = torch.minimum(b, largest_b) if isinstance(largest_b, Tensor) else b.clamp_(max=largest_b)
+            b = b.clamp_(min=-1.0)
+            b = b.masked_fill_(b.abs() < TINY, TINY)
+        previous = logs, torch.log(slope)
+        step = newton_step * torch.expm1(-b * logs) / b
         t = torch.minimum(torch.maximum(t - step, low), torch.maximum(high, low))
     return t
 
 
 class Curve:
-    """The weights of a tile of rows for one alpha, in buffers that are used again and again.
+    """The weights of a tile of rows for one alpha, in reusable buffers.
 
     Attributes:
         a: alpha - 1.
         unit: factor of the scores: a, or 1 where a is 0.
-        x: (items, rows, keys), to be filled with unit * scores.
+        x: (items, rows, keys), input: unit * scores.
         y: x - t, at least -1 where a > 0.
-        log2: log2(p), where a is none of 0, 0.5, 1.
-        p: the weights, not normalised.
-        w: p ** (2 - alpha), zero where p is.
+        log2: log2(p), where a is not 0, 0.5 or 1.
+        p: the weights, not normalized.
+        w: p ** (2 - alpha), zero where p is zero.
     """
 
     def __init__(self, buffers: list[Tensor], a: float) -> None:
@@ -87,7 +94,9 @@ class Curve:
         self.x, self.y, self.log2, self.p, self.w = buffers
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(p, w) at thresholds t (items, rows, 1)."""
+        """Return (p, w) at thresholds t (items, rows, 1): the weights and p ** (2 - alpha), both (items, rows,
+        keys).
+        """
         a, y, p, w = self.a, self.y, self.p, self.w
         torch.sub(self.x, t, out=y)
         if a == 0:
@@ -100,23 +109,29 @@ class Curve:
         if a == 0.5:
             torch.add(y, 1.0, out=w)
             return torch.mul(w, w, out=p), w
-        # log1p and exp2 take -1 and -inf at full speed, log and exp do not
+        # log1p and exp2 handle -1 and -inf at full speed, log and exp do not
         torch.log1p(y, out=self.log2).mul_(LOG2E / a)
         torch.exp2(self.log2, out=p)
         return p, torch.mul(self.log2, 1 - a, out=w).exp2_()
 
     def solve(self) -> Tensor:
-        """The threshold (items, rows, 1) above the maxima of x, which are taken off x."""
+        """Return the thresholds (items, rows, 1), relative to the row maxima of x, which are subtracted from x in
+        place.
+        """
         top = self.x.amax(-1, keepdim=True)
         self.x.sub_(top)
         steps = num_steps(self.a, self.x.dtype)
         return solve(self.at, torch.zeros_like(top), self.x.shape[-1], self.a, steps)
 
     def slope(self, gradient: Tensor, weighted: Tensor) -> Tensor:
-        """Sum over a tile of the gradient of alpha, from dL/dp less its mean under w, and w times that.
+        """Return a tile's contribution to the gradient of alpha; overwrites the buffers.
 
-        The derivative of log p by alpha with t held is h = (y / (1 + y) - log1p(y)) / a^2; what moves with t adds
-        nothing once the mean under w is off. Spoils the buffers.
+        At fixed t the derivative of log p by alpha is h = (y / (1 + y) - log1p(y)) / a^2. The part through t vanishes
+        once the mean of the gradient under w is subtracted.
+
+        Args:
+            gradient: dL/dp minus its mean under w.
+            weighted: w times `gradient`.
         """
         a, y, p = self.a, self.y, self.p
         if a < SERIES[y.dtype]:
@@ -130,37 +145,43 @@ class Curve:
 
 
 def series(x: Tensor, y: Tensor) -> Tensor:
-    """h of `Curve.slope` for small a: -x^2 (1/2 - 2/3 y + 3/4 y^2 - ...), with x = z - t and y = a x."""
+    """Return h of `Curve.slope` for small a: -x^2 (1/2 - 2/3 y + 3/4 y^2 - ...), with x = z - t and y = a x."""
     factor = y * (5 / 6) - 4 / 5
     for term in (3 / 4, -2 / 3, 1 / 2):
         factor = factor.mul_(y).add_(term)
     return factor.mul_(x).mul_(x).neg_()
 
 
-def dense_weights(z: Tensor, a: Tensor, most: float) -> Tensor:
-    """alpha-entmax of the rows of z (..., keys) for a = alpha - 1 broadcastable to (..., 1); without autograd.
+def dense_weights(z: Tensor, a: Tensor, largest_a: float) -> Tensor:
+    """Return the alpha-entmax weights of the rows of z (..., keys), without autograd.
 
-    `most` is at least the largest entry of a. -inf hides a key; a row that sees none gives zeros.
+    Args:
+        z: scores; -inf hides a key. A row without visible keys gives zeros.
+        a: alpha - 1, broadcastable to (..., 1).
+        largest_a: an upper bound of the entries of a.
     """
-    soft = a <= 0
-    unit = torch.where(soft, 1.0, a)
+    is_softmax = a <= 0
+    unit = torch.where(is_softmax, 1.0, a)
     top = z.amax(-1, keepdim=True)
-    blank = top == -math.inf
-    x = (z - top).masked_fill(blank, 0.0) * unit
+    all_hidden = top == -math.inf
+    x = (z - top).masked_fill(all_hidden, 0.0) * unit
 
     def weigh(t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights p and p ** (2 - alpha) at thresholds t (..., 1)."""
         y = x - t
-        log = torch.where(soft, y, torch.log1p(y.clamp(min=-1.0)) / unit)
+        log = torch.where(is_softmax, y, torch.log1p(y.clamp(min=-1.0)) / unit)
         p = log.exp()
         return p, torch.where(p > 0, ((1 - a) * log.clamp(min=-1e4)).exp(), 0.0)
 
-    steps = max(num_steps(value, z.dtype) for value in (0.0, most))
+    steps = max(num_steps(value, z.dtype) for value in (0.0, largest_a))
     p = weigh(solve(weigh, torch.zeros_like(top + a), z.shape[-1], a, steps))[0]
-    return (p / p.sum(-1, keepdim=True)).masked_fill(blank, 0.0)
+    return (p / p.sum(-1, keepdim=True)).masked_fill(all_hidden, 0.0)
 
 
 def dense_slopes(p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """p^(2 - alpha), and p times the h of `Curve.slope`, from the weights alone."""
+    """Return p ** (2 - alpha), and p times h (the derivative of log p by alpha, see `Curve.slope`), from the weights
+    p alone.
+    """
     log = torch.where(p > 0, p, 1.0).log()
     w = torch.where(p > 0, ((1 - a) * log).exp(), 0.0)
     small = a < SERIES[p.dtype]

@@ -1,4 +1,4 @@
-"""Dense definitions of alpha-entmax and of attention with it (Peters et al. 2019; Correia et al. 2019)."""
+"""Reference implementations of alpha-entmax and of attention with it (Peters et al. 2019; Correia et al. 2019)."""
 
 import math
 
@@ -9,15 +9,15 @@ from longspan.engine.definitions.softmax import visible_keys
 
 
 def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
-    """alpha-entmax along a dimension: p = [1 + (alpha - 1) (z - t)]_+ ^ (1 / (alpha - 1)), t such that sum p = 1.
+    """Return alpha-entmax weights: p = [1 + (alpha - 1) (z - t)]_+ ^ (1 / (alpha - 1)), t such that sum p = 1.
 
-    The threshold is found by halving an interval; one step of Newton's method on it, which changes no value, tells
-    autograd how it moves with scores and alpha. At alpha = 1 the weights are exp(z - t), the softmax.
+    The threshold t is found by bisection. One Newton step follows, which does not change the value but gives autograd
+    the derivative of t by scores and alpha. At alpha = 1 the weights are exp(z - t), the softmax.
 
     Args:
         scores: any shape; -inf hides an entry.
         alpha: in [1, 2]; a number, or a tensor broadcastable to the scores with size 1 at `dim`.
-        dim: the dimension of scores that sums to one.
+        dim: the dimension along which the weights sum to one.
     """
     if not isinstance(alpha, Tensor):
         alpha = torch.tensor(float(alpha), dtype=scores.dtype, device=scores.device)
@@ -26,12 +26,12 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     z = torch.where(seen, scores, 0.0)
 
     def weights(t: Tensor) -> tuple[Tensor, Tensor]:
-        """p, and p ** (2 - alpha), by which p falls as t grows."""
+        """Return the weights p at threshold t, and p ** (2 - alpha), which is -dp/dt."""
         x = z - t
         inside = seen & (1 + a * x > 0)
         y = torch.where(inside, a * x, 0.0)
         divisor = torch.where(a > 0, a, 1.0)
-        # the second term is zero at a = 0 and has the right derivative by a there
+        # at a = 0 the second term is zero, but has the right derivative by a
         log = torch.where(a > 0, torch.log1p(y) / divisor, x - a * x.square() / 2)
         p = torch.where(inside, torch.where(inside, log, 0.0).exp(), 0.0)
         return p, torch.where(inside, p / (1 + y), 0.0)
@@ -44,8 +44,8 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
             middle = (low + high) / 2
             above = weights(middle)[0].sum(dim, keepdim=True) >= 1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    p, fall = weights(low)
-    total = fall.detach().sum(dim, keepdim=True)
+    p, slope = weights(low)
+    total = slope.detach().sum(dim, keepdim=True)
     t = low + (p.sum(dim, keepdim=True) - 1) / torch.where(total > 0, total, 1.0)
     return weights(t)[0]
 
@@ -63,9 +63,10 @@ def entmax_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention with alpha-entmax in place of the softmax, alpha (heads,) (Correia et al. 2019, section 3).
+    """Return attention outputs (batch, heads, length, head_dim) with alpha-entmax weights, alpha (heads,).
 
-    With a window, causal: 0 <= i - j < window; else |i - j| < window.
+    (Correia et al. 2019, section 3.) With a window, a query sees 0 <= i - j < window if causal, else |i - j| < window.
+    Arguments are those of `longspan.ops.entmax_attention`.
     """
     visible = visible_keys(q, k, causal=causal, lengths=lengths, start=start, memory_lengths=memory_lengths)
     if window is not None:

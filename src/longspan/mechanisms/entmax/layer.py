@@ -1,4 +1,4 @@
-"""`entmax` as a layer; see the package."""
+"""`entmax` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from collections.abc import Hashable
@@ -18,11 +18,11 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class EntmaxConfig:
-    """Fields of `entmax`.
+    """Configuration of `entmax`.
 
     Attributes:
-        window: keys a token sees, itself included; None = all.
-        alpha_init: of every head, in [1, 2].
+        window: number of keys each token sees, itself included; None = all.
+        alpha_init: initial alpha of every head, in [1, 2]: 1 is the softmax, 2 the sparsemax.
         alpha_lr: learning rate of the alphas; None = that of the run.
     """
 
@@ -38,7 +38,7 @@ class EntmaxConfig:
 
 
 class EntmaxMechanism(KeyValueMechanism):
-    """See the package."""
+    """Entmax attention without projections: holds the learned alphas, takes q, k, v and a KV cache."""
 
     Config = EntmaxConfig
     config: EntmaxConfig
@@ -51,28 +51,40 @@ class EntmaxMechanism(KeyValueMechanism):
 
     @property
     def alpha(self) -> Tensor:
-        """(heads,) in [1, 2], fp32 at least."""
+        """The alpha of each head, (heads,), in [1, 2], in fp32 or wider."""
         exponent = self.alpha_minus_one
         return exponent.to(torch.promote_types(exponent.dtype, torch.float32)).clamp(0.0, 1.0) + 1.0
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded where there is a window; a key that is seen may have weight zero."""
+        """Capability flags: bounded state if there is a window; `sparse`, as visible keys may have weight zero."""
         return Traits(streams=self.shape.causal, bounded=self.config.window is not None, sparse=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The alphas: no weight decay, which would pull them to the softmax."""
+        """Optimizer group of the alphas: learning rate `alpha_lr`, no weight decay (which would pull them to the
+        softmax).
+        """
         return [ParameterGroup("alphas", [self.alpha_minus_one], lr=self.config.alpha_lr, weight_decay=0.0)]
 
     @torch.no_grad()
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Bring the alphas back into [1, 2]."""
+        """Clamp the alphas to [1, 2] after an optimizer step."""
         self.alpha_minus_one.clamp_(0.0, 1.0)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, KeyValueState | None]:
-        """See `Mechanism.forward`."""
+        """Return attention outputs (batch, heads, length, head_dim) with alpha-entmax weights, and the next KV cache.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE.
+            state: KV cache of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+
+        Returns:
+            The outputs and the next cache; the cache is None for a bidirectional instance.
+        """
         q, k, v, memory, next_state = self.joined(q, k, v, state, rows)
         read = rows.read(self.layout_inputs(None))[self, "alpha"]
         alpha = host.remember(self.alpha, None if read is None else read.clip(0, 1) + 1)
@@ -80,13 +92,15 @@ class EntmaxMechanism(KeyValueMechanism):
         return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), next_state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """The alphas: a head's is served by the formula that is fastest for it."""
+        """Tensors whose values determine the layout of a call: the alphas, as each head uses the fastest formula for
+        its alpha.
+        """
         return {(self, "alpha"): self.alpha_minus_one}
 
     def entries(self, length: int) -> int:
-        """See `KeyValueMechanism`."""
+        """Count the score entries computed per query head for `length` tokens; used for the FLOP count."""
         return ops.entmax_cost(length, causal=self.shape.causal, window=self.config.window)
 
     def pairs(self, length: int) -> int:
-        """Pairs that are seen, a head; weights that come out as zero included."""
+        """Count the visible (query, key) pairs of `length` tokens, summed over query heads, zero weights included."""
         return self.shape.num_heads * pairs_within(length, self.config.window, causal=self.shape.causal)

@@ -1,4 +1,4 @@
-"""alpha-entmax and attention with it: weights that may be exactly zero (Peters et al. 2019; Correia et al. 2019)."""
+"""alpha-entmax and attention with it: weights may be exactly zero (Peters et al. 2019; Correia et al. 2019)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +20,21 @@ from longspan.state import needs_grad
 
 
 def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
-    """alpha-entmax along a dimension (Peters et al. 2019, equation 10).
+    """Return alpha-entmax weights along a dimension (Peters et al. 2019, equation 10).
 
-    p = [(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1)), where tau makes the weights sum to one. alpha = 1 is the softmax,
-    2 the sparsemax. Differentiable in scores and alpha, at alpha = 1 too.
+    p = [(alpha - 1) z - tau]_+ ^ (1 / (alpha - 1)), where tau makes the weights sum to one. alpha = 1 is the softmax, 2
+    the sparsemax. Differentiable in scores and alpha, also at alpha = 1.
 
     Args:
         scores: any shape; -inf hides an entry.
         alpha: in [1, 2]; a number, or a tensor broadcastable to the scores with size 1 at `dim`.
-        dim: the dimension of scores that sums to one.
+        dim: the dimension along which the weights sum to one.
 
     Returns:
-        Weights of the shape and dtype of scores (computed in fp32 at least); zeros where everything is hidden.
+        Weights of the shape and dtype of scores (computed in fp32 or wider); zeros where all entries are hidden.
 
     Raises:
-        ConfigError: scores that are no floating-point numbers, alpha outside [1, 2], or of a shape that does not fit.
+        ConfigError: scores are not floating point, or alpha is outside [1, 2] or of a wrong shape.
     """
     check_floating(scores=scores)
     if not isinstance(alpha, Tensor):
@@ -48,32 +48,37 @@ def entmax(scores: Tensor, alpha: Tensor | float, dim: int = -1) -> Tensor:
     )
     if not fits:
         raise ConfigError(
-            f"alpha {tuple(alpha.shape)} must be broadcastable to scores {tuple(scores.shape)}, size 1 at dim {dim}"
+            f"entmax: alpha has shape {tuple(alpha.shape)}; must be broadcastable to scores {tuple(scores.shape)}, "
+            f"with size 1 at dim {dim}"
         )
-    most = _check_range(alpha)
+    largest_a = _check_range(alpha)
     if scores.numel() == 0:
         return scores.clone()
-    out = _entmax(scores.movedim(dim, -1), alpha.movedim(dim, -1), most)
+    out = _entmax(scores.movedim(dim, -1), alpha.movedim(dim, -1), largest_a)
     return out.movedim(-1, dim)
 
 
 class _Entmax(FirstOrder):
+    """Autograd function of `entmax` along the last dimension."""
+
     what = "entmax"
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, alpha: Tensor, most: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, alpha: Tensor, largest_a: float) -> Tensor:
+        """Return the weights of z (..., keys) for alpha (..., 1); `largest_a` is an upper bound of alpha - 1."""
         dtype = flash.working_dtype(z)
-        a = (alpha - 1).to(dtype)  # exact in any type
+        a = (alpha - 1).to(dtype)  # exact in any dtype
         with flash.full_precision(z.device):
-            p = dense_weights(z.to(dtype), a, most)
+            p = dense_weights(z.to(dtype), a, largest_a)
         out = p.to(z.dtype)
-        # the output says what p was computed from
+        # save the output too, so that a second derivative through it is detected
         ctx.save_for_backward(p, a, out)
         ctx.dtypes = z.dtype, alpha.dtype
         return out
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of z and alpha (and None) for the output gradient `grad` (..., keys)."""
         p, a, _ = saved
         grad = grad.to(p.dtype)
         w, rate = dense_slopes(p, a)
@@ -99,28 +104,34 @@ def entmax_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Attention with alpha-entmax in place of the softmax, an alpha per head (Correia et al. 2019, section 3).
+    """Return attention with alpha-entmax in place of the softmax, one alpha per head (Correia et al. 2019, section 3).
 
-    Differentiable in q, k, v and alpha. No matrix of all queries times all keys is ever built: rows are computed some
-    at a time, and again in the backward pass.
+    Differentiable in q, k, v and alpha. The dense (queries x keys) matrix is never built: scores are computed some rows
+    at a time, and recomputed in the backward pass.
 
     Args:
         q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
-        v: like k.
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are earlier keys.
+        v: (batch, kv_heads, memory + length, head_dim).
         alpha: (heads,) in [1, 2]; 1 is the softmax.
-        window: causal: 0 <= i - j < window; else |i - j| < window. None: no limit.
-        causal, scale, lengths, start, memory_lengths: as of `full_attention`.
+        causal: each query sees only keys that are not after it.
+        window: a query sees 0 <= i - j < window if causal, else |i - j| < window; None = no limit.
+        scale: factor of the scores; None = head_dim ** -0.5.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all.
+        start: (batch, length) first key column that each query may see; None = no limit.
+        memory_lengths: (batch,) number of valid earlier keys, newest last; None = all.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
 
     Raises:
-        ConfigError: shapes that do not fit, or alpha outside [1, 2].
+        ConfigError: shapes do not match, or alpha is outside [1, 2].
     """
     if alpha.shape != q.shape[1:2]:
-        raise ConfigError(f"alpha must be (heads,) = ({q.shape[1]},), got {tuple(alpha.shape)}")
-    most = _check_range(alpha)
+        raise ConfigError(
+            f"entmax_attention: alpha has shape {tuple(alpha.shape)}; expected (heads,) = ({q.shape[1]},)"
+        )
+    largest_a = _check_range(alpha)
     if window is not None:
         check_positive("window", window)
     keep = None if window is None else window - 1
@@ -129,7 +140,7 @@ def entmax_attention(
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if is_decode(call, alpha):
-        return _decode(call, alpha, scale, most)
+        return _decode(call, alpha, scale, largest_a)
     plan = _plan(q.shape[2], call.memory, window, causal)
     if call.visibility is not None and causal and window is None:
         plan = trim_plan(plan, call.visibility)
@@ -141,7 +152,7 @@ def entmax_attention(
 
 
 def entmax_cost(length: int, *, causal: bool = True, window: int | None = None) -> int:
-    """Score entries computed per head by `entmax_attention` of `length` tokens without older keys: those of its tiles.
+    """Count the score entries per query head that `entmax_attention` computes for `length` tokens without earlier keys.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
     """
@@ -149,6 +160,7 @@ def entmax_cost(length: int, *, causal: bool = True, window: int | None = None) 
 
 
 def _plan(length: int, memory: int, window: int | None, causal: bool) -> Plan:
+    """Return the tiles of a call: blocks of queries, each with every key it may see."""
     columns = memory + length
     if window is not None and window >= columns:
         window = None
@@ -157,18 +169,22 @@ def _plan(length: int, memory: int, window: int | None, causal: bool) -> Plan:
 
 
 def _check_range(alpha: Tensor) -> float:
-    """The largest alpha less 1; 1 where its values are not known."""
+    """Check that alpha is in [1, 2] and return its maximum minus 1; returns 1 where its values are unknown.
+
+    Raises:
+        ConfigError: an alpha outside [1, 2].
+    """
     read = host.values(alpha)
     if read is None or not read.size:
         return 1.0
-    least, most = float(read.min()), float(read.max())
-    if not 1 <= least <= most <= 2:
-        raise ConfigError(f"alpha must be in [1, 2], got {least} to {most}")
-    return most - 1
+    smallest, largest = float(read.min()), float(read.max())
+    if not 1 <= smallest <= largest <= 2:
+        raise ConfigError(f"entmax: alpha has values from {smallest} to {largest}; must be in [1, 2]")
+    return largest - 1
 
 
-def _decode(call: Call, alpha: Tensor, scale: float, most: float) -> Tensor:
-    """One query per row without gradients: all heads at once, no tiles."""
+def _decode(call: Call, alpha: Tensor, scale: float, largest_a: float) -> Tensor:
+    """Return outputs (batch, heads, 1, head_dim) of one query per row without gradients, all heads at once."""
     q, k, v = call.q, call.k, call.v
     (batch, heads, _, dim), kv_heads, dtype = q.shape, k.shape[1], flash.working_dtype(q, k, v)
     with flash.full_precision(q.device):
@@ -179,5 +195,5 @@ def _decode(call: Call, alpha: Tensor, scale: float, most: float) -> Tensor:
             key = key.transpose(-1, -2)
             scores = scores.masked_fill(~(key == query if equal else key >= query), float("-inf"))
         a = (alpha - 1).to(dtype).view(kv_heads, heads // kv_heads, 1)
-        out = dense_weights(scores, a, most) @ v.to(dtype)
+        out = dense_weights(scores, a, largest_a) @ v.to(dtype)
     return call.finish(out.reshape(batch, heads, 1, v.shape[-1]).to(call.q.dtype))

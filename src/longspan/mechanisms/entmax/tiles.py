@@ -1,7 +1,8 @@
-"""The tiles of entmax attention: forward and backward pass, whole rows of scores at a time, head by head.
+"""Tiles of entmax attention, forward and backward: whole rows of scores at a time, head by head.
 
-A row's threshold needs all its keys, so a tile is some queries with every key they may see; heads differ in alpha and
-are served in turn. Kept for the backward pass: q, k, v and one threshold a row.
+The threshold of a row depends on all its keys, so a tile is a block of queries with every key they may see. Heads
+differ in alpha, so they are computed one after the other. Saved for the backward pass: q, k, v and one threshold per
+row.
 """
 
 import math
@@ -29,50 +30,55 @@ from longspan.engine.tiles import (
 )
 from longspan.mechanisms.entmax.curve import Curve, dense_weights
 
-ENTRIES = 1 << 17  # scores of one head computed at a time: a handful of buffers of this size stays in cache
-FEWEST, MOST = 16, 128  # queries of a tile
+ENTRIES = 1 << 17  # scores of one head computed at a time: a few buffers of this size fit into the CPU cache
+FEWEST, MOST = 16, 128  # limits of the queries per tile
 
 
 def tile_queries(columns: int) -> int:
-    """Queries of a tile that sees `columns` keys."""
+    """Return the number of queries per tile where each query may see `columns` keys."""
     return max(FEWEST, min(MOST, ENTRIES // max(columns, 1) // FEWEST * FEWEST))
 
 
 class Tile(NamedTuple):
-    """Where a block lies in a run, and what hides its keys."""
+    """A block of (query, key) tiles: its run (tiles of equal shape), its position in the run, and its mask."""
 
     run: Run
     block: Block
     mask: Tensor | None
 
     def queries(self, x: Tensor) -> Tensor:
-        """The block's part of what has one entry a query."""
+        """Return the tile's part of a tensor with one entry per query."""
         return take(x, self.block, self.run.start, self.run.queries, self.run.step)
 
     def keys(self, x: Tensor) -> Tensor:
-        """The block's part of what has one entry a key."""
+        """Return the tile's part of a tensor with one entry per key."""
         return take(x, self.block, self.run.low, self.run.keys, self.run.step)
 
     def views(self, buffers: Tensor) -> list[Tensor]:
-        """Each of some buffers (count, ...) as (items, queries, keys)."""
+        """Return views (items, queries, keys) of the given buffers (count, ...), one per buffer."""
         shape = (self.block.rows * self.block.tiles, self.run.queries, self.run.keys)
         return [buffer[: math.prod(shape)].view(shape) for buffer in buffers.unbind()]
 
     def scores(self, q: Tensor, k: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
-        """factor * q k^T with hidden keys far below, q (items, queries, dim), k (items, keys, dim)."""
+        """Return factor * q k^T plus the mask, (items, queries, keys); q is (items, queries, dim), k (items, keys,
+        dim).
+        """
         scores = torch.bmm(q * factor, k.mT, out=out)
         return scores if self.mask is None else scores.add_(self.mask)
 
 
 class Layout(NamedTuple):
-    """The tiles of a call, the factor of its scores, and what hides keys row by row."""
+    """Tiles of a call, factor of the scores, and per-row visibility (padding, documents)."""
 
     plan: Plan
     scale: float
     visibility: Visibility | None
 
     def tiles(self, like: Tensor, *, alone: bool = False) -> Iterator[Tile]:
-        """All tiles for a batch and a type like those of a tensor; `alone`: never two of a run, whose keys overlap."""
+        """Yield all tiles of a call, with batch size, dtype and device taken from `like`.
+
+        `alone`: one tile of a run at a time, because neighboring tiles overlap in their keys.
+        """
         bands, batch = Bands(self.plan, like.dtype, like.device), like.shape[0]
         for run in self.plan.runs:
             pattern, most = bands(run), _most_items(run, batch)
@@ -86,20 +92,20 @@ class Layout(NamedTuple):
                 yield Tile(run, block, mask if mask is None or mask.ndim == 2 else mask[:, 0])
 
     def buffers(self, like: Tensor, count: int) -> Tensor:
-        """`count` rows of memory for the scores of any tile, allocated once; see `Tile.views`."""
+        """Allocate `count` buffers, each large enough for the scores of any tile; see `Tile.views`."""
         items = (run.queries * run.keys * _most_items(run, like.shape[0]) for run in self.plan.runs)
         return like.new_empty(count, max(items, default=0))
 
 
 def _most_items(run: Run, batch: int) -> int:
-    """Tiles or batch rows computed at a time."""
+    """Return how many tiles (or batch rows) of a run are computed at a time."""
     return min(max(1, ENTRIES // (run.queries * run.keys)), max(batch, run.tiles))
 
 
 def entmax_forward(
     q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout, *, keep: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`entmax_attention` without autograd, and where `keep` its thresholds (batch, heads, length, 1)."""
+    """Compute `entmax_attention` without autograd: outputs, and row thresholds (batch, heads, length, 1) if `keep`."""
     dtype, target, group = flash.working_dtype(q, k, v), q.dtype, q.shape[1] // k.shape[1]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     out = new_like_heads(q, q.shape[2], q.shape[1], v.shape[3], zero=False, dtype=target)
@@ -111,7 +117,9 @@ def entmax_forward(
             queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
             for head in range(q.shape[1]):
                 query, key, value = queries[:, head], keys[:, head // group], values[:, head // group]
-                if exponents is None or buffers is None:  # as in an exported graph: more steps, more memory
+                if (
+                    exponents is None or buffers is None
+                ):  # values unknown, as in an exported graph: needs more steps and memory
                     p = dense_weights(tile.scores(query, key, layout.scale), alpha[head].to(dtype) - 1, 1.0)
                     outs[:, head].copy_(torch.bmm(p, value))
                     continue
@@ -126,19 +134,23 @@ def entmax_forward(
 
 
 def _exponents(alpha: Tensor) -> list[float] | None:
-    """alpha - 1 of each head, exact: parameters may decide what is computed; None where they are not known."""
+    """Return alpha - 1 of each head as exact numbers (parameters may decide what is computed); None if values are
+    unknown.
+    """
     read = host.values(alpha)
     return None if read is None else [value - 1.0 for value in read.astype(np.float64).tolist()]
 
 
 class EntmaxTiles(FirstOrder):
-    """Recomputes each tile's weights in the backward pass and adds into gradients allocated once."""
+    """Autograd function of entmax attention: recomputes each tile's weights in the backward pass."""
 
     what = "entmax attention"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout) -> Tensor:
-        """`entmax_forward`, its thresholds kept."""
+        """Return the attention outputs (batch, heads, length, head_dim), and save the thresholds for the backward
+        pass.
+        """
         out, thresholds = entmax_forward(q, k, v, alpha, layout, keep=True)
         ctx.save_for_backward(q, k, v, alpha, thresholds)
         ctx.layout, ctx.exponents = layout, _exponents(alpha)
@@ -146,7 +158,7 @@ class EntmaxTiles(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v and alpha."""
+        """Return the gradients of q, k, v and alpha (and None for the layout)."""
         q, k, v, alpha, thresholds = saved
         alpha_learns = ctx.needs_input_grad[3]
         with flash.full_precision(q.device):
@@ -167,20 +179,21 @@ def _backward(
     layout: Layout,
     alpha_learns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and alpha, computed tile by tile; `grad` is that of the outputs."""
     dtype, group = thresholds.dtype, q.shape[1] // k.shape[1]
     q, k, v, grad = (t.to(dtype) for t in (q, k, v, grad))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     dq, dk, dv = (new_gradient(t, dtype) for t in (q, k, v))
     slopes = [q.new_zeros(()) for _ in range(q.shape[1])]
-    if exponents is None:  # a tensor without values: shapes are all there is
+    if exponents is None:  # a tensor without values (meta or fake): only shapes matter
         return dq, dk, dv, torch.stack(slopes)
     buffers = layout.buffers(q, 6)
     for tile in layout.tiles(q, alone=True):
-        parts = [tile.queries(t) for t in (q, grad, thresholds, dq)]
-        sides = [tile.keys(t) for t in (k, v, dk, dv)]
+        query_parts = [tile.queries(t) for t in (q, grad, thresholds, dq)]
+        key_parts = [tile.keys(t) for t in (k, v, dk, dv)]
         *of_curve, spare = tile.views(buffers)
         for head, a in enumerate(exponents):
-            of_head = [t[:, head] for t in parts] + [t[:, head // group] for t in sides]
+            of_head = [t[:, head] for t in query_parts] + [t[:, head // group] for t in key_parts]
             slope = _tile_backward(tile, Curve(of_curve, a), spare, of_head, layout.scale, alpha_learns)
             slopes[head] += 0.0 if slope is None else slope
     return dq, dk, dv, torch.stack(slopes)
@@ -189,14 +202,16 @@ def _backward(
 def _tile_backward(
     tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, alpha_learns: bool
 ) -> Tensor | None:
-    """One head of a tile; adds to the gradients of its keys, returns that of alpha."""
+    """Compute one head of a tile: add the gradients of its queries and keys in place, return that of alpha (or
+    None).
+    """
     q, grad, t, dq, k, v, dk, dv = of_head
     tile.scores(q, k, scale * curve.unit, curve.x)
     curve.x.sub_(curve.x.amax(-1, keepdim=True))
     p, w = curve.at(t)
     dv.baddbmm_(p.mT, grad / p.sum(-1, keepdim=True))
     torch.bmm(grad, v.mT, out=gradient)
-    spare = curve.x  # the scores have done their part
+    spare = curve.x  # the scores are no longer needed
     mean = torch.mul(w, gradient, out=spare).sum(-1, keepdim=True).div_(w.sum(-1, keepdim=True))
     gradient.sub_(mean)
     torch.mul(w, gradient, out=spare)

@@ -1,4 +1,4 @@
-"""Dense attention, which the definitions of other mechanisms use too."""
+"""Reference implementation of dense attention, which the definitions of other mechanisms use too."""
 
 from longspan.engine.definitions.softmax import full_attention
 

@@ -1,4 +1,4 @@
-"""Dense attention is the plainest pattern of the engine, which other mechanisms use too."""
+"""Fast dense attention and its cost. The code is in the engine, because other mechanisms use it too."""
 
 from longspan.engine.full import full_attention, full_cost
 

@@ -1,4 +1,4 @@
-"""Gated DeltaNet as a layer; see the package."""
+"""`gated_delta` (Gated DeltaNet) as a module; the equations are in the package docstring."""
 
 import functools
 import math
@@ -20,12 +20,12 @@ from longspan.mechanisms.gated_delta.operation import gated_delta_cost
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaConfig:
-    """Fields of `gated_delta`.
+    """Configuration of `gated_delta`.
 
     Attributes:
-        expand_v: width of values, as a multiple of head_dim. The paper's models have 2; 1 fits converted models.
-        conv_size: tokens that the convolutions over q, k and v see, their own included.
-        norm_eps: of the RMSNorm of the outputs.
+        expand_v: width of values as a multiple of head_dim. The paper's models use 2; 1 suits converted models.
+        conv_size: tokens that the convolutions over q, k and v see, the current one included.
+        norm_eps: epsilon of the RMSNorm of the outputs.
     """
 
     expand_v: float = 1.0
@@ -39,23 +39,23 @@ class GatedDeltaConfig:
 
 
 class GatedDeltaState(NamedTuple):
-    """What the layer carries, of the same size at any length."""
+    """Recurrent state of Gated DeltaNet, of the same size at any length."""
 
-    # (batch, kv_heads, head_dim, value_dim), S, in fp32 at least. It decays and is overwritten, so it does not grow
-    # with the stream as sums do, and fp32 suffices.
+    # (batch, kv_heads, head_dim, value_dim): S, in fp32 or wider. It decays and is overwritten, so it does not grow
+    # with the stream as plain sums do, and fp32 suffices.
     memory: Tensor
-    q: Tensor  # (batch, heads, conv_size - 1, head_dim), the last live columns before the convolution, newest last
+    q: Tensor  # (batch, heads, conv_size - 1, head_dim): last tokens before the convolution, newest last
     k: Tensor  # (batch, kv_heads, conv_size - 1, head_dim)
     v: Tensor  # (batch, kv_heads, conv_size - 1, value_dim)
-    live: Tensor  # (batch,) live tokens
+    live: Tensor  # (batch,) tokens since the last reset
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
         return ("memory",)
 
 
 class GatedDeltaMechanism(BoundedMechanism):
-    """See the package."""
+    """Gated DeltaNet without the q, k, v projections: convolutions, gates, decays, recurrent memory, output norm."""
 
     Config = GatedDeltaConfig
     config: GatedDeltaConfig
@@ -64,28 +64,33 @@ class GatedDeltaMechanism(BoundedMechanism):
     def __init__(self, shape: Shape, config: GatedDeltaConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("gated_delta: the recurrence is causal; there is no bidirectional form")
+            raise ConfigError(
+                "gated_delta: the recurrence is causal; there is no bidirectional form, build it with causal=True"
+            )
         if not float(shape.head_dim * config.expand_v).is_integer() or config.expand_v <= 0:
-            width = f"head_dim = {shape.head_dim} times expand_v = {config.expand_v}"
-            raise ConfigError(f"gated_delta: {width}: must be a positive whole number")
+            width = f"expand_v * head_dim (head_dim = {shape.head_dim})"
+            raise ConfigError(f"gated_delta.expand_v = {config.expand_v}: {width} must be a positive whole number")
         heads, kv_heads, value_dim = shape.num_heads, shape.num_kv_heads, self.value_dim
         self.decay = nn.Linear(shape.dim, kv_heads, bias=False)
         self.strength = nn.Linear(shape.dim, kv_heads, bias=False)
         self.gate = nn.Linear(shape.dim, heads * value_dim, bias=False)
         self.norm = nn.Parameter(torch.ones(value_dim))
         self.q_conv, self.k_conv, self.v_conv = (
-            # as `torch.nn.Conv1d` begins
+            # initialized like `torch.nn.Conv1d`
             nn.Parameter(torch.empty(count, dim, config.conv_size).uniform_(-1, 1) * config.conv_size**-0.5)
             for count, dim in ((heads, shape.head_dim), (kv_heads, shape.head_dim), (kv_heads, value_dim))
         )
-        # as the authors' code begins: rates in (0, 16], steps from 0.001 to 0.1 by their logarithm (Mamba2's)
+        # initialized like the authors' code (and Mamba2): rates in (0, 16], steps log-uniform from 0.001 to 0.1
         self.A_log = nn.Parameter((16 * (1 - torch.rand(kv_heads))).log())
         step = (math.log(1e-3) + torch.rand(kv_heads) * math.log(100)).exp()
-        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # softplus of it is the step
+        self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # inverse softplus of the step
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded; causal only. Values are convolved and outputs normalized, so there is no attention map."""
+        """Capability flags: causal only, constant-size state, needs hidden states for gates and decays.
+
+        Values are convolved and outputs normalized, so there is no attention map (`linear_in_values` is False).
+        """
         return Traits(
             bidirectional=False,
             bounded=True,
@@ -105,8 +110,17 @@ class GatedDeltaMechanism(BoundedMechanism):
         hidden: Hidden | None = None,
         **unused: Any,
     ) -> tuple[Tensor, GatedDeltaState]:
-        """See `Mechanism.forward`."""
-        assert hidden is not None, "gates are made of hidden states"
+        """Return Gated DeltaNet outputs (batch, heads, length, value_dim) and the next recurrent state.
+
+        Args:
+            q: (batch, heads, length, head_dim).
+            k: (batch, kv_heads, length, head_dim).
+            v: (batch, kv_heads, length, value_dim).
+            state: recurrent state after the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+            hidden: the layer's input x (batch, length, dim), from which gates, decays and write strengths are computed.
+        """
+        assert hidden is not None, "gates are computed from hidden states"
         columns = self.config.conv_size - 1
         past = (None, None, None) if state is None else (state.q, state.k, state.v)
         mixed_q, mixed_k, mixed_v = (
@@ -128,14 +142,15 @@ class GatedDeltaMechanism(BoundedMechanism):
         gate = F.silu(self.gate(hidden.x).to(dtype)).unflatten(2, (self.shape.num_heads, -1)).transpose(1, 2)
         out = F.rms_norm(out, (self.value_dim,), self.norm.to(dtype), self.config.norm_eps) * gate
         tail_q, tail_k, tail_v = (rows.carry(old, new, columns) for old, new in zip(past, (q, k, v), strict=True))
-        after = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)
-        return out.to(v.dtype), after
+        next_state = GatedDeltaState(rows.clear_reset(memory), tail_q, tail_k, tail_v, rows.live)
+        return out.to(v.dtype), next_state
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> GatedDeltaState:
-        """An empty memory and zeros before the text."""
+        """Return the empty state of `batch_size` rows: zero memory and zero convolution history."""
         shape, width, columns = self.shape, self.value_dim, self.config.conv_size - 1
 
         def zeros(*sizes: int, dtype: torch.dtype = dtype) -> Tensor:
+            """Return a zero tensor (batch_size, *sizes) on the state's device."""
             return torch.zeros(batch_size, *sizes, device=device, dtype=dtype)
 
         return GatedDeltaState(
@@ -147,16 +162,19 @@ class GatedDeltaMechanism(BoundedMechanism):
         )
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The products of the operation, and the maps to gates, decays and strengths."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens.
+
+        Covers the gated delta rule and the linear maps to gates, decays and write strengths.
+        """
         shape, width = self.shape, self.value_dim
         gates = length * shape.dim * (2 * shape.num_kv_heads + shape.num_heads * width)
         cost = gated_delta_cost(length, key_dim=shape.head_dim, value_dim=width, group=shape.group)
         return 2 * batch_size * (gates + shape.num_kv_heads * cost)
 
     def pairs(self, length: int) -> int:
-        """All pairs: every earlier token is in the memory."""
+        """Count the attended (query, key) pairs of `length` tokens, summed over query heads: all causal pairs."""
         return self.shape.num_heads * pairs_within(length)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Rates and steps without weight decay, which would draw every decay toward one."""
+        """Optimizer group of A_log and dt_bias: no weight decay, which would pull every decay a_t toward one."""
         return [ParameterGroup("gated_delta_decay", [self.A_log, self.dt_bias], weight_decay=0.0)]

@@ -1,8 +1,9 @@
-"""Infini-attention: causal attention inside segments, and a memory of constant size for all before (2404.07143).
+"""Infini-attention: causal attention inside segments plus a constant-size memory of all earlier segments (2404.07143).
 
-Equations in `operation`. Segments are positions modulo `segment`; the memory is read before it is written,
-and written when a segment closes, so inside an open segment decoding reads local keys. RoPE, where the model has it,
-acts in the local part only. One gate per head, in fp32, in a parameter group of its own with a learning rate at which
-it can move (with the usual one it never leaves one half) and no weight decay, which would pull it back. One memory per
-kv head, in fp64, so that 10^8 tokens are summed like the first.
+A segment is a stretch of `segment` positions. The memory is read before the segment is written to it; a segment is
+written when it is complete, so decoding inside an incomplete segment attends to local keys only. `infini/operation.py`
+has the equations. RoPE, where the model uses it, is applied in the local attention only. One gate per head mixes both
+parts, in fp32, in an optimizer group of its own: with a larger learning rate (with the usual one the gate never leaves
+one half) and no weight decay (which would pull it back). There is one memory per kv head, in fp64, so that no token is
+lost to rounding even after 10^8 tokens.
 """

@@ -1,4 +1,6 @@
-"""Definition of Infini-attention (Munkhdalai et al. 2024, section 2.1), row by row and segment by segment."""
+"""Reference implementation of Infini-attention (Munkhdalai et al. 2024, section 2.1), row by row, segment by
+segment.
+"""
 
 from functools import partial
 from typing import Any
@@ -26,7 +28,10 @@ def infini_attention(
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """As `longspan.ops.infini_attention`: read, mix, write, one segment of one row after the other."""
+    """Return outputs (batch, heads, length, head_dim) and the final memory: read, mix, write, one segment at a time.
+
+    Arguments are those of `longspan.ops.infini_attention`.
+    """
     return attend_segments(
         q,
         k,
@@ -59,9 +64,12 @@ def infini_open(
     closes: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """As `longspan.ops.infini_open`: each row alone, its open segment's keys in front of the call's."""
+    """Return outputs and the final memory of a call inside one incomplete segment per row, one row at a time.
+
+    The first columns of k and v are earlier keys of the segment. Arguments are those of `longspan.ops.infini_open`.
+    """
     local_q, local_k = (q, k) if local is None else local
-    older, outs, memories = k.shape[2] - q.shape[2], [], []
+    older, outputs, memories = k.shape[2] - q.shape[2], [], []
     for row in range(q.shape[0]):
         memory = memory_of(state, row, k, v, k.shape[3])
         if bptt_segments == 1:
@@ -73,16 +81,16 @@ def infini_open(
             local_q[row : row + 1, :, :count], local_k[row : row + 1, :, part], v[row : row + 1, :, part]
         )[0]
         out = _mix(q[row, :, :count], memory, inside, gate=gate)
-        outs.append(torch.cat([out, out.new_zeros(q.shape[1], q.shape[2] - count, v.shape[-1])], 1))
+        outputs.append(torch.cat([out, out.new_zeros(q.shape[1], q.shape[2] - count, v.shape[-1])], 1))
         if closes is not None and bool(closes[row]):
             written = _write(k[row, :, part], v[row, :, part], memory, update=update, normalizer=normalizer)
             memory = SegmentMemory(*written, memory.written + 1)
         memories.append(memory)
-    return torch.stack(outs), stacked(memories)
+    return torch.stack(outputs), stacked(memories)
 
 
 def _mix(q: Tensor, memory: SegmentMemory, inside: Tensor, *, gate: Tensor) -> Tensor:
-    """(heads, n, d) queries: g A_mem + (1 - g) A_local, or A_local where nothing is written."""
+    """Return g A_mem + (1 - g) A_local for queries (heads, n, d); A_local alone while the memory is empty."""
     if not memory.written:
         return inside
     group = q.shape[0] // memory.values.shape[0]
@@ -94,7 +102,10 @@ def _mix(q: Tensor, memory: SegmentMemory, inside: Tensor, *, gate: Tensor) -> T
 
 
 def _write(k: Tensor, v: Tensor, memory: SegmentMemory, *, update: str, normalizer: str) -> tuple[Tensor, Tensor]:
-    """Every pair against the memory as it was before the segment."""
+    """Return the memory's values and normalizer after a segment; every pair is compared with the memory before it.
+
+    k and v are (kv_heads, n, d); `update` is "linear" or "delta", `normalizer` "paper" or "gamma".
+    """
     phi = elu_features(k)
     known = (phi * memory.keys[:, None]).sum(-1)
     if update == "delta":

@@ -1,4 +1,4 @@
-"""`infini` as a layer; see the package."""
+"""`infini` as a module without projections; the equations are in `infini/operation.py`."""
 
 import functools
 from dataclasses import dataclass
@@ -17,15 +17,16 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class InfiniConfig:
-    """Fields of `infini`.
+    """Configuration of `infini`.
 
     Attributes:
-        segment: positions of a segment.
-        update: "linear" adds what a segment says, "delta" what it says anew.
-        normalizer: "paper", or "gamma", which counts a key that is known only once.
-        gate_init: of the gates before the sigmoid; -4 is strongly local.
+        segment: segment length in positions.
+        update: how a segment is written: "linear" adds its values, "delta" adds only what differs from the stored
+            values.
+        normalizer: "paper" counts every key; "gamma" does not count again what is already stored for a key.
+        gate_init: initial value of the gates, before the sigmoid; -4 makes attention almost purely local.
         gate_lr: learning rate of the gates.
-        bptt_segments: gradients reach so many segments back through the memory; None = all.
+        bptt_segments: number of segments through which gradients flow back in the memory; None = all.
     """
 
     segment: int = 512
@@ -40,15 +41,15 @@ class InfiniConfig:
 
 
 class InfiniState(SegmentState):
-    """`SegmentState` whose memory only grows."""
+    """State of `infini`: memory sums, and keys and values of the incomplete segment."""
 
     def sums(self) -> tuple[str, ...]:
-        """Fields that only grow, in fp64."""
+        """Names of the fields that are ever-growing sums and stay in fp64 when the state is cast."""
         return "values", "keys"
 
 
 class InfiniMechanism(SegmentMechanism):
-    """See the package."""
+    """Infini-attention without projections: takes q, k, v, the memory and the keys of the incomplete segment."""
 
     State = InfiniState
     Config = InfiniConfig
@@ -64,7 +65,9 @@ class InfiniMechanism(SegmentMechanism):
     def __init__(self, shape: Shape, config: InfiniConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("infini: the memory is of the past; there is no bidirectional form")
+            raise ConfigError(
+                "infini: the memory holds earlier segments; there is no bidirectional form, build it with causal=True"
+            )
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
         self.segment, self.features = config.segment, shape.head_dim
         self.rule: dict[str, Any] = {
@@ -76,30 +79,38 @@ class InfiniMechanism(SegmentMechanism):
 
     @property
     def adds(self) -> bool:
-        """The memory is a sum over the segments read."""
+        """Whether the memory is a plain sum over segments, so that all segments can be computed at once."""
         return self.config.update == "linear" and self.config.normalizer == "paper"
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded; causal only."""
+        """Capability flags: causal only, constant-size state, segments, gradients through at most `bptt_segments`
+        segments.
+        """
         config = self.config
         return Traits(bidirectional=False, bounded=True, segment=config.segment, horizon=config.bptt_segments)
 
     def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
-        """Sums over the whole stream: fp64, whatever the activations are."""
+        """Return fp64 (where the device has it) for activations of any `dtype`: the memory sums over the whole
+        stream.
+        """
         return ops.sums_dtype(device)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The gates: their own learning rate, no weight decay."""
+        """Optimizer group of the gates: learning rate `gate_lr`, no weight decay."""
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
     def operations(self) -> tuple[Operation, Operation]:
-        """See `SegmentMechanism`."""
+        """Return `ops.infini_attention` and `ops.infini_open` (for calls inside an incomplete segment), bound to
+        this config.
+        """
         fields = {"gate": self.gate, **self.rule}
         return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """See `SegmentMechanism`."""
+        """Count, for `length` tokens, the memory's multiply-adds per kv head and the local score entries per query
+        head.
+        """
         return ops.infini_cost(
             length,
             segment=self.segment,

@@ -1,17 +1,17 @@
-"""Infini-attention: local attention in segments, and a compressive memory of those before (Munkhdalai et al. 2024).
+"""Infini-attention: local attention in segments, and a compressive memory of earlier ones (Munkhdalai et al. 2024).
 
-Per head, with sigma = elu + 1, memory M (d x d) and normalizer z (d) over the closed segments (section 2.1):
+Per head, with sigma = elu + 1, memory M (d x d) and normalizer z (d) over the complete segments (section 2.1):
 
     A_mem = sigma(q) M / (sigma(q) . z)            read, before the segment is written
     out   = g A_mem + (1 - g) A_local,  g = sigmoid(gate)        A_local alone while the memory is empty
-    linear:  M <- M + sigma(k)^T v                 written when the segment closes
+    linear:  M <- M + sigma(k)^T v                 written when the segment is complete
     delta:   M <- M + sigma(k)^T (v - sigma(k) M / (sigma(k) . z))
     z <- z + sum sigma(k)                          normalizer "paper"
     z <- z + sum gamma sigma(k), gamma = clip(1 - sigma(k) . z / |sigma(k)|^2, 0, 1)      "gamma"
 
-The gamma is ARMT's (Rodkin et al. 2024), differentiated here: with the paper's normalizer a key written again with the
-delta rule reads back half its value, as z grows and M does not. Keys and queries reach the memory before positions are
-applied.
+gamma is ARMT's (Rodkin et al. 2024), differentiated here. It is needed because with the paper's normalizer a key that
+is written twice with the delta rule reads back only half its value, as z grows and M does not. Keys and queries reach
+the memory without RoPE.
 """
 
 from typing import Literal, NamedTuple
@@ -34,7 +34,7 @@ from longspan.engine.segments import (
 from longspan.engine.sums import smallest, sums_dtype
 
 BUDGET = 64 * 2**20
-"""Bytes of the memories that are held at once where segments are read together."""
+"""Limit in bytes for the memories of several segments that are computed at once."""
 
 
 def infini_attention(
@@ -52,23 +52,24 @@ def infini_attention(
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Attention over columns of which column 0 opens a segment.
+    """Run Infini-attention on a call that begins at a segment boundary; return outputs and the next memory.
 
     Args:
-        q: (batch, heads, length, head_dim), before positions.
-        k: (batch, kv_heads, length, head_dim), before positions.
-        v: like k.
+        q: (batch, heads, length, head_dim), before RoPE.
+        k: (batch, kv_heads, length, head_dim), before RoPE.
+        v: (batch, kv_heads, length, head_dim).
         gate: (heads,) before the sigmoid.
-        segment: columns of a segment.
-        update, normalizer: see the module.
-        state: the memory of the segments before; None = empty.
-        local: q and k with their positions, for the attention inside segments; None = as they are.
-        real: (batch, length) bool, columns that hold a token, in each segment at its front; None = all.
-        begins: (batch, segments) bool, a document begins with the segment; None = none.
-        bptt_segments: gradients reach so many segments back, a row's last counted as the first; None = all.
+        segment: segment length in columns; column 0 is the first of a segment.
+        update: "linear" or "delta"; see the module docstring.
+        normalizer: "paper" or "gamma"; see the module docstring.
+        state: memory of the segments before; None = empty.
+        local: q and k with RoPE, for the attention inside segments; None = q and k themselves.
+        real: (batch, length) bool, columns that hold a token, first in each segment; None = all.
+        begins: (batch, segments) bool, segments at which a document begins; None = none.
+        bptt_segments: number of segments through which gradients flow back, a row's last one included; None = all.
 
     Returns:
-        (batch, heads, length, head_dim) in v's dtype, and the memory after all segments that are full.
+        Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after all complete segments.
     """
     rule, layout = InfiniRule(gate, update, normalizer, q.shape[3]), Layout(segment, real, begins, bptt_segments)
     whole = q.shape[2] // segment * segment
@@ -78,7 +79,7 @@ def infini_attention(
     inside = attend_inside(q, k, v, layout, local)
     parts = [t[:, :, :whole] for t in (q, k, v, inside)]
     with flash.full_precision(q.device):
-        out, memory = _together(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
+        out, memory = _attend_full_segments(parts[0], parts[1], parts[2], rule, memory, parts[3], segment)
         if whole < q.shape[2]:
             out = torch.cat([out, rule.read(q[:, :, whole:], memory, inside[:, :, whole:])], 2)
     return out.to(v.dtype), memory
@@ -100,20 +101,20 @@ def infini_open(
     closes: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """A call that stays within the open segment of every row, as decoding does.
+    """Run Infini-attention on a call that stays inside the incomplete segment of every row, as in decoding.
 
     Args:
-        q: (batch, heads, length, head_dim), before positions.
-        k: (batch, kv_heads, older + length, head_dim), the first ones older keys of the open segment.
-        v: like k.
+        q: (batch, heads, length, head_dim), before RoPE.
+        k: (batch, kv_heads, earlier + length, head_dim); the first columns are earlier keys of the segment.
+        v: (batch, kv_heads, earlier + length, head_dim).
         gate, segment, update, normalizer, state, bptt_segments: as in `infini_attention`.
-        local: q and k with their positions.
-        lengths: (batch,) real tokens of each row, at the front; None = all.
-        memory_lengths: (batch,) how many older keys belong to the open segment, newest last; None = all.
-        closes: (batch,) bool, rows whose segment is full after this call, so that it is written; None = none.
+        local: q and k with RoPE; None = q and k themselves.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all.
+        memory_lengths: (batch,) number of earlier keys that belong to the segment, newest last; None = all.
+        closes: (batch,) bool, rows whose segment is complete after this call, so that it is written; None = none.
 
     Returns:
-        As `infini_attention`.
+        Outputs (batch, heads, length, head_dim) in v's dtype, and the memory after the call.
     """
     return attend_open(
         q,
@@ -130,7 +131,7 @@ def infini_open(
 
 
 class InfiniRule(NamedTuple):
-    """How the memory is read and written; see the module."""
+    """Reads and writes the compressive memory; equations in the module docstring."""
 
     gate: Tensor
     update: str
@@ -139,22 +140,31 @@ class InfiniRule(NamedTuple):
 
     @property
     def adds(self) -> bool:
-        """Segments only add to the memory, so their sums can be made at once."""
+        """Whether segments are only added to the memory, so that all their sums can be computed at once."""
         return self.update == "linear" and self.normalizer == "paper"
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Both are sums over the stream."""
+        """Return the dtype of the memory on v's device: fp64 where available, because both fields are sums over the
+        stream.
+        """
         return sums_dtype(v.device)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
-        """One segment."""
+        """Return the outputs of one segment: memory reads of q mixed with the local attention `inside`.
+
+        q, `inside` and the outputs are (batch, heads, size, head_dim).
+        """
         phi = _feature(q, queries=True)
         joined = torch.cat([memory.values, memory.keys[..., None]], -1)[:, :, None].to(phi.dtype)
         answers = _read(phi[:, :, None], joined)
         return _gated(answers, self.gate, inside[:, :, None], (memory.written > 0)[:, None])[:, :, 0]
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
-        """A full segment, against the memory as it was before it."""
+        """Return the memory's values and normalizer after one complete segment, k and v (batch, kv_heads, size,
+        head_dim).
+
+        With "delta" or "gamma" each key is compared with the memory as it was before the segment.
+        """
         phi = _feature(k)
         v, counted = v.to(phi.dtype), phi
         if not self.adds:
@@ -169,13 +179,18 @@ class InfiniRule(NamedTuple):
 
 
 def _feature(x: Tensor, *, queries: bool = False) -> Tensor:
+    """Return the elu + 1 features of x (..., d), in fp32 or wider; query features may be rescaled per vector."""
     return elu_features(x.to(torch.promote_types(x.dtype, torch.float32)), queries=queries)
 
 
-def _together(
+def _attend_full_segments(
     q: Tensor, k: Tensor, v: Tensor, rule: InfiniRule, memory: SegmentMemory, inside: Tensor, segment: int
 ) -> tuple[Tensor, SegmentMemory]:
-    """The linear update over full segments: sums over the segments before each, in groups within the budget."""
+    """Compute the linear update over full segments at once: each segment reads the sum of all segments before it.
+
+    Segments are computed in groups within `BUDGET`. q is (batch, heads, length, d), k and v (batch, kv_heads, length,
+    d), `inside` the local attention shaped like q; length is a multiple of `segment`. Returns outputs and next memory.
+    """
     count = q.shape[2] // segment
     phi_q = _feature(q, queries=True).unflatten(2, (count, segment))
     phi_k = _feature(k).unflatten(2, (count, segment))
@@ -183,23 +198,27 @@ def _together(
     inside = inside.unflatten(2, (count, segment))
     batch, kv_heads, dim = phi_k.shape[0], phi_k.shape[1], phi_k.shape[4]
     group = max(1, BUDGET // max(1, batch * kv_heads * dim * (dim + 1) * values.element_size()))
-    now = torch.cat([memory.values, memory.keys[..., None]], -1).to(rule.memory_dtype(v))
+    current = torch.cat([memory.values, memory.keys[..., None]], -1).to(rule.memory_dtype(v))
     written, outs = memory.written, []
     for first in range(0, count, group):
         part = slice(first, first + group)
         keys = phi_k[:, :, part]
         added = torch.cat([keys.mT @ values[:, :, part], keys.sum(-2)[..., None]], -1)
-        before = now.to(added.dtype)[:, :, None] + F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
-        now = now + added.sum(2, dtype=now.dtype)
+        before = current.to(added.dtype)[:, :, None] + F.pad(added[:, :, :-1].cumsum(2), (0, 0, 0, 0, 1, 0))
+        current = current + added.sum(2, dtype=current.dtype)
         index = written[:, None] + torch.arange(added.shape[2], device=keys.device)
         outs.append(_gated(_read(phi_q[:, :, part], before), rule.gate, inside[:, :, part], index > 0))
         written = written + added.shape[2]
     out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-    return out.flatten(2, 3), SegmentMemory(now[..., :-1], now[..., -1], written)
+    return out.flatten(2, 3), SegmentMemory(current[..., :-1], current[..., -1], written)
 
 
 def _read(phi_q: Tensor, joined: Tensor) -> Tensor:
-    """(batch, heads, segments, size, d) with (batch, kv_heads, segments, d, d + 1): what each query reads."""
+    """Return what each query reads from the memory of its segment, normalized: (batch, heads, segments, size, d).
+
+    phi_q is (batch, heads, segments, size, d); `joined`, values and normalizer side by side, is (batch, kv_heads,
+    segments, d, d + 1).
+    """
     batch, heads, count, size, dim = phi_q.shape
     group = heads // joined.shape[1]
     rows = phi_q.view(batch, joined.shape[1], group, count, size, dim).transpose(2, 3).flatten(3, 4)
@@ -210,16 +229,19 @@ def _read(phi_q: Tensor, joined: Tensor) -> Tensor:
 
 
 def _gated(read: Tensor, gate: Tensor, inside: Tensor, filled: Tensor) -> Tensor:
-    """Memory and local attention mixed, (batch, heads, segments, size, dim); `filled` (batch, segments)."""
+    """Mix memory reads and local attention by sigmoid(gate), both (batch, heads, segments, size, dim).
+
+    `filled` (batch, segments) bool: the memory is not empty; where it is empty, only local attention counts.
+    """
     share = gate.to(read.dtype).sigmoid()[:, None, None, None] * filled[:, None, :, None, None]
     return share * read + (1 - share) * inside
 
 
 def infini_cost(length: int, *, segment: int, head_dim: int, group: int, delta: bool, adds: bool) -> tuple[int, int]:
-    """Multiply-adds of the memory of one kv head and its query heads, and local score entries of one query head.
+    """Count the memory's multiply-adds per kv head (query heads included) and the local score entries per query head.
 
-    Of `length` tokens from an empty past, with `group` query heads a kv head; `delta`: the update is "delta"; `adds`:
-    linear update and the paper's normalizer.
+    For `length` tokens from an empty state, with `group` query heads per kv head. `delta`: the update is "delta";
+    `adds`: the update is "linear" with the normalizer "paper".
     """
     write = segment * head_dim * head_dim * (2 if delta else 1) + (0 if adds else segment * head_dim)
     read = group * length * head_dim * (head_dim + 1) if length > segment else 0

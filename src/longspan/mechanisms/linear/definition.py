@@ -1,4 +1,4 @@
-"""Linear attention on the whole matrix of products of features."""
+"""Reference implementation of linear attention: the dense matrix of feature products."""
 
 from longspan.engine.definitions.linear import elu_features, linear_attention
 

@@ -1,4 +1,4 @@
-"""`linear` as a layer; see the package."""
+"""`linear` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from longspan.contract.sizes import BoundedMechanism, pairs_within
 
 @dataclass(frozen=True, kw_only=True)
 class LinearConfig:
-    """Fields of `linear`.
+    """Configuration of `linear`.
 
     Attributes:
-        feature: "elu" (head_dim features) or "dpfp" (2 nu head_dim features).
-        nu: of DPFP.
+        feature: feature map: "elu" (head_dim features) or "dpfp" (2 * nu * head_dim features).
+        nu: number of shifted products in DPFP; used only where feature = "dpfp".
     """
 
     feature: Literal["elu", "dpfp"] = "elu"
@@ -31,23 +31,23 @@ class LinearConfig:
 
 
 class LinearState(NamedTuple):
-    """Sums over the live tokens, in fp64 (`ops.sums_dtype`) whatever the activations are."""
+    """Running sums over the tokens of the current document, in fp64 (`ops.sums_dtype`) for activations of any dtype."""
 
     values: Tensor  # (batch, kv_heads, features, head_dim)
     keys: Tensor  # (batch, kv_heads, features)
     live: Tensor  # (batch,) live tokens
 
     def accumulators(self) -> tuple[str, ...]:
-        """Fields that are fp32 at least."""
+        """Names of the fields that stay in fp32 or wider when the state is cast."""
         return "values", "keys"
 
     def sums(self) -> tuple[str, ...]:
-        """Fields that only grow, in fp64."""
+        """Names of the fields that are ever-growing sums and stay in fp64 when the state is cast."""
         return "values", "keys"
 
 
 class LinearMechanism(BoundedMechanism):
-    """See the package."""
+    """Linear attention without projections: takes q, k, v and the running sums S and z."""
 
     Config = LinearConfig
     config: LinearConfig
@@ -59,17 +59,32 @@ class LinearMechanism(BoundedMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded at any length; DPFP features of a query and a key may have no place in common."""
+        """Capability flags: constant-size state; `sparse` with DPFP, whose features of a query and a key may not
+        overlap.
+        """
         return Traits(streams=self.shape.causal, bounded=True, sparse=self.config.feature == "dpfp")
 
     def feature(self, x: Tensor, *, queries: bool = False) -> Tensor:
-        """phi(x), (..., head_dim) to (..., features); `queries` as in `ops.elu_features`."""
+        """Return the features phi(x): (..., head_dim) to (..., features).
+
+        `queries`: x are queries, whose features may be rescaled per vector, because the scale cancels in the output.
+        """
         return ops.dpfp(x, self.config.nu) if self.config.feature == "dpfp" else ops.elu_features(x, queries=queries)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: LinearState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, LinearState | None]:
-        """See `Mechanism.forward`."""
+        """Return linear attention outputs (batch, heads, length, head_dim) and the next running sums.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE.
+            state: sums over the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+
+        Returns:
+            The outputs and the next state; the state is None for a bidirectional instance.
+        """
         q, k = self.rotate(q, k, rows)
         dtype = torch.promote_types(q.dtype, torch.float32)
         before = None
@@ -90,13 +105,13 @@ class LinearMechanism(BoundedMechanism):
         return out, LinearState(values, keys, rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> LinearState:
-        """Nothing summed."""
+        """Return the empty state of `batch_size` rows: all sums zero."""
         dtype, shape = torch.promote_types(dtype, torch.float32), self.shape
         sums = ops.empty_sums(batch_size, shape.num_kv_heads, self.features, shape.head_dim, device, dtype)
         return LinearState(sums.values, sums.keys, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The products of `ops.linear_attention`."""
+        """Count the FLOPs (2 per multiply-add) of `ops.linear_attention` for `batch_size` rows of `length` tokens."""
         shape = self.shape
         cost = ops.group_cost(
             length, features=self.features, head_dim=shape.head_dim, group=shape.group, causal=shape.causal
@@ -104,5 +119,7 @@ class LinearMechanism(BoundedMechanism):
         return 2 * batch_size * shape.num_kv_heads * cost
 
     def pairs(self, length: int) -> int:
-        """All pairs, as dense attention has them."""
+        """Count the attended (query, key) pairs of `length` tokens, summed over query heads: as many as in dense
+        attention.
+        """
         return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

@@ -1,4 +1,4 @@
-"""Sums of features, which `performer` uses too."""
+"""Fast linear attention (running sums of features) and its cost. The code is in the engine: `performer` uses it too."""
 
 from longspan.engine.linear import elu_features, empty_sums, group_cost, linear_attention, linear_cost
 

@@ -1,4 +1,4 @@
-"""`lsh` as a layer; see the package."""
+"""`lsh` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -18,17 +18,19 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class LSHConfig:
-    """Fields of `lsh`.
+    """Configuration of `lsh`.
 
     Attributes:
-        bucket_size: tokens of a chunk; a token sees at most twice as many in a round.
-        num_hashes: rounds. The paper trains with 2 to 8 and evaluates with 8.
-        num_buckets: an even number; about the usual length / bucket_size / 2, whatever the input.
-        selection: "strict", or "sorted" as in the paper; None = strict where causal, else sorted.
-        shared_qk: keys are normalised queries, as in the paper; False uses the layer's keys.
-        redraw_every: optimiser steps between two draws of the rotations; 0 = never. What a training run carries from
-            step to step is dropped with every draw, so with `train.carry` take 0 or many steps.
-        seed: of the first draw.
+        bucket_size: chunk size in tokens; per hash round a token sees at most twice as many.
+        num_hashes: number of hash rounds. The paper trains with 2 to 8 and evaluates with 8.
+        num_buckets: number of hash buckets, even; about usual length / bucket_size / 2, the same for all inputs.
+        selection: "strict", or "sorted" as in the paper; None = "strict" if causal, else "sorted".
+        shared_qk: if True, keys are normalized queries, as in the paper; if False, the layer has its own key
+            projection.
+        redraw: number of optimizer steps after which the random rotations are redrawn; 0 = never. Every redraw also
+            discards the states that a training run carries from step to step, so with `train.carry` use 0 or many
+            steps.
+        seed: random seed of the first rotations.
     """
 
     bucket_size: int = 64
@@ -43,15 +45,17 @@ class LSHConfig:
         check_least(self, "lsh", {"bucket_size": 1, "num_hashes": 1, "num_buckets": 2, "redraw_every": 0})
         if self.num_buckets % 2:
             raise ConfigError(
-                f"lsh.num_buckets = {self.num_buckets}: must be even, as directions come with their opposites"
+                f"lsh.num_buckets = {self.num_buckets}: must be even, as each direction is used with both signs"
             )
 
 
-_NO_STREAM = "the sorted selection changes with later tokens, so it does not stream; build it with selection='strict'"
+_NO_STREAM = "selection='sorted' depends on later tokens, so it does not stream; build it with selection='strict'"
 
 
 class LSHMechanism(DrawnMechanism):
-    """See the package."""
+    """LSH attention without projections: holds the random rotations, takes q, k, v and ring buffers of earlier
+    tokens.
+    """
 
     Config = LSHConfig
     config: LSHConfig
@@ -71,20 +75,23 @@ class LSHMechanism(DrawnMechanism):
         super().__init__(shape, config)
         self.strict = (config.selection or ("strict" if shape.causal else "sorted")) == "strict"
         self.hashed_heads = shape.num_heads if config.shared_qk else shape.num_kv_heads
-        """Heads with rotations, and in a state rings, of their own."""
-        self.register_buffer("rotations", self._drawn(torch.Generator().manual_seed(config.seed)))
+        """Number of heads with their own rotations and their own ring buffers in a state."""
+        self.register_buffer("rotations", self._draw_rotations(torch.Generator().manual_seed(config.seed)))
         self._count_draws()
 
-    def _drawn(self, generator: torch.Generator | None) -> Tensor:
+    def _draw_rotations(self, generator: torch.Generator | None) -> Tensor:
+        """Draw random rotations (heads, rounds, head_dim, num_buckets // 2) with `generator`; None = torch's
+        generator.
+        """
         config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
         shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded by the rings. "sorted" is causal in values alone, as later tokens move what is sorted.
+        """Capability flags: "strict" is causal, streams and has a bounded state; "sorted" is causal in values only.
 
-        Shared keys are queries.
+        With shared keys the layer needs no key projection.
         """
         return Traits(
             causal=self.strict,
@@ -99,10 +106,19 @@ class LSHMechanism(DrawnMechanism):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: RingState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, RingState | None]:
-        """See `Mechanism.forward`.
+        """Return LSH attention outputs (batch, heads, length, head_dim), and the next ring buffers.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE; k is not used with shared keys.
+            state: ring buffers of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+
+        Returns:
+            The outputs and the next state; the state is None if the instance does not stream.
 
         Raises:
-            UnsupportedError: the state is of another draw of the rotations.
+            UnsupportedError: the state was made with earlier rotations.
         """
         q, k = self.rotate(q, k[:, :0] if self.config.shared_qk else k, rows)
         rings = None
@@ -137,17 +153,19 @@ class LSHMechanism(DrawnMechanism):
         return out, RingState(*next_rings(rings, k, v, key_buckets, rows), self.drawn_of(rows), rows.live)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Draw the rotations anew every `redraw_every` steps."""
-        self.redraw_at(step, self.config.redraw_every, self.rotations, lambda: self._drawn(generator))
+        """Redraw the random rotations every `redraw_every` optimizer steps."""
+        self.redraw_at(step, self.config.redraw_every, self.rotations, lambda: self._draw_rotations(generator))
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
-        """Full capacity, nothing live."""
+        """Return the empty state of `batch_size` rows: ring buffers at full capacity, all slots empty."""
         config = self.config
         shape = self.hashed_heads, config.num_hashes, config.num_buckets, 2 * config.bucket_size
         return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The hashes of queries (and keys), and two products of every query with the keys of its tiles."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: hashing, scores and outputs of all computed
+        tiles.
+        """
         config, shape = self.config, self.shape
         entries = ops.lsh_cost(
             length,
@@ -163,7 +181,9 @@ class LSHMechanism(DrawnMechanism):
         return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * hashes)
 
     def pairs(self, length: int) -> int:
-        """Pairs if buckets were full and the rounds had none in common: an upper bound."""
+        """Count the attended (query, key) pairs, summed over query heads; an upper bound: full buckets, disjoint
+        rounds.
+        """
         most = 2 * self.config.bucket_size * self.config.num_hashes
         if not self.shape.causal or not self.strict:
             return self.shape.num_heads * length * max(1, min(most, length - 1))

@@ -1,4 +1,6 @@
-"""Definition of Memorizing Transformer's attention (Wu et al. 2022, section 3.1), on the whole matrix of cosines."""
+"""Reference implementation of Memorizing Transformer attention (Wu et al. 2022, section 3.1), on all cosines at
+once.
+"""
 
 import torch
 from torch import Tensor
@@ -20,10 +22,11 @@ def memorizing_attention(
     first: Tensor,
     last: Tensor,
 ) -> Tensor:
-    """g A_memory + (1 - g) A_local, g = sigmoid(gate); A_local alone where there is nothing to retrieve.
+    """Return g A_memory + (1 - g) A_local with g = sigmoid(gate); A_local alone where there is nothing to retrieve.
 
-    A_memory is the softmax over the `top` keys of largest cosine with the query, of the cosines times `scale`. The
-    store is not trained: k and v get no gradient. Arguments as of `longspan.ops.memorizing_attention`.
+    A_memory is the softmax, over the `top` keys with the largest cosine to the query, of the cosines times `scale`. The
+    store is not trained: k and v get no gradient. The result is (batch, heads, length, head_dim); arguments are those
+    of `longspan.ops.memorizing_attention`.
     """
     group, dtype = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
     k, v = (t.detach().to(dtype).repeat_interleave(group, 1) for t in (k, v))

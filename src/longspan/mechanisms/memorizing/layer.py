@@ -1,4 +1,4 @@
-"""`memorizing` as a layer; see the package."""
+"""`memorizing` as a module without projections; the equations are in the package docstring."""
 
 import functools
 import itertools
@@ -25,15 +25,15 @@ from longspan.state import needs_grad
 
 @dataclass(frozen=True, kw_only=True)
 class MemorizingConfig:
-    """Fields of `memorizing`.
+    """Configuration of `memorizing`.
 
     Attributes:
-        window: keys a token sees nearby, itself included; also positions of a segment.
-        max_memories: pairs that the store holds.
-        k: pairs that a query retrieves in each head.
-        gate_init: of the gates before the sigmoid; -4 is strongly local.
-        scale_init: of the factor of the cosines; None = sqrt(head_dim), at which random vectors give the same softmax
-            as without normalisation.
+        window: number of keys each token sees in local attention, itself included; also the segment length.
+        max_memories: number of key-value pairs that the store holds.
+        k: number of pairs that a query retrieves per head.
+        gate_init: initial value of the gates, before the sigmoid; -4 makes attention almost purely local.
+        scale_init: initial factor of the cosines; None = sqrt(head_dim), at which random vectors give the same softmax
+            as without normalization.
         gate_lr: learning rate of gates and scales.
     """
 
@@ -47,24 +47,24 @@ class MemorizingConfig:
     def __post_init__(self) -> None:
         check_least(self, "memorizing", {"window": 1, "max_memories": 1, "k": 1})
         if self.scale_init is not None and self.scale_init <= 0:
-            raise ConfigError(f"memorizing.scale_init = {self.scale_init}: must be above 0")
+            raise ConfigError(f"memorizing.scale_init = {self.scale_init}: must be above 0, or None for sqrt(head_dim)")
 
 
 class MemorizingState(NamedTuple):
-    """The store, and the keys and values that local attention may still see."""
+    """The store of earlier key-value pairs, and the keys and values that local attention may still see."""
 
-    # (batch, kv_heads, max_memories, head_dim), of norm 1, newest last: those of the last closed segments. Slots that
-    # nothing has entered yet are zero and masked.
+    # (batch, kv_heads, max_memories, head_dim): unit keys of the last complete segments, newest last. Unused slots are
+    # zero and masked.
     store_k: Tensor
     store_v: Tensor  # like store_k
-    # (batch, kv_heads, window - 1, head_dim), before positions, newest last; the open segment's are among them
+    # (batch, kv_heads, window - 1, head_dim), before RoPE, newest last; includes the incomplete segment
     k: Tensor
     v: Tensor  # like k
-    live: Tensor  # (batch,) live tokens
+    live: Tensor  # (batch,) tokens since the last reset
 
 
 class MemorizingMechanism(BoundedMechanism):
-    """See the package."""
+    """Memorizing Transformer attention without projections: window attention plus retrieval, mixed by learned gates."""
 
     Config = MemorizingConfig
     config: MemorizingConfig
@@ -79,7 +79,9 @@ class MemorizingMechanism(BoundedMechanism):
     def __init__(self, shape: Shape, config: MemorizingConfig) -> None:
         super().__init__(shape, config)
         if not shape.causal:
-            raise ConfigError("memorizing: the memory is of the past; there is no bidirectional form")
+            raise ConfigError(
+                "memorizing: the store is causal; there is no bidirectional form, build it with causal=True"
+            )
         scale = math.sqrt(shape.head_dim) if config.scale_init is None else config.scale_init
         self.gate = nn.Parameter(torch.full((shape.num_heads,), config.gate_init))
         self.log_scale = nn.Parameter(torch.full((shape.num_heads,), math.log(scale)))
@@ -87,154 +89,201 @@ class MemorizingMechanism(BoundedMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded; gradients reach as far as the window: the own segment and, beyond one token, the one before."""
+        """Capability flags: causal only, constant-size state, retrieval depends on the data (`selects`).
+
+        Gradients reach as far as the window: a token's own segment and, if the window is larger than 1, the previous
+        one.
+        """
         window = self.config.window
         horizon = 1 if window == 1 else 2
         return Traits(bidirectional=False, bounded=True, selects=True, segment=window, horizon=horizon)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Gates and scales: their own learning rate, no weight decay."""
+        """Optimizer group of gates and scales: learning rate `gate_lr`, no weight decay."""
         return [ParameterGroup("gates", [self.gate, self.log_scale], lr=self.config.gate_lr, weight_decay=0.0)]
 
     @property
     def scale(self) -> Tensor:
-        """(heads,) factor of the cosines, fp32 at least."""
+        """Factor of the cosines, (heads,), in fp32 or wider."""
         return self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32)).exp()
 
     def attach(self, stores: MemoryStore | Sequence[MemoryStore]) -> None:
-        """Read and write these stores, one for each row of the batch, instead of the one in the state; inference only.
+        """Use stores on disk instead of the store in the state, one per batch row; for inference only.
 
-        A store opened for writing follows the document: it must be empty where attached, takes every segment that
-        closes, and is cleared where a document begins. One opened for reading ("r") is only searched, by every
-        document. The state is carried on as ever, so `detach` goes back to it at any time.
+        A store opened for writing follows the document: it must be empty when it is attached, it receives every
+        complete segment, and it is cleared where a document begins. A store opened for reading only is searched by
+        every document. The store in the state is still updated, so `detach` returns to it at any time.
 
-        Not streaming-exact: a store is outside the state. It is not saved, forked or rewound with it, a call made
-        twice would write twice (which is refused, as the store no longer fits the state), and with faiss the search is
-        approximate.
+        Attached stores break the exactness of streaming: they are not part of the state and are not saved, forked or
+        rewound with it. Making the same call twice would write twice; this is refused, because the store no longer
+        matches the state. With faiss the search is approximate.
+
+        Args:
+            stores: one store per row of the batch; a single store for batch size 1.
 
         Raises:
-            ConfigError: a store of other kv heads or another head_dim.
+            ConfigError: a store with other kv heads or another head_dim.
         """
         stores = (stores,) if isinstance(stores, MemoryStore) else tuple(stores)
         for store in stores:
             if (store.kv_heads, store.head_dim) != (self.shape.num_kv_heads, self.shape.head_dim):
                 raise ConfigError(
-                    f"{store.folder}: holds {store.kv_heads} kv heads of {store.head_dim}, "
-                    f"the layer has {self.shape.num_kv_heads} of {self.shape.head_dim}"
+                    f"{store.folder}: the store has kv_heads = {store.kv_heads} and head_dim = {store.head_dim}, the "
+                    f"layer {self.shape.num_kv_heads} and {self.shape.head_dim}; attach a store of the layer's sizes"
                 )
         self.attached = stores
 
     def detach(self) -> None:
-        """Read the store in the state again."""
+        """Stop using attached stores and read the store in the state again."""
         self.attached = ()
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, state: MemorizingState | None, rows: BatchLayout, **unused: Any
     ) -> tuple[Tensor, MemorizingState]:
-        """See `Mechanism.forward`.
+        """Return outputs (batch, heads, length, head_dim) of local attention and retrieval, and the next state.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE.
+            state: store and recent keys of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
 
         Raises:
-            UnsupportedError: gradients are wanted while a store is attached.
+            UnsupportedError: gradients are required while a store is attached.
+            ConfigError: the number of attached stores is not the batch size, or a store does not match the state.
         """
         window = self.config.window
-        near_k, near_v, near = join(state, k, v, grows=False)
-        local = self._local(q, near_k, near_v, near, rows)
+        recent_k, recent_v, num_recent = join(state, k, v, grows=False)
+        local = self._attend_local(q, recent_k, recent_v, num_recent, rows)
         inside = rows.inside(window)
         closes = (rows.offsets % window + rows.lengths_read == window).any()
-        pairs = None if inside and not closes and rows.emptied is None else self._pairs(state, k, v, rows)
+        pairs = None if inside and not closes and rows.emptied is None else self._stored_pairs(state, k, v, rows)
         if self.attached:
-            out = self._attached(q, near_k, near_v, near, local, rows)
+            out = self._read_attached(q, recent_k, recent_v, num_recent, local, rows)
         elif not inside:
             assert pairs is not None
             out = self._retrieve(q, *pairs, local, rows, older=pairs[0].shape[2] - rows.length)
         else:
             out = local if state is None else self._retrieve(q, state.store_k, state.store_v, local, rows)
-        store = self._next(state, pairs, k, rows)
+        store = self._next_store(state, pairs, k, rows)
         return out, MemorizingState(*store, *carry(state, k, v, rows, window - 1), rows.live)
 
-    def _local(self, q: Tensor, k: Tensor, v: Tensor, near: int, rows: BatchLayout) -> Tensor:
+    def _attend_local(self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, rows: BatchLayout) -> Tensor:
+        """Return window attention (batch, heads, length, head_dim), with RoPE where the model uses it.
+
+        The first `num_recent` columns of k and v are earlier tokens from the state.
+        """
         if self.shape.rope is not None and rows.length:
             q, k = rotate_by_column(q, k, self.shape.rope, rows)
-        return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, near))
+        return ops.window_attention(q, k, v, window=self.config.window, **visible(rows, num_recent))
 
     def _retrieve(
         self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: BatchLayout, older: int | None = None
     ) -> Tensor:
-        """k and v: `_pairs`, of which `older` are no tokens of the call; or, for a call in the open segment of every
-        row, the store alone."""
-        window, most = self.config.window, self.config.max_memories
+        """Mix retrieval from the pairs (k, v) into the local attention `local`, all (batch, heads or kv_heads, columns,
+        head_dim).
+
+        Args:
+            q: queries before RoPE.
+            k, v: `_stored_pairs`, or the state's store alone for a call inside the incomplete segment of every row.
+            local: local attention (batch, heads, length, head_dim).
+            rows: batch layout of the call.
+            older: number of columns of k that are not tokens of the call; None = k and v are the state's store.
+        """
+        window, max_memories = self.config.window, self.config.max_memories
 
         def bounds() -> tuple[Tensor, Tensor]:
+            """Return first and last + 1 column that each query may retrieve, (batch, length or 1)."""
             if older is None:
-                closed = (rows.offsets // window * window).clip(max=most)[:, None]
-                begin, end = most - closed, np.full_like(closed, most)
+                closed = (rows.offsets // window * window).clip(max=max_memories)[:, None]
+                begin, end = max_memories - closed, np.full_like(closed, max_memories)
             else:
                 column, position = np.arange(older, older + rows.length), rows.positions_read
                 end = column - position % window
-                begin = np.maximum(end - most, column - position).clip(min=0)
+                begin = np.maximum(end - max_memories, column - position).clip(min=0)
                 if rows.lengths is not None:
                     end = np.where(column - older >= rows.lengths_read[:, None], 0, end)
             return host.put(begin, rows.device), host.put(end, rows.device)
 
-        first, last = rows.cached(("memorizing", window, most, older), bounds)
+        first, last = rows.cached(("memorizing", window, max_memories, older), bounds)
         return ops.memorizing_attention(
             q, k, v, local, self.gate, self.scale, top=self.config.k, first=first, last=last
         )
 
-    def _pairs(self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
-        """Store, open segment and call side by side, newest last, with nothing between them in any row; keys of norm 1.
+    def _stored_pairs(
+        self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: BatchLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Return the pairs of store, incomplete segment and call, newest last, contiguous in every row; keys have unit
+        length.
 
-        Out of the graph.
+        k and v are those of the call; results are (batch, kv_heads, columns, head_dim), detached from the graph.
         """
         k, v = ops.unit_vectors(k.detach()).to(k.dtype), v.detach()
         if state is None:
             return k, v
-        window, most = self.config.window, self.config.max_memories
+        window, max_memories = self.config.window, self.config.max_memories
         recent_k, recent_v = ops.unit_vectors(state.k.detach()).to(k.dtype), state.v.detach()
         opened_counts = set((rows.offsets % window).tolist())
         if len(opened_counts) <= 1:
-            behind = window - 1 - next(iter(opened_counts), 0)
+            num_older = window - 1 - next(iter(opened_counts), 0)
             return (
-                torch.cat([state.store_k, recent_k[:, :, behind:], k], 2),
-                torch.cat([state.store_v, recent_v[:, :, behind:], v], 2),
+                torch.cat([state.store_k, recent_k[:, :, num_older:], k], 2),
+                torch.cat([state.store_v, recent_v[:, :, num_older:], v], 2),
             )
-        distance = torch.arange(most + window - 1, 0, -1, device=rows.device)  # to the first token of the call
+        distance = torch.arange(
+            max_memories + window - 1, 0, -1, device=rows.device
+        )  # distance to the first token of the call
         opened = rows.opened(window)[:, None]
-        index = torch.where(distance <= opened, most + window - 1 - distance, most + opened - distance)
+        index = torch.where(distance <= opened, max_memories + window - 1 - distance, max_memories + opened - distance)
         return (
             torch.cat([pick_columns(torch.cat([state.store_k, recent_k], 2), index), k], 2),
             torch.cat([pick_columns(torch.cat([state.store_v, recent_v], 2), index), v], 2),
         )
 
-    def _next(
+    def _next_store(
         self, state: MemorizingState | None, pairs: tuple[Tensor, Tensor] | None, k: Tensor, rows: BatchLayout
     ) -> tuple[Tensor, Tensor]:
-        """The store after the call: the last pairs of closed segments, as it was where none closed."""
-        window, most = self.config.window, self.config.max_memories
+        """Return keys and values of the store after the call: the last pairs of complete segments.
+
+        The state's store is returned unchanged if no segment was completed (`pairs` is None).
+        """
+        window, max_memories = self.config.window, self.config.max_memories
         if pairs is None and state is not None:
             return state.store_k, state.store_v
         if pairs is None or not pairs[0].shape[2]:
-            empty = k.new_zeros(*k.shape[:2], most, k.shape[3])
+            empty = k.new_zeros(*k.shape[:2], max_memories, k.shape[3])
             return empty, empty.clone()
         closed = rows.lives // window * window
         end = pairs[0].shape[2] - rows.length + rows.lengths_read - rows.lives % window
-        if rows.batch and (closed >= most).all() and (end == end[:1]).all():
+        if rows.batch and (closed >= max_memories).all() and (end == end[:1]).all():
             last = int(end[0])
-            return pairs[0][:, :, last - most : last].clone(), pairs[1][:, :, last - most : last].clone()
-        column = end[:, None] - most + np.arange(most)
+            return pairs[0][:, :, last - max_memories : last].clone(), pairs[1][
+                :, :, last - max_memories : last
+            ].clone()
+        column = end[:, None] - max_memories + np.arange(max_memories)
         index = host.put(np.where(column < (end - closed)[:, None], -1, column), rows.device)
         return pick_columns(pairs[0], index), pick_columns(pairs[1], index)
 
-    def _attached(self, q: Tensor, k: Tensor, v: Tensor, near: int, local: Tensor, rows: BatchLayout) -> Tensor:
-        """Each segment reads the store of its row, then is written there if it closes; k, v with `near` older columns.
+    def _read_attached(
+        self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, local: Tensor, rows: BatchLayout
+    ) -> Tensor:
+        """Mix retrieval from the attached stores into `local`; each segment reads its row's store, then is written to
+        it.
+
+        A segment is written when it is complete. The first `num_recent` columns of k and v are earlier tokens.
 
         Raises:
-            ConfigError: a store that is written and does not hold what the state has read.
+            UnsupportedError: gradients are required.
+            ConfigError: not one store per row, or a store does not hold what the state has read.
         """
         if needs_grad(q, k, v, local, self.gate):
-            raise UnsupportedError("memorizing: an attached store is for inference; call it under torch.no_grad()")
+            raise UnsupportedError(
+                "memorizing: attached stores are for inference only; call the layer under torch.no_grad()"
+            )
         if len(self.attached) != rows.batch:
-            raise ConfigError(f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows")
+            raise ConfigError(
+                f"memorizing: {len(self.attached)} stores attached, the call has {rows.batch} rows; attach one per row"
+            )
         window, out = self.config.window, local.clone()
         with flash.full_precision(q.device):
             q = ops.unit_vectors(q) * self.scale.to(torch.promote_types(q.dtype, torch.float32))[:, None, None]
@@ -254,25 +303,28 @@ class MemorizingMechanism(BoundedMechanism):
                             store, q[row, :, part], local[row, :, part], self.gate, self.config.k
                         )
                     if store.write and (position + end - begin) % window == 0:
-                        closed = slice(near + end - window, near + end)
+                        closed = slice(num_recent + end - window, num_recent + end)
                         store.add(k[row, :, closed], v[row, :, closed])
                 if store.write and rows.emptied is not None and bool(rows.emptied[row]):
                     store.clear()
         return out
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MemorizingState:
-        """Full capacity, nothing live."""
+        """Return the empty state of `batch_size` rows: store and window at full capacity (zeros)."""
         shape, config = self.shape, self.config
 
         def zeros(columns: int) -> Tensor:
+            """Return a zero tensor (batch_size, kv_heads, columns, head_dim)."""
             return torch.zeros(batch_size, shape.num_kv_heads, columns, shape.head_dim, device=device, dtype=dtype)
 
         live = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        store, near = config.max_memories, config.window - 1
-        return MemorizingState(zeros(store), zeros(store), zeros(near), zeros(near), live)
+        store, recent = config.max_memories, config.window - 1
+        return MemorizingState(zeros(store), zeros(store), zeros(recent), zeros(recent), live)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Two products with the window's keys, one with all memories, and one with those retrieved."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: local attention, cosines, weighted retrieved
+        values.
+        """
         shape, config = self.shape, self.config
         local = ops.window_cost(length, window=config.window)
         scores, values = ops.memorizing_cost(
@@ -281,7 +333,9 @@ class MemorizingMechanism(BoundedMechanism):
         return batch_size * shape.num_heads * shape.head_dim * (4 * local + 2 * (scores + values))
 
     def pairs(self, length: int) -> int:
-        """Pairs of the window and pairs retrieved, a head; those that are both are counted twice."""
+        """Count the attended (query, key) pairs, local and retrieved, summed over query heads; those that are both
+        count twice.
+        """
         config, window = self.config, self.config.window
         retrieved = sum(
             min(config.k, config.max_memories, first) * min(window, length - first)
@@ -291,8 +345,13 @@ class MemorizingMechanism(BoundedMechanism):
 
 
 def _check_follows(store: MemoryStore, closed: int) -> None:
+    """Check that a store holds exactly the `closed` positions of the complete segments that the state has read.
+
+    Raises:
+        ConfigError: it does not.
+    """
     if store.written != closed:
         raise ConfigError(
-            f"{store.folder}: {store.written} pairs written, the state has closed {closed} positions; attach an empty "
-            "store where a document begins, and give every call the state of the one before"
+            f"{store.folder}: {store.written} pairs written, but the state has read {closed} positions; attach an "
+            "empty store where a document begins, and pass every call the state of the previous one"
         )

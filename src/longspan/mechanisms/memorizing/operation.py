@@ -1,13 +1,13 @@
-"""Attention to what a store of keys and values has nearest to the query, beside local attention (Wu et al. 2022).
+"""Retrieval of the stored key-value pairs most similar to the query, mixed with local attention (Wu et al. 2022).
 
     A_memory = softmax(scale cos(q, k_j)) v_j  over the `top` keys of largest cosine that the query may retrieve
     out      = g A_memory + (1 - g) A_local,  g = sigmoid(gate);  A_local alone where there is nothing to retrieve
 
-The search is exact. A tile of queries meets a block of keys at a time and keeps the best so far, so that scores never
-take more than a fixed budget. The best of a block are found in two steps: the keys stand in groups, and the best keys
-lie in the groups of the best maxima; so a vectorised maximum reads all scores, and sorting reads few. For the backward
-pass each query keeps the columns and weights of what it retrieved. The store is not trained: keys and values get no
-gradient.
+The search is exact. A tile of queries is compared with one block of keys at a time and keeps the best so far, so scores
+never take more than a fixed budget. The best keys of a block are found in two steps: keys are split into groups, and
+the best keys lie in the groups with the largest maxima. So a vectorized maximum reads all scores, and sorting reads
+few. For the backward pass each query saves columns and weights of what it retrieved. The store is not trained: keys and
+values get no gradient.
 """
 
 import math
@@ -28,13 +28,13 @@ from longspan.host import Array
 from longspan.state import needs_grad
 
 EPSILON = 1e-6
-ROWS = 64  # queries of a tile, those of grouped heads counted together
-KEYS = 8192  # keys of a block
-ENTRIES = 1 << 19  # scores at once
+ROWS = 64  # queries per tile, counting all query heads of a kv head
+KEYS = 8192  # keys per block
+ENTRIES = 1 << 19  # scores computed at a time
 
 
 def unit_vectors(x: Tensor) -> Tensor:
-    """x / sqrt(|x|^2 + 1e-6), fp32 at least: what a store keeps of keys, and compares of queries."""
+    """Return x / sqrt(|x|^2 + 1e-6), (..., head_dim), in fp32 or wider; used for stored keys and their queries."""
     check_floating(x=x)
     x = x.to(flash.working_dtype(x))
     units: Tensor = x * (x.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
@@ -53,49 +53,60 @@ def memorizing_attention(
     first: Tensor,
     last: Tensor,
 ) -> Tensor:
-    """Retrieve from a store, and mix with local attention; see the module.
+    """Retrieve the most similar stored values for each query and mix them with local attention.
+
+    The equations are in the module docstring.
 
     Args:
-        q: (batch, heads, length, head_dim), of any norm, before positions.
-        k: (batch, kv_heads, columns, head_dim), of norm 1 (`unit_vectors`): the store.
-        v: like k.
-        local: (batch, heads, length, head_dim), what local attention gave.
+        q: (batch, heads, length, head_dim), of any length (norm), before RoPE.
+        k: (batch, kv_heads, columns, head_dim), keys of the store, of unit length (`unit_vectors`).
+        v: (batch, kv_heads, columns, head_dim), values of the store.
+        local: (batch, heads, length, head_dim), output of local attention.
         gate: (heads,) before the sigmoid.
         scale: (heads,) factor of the cosines.
-        top: keys that a query retrieves, or all that there are; among equal cosines any may be taken.
-        first: (batch or 1, length or 1) the first column that a query may retrieve.
-        last: like first, the column behind the last one.
+        top: number of keys that a query retrieves (all if there are fewer); among equal cosines any may be taken.
+        first: (batch or 1, length or 1) first column that a query may retrieve.
+        last: (batch or 1, length or 1) column after the last one that a query may retrieve.
 
     Returns:
-        (batch, heads, length, head_dim) in local's dtype. Gradients of q, local, gate and scale; none of k and v.
+        (batch, heads, length, head_dim) in local's dtype, with gradients for q, local, gate and scale, none for k and
+        v.
+
+    Raises:
+        ConfigError: shapes do not match, tensors that are not floating point, or top below 1.
     """
     check_positive("top", top)
     check_floating(q=q, k=k, v=v, local=local)
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape != local.shape:
         raise ConfigError(
-            "q and local must be (batch, heads, length, head_dim), k and v (batch, kv_heads, columns, head_dim) with "
-            f"kv_heads dividing heads; got {tuple(q.shape)}, {tuple(local.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+            f"memorizing_attention: shapes do not match: q {tuple(q.shape)}, local {tuple(local.shape)}, k "
+            f"{tuple(k.shape)}, v {tuple(v.shape)}; expected q and local (batch, heads, length, head_dim), k and v "
+            "(batch, kv_heads, columns, head_dim), kv_heads dividing heads"
         )
     with flash.full_precision(q.device):
         shape = q.shape[0], q.shape[2]
-        search = _searched(top, first, last, shape)
+        search = _make_search(top, first, last, shape)
         scaled = unit_vectors(q) * scale.to(flash.working_dtype(q))[:, None, None]
         k, v = k.detach(), v.detach()
         retrieved = _apply(scaled, k, v, search) if needs_grad(scaled) else _retrieve(scaled, k, v, search)[0]
         filled = (search.last > search.first)[:, None, :, None]
-        return mixed(retrieved, local, gate, filled)
+        return mix_retrieved(retrieved, local, gate, filled)
 
 
-def mixed(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
-    """g found + (1 - g) local, local alone where not `filled` (broadcast over heads); in local's dtype."""
+def mix_retrieved(retrieved: Tensor, local: Tensor, gate: Tensor, filled: Tensor) -> Tensor:
+    """Return g retrieved + (1 - g) local with g = sigmoid(gate), in local's dtype; local alone where not `filled`.
+
+    Tensors are (..., heads, length, head_dim); `filled` broadcasts to them.
+    """
     share = gate.to(retrieved.dtype).sigmoid()[:, None, None] * filled
     return (local + share * (retrieved - local)).to(local.dtype)
 
 
 class Search(NamedTuple):
-    """How many keys a query takes of columns first .. last - 1; both (rows, length), rows = 1 where all are alike.
+    """What each query may retrieve: up to `top` keys among columns first .. last - 1.
 
-    `begin` and `end` are their values on the host; None = not known.
+    `first` and `last` are (rows, length), rows = 1 if all rows are equal; `begin` and `end` are their values on the
+    host, None = unknown.
     """
 
     top: int
@@ -106,7 +117,10 @@ class Search(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries begin .. end - 1 and the columns that one of them may retrieve; `whole`: all of them may all."""
+    """Queries begin .. end - 1, and the columns low .. high - 1 that any of them may retrieve.
+
+    `whole`: every query may retrieve all of these columns.
+    """
 
     begin: int
     end: int
@@ -116,14 +130,14 @@ class Tile(NamedTuple):
 
 
 def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest of the last dimension and their columns, in no order."""
+    """Return the `top` largest scores of the last dimension and their columns, unsorted."""
     count = scores.shape[-1]
     if count <= 4 * top:
         largest = scores.topk(top, -1, sorted=False)
         return largest.values, largest.indices
     size = max(2, round(math.sqrt(count / top)))
     groups = count // size
-    # group j holds the columns j, j + groups, j + 2 groups, ...: maxima over rows of a view
+    # group j consists of columns j, j + groups, j + 2 groups, ..., so group maxima are maxima over rows of a view
     grouped = scores[..., : groups * size].unflatten(-1, (size, groups))
     best = grouped.amax(-2).topk(top, -1, sorted=False).indices[..., None, :]
     candidates = grouped.gather(-1, best.expand(*grouped.shape[:-1], top)).flatten(-2)
@@ -135,7 +149,9 @@ def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[Tensor, Tensor]:
-    """The `top` largest scores over blocks (first column, scores), and their columns; all where there are fewer."""
+    """Return the `top` largest scores over blocks of (first column, scores), and their columns; all if there are
+    fewer.
+    """
     values = columns = None
     for low, scores in blocks:
         value, column = nearest(scores, min(top, scores.shape[-1]))
@@ -151,8 +167,8 @@ def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[T
     return values, columns
 
 
-def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> Search:
-    """The search of queries (batch, length); one row where all rows are alike."""
+def _make_search(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> Search:
+    """Build the `Search` of queries (batch, length), with a single row if all rows are equal."""
     begin, end = host.read([first, last])
     first, last = first.broadcast_to(shape), last.broadcast_to(shape)
     if begin is None or end is None:
@@ -164,7 +180,7 @@ def _searched(top: int, first: Tensor, last: Tensor, shape: tuple[int, int]) -> 
 
 
 def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
-    """Tiles of every row: they depend on what queries may see, never on contents."""
+    """Split the queries of every row into tiles; they depend on what queries may see, never on tensor contents."""
     rows, length = search.first.shape
     size = max(1, ROWS // group)
     parts = [slice(begin, min(begin + size, length)) for begin in range(0, length, size)]
@@ -183,21 +199,22 @@ def _tiles(search: Search, group: int, columns: int) -> list[list[Tile]]:
     return tiles
 
 
-class _Part(NamedTuple):
-    """A tile of queries of some batch rows and kv heads, with the keys and values of these."""
+class _QueryTile(NamedTuple):
+    """A tile of queries of some batch rows and kv heads, with the keys and values of these heads."""
 
     rows: slice
     here: tuple[slice, slice, slice]  # batch rows, query heads, queries
     tile: Tile
-    keys: Tensor  # (items, columns, head_dim), contiguous; an item is a kv head of a batch row
+    keys: Tensor  # (items, columns, head_dim), contiguous; an item is one kv head of one batch row
     values: Tensor  # like keys
 
-    def of(self, x: Tensor) -> Tensor:
-        """The part of (batch, heads, length, n) as (items, group * queries, n)."""
+    def select(self, x: Tensor) -> Tensor:
+        """Select the tile from x (batch, heads, length, n): (items, group * queries, n)."""
         return x[self.here].reshape(len(self.keys), -1, x.shape[3])
 
 
-def _parts(q: Tensor, k: Tensor, v: Tensor, search: Search) -> Iterator[_Part]:
+def _query_tiles(q: Tensor, k: Tensor, v: Tensor, search: Search) -> Iterator[_QueryTile]:
+    """Yield the tiles of a call, with the matching keys and values."""
     group, columns = q.shape[1] // k.shape[1], k.shape[2]
     if not q.numel() or not columns:
         return
@@ -207,20 +224,23 @@ def _parts(q: Tensor, k: Tensor, v: Tensor, search: Search) -> Iterator[_Part]:
         keys, values = (t[part.rows, part.heads].to(q.dtype).flatten(0, 1).contiguous() for t in (k, v))
         heads = slice(part.heads.start * group, part.heads.stop * group)
         for tile in tiles[part.rows.start if len(tiles) > 1 else 0]:
-            yield _Part(part.rows, (part.rows, heads, slice(tile.begin, tile.end)), tile, keys, values)
+            yield _QueryTile(part.rows, (part.rows, heads, slice(tile.begin, tile.end)), tile, keys, values)
 
 
 def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """A_memory, and where `keep` the columns (batch, heads, length, top) and weights that made it."""
+    """Return A_memory (batch, heads, length, head_dim), and if `keep` the columns and weights that made it.
+
+    Columns and weights are (batch, heads, length, top); their length is 0 without `keep`.
+    """
     batch, heads, length, _ = q.shape
     out = new_like_heads(q, length, heads, v.shape[3], zero=True, dtype=q.dtype)
     saved = batch, heads, length if keep else 0, min(search.top, k.shape[2])
     columns = torch.zeros(saved, dtype=torch.int32, device=q.device)
     weights = torch.zeros(saved, dtype=q.dtype, device=q.device)
-    for part in _parts(q, k, v, search):
-        best, column = nearest_of_blocks(_scores(part.of(q), part, search), search.top)
+    for part in _query_tiles(q, k, v, search):
+        best, column = nearest_of_blocks(_scores(part.select(q), part, search), search.top)
         weight = best.softmax(-1)
-        if not part.tile.whole:  # queries that see nothing have scores of -inf only
+        if not part.tile.whole:  # queries without keys have only scores of -inf
             weight = weight.masked_fill(best.amax(-1, keepdim=True) == -math.inf, 0.0)
         target = out[part.here]
         target.copy_((weight.flatten(0, 1)[:, None] @ _gathered(part.values, column)).view(target.shape))
@@ -231,8 +251,10 @@ def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = F
     return out, columns, weights
 
 
-def _scores(queries: Tensor, part: _Part, search: Search) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of scores (items, group * queries, keys), -inf where a key is not to be retrieved."""
+def _scores(queries: Tensor, part: _QueryTile, search: Search) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first column, scores (items, group * queries, keys)) per block of keys; -inf where a key must not be
+    retrieved.
+    """
     begin, end, first, last, whole = part.tile
     for low in range(first, last, KEYS):
         high = min(low + KEYS, last)
@@ -248,18 +270,21 @@ def _scores(queries: Tensor, part: _Part, search: Search) -> Iterator[tuple[int,
 
 
 def _gathered(x: Tensor, columns: Tensor) -> Tensor:
-    """(items, columns, dim) at columns (items, rows, top): (items * rows, top, dim)."""
+    """Gather x (items, columns, dim) at columns (items, rows, top): (items * rows, top, dim)."""
     item = torch.arange(len(x), device=x.device)[:, None, None] * x.shape[1]
     return x.view(-1, x.shape[2]).index_select(0, (columns + item).flatten()).view(-1, columns.shape[2], x.shape[2])
 
 
 class _Retrieve(FirstOrder):
-    """Keeps the columns and weights of what was retrieved; keys and values are gathered again."""
+    """Autograd function of retrieval; saves columns and weights, and gathers keys and values again in the backward
+    pass.
+    """
 
     what = "retrieval from memories"
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, search: Search) -> Tensor:
+        """Return A_memory (batch, heads, length, head_dim), and save what was retrieved."""
         out, columns, weights = _retrieve(q, k, v, search, keep=True)
         ctx.save_for_backward(q, k, v, columns, weights)
         ctx.search = search
@@ -267,6 +292,7 @@ class _Retrieve(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of q; keys, values and the search get none."""
         q, k, v, columns, weights = saved
         with flash.full_precision(q.device):
             return _backward(grad.to(q.dtype), q, k, v, columns, weights, ctx.search), None, None, None
@@ -278,9 +304,10 @@ _apply: Callable[..., Tensor] = _Retrieve.apply
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, columns: Tensor, weights: Tensor, search: Search
 ) -> Tensor:
+    """Return the gradient of q from that of the output, `grad`, with the saved columns and weights."""
     dq = new_like_heads(q, q.shape[2], q.shape[1], q.shape[3], zero=True, dtype=q.dtype)
-    for part in _parts(q, k, v, search):
-        column, weight, slope = (part.of(t) for t in (columns, weights, grad))
+    for part in _query_tiles(q, k, v, search):
+        column, weight, slope = (part.select(t) for t in (columns, weights, grad))
         column, weight = column.long(), weight.flatten(0, 1)
         gain = (_gathered(part.values, column) @ slope.flatten(0, 1)[..., None])[..., 0]
         gain = weight * (gain - (weight * gain).sum(-1, keepdim=True))
@@ -290,14 +317,14 @@ def _backward(
 
 
 def memorizing_cost(length: int, *, window: int, max_memories: int, top: int, group: int) -> tuple[int, int]:
-    """Scores computed, and values weighed, per query head by `memorizing_attention` over a text of `length` tokens.
+    """Count the scores computed and the values weighted per query head by `memorizing_attention` for `length` tokens.
 
     A query may retrieve the newest `max_memories` positions before its segment of `window`; `group` query heads share a
-    kv head. Forward FLOPs are 2 * head_dim * heads * batch times their sum.
+    kv head. Forward FLOPs are 2 * head_dim * heads * batch times the sum of both counts.
     """
     end = np.arange(length)[None] // window * window
     begin = (end - max_memories).clip(min=0)
-    first, last = (torch.empty(1, length, device="meta") for _ in range(2))  # their values are enough
+    first, last = (torch.empty(1, length, device="meta") for _ in range(2))  # only `begin` and `end` are used
     scores = values = 0
     for tile in _tiles(Search(top, first, last, begin, end), group, length)[0] if length else ():
         queries, width = tile.end - tile.begin, tile.high - tile.low

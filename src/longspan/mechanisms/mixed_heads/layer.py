@@ -1,4 +1,4 @@
-"""`mixed_heads` as a layer; see the package."""
+"""`mixed_heads` as a module without projections; see the package docstring."""
 
 import functools
 from collections.abc import Hashable
@@ -17,26 +17,26 @@ from longspan.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class MixedHeadsConfig:
-    """Fields of `mixed_heads`.
+    """Configuration of `mixed_heads`.
 
     Attributes:
-        mixers: tables, each with the `name` of a mechanism, its `num_heads` and its own fields. The heads must add up
-            to the layer's, and no part may cut through a group of query heads that share a kv head, unless it lies
-            within one. Empty = half window, half full.
+        mixers: tables, one per mechanism, with its `name`, its `num_heads` and its own fields. The heads must add up to
+            the layer's. A part must contain whole groups of query heads that share a kv head, or lie within one group.
+            Empty = half window, half full.
     """
 
     mixers: tuple[dict[str, Any], ...] = ()
 
 
 class MixedHeadsState(NamedTuple):
-    """The states of all parts."""
+    """The states of all mechanisms of the layer."""
 
-    parts: tuple[Any, ...]  # one state a part
-    live: Tensor  # (batch,) live tokens
+    parts: tuple[Any, ...]  # one state per mechanism
+    live: Tensor  # (batch,) tokens since the last reset
 
 
 class MixedHeadsMechanism(Mechanism):
-    """See the package."""
+    """Splits q, k, v by heads over several mechanisms and concatenates their outputs."""
 
     Config = MixedHeadsConfig
     config: MixedHeadsConfig
@@ -66,27 +66,36 @@ class MixedHeadsMechanism(Mechanism):
             fields = {key: value for key, value in table.items() if key not in ("name", "num_heads")}
             count = table.get("num_heads")
             if not isinstance(count, int) or count < 1 or "name" not in table:
-                raise ConfigError(f"{where}: needs a name and a num_heads of at least 1, got {table!r}")
+                raise ConfigError(f"{where} = {table!r}: needs a name and a num_heads of at least 1")
             keys = self._kv_heads(first, first + count, where)
             part = replace(shape, num_heads=count, num_kv_heads=keys.stop - keys.start)
             cores.append(registry.build_mechanism(table["name"], part, fields, where))
             if cores[-1].value_dim != cores[0].value_dim:
-                widths = f"values of {cores[-1].value_dim}, mixers[0] of {cores[0].value_dim}"
-                raise ConfigError(f"{where}: {widths}; the parts of a layer share one width")
+                widths = f"the width of values is {cores[-1].value_dim}, in mixers[0] {cores[0].value_dim}"
+                raise ConfigError(f"{where}: {widths}; all parts of a layer need the same width")
             self.queries.append(slice(first, first + count))
             self.keys.append(keys)
             first += count
         if first != shape.num_heads:
-            raise ConfigError(f"mixed_heads: the parts have {first} heads together, the layer has {shape.num_heads}")
+            raise ConfigError(
+                f"heads.parts: num_heads add up to {first}, the layer has {shape.num_heads}; make them equal"
+            )
         self.parts = nn.ModuleList(cores)
 
     def _kv_heads(self, first: int, last: int, where: str) -> slice:
+        """Return the kv heads that belong to query heads first .. last - 1.
+
+        Raises:
+            ConfigError: the heads cut through groups of query heads that share a kv head.
+        """
         group = self.shape.group
         if first % group == 0 and last % group == 0:
             return slice(first // group, last // group)
         if first // group == (last - 1) // group:
             return slice(first // group, first // group + 1)
-        raise ConfigError(f"{where}: heads {first} to {last} cut through groups of {group} that share a kv head")
+        raise ConfigError(
+            f"{where}: heads {first} to {last} cut through groups of {group} that share a kv head; change num_heads"
+        )
 
     @property
     def cores(self) -> list[Mechanism]:
@@ -95,11 +104,13 @@ class MixedHeadsMechanism(Mechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """See `merge_traits`; reasons say of which part they are."""
+        """Capability flags: what all mechanisms support and what any of them needs; reasons name the part they come
+        from.
+        """
         return merge_traits([_labeled(core.traits, f"mixers[{i}]: ") for i, core in enumerate(self.cores)])
 
     def head_traits(self) -> list[Traits]:
-        """The traits of the part that each head belongs to."""
+        """Return the capability flags of each query head's mechanism, one entry per head."""
         return [traits for core in self.cores for traits in core.head_traits()]
 
     def forward(
@@ -113,68 +124,81 @@ class MixedHeadsMechanism(Mechanism):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, MixedHeadsState]:
-        """See `Mechanism.forward`."""
-        outs, nexts = [], []
+        """Return the outputs (batch, heads, length, value_dim) of all mechanisms, concatenated by heads, and their next
+        states.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k: (batch, kv_heads, length, head_dim), before RoPE.
+            v: (batch, kv_heads, length, value_dim).
+            state: states of the mechanisms after the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+            hidden: the layer's input and projections, passed to the mechanisms that need them.
+            aux_losses: list to which the mechanisms append auxiliary losses; None = do not compute them.
+        """
+        outputs, next_states = [], []
         for i, (core, queries, keys) in enumerate(zip(self.cores, self.queries, self.keys, strict=True)):
             part = None
             if hidden is not None and core.traits.receives_hidden:
                 part = Hidden(hidden.x, lambda x, keys=keys: hidden.project(x, keys))
             before = None if state is None else state.parts[i]
-            out, after = core(
+            out, next_state = core(
                 q[:, queries], k[:, keys], v[:, keys], before, rows, hidden=part, aux_losses=collected(aux_losses, core)
             )
-            outs.append(out)
-            nexts.append(after)
-        return torch.cat(outs, 1), MixedHeadsState(tuple(nexts), rows.live)
+            outputs.append(out)
+            next_states.append(next_state)
+        return torch.cat(outputs, 1), MixedHeadsState(tuple(next_states), rows.live)
 
     def layout_inputs(self, state: MixedHeadsState | None) -> dict[Hashable, Tensor]:
-        """Those of all parts."""
+        """Tensors of all mechanisms whose values determine the layout of a call."""
         inputs: dict[Hashable, Tensor] = {}
         for index, core in enumerate(self.cores):
             inputs |= core.layout_inputs(None if state is None else state.parts[index])
         return inputs
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> MixedHeadsState:
-        """The empty states of all parts."""
+        """Return the empty states of all mechanisms for `batch_size` rows."""
         parts = tuple(core.init_state(batch_size, device, dtype) for core in self.cores)
         return MixedHeadsState(parts, torch.zeros(batch_size, dtype=torch.int64, device=device))
 
     def fit(self, state: MixedHeadsState | None, k: Tensor, hidden: Hidden | None = None) -> MixedHeadsState | None:
-        """See `Mechanism.fit`."""
+        """Return the states of all mechanisms in the dtypes of this call."""
         if state is None:
             return None
         pairs = zip(self.cores, state.parts, strict=True)
         return MixedHeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """The sum over the parts, and one count a row."""
+        """Return the exact bytes of all states after `length` tokens: the sum over the mechanisms, plus one count
+        per row.
+        """
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.cores)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """The sum over the parts."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens, summed over the mechanisms."""
         return sum(core.flops(length, batch_size) for core in self.cores)
 
     def pairs(self, length: int) -> int:
-        """The sum over the parts."""
+        """Count the attended (query, key) pairs of `length` tokens, summed over the mechanisms' heads."""
         return sum(core.pairs(length) for core in self.cores)
 
     def after_step(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Of every part."""
+        """Call `after_step` of every mechanism after an optimizer step (clamps, redraws, statistics)."""
         for core in self.cores:
             core.after_step(step, generator)
 
     @property
     def redraw_count(self) -> int:
-        """The sum of the parts' draws: it changes whenever one of them does."""
+        """Sum of the mechanisms' redraw counts, which changes whenever one of them redraws its random projection."""
         return sum(core.redraw_count for core in self.cores)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Those of all parts."""
+        """Optimizer groups of all mechanisms."""
         return [group for core in self.cores for group in core.parameter_groups()]
 
 
 def _labeled(traits: Traits, label: str) -> Traits:
-    """Traits whose reasons begin with a label."""
+    """Return a copy of the traits whose reasons start with `label`."""
     return replace(
         traits,
         no_stream_reason=label + traits.no_stream_reason,

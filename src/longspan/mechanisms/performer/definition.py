@@ -1,4 +1,6 @@
-"""Definition of FAVOR+: its features by the paper's formulas, and attention over their whole (query, key) matrix."""
+"""Reference implementation of FAVOR+: features by the paper's formulas, and attention over the dense feature
+products.
+"""
 
 import math
 from typing import Any
@@ -12,10 +14,11 @@ from longspan.engine.definitions.linear import linear_attention
 def favor_features(
     x: Tensor, projection: Tensor, *, kind: str = "positive", bound: Any = None
 ) -> tuple[Tensor, Tensor]:
-    """Features of a softmax kernel exp(x . y) and their log-scale (zeros): the paper's formulas, unstabilised.
+    """Return random features of x for the softmax kernel exp(x . y), without stabilization, and zero log-scales.
 
-    Choromanski et al. 2021, lemma 1 (positive, hyperbolic), equation 5 (trigonometric), section 2.1 (generalised);
-    Likhosherstov et al. 2022 (bounded).
+    Formulas: Choromanski et al. 2021, lemma 1 (positive, hyperbolic), equation 5 (trigonometric), section 2.1
+    (generalized kernels); Likhosherstov et al. 2022 (bounded). x is (batch, heads, length, head_dim), `projection` (m,
+    head_dim); features are (batch, heads, length, m or 2m), log-scales (batch, heads, length).
     """
     w, m, norm = x @ projection.mT, projection.shape[0], (x * x).sum(-1, keepdim=True)
     if kind == "positive":
@@ -48,15 +51,18 @@ def favor_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Any]:
-    """Attention by those features, q and k scaled by head_dim ** -0.25 where the kernel is softmax's."""
+    """Return FAVOR+ attention outputs (batch, heads, length, head_dim) and the sums after the call.
+
+    q and k are scaled by head_dim ** -0.25 for softmax kernels. Arguments are those of `longspan.ops.favor_attention`.
+    """
     more: dict[str, Any] = {"causal": causal, "state": state, "lengths": lengths, "start": start}
-    generalised = kind == "relu"
-    scale = 1.0 if generalised else q.shape[-1] ** -0.25
+    generalized = kind == "relu"
+    scale = 1.0 if generalized else q.shape[-1] ** -0.25
     phi_q, _ = favor_features(q * scale, projection, kind=kind, bound=bound)
     phi_k, log_scale = favor_features(k * scale, projection, kind=kind, bound=bound)
-    if generalised:
+    if generalized:
         return linear_attention(phi_q, phi_k, v, **more)
-    # sums are kept in units of the largest feature of a key (trigonometric: of its common factor)
+    # sums are stored in units of a key's largest feature (trigonometric: of its common factor)
     if kind == "trigonometric":
         unit = (k * scale).square().sum(-1) / 2 - math.log(projection.shape[0]) / 2
     else:

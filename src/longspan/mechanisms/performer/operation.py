@@ -1,15 +1,15 @@
-"""FAVOR+: random features whose products are, on average, the kernel of softmax attention (Choromanski et al. 2021).
+"""FAVOR+: random features whose expected product is the kernel of softmax attention (Choromanski et al. 2021).
 
-With x = q d^(-1/4), y = k d^(-1/4) the kernel is exp(x . y). Features, with rows w of a projection:
+With x = q d^(-1/4), y = k d^(-1/4) the kernel is exp(x . y). Features, with the rows w of a random projection:
 
     positive        exp(w . x - |x|^2 / 2) / sqrt(m)                                      unbiased, never negative
-    hyperbolic      the same for w and -w, 2m features                                    half the variance
+    hyperbolic      the positive features of w and of -w, 2m in all                       half the variance
     trigonometric   exp(|x|^2 / 2) [cos(w . x), sin(w . x)] / sqrt(m)                    for comparison: may be negative
     bounded         (1 - 4A)^(d/4) exp(A |w|^2 + sqrt(1 - 4A) w . x - |x|^2 / 2) / sqrt(m), A < 0   FAVOR++
-    relu, ...       f(w . x) + 0.001: generalised kernels, of q and k as they are
+    relu, ...       f(w . x) + 0.001: generalized kernels, on unscaled q and k
 
-Every feature vector of the first kinds is stabilised by itself: its largest exponent is taken out. For a query it
-cancels; for a key it is its log-scale, which `linear_attention` applies without looking ahead.
+The first four kinds are stabilized per vector: its largest exponent is factored out. For a query this factor cancels;
+for a key it is the log-scale, which `linear_attention` applies without looking at later keys.
 """
 
 import math
@@ -38,7 +38,7 @@ KERNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": elu_features,
     "identity": lambda x: x,
 }
-"""Generalised kernels (section 2.1): f of f(w . x) + 0.001."""
+"""Generalized kernels (Choromanski et al. 2021, section 2.1): the f in features f(w . x) + 0.001, by name."""
 SOFTMAX = ("positive", "hyperbolic", "trigonometric", "bounded")
 KERNEL_EPSILON = 1e-3
 
@@ -46,26 +46,26 @@ KERNEL_EPSILON = 1e-3
 def favor_features(
     x: Tensor, projection: Tensor, *, kind: str = "positive", bound: Tensor | float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Features and the log of what they are to be multiplied with.
+    """Return the random features of x, and the log of the factor they have to be multiplied by.
 
     Args:
         x: (batch, heads, length, head_dim), for the softmax kernels already scaled by head_dim ** -0.25.
         projection: (features, head_dim), the same for queries and keys.
-        kind: "positive", "hyperbolic", "trigonometric", "bounded" or a name of `KERNELS`.
-        bound: A of "bounded", below 0.
+        kind: "positive", "hyperbolic", "trigonometric", "bounded" or a name in `KERNELS`.
+        bound: the constant A < 0 of "bounded".
 
     Returns:
-        (batch, heads, length, m), m = 2 features for "hyperbolic" and "trigonometric", and (batch, heads, length); None
-        for generalised kernels.
+        Features (batch, heads, length, m), with m = features, or 2 * features for "hyperbolic" and "trigonometric", and
+        log-scales (batch, heads, length), which are None for generalized kernels.
 
     Raises:
-        ConfigError: no such kind, or no bound for "bounded".
+        ConfigError: unknown kind, or no bound for "bounded".
     """
     check_floating(x=x)
     if kind in KERNELS:
         return KERNELS[kind](x @ projection.mT.to(x.dtype)) + KERNEL_EPSILON, None
     if kind not in SOFTMAX:
-        raise ConfigError(f"performer: kind = {kind!r}; known: {', '.join([*SOFTMAX, *KERNELS])}")
+        raise ConfigError(f"performer: kind = {kind!r}: unknown kind; known: {', '.join([*SOFTMAX, *KERNELS])}")
     projection = projection.to(x.dtype)
     w, half = x @ projection.mT, x.square().sum(-1) / 2
     count = projection.shape[0]
@@ -76,12 +76,14 @@ def favor_features(
     extra: Any = 0.0
     if kind == "bounded":
         if bound is None:
-            raise ConfigError("performer: kind = 'bounded' needs its bound A; see bounded_constant")
+            raise ConfigError(
+                "performer: bound is missing for kind = 'bounded'; pass bound=A, computed by bounded_constant"
+            )
         a = torch.as_tensor(bound, dtype=x.dtype, device=x.device)
         w = (1 - 4 * a).sqrt() * w + a * projection.square().sum(-1)
         extra = x.shape[-1] / 4 * torch.log(1 - 4 * a)
-    most = w.detach().amax(-1, keepdim=True)
-    return torch.exp(w - most), most[..., 0] - half + extra - math.log(w.shape[-1]) / 2
+    largest = w.detach().amax(-1, keepdim=True)
+    return torch.exp(w - largest), largest[..., 0] - half + extra - math.log(w.shape[-1]) / 2
 
 
 def favor_attention(
@@ -97,24 +99,28 @@ def favor_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> tuple[Tensor, LinearSums | None]:
-    """Attention by random features, which are made block by block and recomputed in the backward pass.
+    """Return attention by random features, computed block by block; the backward pass recomputes the features.
 
     Args:
         q: (batch, heads, length, head_dim).
         k: (batch, kv_heads, length, head_dim), kv_heads dividing heads.
-        v: like k.
-        projection: (features, head_dim), see `orthogonal_projection`.
-        kind: see `favor_features`.
-        bound: see `favor_features`.
-        causal, state, lengths, start: as in `linear_attention`.
+        v: (batch, kv_heads, length, head_dim).
+        projection: (features, head_dim), from `orthogonal_projection`.
+        kind, bound: kind of features and FAVOR++'s constant A; see `favor_features`.
+        causal: each query sees only keys that are not after it.
+        state: sums over the tokens before the call; None = empty.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all.
+        start: (batch, length) column at which each token's document starts, negative if before the call; None = no
+            document starts inside the call.
 
     Returns:
-        (batch, heads, length, head_dim) and the sums after the call, as `linear_attention` gives them.
+        Outputs (batch, heads, length, head_dim) and the sums after the call; the sums are None if not causal.
     """
     check_call(q, k, v, causal, state)
     scale = q.shape[-1] ** -0.25 if kind in SOFTMAX else 1.0
 
     def features(x: Tensor, keys: bool) -> tuple[Tensor, Tensor | None]:
+        """Return features and log-scales of q or k (B, heads, n, head_dim), scaled for the kernel."""
         return favor_features(x * scale if scale != 1 else x, projection, kind=kind, bound=bound)
 
     return feature_attention(
@@ -131,25 +137,24 @@ def favor_attention(
 
 
 def num_features_of(rows: int, kind: str) -> int:
-    """Entries of a feature vector, given the rows of the projection."""
+    """Return the size of a feature vector for a projection with `rows` rows."""
     return 2 * rows if kind in ("hyperbolic", "trigonometric") else rows
 
 
 def orthogonal_projection(
     num_features: int, dim: int, *, generator: torch.Generator | None, regularized: bool = False
 ) -> Tensor:
-    """(num_features, dim) fp32: blocks of orthogonal directions, each Haar distributed, with the norms of normal rows.
+    """Draw a random projection (num_features, dim) in fp32: blocks of orthogonal rows with the norms of normal vectors.
 
-    On torch's default device, wherever the generator is.
-
-    The orthogonal matrix of a QR decomposition is Haar only with the signs of R's diagonal moved into it; without them
-    positive features are biased.
+    Directions are Haar distributed. The orthogonal matrix of a QR decomposition is so only if the signs of R's diagonal
+    are moved into it; without them positive features are biased. The tensor is on torch's default device, wherever the
+    generator is.
 
     Args:
-        num_features: rows; whole blocks of `dim` and a part of one.
-        dim: of queries and keys.
-        generator: draws, on any device; None = torch's.
-        regularized: norms sqrt(dim) in place of chi-distributed ones: biased low, less variance (SMREG).
+        num_features: number of rows; whole blocks of `dim` rows and a part of one.
+        dim: width of queries and keys.
+        generator: source of random numbers, on any device; None = torch's.
+        regularized: all norms are sqrt(dim) instead of chi-distributed: biased low, less variance (SMREG).
     """
     blocks = []
     for first in range(0, num_features, dim):
@@ -166,11 +171,11 @@ def orthogonal_projection(
 
 
 def bounded_constant(square: Tensor, dim: int) -> Tensor:
-    """The A of FAVOR++ that minimises the variance (Likhosherstov et al. 2022, theorem 3.3), below 0.
+    """Return FAVOR++'s constant A < 0 that minimizes the variance (Likhosherstov et al. 2022, theorem 3.3).
 
     Args:
-        square: mean of |x + y|^2 over queries and keys, scaled as `favor_features` wants them.
-        dim: of queries and keys.
+        square: mean of |x + y|^2 over queries x and keys y, both scaled by head_dim ** -0.25.
+        dim: width of queries and keys.
     """
     square = square.clamp(min=1e-6)
     total = 2 * square + dim

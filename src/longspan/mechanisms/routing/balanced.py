@@ -1,7 +1,7 @@
 """Clusters of equal size: every centroid takes its nearest tokens, whatever other clusters they are in.
 
-Each cluster's tokens are copied out in the order of their positions and attend to each other; what the clusters give is
-scattered back. How many tokens a list has follows from lengths and documents alone.
+The tokens of each cluster are gathered in the order of their positions (its list) and attend to each other; the outputs
+are scattered back. List lengths depend on row lengths and documents only, not on the vectors.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from longspan.engine.groups import by_heads, count_documents, documents_of
 
 
 class Documents(NamedTuple):
-    """The documents of a call."""
+    """The documents in the rows of a call."""
 
-    number: Tensor  # (batch, length) in [0, total]; `total` where no token is real
-    begin: Tensor  # (batch, length) column where a token's document begins
-    end: Tensor  # (batch, length) column behind its last token
-    total: int  # documents of the row that has most
-    taken: int  # tokens of the longest list, where a cluster takes `window` tokens of each document
-    whole: bool  # every row is one document, and every token is real
+    number: Tensor  # (batch, length) index of a token's document, from 0; `total` at padding
+    begin: Tensor  # (batch, length) first column of a token's document
+    end: Tensor  # (batch, length) column after its last token
+    total: int  # largest number of documents in any row
+    list_length: int  # length of the longest list, as a cluster takes `window` tokens of each document
+    whole: bool  # every row is one document without padding
 
 
 def balanced_attention(
@@ -41,38 +41,49 @@ def balanced_attention(
     real: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    """`routing_attention`'s "balanced" selection, in the working dtype; arbitrary where no token is real.
+    """Compute the "balanced" selection of `routing_attention`, (batch, heads, length, head_dim) in the working dtype.
+
+    The result is arbitrary at padding.
 
     Args:
-        near: (batch, heads, clusters, length) how near queries, and keys, are to each centroid; one tensor twice where
-            they share their clusters.
-        real: (batch, length) bool, None = all.
-        q, k, v, window, causal, itself, scale, start: as of `routing_attention`.
+        q: (batch, heads, length, head_dim).
+        k, v: (batch, kv_heads, length, head_dim).
+        near: similarity of queries, and of keys, to each centroid, (batch, heads, clusters, length); the same tensor
+            twice if they share clusters.
+        window: number of tokens that a cluster takes.
+        causal: queries see only earlier keys (and themselves with `include_self`).
+        include_self: a query sees its own key.
+        scale: factor of the scores.
+        real: (batch, length) bool, True at real tokens; None = all.
+        start: (batch, length) column at which each token's document starts; None = one document per row.
     """
     batch, heads, length, dim = q.shape
     documents = _documents(q, window, real, start)
-    of_queries = _lists(near[0], documents, window)  # (batch, heads, clusters, taken)
-    of_keys = of_queries if near[1] is near[0] else _lists(near[1], documents, window)
-    schedule = _schedule(of_queries, of_keys, documents, causal=causal, include_self=include_self)
+    query_lists = _select_tokens(near[0], documents, window)  # (batch, heads, clusters, taken)
+    key_lists = query_lists if near[1] is near[0] else _select_tokens(near[1], documents, window)
+    schedule = _schedule(query_lists, key_lists, documents, causal=causal, include_self=include_self)
 
     def index(column: Tensor, heads_of_x: int) -> Tensor:
+        """Return the flat row index of each column of the lists, in a tensor with `heads_of_x` heads."""
         row = torch.arange(batch * heads, device=q.device) // (heads // heads_of_x)
         return (row.view(batch, heads, 1, 1) * length + column.clamp(min=0)).flatten()
 
-    def taken(x: Tensor, column: Tensor) -> Tensor:
+    def gather_lists(x: Tensor, column: Tensor) -> Tensor:
+        """Gather the vectors of the lists `column` from x (batch, heads, length, dim)."""
         rows = x.reshape(-1, dim).index_select(0, index(column, x.shape[1]))
         return rows.view(batch, -1, column.shape[3], dim)
 
-    keys, values = (taken(k, of_keys),), (taken(v, of_keys),)
-    out, lse = attend_blocks(taken(q, of_queries), keys, values, (schedule,), scale)
-    sees, target = (~sees_none(lse)).flatten().to(q.dtype), index(of_queries, heads)
-    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, target, sees)
-    share = sees / count[target].clamp_(min=1)
+    keys, values = (gather_lists(k, key_lists),), (gather_lists(v, key_lists),)
+    out, lse = attend_blocks(gather_lists(q, query_lists), keys, values, (schedule,), scale)
+    sees_key, target = (~sees_none(lse)).flatten().to(q.dtype), index(query_lists, heads)
+    count = torch.zeros(batch * heads * length, dtype=q.dtype, device=q.device).index_add_(0, target, sees_key)
+    share = sees_key / count[target].clamp_(min=1)
     total = q.new_zeros(batch * heads * length, dim).index_add(0, target, out.reshape(-1, dim) * share[:, None])
     return torch.where((count == 0).view(batch, heads, length, 1), by_heads(v, heads), total.view(q.shape))
 
 
 def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None) -> Documents:
+    """Find the documents of a call from the real tokens and document starts."""
     batch, length = q.shape[0], q.shape[2]
     if real is None and start is None:
         zeros = torch.zeros(batch, length, dtype=torch.int64, device=q.device)
@@ -85,11 +96,15 @@ def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None
     members.scatter_add_(1, number, torch.ones_like(number))
     end = members.cumsum(1)
     begin = (end - members).gather(1, number)
-    return Documents(number, begin, end.gather(1, number), count, _taken(real, start, count, window, length), False)
+    return Documents(
+        number, begin, end.gather(1, number), count, _longest_list(real, start, count, window, length), False
+    )
 
 
-def _taken(real: Tensor | None, start: Tensor | None, count: int, window: int, length: int) -> int:
-    """Tokens of the longest list; its bound where the values of `real` and `start` are not known."""
+def _longest_list(real: Tensor | None, start: Tensor | None, count: int, window: int, length: int) -> int:
+    """Return the number of tokens of the longest list, or its upper bound if `real` and `start` have no values on
+    the host.
+    """
     filled, begin = host.read([real, start])
     if (real is not None and filled is None) or (start is not None and begin is None):
         return max(1, min(length, count * window))
@@ -102,51 +117,57 @@ def _taken(real: Tensor | None, start: Tensor | None, count: int, window: int, l
     return max(1, int(members.reshape(-1, count).clip(max=window).sum(1).max(initial=0)))
 
 
-def _lists(near: Tensor, documents: Documents, window: int) -> Tensor:
-    """(batch, heads, clusters, taken) columns that each cluster takes, rising, -1 behind the last."""
+def _select_tokens(near: Tensor, documents: Documents, window: int) -> Tensor:
+    """Return the columns each cluster takes, (batch, heads, clusters, longest list), ascending, -1 after the last.
+
+    `near` is (batch, heads, clusters, length), similarity to the centroid; the nearest `window` tokens are taken.
+    """
     length, whole = near.shape[3], documents.whole
     number = documents.number[:, None, None]
     inside = number < documents.total
     window = min(window, length)
     if documents.total == 1:
         near = near if whole else near.masked_fill(~inside, float("-inf"))
-        least = near.topk(window, sorted=False).values.amin(-1, keepdim=True)
-        beyond, equal = near > least, near == least
-        # of those as near as the last one taken, the first
-        room = window - beyond.sum(-1, keepdim=True, dtype=torch.int32)
-        chosen = beyond | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
+        threshold = near.topk(window, sorted=False).values.amin(-1, keepdim=True)
+        nearer, equal = near > threshold, near == threshold
+        # of those exactly at the threshold, take the first
+        room = window - nearer.sum(-1, keepdim=True, dtype=torch.int32)
+        chosen = nearer | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
         chosen = chosen if whole else chosen & inside
     else:
         order = near.sort(dim=-1, descending=True, stable=True).indices
-        ordered, again = number.expand_as(order).gather(3, order).sort(dim=-1, stable=True)
-        order = order.gather(3, again)
+        ordered, by_document = number.expand_as(order).gather(3, order).sort(dim=-1, stable=True)
+        order = order.gather(3, by_document)
         begin = documents.begin[:, None, None].expand_as(order).gather(3, order)
         rank = torch.arange(length, device=near.device) - begin
         chosen = torch.zeros_like(near, dtype=torch.bool)
         chosen.scatter_(3, order, (rank < window) & (ordered < documents.total))
-    # the index of each in its list; what is not chosen goes behind the last one
-    index = torch.where(chosen, chosen.cumsum(-1) - 1, documents.taken)
-    lists = torch.full((*near.shape[:3], documents.taken + 1), -1, dtype=torch.int64, device=near.device)
+    # index of each token in its list; tokens not chosen go into an extra last slot
+    index = torch.where(chosen, chosen.cumsum(-1) - 1, documents.list_length)
+    lists = torch.full((*near.shape[:3], documents.list_length + 1), -1, dtype=torch.int64, device=near.device)
     return lists.scatter_(3, index, torch.arange(length, device=near.device).expand_as(index))[..., :-1].contiguous()
 
 
 def _schedule(
-    of_queries: Tensor, of_keys: Tensor, documents: Documents, *, causal: bool, include_self: bool
+    query_lists: Tensor, key_lists: Tensor, documents: Documents, *, causal: bool, include_self: bool
 ) -> BlockSchedule:
-    """Every list (batch, heads, clusters, taken) is one block of keys and, if its scores are few, one tile of queries.
+    """Build the block schedule: every list is one block of keys, and one or more tiles of queries.
 
-    The rank of a key is its slot: the keys of a document follow each other in a list.
+    `query_lists` and `key_lists` are (batch, heads, clusters, taken). The rank of a key is its slot, because the keys
+    of a document are consecutive in a list.
     """
-    rows, size, device = of_queries.shape[:3].numel(), of_queries.shape[3], of_queries.device
+    rows, size, device = query_lists.shape[:3].numel(), query_lists.shape[3], query_lists.device
     row, number = torch.arange(rows, device=device)[:, None], torch.arange(size, device=device)
-    slot, column, key_column = row * size + number, of_queries.view(rows, size), of_keys.view(rows, size)
+    slot, column, key_column = row * size + number, query_lists.view(rows, size), key_lists.view(rows, size)
     absent, sorted_keys = column < 0, key_column.masked_fill(key_column < 0, torch.iinfo(torch.int64).max)
 
     def at_queries(x: Tensor) -> Tensor:
-        wide = x[:, None, None].expand(*of_queries.shape[:3], -1)
-        return wide.gather(3, of_queries.clamp(min=0)).view(rows, size)
+        """Gather x (batch, length) at the listed queries: (rows, taken)."""
+        wide = x[:, None, None].expand(*query_lists.shape[:3], -1)
+        return wide.gather(3, query_lists.clamp(min=0)).view(rows, size)
 
     def slot_from(column: Tensor) -> Tensor:
+        """Return the slot of the first listed key at or after each column."""
         return torch.searchsorted(sorted_keys, column.contiguous()) + row * size
 
     own = None
@@ -174,11 +195,11 @@ def _schedule(
 
 
 def _height(size: int) -> int:
-    """Queries of a tile over so many keys."""
+    """Return the number of queries per tile for lists of `size` keys."""
     return min(size, max(1, ENTRIES // size))
 
 
 def balanced_entries(size: int) -> int:
-    """Score entries of one list."""
+    """Count the score entries computed for one list of `size` tokens."""
     height = _height(size)
     return -(-size // height) * height * size

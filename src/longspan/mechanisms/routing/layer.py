@@ -1,4 +1,4 @@
-"""`routing` as a layer; see the package."""
+"""`routing` as a module without projections; the equations are in the package docstring."""
 
 import functools
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ from longspan.state import recomputing
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingConfig:
-    """Fields of `routing`.
+    """Configuration of `routing`.
 
     Attributes:
-        num_clusters: about the usual length / window, whatever the input; the paper takes 8 to 48.
-        window: tokens that a token sees ("strict") or a cluster takes ("balanced"); the paper takes 256 to 512.
-        selection: "strict", or "balanced" as in the paper; None = strict where causal, else balanced.
-        shared_qk: keys are normalised queries; False uses the layer's keys; None = shared where causal, as in the
-            paper.
-        decay: of the moving sums, a step; the paper takes 0.999.
-        reseed: share of an even cluster below which a cluster begins anew elsewhere; 0 = never, as in the paper.
-        commitment: coefficient of the loss that draws queries and keys to their centroids.
-        seed: of the random centroids before training.
+        num_clusters: number of clusters; about usual length / window, the same for all inputs. The paper uses 8 to 48.
+        window: number of tokens that a token sees ("strict") or a cluster takes ("balanced"); the paper uses 256 to
+            512.
+        selection: "strict", or "balanced" as in the paper; None = "strict" if causal, else "balanced".
+        shared_qk: if True, keys are normalized queries; if False, the layer has its own key projection; None = True if
+            causal (as in the paper), else False.
+        decay: decay per step of the moving sums of the centroids; the paper uses 0.999.
+        reseed: a cluster smaller than this fraction of the average is reseeded; 0 = never, as in the paper.
+        commitment: coefficient of the auxiliary loss that pulls queries and keys to their centroids.
+        seed: random seed of the centroids before training.
     """
 
     num_clusters: int = 16
@@ -47,11 +48,13 @@ class RoutingConfig:
         check_shares(self, "routing", ("decay", "reseed"))
 
 
-_NO_STREAM = "the balanced selection changes with later tokens, so it does not stream; build it with selection='strict'"
+_NO_STREAM = "selection='balanced' depends on later tokens, so it does not stream; build it with selection='strict'"
 
 
 class RoutingMechanism(ClusteredMechanism):
-    """See the package."""
+    """Routing Transformer attention without projections: holds the centroids, takes q, k, v and ring buffers per
+    cluster.
+    """
 
     Config = RoutingConfig
     config: RoutingConfig
@@ -68,15 +71,15 @@ class RoutingMechanism(ClusteredMechanism):
         super().__init__(shape, config)
         self.strict = (config.selection or ("strict" if shape.causal else "balanced")) == "strict"
         self.shared = shape.causal if config.shared_qk is None else config.shared_qk
-        # those with centroids, and in a state rings, of their own
+        # number of heads with their own centroids and their own ring buffers in a state
         routed = shape.num_heads if self.shared else shape.num_kv_heads
-        self._begin_clusters(routed, config.num_clusters, shape.head_dim)
+        self._create_clusters(routed, config.num_clusters, shape.head_dim)
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Bounded by the rings. "balanced" is causal in values alone, as later tokens change what clusters take.
+        """Capability flags: "strict" is causal, streams and has a bounded state; "balanced" is causal in values only.
 
-        Shared keys are queries.
+        With shared keys the layer needs no key projection.
         """
         return Traits(
             causal=self.strict,
@@ -100,10 +103,20 @@ class RoutingMechanism(ClusteredMechanism):
         aux_losses: list[Tensor] | None = None,
         **unused: Any,
     ) -> tuple[Tensor, RingState | None]:
-        """See `Mechanism.forward`.
+        """Return attention outputs (batch, heads, length, head_dim) within clusters, and the next ring buffers.
+
+        Args:
+            q: (batch, heads, length, head_dim), before RoPE.
+            k, v: (batch, kv_heads, length, head_dim), before RoPE; k is not used with shared keys.
+            state: ring buffers of the tokens before the call; None = empty.
+            rows: batch layout of the call (padding, documents, positions).
+            aux_losses: list to which the commitment loss is appended; None = do not compute it.
+
+        Returns:
+            The outputs and the next state; the state is None if the instance does not stream.
 
         Raises:
-            UnsupportedError: the state is older than the centroids.
+            UnsupportedError: the state was made before the centroids were initialized.
         """
         if state is not None:
             self.check_draw(state, rows)
@@ -118,7 +131,7 @@ class RoutingMechanism(ClusteredMechanism):
             begun = rows.read({(self, "draws"): self.draws})[self, "draws"]
             self.see(self._clustered(routes, clusters), rows.real_columns(), bool(begun))
         if clusters is not None and aux_losses is not None and committed:
-            aux_losses.append(self.config.commitment * self._distance(routes, clusters, rows))
+            aux_losses.append(self.config.commitment * self._commitment_loss(routes, clusters, rows))
         q, k = self.rotate(q, k[:, :0] if self.shared else k, rows)
         if self.shared:
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -128,7 +141,7 @@ class RoutingMechanism(ClusteredMechanism):
             q,
             k,
             v,
-            self._by_heads(),
+            self._centroids_per_head(),
             window=self.config.window,
             causal=self.shape.causal,
             selection="strict" if self.strict else "balanced",
@@ -143,53 +156,67 @@ class RoutingMechanism(ClusteredMechanism):
         if not self.traits.streams:
             return out, None
         assert clusters is not None
-        return out, self._next(k, v, clusters[1], state, rows)
+        return out, self._next_state(k, v, clusters[1], state, rows)
 
-    def _by_heads(self) -> Tensor:
-        """The centroids of every query head."""
+    def _centroids_per_head(self) -> Tensor:
+        """Return the centroids of every query head, (heads, clusters, head_dim)."""
         return self.centroids.repeat_interleave(self.shape.num_heads // self.routed_heads, 0)
 
     def _unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Routing vectors, at least fp32; one tensor twice where shared."""
+        """Return queries and keys as unit vectors for routing, in fp32 or wider; the same tensor twice if keys are
+        shared.
+        """
         dtype = torch.promote_types(q.dtype, torch.float32)
         unit = F.normalize(q.to(dtype), dim=-1)
         return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
 
     def _clusters(self, queries: Tensor, keys: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
+        """Return the clusters of queries and keys, (batch, heads or kv_heads, length); the same tensor twice if keys
+        are shared.
+        """
         count = self.config.num_clusters
-        of_queries = rows.choose(lambda: ops.routing_clusters(queries, self._by_heads()), below=count)
+        query_clusters = rows.choose(lambda: ops.routing_clusters(queries, self._centroids_per_head()), below=count)
         if self.shared:
-            return of_queries, of_queries
-        return of_queries, rows.choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
+            return query_clusters, query_clusters
+        return query_clusters, rows.choose(lambda: ops.routing_clusters(keys, self.centroids), below=count)
 
     def _clustered(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """What is clustered, with its clusters: queries, and separate keys."""
+        """Return pairs of vectors and their clusters: of queries, and of keys if they are not shared."""
         pairs = list(zip(routes, clusters, strict=True))
         return pairs[:1] if self.shared else pairs
 
-    def _distance(self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: BatchLayout) -> Tensor:
-        """|x - mu|^2, the mean over real tokens and heads; of queries, and added to it that of separate keys."""
+    def _commitment_loss(
+        self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: BatchLayout
+    ) -> Tensor:
+        """Return |x - mu|^2 averaged over real tokens and heads: of queries, plus that of keys if they are not
+        shared.
+        """
         real = rows.real_columns()
         total = routes[0].new_zeros(())
         for vectors, chosen in self._clustered(routes, clusters):
-            square = (vectors - self._own(chosen).to(vectors.dtype)).square().sum(-1)
+            square = (vectors - self._centroid_of(chosen).to(vectors.dtype)).square().sum(-1)
             square = square.masked_fill(~real[:, None], 0)
             total = total + square.sum() / (real.sum() * vectors.shape[1]).clamp(min=1)
         return total
 
-    def _next(self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: BatchLayout) -> RingState:
+    def _next_state(
+        self, k: Tensor, v: Tensor, clusters: Tensor, state: RingState | None, rows: BatchLayout
+    ) -> RingState:
+        """Return the ring buffers after the call's keys and values entered those of their clusters."""
         state = self.init_state(rows.batch, k.device, k.dtype) if state is None else state
         rings = ops.LSHRings(*(t[:, :, None] for t in state[:3]))
         ring_k, ring_v, position = (t[:, :, 0] for t in next_rings(rings, k, v, clusters[:, :, None], rows))
         return RingState(ring_k, ring_v, position, self.drawn_of(rows), rows.live)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> RingState:
-        """Full capacity, nothing live."""
+        """Return the empty state of `batch_size` rows: ring buffers at full capacity, all slots empty."""
         shape = self.routed_heads, self.config.num_clusters, self.config.window
         return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Queries (and separate keys) against the centroids, and two products of every query with its tiles' keys."""
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: routing, scores and outputs of all computed
+        tiles.
+        """
         config, shape = self.config, self.shape
         entries = ops.routing_cost(
             length,
@@ -205,13 +232,15 @@ class RoutingMechanism(ClusteredMechanism):
         return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * routed)
 
     def pairs(self, length: int) -> int:
-        """Pairs if clusters were full: an upper bound."""
+        """Count the attended (query, key) pairs, summed over query heads; an upper bound: as if all clusters were
+        full.
+        """
         window, causal, heads = self.config.window, self.shape.causal, self.shape.num_heads
         if not self.strict:
             taken = min(window, length)
             most = taken * (taken + 1) // 2 if causal else taken * taken
-            everything = length * (length + 1) // 2 if causal else length * length
-            return heads * min(everything, self.config.num_clusters * most + length)
+            all_pairs = length * (length + 1) // 2 if causal else length * length
+            return heads * min(all_pairs, self.config.num_clusters * most + length)
         sides = 1 if causal else 2
         if self.shared:
             return heads * sum(max(1, min(sides * window, i if causal else length - 1)) for i in range(length))

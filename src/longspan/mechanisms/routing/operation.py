@@ -1,4 +1,4 @@
-"""Routing Transformer's attention (Roy et al. 2021): tokens that one centroid is nearest to see each other."""
+"""Routing Transformer attention (Roy et al. 2021): tokens of one cluster (nearest centroid) attend to each other."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -29,14 +29,15 @@ SELECTIONS = ("strict", "balanced")
 
 
 def routing_clusters(x: Tensor, centroids: Tensor) -> Tensor:
-    """The cluster of each vector: argmax x . mu, its length left aside (Roy et al. 2021, section 4.1).
+    """Return the cluster of each vector: argmax x . mu, which does not depend on its length (Roy et al. 2021, section
+    4.1).
 
     Args:
         x: (batch, heads or a divisor of them, length, head_dim).
-        centroids: (heads, clusters, head_dim), of length one.
+        centroids: (heads, clusters, head_dim), of unit length.
 
     Returns:
-        (batch, heads, length) int64 below clusters.
+        (batch, heads, length) int64, from 0 to clusters - 1.
     """
     heads, dtype = len(centroids), flash.working_dtype(x)
     clusters = torch.empty(x.shape[0], heads, x.shape[2], dtype=torch.int64, device=x.device)
@@ -66,44 +67,41 @@ def routing_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention to keys of the query's cluster, in its document.
+    """Return softmax attention of each query to the keys of its cluster, within its document.
 
-        "strict": itself, and the last window - 1 keys j < i in the cluster of the query; not causal: the nearest
-            window - 1 on either side. Without `include_self`: the last window keys j < i (the nearest window on either
-            side), and itself only where there are none.
+        "strict": itself, and the last window - 1 keys j < i in the query's cluster; if not causal, the nearest window -
+        1 on either side. Without `include_self`: the last window keys j < i (the nearest window on either side), and
+        itself only if there are none.
         "balanced": in every document each cluster takes the `window` queries and the `window` keys nearest to its
-            centroid (the first ones of equals). In each cluster that took it a query sees the keys taken with j <= i
-            (all of them where not causal), without `include_self` none of its own; the output is the mean over the
-            clusters in which it sees a key. A query that sees none anywhere sees itself. Later tokens change no value
-            that an earlier one sees, but they do change which ones it sees.
+        centroid (of equals, the first ones). In each cluster that took it, a query sees the taken keys with j <= i (all
+        of them if not causal), without `include_self` not its own; the output is the mean over the clusters in which
+        it sees a key. A query that sees no key in any cluster sees itself. Later tokens change no value that an
+        earlier one sees, but they do change which ones it sees.
 
     Args:
         q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, length, head_dim), kv_heads dividing heads. Fastest where its clusters are those of q.
-        v: like k.
-        centroids: (heads, clusters, head_dim), of length one.
-        window: see above.
-        causal: see above.
-        selection: see above.
-        include_self: see above.
-        scale: factor of the logits; default head_dim ** -0.5.
-        routes: what is compared with the centroids in the place of q and k (shaped like them, heads or kv_heads both);
-            None = q and k scaled to length one. Given, "balanced" takes them as they are. One tensor twice: queries and
-            keys share their clusters.
-        clusters: "strict": of queries and keys, (batch, heads or kv_heads, length), as `routing_clusters` gives them;
-            None = found here.
-        rings: earlier tokens, keys, values (batch, heads or kv_heads, clusters, window, head_dim) and positions
-            (batch, ..., window), newest last, position -1 where empty; "strict" and causal only.
-        lengths: (batch,) real tokens of each row, at the front; None = all. Later queries give zeros.
-        start: (batch, length) column at which a token's document starts, negative where it began before the call: the
-            rings are then seen too. None = every row is one document that continues from the rings.
+        k: (batch, kv_heads, length, head_dim), kv_heads dividing heads. Fastest if its clusters are those of q.
+        v: (batch, kv_heads, length, head_dim).
+        centroids: (heads, clusters, head_dim), of unit length.
+        window, causal, selection, itself: see above.
+        scale: factor of the logits; None = head_dim ** -0.5.
+        routes: vectors compared with the centroids instead of q and k, same shapes, with heads or kv_heads heads; None
+            = q and k normalized to unit length. If given, "balanced" uses them without normalizing. The same tensor
+            twice: queries and keys share their clusters.
+        clusters: for "strict": clusters of queries and keys, (batch, heads or kv_heads, length), from
+            `routing_clusters`; None = computed here.
+        rings: ring buffers of earlier tokens: keys, values (batch, heads or kv_heads, clusters, window, head_dim) and
+            positions (batch, ..., window), newest last, position -1 where empty; "strict" and causal only.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all. Later queries give zeros.
+        start: (batch, length) column at which each token's document starts; if negative, it began before the call and
+            the rings are visible too. None = every row is one document that continues from the rings.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype.
 
     Raises:
-        ConfigError: shapes that do not fit, an unknown selection.
-        UnsupportedError: rings where nothing streams.
+        ConfigError: shapes do not match, an unknown selection, or a window below 1.
+        UnsupportedError: rings are given to a form that does not stream.
     """
     _check(q, k, v, centroids, window, selection)
     check_streams("routing_attention", rings, causal and selection == "strict")
@@ -120,17 +118,17 @@ def routing_attention(
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if selection == "balanced":
         near = _nearness(routes, centroids, dtype)
-        form: dict[str, Any] = {"window": window, "causal": causal, "include_self": include_self, "scale": scale}
-        return zero_padding(balanced_attention(q, k, v, near, **form, real=real, start=start), real, target)
+        options: dict[str, Any] = {"window": window, "causal": causal, "include_self": include_self, "scale": scale}
+        return zero_padding(balanced_attention(q, k, v, near, **options, real=real, start=start), real, target)
     if clusters is None:
-        of_queries = routing_clusters(routes[0], centroids)
-        clusters = of_queries, of_queries if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
+        query_clusters = routing_clusters(routes[0], centroids)
+        clusters = query_clusters, query_clusters if routes[1] is routes[0] else routing_clusters(routes[1], centroids)
     ring = None if rings is None else LSHRings(*(t[:, :, None] for t in rings))
-    out = _strict(q, k, v, clusters, centroids.shape[1], window, causal, include_self, scale, ring, real, start)
+    out = _attend_strict(q, k, v, clusters, centroids.shape[1], window, causal, include_self, scale, ring, real, start)
     return zero_padding(out, real, target)
 
 
-def _strict(
+def _attend_strict(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -144,18 +142,21 @@ def _strict(
     real: Tensor | None,
     start: Tensor | None,
 ) -> Tensor:
-    """The "strict" selection of `count` clusters, in the working dtype; rings of one round."""
+    """Compute the "strict" selection with `count` clusters, (batch, heads, length, head_dim) in the working dtype.
+
+    `rings` are ring buffers with a single round; `clusters` those of queries and keys.
+    """
     heads, shared = q.shape[1], clusters[0] is clusters[1] and rings is None
     reach = strict_reach(window, causal=causal, include_self=include_self, shared=shared)
-    of_queries = by_heads(clusters[0], heads)[:, :, None]
+    query_clusters = by_heads(clusters[0], heads)[:, :, None]
     if rings is not None and q.shape[2] == 1 and not needs_grad(q, k, v, *rings):
         continues, own_key = None if start is None else start[:, 0] < 0, k if include_self else None
         return attend_token(
-            q, v, rings, of_queries, scale=scale, own_key=own_key, newest=reach.before, continues=continues
+            q, v, rings, query_clusters, scale=scale, own_key=own_key, newest=reach.before, continues=continues
         )
     schedules = nearest_members_in_documents(
-        of_queries,
-        of_queries if shared else by_heads(clusters[1], heads)[:, :, None],
+        query_clusters,
+        query_clusters if shared else by_heads(clusters[1], heads)[:, :, None],
         count,
         reach,
         real=real,
@@ -173,41 +174,54 @@ def _strict(
 
 
 def strict_reach(window: int, *, causal: bool, include_self: bool, shared: bool) -> Reach:
-    """What "strict" lets a query see of its cluster; its own key only where that is in it for sure."""
+    """Return how many keys of its cluster a query sees in "strict", before and after it.
+
+    Its own key is included only if it is certainly in the query's cluster (`shared` clusters).
+    """
     before = window - 1 if include_self else window
     return Reach(before, None if causal else before, include_self and shared)
 
 
 def _nearness(routes: tuple[Tensor, Tensor], centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(batch, heads, clusters, length) of queries and of keys; one tensor twice where they are one."""
-    of_queries, of_keys = routes
-    with torch.no_grad(), flash.full_precision(of_queries.device):
+    """Return the similarity to each centroid (batch, heads, clusters, length) of queries and of keys.
+
+    The same tensor twice if queries and keys are the same.
+    """
+    query_routes, key_routes = routes
+    with torch.no_grad(), flash.full_precision(query_routes.device):
         centroids = centroids.to(dtype)
-        near = centroids @ of_queries.to(dtype).mT
-        if of_keys is of_queries:
+        near = centroids @ query_routes.to(dtype).mT
+        if key_routes is query_routes:
             return near, near
-        return near, centroids @ by_heads(of_keys, len(centroids)).to(dtype).mT
+        return near, centroids @ by_heads(key_routes, len(centroids)).to(dtype).mT
 
 
 def _unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k of length one, one tensor where they are one."""
+    """Return q and k normalized to unit length; the same tensor twice if k is q."""
     dtype = flash.working_dtype(q, k)
     unit = F.normalize(q.to(dtype), dim=-1)
     return unit, unit if k is q else F.normalize(k.to(dtype), dim=-1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, centroids: Tensor, window: int, selection: str) -> None:
-    """Raise `ConfigError` where the arguments do not fit."""
+    """Check the shapes and options of a `routing_attention` call.
+
+    Raises:
+        ConfigError: they do not match.
+    """
     check_shapes(q, k, v)
     check_positive("window", window)
     if selection not in SELECTIONS:
-        raise ConfigError(f"selection = {selection!r}: expected one of {', '.join(SELECTIONS)}")
+        raise ConfigError(f"routing_attention: selection = {selection!r}: expected one of {', '.join(SELECTIONS)}")
     if k.shape[2] != q.shape[2]:
-        raise ConfigError(f"k has {k.shape[2]} columns and q {q.shape[2]}: earlier tokens come as rings")
+        raise ConfigError(
+            f"routing_attention: k has {k.shape[2]} columns, q {q.shape[2]}: must be equal; "
+            "pass earlier tokens as `rings`"
+        )
     if centroids.ndim != 3 or centroids.shape[::2] != (q.shape[1], q.shape[3]) or centroids.shape[1] < 1:
         raise ConfigError(
-            f"centroids are {tuple(centroids.shape)}, expected (heads = {q.shape[1]}, clusters, head_dim = "
-            f"{q.shape[3]})"
+            f"routing_attention: centroids have shape {tuple(centroids.shape)}; expected (heads = {q.shape[1]}, "
+            f"clusters, head_dim = {q.shape[3]})"
         )
 
 
@@ -221,18 +235,15 @@ def routing_cost(
     include_self: bool = True,
     shared_qk: bool = True,
 ) -> int:
-    """Score entries computed per head by `routing_attention` for one document without rings: the sum of its tiles.
+    """Count the score entries per query head that `routing_attention` computes for one document without rings.
 
-    Products with the centroids come on top: length * num_clusters of head_dim for queries, and as many for keys.
+    Products with the centroids are not included: length * num_clusters of head_dim for queries, and as many for keys.
 
     Args:
-        length: queries.
-        num_clusters: clusters.
-        window: see `routing_attention`.
-        causal: see `routing_attention`.
-        selection: see `routing_attention`.
-        include_self: see `routing_attention`.
-        shared_qk: whether queries and keys share their clusters.
+        length: number of queries.
+        num_clusters: number of clusters.
+        window, causal, selection, itself: see `routing_attention`.
+        shared: queries and keys share their clusters.
     """
     if length < 1:
         return 0

@@ -1,4 +1,4 @@
-"""Definition of Sparse Transformer's patterns (Child et al. 2019, section 4.3): masks over all pairs."""
+"""Reference implementation of Sparse Transformer's patterns (Child et al. 2019, section 4.3): masks over all pairs."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -25,7 +25,11 @@ def sparse_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """As `longspan.ops.sparse_attention`; i and j count from the start of the call, older keys are negative."""
+    """Return attention outputs (batch, heads, length, head_dim) under the dense mask of a sparse pattern.
+
+    i and j count from the start of the call; earlier keys are negative. Arguments are those of
+    `longspan.ops.sparse_attention`.
+    """
     visible = visible_keys(q, k, lengths=lengths, start=start, memory_lengths=memory_lengths)
     memory, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     i = torch.arange(q.shape[2], device=q.device)[:, None]
@@ -34,12 +38,12 @@ def sparse_attention(
         local, columns = i - j <= stride, (i - j) % stride == 0
     else:
         opened = torch.as_tensor(open_block, device=q.device).reshape(-1, 1, 1, 1)
-        i, j = i + opened, j + opened  # places, counted from the start of the block that query 0 continues
-        older = j < 0  # summary columns of earlier blocks, all of them
+        i, j = i + opened, j + opened  # positions from the start of the block that query 0 continues
+        older = j < 0  # only summary columns of earlier blocks
         local = ~older & (i // stride == j // stride)
         offset = torch.tensor(summary_offset or [0] * k.shape[1], device=q.device)
         last = (stride - offset).repeat_interleave(group)[:, None, None]
         in_block = j % stride
         columns = older | ((in_block >= last - summary) & (in_block < last)) | (i == j)
-    seen = {"union": local | columns, "local": local, "summary": columns}[part]
-    return attend(q, k, v, visible[:, None] & seen, scale)
+    in_part = {"union": local | columns, "local": local, "summary": columns}[part]
+    return attend(q, k, v, visible[:, None] & in_part, scale)

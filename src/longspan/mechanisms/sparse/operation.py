@@ -1,4 +1,4 @@
-"""Sparse Transformer's attention (Child et al. 2019): near keys, and few of the far ones, in O(n sqrt n)."""
+"""Sparse Transformer attention (Child et al. 2019): near keys and a few far ones, in O(n sqrt n)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -46,39 +46,49 @@ def sparse_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Sparse Transformer's factorized patterns (Child et al. 2019, section 4.3), causal; both factors in one softmax.
+    """Return causal attention in Sparse Transformer's factorized patterns (Child et al. 2019, section 4.3).
 
-    "strided": local is i - stride <= j <= i, summary is (i - j) % stride == 0; older keys are the last ones, all of
-    them. "fixed": with the places i % stride and j % stride in blocks of `stride`, local is j // stride == i // stride,
-    summary is every j whose place is a summary place, and i itself. The summary places of a kv head are the `summary`
-    last but its `summary_offset`. Older keys are then, newest last: the `open_block` tokens of the block that query 0
-    continues, and before them the summary columns of earlier blocks, `summary` (at most `stride`) of each.
+    "strided": local keys are i - stride <= j <= i, summary keys are (i - j) % stride == 0. The earlier keys must be the
+    last ones before the call, all of them.
+
+    "fixed": positions form blocks of `stride`. Local keys are those of the query's block; summary keys are the query
+    itself and the summary columns of every block: its last `summary` columns, shifted `summary_offset` columns towards
+    its start. The earlier keys are then, newest last: the `open_block` tokens of the block that query 0 continues, and
+    before them the summary columns of earlier blocks, `summary` (at most `stride`) of each.
 
     Args:
         q: (batch, heads, length, head_dim).
-        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are older keys.
-        v: like k.
-        pattern: see above.
-        stride: positions of a block, or between the keys that are seen from afar; about sqrt(length).
-        summary: summary places of a block ("fixed"); more than `stride` count as `stride`.
-        part: one factor, or their union.
-        summary_offset: (kv_heads,) how far before the block's end the summary places of a kv head end ("fixed"); None
-            = at the end. Distinct ones let heads look at distinct columns.
-        open_block: tokens among the older keys of the block that query 0 continues, or (batch,) of them ("fixed").
-            Where it is not 0 all queries belong to that block: open_block + length <= stride.
-        scale, lengths, start, memory_lengths: as of `full_attention`.
+        k: (batch, kv_heads, memory + length, head_dim), kv_heads dividing heads; the first `memory` are earlier keys.
+        v: (batch, kv_heads, memory + length, head_dim).
+        pattern: "strided" or "fixed", see above.
+        stride: block size in positions ("fixed"), or distance between the far keys ("strided"); about sqrt(length).
+        summary: number of summary columns per block ("fixed"); capped at `stride`.
+        part: "local", "summary", or their "union" in one softmax.
+        summary_offset: (kv_heads,) how far before the block's end the summary columns of a kv head end ("fixed"); None
+            = at the end. Distinct offsets let heads see distinct columns.
+        open_block: number of tokens among the earlier keys that belong to the block that query 0 continues, or (batch,)
+            of them ("fixed"). If it is not 0, all queries must belong to that block: open_block + length <= stride.
+        scale: factor of the scores; None = head_dim ** -0.5.
+        lengths: (batch,) number of real tokens of each row, which come first; None = all.
+        start: (batch, length) first key column that each query may see; None = no limit.
+        memory_lengths: (batch,) number of valid earlier keys, newest last; None = all.
 
     Returns:
         (batch, heads, length, head_dim) in q's dtype; zeros where a query sees no key.
+
+    Raises:
+        ConfigError: unknown pattern or part, or sizes that do not fit together.
     """
     offsets = check_pattern(pattern, stride, summary, part, summary_offset, k.shape[1])
-    # of two strides of keys every one is near, or a whole stride away from its query
+    # among two strides of keys, each is in the window or exactly a multiple of the stride away
     if pattern == "strided" and (part == "local" or (part == "union" and k.shape[2] <= 2 * stride)):
         return window_attention(
             q, k, v, window=stride + 1, scale=scale, lengths=lengths, start=start, memory_lengths=memory_lengths
         )
-    opened = isinstance(open_block, Tensor) or open_block > 0
-    if pattern == "fixed" and part == "local" and not opened:  # a call that begins with a block sees no older key
+    has_open_block = isinstance(open_block, Tensor) or open_block > 0
+    if (
+        pattern == "fixed" and part == "local" and not has_open_block
+    ):  # a call that begins at a block boundary sees no earlier key
         older = k.shape[2] - q.shape[2]
         k, v, memory_lengths = k[:, :, older:], v[:, :, older:], None
         start = None if start is None else host.derive(lambda first: (first - older).clip(min=0), start)
@@ -87,9 +97,13 @@ def sparse_attention(
     if call.empty:
         return q.new_zeros(*q.shape[:3], v.shape[-1])
     if pattern == "strided":
-        return _strided(call, stride, part, scale)
+        return _attend_strided(call, stride, part, scale)
     fixed = Fixed(stride, min(summary, stride), offsets, local=part == "union")
-    return _open(call, open_block, fixed, part, scale) if opened else _fixed(call, fixed, part, scale)
+    return (
+        _attend_open_block(call, open_block, fixed, part, scale)
+        if has_open_block
+        else _attend_fixed(call, fixed, part, scale)
+    )
 
 
 def sparse_cost(
@@ -100,7 +114,7 @@ def sparse_cost(
     summary: int = 1,
     part: Literal["union", "local", "summary"] = "union",
 ) -> int:
-    """Score entries computed per head by `sparse_attention` of `length` tokens without older keys: those of its tiles.
+    """Count the score entries per query head that `sparse_attention` computes for `length` tokens without earlier keys.
 
     Forward FLOPs are 4 * head_dim * heads * batch times this.
     """
@@ -120,43 +134,55 @@ def sparse_cost(
 def check_pattern(
     pattern: str, stride: int, summary: int, part: str, summary_offset: Sequence[int] | None, kv_heads: int
 ) -> tuple[int, ...]:
-    """Raise `ConfigError` where the fields do not fit; the offset of every kv head."""
+    """Check the arguments of a sparse pattern and return the summary offset of every kv head.
+
+    Raises:
+        ConfigError: unknown pattern or part, a size below 1, or summary offsets out of range or of the wrong number.
+    """
     for name, value, known in (("pattern", pattern, PATTERNS), ("part", part, PARTS)):
         if value not in known:
-            raise ConfigError(f"{name} = {value!r}: expected one of {', '.join(known)}")
+            raise ConfigError(f"sparse_attention: {name} = {value!r}: expected one of {', '.join(known)}")
     check_positive("stride", stride)
     check_positive("summary", summary)
     offsets = (0,) * kv_heads if summary_offset is None else tuple(int(offset) for offset in summary_offset)
     if len(offsets) != kv_heads:
-        raise ConfigError(f"summary_offset has {len(offsets)} entries, expected one a kv head, {kv_heads}")
+        raise ConfigError(
+            f"sparse_attention: summary_offset has {len(offsets)} entries; expected one per kv head, {kv_heads}"
+        )
     room = stride - min(summary, stride)
     if any(not 0 <= offset <= room for offset in offsets):
-        raise ConfigError(f"summary_offset = {offsets}: must be from 0 to stride - summary = {room}")
+        raise ConfigError(
+            f"sparse_attention: summary_offset = {offsets}: entries must be from 0 to stride - summary = {room}"
+        )
     return offsets
 
 
 def _local_plan(length: int, stride: int) -> Plan:
+    """Return the tiles of the fixed pattern's local part: causal attention inside blocks of `stride`."""
     return make_plan(length, 0, tile=LOCAL_TILE, window=0, segment=stride)
 
 
-def _strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
+def _attend_strided(call: Call, stride: int, part: str, scale: float) -> Tensor:
+    """Return outputs (batch, heads, length, head_dim) of a checked call with the strided pattern."""
     length, memory, union = call.q.shape[2], call.memory, part == "union"
     if is_decode(call):
-        return decode(_class_of_last(call, stride, union), scale=scale)
-    return _scheduled(call, scale, *strided_rounds(length, memory, stride, call.visibility, local=union))
+        return decode(_select_strided_keys(call, stride, union), scale=scale)
+    return _run_schedule(call, scale, *strided_rounds(length, memory, stride, call.visibility, local=union))
 
 
-def _scheduled(call: Call, scale: float, *rounds: Round) -> Tensor:
+def _run_schedule(call: Call, scale: float, *rounds: Round) -> Tensor:
+    """Run block-sparse attention over one or two rounds of tiles, and zero the queries that see no key."""
     return call.finish(attention(call.q, call.k, call.v, Schedule(rounds, scale))[0])
 
 
-def _class_of_last(call: Call, stride: int, union: bool) -> Call:
-    """A call of one query with only the keys that it sees by the strided pattern."""
+def _select_strided_keys(call: Call, stride: int, union: bool) -> Call:
+    """Return a single-query call reduced to the keys that its query sees by the strided pattern."""
     memory = call.memory
     near = max(0, memory - stride) if union else memory
     far = slice(memory % stride, max(0, memory - 2 * stride + 1) if union else memory, stride)
 
     def pick(x: Tensor) -> Tensor:
+        """Select the far and the near columns of x (batch, heads, columns, dim)."""
         return torch.cat([x[:, :, far], x[:, :, near:]], 2)
 
     visibility = call.visibility
@@ -166,26 +192,34 @@ def _class_of_last(call: Call, stride: int, union: bool) -> Call:
     return call._replace(k=k, v=v, memory=k.shape[2] - 1, visibility=visibility)
 
 
-def _fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor:
+def _attend_fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor:
+    """Return outputs (batch, heads, length, head_dim) of a checked call with the fixed pattern, begun at a block
+    boundary.
+    """
     length, stride = call.q.shape[2], pattern.stride
     if part == "local" and length > stride:
         plan = _local_plan(length, stride)
-        return _scheduled(call, scale, Round(plan, plan, call.visibility))
+        return _run_schedule(call, scale, Round(plan, plan, call.visibility))
     if part == "local" or (part == "union" and (length <= stride or pattern.summary == stride)):
         return attend_call(call, causal=True, scale=scale)
     group = call.q.shape[1] // call.k.shape[1]
-    return _scheduled(call, scale, *fixed_rounds(length, call.memory, pattern, call.visibility, group))
+    return _run_schedule(call, scale, *fixed_rounds(length, call.memory, pattern, call.visibility, group))
 
 
-def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale: float) -> Tensor:
-    """All queries in the block that the older keys left open: few queries, and every key that is left is of use."""
+def _attend_open_block(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale: float) -> Tensor:
+    """Return outputs of a call with the fixed pattern inside an incomplete block; dense, as queries are few and see
+    most keys.
+
+    Raises:
+        ConfigError: the call leaves the block, or the earlier keys do not hold its tokens.
+    """
     length, memory, stride = call.q.shape[2], call.memory, pattern.stride
-    opened = np.asarray(open_block) if isinstance(open_block, int) else host.values(open_block)
-    most = 0 if opened is None else int(opened.max())
-    if most + length > stride or most > memory:
+    open_tokens = np.asarray(open_block) if isinstance(open_block, int) else host.values(open_block)
+    max_open = 0 if open_tokens is None else int(open_tokens.max())
+    if max_open + length > stride or max_open > memory:
         raise ConfigError(
-            f"open_block = {most} with {length} queries and {memory} older keys: queries must stay inside the block of "
-            f"{stride}, and the older keys must hold its tokens"
+            f"sparse_attention: open_block = {max_open} with {length} queries and {memory} earlier keys: must satisfy "
+            f"open_block + queries <= stride = {stride} and open_block <= earlier keys; split the call there"
         )
     if part == "union":
         return attend_call(call, causal=True, scale=scale)
@@ -196,13 +230,13 @@ def _open(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale
     else:
         last = stride - torch.tensor(pattern.offsets, device=call.q.device)
         last = last.repeat_interleave(call.q.shape[1] // len(last))[:, None, None]
-        include_self = in_block == in_block[..., memory:].mT
-        seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | include_self
-    return call.finish(_masked(call, seen, scale))
+        is_self = in_block == in_block[..., memory:].mT
+        seen = (in_block < 0) | ((in_block >= last - pattern.summary) & (in_block < last)) | is_self
+    return call.finish(_attend_masked(call, seen, scale))
 
 
-def _masked(call: Call, seen: Tensor, scale: float) -> Tensor:
-    """Causal attention of few queries under a mask (batch or 1, heads or 1, queries or 1, columns)."""
+def _attend_masked(call: Call, seen: Tensor, scale: float) -> Tensor:
+    """Return causal attention under a bool mask (batch or 1, heads or 1, queries or 1, columns) for few queries."""
     q, k, v = call.q, call.k, call.v
     column = torch.arange(k.shape[2], device=q.device)
     seen = seen & (column <= column[call.memory :, None])

@@ -1,10 +1,11 @@
-"""Sparse Transformer's patterns as schedules of tiles, two rounds each: the near keys, then the far ones.
+"""Sparse Transformer's patterns as block schedules with two rounds (passes) of tiles: near keys, then far keys.
 
-Strided: tokens `stride` apart form a class; the far keys of a query are the earlier ones of its class, so a class is
-a few causal tiles, views with a longer step.
+Strided: tokens whose positions are equal modulo `stride` form a class. The far keys of a query are the earlier keys of
+its class, so a class is a few causal tiles, as strided views.
 
-Fixed: short blocks are joined to spans. The near round serves the spans; the far keys of a whole span are the summary
-columns of all spans before it, one range of the compact order in which only the summary columns are left.
+Fixed: short blocks are joined into spans of at least `SPAN` positions, to avoid short tiles. The near round computes
+attention inside spans. The far keys of a span are the summary columns of all spans before it: one contiguous range once
+only the summary columns are kept (`SummaryOrder`).
 """
 
 import itertools
@@ -28,14 +29,14 @@ SPAN = 128
 
 @lru_cache(maxsize=256)
 def make_class_plan(length: int, memory: int, stride: int, nearest: int) -> Plan:
-    """Tiles of tokens a multiple of the stride apart, for queries that see keys at least `nearest` strides before them.
+    """Plan the tiles of queries and keys whose distance is a multiple of the stride and at least `nearest` strides.
 
-    Of `length` queries behind `memory` older keys.
+    For `length` queries after `memory` earlier keys.
     """
     borders = {0, stride - memory % stride, length % stride, min(stride, length)}
     edges = sorted(border for border in borders if border <= min(stride, length))
     runs = []
-    for first, last in itertools.pairwise(edges):  # classes of one size
+    for first, last in itertools.pairwise(edges):  # classes of equal size
         older, low = divmod(memory + first, stride)
         queries = -(-(length - first) // stride)
         for begin in range(max(0, nearest - older), queries, STRIDED_TILE):
@@ -48,7 +49,10 @@ def make_class_plan(length: int, memory: int, stride: int, nearest: int) -> Plan
 def strided_rounds(
     length: int, memory: int, stride: int, visibility: Visibility | None, *, local: bool
 ) -> tuple[Round, ...]:
-    """The near keys where `local`, and those a multiple of the stride before the query; see `make_class_plan`."""
+    """Return the rounds of the strided pattern: near keys (only if `local`), and keys at multiples of the stride.
+
+    For `length` queries after `memory` earlier keys; `visibility` hides padding and other documents.
+    """
     plan = make_class_plan(length, memory, stride, 2 if local else 0)
     far = Round(plan, plan, visibility, merges=local, fused="masked")
     if not local:
@@ -58,20 +62,22 @@ def strided_rounds(
 
 
 class Fixed(NamedTuple):
-    """The fixed pattern."""
+    """Parameters of the fixed pattern."""
 
     stride: int  # positions of a block
-    summary: int  # summary places of a block, at most stride
-    offsets: tuple[int, ...]  # (kv_heads,) how far before the block's end each head's summary places end
-    local: bool  # keys of the own block are seen whatever their place; else its summary places and the query itself
+    summary: int  # summary columns per block, at most stride
+    offsets: tuple[int, ...]  # (kv_heads,) how far before the block's end each head's summary columns end
+    local: bool  # a query sees all keys of its block; else only its summary columns and the query itself
 
     @property
     def span(self) -> int:
-        """Positions of the near round's blocks: short blocks would make short tiles."""
+        """Positions per span in the near round: several short blocks joined, because short blocks would make short
+        tiles.
+        """
         return max(1, SPAN // self.stride) * self.stride
 
     def ends(self, heads: int) -> Iterator[tuple[slice, int]]:
-        """Which of these heads have which place in a block behind their last summary place."""
+        """Yield groups of heads with the position in the block just after their last summary column."""
         if len(set(self.offsets)) == 1:
             yield slice(0, heads), self.stride - self.offsets[0]
         else:
@@ -80,19 +86,23 @@ class Fixed(NamedTuple):
 
 
 class SummaryOrder(NamedTuple):
-    """Older keys, then the summary columns of whole spans; see `longspan.engine.KeyOrder`."""
+    """Key order [earlier keys, summary columns of whole spans]; see `longspan.engine.KeyOrder`."""
 
     pattern: Fixed
     memory: int
 
     def ordered(self, x: Tensor) -> Tensor:
-        """x (batch, heads, memory + length, dim)."""
+        """Select from x (batch, heads, memory + length, dim) the earlier keys, then the summary columns of whole
+        spans.
+        """
         blocks, first = self._blocks(x), self.pattern.summary
         parts = [blocks[:, heads, :, end - first : end].flatten(2, 3) for heads, end in self.pattern.ends(x.shape[1])]
         return torch.cat([x[:, :, : self.memory], parts[0] if len(parts) == 1 else torch.cat(parts, 1)], 2)
 
     def add_restored(self, total: Tensor, x: Tensor) -> None:
-        """Add gradients of what `ordered` gave to those of the keys."""
+        """Add x, gradients in the order of `ordered`, to `total`, gradients of all keys (batch, heads, memory +
+        length, dim).
+        """
         total[:, :, : self.memory] += x[:, :, : self.memory]
         blocks, first = self._blocks(total), self.pattern.summary
         x = x[:, :, self.memory :].unflatten(2, (-1, first))
@@ -100,14 +110,16 @@ class SummaryOrder(NamedTuple):
             blocks[:, heads, :, end - first : end] += x[:, heads]
 
     def _blocks(self, x: Tensor) -> Tensor:
-        """(batch, heads, blocks, stride, dim), a view: those of whole spans."""
+        """Return a view (batch, heads, blocks, stride, dim) of the blocks of whole spans."""
         last = (x.shape[2] - self.memory) // self.pattern.span * self.pattern.span
         blocks: Tensor = x[:, :, self.memory : self.memory + last].unflatten(2, (-1, self.pattern.stride))
         return blocks
 
 
 class BlockScores(Scores):
-    """Hides keys of other blocks, or of the own one, that are not in summary places; for the near round."""
+    """Mask of the near round: hides keys of other blocks (and, unless `local`, of the own block) outside summary
+    columns.
+    """
 
     def __init__(self, inputs: RoundInputs, *, pattern: Fixed) -> None:
         super().__init__(inputs)
@@ -115,14 +127,16 @@ class BlockScores(Scores):
         self.masks: dict[Run, Tensor] = {}
 
     def added(self, tile: Tile) -> Tensor | None:
-        """See `Scores`."""
+        """Return the mask added to a tile's scores: 0 where a key is visible, a large negative number where it is
+        hidden.
+        """
         mask = self.masks.get(tile.run)
         if mask is None:
             mask = self.masks[tile.run] = self._mask(tile.run)
         return tile_mask(mask[:, tile.heads] if mask.shape[1] > 1 else mask, self.seen(tile), self.like.dtype)
 
     def _mask(self, run: Run) -> Tensor:
-        """(1, heads or 1, queries, keys)."""
+        """Return the additive mask (1, heads or 1, queries, keys) of one run of tiles."""
         pattern, device = self.pattern, self.like.device
         key = torch.arange(run.keys, device=device)
         query = run.offset + key[: run.queries, None]
@@ -137,7 +151,11 @@ class BlockScores(Scores):
 
 @lru_cache(maxsize=256)
 def make_summary_plan(length: int, memory: int, span: int, num_summaries: int) -> Plan:
-    """Tiles of queries that all read the older keys and the `kept` summary columns of every span before theirs."""
+    """Plan the tiles of the far round: queries of a span read the earlier keys and all summary columns of spans before
+    it.
+
+    `num_summaries` is the number of summary columns per span.
+    """
     runs = []
     for first in range(0, length, span):
         seen, size = memory + first // span * num_summaries, min(span, length - first)
@@ -150,7 +168,7 @@ def make_summary_plan(length: int, memory: int, span: int, num_summaries: int) -
 
 
 def fixed_plans(length: int, memory: int, stride: int, summary: int) -> tuple[Plan, Plan]:
-    """Tiles of the near and of the far round."""
+    """Return the tile plans of the fixed pattern's near and far rounds."""
     span = Fixed(stride, summary, (0,), True).span
     near = make_plan(length, memory, tile=FIXED_TILE, window=0, segment=span)
     return near, make_summary_plan(length, memory, span, span // stride * summary)
@@ -159,7 +177,11 @@ def fixed_plans(length: int, memory: int, stride: int, summary: int) -> tuple[Pl
 def fixed_rounds(
     length: int, memory: int, pattern: Fixed, visibility: Visibility | None, group: int
 ) -> tuple[Round, ...]:
-    """The near keys, and the summary columns of the spans before; every older key is a summary column."""
+    """Return the rounds of the fixed pattern: near keys, and summary columns of the spans before; `group` = heads per
+    kv head.
+
+    Every earlier key is taken for a summary column.
+    """
     order, (near, far) = SummaryOrder(pattern, memory), fixed_plans(length, memory, pattern.stride, pattern.summary)
     plain = pattern.local and pattern.span == pattern.stride
     grouped = pattern._replace(offsets=tuple(offset for offset in pattern.offsets for _ in range(group)))

@@ -1,4 +1,4 @@
-"""Relative attention on the whole matrix of scores, which the layer of `compressive` uses too."""
+"""Reference implementation of relative attention on the dense matrix of scores; `compressive` uses it too."""
 
 from longspan.engine.definitions.softmax import relative_attention, relative_decode
 

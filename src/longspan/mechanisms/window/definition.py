@@ -1,4 +1,4 @@
-"""A window on the whole matrix of scores."""
+"""Reference implementation of window attention: a mask on the dense matrix of scores."""
 
 from longspan.engine.definitions.softmax import window_attention
 

@@ -1,4 +1,4 @@
-"""A window is a band of tiles of the engine, which `sparse` uses too."""
+"""Fast window attention and its cost. The code is in the engine, because `sparse` uses it too."""
 
 from longspan.engine.window import window_attention, window_cost
 
