@@ -172,9 +172,9 @@ class Stepper(Optimization):
         if not math.isfinite(nats):
             raise DivergedError(f"the loss of step {step + 1} is {nats}")
         group.sum_gradients(self.model.parameters())
-        draw = self.model.draw
+        redraws = self.model.redraw_count
         norm = self.update(step, rate)
-        if self.model.draw != draw:
+        if self.model.redraw_count != redraws:
             self.carried = [None] * config.accumulation
         return StepResult(nats, int(tokens), int(units), norm)
 
