@@ -83,7 +83,7 @@ def test_a_mixer_is_explained(longspan: Command, name: str) -> None:
 def test_a_mixers_fields_are_explained(longspan: Command) -> None:
     text = longspan("mixers", "transformer_xl").out
     assert "same_length" in text
-    assert "how far memory reaches" in text
+    assert "length of the memory" in text
     assert "Dai et al. 2019" in text
 
 

@@ -75,7 +75,7 @@ def test_eval_with_another_memory(longspan: Command, byte_run: Path) -> None:
         return json.loads(longspan("eval", byte_run, "--json", *arguments).out)["with_memory"]["bits_per_byte"]
 
     usual = bits()
-    assert bits("--set", "model.mixers.0.memory=kv") == pytest.approx(usual, rel=1e-6)
+    assert bits("--set", "model.mixers.0.cache=kv") == pytest.approx(usual, rel=1e-6)
     none = json.loads(longspan("eval", byte_run, "--json").out)["without_memory"]["bits_per_byte"]
     assert bits("--set", "model.mixers.0.mem_len=0") == pytest.approx(none, rel=1e-6)
 
@@ -91,7 +91,7 @@ def test_a_file_and_standard_input_are_the_same(
     assert "9,000 bytes, 9,000 tokens" in outcome.out
 
 
-@pytest.mark.parametrize("settings", [[], ["--set", "model.mixers.0.memory=kv"]])
+@pytest.mark.parametrize("settings", [[], ["--set", "model.mixers.0.cache=kv"]])
 def test_a_saved_state_continues_bit_for_bit(
     longspan: Command, byte_run: Path, folder: Path, tmp_path: Path, settings: list[str]
 ) -> None:

@@ -20,6 +20,7 @@ from longspan.mechanisms.adaptive_span.layer import AdaptiveSpanMechanism
 from longspan.mechanisms.entmax.layer import EntmaxMechanism
 from longspan.mixers import BatchLayout
 from longspan.mixers.probe import support_sizes
+from longspan.renames import RenamedWarning
 from longspan.train import load_run
 
 MIXERS = """[
@@ -88,7 +89,7 @@ def test_the_patterns_of_given_fields(longspan: Command, tmp_path: Path) -> None
 
 def test_bidirectional_patterns(longspan: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longspan.contract.registry.names", lambda: ["full", "window", "bp", "infini"])
-    assert longspan("show", "patterns", "--both-sides", "--length", 8, "-o", tmp_path).code == 0
+    assert longspan("show", "patterns", "--bidirectional", "--length", 8, "-o", tmp_path).code == 0
     names = {pattern["name"] for pattern in json.loads((tmp_path / "report.json").read_text())["patterns"]}
     assert names == {"full", "window", "bp"}
 
@@ -100,7 +101,7 @@ def test_bidirectional_patterns(longspan: Command, tmp_path: Path, monkeypatch: 
         (["sparse", "bp", "--set", "stride=3"], "name the one mechanism"),
         (["--set", "stride=3"], "name the one mechanism"),
         (["sparse", "--set", "strid=3"], "did you mean 'stride'?"),
-        (["infini", "--both-sides"], "leave --both-sides out"),
+        (["infini", "--bidirectional"], "leave --bidirectional out"),
         (["full", "--length", "100000"], "--length"),
     ],
 )
@@ -274,3 +275,9 @@ def test_laws_are_fitted_to_one_text_and_one_tokenizer(
     (copied_run / "tokenizer.json").write_text('{"longspan": "bytes" }')
     (copied_run / "digests.json").unlink()
     assert "another tokenizer than that of" in longspan("show", "scaling", byte_run, copied_run).error
+
+
+def test_the_old_name_of_an_option_warns(longspan: Command, tmp_path: Path) -> None:
+    with pytest.warns(RenamedWarning, match="--both-sides is now --bidirectional"):
+        shown = longspan("show", "patterns", "window", "--both-sides", "--length", 8, "-o", tmp_path)
+    assert shown.code == 0

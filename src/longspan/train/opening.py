@@ -201,7 +201,7 @@ def reshape(model: Any, assignments: Sequence[str]) -> tuple[Any, str]:
 
 
 # the same outputs, whatever their values
-_SAME_OUTPUTS = ("checkpoint", "ffn_chunk", "dropout", "memory", "bptt_segments")
+_SAME_OUTPUTS = ("checkpoint", "ffn_chunk", "dropout", "cache", "bptt_segments")
 
 
 def _with_defaults(table: Any) -> Any:

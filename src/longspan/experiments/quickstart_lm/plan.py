@@ -14,7 +14,7 @@ BLOCK = 65_536
 HEAD = 4096
 PROMPT, WRITTEN = 300, 500
 # the same outputs with less work: the cache holds keys and values instead of hidden states
-INFERENCE = "model.mixers.0.memory=kv"
+INFERENCE = "model.mixers.0.cache=kv"
 
 
 @dataclass(frozen=True, kw_only=True)
