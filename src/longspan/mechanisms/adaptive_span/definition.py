@@ -21,8 +21,7 @@ def adaptive_span_attention(
     start: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Return attention outputs (batch, heads, length, head_dim) whose weights fall to zero along a ramp at a learned
-    span.
+    """Return outputs (batch, heads, length, head_dim) of attention whose weights fall to zero at a learned span.
 
     m(x) = clamp((ramp + span - x) / ramp, 0, 1);  a_ij = m(i - j) exp(s_ij) / sum over j of m(i - j) exp(s_ij)
 

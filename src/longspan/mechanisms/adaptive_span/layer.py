@@ -105,9 +105,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
 
     @property
     def spans(self) -> list[float]:
-        """Span of each head in tokens; max_span if spans are dynamic or their values are not available (offloaded
-        parameters).
-        """
+        """Span of each head in tokens; max_span if spans are dynamic or parameters have no values (offloaded)."""
         if self.config.dynamic or self.span.is_meta:
             return [float(self.config.max_span)] * self.shape.num_heads
         tokens: list[float] = self._spans_in_tokens().detach().tolist()
@@ -119,9 +117,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return self._capacity(None if self.config.dynamic else np.asarray(self.spans))
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Tensors whose values determine the layout of a call: the spans, and the number of cached tokens in the
-        state.
-        """
+        """Tensors whose values determine the layout of a call: spans, and number of cached tokens."""
         spans: dict[Hashable, Tensor] = {} if self.config.dynamic else {(self, "span"): self.span}
         return spans if state is None else {**spans, (self, "held"): state.held}
 
@@ -132,9 +128,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return max(0, ops.span_reach(reach, config.ramp, config.max_span, config.include_self))
 
     def _spans_in_tokens(self) -> Tensor:
-        """Return the spans in tokens (heads,), in fp32 or wider: half precision cannot resolve single tokens of a
-        long span.
-        """
+        """Return the spans in tokens (heads,), fp32 or wider, as half precision cannot resolve single tokens."""
         dtype = torch.promote_types(self.span.dtype, torch.float32)
         return self.config.max_span * self.span.to(dtype).clamp(0, 1)
 
@@ -189,9 +183,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return out, AdaptiveSpanState(*carried, held=count.clamp(max=capacity), live=rows.live)
 
     def token_spans(self, hidden: Hidden | None) -> Tensor:
-        """Return the dynamic spans (batch, heads, length) in tokens, in fp32 or wider, computed from the hidden
-        states.
-        """
+        """Return dynamic spans (batch, heads, length) in tokens, fp32 or wider, from the hidden states."""
         assert hidden is not None, "dynamic spans are computed from hidden states"
         with flash.full_precision(hidden.x.device):
             dtype = torch.promote_types(hidden.x.dtype, torch.float32)
@@ -223,9 +215,7 @@ class AdaptiveSpanMechanism(BoundedMechanism):
         return AdaptiveSpanState(k, k.clone(), live, live.clone())
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: scores and outputs, persistent keys, dynamic
-        spans.
-        """
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""
         shape, config = self.shape, self.config
         spans = self.spans
         if config.dynamic:  # computed up to max_span, wherever they end

@@ -95,8 +95,7 @@ def adaptive_span_attention(
 
 
 def adaptive_span_cost(length: int, spans: list[float], *, ramp: int, window: int | None, include_self: bool) -> int:
-    """Count the score entries that `adaptive_span_attention` computes for `length` tokens without earlier keys, all
-    heads.
+    """Count the score entries of `adaptive_span_attention`, all heads, for `length` tokens without earlier keys.
 
     Forward FLOPs are 4 * head_dim * batch times this (plus 4 * head_dim * heads * length per persistent vector).
     """
@@ -122,15 +121,13 @@ def _reach(span: Tensor, ramp: int, farthest: int, heads: int) -> list[int]:
 
 
 def _plan(length: int, memory: int, farthest: int, nearest: int) -> Plan:
-    """Return the tiles of heads that see keys at distances from `nearest` to `farthest`, after `memory` earlier
-    keys.
-    """
+    """Return the tiles of heads that see keys at distances `nearest` to `farthest`, after `memory` earlier keys."""
     plan = make_plan(length, memory, tile=TILE, window=farthest + 1)
     return plan._replace(nearest=nearest)
 
 
 def _rounds(call: Call, reach: list[int], nearest: int, scores: Callable[[RoundInputs], Scores]) -> Iterator[Round]:
-    """Yield one round of tiles per group of neighboring heads with equal reach.
+    """Yield one round (a pass over its keys) per group of neighboring heads with equal reach.
 
     A group holds whole sets of query heads that share a kv head, or lies within one set.
     """
@@ -153,9 +150,7 @@ def _rounds(call: Call, reach: list[int], nearest: int, scores: Callable[[RoundI
 def _blind_queries(
     call: Call, span: Tensor, ramp: int, nearest: int, lengths: Tensor | None, persistent: bool
 ) -> Tensor | None:
-    """Return (batch, heads, length) bool: queries that see no key; with persistent keys only padding columns. None =
-    none.
-    """
+    """Return (batch, heads, length) bool, queries without keys (with persistent keys only padding); None = none."""
     length = call.q.shape[2]
     own_column = torch.arange(call.memory, call.memory + length, device=call.q.device)
     if persistent:
@@ -233,8 +228,6 @@ def _log_ramp(distance: Tensor, *, span: Tensor, ramp: int, pattern: Plan) -> Te
 
 
 def _log_ramp_slope(distance: Tensor, *, span: Tensor, ramp: int, pattern: Plan) -> Tensor:
-    """Return the derivative of log m by the span: 1 / (ramp + span - distance) on the ramp (upper end included),
-    else 0.
-    """
+    """Return d log m / d span: 1 / (ramp + span - distance) on the ramp (upper end included), else 0."""
     rest = ramp + span - distance
     return torch.where((rest > 0) & (rest <= ramp), 1 / rest, 0)

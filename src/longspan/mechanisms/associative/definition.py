@@ -39,8 +39,7 @@ def associative_write(
     constant_gamma: bool = True,
     damped: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return memory and normalizer after n pairs; every pair reads the memory before the segment, the changes are
-    added.
+    """Return memory and normalizer after n pairs, each of which reads the memory before the segment.
 
     Arguments are those of `longspan.ops.associative_write`.
     """

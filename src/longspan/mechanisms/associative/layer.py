@@ -39,9 +39,7 @@ class AssociativeConfig:
 
 
 class AssociativeMechanism(SegmentMechanism):
-    """Associative memory without projections of q, k, v: takes the memory and the keys of the incomplete segment as
-    state.
-    """
+    """Associative memory without projections of q, k, v: reads and writes a memory of earlier segments."""
 
     Config = AssociativeConfig
     config: AssociativeConfig
@@ -66,9 +64,7 @@ class AssociativeMechanism(SegmentMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: causal only, constant-size state, segments; `sparse`, as query and key features may not
-        overlap.
-        """
+        """Capability flags: causal only, constant-size state; `sparse`, as query and key features may not overlap."""
         config = self.config
         return Traits(
             bidirectional=False,
@@ -85,9 +81,7 @@ class AssociativeMechanism(SegmentMechanism):
         return ops.AssociativeMaps(self.tokens, self.query, self.key, self.value, self.strength, self.config.nu)
 
     def operations(self) -> tuple[Operation, Operation]:
-        """Return `ops.associative_attention` and `ops.associative_open` (for incomplete segments), bound to this
-        config.
-        """
+        """Return `ops.associative_attention`, and `associative_open` for incomplete segments, bound to this config."""
         fields: dict[str, Any] = {
             "maps": self.maps,
             "segment": self.segment,
@@ -96,9 +90,7 @@ class AssociativeMechanism(SegmentMechanism):
         return partial(ops.associative_attention, **fields), partial(ops.associative_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """Count, for `length` tokens, the memory's multiply-adds per kv head and the local score entries per query
-        head.
-        """
+        """Count multiply-adds of the memory per kv head, and local score entries per query head."""
         return ops.associative_cost(
             length,
             segment=self.segment,

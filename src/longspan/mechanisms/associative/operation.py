@@ -19,8 +19,7 @@ SMALL = 1e-10
 
 
 def dpfp(x: Tensor, nu: int = 3) -> Tensor:
-    """Return deterministic parameter-free projection features (Schlag et al. 2021, section 5.3), non-negative and
-    sparse.
+    """Return deterministic parameter-free projection features (Schlag et al. 2021, section 5.3): sparse, >= 0.
 
     With r = [relu(x), relu(-x)], these are the products of r with itself shifted by 1 ... nu positions, concatenated.
 
@@ -124,9 +123,7 @@ class AssociativeMaps(NamedTuple):
 
 
 class AssociativeRule(NamedTuple):
-    """Reads and writes the associative memory of a layer: memory queries summarize a segment, the delta rule writes
-    it.
-    """
+    """Reads and writes a layer's associative memory: memory queries summarize a segment for the delta rule."""
 
     maps: AssociativeMaps
 
@@ -143,8 +140,8 @@ class AssociativeRule(NamedTuple):
         return torch.promote_types(v.dtype, torch.float32)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
-        """Return one segment's outputs: local attention `inside` plus the memory's answers to q, (batch, heads,
-        size, head_dim).
+        """Return a segment's outputs (batch, heads, size, head_dim): local attention `inside` plus memory reads of
+        q.
         """
         batch, heads, size, dim = q.shape
         kv_heads = memory.values.shape[1]
@@ -154,9 +151,7 @@ class AssociativeRule(NamedTuple):
         return inside + answers.view(batch, heads, size, inside.shape[-1]).to(inside.dtype)
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
-        """Return the memory's values and normalizer after one complete segment, k and v (batch, kv_heads, size,
-        head_dim).
-        """
+        """Return values and normalizer after a complete segment, k and v (batch, kv_heads, size, head_dim)."""
         dtype = memory.values.dtype
         k, v = k.to(dtype), v.to(dtype)
         tokens, _, key, value, strength = (t.to(dtype) for t in self.maps[:5])
@@ -182,8 +177,7 @@ def associative_attention(
     begins: Tensor | None = None,
     bptt_segments: int | None = None,
 ) -> tuple[Tensor, SegmentMemory]:
-    """Run causal attention inside segments plus an associative memory of earlier segments; return outputs and next
-    memory.
+    """Run causal attention inside segments plus an associative memory; return outputs and next memory.
 
     Args:
         q: (batch, heads, length, head_dim), before RoPE; column 0 is the first of a segment.

@@ -120,9 +120,8 @@ class _Document:
         self.queries, self.nearest, self.scale, self.causal = queries, nearest, scale, causal
         self.levels, self.num_before, self.end = len(queries), 0, 0
         self.nodes: dict[Node, tuple[Tensor, Tensor]] = {}
-        self.open: dict[
-            int, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # by level: mean key, mean value, log of the sum of weights
+        # by level: mean key, mean value, log of the sum of weights
+        self.open: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def restore(self, state: TreeNodes) -> None:
         """Load the nodes of an earlier call from a state of one row."""
@@ -154,9 +153,8 @@ class _Document:
                 a, b = (min(max(border << level, self.num_before), self.end) for border in (node, node + 1))
                 part = slice(a - self.num_before, b - self.num_before)
                 scores, keys, values = logits[:, part], k[:, part], v[:, part]
-                if (
-                    old is not None and node == self.num_before >> level
-                ):  # the earlier part of the node counts as one more token
+                if old is not None and node == self.num_before >> level:
+                    # the earlier part of the node counts as one more token
                     scores = torch.cat([old[2][:, None], scores], 1)
                     keys, values = (torch.cat([o[:, None], t], 1) for o, t in zip(old, (keys, values), strict=False))
                 weights = scores.softmax(1)[..., None]
@@ -212,9 +210,7 @@ class _Document:
 
 
 def capacities(nearest: int, levels: int) -> list[int]:
-    """Return, per level, how many complete nodes a state must hold so that all later positions find the nodes they
-    see.
-    """
+    """Return, per level, how many complete nodes a state must hold for all later positions."""
     capacity, oldest = [0] * (levels + 1), [1 << 62] * (levels + 1)
     far = (4 * nearest + 4) << levels
     for end in range(far, far - (4 << levels), -1):  # the pattern repeats within half of this range
@@ -244,8 +240,7 @@ class Graph(NamedTuple):
 
 
 def paper_graph(length: int, nearest: int, *, causal: bool = True, clip: int = 6) -> Graph:
-    """Build the graph of the paper's section 3.1: a span attends to its tokens, a token to itself and its contextual
-    spans.
+    """Build the paper's graph (section 3.1): spans attend to their tokens, tokens to themselves and their spans.
 
     Relative positions are numbered as in the paper's code: (sides k + 1) min(level, clip), plus 0 for a span's own
     tokens, 1 + rank on the left, 1 + k + 1 + rank on the right. There is one rank more than the k of that code, for the

@@ -107,9 +107,7 @@ class BPMechanism(BoundedMechanism):
         return BPState(*nodes)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: scores and outputs, relative term, computing
-        spans.
-        """
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""
         shape, config = self.shape, self.config
         query, node = ops.bp_cost(length, nearest=config.k, levels=config.max_level, causal=shape.causal)
         return 2 * batch_size * shape.head_dim * (shape.num_heads * query + shape.num_kv_heads * node)

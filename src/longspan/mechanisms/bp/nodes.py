@@ -42,9 +42,7 @@ class TreeNodes(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """Weighted means of keys and values (..., kv_heads, head_dim), and the log of the sum of weights (...,
-    kv_heads).
-    """
+    """Weighted mean keys and values (..., kv_heads, head_dim), and log sums of weights (..., kv_heads)."""
 
     k: Tensor
     v: Tensor
@@ -132,8 +130,7 @@ def pool(
     layout: Layout,
     state: TreeNodes | None,
 ) -> tuple[Nodes, Nodes]:
-    """Compute the nodes inside each chunk, and the larger nodes (stored with their last chunk), (batch, chunks, rows,
-    ...).
+    """Compute the nodes inside chunks and the larger ones (stored with their last chunk), (batch, chunks, rows, ...).
 
     Args:
         k: (batch, chunks, tile, kv_heads, head_dim), keys that nodes are means of.
@@ -195,9 +192,7 @@ def _resume(nodes: Nodes, layout: Layout, level: Tensor, node: Tensor, state: Tr
 
 
 def _join_partial_means(partial_means: Nodes, layout: Layout) -> Nodes:
-    """Combine partial means of nodes larger than a chunk (batch, chunks, levels, ...), stored with each node's last
-    chunk.
-    """
+    """Combine the chunks' partial means of larger nodes (batch, chunks, levels, ...) in each last chunk."""
     mass, chunks = partial_means.mass, layout.chunks
     if not mass.shape[2] or mass.shape[1] == 1:
         return partial_means

@@ -200,9 +200,7 @@ def bp_pairs(length: int, *, nearest: int, levels: int, causal: bool = True) -> 
         return size * whole * (whole - 1) // 2 + rest * whole
 
     def views(position: int, first: int) -> int:
-        """Return the sum, over `length` positions from `position` on, of the first token that each sees, at least
-        `first`.
-        """
+        """Sum, over `length` positions from `position` on, the first token that each sees, at least `first`."""
         begin = position + nearest + size - 1 - 2 * nearest * size
         bounded = min(max(-(-first // size) * size - begin, 0), length)
         return bounded * first + size * (quotients(begin + length) - quotients(begin + bounded))

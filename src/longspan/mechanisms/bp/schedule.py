@@ -31,9 +31,7 @@ class Schedule(NamedTuple):
     in_view: Tensor
 
     def visible(self, tiles: slice) -> tuple[Tensor, Tensor]:
-        """Return (tiles, tile, K): which columns each query sees (bool), and their relative positions (0 where
-        hidden).
-        """
+        """Return (tiles, tile, K): columns each query sees (bool), and relative positions (0 where hidden)."""
         index = torch.arange(tiles.start, tiles.stop, device=self.part.device) % len(self.in_view)
         part = self.part.expand(len(index), self.in_view.shape[1], -1)  # gather is faster than index_select here
         skipped, count = (t[index].gather(2, part) for t in (self.skipped, self.in_view))

@@ -55,8 +55,9 @@ class Tree(NamedTuple):
         return torch.cat([relative[:1], by_level[:, : highest + 1].reshape(-1, relative.shape[1])])
 
     def border(self, position: Any, level: Any) -> Any:
-        """Return L(level), the first node that is not fully left of all nodes of lower levels; for numbers or
-        tensors.
+        """Return L(level), the end of the nodes seen at a level on the left: node L(level) - 1 is the nearest one.
+
+        position and level are numbers or tensors.
         """
         return ((position + self.nearest + (((1 << level) + 1) >> 1) - 1) >> level) - self.nearest
 
@@ -69,8 +70,7 @@ class Tree(NamedTuple):
         return max(seen, default=0)
 
     def view(self, position: Tensor, end: Tensor, highest: int) -> tuple[Tensor, Tensor]:
-        """Return the nodes that positions see, per side and level 0 .. `highest`; on the right, node m is numbered -1 -
-        m.
+        """Return the nodes that positions see, per side and level; on the right, node m is numbered -1 - m.
 
         Args:
             position: (...) positions in their documents.
@@ -135,8 +135,8 @@ class Layout(NamedTuple):
     longest: int
 
     def spread(self, x: Tensor) -> Tensor:
-        """Move tokens into chunks: (batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), zeros
-        elsewhere.
+        """Move tokens into chunks: (batch, heads, length, head_dim) to (batch, C, tile, heads, head_dim), else
+        zeros.
         """
         x = x.transpose(1, 2)
         size = self.source.shape[1]

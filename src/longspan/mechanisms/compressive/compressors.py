@@ -258,9 +258,7 @@ class UsageLayout(NamedTuple):
 
 
 def usage_layout(rows: BatchLayout, sizes: CompressiveSizes, capacity: int) -> UsageLayout:
-    """Compute the usage layout of a call inside the incomplete segment of every row; see `slot_layout` for the
-    arguments.
-    """
+    """Compute the usage layout of a call inside each row's incomplete segment; arguments as in `slot_layout`."""
     opened = (rows.offsets % sizes.segment)[:, None]
     closes = opened + rows.lengths_read[:, None] == sizes.segment
     rank = np.arange(-capacity, rows.length) + opened  # position in the current segment, negative before it

@@ -47,8 +47,7 @@ def compressive_attention(
     position: int = 0,
     detached_kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Return attention outputs (batch, heads, length, head_dim), with every (query, key or slot) pair scored by its
-    distance.
+    """Return attention outputs (batch, heads, length, head_dim), scoring every pair by its distance.
 
     Arguments are those of `longspan.ops.compressive_attention`.
     """
@@ -81,8 +80,7 @@ def attention_usage(
     lengths: Tensor | None = None,
     memory_lengths: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention each key gets, (batch, memory + length): the dense weights summed over queries, averaged
-    over heads.
+    """Return the attention each key gets (batch, memory + length): summed over queries, averaged over heads.
 
     Arguments are those of `longspan.ops.attention_usage`.
     """
@@ -125,9 +123,7 @@ def attention_reconstruction(
 
 
 class CompressiveMemory(NamedTuple):
-    """Memory of a layer at a segment boundary: compressed slots, recent vectors, and vectors waiting to fill a
-    group.
-    """
+    """Memory at a segment boundary: compressed slots, recent vectors, vectors waiting to fill a group."""
 
     compressed: Tensor
     recent: Tensor

@@ -149,9 +149,7 @@ class CompressiveMechanism(RelativeMechanism):
         )
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the compression function's parameters, with learning rate `compressor_lr`; empty if it
-        has none.
-        """
+        """Optimizer group of the compression function's parameters (rate `compressor_lr`); empty if it has none."""
         parameters = list(self.compressor.parameters())
         return [ParameterGroup("compressor", parameters, lr=self.config.compressor_lr)] if parameters else []
 
@@ -168,8 +166,7 @@ class CompressiveMechanism(RelativeMechanism):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, CompressiveState]:
-        """Return attention outputs (batch, heads, length, head_dim) over slots, memory and segment, and the next
-        memories.
+        """Return outputs (batch, heads, length, head_dim) over slots, memory and segment, and the next memories.
 
         Args:
             q: (batch, heads, length, head_dim).
@@ -252,9 +249,7 @@ class CompressiveMechanism(RelativeMechanism):
             return (past if past.shape[1] else None), None
 
         def layout() -> tuple[Tensor, Tensor]:
-            """Return the columns of [slots, hidden states] that each row sees, (batch, columns), and the counts
-            (batch,).
-            """
+            """Return the columns of [slots, hidden states] that each row sees (batch, columns), and counts (batch,)."""
             opened = rows.offsets % sizes.segment
             slots, memory = sizes.visible(rows.offsets - opened)
             count, near = slots + memory + opened, (memory + opened)[:, None]
@@ -320,9 +315,7 @@ class CompressiveMechanism(RelativeMechanism):
         return layout.collect(torch.cat(outputs, 2)), CompressiveState(hidden, compressed, usage, rows.live)
 
     def _segment_layouts(self, rows: BatchLayout) -> list[tuple[slice, Tensor | None, BatchLayout]]:
-        """Return for each segment of all rows: its columns, the rows (batch,) in which a document begins or None,
-        its layout.
-        """
+        """Return for each segment of all rows: columns, rows (batch,) where a document begins or None, layout."""
         segment, live, parts = self.config.segment, rows.offsets, []
         layout = rows.segments(segment)
         positions = layout.spread_positions()
@@ -352,8 +345,7 @@ class CompressiveMechanism(RelativeMechanism):
         return rows.cached(("compressive usage", *sizes), lambda: usage_layout(rows, *sizes))
 
     def _compress(self, inputs: Inputs, state: CompressiveState, usage: Tensor | None, layout: SlotLayout) -> Tensor:
-        """Return a list (slots, dim) of a zero vector, the state's slots, and the slots made of segments that end in
-        the call.
+        """Return a list (slots, dim): a zero vector, the state's slots, and those made in this call.
 
         Appends the compressor's auxiliary loss to `inputs.penalties` unless it is None.
         """
@@ -375,9 +367,7 @@ class CompressiveMechanism(RelativeMechanism):
         return column_list(state.compressed, new.detach())
 
     def _carry_hidden(self, state: CompressiveState, x: Tensor, rows: BatchLayout) -> Tensor:
-        """Return the hidden states of the next state, (batch, capacity, dim), detached before the incomplete
-        segment.
-        """
+        """Return the next state's hidden states (batch, capacity, dim), detached before the incomplete segment."""
         return carry_hidden(state.hidden, x, rows, self.capacity, self.config.segment)
 
     # -- state and cost ---------------------------------------------------------------------------------------------
@@ -418,8 +408,7 @@ class CompressiveMechanism(RelativeMechanism):
         return batch_size * row + 2 * int((tokens + visible).max(initial=1)) * shape.dim * width
 
     def _document(self, length: int, first: int = 0) -> tuple[Array, Array, Array]:
-        """Return for each segment of a document, from the one of token `first` on: its start, its tokens, the keys
-        before it.
+        """Return start, token count and number of earlier keys of each segment of a document, from `first` on.
 
         The keys are those that the segment sees before its own tokens (slots and memory).
         """

@@ -98,9 +98,7 @@ class AttentionLayout(NamedTuple):
 
 
 def _batches(tokens: Array, keys_before: Array, most_keys: int | None = None) -> Iterator[Array]:
-    """Yield groups of segments with similar numbers of tokens and earlier keys, each with at most about `most_keys`
-    keys.
-    """
+    """Yield groups of segments with similar numbers of tokens and earlier keys, about `most_keys` keys at most."""
     size = -(-tokens // QUERIES) * (keys_before.max(initial=0) + KEYS) + -(-keys_before // KEYS)
     for value in np.unique(size):
         members = np.flatnonzero(size == value)
@@ -149,9 +147,7 @@ def attention_layout(
 
 
 def column_list(*tensors: Tensor) -> Tensor:
-    """Concatenate all columns of tensors (batch, columns, ...) into one list (count, ...) that begins with a zero
-    entry.
-    """
+    """Concatenate columns of tensors (batch, columns, ...) into one list (count, ...) after a zero entry."""
     zeros = tensors[0].new_zeros(1, *tensors[0].shape[2:])
     return torch.cat([zeros, *(t.flatten(0, 1) for t in tensors)])
 
@@ -258,9 +254,7 @@ def compressive_attention(
 
 
 def compressive_cost(length: int, *, segment: int, mem_len: int, compressed_len: int, ratio: int) -> tuple[int, int]:
-    """Count the content and position score entries per query head that `compressive_attention` computes for `length`
-    tokens.
-    """
+    """Count content and position score entries per query head of `compressive_attention`, `length` tokens."""
     border = np.arange(0, length, segment)
     tokens = np.minimum(segment, length - border)
     keys_before = sum(CompressiveSizes(segment, mem_len, compressed_len, ratio).visible(border))
@@ -335,8 +329,7 @@ def attention_reconstruction(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Return the attention-reconstruction loss per row (Rae et al. 2019, algorithm 2): the error of slots in place of
-    vectors.
+    """Return the attention-reconstruction loss per row (Rae et al. 2019, algorithm 2): error of slots for vectors.
 
     mean over queries, heads and dims of (attend(q, k, v) - attend(q, slots_k, slots_v)) ** 2, content only: no
     positions, not causal. Gradients flow to all inputs; the caller detaches those that should not learn.

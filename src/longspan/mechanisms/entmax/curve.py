@@ -94,9 +94,7 @@ class Curve:
         self.x, self.y, self.log2, self.p, self.w = buffers
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (p, w) at thresholds t (items, rows, 1): the weights and p ** (2 - alpha), both (items, rows,
-        keys).
-        """
+        """Return the weights p, and p ** (2 - alpha), at thresholds t (items, rows, 1); both (items, rows, keys)."""
         a, y, p, w = self.a, self.y, self.p, self.w
         torch.sub(self.x, t, out=y)
         if a == 0:
@@ -115,9 +113,7 @@ class Curve:
         return p, torch.mul(self.log2, 1 - a, out=w).exp2_()
 
     def solve(self) -> Tensor:
-        """Return the thresholds (items, rows, 1), relative to the row maxima of x, which are subtracted from x in
-        place.
-        """
+        """Return the thresholds (items, rows, 1) relative to the row maxima of x, which are subtracted from x."""
         top = self.x.amax(-1, keepdim=True)
         self.x.sub_(top)
         steps = num_steps(self.a, self.x.dtype)
@@ -179,9 +175,7 @@ def dense_weights(z: Tensor, a: Tensor, largest_a: float) -> Tensor:
 
 
 def dense_slopes(p: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return p ** (2 - alpha), and p times h (the derivative of log p by alpha, see `Curve.slope`), from the weights
-    p alone.
-    """
+    """Return p ** (2 - alpha), and p d log p / d alpha (h of `Curve.slope`), from the weights p."""
     log = torch.where(p > 0, p, 1.0).log()
     w = torch.where(p > 0, ((1 - a) * log).exp(), 0.0)
     small = a < SERIES[p.dtype]

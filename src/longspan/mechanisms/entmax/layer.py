@@ -61,9 +61,7 @@ class EntmaxMechanism(KeyValueMechanism):
         return Traits(streams=self.shape.causal, bounded=self.config.window is not None, sparse=True)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Optimizer group of the alphas: learning rate `alpha_lr`, no weight decay (which would pull them to the
-        softmax).
-        """
+        """Optimizer group of the alphas: rate `alpha_lr`, no weight decay (it would pull them to the softmax)."""
         return [ParameterGroup("alphas", [self.alpha_minus_one], lr=self.config.alpha_lr, weight_decay=0.0)]
 
     @torch.no_grad()
@@ -92,9 +90,7 @@ class EntmaxMechanism(KeyValueMechanism):
         return ops.entmax_attention(q, k, v, alpha, causal=causal, window=window, **visible(rows, memory)), next_state
 
     def layout_inputs(self, state: Any) -> dict[Hashable, Tensor]:
-        """Tensors whose values determine the layout of a call: the alphas, as each head uses the fastest formula for
-        its alpha.
-        """
+        """Tensors whose values determine the layout of a call: the alphas, which select the fastest formula."""
         return {(self, "alpha"): self.alpha_minus_one}
 
     def entries(self, length: int) -> int:

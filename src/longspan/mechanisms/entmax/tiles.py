@@ -60,9 +60,7 @@ class Tile(NamedTuple):
         return [buffer[: math.prod(shape)].view(shape) for buffer in buffers.unbind()]
 
     def scores(self, q: Tensor, k: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
-        """Return factor * q k^T plus the mask, (items, queries, keys); q is (items, queries, dim), k (items, keys,
-        dim).
-        """
+        """Return factor * q k^T plus the mask, (items, queries, keys), of (items, queries or keys, dim)."""
         scores = torch.bmm(q * factor, k.mT, out=out)
         return scores if self.mask is None else scores.add_(self.mask)
 
@@ -117,9 +115,8 @@ def entmax_forward(
             queries, keys, values, outs = tile.queries(q), tile.keys(k), tile.keys(v), tile.queries(out)
             for head in range(q.shape[1]):
                 query, key, value = queries[:, head], keys[:, head // group], values[:, head // group]
-                if (
-                    exponents is None or buffers is None
-                ):  # values unknown, as in an exported graph: needs more steps and memory
+                if exponents is None or buffers is None:
+                    # values unknown, as in an exported graph: needs more steps and memory
                     p = dense_weights(tile.scores(query, key, layout.scale), alpha[head].to(dtype) - 1, 1.0)
                     outs[:, head].copy_(torch.bmm(p, value))
                     continue
@@ -134,9 +131,7 @@ def entmax_forward(
 
 
 def _exponents(alpha: Tensor) -> list[float] | None:
-    """Return alpha - 1 of each head as exact numbers (parameters may decide what is computed); None if values are
-    unknown.
-    """
+    """Return alpha - 1 of each head as exact numbers; None if the values are unknown."""
     read = host.values(alpha)
     return None if read is None else [value - 1.0 for value in read.astype(np.float64).tolist()]
 
@@ -148,9 +143,7 @@ class EntmaxTiles(FirstOrder):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, layout: Layout) -> Tensor:
-        """Return the attention outputs (batch, heads, length, head_dim), and save the thresholds for the backward
-        pass.
-        """
+        """Return the outputs (batch, heads, length, head_dim); save the thresholds for the backward pass."""
         out, thresholds = entmax_forward(q, k, v, alpha, layout, keep=True)
         ctx.save_for_backward(q, k, v, alpha, thresholds)
         ctx.layout, ctx.exponents = layout, _exponents(alpha)
@@ -202,9 +195,7 @@ def _backward(
 def _tile_backward(
     tile: Tile, curve: Curve, gradient: Tensor, of_head: list[Tensor], scale: float, alpha_learns: bool
 ) -> Tensor | None:
-    """Compute one head of a tile: add the gradients of its queries and keys in place, return that of alpha (or
-    None).
-    """
+    """Add the gradients of one head of a tile for queries and keys in place; return that of alpha or None."""
     q, grad, t, dq, k, v, dk, dv = of_head
     tile.scores(q, k, scale * curve.unit, curve.x)
     curve.x.sub_(curve.x.amax(-1, keepdim=True))

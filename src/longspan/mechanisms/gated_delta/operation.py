@@ -357,9 +357,7 @@ class _GatedDelta(FirstOrder):
 
     @staticmethod
     def gradients(ctx: Any, saved: tuple[Any, ...], d_out: Tensor, d_state: Tensor) -> Any:
-        """Return the gradients of `forward`'s arguments; the chunks of each block are recomputed from its initial
-        state.
-        """
+        """Return the gradients of `forward`'s arguments, recomputing each block from its initial state."""
         sequences, initial_states = saved[:5], saved[5:]
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in sequences]
         blocks = _blocks(d_out.shape[2])

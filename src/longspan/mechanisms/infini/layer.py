@@ -84,16 +84,12 @@ class InfiniMechanism(SegmentMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: causal only, constant-size state, segments, gradients through at most `bptt_segments`
-        segments.
-        """
+        """Capability flags: causal only, constant-size state, gradients through `bptt_segments` segments."""
         config = self.config
         return Traits(bidirectional=False, bounded=True, segment=config.segment, horizon=config.bptt_segments)
 
     def memory_dtype(self, device: torch.device | None, dtype: torch.dtype) -> torch.dtype:
-        """Return fp64 (where the device has it) for activations of any `dtype`: the memory sums over the whole
-        stream.
-        """
+        """Return fp64 (where the device has it), because the memory sums over the whole stream."""
         return ops.sums_dtype(device)
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -101,16 +97,12 @@ class InfiniMechanism(SegmentMechanism):
         return [ParameterGroup("gates", [self.gate], lr=self.config.gate_lr, weight_decay=0.0)]
 
     def operations(self) -> tuple[Operation, Operation]:
-        """Return `ops.infini_attention` and `ops.infini_open` (for calls inside an incomplete segment), bound to
-        this config.
-        """
+        """Return `ops.infini_attention`, and `ops.infini_open` for incomplete segments, bound to this config."""
         fields = {"gate": self.gate, **self.rule}
         return partial(ops.infini_attention, **fields), partial(ops.infini_open, **fields)
 
     def memory_cost(self, length: int) -> tuple[int, int]:
-        """Count, for `length` tokens, the memory's multiply-adds per kv head and the local score entries per query
-        head.
-        """
+        """Count multiply-adds of the memory per kv head, and local score entries per query head."""
         return ops.infini_cost(
             length,
             segment=self.segment,

@@ -144,9 +144,7 @@ class InfiniRule(NamedTuple):
         return self.update == "linear" and self.normalizer == "paper"
 
     def memory_dtype(self, v: Tensor) -> torch.dtype:
-        """Return the dtype of the memory on v's device: fp64 where available, because both fields are sums over the
-        stream.
-        """
+        """Return the memory's dtype on v's device: fp64 where available, as it sums over the stream."""
         return sums_dtype(v.device)
 
     def read(self, q: Tensor, memory: SegmentMemory, inside: Tensor) -> Tensor:
@@ -160,8 +158,7 @@ class InfiniRule(NamedTuple):
         return _gated(answers, self.gate, inside[:, :, None], (memory.written > 0)[:, None])[:, :, 0]
 
     def write(self, k: Tensor, v: Tensor, memory: SegmentMemory) -> tuple[Tensor, Tensor]:
-        """Return the memory's values and normalizer after one complete segment, k and v (batch, kv_heads, size,
-        head_dim).
+        """Return values and normalizer after a complete segment, k and v (batch, kv_heads, size, head_dim).
 
         With "delta" or "gamma" each key is compared with the memory as it was before the segment.
         """

@@ -59,9 +59,7 @@ class LinearMechanism(BoundedMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: constant-size state; `sparse` with DPFP, whose features of a query and a key may not
-        overlap.
-        """
+        """Capability flags: constant-size state; `sparse` with DPFP, as query and key features may not overlap."""
         return Traits(streams=self.shape.causal, bounded=True, sparse=self.config.feature == "dpfp")
 
     def feature(self, x: Tensor, *, queries: bool = False) -> Tensor:
@@ -119,7 +117,5 @@ class LinearMechanism(BoundedMechanism):
         return 2 * batch_size * shape.num_kv_heads * cost
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs of `length` tokens, summed over query heads: as many as in dense
-        attention.
-        """
+        """Count the attended (query, key) pairs of `length` tokens, over all query heads, as in dense attention."""
         return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

@@ -41,8 +41,7 @@ def lsh_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Return attention over the union of the keys selected by all hash rounds; a token sees itself only if that is
-    empty.
+    """Return attention over the keys selected by any hash round; a token sees itself only if there are none.
 
     For query i a round selects, among keys j != i (if causal, j < i) of its document,
 
@@ -144,9 +143,7 @@ def _keep_first_round(selected: Tensor, position: Tensor) -> Tensor:
 def _near_chunks(
     query_buckets: Tensor, key_buckets: Tensor, size: int, lengths: Tensor | None, start: Tensor | None
 ) -> Tensor:
-    """Return (batch, heads, rounds, length, length) bool: the key's chunk is the query's or the (cyclically)
-    previous one.
-    """
+    """Return (batch, heads, rounds, length, length) bool: the key is in the query's or the previous chunk."""
     batch, length = query_buckets.shape[0], query_buckets.shape[-1]
     column = torch.arange(length, device=query_buckets.device)
     real = torch.ones(batch, length, dtype=torch.bool, device=query_buckets.device)

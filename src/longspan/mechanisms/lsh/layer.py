@@ -53,9 +53,7 @@ _NO_STREAM = "selection='sorted' depends on later tokens, so it does not stream;
 
 
 class LSHMechanism(DrawnMechanism):
-    """LSH attention without projections: holds the random rotations, takes q, k, v and ring buffers of earlier
-    tokens.
-    """
+    """LSH attention without projections: random rotations, and ring buffers of earlier tokens as state."""
 
     Config = LSHConfig
     config: LSHConfig
@@ -80,9 +78,7 @@ class LSHMechanism(DrawnMechanism):
         self._count_draws()
 
     def _draw_rotations(self, generator: torch.Generator | None) -> Tensor:
-        """Draw random rotations (heads, rounds, head_dim, num_buckets // 2) with `generator`; None = torch's
-        generator.
-        """
+        """Draw random rotations (heads, rounds, head_dim, num_buckets // 2); generator None = torch's."""
         config, dtype = self.config, torch.promote_types(torch.get_default_dtype(), torch.float32)
         shape = (self.hashed_heads, config.num_hashes, self.shape.head_dim, config.num_buckets // 2)
         return host.normal(*shape, generator=generator, dtype=dtype).to(torch.get_default_device())
@@ -163,9 +159,7 @@ class LSHMechanism(DrawnMechanism):
         return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: hashing, scores and outputs of all computed
-        tiles.
-        """
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: hashing, scores and outputs."""
         config, shape = self.config, self.shape
         entries = ops.lsh_cost(
             length,
@@ -181,9 +175,7 @@ class LSHMechanism(DrawnMechanism):
         return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * hashes)
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs, summed over query heads; an upper bound: full buckets, disjoint
-        rounds.
-        """
+        """Count the (query, key) pairs over all query heads; an upper bound: full buckets, disjoint rounds."""
         most = 2 * self.config.bucket_size * self.config.num_hashes
         if not self.shape.causal or not self.strict:
             return self.shape.num_heads * length * max(1, min(most, length - 1))

@@ -75,8 +75,7 @@ def lsh_attention(
     lengths: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Return attention over the union of the keys selected by all hash rounds; a token sees itself only if that is
-    empty.
+    """Return attention over the keys selected by any hash round; a token sees itself only if there are none.
 
     For query i a round selects, among keys j != i (if causal, j < i) of its document,
 
@@ -177,8 +176,7 @@ def _sorted_schedules(
     real: Tensor | None,
     start: Tensor | None,
 ) -> tuple[BlockSchedule, ...]:
-    """Build the block schedules of "sorted", one per hash round: a query sees the keys of its chunk and of the previous
-    one.
+    """Build the block schedules of "sorted", one per hash round: queries see their chunk and the previous one.
 
     Every document begins with a new chunk, and the previous chunk of its first chunk is its last.
 

@@ -180,8 +180,7 @@ class MemorizingMechanism(BoundedMechanism):
     def _retrieve(
         self, q: Tensor, k: Tensor, v: Tensor, local: Tensor, rows: BatchLayout, older: int | None = None
     ) -> Tensor:
-        """Mix retrieval from the pairs (k, v) into the local attention `local`, all (batch, heads or kv_heads, columns,
-        head_dim).
+        """Mix retrieval from the pairs (k, v) into the local attention; return (batch, heads, length, head_dim).
 
         Args:
             q: queries before RoPE.
@@ -193,7 +192,7 @@ class MemorizingMechanism(BoundedMechanism):
         window, max_memories = self.config.window, self.config.max_memories
 
         def bounds() -> tuple[Tensor, Tensor]:
-            """Return first and last + 1 column that each query may retrieve, (batch, length or 1)."""
+            """Return first and last + 1 column that each query may retrieve, each (batch or 1, length or 1)."""
             if older is None:
                 closed = (rows.offsets // window * window).clip(max=max_memories)[:, None]
                 begin, end = max_memories - closed, np.full_like(closed, max_memories)
@@ -213,8 +212,7 @@ class MemorizingMechanism(BoundedMechanism):
     def _stored_pairs(
         self, state: MemorizingState | None, k: Tensor, v: Tensor, rows: BatchLayout
     ) -> tuple[Tensor, Tensor]:
-        """Return the pairs of store, incomplete segment and call, newest last, contiguous in every row; keys have unit
-        length.
+        """Return the pairs of store, incomplete segment and call, newest last, contiguous, with unit keys.
 
         k and v are those of the call; results are (batch, kv_heads, columns, head_dim), detached from the graph.
         """
@@ -230,9 +228,8 @@ class MemorizingMechanism(BoundedMechanism):
                 torch.cat([state.store_k, recent_k[:, :, num_older:], k], 2),
                 torch.cat([state.store_v, recent_v[:, :, num_older:], v], 2),
             )
-        distance = torch.arange(
-            max_memories + window - 1, 0, -1, device=rows.device
-        )  # distance to the first token of the call
+        # distance to the first token of the call
+        distance = torch.arange(max_memories + window - 1, 0, -1, device=rows.device)
         opened = rows.opened(window)[:, None]
         index = torch.where(distance <= opened, max_memories + window - 1 - distance, max_memories + opened - distance)
         return (
@@ -267,8 +264,7 @@ class MemorizingMechanism(BoundedMechanism):
     def _read_attached(
         self, q: Tensor, k: Tensor, v: Tensor, num_recent: int, local: Tensor, rows: BatchLayout
     ) -> Tensor:
-        """Mix retrieval from the attached stores into `local`; each segment reads its row's store, then is written to
-        it.
+        """Mix retrieval from the attached stores into `local`, and write complete segments to them.
 
         A segment is written when it is complete. The first `num_recent` columns of k and v are earlier tokens.
 
@@ -322,9 +318,7 @@ class MemorizingMechanism(BoundedMechanism):
         return MemorizingState(zeros(store), zeros(store), zeros(recent), zeros(recent), live)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: local attention, cosines, weighted retrieved
-        values.
-        """
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens."""
         shape, config = self.shape, self.config
         local = ops.window_cost(length, window=config.window)
         scores, values = ops.memorizing_cost(
@@ -333,9 +327,7 @@ class MemorizingMechanism(BoundedMechanism):
         return batch_size * shape.num_heads * shape.head_dim * (4 * local + 2 * (scores + values))
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs, local and retrieved, summed over query heads; those that are both
-        count twice.
-        """
+        """Count the (query, key) pairs, local and retrieved, over all query heads; those that are both count twice."""
         config, window = self.config, self.config.window
         retrieved = sum(
             min(config.k, config.max_memories, first) * min(window, length - first)

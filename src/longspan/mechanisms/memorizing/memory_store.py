@@ -315,8 +315,7 @@ class _Graph:
             self.index.add(np.ascontiguousarray(keys))
 
     def search(self, queries: Any, top: int, oldest: int) -> tuple[Any, Any]:
-        """Return scores and numbers (queries, top) of pairs from number `oldest` on, nearest first; -1 where it finds
-        too few.
+        """Return scores and numbers (queries, top) of pairs from `oldest` on, nearest first; -1 for missing ones.
 
         Evicted pairs stay in the graph until it is rebuilt. They are searched with the others and removed afterwards,
         so enough candidates must be requested for the nearest remaining pairs to be among them. (A search that skips
@@ -337,8 +336,7 @@ class _Graph:
 
 
 def recall(store: MemoryStore, queries: Tensor, k: int) -> float:
-    """Return the fraction of the true `k` nearest pairs that the store's search finds; 1 for an exact or an empty
-    store.
+    """Return the fraction of the true `k` nearest pairs that the store's search finds; 1 if exact or empty.
 
     Args:
         store: the store to measure.
@@ -364,9 +362,7 @@ def read_store(store: MemoryStore, q: Tensor, local: Tensor, gate: Tensor, top: 
 
 
 def _mapped(array: Any) -> Tensor:
-    """Return a tensor that shares an array's memory, without torch's warning about read-only arrays (we never
-    write).
-    """
+    """Return a tensor that shares an array's memory, without torch's warning about read-only arrays."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)

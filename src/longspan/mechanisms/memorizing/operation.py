@@ -149,9 +149,7 @@ def nearest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest_of_blocks(blocks: Iterator[tuple[int, Tensor]], top: int) -> tuple[Tensor, Tensor]:
-    """Return the `top` largest scores over blocks of (first column, scores), and their columns; all if there are
-    fewer.
-    """
+    """Return the `top` largest scores over blocks (first column, scores), and their columns; all if fewer."""
     values = columns = None
     for low, scores in blocks:
         value, column = nearest(scores, min(top, scores.shape[-1]))
@@ -252,9 +250,7 @@ def _retrieve(q: Tensor, k: Tensor, v: Tensor, search: Search, *, keep: bool = F
 
 
 def _scores(queries: Tensor, part: _QueryTile, search: Search) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first column, scores (items, group * queries, keys)) per block of keys; -inf where a key must not be
-    retrieved.
-    """
+    """Yield (first column, scores (items, group * queries, keys)) per block; -inf where retrieval is not allowed."""
     begin, end, first, last, whole = part.tile
     for low in range(first, last, KEYS):
         high = min(low + KEYS, last)
@@ -276,9 +272,7 @@ def _gathered(x: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Retrieve(FirstOrder):
-    """Autograd function of retrieval; saves columns and weights, and gathers keys and values again in the backward
-    pass.
-    """
+    """Autograd function of retrieval; saves columns and weights, gathers keys and values again in backward."""
 
     what = "retrieval from memories"
 

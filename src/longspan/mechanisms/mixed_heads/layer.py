@@ -104,9 +104,7 @@ class MixedHeadsMechanism(Mechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: what all mechanisms support and what any of them needs; reasons name the part they come
-        from.
-        """
+        """Capability flags: what all mechanisms support, what any of them needs; reasons name their part."""
         return merge_traits([_labeled(core.traits, f"mixers[{i}]: ") for i, core in enumerate(self.cores)])
 
     def head_traits(self) -> list[Traits]:
@@ -124,8 +122,7 @@ class MixedHeadsMechanism(Mechanism):
         hidden: Hidden | None = None,
         aux_losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, MixedHeadsState]:
-        """Return the outputs (batch, heads, length, value_dim) of all mechanisms, concatenated by heads, and their next
-        states.
+        """Return the concatenated outputs (batch, heads, length, value_dim) of all mechanisms, and their next states.
 
         Args:
             q: (batch, heads, length, head_dim), before RoPE.
@@ -169,9 +166,7 @@ class MixedHeadsMechanism(Mechanism):
         return MixedHeadsState(tuple(core.fit(part, k, hidden) for core, part in pairs), state.live)
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Return the exact bytes of all states after `length` tokens: the sum over the mechanisms, plus one count
-        per row.
-        """
+        """Return the exact bytes of all states after `length` tokens, plus one count per row."""
         return 8 * batch_size + sum(core.state_nbytes(batch_size, length, dtype) for core in self.cores)
 
     def flops(self, length: int, batch_size: int = 1) -> int:

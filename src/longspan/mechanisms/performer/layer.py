@@ -98,18 +98,14 @@ class PerformerMechanism(DrawnMechanism):
             self.register_buffer("pending_square", torch.zeros(2, dtype=square.dtype))
 
     def _draw_projection(self, generator: torch.Generator | None) -> Tensor:
-        """Draw a new random orthogonal projection (num_features, head_dim) with `generator`; None = torch's
-        generator.
-        """
+        """Draw a random orthogonal projection (num_features, head_dim); generator None = torch's."""
         return ops.orthogonal_projection(
             self.config.num_features, self.shape.head_dim, generator=generator, regularized=self.config.regularized
         )
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: constant-size state; tracks statistics if FAVOR++'s bound is measured for the next
-        redraw.
-        """
+        """Capability flags: constant-size state; tracks statistics if a redraw will use FAVOR++'s bound."""
         return Traits(streams=self.shape.causal, bounded=True, tracks_statistics=self.measures)
 
     def forward(
@@ -162,8 +158,7 @@ class PerformerMechanism(DrawnMechanism):
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, rows: BatchLayout) -> None:
-        """Add this call's queries and keys to the pending statistics from which `after_step` computes the mean of |x +
-        y|^2.
+        """Add this call's queries and keys to the pending statistics of the mean of |x + y|^2.
 
         The statistics are (2, 2 + head_dim): for queries and for keys, the count, the sum of squared lengths and the
         vector sum. Nothing is added when a forward pass is recomputed.
@@ -197,16 +192,13 @@ class PerformerMechanism(DrawnMechanism):
 
     @torch.no_grad()
     def _apply_statistics(self) -> None:
-        """Compute E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y over all processes for this step, and add it to
-        `pending_square`.
-        """
+        """Add this step's E|x + y|^2 = E|x|^2 + E|y|^2 + 2 E x . E y, over all processes, to `pending_square`."""
         pending, self.pending = self.pending, None
         if pending is None:
             if processes()[1] == 1:
                 return
-            pending = self.pending_square.new_zeros(
-                2, 2 + self.shape.head_dim
-            )  # other processes may have counted tokens
+            # other processes may have counted tokens
+            pending = self.pending_square.new_zeros(2, 2 + self.shape.head_dim)
         (total,) = summed(pending)
         counts, squares, sums = total[:, 0].clamp(min=1), total[:, 1], total[:, 2:]
         square = (squares / counts).sum() + 2 * (sums / counts[:, None]).prod(0).sum()
@@ -232,7 +224,5 @@ class PerformerMechanism(DrawnMechanism):
         return 2 * batch_size * shape.num_kv_heads * (project + cost)
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs of `length` tokens, summed over query heads: as many as in dense
-        attention.
-        """
+        """Count the attended (query, key) pairs of `length` tokens, over all query heads, as in dense attention."""
         return self.shape.num_heads * pairs_within(length, causal=self.shape.causal)

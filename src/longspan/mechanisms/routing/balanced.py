@@ -102,9 +102,7 @@ def _documents(q: Tensor, window: int, real: Tensor | None, start: Tensor | None
 
 
 def _longest_list(real: Tensor | None, start: Tensor | None, count: int, window: int, length: int) -> int:
-    """Return the number of tokens of the longest list, or its upper bound if `real` and `start` have no values on
-    the host.
-    """
+    """Return the number of tokens of the longest list, or an upper bound if values are unknown on the host."""
     filled, begin = host.read([real, start])
     if (real is not None and filled is None) or (start is not None and begin is None):
         return max(1, min(length, count * window))

@@ -11,8 +11,7 @@ from longspan.engine.definitions.softmax import attend, visible_keys
 
 
 def routing_clusters(x: Tensor, centroids: Tensor) -> Tensor:
-    """Return the cluster of each vector: argmax x . mu, which does not depend on its length (Roy et al. 2021, section
-    4.1).
+    """Return the cluster of each vector, argmax x . mu (Roy et al. 2021, section 4.1); its length has no effect.
 
     Args:
         x: (batch, heads or a divisor of them, length, head_dim).

@@ -63,7 +63,7 @@ class ClusteredMechanism(DrawnMechanism):
         return StepStatistics(sums(heads, count, dim), counts(heads, count), sums(heads, samples, dim), counts(samples))
 
     def _flat_clusters(self, chosen: Tensor) -> Tensor:
-        """Number clusters (batch, heads, length) through all routed heads; heads is a multiple of `routed_heads`."""
+        """Number clusters (batch, heads, length) consecutively over all routed heads (heads: a multiple of those)."""
         head = torch.arange(chosen.shape[1], device=chosen.device) // (chosen.shape[1] // self.routed_heads)
         return chosen + head[:, None] * self.centroids.shape[1]
 
@@ -150,9 +150,7 @@ class ClusteredMechanism(DrawnMechanism):
             self._initialize(pending, count, generator)
 
     def _initialize(self, pending: StepStatistics, count: Tensor, generator: torch.Generator | None) -> None:
-        """Initialize centroids and moving sums by k-means over the sample, scaled to the number of vectors in the
-        step.
-        """
+        """Initialize centroids and moving sums by k-means over the sample, scaled to the step's vectors."""
         sample, filled = summed(pending.sample, pending.filled)
         if not bool(filled.any()):
             return
@@ -200,8 +198,7 @@ class ClusteredMechanism(DrawnMechanism):
 
 
 def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return centroids of unit length, (heads, clusters, head_dim), from `ROUNDS` iterations of k-means seeded by
-    k-means++.
+    """Return unit centroids (heads, clusters, head_dim) from `ROUNDS` of k-means, seeded by k-means++.
 
     Args:
         vectors: (heads, n, head_dim), of unit length.
@@ -219,8 +216,7 @@ def spherical_kmeans(vectors: Tensor, fallback: Tensor, generator: torch.Generat
 
 
 def seeded(vectors: Tensor, centroids: Tensor, reseeded: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Return the centroids with some of them reseeded by k-means++: drawn in proportion to 1 - cos to the nearest
-    centroid.
+    """Reseed some centroids by k-means++: draw vectors in proportion to 1 - cos to the nearest centroid.
 
     Args:
         vectors: (heads, n, head_dim), of unit length; zero vectors are never drawn.
@@ -234,9 +230,8 @@ def seeded(vectors: Tensor, centroids: Tensor, reseeded: Tensor, generator: torc
     nearness = (vectors @ centroids.mT).masked_fill(reseeded[:, None], -1).amax(-1)
     farthest = torch.where(vectors.norm(dim=-1) > 0.5, 1 - nearness, 0.0)
     for number in reseeded.any(0).nonzero()[:, 0].tolist():
-        distance = torch.where(
-            farthest > 1e-5, farthest, 0.0
-        )  # above rounding errors, so that equal vectors give one seed
+        # above rounding errors, so that equal vectors give one seed
+        distance = torch.where(farthest > 1e-5, farthest, 0.0)
         left = reseeded[:, number] & (distance.sum(-1) > 0)
         probabilities = torch.where(left[:, None], distance, 1.0).to(source)
         chosen = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(centroids.device)

@@ -52,9 +52,7 @@ _NO_STREAM = "selection='balanced' depends on later tokens, so it does not strea
 
 
 class RoutingMechanism(ClusteredMechanism):
-    """Routing Transformer attention without projections: holds the centroids, takes q, k, v and ring buffers per
-    cluster.
-    """
+    """Routing Transformer attention without projections: centroids, and ring buffers per cluster as state."""
 
     Config = RoutingConfig
     config: RoutingConfig
@@ -163,17 +161,13 @@ class RoutingMechanism(ClusteredMechanism):
         return self.centroids.repeat_interleave(self.shape.num_heads // self.routed_heads, 0)
 
     def _unit(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys as unit vectors for routing, in fp32 or wider; the same tensor twice if keys are
-        shared.
-        """
+        """Return queries and keys as unit vectors, fp32 or wider; the same tensor twice if keys are shared."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         unit = F.normalize(q.to(dtype), dim=-1)
         return unit, unit if self.shared else F.normalize(k.to(dtype), dim=-1)
 
     def _clusters(self, queries: Tensor, keys: Tensor, rows: BatchLayout) -> tuple[Tensor, Tensor]:
-        """Return the clusters of queries and keys, (batch, heads or kv_heads, length); the same tensor twice if keys
-        are shared.
-        """
+        """Return clusters (batch, heads or kv_heads, length) of queries and keys, one tensor if shared."""
         count = self.config.num_clusters
         query_clusters = rows.choose(lambda: ops.routing_clusters(queries, self._centroids_per_head()), below=count)
         if self.shared:
@@ -188,9 +182,7 @@ class RoutingMechanism(ClusteredMechanism):
     def _commitment_loss(
         self, routes: tuple[Tensor, Tensor], clusters: tuple[Tensor, Tensor], rows: BatchLayout
     ) -> Tensor:
-        """Return |x - mu|^2 averaged over real tokens and heads: of queries, plus that of keys if they are not
-        shared.
-        """
+        """Return |x - mu|^2 of queries, plus that of separate keys, averaged over real tokens and heads."""
         real = rows.real_columns()
         total = routes[0].new_zeros(())
         for vectors, chosen in self._clustered(routes, clusters):
@@ -214,9 +206,7 @@ class RoutingMechanism(ClusteredMechanism):
         return empty_rings(shape, self.shape.head_dim, batch_size, device, dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: routing, scores and outputs of all computed
-        tiles.
-        """
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: routing, scores and outputs."""
         config, shape = self.config, self.shape
         entries = ops.routing_cost(
             length,
@@ -232,9 +222,7 @@ class RoutingMechanism(ClusteredMechanism):
         return batch_size * shape.head_dim * (4 * shape.num_heads * entries + 2 * routed)
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs, summed over query heads; an upper bound: as if all clusters were
-        full.
-        """
+        """Count the attended (query, key) pairs over all query heads; an upper bound, as if clusters were full."""
         window, causal, heads = self.config.window, self.shape.causal, self.shape.num_heads
         if not self.strict:
             taken = min(window, length)

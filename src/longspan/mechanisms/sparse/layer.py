@@ -72,9 +72,7 @@ class SparseState(NamedTuple):
 
 
 class SparseMechanism(Mechanism):
-    """Sparse Transformer attention without projections: takes q, k, v and a cache of recent keys and summary
-    columns.
-    """
+    """Sparse Transformer attention without projections: q, k, v and a cache of recent keys and summary columns."""
 
     Config = SparseConfig
     config: SparseConfig
@@ -164,8 +162,7 @@ class SparseMechanism(Mechanism):
     def _attend_inside_block(
         self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout
     ) -> Tensor:
-        """Return outputs of the fixed pattern where the call stays inside each row's incomplete block, at different
-        positions.
+        """Return outputs of the fixed pattern for a call inside each row's incomplete block, at unequal positions.
 
         Gathers each row's summary columns and incomplete block next to the call's keys; shapes as in `forward`.
         """
@@ -184,8 +181,7 @@ class SparseMechanism(Mechanism):
         )
 
     def _attend_spread(self, q: Tensor, k: Tensor, v: Tensor, state: SparseState | None, rows: BatchLayout) -> Tensor:
-        """Return outputs of the fixed pattern for any other call: spread it over whole blocks, with padding between
-        documents.
+        """Return outputs of the fixed pattern for any other call, spread over whole blocks with padding.
 
         The tokens of the incomplete block come first, so that every row begins at a block boundary; shapes as in
         `forward`.
@@ -234,7 +230,7 @@ class SparseMechanism(Mechanism):
                 low = summaries // self.num_summaries * self.config.stride
             if summaries == self.state_columns(low):
                 if summaries == self.state_columns(low + rows.length):
-                    return state.summary_k, state.summary_v  # no block closes
+                    return state.summary_k, state.summary_v  # no block is completed
                 new_k, new_v = self._new_summaries(state.k, k, low), self._new_summaries(state.v, v, low)
                 return append(state.summary_k, new_k), append(state.summary_v, new_v)
         index = self._summary_columns(rows, summaries, state.k.shape[2])
@@ -244,8 +240,7 @@ class SparseMechanism(Mechanism):
         )
 
     def _new_summaries(self, old: Tensor, new: Tensor, offset: int) -> Tensor:
-        """Return (batch, kv_heads, summary * blocks, head_dim): summary columns of the blocks completed by a call
-        without padding.
+        """Return the summary columns (batch, kv_heads, summary * blocks, head_dim) of blocks completed by a call.
 
         Args:
             old: (batch, kv_heads, columns, head_dim), keys or values in the cache, newest last.
@@ -286,23 +281,18 @@ class SparseMechanism(Mechanism):
     # -- state and cost --------------------------------------------------------------------------------------------
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype) -> SparseState:
-        """Return the empty state of `batch_size` rows: bounded parts at full capacity (zeros), growing parts without
-        columns.
-        """
+        """Return the empty state of `batch_size` rows: bounded parts zero-filled, growing parts without columns."""
         shape = batch_size, self.shape.num_kv_heads, self.capacity, self.shape.head_dim
         k = torch.zeros(shape, device=device, dtype=dtype)
         live = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return SparseState(k, k.clone(), k[:, :, :0].clone(), k[:, :, :0].clone(), live)
 
     def state_columns(self, length: int) -> int:
-        """Return the number of columns of the growing part of the cache: one per token (strided), `summary` per
-        block (fixed).
-        """
+        """Return the columns of the growing part of the cache: one per token (strided), `summary` per block (fixed)."""
         return length if self.grows else length // self.config.stride * self.num_summaries
 
     def state_nbytes(self, batch_size: int, length: int, dtype: torch.dtype) -> int:
-        """Return the exact bytes of the state after `length` tokens: two vectors per kv head and column, one count per
-        row.
+        """Return the exact state bytes after `length` tokens: two vectors per kv head and column, one count per row.
 
         The fixed pattern has stride - 1 + summary * (length // stride) columns.
         """
@@ -310,16 +300,12 @@ class SparseMechanism(Mechanism):
         return sum_nbytes(batch_size, dtype, 2 * self.shape.num_kv_heads * self.shape.head_dim * columns)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: q k^T and weights times v over all computed
-        tiles.
-        """
+        """Count the FLOPs (2 per multiply-add) of scores and outputs for `batch_size` rows of `length` tokens."""
         fields = {name: value for name, value in self.fields.items() if name != "summary_offset"}
         return batch_size * 4 * self.shape.num_heads * self.shape.head_dim * ops.sparse_cost(length, **fields)
 
     def pairs(self, length: int) -> int:
-        """Count the attended (query, key) pairs of `length` tokens, summed over query heads: the sizes of the
-        pattern's sets.
-        """
+        """Count the attended (query, key) pairs of `length` tokens, summed over query heads."""
         stride, part, heads = self.config.stride, self.config.part, self.shape.num_heads
         if not self.fixed:
             local = pairs_within(length, stride + 1)
@@ -337,9 +323,7 @@ class SparseMechanism(Mechanism):
         return heads * earlier + self.shape.group * within_blocks
 
     def _pairs_in_block(self, size: int, offset: int) -> int:
-        """Count the pairs of the summary part inside a block of `size` positions, for one head with summary offset
-        `offset`.
-        """
+        """Count the summary part's pairs in a block of `size` positions, for a head with this summary offset."""
         last = self.config.stride - offset
         columns = range(last - self.num_summaries, last)
         return sum(sum(column <= i for column in columns) + (i not in columns) for i in range(size))

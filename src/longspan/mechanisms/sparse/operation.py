@@ -86,9 +86,8 @@ def sparse_attention(
             q, k, v, window=stride + 1, scale=scale, lengths=lengths, start=start, memory_lengths=memory_lengths
         )
     has_open_block = isinstance(open_block, Tensor) or open_block > 0
-    if (
-        pattern == "fixed" and part == "local" and not has_open_block
-    ):  # a call that begins at a block boundary sees no earlier key
+    if pattern == "fixed" and part == "local" and not has_open_block:
+        # a call that begins at a block boundary sees no earlier key
         older = k.shape[2] - q.shape[2]
         k, v, memory_lengths = k[:, :, older:], v[:, :, older:], None
         start = None if start is None else host.derive(lambda first: (first - older).clip(min=0), start)
@@ -193,9 +192,7 @@ def _select_strided_keys(call: Call, stride: int, union: bool) -> Call:
 
 
 def _attend_fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor:
-    """Return outputs (batch, heads, length, head_dim) of a checked call with the fixed pattern, begun at a block
-    boundary.
-    """
+    """Return outputs (batch, heads, length, head_dim) of the fixed pattern, begun at a block boundary."""
     length, stride = call.q.shape[2], pattern.stride
     if part == "local" and length > stride:
         plan = _local_plan(length, stride)
@@ -207,8 +204,7 @@ def _attend_fixed(call: Call, pattern: Fixed, part: str, scale: float) -> Tensor
 
 
 def _attend_open_block(call: Call, open_block: int | Tensor, pattern: Fixed, part: str, scale: float) -> Tensor:
-    """Return outputs of a call with the fixed pattern inside an incomplete block; dense, as queries are few and see
-    most keys.
+    """Return outputs of the fixed pattern inside an incomplete block; dense, as queries are few.
 
     Raises:
         ConfigError: the call leaves the block, or the earlier keys do not hold its tokens.

@@ -71,9 +71,7 @@ class Fixed(NamedTuple):
 
     @property
     def span(self) -> int:
-        """Positions per span in the near round: several short blocks joined, because short blocks would make short
-        tiles.
-        """
+        """Positions per span in the near round, which joins short blocks to avoid short tiles."""
         return max(1, SPAN // self.stride) * self.stride
 
     def ends(self, heads: int) -> Iterator[tuple[slice, int]]:
@@ -92,17 +90,13 @@ class SummaryOrder(NamedTuple):
     memory: int
 
     def ordered(self, x: Tensor) -> Tensor:
-        """Select from x (batch, heads, memory + length, dim) the earlier keys, then the summary columns of whole
-        spans.
-        """
+        """Select from x (batch, heads, memory + length, dim) the earlier keys and whole spans' summary columns."""
         blocks, first = self._blocks(x), self.pattern.summary
         parts = [blocks[:, heads, :, end - first : end].flatten(2, 3) for heads, end in self.pattern.ends(x.shape[1])]
         return torch.cat([x[:, :, : self.memory], parts[0] if len(parts) == 1 else torch.cat(parts, 1)], 2)
 
     def add_restored(self, total: Tensor, x: Tensor) -> None:
-        """Add x, gradients in the order of `ordered`, to `total`, gradients of all keys (batch, heads, memory +
-        length, dim).
-        """
+        """Add gradients x, in the order of `ordered`, to `total` (batch, heads, memory + length, dim) of all keys."""
         total[:, :, : self.memory] += x[:, :, : self.memory]
         blocks, first = self._blocks(total), self.pattern.summary
         x = x[:, :, self.memory :].unflatten(2, (-1, first))
@@ -117,9 +111,7 @@ class SummaryOrder(NamedTuple):
 
 
 class BlockScores(Scores):
-    """Mask of the near round: hides keys of other blocks (and, unless `local`, of the own block) outside summary
-    columns.
-    """
+    """Mask of the near round: hides keys of other blocks (and, unless `local`, the own one) but summary columns."""
 
     def __init__(self, inputs: RoundInputs, *, pattern: Fixed) -> None:
         super().__init__(inputs)
@@ -127,9 +119,7 @@ class BlockScores(Scores):
         self.masks: dict[Run, Tensor] = {}
 
     def added(self, tile: Tile) -> Tensor | None:
-        """Return the mask added to a tile's scores: 0 where a key is visible, a large negative number where it is
-        hidden.
-        """
+        """Return the mask added to a tile's scores: 0 where visible, very negative where hidden."""
         mask = self.masks.get(tile.run)
         if mask is None:
             mask = self.masks[tile.run] = self._mask(tile.run)
@@ -151,8 +141,7 @@ class BlockScores(Scores):
 
 @lru_cache(maxsize=256)
 def make_summary_plan(length: int, memory: int, span: int, num_summaries: int) -> Plan:
-    """Plan the tiles of the far round: queries of a span read the earlier keys and all summary columns of spans before
-    it.
+    """Plan the far round: queries read the earlier keys and all summary columns of earlier spans.
 
     `num_summaries` is the number of summary columns per span.
     """
@@ -177,8 +166,7 @@ def fixed_plans(length: int, memory: int, stride: int, summary: int) -> tuple[Pl
 def fixed_rounds(
     length: int, memory: int, pattern: Fixed, visibility: Visibility | None, group: int
 ) -> tuple[Round, ...]:
-    """Return the rounds of the fixed pattern: near keys, and summary columns of the spans before; `group` = heads per
-    kv head.
+    """Return the fixed pattern's rounds: near keys, summary columns of earlier spans; `group` heads per kv head.
 
     Every earlier key is taken for a summary column.
     """

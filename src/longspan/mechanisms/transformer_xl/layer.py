@@ -79,9 +79,7 @@ class TransformerXLMechanism(RelativeMechanism):
 
     @functools.cached_property
     def traits(self) -> Traits:
-        """Capability flags: causal only, constant-size state, needs hidden states, gradients stay inside the
-        segment.
-        """
+        """Capability flags: causal only, constant-size state, needs hidden states, gradients stay in the segment."""
         return Traits(
             bidirectional=False,
             bounded=True,
@@ -194,8 +192,7 @@ class TransformerXLMechanism(RelativeMechanism):
         return states.fit(state, k.dtype if hidden is None or self.config.cache == "kv" else hidden.x.dtype)
 
     def flops(self, length: int, batch_size: int = 1) -> int:
-        """Count the FLOPs (2 per multiply-add) for `batch_size` rows: content and position scores, outputs, distance
-        projection.
+        """Count the FLOPs (2 per multiply-add) for `batch_size` rows of `length` tokens.
 
         The distances are projected once for the whole batch.
         """

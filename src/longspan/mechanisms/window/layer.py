@@ -21,7 +21,7 @@ class WindowConfig:
 
     Attributes:
         window: number of keys each token sees, itself included; with `blocks`, the block size in positions. At least 1.
-        blocks: if True, a token sees its within_blocks block and the previous one, instead of a sliding window.
+        blocks: if True, a token sees its own block and the previous one, instead of a sliding window.
     """
 
     window: int = 512
